@@ -1,0 +1,1 @@
+"""The method: what client and server compute, without threads, bytes or clocks."""

@@ -1,0 +1,1 @@
+"""What drives server and clients: the two threads, the loops, the clocks."""

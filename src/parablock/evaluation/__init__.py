@@ -1,0 +1,1 @@
+"""Scores of a model: loss, exact match, multiple choice."""

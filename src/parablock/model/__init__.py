@@ -1,0 +1,1 @@
+"""Loading, blocks and parameters of Hugging Face causal language models."""

@@ -1,0 +1,1 @@
+"""What people read: progress, tables, pictures, from run-directory data alone."""

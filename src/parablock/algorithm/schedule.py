@@ -1,0 +1,95 @@
+"""The block schedule: which block each round trains.
+
+A schedule is a function of the run's seed, of the blocks that were trained before (`history`), and, for
+`importance`, of what their last aggregates measured. Where there are more blocks than rounds in flight, no
+schedule trains a block whose update is still on its way, except `cyclic` and `reversed` by their nature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+from parablock.seeding import generator_for
+
+SCHEDULES = ("cyclic", "reversed", "shuffled", "random", "importance")
+
+
+def next_block(
+    schedule: str,
+    history: Sequence[int],
+    *,
+    num_blocks: int,
+    delay: int,
+    seed: int,
+    squared_delta: Sequence[float],
+) -> int:
+    """Choose the block of round t = len(history).
+
+    Args:
+        schedule: cyclic | reversed | shuffled (a new permutation for each cycle) | random (independent
+            draws) | importance (the largest mean squared delta × rounds since the last visit).
+        history: b_0 … b_{t−1}.
+        num_blocks: B.
+        delay: d; the last d blocks are in flight.
+        seed: The run's seed.
+        squared_delta: For each block the mean squared element of its last committed Δ̄; infinite before.
+
+    Returns:
+        b_t, in 0 … num_blocks − 1.
+    """
+    round_index = len(history)
+    position = round_index % num_blocks
+    if schedule == "cyclic":
+        return position
+    if schedule == "reversed":
+        return num_blocks - 1 - position
+    in_flight = set(history[-delay:]) if 0 < delay < num_blocks else set()
+    candidates = [block for block in range(num_blocks) if block not in in_flight]
+    if schedule == "importance":
+        return max(candidates, key=lambda block: (_importance(block, history, squared_delta), -block))
+    if schedule == "shuffled":
+        this_cycle = set(history[round_index - position :])
+        candidates = [block for block in candidates if block not in this_cycle]
+    elif schedule != "random":
+        raise ValueError(f"{schedule!r} is no block schedule; there are {', '.join(SCHEDULES)}")
+    return candidates[int(generator_for(seed, "schedule", round_index).integers(len(candidates)))]
+
+
+def _importance(block: int, history: Sequence[int], squared_delta: Sequence[float]) -> float:
+    visits = [round_index for round_index, visited in enumerate(history) if visited == block]
+    if not visits:
+        return inf
+    measured = squared_delta[block] < inf  # not while its first update is in flight
+    return squared_delta[block] * (len(history) - visits[-1]) if measured else 0.0
+
+
+def blocks_never_visited(
+    schedule: str, *, num_rounds: int, num_blocks: int, delay: int, seed: int
+) -> tuple[int, ...]:
+    """List the blocks that a run of this length would never train.
+
+    `importance` visits every block before it returns to any, so it is followed without measurements.
+    """
+    history: list[int] = []
+    for _ in range(num_rounds):
+        history.append(
+            next_block(
+                schedule,
+                history,
+                num_blocks=num_blocks,
+                delay=delay,
+                seed=seed,
+                squared_delta=[inf] * num_blocks,
+            )
+        )
+    return tuple(sorted(set(range(num_blocks)) - set(history)))
+
+
+def cohort(round_index: int, *, num_clients: int, participation: float, seed: int) -> tuple[int, ...]:
+    """Draw the clients that are asked in a round: `participation` of them, at least one, ascending."""
+    size = max(1, round(participation * num_clients))
+    if size >= num_clients:
+        return tuple(range(num_clients))
+    drawn = generator_for(seed, "cohort", round_index).choice(num_clients, size=size, replace=False)
+    return tuple(sorted(int(client_id) for client_id in drawn))

@@ -1,0 +1,126 @@
+"""The oracle: the same method in one thread, without bytes, links or clocks.
+
+Every engine must end with bitwise these numbers, for every delay, link speed and clock: the overlap is a
+schedule, not mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from parablock.algorithm.aggregate import ServerOptimizer, average
+from parablock.algorithm.parablock import (
+    ClientState,
+    ServerState,
+    commit,
+    delta_of,
+    initial_client,
+    initial_server,
+    news_for,
+    put_in_flight,
+    schedule_round,
+    server_commit,
+    working_parameters,
+)
+from parablock.algorithm.schedule import cohort, next_block
+
+Solve = Callable[[int, int, int, tuple[Tensor, ...]], Tensor]
+"""(client_id, round_index, block_index, working parameters v) → y^b: the K local steps on block b."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A federated run without its data and model.
+
+    Attributes:
+        num_examples: Training examples of each client; their number is M.
+        num_rounds: T.
+        delay: d.
+        in_flight: own | aligned | none.
+        schedule: A block schedule by name, or the block of every round.
+        participation: Part of the clients in a cohort.
+        server_optimizer: What the server does with Δ̄.
+        seed: The run's seed.
+        encode: What a delta becomes on its way up (given Δ).
+        announce: What the clients see of a new value (given new, old view); None where exact.
+        lost: (client_id, round_index) of updates that never arrive.
+    """
+
+    num_examples: Sequence[int]
+    num_rounds: int
+    delay: int
+    in_flight: str = "aligned"
+    schedule: str | Sequence[int] = "cyclic"
+    participation: float = 1.0
+    server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    seed: int = 0
+    encode: Callable[[Tensor], Tensor] = lambda delta: delta
+    announce: Callable[[Tensor, Tensor], Tensor] | None = None
+    lost: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass
+class Outcome:
+    """The end of a run: the drained server, every client after the drain, and x after each commit."""
+
+    server: ServerState
+    clients: list[ClientState]
+    trajectory: list[tuple[Tensor, ...]]
+
+
+def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> Outcome:
+    """Run FL-BCD (delay 0) or ParaBlock (delay ≥ 1), round after round and client after client."""
+    server = initial_server(params)
+    clients = [initial_client(params) for _ in problem.num_examples]
+    updates: list[dict[int, tuple[Tensor, int]]] = []
+    trajectory: list[tuple[Tensor, ...]] = []
+
+    def commit_through(round_index: int) -> None:
+        nonlocal server
+        while server.committed < round_index:
+            aggregate = average(updates[server.committed + 1])
+            server = server_commit(server, aggregate, problem.server_optimizer, problem.announce)
+            trajectory.append(server.params)
+
+    for t in range(problem.num_rounds):
+        commit_through(t - 1 - problem.delay)
+        b = _block_of_round(problem, server)
+        server = schedule_round(server, b)
+        updates.append({})
+        for i in _cohort_of_round(problem, t):
+            client = commit(clients[i], news_for(server, clients[i].versions), server.committed)
+            v = working_parameters(client, problem.in_flight)
+            y = solve(i, t, b, v)
+            delta = problem.encode(delta_of(y, v[b]))
+            clients[i] = put_in_flight(client, t, b, delta)
+            if (i, t) not in problem.lost:
+                updates[t][i] = (delta, problem.num_examples[i])
+
+    commit_through(problem.num_rounds - 1)  # the drain
+    clients = [commit(client, news_for(server, client.versions), server.committed) for client in clients]
+    return Outcome(server, clients, trajectory)
+
+
+def _block_of_round(problem: Problem, server: ServerState) -> int:
+    if not isinstance(problem.schedule, str):
+        return problem.schedule[len(server.history)]
+    return next_block(
+        problem.schedule,
+        server.history,
+        num_blocks=len(server.params),
+        delay=problem.delay,
+        seed=problem.seed,
+        squared_delta=server.squared_delta,
+    )
+
+
+def _cohort_of_round(problem: Problem, round_index: int) -> tuple[int, ...]:
+    return cohort(
+        round_index,
+        num_clients=len(problem.num_examples),
+        participation=problem.participation,
+        seed=problem.seed,
+    )

@@ -1,0 +1,240 @@
+"""Save and restore a run; the one list of what its state is.
+
+    round-000008/
+      state.json            the round, versions, ρ, history, what the clients had sent, progress of the records
+      server.safetensors    x and view of every block, server-optimizer moments
+      client-000.safetensors  its updates in flight, as they were sent; local optimizer moments, if kept
+      trace.json            the spans so far
+
+Everything else follows from the configuration and the seed: data order, schedules, cohorts. A client's base
+is the server's view, so it is not stored. A checkpoint is written beside its place and renamed into it, and
+every file is verified when it is read; the one before is kept, and stands in when the newest is damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from parablock.algorithm.parablock import ServerState
+from parablock.errors import CheckpointError, StorageError
+from parablock.trace import Span
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ClientSnapshot:
+    """A client at the start of a round.
+
+    Attributes:
+        client_id: Who.
+        versions: Its block versions.
+        rho: Its ρ of each block.
+        sent: The messages of its updates in flight, by round, as they were sent.
+        memory: What its trainer remembers.
+    """
+
+    client_id: int
+    versions: tuple[int, ...]
+    rho: tuple[float, ...]
+    sent: dict[int, bytes]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run at the start of a round.
+
+    Attributes:
+        round_index: The next round.
+        server: Its state before it starts that round.
+        clients: Every client's snapshot.
+        progress: What the records need to go on: plain values.
+        spans: The trace so far.
+    """
+
+    round_index: int
+    server: ServerState
+    clients: tuple[ClientSnapshot, ...]
+    progress: dict[str, Any]
+    spans: list[Span]
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn failures to write below `path` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise StorageError(
+            f"{path} cannot be written: {'the disk is full' if full else error}",
+            cause="The disk has no room left." if full else "The folder is missing, read-only, or not a folder.",
+            remedy=(
+                "Free some space; `parablock resume` goes on from the last good checkpoint."
+                if full
+                else "Choose another --output-dir, or make this one writable."
+            ),
+        ) from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that there is never half of it."""
+    with storage(path):
+        beside = path.with_name(f".{path.name}.partial")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+
+def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
+    """Write `directory/round-NNNNNN`, then remove all but the newest `keep`.
+
+    Raises:
+        StorageError: It cannot be written; what was there before is untouched.
+    """
+    place = directory / f"round-{state.round_index:06d}"
+    partial = directory / f".{place.name}.partial"
+    try:
+        with storage(place):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_parts(partial, state)
+            for path in partial.iterdir():
+                _sync(path)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+            _sync(directory)
+    except StorageError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in _checkpoints(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
+    """Read the newest undamaged checkpoint.
+
+    Returns:
+        The state, or None where no checkpoint was ever finished; and why newer ones were passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints and all are damaged.
+    """
+    passed_over = []
+    for place in _checkpoints(directory):
+        try:
+            return _read(place), passed_over
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            passed_over.append(f"{place.name}: {error}")
+    if passed_over:
+        raise CheckpointError(
+            f"every checkpoint in {directory} is damaged: {'; '.join(passed_over)}",
+            cause="Files were changed, or the disk lost them.",
+            remedy="Start the run anew in another folder.",
+        )
+    return None, passed_over
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"round-\d{6,}", path.name)), reverse=True)
+
+
+def _write_parts(folder: Path, state: RunState) -> None:
+    server = {f"params.{b}": value for b, value in enumerate(state.server.params)}
+    for b, (seen, value) in enumerate(zip(state.server.view, state.server.params, strict=True)):
+        if seen is not value:
+            server[f"view.{b}"] = seen
+        server |= {f"moments.{b}.{k}": moment for k, moment in enumerate(state.server.moments[b])}
+    save_file(server, folder / "server.safetensors")
+    for client in state.clients:
+        tensors = {f"sent.{t}": _as_tensor(message) for t, message in client.sent.items()}
+        tensors |= {f"memory.{name}": value.contiguous() for name, value in client.memory.items()}
+        save_file(tensors, folder / f"client-{client.client_id:03d}.safetensors")
+    (folder / "trace.json").write_text(json.dumps([list(asdict(span).values()) for span in state.spans]))
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "round_index": state.round_index,
+        "server": {
+            name: getattr(state.server, name)
+            for name in ("versions", "rho", "squared_delta", "committed", "history")
+        },
+        "clients": [{"versions": client.versions, "rho": client.rho} for client in state.clients],
+        "progress": state.progress,
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / "state.json").write_text(json.dumps(meta, indent=1))
+
+
+def _read(place: Path) -> RunState:
+    meta = json.loads((place / "state.json").read_text())
+    if meta["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"its format is version {meta['format_version']}, this release reads {FORMAT_VERSION}")
+    for name, declared in meta["sha256"].items():
+        if _sha256(place / name) != declared:
+            raise ValueError(f"{name} is not what was written")
+    tensors = load_file(place / "server.safetensors")
+    blocks = range(len(meta["server"]["versions"]))
+    params = tuple(tensors[f"params.{b}"] for b in blocks)
+    server = ServerState(
+        params=params,
+        view=tuple(tensors.get(f"view.{b}", params[b]) for b in blocks),
+        moments=tuple(_numbered(tensors, f"moments.{b}.") for b in blocks),
+        committed=meta["server"]["committed"],
+        **{name: tuple(meta["server"][name]) for name in ("versions", "rho", "squared_delta", "history")},
+    )
+    clients = tuple(_read_client(place, i, client) for i, client in enumerate(meta["clients"]))
+    spans = [Span(*row) for row in json.loads((place / "trace.json").read_text())]
+    return RunState(meta["round_index"], server, clients, meta["progress"], spans)
+
+
+def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> ClientSnapshot:
+    tensors = load_file(place / f"client-{client_id:03d}.safetensors")
+    sent = {
+        int(name.removeprefix("sent.")): value.numpy().tobytes()
+        for name, value in tensors.items()
+        if name.startswith("sent.")
+    }
+    memory = {name.removeprefix("memory."): value for name, value in tensors.items() if name.startswith("memory.")}
+    return ClientSnapshot(client_id, tuple(meta["versions"]), tuple(meta["rho"]), sent, memory)
+
+
+def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
+    count = sum(name.startswith(prefix) for name in tensors)
+    return tuple(tensors[f"{prefix}{k}"] for k in range(count))
+
+
+def _as_tensor(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+"""What the fields of a row mean: five formats, told apart by their field names.
+
+    messages           messages: [{role, content}, …]
+    prompt_completion  prompt, completion
+    alpaca             instruction, output, and perhaps input
+    gsm8k              question, answer
+    text               text
+
+A row of any of the first four is a conversation; a text is only itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from parablock.data.sources import Row
+from parablock.errors import DataError
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "gsm8k": ("question", "answer"),
+    "text": ("text",),
+}
+"""Format → the fields that a row of it must have."""
+
+Message = dict[str, str]
+"""One turn of a conversation: `role` and `content`."""
+
+
+def detect_format(rows: Sequence[Row]) -> str:
+    """Find the one format that all rows have.
+
+    A `text` field beside the fields of another format is taken as a rendering of that one and left alone.
+
+    Args:
+        rows: At least one row.
+
+    Returns:
+        A key of `FORMATS`.
+
+    Raises:
+        DataError: A row fits no format or more than one, or two rows differ; names file, line and fields.
+    """
+    found = _format_of(rows[0])
+    for row in rows[1:]:
+        other = _format_of(row)
+        if other != found:
+            raise DataError(
+                f"{row.place} has the format {other} (fields {_fields(row)}), but {rows[0].place} has {found} "
+                f"(fields {_fields(rows[0])}).",
+                remedy="Bring all sources into one format.",
+            )
+    return found
+
+
+def conversation(row: Row, data_format: str) -> list[Message]:
+    """Read a row as a conversation.
+
+    Args:
+        row: A row of `data_format`.
+        data_format: Any format but `text`.
+
+    Returns:
+        The turns; all formats but `messages` give one user turn and one assistant turn.
+
+    Raises:
+        DataError: A field is missing or is not text, or `messages` is not a list of {role, content}.
+    """
+    if data_format == "messages":
+        return _messages(row)
+    if data_format == "alpaca":
+        instruction, context = _text_field(row, "instruction", data_format), alpaca_input(row)
+        prompt = f"{instruction}\n\n{context}" if context else instruction
+    else:
+        prompt = _text_field(row, FORMATS[data_format][0], data_format)
+    completion = _text_field(row, FORMATS[data_format][1], data_format)
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def alpaca_input(row: Row) -> str:
+    """Give the optional context of an Alpaca row, empty where there is none."""
+    return _text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
+
+
+def plain_text(row: Row) -> str:
+    """Give the text of a row of format `text`."""
+    return _text_field(row, "text", "text")
+
+
+def with_completion(row: Row, completion: str, *, data_format: str) -> Row:
+    """Put another completion behind the same prompt, as multiple choice needs it.
+
+    Args:
+        row: A row of `data_format`.
+        completion: What replaces the reference; in `messages`, the last assistant turn.
+        data_format: Any format but `text`.
+
+    Returns:
+        A new row from the same place.
+
+    Raises:
+        DataError: The row has no prompt apart from its completion (format `text`, no assistant turn).
+    """
+    if data_format != "messages" and data_format != "text":
+        return Row({**row.fields, FORMATS[data_format][1]: completion}, row.source, row.line)
+    turns = _messages(row) if data_format == "messages" else []
+    for index in range(len(turns) - 1, -1, -1):
+        if turns[index]["role"] == "assistant":
+            changed = {"role": "assistant", "content": completion}
+            return Row(
+                {**row.fields, "messages": [*turns[:index], changed, *turns[index + 1 :]]}, row.source, row.line
+            )
+    raise DataError(
+        f"{row.place} has no completion that could be replaced by another one.",
+        remedy="Multiple choice needs rows with a prompt and a completion.",
+    )
+
+
+def _format_of(row: Row) -> str:
+    present = {name for name, value in row.fields.items() if value is not None}
+    fits = [name for name, needed in FORMATS.items() if present.issuperset(needed)]
+    if len(fits) > 1:
+        fits = [name for name in fits if name != "text"]
+    if len(fits) != 1:
+        problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
+        raise DataError(
+            f"{row.place} {problem}: it has the fields {_fields(row)}.", remedy=f"{_needs()} Or set data.format."
+        )
+    return fits[0]
+
+
+def _messages(row: Row) -> list[Message]:
+    turns = row.fields.get("messages")
+    if turns is None:
+        raise _missing(row, "messages", "messages")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{row.place}: messages is {_kind(turns)}, not a list of turns.", remedy=_needs())
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise DataError(
+                f"{row.place}: turn {number} of messages has no role and content that are text.",
+                remedy='Each turn is an object such as {"role": "user", "content": "Hello"}.',
+            )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _text_field(row: Row, name: str, data_format: str) -> str:
+    value = row.fields.get(name)
+    if value is None:
+        raise _missing(row, name, data_format)
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: field {name} is {_kind(value)}, not text.", remedy="Write it as a string.")
+    return value
+
+
+def _missing(row: Row, name: str, data_format: str) -> DataError:
+    return DataError(
+        f"{row.place} has no value in field {name}, which the format {data_format} needs; it has the fields "
+        f"{_fields(row)}.",
+        remedy=_needs(),
+    )
+
+
+def _kind(value: Any) -> str:
+    return "an empty list" if value == [] else f"of type {type(value).__name__}"
+
+
+def _fields(row: Row) -> str:
+    return ", ".join(row.fields) or "(none)"
+
+
+def _needs() -> str:
+    return "Formats need: " + "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items()) + "."

@@ -1,0 +1,77 @@
+"""Show a partition as text before a run starts: who has how much, and of what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from parablock.data.sources import Row
+
+WIDTH = 100
+_BAR, _MOST_CLIENTS, _MOST_BINS, _MOST_LABELS = 30, 20, 8, 3
+
+
+def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = None) -> list[str]:
+    """Draw the number of examples of each client.
+
+    Args:
+        parts: The rows of each client, by client_id; at least one client.
+        field: Also count the values of this field, the most frequent ones by name.
+
+    Returns:
+        Lines of at most `WIDTH` characters: one for each client, or a histogram of client sizes where there
+        are too many clients for that.
+    """
+    sizes = [len(part) for part in parts]
+    lines = _of_sizes(parts, sizes, field) if len(parts) > _MOST_CLIENTS else _of_clients(parts, sizes, field)
+    return [line.rstrip()[:WIDTH] for line in lines]
+
+
+def _of_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
+    lines = [f"{len(parts)} clients, {sum(sizes)} examples"]
+    for client_id, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        note = _labels(part, field) if field is not None else _only_source(part)
+        lines.append(f"client {client_id:>2} {size:>8} {_bar(size, max(sizes)):<{_BAR}}  {note}")
+    return lines
+
+
+def _of_sizes(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
+    smallest, largest = min(sizes), max(sizes)
+    lines = [
+        f"{len(parts)} clients, {sum(sizes)} examples; smallest {smallest} (client {sizes.index(smallest)}), "
+        f"median {_median(sizes)}, largest {largest} (client {sizes.index(largest)})"
+    ]
+    step = (largest - smallest) // _MOST_BINS + 1
+    counts = Counter((size - smallest) // step for size in sizes)
+    for number in range((largest - smallest) // step + 1):
+        low = smallest + number * step
+        count = counts[number]
+        lines.append(
+            f"{low:>8} – {low + step - 1:<8} examples {_bar(count, max(counts.values())):<{_BAR}}  {count} clients"
+        )
+    if field is not None:
+        kinds = [len({str(row.fields.get(field)) for row in part}) for part in parts]
+        lines.append(
+            f"values of {field} per client: fewest {min(kinds)}, median {_median(kinds)}, most {max(kinds)}"
+        )
+    return lines
+
+
+def _bar(count: int, largest: int) -> str:
+    return "█" * max(round(_BAR * count / max(largest, 1)), min(count, 1))
+
+
+def _median(values: Sequence[int]) -> int:
+    return sorted(values)[len(values) // 2]
+
+
+def _labels(part: Sequence[Row], field: str) -> str:
+    counts = Counter(str(row.fields.get(field)) for row in part)
+    top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_LABELS]
+    shown = ", ".join(f"{label[:14]} {count}" for label, count in top)
+    return shown + (f", +{len(counts) - len(top)} more" if len(counts) > len(top) else "")
+
+
+def _only_source(part: Sequence[Row]) -> str:
+    sources = {row.source for row in part}
+    return sources.pop().rsplit("/", maxsplit=1)[-1] if len(sources) == 1 else ""

@@ -1,0 +1,175 @@
+"""Split rows over clients: at random, by Dirichlet label skew, by a field, or one file each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+from parablock.data.histogram import partition_histogram
+from parablock.data.sources import Row
+from parablock.errors import DataError
+from parablock.seeding import generator_for, seed_for
+
+__all__ = ["SCHEMES", "Partition", "partition_histogram", "partition_rows"]
+
+SCHEMES = ("iid", "dirichlet", "by_field", "by_file")
+
+Partition = tuple[tuple[Row, ...], ...]
+"""The rows of each client, by client_id; disjoint, and together all rows."""
+
+
+def partition_rows(
+    rows_per_source: Sequence[Sequence[Row]],
+    *,
+    scheme: str,
+    num_clients: int,
+    alpha: float = 0.5,
+    field: str | None = None,
+    seed: int,
+) -> Partition:
+    """Give every row to one client.
+
+    Args:
+        rows_per_source: The rows of each source, in the configured order.
+        scheme: `iid` (shuffled, equal shares), `dirichlet` (each value of `field` shared out by a draw from
+            Dirichlet(alpha)), `by_field` (one value of `field` per client, values sorted) or `by_file`
+            (one source per client).
+        num_clients: How many clients there are.
+        alpha: Concentration of `dirichlet`; the smaller, the more the clients differ.
+        field: The field that `dirichlet` and `by_field` look at.
+        seed: The run's seed; the same seed gives the same partition.
+
+    Returns:
+        A non-empty tuple of rows for each client.
+
+    Raises:
+        DataError: The scheme cannot give every client something, or a row lacks the field.
+    """
+    if scheme == "by_file":
+        return _by_file(rows_per_source, num_clients)
+    rows = [row for source in rows_per_source for row in source]
+    if num_clients < 1 or len(rows) < num_clients:
+        raise DataError(
+            f"{len(rows)} rows cannot be split over {num_clients} clients.",
+            remedy="Every client needs at least one row: lower federation.num_clients or add data.",
+        )
+    if scheme == "iid":
+        return _iid(rows, num_clients, seed)
+    if scheme == "dirichlet":
+        return _dirichlet(rows, num_clients, alpha, _checked_field(rows, scheme, field), seed)
+    if scheme == "by_field":
+        return _by_field(rows, num_clients, _checked_field(rows, scheme, field))
+    raise DataError(f"Unknown partition scheme {scheme!r}.", remedy=f"Known are {', '.join(SCHEMES)}.")
+
+
+def _by_file(rows_per_source: Sequence[Sequence[Row]], num_clients: int) -> Partition:
+    if len(rows_per_source) != num_clients:
+        names = ", ".join(rows[0].source if rows else "(empty)" for rows in rows_per_source)
+        raise DataError(
+            f"by_file gives one source to each client, but there are {len(rows_per_source)} sources and "
+            f"{num_clients} clients: {names}.",
+            remedy=f"Set federation.num_clients: {len(rows_per_source)}, or list as many sources as clients.",
+        )
+    for client_id, rows in enumerate(rows_per_source):
+        if not rows:
+            raise DataError(f"Client {client_id} would have no rows: its source is empty.", remedy="Leave it out.")
+    return tuple(tuple(rows) for rows in rows_per_source)
+
+
+def _iid(rows: Sequence[Row], num_clients: int, seed: int) -> Partition:
+    from flwr_datasets.partitioner import IidPartitioner  # slow to import, as are the two below
+
+    order = generator_for(seed, "partition").permutation(len(rows)).tolist()
+    return _split(rows, IidPartitioner(num_partitions=num_clients), order=order)
+
+
+def _dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field: str, seed: int) -> Partition:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    if alpha <= 0:
+        raise DataError(f"alpha is {alpha}.", cause="A Dirichlet distribution needs alpha > 0.", remedy="Raise it.")
+    values, labels = _labels(rows, field)
+    partitioner = DirichletPartitioner(
+        num_partitions=num_clients,
+        partition_by="label",
+        alpha=float(alpha),
+        min_partition_size=1,
+        seed=seed_for(seed, "partition"),
+    )
+    try:
+        return _split(rows, partitioner, labels=labels)
+    except ValueError as error:
+        raise DataError(
+            f"No Dirichlet({alpha}) draw over {len(rows)} rows and {len(values)} values of {field!r} gave each of "
+            f"{num_clients} clients at least one row.",
+            cause=f"alpha is small for so many clients. {error}",
+            remedy="Raise data.partition.alpha, lower federation.num_clients, or take another seed.",
+        ) from error
+
+
+def _by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partition:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    values, labels = _labels(rows, field)
+    if len(values) != num_clients:
+        shown = ", ".join(repr(value) for value in values[:10]) + (", …" if len(values) > 10 else "")
+        raise DataError(
+            f"by_field gives one value of {field!r} to each client, but there are {len(values)} values and "
+            f"{num_clients} clients: {shown}.",
+            remedy=f"Set federation.num_clients: {len(values)}, or choose another field.",
+        )
+    return _split(rows, NaturalIdPartitioner(partition_by="label"), labels=labels)
+
+
+def _checked_field(rows: Sequence[Row], scheme: str, field: str | None) -> str:
+    if field is None:
+        raise DataError(
+            f"Partition scheme {scheme} needs a field to look at, and none is set.",
+            remedy=f"Set data.partition.field to one of: {', '.join(rows[0].fields)}.",
+        )
+    for row in rows:
+        value = row.fields.get(field)
+        if value is None or not isinstance(value, Hashable):
+            problem = f"has no value in field {field!r}" if value is None else f"has no single value in {field!r}"
+            raise DataError(
+                f"{row.place} {problem}, by which the rows are split; it has the fields {', '.join(row.fields)}.",
+                remedy="Choose a field for data.partition.field that is a string or a number in every row.",
+            )
+    return field
+
+
+def _labels(rows: Sequence[Row], field: str) -> tuple[list[Any], list[int]]:
+    """Number the values of a field in sorted order: numbers first, then everything else as text."""
+    present = {row.fields[field] for row in rows}
+    values = sorted(present, key=lambda v: (0, v, "") if isinstance(v, int | float) else (1, 0, str(v)))
+    number = {value: label for label, value in enumerate(values)}
+    return values, [number[row.fields[field]] for row in rows]
+
+
+def _split(
+    rows: Sequence[Row],
+    partitioner: Any,
+    *,
+    order: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+) -> Partition:
+    """Let a partitioner of flwr-datasets split a table of row index and label, and look the rows up."""
+    import datasets
+
+    index = order if order is not None else range(len(rows))
+    label = labels if labels is not None else [0] * len(rows)
+    with _silence():
+        partitioner.dataset = datasets.Dataset.from_dict({"index": list(index), "label": list(label)})
+        parts = [list(partitioner.load_partition(part)["index"]) for part in range(partitioner.num_partitions)]
+    return tuple(tuple(rows[index] for index in part) for part in parts)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the library's progress bars and repeated-draw warnings off the terminal; errors still pass."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

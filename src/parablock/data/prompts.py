@@ -1,0 +1,212 @@
+"""Turn rows into token ids and labels.
+
+A label is the token's own id where the loss counts it and `IGNORED_LABEL` where it does not. Prompt and
+completion are cut as text (`templates`) and meet at a token boundary, so the mask is exact and generation
+starts from the very ids that training saw before the completion.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from parablock.data.formats import FORMATS, detect_format, with_completion
+from parablock.data.sources import Row
+from parablock.data.templates import Rendering, renderer, stop_token_ids
+from parablock.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Example",
+    "Skipped",
+    "Tokenized",
+    "detect_format",
+    "stop_token_ids",
+    "tokenize_rows",
+    "with_completion",
+]
+
+IGNORED_LABEL = -100
+"""The label of a token that the loss leaves out; PyTorch's and Transformers' own value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as the model sees it.
+
+    Args:
+        input_ids: The whole text, at most `max_length` ids.
+        labels: As long as `input_ids`; not shifted, as Transformers models expect them.
+        prompt_ids: What to generate from: all that precedes the last completion, never cut. For format `text`,
+            at most the opening token.
+        completion: The reference that a generation is compared with, as it stands in the row.
+        row: Where it came from.
+        is_truncated: Whether the right end was cut off to fit `max_length`.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    completion: str
+    row: Row
+    is_truncated: bool
+
+    @property
+    def num_target_tokens(self) -> int:
+        """How many tokens the loss counts; the first one has nothing before it and is never predicted."""
+        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that would have trained nothing, and why."""
+
+    row: Row
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """What became of a list of rows; every row is in one of the two, in the given order.
+
+    Args:
+        examples: At least one.
+        skipped: Rows whose labels are all masked.
+        data_format: The format that the rows were read in.
+    """
+
+    examples: tuple[Example, ...]
+    skipped: tuple[Skipped, ...]
+    data_format: str
+
+    def summary(self) -> str:
+        """Say in one line what a run trains on."""
+        total = sum(len(example.input_ids) for example in self.examples)
+        targets = sum(example.num_target_tokens for example in self.examples)
+        truncated = sum(example.is_truncated for example in self.examples)
+        reasons = f" ({_reasons(self.skipped)})" if self.skipped else ""
+        return (
+            f"{self.data_format}: {len(self.examples)} examples, {total} tokens ({targets} with loss), "
+            f"{truncated} truncated, {len(self.skipped)} skipped{reasons}"
+        )
+
+
+def tokenize_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_format: str,
+    max_length: int,
+    completion_only_loss: bool,
+) -> Tokenized:
+    """Make an example of every row that can train something.
+
+    Args:
+        rows: At least one row.
+        tokenizer: The model's; its chat template is used where it has one.
+        data_format: A key of `FORMATS`, or `auto` to detect it.
+        max_length: Longest example in tokens; a longer one loses its right end.
+        completion_only_loss: Whether the loss counts assistant turns (or the whole text, for format `text`)
+            alone, instead of every token.
+
+    Returns:
+        Examples and skipped rows.
+
+    Raises:
+        DataError: No rows, an unknown format, a row that does not fit it, or nothing left to train on.
+        ModelError: The tokenizer has no end-of-sequence token.
+    """
+    if not rows:
+        raise DataError("There are no rows to tokenize.", remedy="Give a source with at least one example.")
+    if data_format not in ("auto", *FORMATS):
+        raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
+    found = detect_format(rows) if data_format == "auto" else data_format
+    render = renderer(tokenizer, data_format=found)
+    renderings = [render(row) for row in rows]
+    examples, skipped = [], []
+    for row, rendering, pieces_ids in zip(rows, renderings, _encode(renderings, tokenizer), strict=True):
+        example = _example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
+        if example.num_target_tokens:
+            examples.append(example)
+        elif any(piece.is_completion for piece in rendering.pieces):
+            skipped.append(Skipped(row, f"the prompt alone fills max_length {max_length}"))
+        else:
+            skipped.append(Skipped(row, "the completion is empty"))
+    if not examples:
+        raise DataError(
+            f"None of {len(rows)} rows has anything to train on: {_reasons(skipped)}.",
+            remedy="Raise data.max_length, or give rows with completions.",
+        )
+    return Tokenized(tuple(examples), tuple(skipped), found)
+
+
+def _example(
+    row: Row, rendering: Rendering, pieces_ids: list[list[int]], max_length: int, *, completion_only_loss: bool
+) -> Example:
+    input_ids: list[int] = []
+    labels: list[int] = []
+    prompt_length = 0
+    for piece, ids in zip(rendering.pieces, pieces_ids, strict=True):
+        if piece.is_completion:
+            prompt_length = len(input_ids)
+        counts = piece.is_completion or not completion_only_loss
+        input_ids += ids
+        labels += ids if counts else [IGNORED_LABEL] * len(ids)
+    if not any(piece.is_completion for piece in rendering.pieces):
+        prompt_length = len(input_ids)
+    return Example(
+        input_ids=tuple(input_ids[:max_length]),
+        labels=tuple(labels[:max_length]),
+        prompt_ids=tuple(input_ids[:prompt_length]),
+        completion=rendering.completion,
+        row=row,
+        is_truncated=len(input_ids) > max_length,
+    )
+
+
+def _encode(renderings: Sequence[Rendering], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+    """Tokenize the pieces of every rendering.
+
+    They are parts of the whole text's ids where all cuts fall between its tokens, which is how the model
+    knows its text. Where a cut falls into a token, the pieces are tokenized one by one instead.
+    """
+    texts = [[piece.text for piece in rendering.pieces] for rendering in renderings]
+    prefixes_ids = _encode_each([_prefixes(of_row) for of_row in texts], tokenizer)
+    nested = [all(ids == of_row[-1][: len(ids)] for ids in of_row) for of_row in prefixes_ids]
+    apart = iter(
+        _encode_each([of_row for of_row, whole in zip(texts, nested, strict=True) if not whole], tokenizer)
+    )
+    return [
+        _differences(of_row) if whole else next(apart) for of_row, whole in zip(prefixes_ids, nested, strict=True)
+    ]
+
+
+def _prefixes(texts: Sequence[str]) -> list[str]:
+    return ["".join(texts[: end + 1]) for end in range(len(texts))]
+
+
+def _differences(prefixes_ids: Sequence[list[int]]) -> list[list[int]]:
+    return [ids[len(before) :] for before, ids in zip([[], *prefixes_ids[:-1]], prefixes_ids, strict=True)]
+
+
+def _encode_each(groups: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+    """Tokenize all texts of all groups in one call, without adding special tokens."""
+    flat = [text for group in groups for text in group]
+    if not flat:
+        return []
+    # verbose=False: no warning about texts beyond the model's length, which are cut here
+    ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    return [[next(ids) for _ in group] for group in groups]
+
+
+def _reasons(skipped: Sequence[Skipped]) -> str:
+    counts = Counter(item.reason for item in skipped)
+    return "; ".join(
+        f"{count} because {reason}, first {next(item.row.place for item in skipped if item.reason == reason)}"
+        for reason, count in counts.items()
+    )

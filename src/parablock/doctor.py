@@ -1,0 +1,203 @@
+"""What `parablock doctor` finds on this machine: versions, devices, room, extras, and two short probes.
+
+Every check is a function that returns findings and never raises: what is missing or broken is what it is
+there to tell. The probes are bounded in time, not in work, so that a slow machine is not made to wait.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import selectors
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+Status = Literal["ok", "warning", "problem"]
+
+COMPUTE_PROBE_S = 1.0
+LINK_PROBE_S = 1.0
+_GIB = 2**30
+_SHOWN_PACKAGES = ("torch", "transformers", "datasets")
+_EXTRAS = {
+    "flwr": "deployments over a network",
+    "lm_eval": "standard benchmarks",
+    "tensorboard": "curves in TensorBoard",
+    "plotly": "interactive pictures",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        name: What was looked at.
+        value: What was found, with units.
+        status: `ok`; `warning`, when something runs worse or is missing but not needed; `problem`, when
+            runs will fail.
+        remedy: What to do about it; empty when there is nothing to do.
+    """
+
+    name: str
+    value: str
+    status: Status = "ok"
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at the machine and the installation.
+
+    Returns:
+        The findings, in the order in which they should be read.
+    """
+    return [
+        *_find_versions(),
+        *_find_devices(),
+        _find_free_memory(psutil.virtual_memory().available),
+        _find_free_disk(Path()),
+        _find_temporary_folder(Path(tempfile.gettempdir())),
+        *(_find_extra(name, purpose) for name, purpose in _EXTRAS.items()),
+        _probe_compute(),
+        _probe_link(),
+    ]
+
+
+def _find_versions() -> list[Finding]:
+    findings = [Finding("python", platform.python_version())]
+    try:
+        package = importlib.metadata.metadata("parablock")
+        requirements = [Requirement(text) for text in importlib.metadata.requires("parablock") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return [*findings, Finding("parablock", "not installed", "problem", "Run: pip install parablock")]
+    findings.append(Finding("parablock", package["Version"]))
+    wanted = {requirement.name: requirement for requirement in requirements if requirement.marker is None}
+    return findings + [_find_package(name, wanted.get(name)) for name in _SHOWN_PACKAGES]
+
+
+def _find_package(name: str, requirement: Requirement | None) -> Finding:
+    """Compare the installed version of a package with what ParaBlock's own metadata asks for."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", "problem", f"Run: pip install '{requirement or name}'")
+    if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
+        value = f"{version}, but ParaBlock needs {requirement.specifier}"
+        return Finding(name, value, "problem", f"Run: pip install '{requirement}'")
+    return Finding(name, version)
+
+
+def _find_devices() -> list[Finding]:
+    threads = torch.get_num_threads()
+    cpu = Finding("cpu", f"{os.cpu_count()} cores, {threads} torch threads")
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return [cpu, *(Finding("cuda", f"{one.name}, {one.total_memory / _GIB:.0f} GiB") for one in devices)]
+    if torch.version.cuda is not None:
+        remedy = "If there is a GPU, check its driver with nvidia-smi; ParaBlock runs on the CPU meanwhile."
+        return [cpu, Finding("cuda", f"none, though torch is built for {torch.version.cuda}", "warning", remedy)]
+    return [cpu, Finding("cuda", "none: torch is built for the CPU")]
+
+
+def _find_free_memory(available_bytes: int) -> Finding:
+    value = f"{available_bytes / _GIB:.1f} GiB free"
+    if available_bytes < 1 * _GIB:
+        return Finding("memory", value, "problem", "Close other programs, or use a machine with more memory.")
+    if available_bytes < 4 * _GIB:
+        return Finding("memory", value, "warning", "Enough for small models only; close other programs.")
+    return Finding("memory", value)
+
+
+def _find_free_disk(folder: Path) -> Finding:
+    try:
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        value = f"the folder cannot be looked at: {error.strerror or error}"
+        return Finding("disk", value, "problem", "Change to a folder that exists and that you can read.")
+    value = f"{free_bytes / _GIB:.1f} GiB free in {folder.absolute()}"
+    if free_bytes < 1 * _GIB:
+        return Finding("disk", value, "problem", "Free some space, or give an --output-dir on another disk.")
+    if free_bytes < 10 * _GIB:
+        remedy = "Checkpoints of larger models need more: free some space, or lower checkpoint.keep."
+        return Finding("disk", value, "warning", remedy)
+    return Finding("disk", value)
+
+
+def _find_temporary_folder(folder: Path) -> Finding:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        value = f"{folder} is not writable: {error.strerror or error}"
+        return Finding("temporary folder", value, "problem", "Set TMPDIR to a folder that you can write to.")
+    return Finding("temporary folder", f"{folder} is writable")
+
+
+def _find_extra(name: str, purpose: str) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, f"not installed; only for {purpose}", "warning", f"If needed, run: pip install {name}")
+    return Finding(name, f"installed, for {purpose}")
+
+
+def _probe_compute() -> Finding:
+    """Multiply float32 matrices for `COMPUTE_PROBE_S` on the device that `device: auto` takes."""
+    device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 512)
+    try:
+        matrix = torch.full((size, size), 1.0 / size, device=device)
+        float((matrix @ matrix)[0, 0])  # the first product also loads kernels; reading waits for the device
+        start = time.perf_counter()
+        num_products, elapsed_s = 0, 0.0
+        while elapsed_s < COMPUTE_PROBE_S:
+            float((matrix @ matrix)[0, 0])
+            num_products += 1
+            elapsed_s = time.perf_counter() - start
+    except RuntimeError as error:
+        remedy = "Check the driver and the installation of torch; `model.device: cpu` may still work."
+        return Finding("compute probe", f"failed on {device}: {error}", "problem", remedy)
+    gigaflops = num_products * 2 * size**3 / elapsed_s / 1e9
+    return Finding("compute probe", f"{gigaflops:.1f} GFLOP/s (float32 on {device})")
+
+
+def _probe_link() -> Finding:
+    """Send bytes to ourselves over TCP for `LINK_PROBE_S`; the fastest that an exchange can be here."""
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            socket.create_connection(listener.getsockname()) as sender,
+            listener.accept()[0] as receiver,
+        ):
+            megabytes_per_s = _pump(sender, receiver)
+    except OSError as error:
+        remedy = "Allow TCP connections to 127.0.0.1; local deployments need them."
+        return Finding("link probe", f"failed: {error.strerror or error}", "problem", remedy)
+    return Finding("link probe", f"{megabytes_per_s:.0f} MB/s (TCP on 127.0.0.1)")
+
+
+def _pump(sender: socket.socket, receiver: socket.socket) -> float:
+    """Send and receive in turn, in one thread, whenever the kernel is ready for either; return MB/s."""
+    outgoing, incoming = bytes(2**18), bytearray(2**18)
+    sender.setblocking(False)
+    receiver.setblocking(False)
+    num_bytes, elapsed_s = 0, 0.0
+    with selectors.DefaultSelector() as selector:
+        selector.register(sender, selectors.EVENT_WRITE)
+        selector.register(receiver, selectors.EVENT_READ)
+        start = time.perf_counter()
+        while elapsed_s < LINK_PROBE_S:
+            for key, _ in selector.select(timeout=LINK_PROBE_S):
+                if key.fileobj is sender:
+                    sender.send(outgoing)
+                else:
+                    num_bytes += receiver.recv_into(incoming)
+            elapsed_s = time.perf_counter() - start
+    return num_bytes / elapsed_s / 1e6

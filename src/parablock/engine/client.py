@@ -1,0 +1,184 @@
+"""A client: takes rounds from the server, trains, sends its updates.
+
+Its compute thread runs `Client.run`; its communication thread belongs to the `Pipeline`. With delay 0 the
+server sends the next round only after the commit of this one, so the client waits for the exchange; with
+delay 1 the next round is already there, and the exchange happens while it trains. The code is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from parablock.algorithm.parablock import (
+    ClientState,
+    Commit,
+    ServerState,
+    commit,
+    delta_of,
+    put_in_flight,
+    working_parameters,
+)
+from parablock.checkpoint import ClientSnapshot
+from parablock.engine.pipeline import Pipeline
+from parablock.errors import CodecError
+from parablock.trace import Trace
+from parablock.wire.codec import Vector, as_decoded
+from parablock.wire.messages import (
+    Finish,
+    Mark,
+    NewValue,
+    RoundStart,
+    Update,
+    from_bytes,
+    new_block_value,
+    to_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What K local steps gave.
+
+    Attributes:
+        trained: y^b, flat, fp32.
+        train_loss: Mean loss over the steps.
+        num_local_steps: K.
+    """
+
+    trained: Tensor
+    train_loss: float
+    num_local_steps: int
+
+
+class Trainer(Protocol):
+    """Local training of one client, and what it remembers between rounds."""
+
+    num_examples: int
+    modelled_s: float | None
+    """Simulated seconds of a round's training; None: as measured."""
+
+    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
+        """Take K steps on a block, starting from the working parameters."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Give what has to survive a restart."""
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave."""
+
+
+class Client:
+    """One client of a run.
+
+    Args:
+        client_id: 0 … num_clients − 1.
+        state: Where it starts: the initial parameters, or what `restore_client` made.
+        trainer: Its local training.
+        pipeline: Its communication thread; entered and left by `run`.
+        trace: Where its computation is recorded.
+        in_flight: own | aligned | none.
+        wire_format: Payload of its updates.
+        hand_in: Takes its snapshots, from the compute thread.
+        sent: Updates in flight when the run was interrupted; they are sent again first.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        state: ClientState,
+        trainer: Trainer,
+        pipeline: Pipeline,
+        trace: Trace,
+        *,
+        in_flight: str,
+        wire_format: str,
+        hand_in: Callable[[int, ClientSnapshot], None],
+        sent: dict[int, bytes] | None = None,
+    ) -> None:
+        self.client_id, self.state, self._trainer = client_id, state, trainer
+        self._pipeline, self._trace = pipeline, trace
+        self._in_flight, self._wire_format, self._hand_in = in_flight, wire_format, hand_in
+        self._sent = dict(sent or {})
+
+    def run(self) -> None:
+        """Serve the server until it finishes or stops the run."""
+        with self._pipeline as pipeline:
+            for round_index, sent in self._sent.items():
+                pipeline.send(sent, round_index)
+            while True:
+                message = from_bytes(pipeline.receive())
+                match message:
+                    case RoundStart():
+                        self._round(message)
+                    case Mark():
+                        self._hand_in(message.round_index, self.snapshot())
+                        if message.stop:
+                            return
+                    case Finish():
+                        self._commit(message.news, message.committed)
+                        return
+                    case Update():
+                        raise CodecError(f"client {self.client_id} received an update; only a server does")
+
+    def snapshot(self) -> ClientSnapshot:
+        """Give what a checkpoint keeps of this client."""
+        return ClientSnapshot(
+            self.client_id, self.state.versions, self.state.rho, dict(self._sent), self._trainer.memory()
+        )
+
+    def _round(self, start: RoundStart) -> None:
+        t, b = start.round_index, start.block_index
+        self._commit(start.news, start.committed)
+        with self._trace.span(self.client_id, "compute", "computing", round_index=t, block_index=b):
+            began = self._trace.clock.now()
+            with self._trace.clock.working(self._trainer.modelled_s):
+                v = working_parameters(self.state, self._in_flight)
+                result = self._trainer.train(t, b, v)
+                delta = delta_of(result.trained, v[b])
+            compute_s = self._trace.clock.now() - began
+        message = to_bytes(
+            Update(
+                round_index=t,
+                block_index=b,
+                client_id=self.client_id,
+                num_examples=self._trainer.num_examples,
+                committed=start.committed,
+                train_loss=result.train_loss,
+                num_local_steps=result.num_local_steps,
+                compute_s=compute_s,
+                delta=Vector(delta, self._wire_format),
+            )
+        )
+        self.state = put_in_flight(self.state, t, b, as_decoded(delta, self._wire_format))
+        self._sent[t] = message
+        self._pipeline.send(message, t)
+
+    def _commit(self, news: tuple[NewValue, ...], committed: int) -> None:
+        commits = [
+            Commit(new.block_index, new.version, new_block_value(self.state.base[new.block_index], new), new.rho)
+            for new in news
+        ]
+        self.state = commit(self.state, commits, committed)
+        self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
+
+
+def restore_client(snapshot: ClientSnapshot, server: ServerState) -> tuple[ClientState, dict[int, bytes]]:
+    """Make a client from its snapshot and the server's state at the same round.
+
+    Blocks that the client had not seen take the server's value for now: the server sends them, as their
+    versions say, before the client trains again.
+
+    Returns:
+        Its state, and the messages of its updates that the server has not committed.
+    """
+    state = ClientState(server.view, snapshot.versions, snapshot.rho)
+    sent = {t: message for t, message in sorted(snapshot.sent.items()) if t > server.committed}
+    for t, message in sent.items():
+        update = from_bytes(message)
+        assert isinstance(update, Update)
+        state = put_in_flight(state, t, update.block_index, update.delta.values.float())
+    return state, sent

@@ -1,0 +1,91 @@
+"""Local training of one client: its examples, its copy of the model, its optimizer arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from parablock.algorithm.local import LocalArguments, Moments, train_block
+from parablock.config import TrainSection
+from parablock.data.batches import round_batches
+from parablock.data.prompts import Example
+from parablock.engine.client import Trained
+from parablock.model.params import Replica
+
+
+class LocalTrainer:
+    """Trains a block on one client's examples.
+
+    Args:
+        client_id: Whose examples.
+        examples: Its training examples.
+        replica: The model that it trains with. Clients whose turns never overlap may share one.
+        train: The `train` section of the configuration.
+        arguments: The same for the local optimizer.
+        seed: The run's seed.
+        pad_token_id: What short examples are padded with.
+        step_time_s: Simulated seconds of a local step; None: as measured.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        examples: Sequence[Example],
+        replica: Replica,
+        *,
+        train: TrainSection,
+        arguments: LocalArguments,
+        seed: int,
+        pad_token_id: int,
+        step_time_s: float | None,
+    ) -> None:
+        assert isinstance(train.num_local_steps, int)
+        self._client_id, self._examples, self._replica = client_id, examples, replica
+        self._train, self._arguments, self._seed, self._pad_token_id = train, arguments, seed, pad_token_id
+        self._num_local_steps = train.num_local_steps
+        self._moments: dict[int, Moments] = {}
+        self.num_examples = len(examples)
+        self.modelled_s = None if step_time_s is None else step_time_s * self._num_local_steps
+
+    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
+        """Take K steps on a block, starting from the working parameters."""
+        self._replica.load_all(working)
+        first_step = round_index * self._num_local_steps
+        result = train_block(
+            self._replica,
+            block_index,
+            working[block_index],
+            round_batches(
+                self._examples,
+                seed=self._seed,
+                client_id=self._client_id,
+                first_step=first_step,
+                num_local_steps=self._num_local_steps,
+                per_device_train_batch_size=self._train.per_device_train_batch_size,
+                gradient_accumulation_steps=self._train.gradient_accumulation_steps,
+                pad_token_id=self._pad_token_id,
+            ),
+            self._arguments,
+            first_step=first_step,
+            moments=self._moments.get(block_index),
+        )
+        if self._train.optimizer_state == "keep":
+            self._moments[block_index] = result.moments
+        return Trained(result.trained, result.train_loss, self._num_local_steps)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Give the kept moments as named tensors."""
+        return {
+            f"{block_index}.{name}": value
+            for block_index, moments in self._moments.items()
+            for name, value in moments.to_tensors().items()
+        }
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Take the kept moments back."""
+        by_block: dict[int, dict[str, Tensor]] = {}
+        for key, value in memory.items():
+            block_index, name = key.split(".", 1)
+            by_block.setdefault(int(block_index), {})[name] = value
+        self._moments = {block_index: Moments.from_tensors(tensors) for block_index, tensors in by_block.items()}

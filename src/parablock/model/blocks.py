@@ -1,0 +1,175 @@
+"""The partition of a model into ordered, disjoint blocks: the only file that knows parameter names.
+
+A block is a group of neighbouring decoder layers. The embeddings, and the final norm with the head, are
+blocks of their own only when asked for; otherwise they stay frozen. Tied embeddings are one parameter and
+belong to one block: the embeddings' when there is one, else the head's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from parablock.errors import ModelError
+
+INPUT_SIDE = ("embed", "wte", "wpe", "project_in")
+"""What names of parameters outside the layers hold when they come before the first layer."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A group of parameters that is trained and sent together.
+
+    Attributes:
+        index: Position in the ordered partition.
+        name: For people: `layers.3`, `layers.4-5`, `embeddings` or `head`.
+        layers: Indices of its decoder layers, ascending; empty for embeddings and head.
+        parameter_names: Its parameters, in the order of their elements in the block's flat vector.
+        num_parameters: Number of elements of all of them.
+        lowest_layer: The first decoder layer that backpropagation goes through when this block is
+            trained; the number of layers when it goes through none.
+        layers_path: Where the model keeps its decoder layers.
+    """
+
+    index: int
+    name: str
+    layers: tuple[int, ...]
+    parameter_names: tuple[str, ...]
+    num_parameters: int
+    lowest_layer: int = 0
+    layers_path: str | None = None
+
+
+def partition_blocks(
+    model: PreTrainedModel,
+    *,
+    layers_per_block: int,
+    include_embeddings: bool = False,
+    include_head: bool = False,
+    layers_path: str | None = None,
+) -> tuple[Block, ...]:
+    """Split a causal language model into blocks, from its input to its output.
+
+    Args:
+        model: Any Hugging Face causal language model.
+        layers_per_block: Decoder layers in a block; the last block takes what is left.
+        include_embeddings: Make token and position embeddings block 0.
+        include_head: Make the final norm and the head the last block.
+        layers_path: Dotted path of the list of decoder layers, for an architecture where it is not found.
+
+    Returns:
+        The blocks in order.
+
+    Raises:
+        ModelError: If the layers are not found, `layers_per_block` does not fit their number, or a block
+            would have no parameter of its own.
+    """
+    path, layers = find_layers(model, layers_path)
+    count = len(layers)
+    if not 1 <= layers_per_block <= count:
+        raise ModelError(
+            f"blocks.layers_per_block is {layers_per_block}, and the model has {count} decoder layers",
+            remedy=f"Choose a number from 1 to {count}.",
+        )
+    embeddings, head = _names_outside(model, path)
+    tied = set(embeddings) & set(head)
+    blocks: list[Block] = []
+
+    def add(name: str, group: tuple[int, ...], names: Sequence[str], lowest_layer: int) -> None:
+        size = sum(model.get_parameter(parameter).numel() for parameter in names)
+        blocks.append(Block(len(blocks), name, group, tuple(names), size, lowest_layer, path))
+
+    if include_embeddings:
+        add("embeddings", (), embeddings, 0)
+        head = [name for name in head if name not in tied]
+    for first in range(0, count, layers_per_block):
+        group = tuple(range(first, min(first + layers_per_block, count)))
+        add(_layers_name(group), group, _names_inside(model, path, group), first)
+    if include_head:
+        add("head", (), head, 0 if tied & set(head) else count)
+    for block in blocks:
+        _check_not_empty(block)
+    return tuple(blocks)
+
+
+def find_layers(model: PreTrainedModel, layers_path: str | None = None) -> tuple[str, nn.ModuleList]:
+    """Find the decoder layers of a model.
+
+    They are the one `ModuleList` of the decoder that has as many entries as the configuration has layers
+    and lies in no other `ModuleList`.
+
+    Args:
+        model: A Hugging Face causal language model.
+        layers_path: Dotted path of the list, for a model where this rule does not find it.
+
+    Returns:
+        The dotted path and the list.
+
+    Raises:
+        ModelError: If there is no such list, or more than one; it says how to name it.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if layers_path is not None:
+        if not len(lists.get(layers_path, ())):
+            raise _layers_not_found(f"blocks.layers_path is {layers_path!r}, which names no ModuleList", lists)
+        return layers_path, lists[layers_path]
+    wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    in_decoder = set(model.get_decoder().modules())
+    found = [
+        name
+        for name, module in lists.items()
+        if len(module) == wanted
+        and module in in_decoder
+        and not any(name.startswith(f"{other}.") for other in lists)
+    ]
+    if len(found) != 1:
+        architecture = type(model).__name__
+        raise _layers_not_found(f"The decoder layers of {architecture} ({wanted} of them) were not found", lists)
+    return found[0], lists[found[0]]
+
+
+def _layers_not_found(what: str, lists: Mapping[str, nn.ModuleList]) -> ModelError:
+    listed = ", ".join(f"{name} ({len(module)} entries)" for name, module in lists.items()) or "none"
+    return ModelError(
+        what,
+        cause=f"Lists of modules in this model: {listed}.",
+        remedy="Name the list of its decoder layers in the configuration, as in blocks.layers_path: model.layers",
+    )
+
+
+def _names_inside(model: PreTrainedModel, path: str, group: Sequence[int]) -> list[str]:
+    prefixes = tuple(f"{path}.{layer}." for layer in group)
+    return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+
+
+def _names_outside(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
+    """Give the parameters before the layers and those after them; tied embeddings are in both."""
+    read_in = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    output = model.get_output_embeddings()
+    read_out = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+    embeddings, head = [], []
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{path}."):
+            continue
+        before = id(parameter) in read_in or any(word in name for word in INPUT_SIDE)
+        if before and (id(parameter) in read_in or id(parameter) not in read_out):
+            embeddings.append(name)
+        if id(parameter) in read_out or not before:
+            head.append(name)
+    return embeddings, head
+
+
+def _layers_name(group: Sequence[int]) -> str:
+    return f"layers.{group[0]}" if len(group) == 1 else f"layers.{group[0]}-{group[-1]}"
+
+
+def _check_not_empty(block: Block) -> None:
+    if not block.num_parameters:
+        raise ModelError(
+            f"Block {block.index} ({block.name}) would have no parameters",
+            cause="They are shared with another block, or this model has none there.",
+            remedy="Leave this block out, or choose larger blocks.",
+        )

@@ -1,0 +1,113 @@
+"""Write a model as a Hugging Face checkpoint, and tell whether two checkpoints hold the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from parablock.errors import ModelError, StorageError
+from parablock.model.load import quiet_transformers
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path | str) -> None:
+    """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer.
+
+    The files are written beside `directory` and renamed when they are whole; an earlier `directory` is
+    replaced. The weights are copied once on the CPU, because parameters of a `Replica` share storage.
+
+    Args:
+        model: The model; it is not changed.
+        tokenizer: Its tokenizer.
+        directory: The folder to make.
+
+    Raises:
+        StorageError: If the folder cannot be written (full, read-only, or a file has its name).
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    previous = directory.with_name(f".{directory.name}.previous")
+    kept = model.generation_config
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with quiet_transformers():
+            model.generation_config = _valid_generation_config(kept)
+            model.save_pretrained(partial, state_dict=_unshared_state(model))
+            tokenizer.save_pretrained(partial)
+        shutil.rmtree(previous, ignore_errors=True)
+        if directory.exists():
+            directory.rename(previous)
+        partial.rename(directory)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"The model cannot be written to {directory}: {error}",
+            cause="The disk is full or read-only, or the name is taken by something that is not a folder.",
+            remedy="Free some space or give another output directory; nothing half-written was left there.",
+        ) from error
+    finally:
+        model.generation_config = kept
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def model_sha256(directory: Path | str) -> str:
+    """Hash the tensors of a checkpoint: name, dtype, shape and bytes of each, in the order of the names.
+
+    How the tensors are spread over files, and the files' metadata, have no effect.
+
+    Args:
+        directory: A folder with `*.safetensors`.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ModelError: If the folder has no safetensors, or one that cannot be read.
+    """
+    directory = Path(directory)
+    digest = hashlib.sha256()
+    try:
+        files = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                files.update(dict.fromkeys(tensors.keys(), path))
+        for name in sorted(files):
+            with safe_open(files[name], framework="pt") as tensors:
+                _hash_tensor(digest, name, tensors.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"The weights in {directory} cannot be read: {error}") from error
+    if not files:
+        raise ModelError(f"There are no *.safetensors in {directory}", remedy="Give the folder of a saved model.")
+    return digest.hexdigest()
+
+
+def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _unshared_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    copies: dict[int, Tensor] = {}  # tied parameters are one object and stay one copy
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True).contiguous()
+        state[name] = copies[id(tensor)]
+    return state
+
+
+def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:
+    try:
+        config.validate(strict=True)
+    except ValueError:  # such as a temperature without do_sample; Transformers refuses to save those
+        return GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+    return config

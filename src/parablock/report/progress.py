@@ -1,0 +1,223 @@
+"""What a run shows while it goes on: a live display on a terminal, plain lines anywhere else.
+
+Both take the rows that are written to `metrics.jsonl` and words about what a client is doing; neither sees
+a live object of the run. `client` is called from the clients' threads. It does nothing but one assignment in
+a dictionary, which is safe without a lock and costs nothing; the display reads a copy when it draws.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from parablock.report.units import format_bytes, format_duration, sparkline
+
+MAX_CLIENT_ROWS = 12
+MAX_PLAIN_LINES = 100
+SPARKLINE_LENGTH = 32
+
+_ACTIVITY_STYLES = {"computing": "green", "uploading": "cyan", "downloading": "blue", "waiting": "dim"}
+
+
+class Progress(Protocol):
+    """What an engine tells while a run goes on; leaving the context closes the display."""
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
+        """Begin the display of the rounds from `first_round`, which a resume sets, to `num_rounds` − 1."""
+
+    def client(self, client_id: int, activity: str) -> None:
+        """Tell what a client does: computing, uploading, downloading or waiting. Any thread may call it."""
+
+    def round_done(self, row: Mapping[str, Any]) -> None:
+        """Show a finished round, given its line of `metrics.jsonl`; a loss that it lacks is not shown."""
+
+    def message(self, text: str) -> None:
+        """Show a line that belongs to no round."""
+
+    def close(self) -> None:
+        """End the display; a second time does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_progress(*, console: Console, plain: bool | None = None) -> Progress:
+    """Choose the display.
+
+    Args:
+        console: Where it is shown.
+        plain: True for plain lines; False for the live display, of which anything but a terminal gets the
+            last picture only; None for the live display exactly on a terminal that can move its cursor.
+
+    Returns:
+        A display that has not begun.
+    """
+    if plain is None:
+        plain = not console.is_terminal or console.is_dumb_terminal
+    return PlainProgress(console=console) if plain else LiveProgress(console=console)
+
+
+class _Pace:
+    """The time that the remaining rounds will take, at the mean pace of this session's rounds."""
+
+    def __init__(self, *, now_s: Callable[[], float], num_rounds: int, first_round: int) -> None:
+        self.num_rounds, self.first_round = num_rounds, first_round
+        self._now_s, self._start_s = now_s, now_s()
+
+    def remaining(self, num_done: int) -> str:
+        """Estimate from the first `num_done` rounds of the run."""
+        elapsed_s = self._now_s() - self._start_s
+        remaining_s = elapsed_s / (num_done - self.first_round) * (self.num_rounds - num_done)
+        return f"ETA {format_duration(remaining_s)}" if num_done < self.num_rounds else "done"
+
+
+class PlainProgress(Progress):
+    """One line a round; of a long run about `MAX_PLAIN_LINES` lines and every evaluation.
+
+    The bytes and seconds of a line are those of its round alone.
+
+    Args:
+        console: Where the lines go; they are not wrapped.
+        now_s: The clock behind the ETA, in seconds from any origin.
+    """
+
+    def __init__(self, *, console: Console, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._now_s = console, now_s
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
+        """Write one line about what is to come."""
+        self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
+        self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
+        self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
+
+    def client(self, client_id: int, activity: str) -> None:
+        """Show nothing: what each client does at the moment is no line of a log."""
+
+    def round_done(self, row: Mapping[str, Any]) -> None:
+        """Write the round's line, unless it is thinned out."""
+        num_done, pace = row["round_index"] + 1, self._pace
+        at_an_end = num_done in (pace.first_round + 1, pace.num_rounds)
+        if at_an_end or num_done % self._stride == 0 or row.get("eval_loss") is not None:
+            self.message("  ".join([*_describe(row, num_rounds=pace.num_rounds), pace.remaining(num_done)]))
+
+    def message(self, text: str) -> None:
+        """Write a line that belongs to no round."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        """Do nothing: every line is written when it is known."""
+
+
+def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
+    """Write the facts of one round, each of fixed width where it can be, leaving out those it lacks."""
+    width = len(str(num_rounds))
+    facts = [f"round {row['round_index'] + 1:>{width}}/{num_rounds}"]
+    if (block_index := row.get("block_index")) is not None:
+        facts.append(f"block {block_index}")
+    facts += [
+        f"{word} {loss:.3f}"
+        for word, key in (("train", "train_loss"), ("eval", "eval_loss"))
+        if (loss := row.get(key)) is not None
+    ]
+    facts.append(f"{format_bytes(row['uplink_bytes'])} up {format_bytes(row['downlink_bytes'])} down")
+    return [*facts, format_duration(row["round_s"])]
+
+
+class LiveProgress(Progress):
+    """A display that is drawn over and over: rounds and ETA, losses, bytes, what each client does now.
+
+    Args:
+        console: A terminal.
+        now_s: The clock behind the ETA, in seconds from any origin.
+    """
+
+    def __init__(self, *, console: Console, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._now_s = console, now_s
+        self._ascii_only = not console.encoding.lower().startswith("utf")
+        self._bar = ProgressBar(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=console,
+        )
+        self._activities: dict[int, str] = {}
+        self._block = "-"
+        self._train_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
+        self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
+        self._uplink_bytes = self._downlink_bytes = 0
+        self._live = Live(self, console=console, refresh_per_second=4)
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
+        """Begin to draw."""
+        self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
+        self._task = self._bar.add_task("", total=num_rounds, completed=first_round, eta="")
+        self._activities = dict.fromkeys(range(num_clients), "waiting")
+        self._live.start(refresh=True)
+
+    def client(self, client_id: int, activity: str) -> None:
+        """Note what a client does; it is shown with the next drawing."""
+        self._activities[client_id] = activity
+
+    def round_done(self, row: Mapping[str, Any]) -> None:
+        """Take a round into the picture."""
+        num_done = row["round_index"] + 1
+        self._bar.update(self._task, completed=num_done, eta=self._pace.remaining(num_done))
+        if row.get("block_index") is not None:
+            self._block = str(row["block_index"])
+        for losses, key in ((self._train_losses, "train_loss"), (self._eval_losses, "eval_loss")):
+            if row.get(key) is not None:
+                losses.append(row[key])
+        self._uplink_bytes += row["uplink_bytes"]
+        self._downlink_bytes += row["downlink_bytes"]
+
+    def message(self, text: str) -> None:
+        """Write a line above the picture."""
+        self._console.print(Text(text))
+
+    def close(self) -> None:
+        """Stop drawing; the losses and bytes stay on the screen, the clients, who are done, do not."""
+        self._activities = {}
+        self._live.stop()
+
+    def __rich__(self) -> Group:
+        """Draw the present state; the display's own thread calls it."""
+        return Group(self._bar, self._draw_facts(), self._draw_clients())
+
+    def _draw_facts(self) -> Table:
+        facts = Table.grid(padding=(0, 2))
+        facts.add_row("block", self._block)
+        for name, losses in (("train loss", self._train_losses), ("eval loss", self._eval_losses)):
+            values = list(losses)
+            latest = f"{values[-1]:.3f}" if values else "-"
+            facts.add_row(name, latest, Text(sparkline(values, ascii_only=self._ascii_only)))
+        facts.add_row(
+            "sent", f"{format_bytes(self._uplink_bytes)} up", f"{format_bytes(self._downlink_bytes)} down"
+        )
+        return facts
+
+    def _draw_clients(self) -> Table:
+        clients = Table.grid(padding=(0, 2))
+        activities = sorted(self._activities.copy().items())
+        for client_id, activity in activities[:MAX_CLIENT_ROWS]:
+            clients.add_row(f"client {client_id}", Text(activity, style=_ACTIVITY_STYLES.get(activity, "")))
+        if len(activities) > MAX_CLIENT_ROWS:
+            dots = "..." if self._ascii_only else "…"
+            clients.add_row(f"{dots} and {len(activities) - MAX_CLIENT_ROWS} more")
+        return clients

@@ -1,0 +1,179 @@
+"""Bytes: a header, vectors, a checksum; nothing is trusted before it is checked.
+
+    offset  bytes  what
+    0       4      magic, b"PBLK"
+    4       2      protocol version, little endian
+    6       4      H, length of the header, little endian
+    10      8      P, length of the payload, little endian
+    18      H      header: a JSON object in UTF-8; its `vectors` list describes the payload
+    18+H    P      payload: the vectors one after another, little endian
+    18+H+P  4      CRC-32 of everything before, little endian
+
+A vector of n elements takes 4·n bytes as float32 and 2·n as bfloat16. A CRC-32 finds every flipped bit and
+every burst of up to 32; it is no protection against a forger, which is what TLS is for.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parablock.errors import CodecError
+
+MAGIC = b"PBLK"
+PROTOCOL_VERSION = 1
+PREFIX = struct.Struct("<4sHIQ")
+CHECKSUM = struct.Struct("<I")
+MAX_HEADER_BYTES = 1 << 20
+
+FORMATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Payload formats and the element type that each travels in."""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One flat vector and the format it travels in.
+
+    Attributes:
+        values: 1-D, on the CPU.
+        format: A key of `FORMATS`; the values are rounded to it.
+    """
+
+    values: Tensor
+    format: str
+
+
+def payload_bytes(num_elements: int, payload_format: str) -> int:
+    """Tell how many bytes a vector takes in a format."""
+    return num_elements * FORMATS[payload_format].itemsize
+
+
+def as_decoded(values: Tensor, payload_format: str) -> Tensor:
+    """Give the values as the other side will see them, in fp32."""
+    return values.to(FORMATS[payload_format]).float()
+
+
+def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
+    """Make a message.
+
+    Args:
+        header: JSON-able fields; the key `vectors` is the codec's own.
+        vectors: What the payload holds.
+    """
+    described, parts = [], []
+    for vector in vectors:
+        typed = vector.values.detach().to(FORMATS[vector.format]).contiguous()
+        described.append({"format": vector.format, "shape": [typed.numel()]})
+        parts.append(typed.view(torch.uint8).numpy().tobytes())
+    head = json.dumps({**header, "vectors": described}, separators=(",", ":"), allow_nan=False).encode()
+    prefix = PREFIX.pack(MAGIC, PROTOCOL_VERSION, len(head), sum(map(len, parts)))
+    body = b"".join((prefix, head, *parts))
+    return body + CHECKSUM.pack(zlib.crc32(body))
+
+
+def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
+    """Read a message back.
+
+    Returns:
+        The header without `vectors`, and the vectors in their formats.
+
+    Raises:
+        CodecError: Not a message, another protocol version, truncated or too long, altered on the way, or
+            a header that does not describe the payload. Nothing is allocated before the lengths agree.
+    """
+    header_bytes, num_payload_bytes = _checked_lengths(message)
+    _check_sum(message)
+    start = PREFIX.size + header_bytes
+    header = _header(message[PREFIX.size : start])
+    described = header.pop("vectors", None)
+    sizes = _vector_sizes(described)
+    if sum(sizes) != num_payload_bytes:
+        raise CodecError(
+            f"a message describes {sum(sizes)} payload bytes and carries {num_payload_bytes}",
+            cause="The sender's header and payload do not belong together.",
+        )
+    vectors = []
+    for description, size in zip(described or (), sizes, strict=True):
+        dtype = FORMATS[description["format"]]
+        raw = (
+            torch.frombuffer(bytearray(memoryview(message)[start : start + size]), dtype=torch.uint8)
+            if size
+            else None
+        )
+        values = torch.empty(0, dtype=dtype) if raw is None else raw.view(dtype)
+        vectors.append(Vector(values, description["format"]))
+        start += size
+    return header, vectors
+
+
+def _checked_lengths(message: bytes) -> tuple[int, int]:
+    if len(message) < PREFIX.size + CHECKSUM.size or message[:4] != MAGIC:
+        raise CodecError(
+            f"{len(message)} bytes that begin with {message[:4]!r} are not a ParaBlock message",
+            cause="Something else talks to this port, or the message was cut right at its start.",
+        )
+    _, version, header_bytes, num_payload_bytes = PREFIX.unpack_from(message)
+    if version != PROTOCOL_VERSION:
+        raise CodecError(
+            f"a message of protocol version {version} reached a side that speaks version {PROTOCOL_VERSION}",
+            cause="Client and server run different releases of ParaBlock.",
+            remedy="Install the same release on both sides.",
+        )
+    expected = PREFIX.size + header_bytes + num_payload_bytes + CHECKSUM.size
+    if len(message) != expected or header_bytes > MAX_HEADER_BYTES:
+        raise CodecError(
+            f"a message of {expected} bytes arrived with {len(message)}",
+            cause="It was cut or run together on its way.",
+            remedy="It has to be sent again.",
+        )
+    return header_bytes, num_payload_bytes
+
+
+def _check_sum(message: bytes) -> None:
+    (declared,) = CHECKSUM.unpack_from(message, len(message) - CHECKSUM.size)
+    found = zlib.crc32(memoryview(message)[: -CHECKSUM.size])
+    if found != declared:
+        raise CodecError(
+            f"a message of {len(message)} bytes has checksum {found:08x}, not {declared:08x} as it declares",
+            cause="At least one bit changed on the way.",
+            remedy="It has to be sent again.",
+        )
+
+
+def _header(raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CodecError(f"a message's header is not JSON: {error}", cause="The sender is not ParaBlock.") from None
+    if not isinstance(header, dict):
+        raise CodecError("a message's header is not a JSON object", cause="The sender is not ParaBlock.")
+    return header
+
+
+def _vector_sizes(described: Any) -> list[int]:
+    problem = CodecError(
+        f"a message describes its vectors as {described!r:.200}", cause="The sender is not ParaBlock."
+    )
+    if not isinstance(described, list):
+        raise problem
+    sizes = []
+    for entry in described:
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not (
+            isinstance(shape, list)
+            and len(shape) == 1
+            and isinstance(shape[0], int)
+            and not isinstance(shape[0], bool)
+            and shape[0] >= 0
+            and entry.get("format") in FORMATS
+        ):
+            raise problem
+        sizes.append(payload_bytes(shape[0], entry["format"]))
+    return sizes

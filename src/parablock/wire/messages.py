@@ -1,0 +1,210 @@
+"""What server and clients say to each other, and how each message becomes bytes.
+
+    server ── RoundStart(t): the block of round t, and the commits that the client has not seen ──► client
+    client ── Update(t): Δ of round t ──► server
+    server ── Mark(t): hand in your state as of the start of round t (and stop, if it says so) ──► client
+    server ── Finish: the last commits; nothing more to train ──► client
+
+A new value of a block travels exactly, in the run's dtype (`value`), or, where the wire format is
+narrower, as the difference from what the client holds (`difference`), whose rounding the server keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from parablock.errors import CodecError
+from parablock.wire.codec import Vector, decode, encode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class NewValue:
+    """One block's new value on its way down.
+
+    Attributes:
+        block_index: The block.
+        version: The round whose aggregate made it.
+        rho: ρ of that aggregate.
+        kind: value (replaces) | difference (added to what the client holds).
+        vector: The value or the difference.
+    """
+
+    block_index: int
+    version: int
+    rho: float
+    kind: str
+    vector: Vector
+
+
+@dataclass(frozen=True)
+class RoundStart:
+    """Round t begins: train `block_index` after taking over `news`, which ends with round `committed`."""
+
+    round_index: int
+    block_index: int
+    committed: int
+    news: tuple[NewValue, ...]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The drain: the last commits; there is nothing more to train."""
+
+    committed: int
+    news: tuple[NewValue, ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A checkpoint: hand in the state as of the start of round t; `stop`: and leave."""
+
+    round_index: int
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's Δ of one round.
+
+    Attributes:
+        round_index: t.
+        block_index: b_t.
+        client_id: Who.
+        num_examples: Its weight w_i.
+        committed: The newest commit that its training started from.
+        train_loss: Mean loss over the local steps.
+        num_local_steps: K.
+        compute_s: Seconds of local training.
+        delta: Δ.
+    """
+
+    round_index: int
+    block_index: int
+    client_id: int
+    num_examples: int
+    committed: int
+    train_loss: float
+    num_local_steps: int
+    compute_s: float
+    delta: Vector
+
+
+Message = RoundStart | Finish | Mark | Update
+
+
+def to_bytes(message: Message) -> bytes:
+    """Encode any message."""
+    fields: dict[str, Any] = {"kind": type(message).__name__}
+    vectors: list[Vector] = []
+    for name, value in vars(message).items():
+        if isinstance(value, Vector):
+            vectors.append(value)
+        elif name == "news":
+            fields["news"] = [[new.block_index, new.version, new.rho, new.kind] for new in value]
+            vectors.extend(new.vector for new in value)
+        else:
+            fields[name] = value
+    return encode(fields, vectors)
+
+
+def from_bytes(raw: bytes) -> Message:
+    """Decode any message.
+
+    Raises:
+        CodecError: As `decode`, or an unknown kind, or a field that is missing or of the wrong type.
+    """
+    fields, vectors = decode(raw)
+    reader = _READERS.get(str(fields.get("kind")))
+    if reader is None:
+        raise CodecError(
+            f"a message is of kind {fields.get('kind')!r}; there are {', '.join(_READERS)}",
+            cause="The sender is not ParaBlock, or a newer release.",
+        )
+    try:
+        return reader(fields, vectors)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CodecError(
+            f"a {fields['kind']} message lacks or misstates a field: {error!r}",
+            cause="The sender is not ParaBlock.",
+        ) from None
+
+
+def _typed(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    value = fields[name]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{name} is {value!r}, not {kind.__name__}")
+    return value
+
+
+def _news(fields: Mapping[str, Any], vectors: list[Vector]) -> tuple[NewValue, ...]:
+    entries = _typed(fields, "news", list)
+    return tuple(
+        NewValue(int(block_index), int(version), float(rho), _kind(kind), vector)
+        for (block_index, version, rho, kind), vector in zip(entries, vectors, strict=True)
+    )
+
+
+def _kind(kind: object) -> str:
+    if kind not in ("value", "difference"):
+        raise ValueError(f"a new value is {kind!r}, not value or difference")
+    return str(kind)
+
+
+def _read_update(fields: Mapping[str, Any], vectors: list[Vector]) -> Update:
+    (delta,) = vectors
+    names = ("round_index", "block_index", "client_id", "num_examples", "committed")
+    numbers = {name: _typed(fields, name, int) for name in names}
+    return Update(
+        **numbers,
+        train_loss=_typed(fields, "train_loss", float),
+        num_local_steps=_typed(fields, "num_local_steps", int),
+        compute_s=float(_typed(fields, "compute_s", int | float)),  # type: ignore[arg-type]
+        delta=delta,
+    )
+
+
+def _read_round_start(fields: Mapping[str, Any], vectors: list[Vector]) -> RoundStart:
+    numbers = {name: _typed(fields, name, int) for name in ("round_index", "block_index", "committed")}
+    return RoundStart(**numbers, news=_news(fields, vectors))
+
+
+def _read_finish(fields: Mapping[str, Any], vectors: list[Vector]) -> Finish:
+    return Finish(_typed(fields, "committed", int), _news(fields, vectors))
+
+
+def _read_mark(fields: Mapping[str, Any], vectors: list[Vector]) -> Mark:
+    if vectors:
+        raise ValueError(f"it carries {len(vectors)} vectors")
+    return Mark(_typed(fields, "round_index", int), _typed(fields, "stop", bool))
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], list[Vector]], Message]] = {
+    "RoundStart": _read_round_start,
+    "Finish": _read_finish,
+    "Mark": _read_mark,
+    "Update": _read_update,
+}
+
+
+def new_block_value(held: Tensor, new: NewValue) -> Tensor:
+    """Give what a client holds of a block after a `NewValue`, in the dtype that it holds now.
+
+    Raises:
+        CodecError: When the vector is not of the block's length.
+    """
+    vector = new.vector.values
+    if vector.numel() != held.numel():
+        raise CodecError(
+            f"block {new.block_index} has {held.numel()} parameters and its new value {vector.numel()}",
+            cause="Client and server do not fine-tune the same model.",
+            remedy="Compare `parablock blocks` on both sides.",
+        )
+    if new.kind == "value":
+        return vector.to(held.dtype)
+    return (held.float() + vector.float()).to(held.dtype)

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import io
+import threading
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from parablock.report.progress import LiveProgress, PlainProgress, make_progress
+from parablock.report.units import format_bytes, format_duration, sparkline
+
+
+def row(round_index: int, **changes: Any) -> dict[str, Any]:
+    facts = {"block_index": 3, "train_loss": 2.8712, "round_s": 3.24, "uplink_bytes": 1_200_000}
+    return {"round_index": round_index, **facts, "downlink_bytes": 800_000, **changes}
+
+
+class SteppedClock:
+    """A clock that moves only when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def file_console(**options: Any) -> Console:
+    return Console(file=io.StringIO(), width=40, **options)
+
+
+def lines_of(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def picture_of(progress: LiveProgress, *, encoding: str = "utf-8") -> str:
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding), width=100, record=True)
+    console.print(progress)
+    return console.export_text()
+
+
+@pytest.fixture
+def live():
+    console = Console(file=io.StringIO(), width=100, height=60, force_terminal=True, _environ={})
+    with LiveProgress(console=console, now_s=SteppedClock()) as progress:
+        yield progress
+
+
+# --- plain lines
+
+
+def test_a_plain_line_tells_round_block_losses_bytes_time_and_eta_unwrapped():
+    console, clock = file_console(), SteppedClock()
+    with PlainProgress(console=console, now_s=clock) as progress:
+        progress.start(64, 8, 0)
+        clock.now = 24.0  # 12 rounds in 24 s: the other 52 take 104 s
+        progress.round_done(row(11, eval_loss=2.9))
+    assert lines_of(console) == [
+        "rounds 1 to 64, 8 clients",
+        "round 12/64  block 3  train 2.871  eval 2.900  1.2 MB up 800.0 kB down  3.2 s  ETA 104 s",
+    ]
+
+
+def test_a_plain_line_leaves_out_what_its_row_lacks():
+    console = file_console()
+    progress = PlainProgress(console=console)
+    progress.start(64, 8, 0)
+    progress.round_done(row(63, block_index=None, train_loss=None, eval_loss=None))
+    assert lines_of(console)[-1] == "round 64/64  1.2 MB up 800.0 kB down  3.2 s  done"
+
+
+@pytest.mark.parametrize(("num_rounds", "first_round"), [(8, 0), (1000, 0), (1000, 500), (1, 0)])
+def test_plain_lines_of_a_long_run_are_thinned_but_keep_both_ends(num_rounds: int, first_round: int):
+    console = file_console()
+    progress = PlainProgress(console=console)
+    progress.start(num_rounds, 8, first_round)
+    for round_index in range(first_round, num_rounds):
+        progress.round_done(row(round_index))
+    shown = [int(line.split("/")[0].removeprefix("round ")) for line in lines_of(console)[1:]]
+    assert (shown[0], shown[-1]) == (first_round + 1, num_rounds)
+    assert len(shown) == num_rounds - first_round if num_rounds < 100 else 100 <= len(shown) <= 102
+
+
+def test_every_evaluation_is_shown_even_where_lines_are_thinned():
+    console = file_console()
+    progress = PlainProgress(console=console)
+    progress.start(1000, 8, 0)
+    for round_index in range(1000):
+        progress.round_done(row(round_index, eval_loss=2.5 if round_index in (332, 777) else None))
+    evaluated = [line[:10] for line in lines_of(console) if "eval" in line]
+    assert evaluated == ["round  333", "round  778"]
+
+
+def test_the_eta_after_a_resume_is_paced_by_the_rounds_of_this_session_alone():
+    console, clock = file_console(), SteppedClock()
+    progress = PlainProgress(console=console, now_s=clock)
+    progress.start(100, 8, 90)
+    clock.now = 50.0  # rounds 90 … 94, ten seconds each: five more
+    progress.round_done(row(94, eval_loss=1.0))
+    assert lines_of(console)[-1].endswith("ETA 50 s")
+
+
+def test_a_message_is_shown_as_it_is_though_it_looks_like_markup():
+    console = file_console()
+    PlainProgress(console=console).message("[bold]read[/nothing] 3 files")
+    assert lines_of(console) == ["[bold]read[/nothing] 3 files"]
+
+
+# --- the live display
+
+
+def test_the_picture_shows_round_block_losses_total_bytes_and_clients(live: LiveProgress):
+    live.start(64, 2, 0)
+    live.client(1, "uploading")
+    live.round_done(row(0, eval_loss=3.5))
+    live.round_done(row(1, block_index=4, train_loss=2.5))
+    words = " ".join(picture_of(live).split())
+    assert "2/64" in words and "block 4" in words
+    assert "train loss 2.500 █▁" in words and "eval loss 3.500 ▁" in words
+    assert "sent 2.4 MB up 1.6 MB down" in words
+    assert "client 0 waiting client 1 uploading" in words
+    assert "eval loss 2.500" not in words
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_was_left(live: LiveProgress):
+    live.start(64, 2, 40)
+    assert "40/64" in picture_of(live)
+
+
+def test_of_many_clients_the_first_rows_are_shown_and_the_others_counted(live: LiveProgress):
+    live.start(64, 100, 0)
+    picture = picture_of(live)
+    assert "client 11 " in picture and "client 12 " not in picture
+    assert "… and 88 more" in picture
+
+
+def test_a_terminal_without_unicode_gets_a_picture_in_ascii():
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100, force_terminal=True)
+    with LiveProgress(console=console) as live:
+        live.start(64, 13, 0)
+        live.round_done(row(0, train_loss=3.0))
+        live.round_done(row(1, train_loss=2.0))
+        picture = picture_of(live, encoding="ascii")
+    assert picture.isascii() and "#_" in picture and "... and 1 more" in picture
+
+
+def test_clients_may_tell_from_many_threads_while_the_picture_is_drawn(live: LiveProgress):
+    live.start(64, 0, 0)  # no client is known yet, so the dictionary grows while it is drawn
+    tell = [
+        threading.Thread(target=lambda i=i: [live.client(i + j, "computing") for j in range(500)]) for i in range(8)
+    ]
+    for thread in tell:
+        thread.start()
+    for _ in range(5):
+        picture_of(live)
+    for thread in tell:
+        thread.join()
+    assert "… and 495 more" in picture_of(live)  # clients 0 … 506, of which 12 are rows
+
+
+def test_the_live_display_ends_its_thread_also_after_an_error():
+    before = set(threading.enumerate())
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, _environ={})
+    with pytest.raises(ZeroDivisionError), LiveProgress(console=console) as progress:
+        progress.start(64, 2, 0)
+        (drawing,) = set(threading.enumerate()) - before
+        progress.message("[odd] line")
+        progress.round_done(row(5))
+        raise ZeroDivisionError
+    progress.close()
+    drawing.join(timeout=10)
+    assert not drawing.is_alive()
+    assert "[odd] line" in console.file.getvalue() and "6/64" in console.file.getvalue()
+    last_picture = picture_of(progress)
+    assert "6/64" in last_picture and "client" not in last_picture
+
+
+def test_a_display_that_never_began_can_be_closed():
+    LiveProgress(console=file_console()).close()
+    PlainProgress(console=file_console()).close()
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "plain", "kind"),
+    [
+        (True, {}, None, LiveProgress),
+        (True, {"TERM": "dumb"}, None, PlainProgress),
+        (False, {}, None, PlainProgress),
+        (True, {}, True, PlainProgress),
+        (False, {}, False, LiveProgress),
+    ],
+)
+def test_a_terminal_gets_the_live_display_unless_plain_says_otherwise(terminal, environment, plain, kind):
+    console = file_console(force_terminal=terminal, _environ=environment)
+    assert type(make_progress(console=console, plain=plain)) is kind
+
+
+# --- numbers for people
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_960, "1.0 MB"), (1.25e9, "1.2 GB"), (3e15, "3000.0 TB")],
+)
+def test_bytes_are_written_in_decimal_units(num_bytes: float, text: str):
+    assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (119, "119 s"), (120, "2 min"), (7140, "119 min"), (7260, "2 h 1 min")],
+)
+def test_durations_are_written_coarsely(seconds: float, text: str):
+    assert format_duration(seconds) == text
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest_value():
+    assert sparkline([0, 7, 3, 1]) == "▁█▄▂"
+    assert sparkline([0, 7, 3, 1], ascii_only=True) == "_#~."
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([1.0, float("nan"), 2.0]) == "▁█"
+    assert sparkline([float("inf")]) == sparkline([]) == ""
