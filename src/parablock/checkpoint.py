@@ -139,7 +139,7 @@ def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
     Raises:
         CheckpointError: There are checkpoints and all are damaged.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for place in _checkpoints(directory):
         try:
             return _read(place), passed_over

@@ -51,7 +51,7 @@ class Server:
         transport: The server's end.
         trace: Where aggregation is recorded.
         on_commit: Told the new state and the updates of each round, right after its commit.
-        on_mark: Told (round_index, state, versions that each client holds) at every checkpoint.
+        on_mark: Told (round_index, state) at every checkpoint, before the clients are asked for their parts.
         asked_to_stop: Whether the user wants the run to stop at the next round.
         first_round: Where to begin; a checkpoint's round when resuming.
         held: For each client the block versions that it holds.
@@ -65,7 +65,7 @@ class Server:
         trace: Trace,
         *,
         on_commit: Callable[[ServerState, list[Update]], None],
-        on_mark: Callable[[int, ServerState, bool], None],
+        on_mark: Callable[[int, ServerState], None],
         asked_to_stop: Callable[[], bool],
         first_round: int = 0,
         held: dict[int, tuple[int, ...]] | None = None,
@@ -108,7 +108,7 @@ class Server:
             self._send(client_id, t, start)
 
     def _mark(self, t: int, *, stop: bool) -> None:
-        self._on_mark(t, self.state, stop)
+        self._on_mark(t, self.state)
         for client_id in self._held:
             self._send(client_id, t, Mark(t, stop))
 

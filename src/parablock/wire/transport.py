@@ -6,7 +6,7 @@ its communication thread alone: `attach`, `upload` and `download`, which take as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,32 +27,56 @@ class Traffic:
     """What crossed the links in one round.
 
     Attributes:
-        uplink_bytes: Bytes up, all clients.
-        downlink_bytes: Bytes down, all clients.
-        seconds: For each client the seconds that its link was busy.
+        up: For each client its bytes up and the seconds that they took.
+        down: For each client its bytes down and the seconds that they took.
     """
 
-    uplink_bytes: int = 0
-    downlink_bytes: int = 0
-    seconds: dict[int, float] = field(default_factory=dict)
+    up: dict[int, tuple[int, float]] = field(default_factory=dict)
+    down: dict[int, tuple[int, float]] = field(default_factory=dict)
+
+    @property
+    def uplink_bytes(self) -> int:
+        """Bytes up, all clients."""
+        return sum(wire_bytes for wire_bytes, _ in self.up.values())
+
+    @property
+    def downlink_bytes(self) -> int:
+        """Bytes down, all clients."""
+        return sum(wire_bytes for wire_bytes, _ in self.down.values())
+
+    def seconds(self, client_id: int) -> float:
+        """Seconds that a client's link was busy."""
+        return self.up.get(client_id, (0, 0.0))[1] + self.down.get(client_id, (0, 0.0))[1]
 
 
 class Ledger:
     """Bytes and seconds of every round, counted where they cross the link."""
 
     def __init__(self) -> None:
-        self.rounds: dict[int, Traffic] = {}
+        self._rounds: dict[int, Traffic] = {}
 
     def of_round(self, round_index: int) -> Traffic:
         """Give the traffic of one round so far."""
-        return self.rounds.setdefault(round_index, Traffic())
+        return self._rounds.setdefault(round_index, Traffic())
 
-    def count(self, round_index: int, client_id: int, seconds: float, *, up: int = 0, down: int = 0) -> None:
-        """Add one transfer."""
-        traffic = self.of_round(round_index)
-        traffic.uplink_bytes += up
-        traffic.downlink_bytes += down
-        traffic.seconds[client_id] = traffic.seconds.get(client_id, 0.0) + seconds
+    def count_up(self, parcel: Parcel, client_id: int, seconds: float) -> None:
+        """Add an upload."""
+        _add(self.of_round(parcel.round_index).up, client_id, len(parcel.message), seconds)
+
+    def count_down(self, parcel: Parcel, client_id: int, seconds: float) -> None:
+        """Add a download."""
+        _add(self.of_round(parcel.round_index).down, client_id, len(parcel.message), seconds)
+
+    def restore_downlink(self, rounds: Mapping[Any, Mapping[Any, Sequence[Any]]]) -> None:
+        """Take back what was counted down before an interruption; uploads are made again."""
+        for t, clients in rounds.items():
+            for client_id, (wire_bytes, seconds) in clients.items():
+                _add(self.of_round(int(t)).down, int(client_id), int(wire_bytes), float(seconds))
+
+
+def _add(column: dict[int, tuple[int, float]], client_id: int, wire_bytes: int, seconds: float) -> None:
+    bytes_before, seconds_before = column.get(client_id, (0, 0.0))
+    column[client_id] = (bytes_before + wire_bytes, seconds_before + seconds)
 
 
 class ServerEnd(Protocol):
@@ -127,11 +151,11 @@ class MemoryTransport:
         """Take the upload's time, then put the message into the server's inbox."""
         began = self._clock.now()
         self._clock.sleep(self._link.upload_s(len(parcel.message)))
-        self.ledger.count(parcel.round_index, client_id, self._clock.now() - began, up=len(parcel.message))
+        self.ledger.count_up(parcel, client_id, self._clock.now() - began)
         self._inbox.put((client_id, parcel.message))
 
     def download(self, client_id: int, parcel: Parcel) -> None:
         """Take the download's time."""
         began = self._clock.now()
         self._clock.sleep(self._link.download_s(len(parcel.message)))
-        self.ledger.count(parcel.round_index, client_id, self._clock.now() - began, down=len(parcel.message))
+        self.ledger.count_down(parcel, client_id, self._clock.now() - began)
