@@ -45,7 +45,7 @@ Problem = tuple[str, str, str]
 
 def _addition(draw: np.random.Generator) -> Problem:
     name, fruit = str(draw.choice(_NAMES)), str(draw.choice(_FRUITS))
-    have, more = (int(number) for number in draw.integers(1, 13, size=2))
+    have, more = (int(number) for number in draw.integers(2, 13, size=2))
     total = have + more
     question = f"{name} has {have} {fruit} and picks {more} more. How many {fruit} does {name} have now?"
     return question, f"{name} has {have} + {more} = {total} {fruit}.", str(total)
@@ -53,7 +53,7 @@ def _addition(draw: np.random.Generator) -> Problem:
 
 def _subtraction(draw: np.random.Generator) -> Problem:
     name, thing = str(draw.choice(_NAMES)), str(draw.choice(_THINGS))
-    left, spent = (int(number) for number in draw.integers(1, 13, size=2))
+    left, spent = (int(number) for number in draw.integers(2, 13, size=2))
     money = left + spent
     question = f"{name} has ${money} and pays ${spent} for {thing}. How many dollars are left?"
     return question, f"{name} has {money} - {spent} = {left} dollars left.", str(left)

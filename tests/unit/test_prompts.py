@@ -292,17 +292,22 @@ def test_template_tokens_inside_a_completion_do_not_move_the_mask(tiny_tokenizer
     assert texts_of(example, tiny_tokenizer)[1] == [f"{quoted}{TURN_END}\n"]
 
 
-def test_generation_starts_from_the_ids_that_training_saw(plain_tokenizer: PreTrainedTokenizerFast) -> None:
-    """`ple` + `s` meet inside the token ` apples`, so the pieces are tokenized apart; ` has` begins a token."""
-    cut_inside = one({"text": "x", "prompt": "Ann has 12 app", "completion": "les"}, plain_tokenizer)
-    assert plain_tokenizer.decode(cut_inside.input_ids) == "Ann has 12 app les<|endoftext|>"
-    inside = one({"prompt": "Ann has 12 \n", "completion": "\n apples"}, plain_tokenizer)
-    between = one({"prompt": "Ann has 12", "completion": " apples"}, plain_tokenizer)
-    for example, prompt in ((inside, "Ann has 12 \n"), (between, "Ann has 12")):
-        assert list(example.prompt_ids) == plain_tokenizer(prompt)["input_ids"]
-        assert example.input_ids[: len(example.prompt_ids)] == example.prompt_ids
-        assert example.labels[len(example.prompt_ids)] != IGNORED_LABEL
-    assert list(between.input_ids) == plain_tokenizer("Ann has 12 apples<|endoftext|>")["input_ids"]
+@pytest.mark.parametrize(("ending", "falls_into_a_token"), [(" has", False), (" app", True)])
+def test_generation_starts_from_the_ids_that_training_saw(
+    with_template: Any, ending: str, falls_into_a_token: bool
+) -> None:
+    """The tokenizer knows ` apples` as one token: a cut before `les` falls into it, a cut before ` apples` not."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ 'ENDING' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+        "{{ 'ENDING' if add_generation_prompt }}".replace("ENDING", ending)
+    )
+    example = one({"prompt": "Ann", "completion": "les" if falls_into_a_token else " apples"}, tokenizer)
+    length = len(example.prompt_ids)
+    assert list(example.prompt_ids) == tokenizer(f"Ann{ending}")["input_ids"]
+    assert example.input_ids[:length] == example.prompt_ids
+    assert example.labels == (IGNORED_LABEL,) * length + example.input_ids[length:]
+    as_a_whole = tokenizer(tokenizer.decode(example.input_ids))["input_ids"]
+    assert (list(example.input_ids) == as_a_whole) is not falls_into_a_token
 
 
 # The opening and the closing token

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -123,15 +126,18 @@ def test_a_folder_is_an_error(tmp_path: Path) -> None:
     assert f"{tmp_path} is a folder" in message_of(str(tmp_path))
 
 
-def test_a_file_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
-    source = written(tmp_path / "loop.jsonl", "")
-    Path(source).unlink()
-    Path(source).symlink_to(tmp_path / "gone.jsonl")
-    assert "does not exist" in message_of(source)
-    # opening the memory of a process at its start fails with an I/O error, for root as well
-    Path(source).unlink()
-    Path(source).symlink_to("/proc/self/mem")
-    assert f"{source} cannot be read: Input/output error" in message_of(source)
+def test_a_dangling_link_is_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "does not exist" in message_of(str(tmp_path / "link.jsonl"))
+
+
+def test_a_file_that_the_system_refuses_to_open_is_an_error_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listener:  # nobody can open a socket as a file, not even root
+        listener.bind("a.jsonl")
+        assert "./a.jsonl cannot be read: " in message_of("./a.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.txt", "./a.tsv", "/nowhere/a"])
@@ -191,6 +197,15 @@ def test_the_hash_follows_content_and_order_but_not_place_or_field_order() -> No
     assert rows_sha256(rows) != rows_sha256(changed)
     assert rows_sha256(rows) != rows_sha256(rows[::-1])
     assert rows_sha256(rows) != rows_sha256(rows[:1])
+
+
+def test_importing_the_room_does_not_import_the_slow_libraries() -> None:
+    code = (
+        "import sys, parablock.data.batches, parablock.data.partition, parablock.data.prompts\n"
+        "print(sorted({'datasets', 'flwr_datasets', 'pyarrow', 'transformers', 'torch'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "['torch']"
 
 
 @pytest.mark.shared

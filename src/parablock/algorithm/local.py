@@ -4,8 +4,6 @@ Gradients, moments and the fp32 master copy exist for the active block alone. Au
 frozen layers below the block run without a graph, and the frozen layers above it pass gradients through
 without computing those of their weights. The model sees no random number, so a visit is a function of its
 arguments.
-
-Shapes: B examples of a micro-batch, T positions, N positions that predict a label token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,21 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from parablock.algorithm.adamw import BlockAdamW
+from parablock.algorithm.adamw import Moments as Moments
+from parablock.data.batches import Batch
 from parablock.errors import DataError, TrainingError
+from parablock.model.loss import num_label_tokens, summed_loss
 from parablock.model.params import Replica
-
-if TYPE_CHECKING:
-    from parablock.data.batches import Batch
-
-IGNORED = -100
-"""The label of a position that is not trained on."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +52,6 @@ class LocalArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-
-
-@dataclass(frozen=True)
-class Moments:
-    """AdamW's state of one block between visits.
-
-    Attributes:
-        exp_avg: First moment: flat, fp32, on the model's device.
-        exp_avg_sq: Second moment, likewise.
-        step: Optimizer steps that made them.
-    """
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: int
 
 
 @dataclass(frozen=True)
@@ -122,18 +102,17 @@ def train_block(
         DataError: If all labels of a step are masked.
     """
     replica.load(block_index, start)
-    replica.activate(block_index, gradient_checkpointing=arguments.gradient_checkpointing)
-    optimizer = _BlockAdamW(replica, block_index, arguments, moments)
     losses = []
     try:
-        for step, micro_batches in enumerate(step_batches, first_step):
-            learning_rate = learning_rate_at(arguments, step)
-            where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
-            losses.append(_accumulate_gradients(replica.model, micro_batches, where))
-            optimizer.step(learning_rate)
-        trained = optimizer.trained()
+        replica.activate(block_index, gradient_checkpointing=arguments.gradient_checkpointing)
+        with _optimizer(replica, block_index, arguments, moments) as optimizer:
+            for step, micro_batches in enumerate(step_batches, first_step):
+                learning_rate = learning_rate_at(arguments, step)
+                where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
+                losses.append(_accumulate_gradients(replica.model, micro_batches, where))
+                optimizer.step(learning_rate)
+            trained = optimizer.trained()
     finally:
-        optimizer.close()
         replica.deactivate()
         replica.invalidate(block_index)
     if not trained.isfinite().all():
@@ -158,52 +137,23 @@ def learning_rate_at(arguments: LocalArguments, step: int) -> float:
     return arguments.learning_rate * float(schedule.lr_lambdas[0](min(step, arguments.total_steps)))
 
 
-def num_label_tokens(batch: Batch) -> int:
-    """Count the label tokens that some position predicts; the first position of a row has no predictor."""
-    return int((batch.labels_BT[:, 1:] != IGNORED).sum())
-
-
-def label_token_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Sum the next-token cross-entropy over the label tokens of a batch, in fp32.
-
-    Logits are made only where a label token is predicted: the hidden states of the other positions are
-    left out on their way into the head.
-
-    Args:
-        model: A causal language model.
-        batch: A micro-batch, on any device.
-
-    Returns:
-        The sum in nats (a scalar); divided by `num_label_tokens` it is Hugging Face's loss.
-    """
-    device = model.device
-    next_BT = pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORED).to(device)
-    predicts_BT = next_BT != IGNORED
-    selected = False
-
-    def select(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal selected
-        selected = True
-        return (inputs[0][predicts_BT].unsqueeze(0), *inputs[1:])
-
-    head = model.get_output_embeddings()
-    hook = None if head is None else head.register_forward_pre_hook(select)
-    try:
-        logits = model(
-            input_ids=batch.input_ids_BT.to(device),
-            attention_mask=batch.attention_mask_BT.to(device),
-            use_cache=False,
-        ).logits
-    finally:
-        if hook is not None:
-            hook.remove()
-    logits_NV = logits.squeeze(0) if selected else logits[predicts_BT]
-    return cross_entropy(logits_NV.float(), next_BT[predicts_BT], reduction="sum")
+def _optimizer(
+    replica: Replica, block_index: int, arguments: LocalArguments, moments: Moments | None
+) -> BlockAdamW:
+    return BlockAdamW(
+        replica.parameters(block_index),
+        replica.buffer(block_index),
+        moments,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+    )
 
 
 def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
     """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
-    counts = [num_label_tokens(batch) for batch in micro_batches]
+    counts = [num_label_tokens(batch.labels_BT) for batch in micro_batches]
     if not sum(counts):
         raise DataError(
             f"There is no label token to train on ({where})",
@@ -214,7 +164,13 @@ def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch]
     for batch, count in zip(micro_batches, counts, strict=True):
         if not count:
             continue
-        loss = label_token_loss(model, batch) / sum(counts)
+        summed = summed_loss(
+            model,
+            input_ids_BT=batch.input_ids_BT,
+            attention_mask_BT=batch.attention_mask_BT,
+            labels_BT=batch.labels_BT,
+        )
+        loss = summed / sum(counts)
         total += loss.item()
         if not math.isfinite(total):
             raise _not_finite("The training loss", where)
@@ -228,36 +184,3 @@ def _not_finite(what: str, where: str) -> TrainingError:
         cause="Most often the learning rate is too high; or a weight of the model is not finite.",
         remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0.",
     )
-
-
-class _BlockAdamW:
-    """AdamW over one block, its moments and its fp32 master in flat vectors.
-
-    Args:
-        replica: A replica whose block is active.
-        block_index: That block.
-        arguments: Optimizer arguments.
-        moments: State to go on from, or None.
-    """
-
-    def __init__(
-        self, replica: Replica, block_index: int, arguments: LocalArguments, moments: Moments | None
-    ) -> None:
-        parameters = replica.parameters(block_index)
-        self._buffer = replica.buffer(block_index)
-        self._max_grad_norm = arguments.max_grad_norm
-        self._hooks: list[Any] = []
-        self._gradient: Tensor | None = None
-        self._stepped: Sequence[Tensor] = parameters
-        self._flat = self._buffer
-        if self._buffer.dtype != torch.float32:
-            self._flat = self._buffer.float()
-            self._stepped = _views(self._flat, parameters)
-            self._gradient = torch.zeros_like(self._flat)
-            for parameter, weight, gradient in zip(
-                parameters, self._stepped, _views(self._gradient, parameters), strict=True
-            ):
-                weight.grad = gradient
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_to(gradient)))
-        zeros = moments is None
-        self._exp_avg = torch.zeros_like(self._flat)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from parablock.data.sources import Row
 
 WIDTH = 100
-_BAR, _MOST_CLIENTS, _MOST_BINS, _MOST_LABELS = 30, 20, 8, 3
+_BAR, _LABEL, _MOST_CLIENTS, _MOST_BINS = 24, 16, 20, 8
 
 
 def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = None) -> list[str]:
@@ -30,8 +30,8 @@ def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = N
 def _of_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
     lines = [f"{len(parts)} clients, {sum(sizes)} examples"]
     for client_id, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        note = _labels(part, field) if field is not None else _only_source(part)
-        lines.append(f"client {client_id:>2} {size:>8} {_bar(size, max(sizes)):<{_BAR}}  {note}")
+        line = f"client {client_id:>2} {size:>8} {_bar(size, max(sizes)):<{_BAR}}  "
+        lines.append(line + (_only_source(part) if field is None else _labels(part, field, WIDTH - len(line))))
     return lines
 
 
@@ -65,11 +65,22 @@ def _median(values: Sequence[int]) -> int:
     return sorted(values)[len(values) // 2]
 
 
-def _labels(part: Sequence[Row], field: str) -> str:
+def _labels(part: Sequence[Row], field: str, room: int) -> str:
+    """Name as many labels as fit into `room` characters, the most frequent first."""
     counts = Counter(str(row.fields.get(field)) for row in part)
-    top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_LABELS]
-    shown = ", ".join(f"{label[:14]} {count}" for label, count in top)
-    return shown + (f", +{len(counts) - len(top)} more" if len(counts) > len(top) else "")
+    top = [
+        f"{_short(label)} {count}" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    for shown in range(len(top), 0, -1):
+        text = ", ".join(top[:shown]) + (f", +{len(top) - shown} more" if shown < len(top) else "")
+        if len(text) <= room:
+            return text
+    return f"{len(top)} labels"
+
+
+def _short(label: str) -> str:
+    """Keep the end of a long label: names that a set's name begins differ there."""
+    return label if len(label) <= _LABEL else "…" + label[1 - _LABEL :]
 
 
 def _only_source(part: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from parablock.algorithm.local import LocalArguments, Moments, train_block
@@ -77,9 +78,9 @@ class LocalTrainer:
     def memory(self) -> dict[str, Tensor]:
         """Give the kept moments as named tensors."""
         return {
-            f"{block_index}.{name}": value
+            f"{block_index}.{name}": torch.as_tensor(value)
             for block_index, moments in self._moments.items()
-            for name, value in moments.to_tensors().items()
+            for name, value in vars(moments).items()
         }
 
     def remember(self, memory: dict[str, Tensor]) -> None:
@@ -88,4 +89,7 @@ class LocalTrainer:
         for key, value in memory.items():
             block_index, name = key.split(".", 1)
             by_block.setdefault(int(block_index), {})[name] = value
-        self._moments = {block_index: Moments.from_tensors(tensors) for block_index, tensors in by_block.items()}
+        self._moments = {
+            block_index: Moments(saved["exp_avg"], saved["exp_avg_sq"], int(saved["step"]))
+            for block_index, saved in by_block.items()
+        }

@@ -105,11 +105,11 @@ class Replica:
             ModelError: If the architecture's layers cannot be checkpointed.
         """
         self.deactivate()
+        if gradient_checkpointing:
+            self._checkpoint_from(self.blocks[block_index].lowest_layer)
         for parameter in self._parameters[block_index]:
             parameter.requires_grad_(True)
         self.model.train()
-        if gradient_checkpointing:
-            self._checkpoint_from(self.blocks[block_index].lowest_layer)
 
     def deactivate(self) -> None:
         """Freeze everything, free all gradients, and leave training mode and checkpointing."""
@@ -123,12 +123,12 @@ class Replica:
 
     def _checkpoint_from(self, lowest_layer: int) -> None:
         _, layers = find_layers(self.model, self.blocks[0].layers_path)
+        if not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
+            raise ModelError(
+                f"{type(layers[0]).__name__} does not support gradient checkpointing",
+                remedy="Set train.gradient_checkpointing: false.",
+            )
         for layer in list(layers)[lowest_layer:]:
-            if not hasattr(layer, "gradient_checkpointing"):
-                raise ModelError(
-                    f"{type(layer).__name__} does not support gradient checkpointing",
-                    remedy="Set train.gradient_checkpointing: false.",
-                )
             _set_checkpointing(layer, on=True)
 
 

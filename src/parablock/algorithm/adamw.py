@@ -1,0 +1,120 @@
+"""AdamW over the active block: weights, gradients and moments in one flat fp32 vector each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state of one block between visits.
+
+    Attributes:
+        exp_avg: First moment: flat, fp32, on the model's device.
+        exp_avg_sq: Second moment, likewise.
+        step: Optimizer steps that made them.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+
+
+class BlockAdamW:
+    """AdamW on parameters that are views into one flat vector.
+
+    An fp32 block is stepped where it lies; another one in a master copy, which is rounded into the block
+    after each step. A gradient moves into the flat vector, and is freed, as soon as autograd has made it.
+    Matrices decay; norms and biases, which have one dimension, do not. Used as a context, which collects
+    gradients until it is left.
+
+    Args:
+        parameters: The block's parameters, in the order of its flat vector.
+        block: The flat vector that they are views of.
+        moments: State to go on from, which is not changed; None starts anew.
+        betas: Decay of the first and of the second moment.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        block: Tensor,
+        moments: Moments | None,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self._block = block
+        self._weights = block if block.dtype == torch.float32 else block.float()
+        self._gradient = torch.zeros_like(self._weights)
+        self._exp_avg = _copy_or_zeros(moments.exp_avg if moments else None, self._weights)
+        self._exp_avg_sq = _copy_or_zeros(moments.exp_avg_sq if moments else None, self._weights)
+        self._steps = moments.step if moments else 0
+        self._max_grad_norm = max_grad_norm
+        self._views = _views(self._weights, parameters)
+        gradients = _views(self._gradient, parameters)
+        self._hooks = []
+        for parameter, view, gradient in zip(parameters, self._views, gradients, strict=True):
+            view.grad = gradient
+            move = partial(_move_gradient, gradient)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
+        matrices = {"params": [view for view in self._views if view.ndim > 1], "weight_decay": weight_decay}
+        vectors = {"params": [view for view in self._views if view.ndim <= 1], "weight_decay": 0.0}
+        self._optimizer = torch.optim.AdamW([matrices, vectors], betas=betas, eps=eps, fused=True)
+        averages = _views(self._exp_avg, parameters), _views(self._exp_avg_sq, parameters)
+        for view, exp_avg, exp_avg_sq in zip(self._views, *averages, strict=True):
+            count = torch.tensor(float(self._steps), device=view.device)
+            self._optimizer.state[view] = {"step": count, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+    def step(self, learning_rate: float) -> None:
+        """Take one step with the gradients accumulated since the last one, and zero them."""
+        if self._max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._views, self._max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._steps += 1
+        self._gradient.zero_()
+        if self._weights is not self._block:
+            self._block.copy_(self._weights)
+
+    def trained(self) -> Tensor:
+        """Copy the weights: flat, fp32, CPU."""
+        return self._weights.to("cpu", copy=True)
+
+    def moments(self) -> Moments:
+        """Give the state; the optimizer must not be stepped afterwards."""
+        return Moments(self._exp_avg, self._exp_avg_sq, self._steps)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    pieces = torch.split(flat, [parameter.numel() for parameter in parameters])
+    return [piece.view(parameter.shape) for parameter, piece in zip(parameters, pieces, strict=True)]
+
+
+def _copy_or_zeros(flat: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if flat is None else flat.to(like.device, copy=True)
+
+
+def _move_gradient(gradient: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        gradient.add_(parameter.grad)
+    parameter.grad = None

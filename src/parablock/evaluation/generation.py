@@ -1,0 +1,186 @@
+"""Exact match: let the model answer by greedy generation and compare its answers with the references."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+import torch
+
+from parablock.data.prompts import Example, stop_token_ids
+from parablock.errors import DataError
+from parablock.evaluation.scoring import Sample, TaskResult, context_length, evaluation_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ANSWER_MARK = "####"
+"""What GSM8K and its like write before the final answer."""
+
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    num_samples: int = 3,
+) -> TaskResult:
+    """Score the share of examples whose generated answer is the reference; see `answers_match`.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Prompts and references, at least one.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Prompts that are answered at once.
+        num_samples: How many examples the result shows.
+
+    Returns:
+        Score, count and samples.
+
+    Raises:
+        DataError: If there are no examples, or one has no prompt or no room for an answer.
+    """
+    if not examples:
+        raise DataError("There are no examples to answer.", remedy="Give test data with at least one row.")
+    predictions = generate_completions(
+        model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    references = [example.completion for example in examples]
+    num_right = sum(map(answers_match, predictions, references))
+    samples = tuple(
+        Sample(tokenizer.decode(example.prompt_ids), example.completion, prediction)
+        for example, prediction in zip(examples[:num_samples], predictions, strict=False)
+    )
+    return TaskResult(num_right / len(examples), len(examples), samples)
+
+
+def answers_match(prediction: str, reference: str) -> bool:
+    """Compare a generated answer with the reference.
+
+    A reference that ends with `#### 42` wants the same number after the last `####` of the prediction, however
+    it is written (`$1,000.` is 1000); what stands before and after it does not matter. After `####` words may
+    stand instead of a number; they, and any reference without the mark, want equal words: white space at the
+    ends, its amount, and upper or lower case do not matter.
+
+    Args:
+        prediction: What the model wrote.
+        reference: The completion of the row.
+
+    Returns:
+        Whether they say the same.
+    """
+    if ANSWER_MARK not in reference:
+        return _normalise(prediction) == _normalise(reference)
+    if ANSWER_MARK not in prediction:
+        return False
+    predicted, wanted = _final_answer(prediction), _final_answer(reference)
+    if not _NUMBER.fullmatch(wanted):
+        return predicted == wanted
+    number = _NUMBER.match(predicted)
+    return number is not None and Decimal(number[0]) == Decimal(wanted)
+
+
+def _final_answer(text: str) -> str:
+    """Give the line after the last mark, without what people write into numbers and after them."""
+    line = text.rpartition(ANSWER_MARK)[2].strip().partition("\n")[0]
+    return _normalise(line.replace(",", "").replace("$", "")).removesuffix(".")
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+) -> list[str]:
+    """Answer the prompts of examples greedily: the likeliest token each time, until a turn ends.
+
+    The model's own generation settings (sampling, penalties, forced tokens) have no say. Of a prompt too
+    long for the model's context the end is kept, with room for `max_new_tokens`.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Only their `prompt_ids` are looked at.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Prompts that are answered at once, the shorter ones padded on the left.
+
+    Returns:
+        The answers in the order of the examples, without the prompt and without special tokens.
+
+    Raises:
+        DataError: If an example has no prompt, or the context has no room for a prompt and an answer.
+    """
+    limit = context_length(model)
+    room = None if limit is None else limit - max_new_tokens
+    if room is not None and room < 1:
+        raise DataError(
+            f"An answer of {max_new_tokens} tokens leaves no room for a prompt in a context of {limit} tokens.",
+            remedy="Ask for shorter answers (max_new_tokens).",
+        )
+    prompts = [_prompt(example, room) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, str] = {}
+    with evaluation_mode(model), _greedy(model, tokenizer, max_new_tokens):
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            batch = [prompts[index] for index in chosen]
+            answers.update(zip(chosen, _generate_batch(model, tokenizer, batch), strict=True))
+    return [answers[index] for index in range(len(examples))]
+
+
+def _prompt(example: Example, room: int | None) -> tuple[int, ...]:
+    if not example.prompt_ids:
+        raise DataError(
+            f"{example.row.place} has no prompt to generate from.",
+            remedy="Give rows with a prompt and a completion, or evaluate the loss instead.",
+        )
+    return example.prompt_ids if room is None else example.prompt_ids[-room:]
+
+
+def _generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[int, ...]]
+) -> list[str]:
+    longest = max(map(len, prompts))
+    paddings = [longest - len(prompt) for prompt in prompts]
+    input_ids = [
+        [tokenizer.pad_token_id] * padding + [*prompt] for padding, prompt in zip(paddings, prompts, strict=True)
+    ]
+    attention_mask = [[0] * padding + [1] * (longest - padding) for padding in paddings]
+    output_ids = model.generate(
+        input_ids=torch.tensor(input_ids, device=model.device),
+        attention_mask=torch.tensor(attention_mask, device=model.device),
+    )
+    answers: list[str] = tokenizer.batch_decode(output_ids[:, longest:], skip_special_tokens=True)
+    return answers
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
+    """Put plain greedy search in place of the model's generation settings for a while."""
+    from transformers import GenerationConfig  # slow to import, and only needed here
+
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = kept

@@ -1,0 +1,125 @@
+"""What every task of this room shares: log-probabilities of labelled tokens, and the form of a result.
+
+Shapes: B examples of a batch, T tokens of the longest of them, N labelled tokens of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from parablock.data.batches import collate
+from parablock.data.prompts import IGNORED_LABEL, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a model finds the labelled tokens of one example.
+
+    Attributes:
+        log_prob: Sum of the natural logarithms of their probabilities.
+        num_tokens: How many they are.
+    """
+
+    log_prob: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One scored example, to be read by people."""
+
+    prompt: str
+    reference: str
+    prediction: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """The outcome of a task on a set of examples.
+
+    Attributes:
+        score: Share of the examples that were right, 0 … 1.
+        count: How many examples.
+        samples: The first few of them.
+    """
+
+    score: float
+    count: int
+    samples: tuple[Sample, ...]
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switch to evaluation without gradients; afterwards every module has the mode that it had before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tell how many tokens the model can look at, or None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def score_examples(
+    model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int
+) -> list[Likelihood]:
+    """Compute the likelihood of each example's labelled tokens, in float32 whatever the model's dtype.
+
+    Batches are cut from the examples in a fixed order of their own, by length first to save padding, so the
+    result for an example depends neither on the order in which they are given nor, but for rounding, on
+    the batch size.
+
+    Args:
+        model: A causal language model.
+        examples: Token ids and labels; the first token of an example is never predicted.
+        pad_token_id: The id that fills a batch.
+        batch_size: Examples that go through the model at once.
+
+    Returns:
+        One likelihood for each example, in the given order.
+    """
+    order = sorted(range(len(examples)), key=lambda index: _place_in_order(examples[index]))
+    likelihoods: dict[int, Likelihood] = {}
+    with evaluation_mode(model):
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            batch = [examples[index] for index in chosen]
+            likelihoods.update(zip(chosen, _score_batch(model, batch, pad_token_id=pad_token_id), strict=True))
+    return [likelihoods[index] for index in range(len(examples))]
+
+
+def _place_in_order(example: Example) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return len(example.input_ids), example.input_ids, example.labels
+
+
+def _score_batch(model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int) -> list[Likelihood]:
+    batch = collate(examples, pad_token_id=pad_token_id)
+    logits_BTV = model(
+        input_ids=batch.input_ids_BT.to(model.device),
+        attention_mask=batch.attention_mask_BT.to(model.device),
+        use_cache=False,
+    ).logits
+    targets_BT = batch.labels_BT[:, 1:].to(model.device)  # the logits of one position predict the next token
+    counted_BT = targets_BT != IGNORED_LABEL
+    logits_NV = logits_BTV[:, :-1][counted_BT].float()
+    log_probs_BT = torch.zeros(targets_BT.shape, dtype=torch.float64, device=model.device)
+    log_probs_BT[counted_BT] = -functional.cross_entropy(
+        logits_NV, targets_BT[counted_BT], reduction="none"
+    ).double()
+    pairs = zip(log_probs_BT.sum(dim=1).tolist(), counted_BT.sum(dim=1).tolist(), strict=True)
+    return [Likelihood(log_prob, num_tokens) for log_prob, num_tokens in pairs]

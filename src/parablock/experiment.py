@@ -1,0 +1,540 @@
+"""The composition root: configuration → objects → run → records."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parablock import __version__
+from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.local import LocalArguments
+from parablock.algorithm.parablock import ServerState
+from parablock.algorithm.schedule import blocks_never_visited
+from parablock.checkpoint import RunState, load_newest, save_checkpoint
+from parablock.config import RunConfig, load_config
+from parablock.data.histogram import partition_histogram
+from parablock.data.partition import partition_rows
+from parablock.data.prompts import Example, Tokenized, tokenize_rows
+from parablock.data.sources import Row, load_rows, rows_sha256
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.server import ServerPlan
+from parablock.engine.trainer import LocalTrainer
+from parablock.errors import CheckpointError, ConfigError, DataError, ParaBlockError
+from parablock.evaluation.loss import evaluate_loss
+from parablock.model.blocks import Block, partition_blocks
+from parablock.model.load import LoadedModel, load_model
+from parablock.model.params import Replica
+from parablock.model.save import model_sha256, save_model
+from parablock.report.progress import Progress
+from parablock.report.records import RunDirectory, time_and_bytes
+from parablock.seeding import generator_for
+from parablock.trace import Clock, RealClock, Trace, VirtualClock, write_chrome_trace
+from parablock.wire.link import Link
+from parablock.wire.messages import Update
+from parablock.wire.transport import Traffic
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration with everything that it names, read and checked; nothing has been written.
+
+    Attributes:
+        config: Resolved: nothing is left to a default of the machine.
+        loaded: The base model and its tokenizer.
+        blocks: Its partition.
+        train: The examples of each client.
+        test: The examples that the model is scored on.
+        notes: What a user should read before the run starts.
+        manifest: What has to be the same when the run is resumed, and where it ran.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    blocks: tuple[Block, ...]
+    train: tuple[tuple[Example, ...], ...]
+    test: tuple[Example, ...]
+    notes: tuple[str, ...]
+    manifest: dict[str, Any]
+
+
+def prepare(config: RunConfig) -> Job:
+    """Read and check all that a run needs.
+
+    Raises:
+        InputError: For the first thing that is missing or wrong, before anything is written.
+    """
+    config = _resolved(config)
+    torch.set_num_threads(config.engine.num_threads or 1)
+    parts, held_out = _read_rows(config)
+    model = config.model
+    loaded = load_model(
+        model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=config.seed
+    )
+    blocks = _partition_model(config, loaded)
+    tokenized = [_tokenize(config, loaded, rows) for rows in parts]
+    scored = _tokenize(config, loaded, held_out)
+    notes = [
+        f"{loaded.name_or_path}: {loaded.model.num_parameters():,} parameters in {config.model.dtype}, "
+        f"{len(blocks)} blocks",
+        *partition_histogram(parts, field=config.data.partition.field),
+        *(
+            f"client {i}: {part.summary()}"
+            for i, part in enumerate(tokenized)
+            if len(tokenized) <= 20 or part.skipped
+        ),
+        f"test: {scored.summary()}",
+        *_skipped_rows(tokenized),
+    ]
+    manifest = {
+        "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
+        "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
+        "seed": config.seed,
+        **_environment(),
+    }
+    return Job(
+        config=config,
+        loaded=loaded,
+        blocks=blocks,
+        train=tuple(part.examples for part in tokenized),
+        test=_sample(scored.examples, config),
+        notes=tuple(notes),
+        manifest=manifest,
+    )
+
+
+def run(
+    config: RunConfig,
+    output_dir: Path | str,
+    *,
+    progress: Progress,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Fine-tune as the configuration says, and leave a run directory.
+
+    Args:
+        config: The run.
+        output_dir: A folder that holds no run yet; nothing is written before all input has been checked.
+        progress: Who is told how it goes.
+        asked_to_stop: Asked at every round; when true the run is saved and stops.
+
+    Returns:
+        What stands in `summary.json`.
+
+    Raises:
+        InputError: Something that the user gave is wrong.
+        ParaBlockError: The run failed.
+    """
+    began = time.perf_counter()
+    directory = RunDirectory(output_dir)
+    directory.check_unused()
+    job = prepare(config)
+    directory.create(job.config.to_yaml(), job.manifest)
+    return _Run(job, directory, progress, asked_to_stop, began).execute(None)
+
+
+def resume(
+    output_dir: Path | str, *, progress: Progress, asked_to_stop: Callable[[], bool] = lambda: False
+) -> Summary:
+    """Go on from the newest checkpoint, bitwise as if the run had never stopped; see `run`.
+
+    Raises:
+        CheckpointError: There is no unfinished run, or its data or model changed.
+    """
+    began = time.perf_counter()
+    directory = RunDirectory(output_dir)
+    directory.check_resumable()
+    job = prepare(load_config(directory.config))
+    before = directory.read_manifest()
+    for key in ("data_sha256", "blocks"):
+        if before[key] != job.manifest[key]:
+            raise CheckpointError(
+                f"{key} is not what it was when the run in {directory.path} began",
+                cause="The data files or the model folder changed in the meantime.",
+                remedy="Put back what changed, or start a new run.",
+            )
+    state, passed_over = load_newest(directory.checkpoints)
+    for reason in passed_over:
+        progress.message(f"passed over a damaged checkpoint: {reason}")
+    return _Run(job, directory, progress, asked_to_stop, began).execute(state)
+
+
+class _Run:
+    """One execution of a job, from the start or from a checkpoint."""
+
+    def __init__(
+        self,
+        job: Job,
+        directory: RunDirectory,
+        progress: Progress,
+        asked_to_stop: Callable[[], bool],
+        began: float,
+    ) -> None:
+        self.job, self.config, self.directory, self.progress = job, job.config, directory, progress
+        self.asked_to_stop, self.began, self.elapsed_before = asked_to_stop, began, 0.0
+        self.shared = self.config.engine.clock == "virtual"
+        self.replica = Replica(job.loaded.model, job.blocks)
+        self.params = tuple(self.replica.read(block.index) for block in job.blocks)
+        self.rows: list[dict[str, Any]] = []
+        self.initial_eval_loss = float("nan")
+        self.last_commit_s = 0.0
+
+    def execute(self, state: RunState | None) -> Summary:
+        """Run to the end, or to where it is stopped."""
+        config = self.config
+        for note in self.job.notes:
+            self.progress.message(note)
+        if state is None:
+            self.rows = self.directory.rows_before(0)
+            self.initial_eval_loss = self.evaluate(self.params)
+            self.progress.message(f"base model: eval loss {self.initial_eval_loss:.4f}")
+        else:
+            self._take_up(state)
+        clock = self._clock(state)
+        trace = Trace(clock, on_begin=self._show)
+        trace.spans.extend(state.spans if state else [])
+        self.progress.start(config.federation.num_rounds, config.federation.num_clients, len(self.rows))
+        try:
+            result = run_in_process(
+                self.params,
+                self._trainers(),
+                _plan(config),
+                trace,
+                Hooks(
+                    on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
+                    on_checkpoint=lambda checkpoint: self._on_checkpoint(clock, checkpoint),
+                    asked_to_stop=self.asked_to_stop,
+                ),
+                link=Link(**config.link.model_dump()),
+                in_flight=config.federation.in_flight,
+                resumed=state,
+            )
+        except ParaBlockError:
+            self._conclude(trace, clock, status="failed")
+            raise
+        return self._finish(result, trace, clock)
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score a model on the test examples."""
+        self.replica.load_all(params)
+        return evaluate_loss(
+            self.replica.model,
+            self.job.test,
+            pad_token_id=_pad(self.job.loaded),
+            batch_size=self.config.evaluation.per_device_eval_batch_size,
+        )
+
+    def _take_up(self, state: RunState) -> None:
+        self.rows = self.directory.rows_before(state.server.committed + 1)
+        self.initial_eval_loss = state.progress["initial_eval_loss"]
+        self.elapsed_before = state.progress["elapsed_s"]
+        self.last_commit_s = state.progress["last_commit_s"]
+        self.progress.message(f"resuming at round {state.round_index}")
+
+    def _clock(self, state: RunState | None) -> Clock:
+        start_s = state.progress["clock_s"] if state else 0.0
+        return VirtualClock(start_s=start_s) if self.shared else RealClock(start_s=start_s)
+
+    def _trainers(self) -> list[LocalTrainer]:
+        config, trainers = self.config, []
+        for client_id, examples in enumerate(self.job.train):
+            # Under the virtual clock one client computes at a time, so all can train with one model.
+            replica = (
+                self.replica if self.shared else Replica(copy.deepcopy(self.job.loaded.model), self.job.blocks)
+            )
+            trainers.append(
+                LocalTrainer(
+                    client_id,
+                    examples,
+                    replica,
+                    train=config.train,
+                    arguments=_local_arguments(config),
+                    seed=config.seed,
+                    pad_token_id=_pad(self.job.loaded),
+                    step_time_s=config.engine.step_time_s,
+                )
+            )
+        return trainers
+
+    def _show(self, client_id: int | None, activity: str) -> None:
+        if client_id is not None:
+            self.progress.client(client_id, activity)
+
+    def _on_commit(self, clock: Clock, server: ServerState, updates: list[Update], traffic: Traffic) -> None:
+        now = clock.now()
+        row = _row(server, updates, traffic, round_s=now - self.last_commit_s)
+        self.last_commit_s = now
+        every = self.config.evaluation.every_rounds
+        is_last = server.committed == self.config.federation.num_rounds - 1
+        if every and (server.committed + 1) % every == 0 and not is_last:
+            with clock.working(0.0):
+                row["eval_loss"] = self.evaluate(server.params)
+        self.rows.append(row)
+        if not is_last:  # the last one has the drain and the final evaluation still to come
+            self._record(row)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.directory.append(row)
+        self.progress.round_done(row)
+
+    def _on_checkpoint(self, clock: Clock, state: RunState) -> None:
+        progress = {
+            **state.progress,
+            "initial_eval_loss": self.initial_eval_loss,
+            "elapsed_s": self._elapsed_s(),
+            "clock_s": clock.now(),
+            "last_commit_s": self.last_commit_s,
+        }
+        state = replace(state, progress=progress)
+        save_checkpoint(self.directory.checkpoints, state, keep=self.config.checkpoint.keep)
+
+    def _finish(self, result: EngineResult, trace: Trace, clock: Clock) -> Summary:
+        if not result.finished:
+            return self._conclude(trace, clock, status="interrupted")
+        wall_time_s = clock.now()
+        last = self.rows[-1]
+        last["downlink_bytes"] = result.last_traffic.downlink_bytes
+        last["communication_s"] = max(result.last_traffic.seconds(i) for i in last["participants"])
+        last["eval_loss"] = self.evaluate(result.server.params)
+        self._record(last)
+        save_model(self.replica.model, self.job.loaded.tokenizer, self.directory.model)
+        return self._conclude(
+            trace,
+            clock,
+            status="completed",
+            wall_time_s=wall_time_s,
+            final_eval_loss=last["eval_loss"],
+            model_sha256=model_sha256(self.directory.model),
+        )
+
+    def _conclude(self, trace: Trace, clock: Clock, *, status: str, **outcome: Any) -> Summary:
+        federation = self.config.federation
+        summary: Summary = {
+            "status": status,
+            "method": federation.method,
+            "delay": federation.delay,
+            "num_rounds": federation.num_rounds,
+            "rounds_done": len(self.rows),
+            "num_clients": federation.num_clients,
+            "num_blocks": len(self.job.blocks),
+            "seed": self.config.seed,
+            "clock": self.config.engine.clock,
+            "initial_eval_loss": self.initial_eval_loss,
+            "final_eval_loss": None,
+            "wall_time_s": clock.now(),
+            "elapsed_s": self._elapsed_s(),
+            **time_and_bytes(self.rows, trace.spans),
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "model_sha256": None,
+            **outcome,
+        }
+        write_chrome_trace(trace.spans, self.directory.trace)
+        self.directory.write_summary(summary)
+        return summary
+
+    def _elapsed_s(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self.began
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    """Write down what depends on the machine, so that a resumed run does not."""
+    if config.engine.num_threads is not None:
+        return config
+    cores = os.cpu_count() or 1
+    share = max(1, cores // min(cores, config.federation.num_clients))
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"num_threads": share})})
+
+
+def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:
+    """Read and split the rows; without test files, hold a part of each client's rows out."""
+    data, federation = config.data, config.federation
+    sources = [load_rows(source, split="train") for source in data.train]
+    held_out = [row for source in data.test for row in load_rows(source, split="test")]
+    parts: list[tuple[Row, ...]] = list(
+        partition_rows(
+            sources,
+            scheme=data.partition.scheme,
+            num_clients=federation.num_clients,
+            alpha=data.partition.alpha,
+            field=data.partition.field,
+            seed=config.seed,
+        )
+    )
+    if held_out:
+        return parts, held_out
+    for client_id, rows in enumerate(parts):
+        order = generator_for(config.seed, "held-out", client_id).permutation(len(rows))
+        size = max(1, round(data.test_fraction * len(rows)))
+        if size >= len(rows):
+            raise DataError(
+                f"client {client_id} has {len(rows)} row{'s' * (len(rows) != 1)}: none would be left to train on",
+                cause="data.test is empty, so a part of each client's rows is held out.",
+                remedy="Give data.test, or more rows, or fewer clients.",
+            )
+        out = set(order[:size].tolist())
+        held_out.extend(row for k, row in enumerate(rows) if k in out)
+        parts[client_id] = tuple(row for k, row in enumerate(rows) if k not in out)
+    return parts, held_out
+
+
+def _partition_model(config: RunConfig, loaded: LoadedModel) -> tuple[Block, ...]:
+    section, federation = config.blocks, config.federation
+    assert isinstance(section.layers_per_block, int)
+    blocks = partition_blocks(
+        loaded.model,
+        layers_per_block=section.layers_per_block,
+        include_embeddings=section.include_embeddings,
+        include_head=section.include_head,
+        layers_path=section.layers_path,
+    )
+    never = blocks_never_visited(
+        section.schedule,
+        num_rounds=federation.num_rounds,
+        num_blocks=len(blocks),
+        delay=federation.delay,
+        seed=config.seed,
+    )
+    if never and not section.allow_unvisited:
+        raise ConfigError(
+            [
+                f"federation.num_rounds: {federation.num_rounds} rounds of the {section.schedule} schedule would "
+                f"never train {_names(blocks, never)} of {len(blocks)} blocks; give at least {len(blocks)} rounds, "
+                "or larger blocks (blocks.layers_per_block), or accept it with blocks.allow_unvisited: true"
+            ]
+        )
+    return blocks
+
+
+def _names(blocks: Sequence[Block], indices: Sequence[int]) -> str:
+    return ", ".join(f"block {b} ({blocks[b].name})" for b in indices)
+
+
+def _tokenize(config: RunConfig, loaded: LoadedModel, rows: Sequence[Row]) -> Tokenized:
+    return tokenize_rows(
+        rows,
+        loaded.tokenizer,
+        data_format=config.data.format,
+        max_length=config.data.max_length,
+        completion_only_loss=config.train.completion_only_loss,
+    )
+
+
+def _skipped_rows(parts: Sequence[Tokenized]) -> list[str]:
+    skipped = [entry for part in parts for entry in part.skipped]
+    lines = [f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]]
+    return lines + ([f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else [])
+
+
+def _sample(examples: tuple[Example, ...], config: RunConfig) -> tuple[Example, ...]:
+    """Take the same `max_examples` test examples every time, from all of them alike."""
+    most = config.evaluation.max_examples
+    if len(examples) <= most:
+        return examples
+    drawn = generator_for(config.seed, "evaluation").choice(len(examples), size=most, replace=False)
+    return tuple(examples[k] for k in sorted(drawn.tolist()))
+
+
+def _local_arguments(config: RunConfig) -> LocalArguments:
+    train = config.train
+    assert isinstance(train.num_local_steps, int)
+    return LocalArguments(
+        learning_rate=train.learning_rate,
+        total_steps=config.federation.num_rounds * train.num_local_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_ratio=train.warmup_ratio,
+        gradient_checkpointing=train.gradient_checkpointing,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+    )
+
+
+def _plan(config: RunConfig) -> ServerPlan:
+    federation = config.federation
+    return ServerPlan(
+        num_clients=federation.num_clients,
+        num_rounds=federation.num_rounds,
+        delay=federation.delay,
+        schedule=config.blocks.schedule,
+        participation=federation.participation,
+        seed=config.seed,
+        wire_format=config.wire.format,
+        stall_timeout_s=federation.stall_timeout_s,
+        checkpoint_every=config.checkpoint.every_rounds,
+        server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
+    )
+
+
+def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> dict[str, Any]:
+    t = server.committed
+    total = sum(update.num_examples for update in updates)
+    communication = {update.client_id: traffic.seconds(update.client_id) for update in updates}
+    return {
+        "round_index": t,
+        "block_index": server.history[t],
+        "train_loss": sum(update.train_loss * update.num_examples for update in updates) / total,
+        "eval_loss": None,
+        "compute_s": max(update.compute_s for update in updates),
+        "communication_s": max(communication.values()),
+        "round_s": round_s,
+        "sequential_s": max(update.compute_s + communication[update.client_id] for update in updates),
+        "uplink_bytes": traffic.uplink_bytes,
+        "downlink_bytes": traffic.downlink_bytes,
+        "staleness": max(t - 1 - update.committed for update in updates),
+        "participants": [update.client_id for update in updates],
+        "rho": server.rho[server.history[t]],
+        "num_local_steps": max(update.num_local_steps for update in updates),
+    }
+
+
+def _pad(loaded: LoadedModel) -> int:
+    pad_token_id = loaded.tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int)
+    return pad_token_id
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "datasets", "safetensors", "numpy")
+    return {
+        "parablock": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "machine": {
+            "platform": platform.platform(),
+            "cpu_count": os.cpu_count(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """Give the commit of the source tree that is running, where it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _peak_memory_bytes() -> int:
+    """Give the peak of the GPU's allocations, or of this process's resident memory (all clients together)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,181 @@
+"""A run directory on disk, and the figures that follow from its rows and spans."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from parablock.checkpoint import storage, write_atomically
+from parablock.errors import CheckpointError, StorageError
+from parablock.trace import Span
+
+Row = dict[str, Any]
+"""One line of `metrics.jsonl`."""
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Args:
+        path: The folder; made by `create`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config, self.manifest = self.path / "config.yaml", self.path / "manifest.json"
+        self.metrics, self.trace = self.path / "metrics.jsonl", self.path / "trace.json"
+        self.summary, self.model = self.path / "summary.json", self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check_unused(self) -> None:
+        """Refuse a folder that holds a run already.
+
+        Raises:
+            StorageError: It does, or it is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise StorageError(f"{self.path} is a file", remedy="Give a folder as --output-dir.")
+        if self.config.exists():
+            raise StorageError(
+                f"{self.path} holds a run already",
+                cause="A run never writes over another one.",
+                remedy=f"Choose another --output-dir, or go on with it: parablock resume {self.path}",
+            )
+
+    def create(self, config_yaml: str, manifest: dict[str, Any]) -> None:
+        """Make the folder with its configuration and manifest.
+
+        Raises:
+            StorageError: It holds a run already, or cannot be written.
+        """
+        self.check_unused()
+        with storage(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.metrics.write_text("", encoding="utf-8")
+        write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
+        write_atomically(self.config, config_yaml)
+
+    def check_resumable(self) -> None:
+        """Refuse a folder without an unfinished run.
+
+        Raises:
+            CheckpointError: It says which.
+        """
+        if not self.config.exists() or not self.manifest.exists():
+            raise CheckpointError(
+                f"{self.path} holds no run: it has no config.yaml and manifest.json",
+                remedy="Give the --output-dir of an earlier `parablock run`.",
+            )
+        if self.summary.exists() and self.read_summary().get("status") == "completed":
+            raise CheckpointError(
+                f"the run in {self.path} is complete; there is nothing to resume",
+                remedy=f"Look at it with: parablock eval {self.path} --data FILE",
+            )
+
+    def append(self, row: Row) -> None:
+        """Add a round."""
+        with storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows_before(self, round_index: int) -> list[Row]:
+        """Read the rounds before this one and forget all others, and a line that was cut."""
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["round_index"] >= round_index:
+                break
+            rows.append(row)
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`."""
+        write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Read `summary.json`.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        return _read_object(self.summary)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Read `manifest.json`.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        return _read_object(self.manifest)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", remedy="Start the run anew.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object", remedy="Start the run anew.")
+    return content
+
+
+def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]:
+    """Add up what rounds cost.
+
+    Args:
+        rows: All rounds.
+        spans: The trace.
+
+    Returns:
+        compute_s, communication_s: sums over rounds of the slowest client's; sequential_s: of the client
+        whose compute and communication together are slowest, which is what the same rounds would take one
+        after the other; overlap_fraction; uplink_bytes, downlink_bytes; bytes_per_client_round.
+    """
+    visits = sum(len(row["participants"]) for row in rows)
+    uplink, downlink = (sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes"))
+    return {
+        "compute_s": sum(row["compute_s"] for row in rows),
+        "communication_s": sum(row["communication_s"] for row in rows),
+        "sequential_s": sum(row["sequential_s"] for row in rows),
+        "overlap_fraction": overlap_fraction(spans),
+        "uplink_bytes": uplink,
+        "downlink_bytes": downlink,
+        "bytes_per_client_round": round((uplink + downlink) / visits) if visits else 0,
+    }
+
+
+def overlap_fraction(spans: Iterable[Span]) -> float:
+    """Tell which part of all clients' communication time was hidden under their own computation.
+
+    Communication is the time that bytes move on a client's link; waiting for other clients is not.
+    """
+    computing: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    moving: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for span in spans:
+        if span.client_id is None:
+            continue
+        interval = (span.start_s, span.start_s + span.duration_s)
+        if span.activity == "computing":
+            computing[span.client_id].append(interval)
+        elif span.activity in ("uploading", "downloading"):
+            moving[span.client_id].append(interval)
+    total = sum(end - start for intervals in moving.values() for start, end in intervals)
+    hidden = sum(_shared(sorted(moving[client]), sorted(computing[client])) for client in moving)
+    return hidden / total if total > 0 else 0.0
+
+
+def _shared(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
+    total, i, j = 0.0, 0, 0
+    while i < len(left) and j < len(right):
+        total += max(0.0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
