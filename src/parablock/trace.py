@@ -387,3 +387,20 @@ def write_chrome_trace(spans: list[Span], path: Path) -> None:
             }
         )
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def read_chrome_trace(path: Path) -> list[Span]:
+    """Read the spans back from a file that `write_chrome_trace` made."""
+    lanes = ("server", "compute", "communication")
+    return [
+        Span(
+            None if event["pid"] == 0 else event["pid"] - 1,
+            lanes[event["tid"]],
+            event["name"],
+            event["ts"] / 1e6,
+            event["dur"] / 1e6,
+            event["args"],
+        )
+        for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        if event["ph"] == "X"
+    ]

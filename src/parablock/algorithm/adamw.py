@@ -1,4 +1,4 @@
-"""AdamW over the active block: weights, gradients and moments in one flat fp32 vector each."""
+"""AdamW over the active block: weights and moments in one flat fp32 vector each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BlockAdamW:
     """AdamW on parameters that are views into one flat vector.
 
     An fp32 block is stepped where it lies; another one in a master copy, which is rounded into the block
-    after each step. A gradient moves into the flat vector, and is freed, as soon as autograd has made it.
+    after each step. As soon as autograd has made a gradient it moves, in fp32, to the weights that are stepped.
     Matrices decay; norms and biases, which have one dimension, do not. Used as a context, which collects
     gradients until it is left.
 
@@ -57,18 +57,15 @@ class BlockAdamW:
     ) -> None:
         self._block = block
         self._weights = block if block.dtype == torch.float32 else block.float()
-        self._gradient = torch.zeros_like(self._weights)
         self._exp_avg = _copy_or_zeros(moments.exp_avg if moments else None, self._weights)
         self._exp_avg_sq = _copy_or_zeros(moments.exp_avg_sq if moments else None, self._weights)
         self._steps = moments.step if moments else 0
         self._max_grad_norm = max_grad_norm
         self._views = _views(self._weights, parameters)
-        gradients = _views(self._gradient, parameters)
-        self._hooks = []
-        for parameter, view, gradient in zip(parameters, self._views, gradients, strict=True):
-            view.grad = gradient
-            move = partial(_move_gradient, gradient)
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, view))  # type: ignore[no-untyped-call]
+            for parameter, view in zip(parameters, self._views, strict=True)
+        ]
         matrices = {"params": [view for view in self._views if view.ndim > 1], "weight_decay": weight_decay}
         vectors = {"params": [view for view in self._views if view.ndim <= 1], "weight_decay": 0.0}
         self._optimizer = torch.optim.AdamW([matrices, vectors], betas=betas, eps=eps, fused=True)
@@ -78,14 +75,14 @@ class BlockAdamW:
             self._optimizer.state[view] = {"step": count, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def step(self, learning_rate: float) -> None:
-        """Take one step with the gradients accumulated since the last one, and zero them."""
+        """Take one step with the gradients accumulated since the last one, and free them."""
         if self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._views, self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._steps += 1
-        self._gradient.zero_()
+        self._optimizer.zero_grad()
         if self._weights is not self._block:
             self._block.copy_(self._weights)
 
@@ -114,7 +111,11 @@ def _copy_or_zeros(flat: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if flat is None else flat.to(like.device, copy=True)
 
 
-def _move_gradient(gradient: Tensor, parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        gradient.add_(parameter.grad)
-    parameter.grad = None
+def _move_gradient(view: Tensor, parameter: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:
+        return
+    if view.grad is None:
+        view.grad = gradient.float()
+    else:
+        view.grad.add_(gradient)

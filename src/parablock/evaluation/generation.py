@@ -155,11 +155,9 @@ def _generate_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[int, ...]]
 ) -> list[str]:
     longest = max(map(len, prompts))
-    paddings = [longest - len(prompt) for prompt in prompts]
-    input_ids = [
-        [tokenizer.pad_token_id] * padding + [*prompt] for padding, prompt in zip(paddings, prompts, strict=True)
-    ]
-    attention_mask = [[0] * padding + [1] * (longest - padding) for padding in paddings]
+    pad = (tokenizer.pad_token_id,)
+    input_ids = [pad * (longest - len(prompt)) + prompt for prompt in prompts]
+    attention_mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     output_ids = model.generate(
         input_ids=torch.tensor(input_ids, device=model.device),
         attention_mask=torch.tensor(attention_mask, device=model.device),

@@ -141,8 +141,9 @@ def _source(name_or_path: str) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return str(path)
-    could_be_id = name_or_path.count("/") <= 1 and not path.is_absolute() and name_or_path[:1] not in ".~"
-    if could_be_id and not path.exists():
+    is_path = path.is_absolute() or name_or_path[:1] in ".~" or name_or_path.count("/") > 1
+    beside_others = "/" in name_or_path and path.parent.is_dir()
+    if not (is_path or beside_others or path.exists()):
         return name_or_path
     raise ModelError(
         f"There is no model folder {name_or_path}",

@@ -35,6 +35,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     previous = directory.with_name(f".{directory.name}.previous")
     kept = model.generation_config
     try:
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(f"{directory} is a file")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with quiet_transformers():

@@ -1,0 +1,247 @@
+"""The command line; no logic of its own.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C with everything saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from parablock import __version__
+from parablock.errors import ParaBlockError
+
+app = typer.Typer(
+    name="parablock",
+    help="Federated fine-tuning of LLMs over slow links: one block at a time, communication under computation.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]
+INTERRUPTED = 130
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if version:
+        console.print(f"parablock {__version__}", highlight=False)
+        raise typer.Exit
+    del debug  # read by `main`
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
+    output_dir: OutputDir,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+) -> None:
+    """Run one federated fine-tuning.
+
+    Example: parablock run configs/t0.yaml --output-dir runs/t0 --set federation.delay=0
+    """
+    from parablock.config import load_config
+    from parablock.experiment import run as run_experiment
+
+    with _watched() as (progress, stop):
+        summary = run_experiment(
+            load_config(config, overrides or []), output_dir, progress=progress, asked_to_stop=stop
+        )
+    _conclude(summary, output_dir)
+
+
+@app.command()
+def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of an earlier run.")]) -> None:
+    """Go on from the newest checkpoint, bitwise as if the run had never stopped.
+
+    Example: parablock resume runs/t0
+    """
+    from parablock.experiment import resume as resume_experiment
+
+    with _watched() as (progress, stop):
+        summary = resume_experiment(directory, progress=progress, asked_to_stop=stop)
+    _conclude(summary, directory)
+
+
+@app.command()
+def blocks(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or id.")],
+    layers_per_block: Annotated[int, typer.Option(help="Decoder layers in a block.")] = 1,
+    include_embeddings: Annotated[bool, typer.Option(help="Make the embeddings a block.")] = False,
+    include_head: Annotated[bool, typer.Option(help="Make the final norm and the head a block.")] = False,
+    layers_path: Annotated[
+        str | None, typer.Option(help="Where the decoder layers are, e.g. model.layers.")
+    ] = None,
+) -> None:
+    """Show the partition of a model: block, layers, parameters, bytes.
+
+    Example: parablock blocks Qwen/Qwen3-0.6B --layers-per-block 2
+    """
+    from parablock.model.blocks import partition_blocks
+    from parablock.model.load import load_model
+    from parablock.wire.codec import FORMATS, payload_bytes
+
+    loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
+    table = Table("block", "layers", "parameters", *(f"{name} bytes" for name in FORMATS))
+    partition = partition_blocks(
+        loaded.model,
+        layers_per_block=layers_per_block,
+        include_embeddings=include_embeddings,
+        include_head=include_head,
+        layers_path=layers_path,
+    )
+    for block in partition:
+        sizes = (f"{payload_bytes(block.num_parameters, name):,}" for name in FORMATS)
+        table.add_row(str(block.index), block.name, f"{block.num_parameters:,}", *sizes)
+    total = loaded.model.num_parameters()
+    trained = sum(block.num_parameters for block in partition)
+    console.print(table)
+    console.print(
+        f"{trained:,} of {total:,} parameters are in blocks; the other {total - trained:,} stay as they are."
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model_or_run_dir: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a run directory.")],
+    data: Annotated[list[str], typer.Option("--data", help="A file or a `datasets` name; more than once.")],
+    task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Score the first so many.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
+    samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
+) -> None:
+    """Score the base model and the tuned one side by side.
+
+    Example: parablock eval runs/t0 --data test.jsonl --task exact_match
+    """
+    from parablock.scores import score_models
+
+    with console.status("scoring") as status:
+        scores = score_models(
+            model_or_run_dir,
+            data,
+            task=task,
+            max_examples=max_examples,
+            max_new_tokens=max_new_tokens,
+            tell=status.update,
+        )
+    table = Table("", task, "examples", "model")
+    for score in scores:
+        table.add_row(score.label, f"{score.value:.4f}", str(score.count), score.name_or_path)
+    console.print(table)
+    for score in scores:
+        for sample in score.samples[:samples]:
+            console.print(
+                f"{score.label} answers {sample.prediction!r} where {sample.reference!r} is right", markup=False
+            )
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Where the run goes.")] = None,
+) -> None:
+    """Fine-tune a tiny model over four clients in a few minutes, and show what was learned and hidden.
+
+    Example: parablock demo --output-dir runs/demo
+    """
+    from parablock.quickstart import describe_demo, free_directory, run_demo
+
+    directory = output_dir or free_directory(Path("runs"))
+    with _watched() as (progress, stop):
+        outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
+    for line in describe_demo(outcome):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _exit_when_interrupted(outcome.summary, directory)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at this machine: versions, devices, room, missing extras, a short compute and link probe.
+
+    Example: parablock doctor
+    """
+    from parablock.doctor import examine
+
+    with console.status("looking at this machine"):
+        findings = examine()
+    marks = {"ok": "ok", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
+    table = Table("", "what", "found", "what to do")
+    for finding in findings:
+        table.add_row(marks[finding.status], finding.name, finding.value, finding.remedy)
+    console.print(table)
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _watched() -> Iterator[tuple[Any, Any]]:
+    """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once."""
+    from parablock.report.progress import make_progress
+
+    asked: list[int] = []
+    with make_progress(console=console) as progress:
+
+        def on_signal(number: int, frame: object) -> None:
+            del frame
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(number)
+            progress.message("stopping at the next round and saving; press Ctrl-C again to stop at once")
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield progress, lambda: bool(asked)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _conclude(summary: dict[str, Any], directory: Path) -> None:
+    _exit_when_interrupted(summary, directory)
+    console.print(
+        f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "
+        f"{summary['overlap_fraction']:.0%} of the communication was hidden; "
+        f"{summary['wall_time_s']:.1f} s ({summary['clock']} clock), "
+        f"{summary['sequential_s']:.1f} s one after the other",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"model: {directory / 'model'}   trace: {directory / 'trace.json'}", highlight=False, soft_wrap=True
+    )
+
+
+def _exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:
+    if summary["status"] == "interrupted":
+        console.print(
+            f"stopped and saved; go on with: parablock resume {directory}", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(INTERRUPTED)
+
+
+def main() -> None:
+    """Run the command line; turn our own errors into one block on stderr and an exit code."""
+    try:
+        app()
+    except ParaBlockError as error:
+        if "--debug" in sys.argv:
+            raise
+        lines = [f"error: {error.what}", error.cause, error.remedy]
+        print("\n".join(line for line in lines if line), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped at once; go on from the last checkpoint with: parablock resume DIR", file=sys.stderr)
+        sys.exit(INTERRUPTED)

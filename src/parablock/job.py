@@ -1,0 +1,217 @@
+"""A job: a configuration with the model, the data and the partition that it names, read and checked."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parablock import __version__
+from parablock.algorithm.schedule import blocks_never_visited
+from parablock.config import RunConfig
+from parablock.data.histogram import partition_histogram
+from parablock.data.partition import partition_rows
+from parablock.data.prompts import Example, Tokenized, tokenize_rows
+from parablock.data.sources import Row, load_rows, rows_sha256
+from parablock.errors import ConfigError, DataError
+from parablock.model.blocks import Block, partition_blocks
+from parablock.model.load import LoadedModel, load_model
+from parablock.seeding import generator_for
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration with everything that it names, read and checked; nothing has been written.
+
+    Attributes:
+        config: Resolved: nothing is left to a default of the machine.
+        loaded: The base model and its tokenizer.
+        blocks: Its partition.
+        train: The examples of each client.
+        test: The examples that the model is scored on.
+        notes: What a user should read before the run starts.
+        manifest: What has to be the same when the run is resumed, and where it ran.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    blocks: tuple[Block, ...]
+    train: tuple[tuple[Example, ...], ...]
+    test: tuple[Example, ...]
+    notes: tuple[str, ...]
+    manifest: dict[str, Any]
+
+
+def prepare(config: RunConfig) -> Job:
+    """Read and check all that a run needs.
+
+    Raises:
+        InputError: For the first thing that is missing or wrong, before anything is written.
+    """
+    config = _resolved(config)
+    torch.set_num_threads(config.engine.num_threads or 1)
+    parts, held_out = _read_rows(config)
+    model = config.model
+    loaded = load_model(
+        model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=config.seed
+    )
+    blocks = _partition_model(config, loaded)
+    tokenized = [_tokenize(config, loaded, rows) for rows in parts]
+    scored = _tokenize(config, loaded, held_out)
+    notes = [
+        f"{loaded.name_or_path}: {loaded.model.num_parameters():,} parameters in {config.model.dtype}, "
+        f"{len(blocks)} blocks",
+        *partition_histogram(parts, field=config.data.partition.field),
+        *(
+            f"client {i}: {part.summary()}"
+            for i, part in enumerate(tokenized)
+            if len(tokenized) <= 20 or part.skipped
+        ),
+        f"test: {scored.summary()}",
+        *_skipped_rows(tokenized),
+    ]
+    manifest = {
+        "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
+        "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
+        "seed": config.seed,
+        **_environment(),
+    }
+    return Job(
+        config=config,
+        loaded=loaded,
+        blocks=blocks,
+        train=tuple(part.examples for part in tokenized),
+        test=_sample(scored.examples, config),
+        notes=tuple(notes),
+        manifest=manifest,
+    )
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    """Write down what depends on the machine, so that a resumed run does not."""
+    if config.engine.num_threads is not None:
+        return config
+    cores = os.cpu_count() or 1
+    share = max(1, cores // min(cores, config.federation.num_clients))
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"num_threads": share})})
+
+
+def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:
+    """Read and split the rows; without test files, hold a part of each client's rows out."""
+    data, federation = config.data, config.federation
+    sources = [load_rows(source, split="train") for source in data.train]
+    held_out = [row for source in data.test for row in load_rows(source, split="test")]
+    parts: list[tuple[Row, ...]] = list(
+        partition_rows(
+            sources,
+            scheme=data.partition.scheme,
+            num_clients=federation.num_clients,
+            alpha=data.partition.alpha,
+            field=data.partition.field,
+            seed=config.seed,
+        )
+    )
+    if held_out:
+        return parts, held_out
+    for client_id, rows in enumerate(parts):
+        order = generator_for(config.seed, "held-out", client_id).permutation(len(rows))
+        size = max(1, round(data.test_fraction * len(rows)))
+        if size >= len(rows):
+            raise DataError(
+                f"client {client_id} has {len(rows)} row{'s' * (len(rows) != 1)}: none would be left to train on",
+                cause="data.test is empty, so a part of each client's rows is held out.",
+                remedy="Give data.test, or more rows, or fewer clients.",
+            )
+        out = set(order[:size].tolist())
+        held_out.extend(row for k, row in enumerate(rows) if k in out)
+        parts[client_id] = tuple(row for k, row in enumerate(rows) if k not in out)
+    return parts, held_out
+
+
+def _partition_model(config: RunConfig, loaded: LoadedModel) -> tuple[Block, ...]:
+    section, federation = config.blocks, config.federation
+    assert isinstance(section.layers_per_block, int)
+    blocks = partition_blocks(
+        loaded.model,
+        layers_per_block=section.layers_per_block,
+        include_embeddings=section.include_embeddings,
+        include_head=section.include_head,
+        layers_path=section.layers_path,
+    )
+    never = blocks_never_visited(
+        section.schedule,
+        num_rounds=federation.num_rounds,
+        num_blocks=len(blocks),
+        delay=federation.delay,
+        seed=config.seed,
+    )
+    if never and not section.allow_unvisited:
+        raise ConfigError(
+            [
+                f"federation.num_rounds: {federation.num_rounds} rounds of the {section.schedule} schedule would "
+                f"never train {_names(blocks, never)} of {len(blocks)} blocks; give at least {len(blocks)} rounds, "
+                "or larger blocks (blocks.layers_per_block), or accept it with blocks.allow_unvisited: true"
+            ]
+        )
+    return blocks
+
+
+def _names(blocks: Sequence[Block], indices: Sequence[int]) -> str:
+    return ", ".join(f"block {b} ({blocks[b].name})" for b in indices)
+
+
+def _tokenize(config: RunConfig, loaded: LoadedModel, rows: Sequence[Row]) -> Tokenized:
+    return tokenize_rows(
+        rows,
+        loaded.tokenizer,
+        data_format=config.data.format,
+        max_length=config.data.max_length,
+        completion_only_loss=config.train.completion_only_loss,
+    )
+
+
+def _skipped_rows(parts: Sequence[Tokenized]) -> list[str]:
+    skipped = [entry for part in parts for entry in part.skipped]
+    lines = [f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]]
+    return lines + ([f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else [])
+
+
+def _sample(examples: tuple[Example, ...], config: RunConfig) -> tuple[Example, ...]:
+    """Take the same `max_examples` test examples every time, from all of them alike."""
+    most = config.evaluation.max_examples
+    if len(examples) <= most:
+        return examples
+    drawn = generator_for(config.seed, "evaluation").choice(len(examples), size=most, replace=False)
+    return tuple(examples[k] for k in sorted(drawn.tolist()))
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "datasets", "safetensors", "numpy")
+    return {
+        "parablock": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "machine": {
+            "platform": platform.platform(),
+            "cpu_count": os.cpu_count(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """Give the commit of the source tree that is running, where it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
