@@ -204,6 +204,9 @@ def _watched() -> Iterator[tuple[Any, Any]]:
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield progress, lambda: bool(asked)
+        except KeyboardInterrupt:
+            progress.message("stopped at once; go on from the last checkpoint with: parablock resume DIR")
+            raise typer.Exit(INTERRUPTED) from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -242,6 +245,3 @@ def main() -> None:
         lines = [f"error: {error.what}", error.cause, error.remedy]
         print("\n".join(line for line in lines if line), file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped at once; go on from the last checkpoint with: parablock resume DIR", file=sys.stderr)
-        sys.exit(INTERRUPTED)

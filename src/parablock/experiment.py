@@ -17,6 +17,7 @@ from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.local import LocalArguments
 from parablock.algorithm.parablock import ServerState
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
+from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
@@ -29,7 +30,7 @@ from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
 from parablock.report.progress import Progress
 from parablock.report.records import RunDirectory, time_and_bytes
-from parablock.trace import Clock, RealClock, Trace, VirtualClock, write_chrome_trace
+from parablock.trace import Trace, write_chrome_trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
 from parablock.wire.transport import Traffic
@@ -80,8 +81,8 @@ def resume(
     directory.check_resumable()
     job = prepare(load_config(directory.config))
     before = directory.read_manifest()
-    for key in ("data_sha256", "blocks"):
-        if before[key] != job.manifest[key]:
+    for key in ("data_sha256", "base_sha256", "blocks"):
+        if before.get(key) != job.manifest[key]:
             raise CheckpointError(
                 f"{key} is not what it was when the run in {directory.path} began",
                 cause="The data files or the model folder changed in the meantime.",

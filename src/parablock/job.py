@@ -23,6 +23,7 @@ from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.model.blocks import Block, partition_blocks
 from parablock.model.load import LoadedModel, load_model
+from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
 
 
@@ -79,6 +80,7 @@ def prepare(config: RunConfig) -> Job:
     ]
     manifest = {
         "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
+        "base_sha256": base_sha256(loaded.model),
         "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
         "seed": config.seed,
         **_environment(),

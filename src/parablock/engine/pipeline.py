@@ -18,7 +18,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 
-from parablock.trace import Clock, Stopped, Trace
+from parablock.clock import Clock, Stopped
+from parablock.trace import Trace
 from parablock.wire.transport import ClientEnd, Parcel
 
 _CLOSE = object()

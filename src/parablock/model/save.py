@@ -90,6 +90,14 @@ def model_sha256(directory: Path | str) -> str:
     return digest.hexdigest()
 
 
+def base_sha256(model: PreTrainedModel) -> str:
+    """Hash the weights of a model in memory, tied ones once: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        _hash_tensor(digest, name, tensor.detach().cpu())
+    return digest.hexdigest()
+
+
 def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

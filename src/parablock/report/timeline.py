@@ -25,11 +25,14 @@ def draw_timeline(
         Lines of text; none where nothing was recorded.
     """
     moving = [span for span in spans if span.client_id is not None and span.activity in _MARKS]
-    shown = [span for span in moving if span.facts.get("round_index", 0) < max_rounds]
-    if not shown:
+    early = [span for span in moving if span.facts.get("round_index", 0) < max_rounds]
+    if not early:
         return []
-    begin = min(span.start_s for span in shown)
-    end = max(span.start_s + span.duration_s for span in shown)
+    begin = min(span.start_s for span in early)
+    end = max(
+        span.start_s + span.duration_s for span in early if span.lane == "compute" or len(early) == len(moving)
+    )
+    shown = [span for span in moving if span.start_s < end]
     scale = width / max(end - begin, 1e-9)
     clients = sorted({span.client_id for span in shown if span.client_id is not None})
     lines = []
@@ -42,9 +45,9 @@ def draw_timeline(
                     last = max(first + 1, round((span.start_s + span.duration_s - begin) * scale))
                     for k in range(first, min(last, width)):
                         cells[k] = _MARKS[span.activity]
-            lines.append(f"client {client_id:<3} {lane[:7]:<7} {''.join(cells)}")
+            lines.append(f"client {client_id:<3} {lane[:4]:<4} {''.join(cells)}")
     axis = f"{begin:.0f} s".ljust(width - 8) + f"{end:.0f} s".rjust(8)
-    lines.append(f"{'':18} {axis}")
+    lines.append(f"{'':15} {axis}")
     if len(clients) > max_clients:
         lines.append(f"… and {len(clients) - max_clients} more clients")
-    return [*lines, f"{'':18} {LEGEND}"]
+    return [*lines, f"{'':15} {LEGEND}"]

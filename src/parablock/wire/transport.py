@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from parablock.trace import Clock
+from parablock.clock import Clock
 from parablock.wire.link import Link
 
 

@@ -1,0 +1,310 @@
+"""Time: the clock that a run lives by.
+
+Two clocks, one interface. Under `RealClock` a sleep sleeps. Under `VirtualClock` the same threads take part
+in a discrete-event simulation: exactly one of them runs at a time, a sleep only moves the simulated time,
+and computation costs what it took while it had the machine to itself. So a hundred clients on two cores
+show the times of a hundred machines. Neither clock starts a thread; `engine/pipeline.py` does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from parablock.errors import StallError
+
+REAL_SLEEP_SLICE_S = 0.05
+
+
+class Thread(Protocol):
+    """What a clock keeps of a thread."""
+
+    def join(self) -> None:
+        """Wait for its end."""
+
+
+class Stopped(BaseException):
+    """Raised in a waiting thread when another one has failed; never seen by users."""
+
+
+class Mailbox(Protocol):
+    """Where one thread waits for what others put."""
+
+    def put(self, item: Any) -> None:
+        """Add an item; never waits."""
+
+    def get(self, timeout_s: float, waiting_for: str) -> Any:
+        """Take the oldest item, waiting for it.
+
+        Raises:
+            StallError: When nothing at all has moved for `timeout_s`; it names what was waited for. Under
+                the virtual clock: when nothing can move any more.
+        """
+
+
+class Clock(Protocol):
+    """What a run needs of time."""
+
+    name: str
+    threads: list[Thread]
+    """The threads that take part, for whoever joins them."""
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def working(self, seconds: float | None = None) -> AbstractContextManager[None]:
+        """Account for computation in the block: as it takes, or, under the virtual clock, as `seconds` says."""
+
+    def mailbox(self) -> Mailbox:
+        """Make a mailbox whose waiting this clock understands."""
+
+    def expect(self) -> object:
+        """Announce a thread that will soon take part; the result goes to `taking_part`."""
+
+    def taking_part(self, ticket: object) -> AbstractContextManager[None]:
+        """Wrap the whole body of an announced thread."""
+
+    def progress(self) -> None:
+        """Note that something moved, so that no one who waits loses patience."""
+
+    def stop(self) -> None:
+        """Make every waiting thread raise `Stopped`."""
+
+    def leave(self) -> None:
+        """Let the others go on without this thread, which will wait for nothing but their end."""
+
+
+def _stalled(timeout_s: float, waiting_for: str) -> StallError:
+    return StallError(
+        f"nothing moved for {timeout_s:g} s while waiting for {waiting_for}",
+        cause="The other side is gone, blocked, or much slower than expected.",
+        remedy="Look at the other side; if it is only slow, raise federation.stall_timeout_s.",
+    )
+
+
+class RealClock:
+    """Time as it passes."""
+
+    name = "real"
+
+    def __init__(self, *, start_s: float = 0.0) -> None:
+        self._origin = time.perf_counter() - start_s
+        self._mailboxes: list[_RealMailbox] = []
+        self._working: set[object] = set()
+        self.moved_s = start_s
+        self.stopped = False
+        self.threads: list[Thread] = []
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._origin
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, in slices, so that a failure elsewhere ends it."""
+        end = self.now() + seconds
+        while (left := end - self.now()) > 0:
+            if self.stopped:
+                raise Stopped
+            time.sleep(min(left, REAL_SLEEP_SLICE_S))
+            self.progress()
+
+    @contextmanager
+    def working(self, seconds: float | None = None) -> Iterator[None]:
+        """Real work takes real time; while it lasts, nobody loses patience."""
+        del seconds
+        work = object()
+        self._working.add(work)
+        try:
+            yield
+        finally:
+            self._working.discard(work)
+            self.progress()
+
+    def mailbox(self) -> Mailbox:
+        """Make a mailbox."""
+        box = _RealMailbox(self)
+        self._mailboxes.append(box)
+        return box
+
+    def expect(self) -> object:
+        """Nothing to announce."""
+        return None
+
+    def taking_part(self, ticket: object) -> AbstractContextManager[None]:
+        """Nothing to wrap."""
+        del ticket
+        return nullcontext()
+
+    def progress(self) -> None:
+        """Start everybody's patience anew."""
+        self.moved_s = self.now()
+
+    def stop(self) -> None:
+        """Wake every waiting thread."""
+        self.stopped = True
+        for box in self._mailboxes:
+            box.put(None)
+
+    def leave(self) -> None:
+        """Nothing to hand over."""
+
+
+class _RealMailbox:
+    def __init__(self, clock: RealClock) -> None:
+        self._clock, self._items = clock, SimpleQueue[Any]()
+
+    def put(self, item: Any) -> None:
+        self._clock.progress()
+        self._items.put(item)
+
+    def get(self, timeout_s: float, waiting_for: str) -> Any:
+        self._clock.progress()
+        while True:
+            patience = timeout_s if self._clock._working else timeout_s - (self._clock.now() - self._clock.moved_s)
+            if patience <= 0:
+                raise _stalled(timeout_s, waiting_for)
+            try:
+                item = self._items.get(timeout=patience)
+            except Empty:
+                continue
+            if self._clock.stopped:
+                raise Stopped
+            return item
+
+
+@dataclass(eq=False)
+class _Actor:
+    """A thread of the simulation: it runs when something comes through its gate."""
+
+    gate: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    wake: int = 0
+
+
+_actor: ContextVar[_Actor] = ContextVar("_actor")
+
+
+class VirtualClock:
+    """Simulated time; the thread that makes the clock is its first actor.
+
+    Only the running actor touches the clock, and it hands over by opening another one's gate, so there is
+    nothing to lock. Who runs next is the earliest to wake, and among equals the first to have asked.
+    """
+
+    name = "virtual"
+
+    def __init__(self, *, start_s: float = 0.0) -> None:
+        self._now = start_s
+        self._agenda: list[tuple[float, int, _Actor, int]] = []
+        self._asked = 0
+        self._blocked: set[_Actor] = set()
+        self.stopped = False
+        self.threads: list[Thread] = []
+        _actor.set(_Actor())
+
+    def now(self) -> float:
+        """Simulated seconds since the run began."""
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Let simulated time pass and others run."""
+        self._wake_at(self._now + seconds, _actor.get())
+        self._hand_over()
+
+    @contextmanager
+    def working(self, seconds: float | None = None) -> Iterator[None]:
+        """Run the block while simulated time stands still, then let its cost pass."""
+        began = time.perf_counter()
+        yield
+        self.sleep(time.perf_counter() - began if seconds is None else seconds)
+
+    def mailbox(self) -> Mailbox:
+        """Make a mailbox; one actor may wait at it."""
+        return _VirtualMailbox(self)
+
+    def expect(self) -> object:
+        """Put a thread that is about to start on the agenda, now."""
+        actor = _Actor()
+        self._wake_at(self._now, actor)
+        return actor
+
+    @contextmanager
+    def taking_part(self, ticket: object) -> Iterator[None]:
+        """Wait for the first turn; at the end hand over for good."""
+        assert isinstance(ticket, _Actor)
+        _actor.set(ticket)
+        ticket.gate.get()
+        try:
+            if self.stopped:
+                raise Stopped
+            yield
+        finally:
+            self._open_next()
+
+    def progress(self) -> None:
+        """Nothing to note: whoever is on the agenda moves."""
+
+    def stop(self) -> None:
+        """Wake every blocked actor."""
+        self.stopped = True
+        for actor in tuple(self._blocked):
+            self._wake_at(self._now, actor)
+
+    def leave(self) -> None:
+        """Hand over for good."""
+        self._open_next()
+
+    def _wake_at(self, when: float, actor: _Actor) -> None:
+        self._asked += 1
+        heapq.heappush(self._agenda, (when, self._asked, actor, actor.wake))
+
+    def _hand_over(self) -> None:
+        actor = _actor.get()
+        self._blocked.add(actor)
+        self._open_next()
+        actor.gate.get()
+        self._blocked.discard(actor)
+        if self.stopped:
+            raise Stopped
+
+    def _open_next(self) -> None:
+        while self._agenda:
+            when, _, actor, wake = heapq.heappop(self._agenda)
+            if wake == actor.wake:  # otherwise it has been woken since by something earlier
+                self._now = max(self._now, when)
+                actor.wake += 1
+                actor.gate.put(None)
+                return
+        if self._blocked:  # nobody will ever move again: let them all find that out
+            for actor in tuple(self._blocked):
+                self._wake_at(self._now, actor)
+            self._open_next()
+
+
+class _VirtualMailbox:
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock, self._items = clock, deque[Any]()
+        self._waiting: _Actor | None = None
+
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+        if self._waiting is not None:
+            self._clock._wake_at(self._clock.now(), self._waiting)
+
+    def get(self, timeout_s: float, waiting_for: str) -> Any:
+        if not self._items:
+            self._waiting = _actor.get()
+            self._clock._hand_over()
+            self._waiting = None
+        if not self._items:
+            raise _stalled(timeout_s, waiting_for)
+        return self._items.popleft()
