@@ -172,7 +172,8 @@ def _vector_sizes(described: Any) -> list[int]:
             and isinstance(shape[0], int)
             and not isinstance(shape[0], bool)
             and shape[0] >= 0
-            and entry.get("format") in FORMATS
+            and isinstance(entry.get("format"), str)
+            and entry["format"] in FORMATS
         ):
             raise problem
         sizes.append(payload_bytes(shape[0], entry["format"]))
