@@ -63,12 +63,10 @@ def parse_options() -> argparse.Namespace:
     )
     default = REPOSITORY.parent / "shared" / "models" / "tiny-base"
     parser.add_argument("--model", default=str(default), help="a model folder; left out when absent (%(default)s)")
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="float32", help="of the parameters (%(default)s)"
-    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="precision (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples of a step (%(default)s)")
     parser.add_argument("--length", type=int, default=64, help="tokens of an example (%(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="local steps of a visit, K (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="local steps of a visit, K (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="visits of each block (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
     parser.add_argument("--output", default=str(REPOSITORY / "benchmarks" / "results" / "step.json"))
@@ -90,7 +88,7 @@ def models(options: argparse.Namespace) -> list[tuple[str, Callable[[], PreTrain
         tie_word_embeddings=True,
     )
     found.append(
-        ("Llama, 12 layers × 512", lambda: AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype]))
+        ("llama-12x512", lambda: AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype]))
     )
     return found
 
@@ -218,8 +216,8 @@ def make_batch(seed: int, vocabulary: int, options: argparse.Namespace) -> Batch
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="One block against full fine-tuning")
-    columns = ("model", "full step", "block step", "ratio", f"≤ {BAR}", "training bytes, full", "block", "ratio")
+    table = Table(title="A step of one block against full fine-tuning")
+    columns = ("model", "full step", "block step", "ratio", f"≤ {BAR}", "full memory", "block memory")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
@@ -232,9 +230,9 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             "yes" if row["ratio"] <= BAR else "NO",
             f"{full / 2**20:.1f} MiB",
             f"{block / 2**20:.1f} MiB",
-            f"{block / full:.3f}",
         )
     console.print(table)
+    console.print("Memory: gradients, optimizer state and fp32 copies. Block steps are means over all blocks.")
 
 
 def write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:

@@ -182,13 +182,15 @@ def _write_parts(folder: Path, state: RunState) -> None:
         "progress": state.progress,
         "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
-    (folder / "state.json").write_text(json.dumps(meta, indent=1))
+    (folder / "state.json").write_text(json.dumps({**meta, "own_sha256": _own_sha256(meta)}, indent=1))
 
 
 def _read(place: Path) -> RunState:
     meta = json.loads((place / "state.json").read_text())
     if meta["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is version {meta['format_version']}, this release reads {FORMAT_VERSION}")
+    if meta.pop("own_sha256") != _own_sha256(meta):
+        raise ValueError("state.json is not what was written")
     for name, declared in meta["sha256"].items():
         if _sha256(place / name) != declared:
             raise ValueError(f"{name} is not what was written")
@@ -225,6 +227,10 @@ def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
 
 def _as_tensor(message: bytes) -> Tensor:
     return torch.frombuffer(bytearray(message), dtype=torch.uint8)
+
+
+def _own_sha256(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(meta)), sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,170 @@
+"""What the benchmarks share: common options, real or generated material, bars, and a JSON record of a run.
+
+A bar is a value that the project wants to reach. A benchmark says whether it did; it never fails for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from parablock.config import RunConfig
+from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.experiment import run
+from parablock.report.progress import PlainProgress
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model and its texts: one training file a client, where the files are the clients."""
+
+    model: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value beside what it should be."""
+
+    name: str
+    value: float
+    limit: float
+    at_most: bool = True
+
+    @property
+    def is_met(self) -> bool:
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    def __str__(self) -> str:
+        verdict, sign = ("met", "≤≥") if self.is_met else ("MISSED", "≤≥")
+        return f"{self.name}: {self.value:.4g} ({sign[not self.at_most]} {self.limit:g}: {verdict})"
+
+
+def make_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that every benchmark of runs has."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example: python benchmarks/{name}.py {example}".rstrip(),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", default=str(RESULTS / f"{name}.json"), help="the JSON record")
+    parser.add_argument("--work-dir", default=str(REPOSITORY / "runs" / name), help="where the runs are kept")
+    parser.add_argument("--smoke", action="store_true", help="smallest sizes, on a generated model and text")
+    return parser
+
+
+def t0(*families: str) -> Material:
+    """Give the small pretrained model and the T0 families, all of them when none is named."""
+    folder = SHARED / "data" / "t0"
+    found = sorted(path.name.removesuffix(".train.jsonl") for path in folder.glob("*.train.jsonl"))
+    return _real([f"t0/{family}" for family in families or found], ".train.jsonl", ".test.jsonl")
+
+
+def gsm8k() -> Material:
+    """Give the small pretrained model and GSM8K."""
+    return _real(["gsm8k"], "/train.jsonl", "/test.jsonl")
+
+
+def generated(folder: Path, *, num_clients: int, examples_per_client: int = 32) -> Material:
+    """Make a tiny random model and word problems, or find those that were made in this folder before."""
+    train = make_word_problems(
+        folder, num_clients=num_clients, examples_per_client=examples_per_client, seed=0
+    )
+    texts = [line for path in train[:8] for line in path.read_text(encoding="utf-8").splitlines()]
+    model = make_tiny_llama(folder / "model", texts, seed=0)
+    return Material(str(model), tuple(map(str, train)), (str(folder / TEST_FILE_NAME),))
+
+
+def record(
+    options: argparse.Namespace, results: Any, bars: Sequence[Bar], *, config: Any, console: Console
+) -> None:
+    """Say which bars are met, and write what was found, how and where."""
+    for bar in bars:
+        console.print(str(bar), style="green" if bar.is_met else "bold red", highlight=False)
+    content = facts(options) | {
+        "config": config,
+        "bars": [asdict(bar) | {"is_met": bar.is_met} for bar in bars],
+        "results": results,
+    }
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """Tell what ran where."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "options": vars(options),
+        "commit": commit(),
+        "machine": {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def commit() -> str:
+    """Give the commit of this repository; `-dirty` when files differ from it."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """Give the processor's name."""
+    facts_file = Path("/proc/cpuinfo")
+    lines = facts_file.read_text(encoding="utf-8").splitlines() if facts_file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def fresh_folder(options: argparse.Namespace) -> Path:
+    """Make a new folder for this benchmark's run directories, which stay there to be looked at."""
+    work_dir = Path(options.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="", dir=work_dir))
+
+
+def run_quietly(config: RunConfig, directory: Path) -> dict[str, Any]:
+    """Run without a word and give the summary."""
+    return run(config, directory, progress=PlainProgress(console=Console(quiet=True)))
+
+
+def table(title: str, *columns: str) -> Table:
+    """Make a table whose first column is text and whose others are numbers."""
+    made = Table(title=title)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left")
+    return made
+
+
+def _real(stems: Sequence[str], train: str, test: str) -> Material:
+    model, data = SHARED / "models" / "tiny-base", SHARED / "data"
+    trains = tuple(str(data / f"{stem}{train}") for stem in stems)
+    missing = [path for path in (str(model), *trains) if not Path(path).exists()]
+    if missing or not stems:
+        sys.exit(f"{', '.join(missing) or data} is missing; --smoke runs on a generated model and text")
+    return Material(str(model), trains, tuple(str(data / f"{stem}{test}") for stem in stems))

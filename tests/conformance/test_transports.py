@@ -1,0 +1,55 @@
+"""What every transport does; a new one joins `TRANSPORTS`."""
+
+from __future__ import annotations
+
+import pytest
+
+from parablock.clock import RealClock, VirtualClock
+from parablock.wire.link import Link
+from parablock.wire.transport import MemoryTransport, Parcel
+
+TRANSPORTS = {
+    "memory, real clock": lambda link, clients: MemoryTransport(RealClock(), link, clients),
+    "memory, virtual clock": lambda link, clients: MemoryTransport(VirtualClock(), link, clients),
+}
+
+
+@pytest.fixture(params=TRANSPORTS)
+def make(request):
+    return TRANSPORTS[request.param]
+
+
+def test_messages_reach_their_client_and_no_other(make):
+    transport, got = make(Link(), 2), {0: [], 1: []}
+    for client_id in got:
+        transport.attach(client_id, got[client_id].append)
+    transport.send(0, Parcel(b"for zero", 0))
+    transport.send(1, Parcel(b"for one", 0))
+    assert got == {0: [Parcel(b"for zero", 0)], 1: [Parcel(b"for one", 0)]}
+
+
+def test_updates_reach_the_server_with_their_sender_in_order(make):
+    transport = make(Link(), 2)
+    transport.upload(1, Parcel(b"a", 0))
+    transport.upload(0, Parcel(b"b", 0))
+    assert [transport.receive(1.0, "updates"), transport.receive(1.0, "updates")] == [(1, b"a"), (0, b"b")]
+
+
+def test_bytes_and_seconds_are_counted_by_round_client_and_direction(make):
+    transport = make(Link(upload_mbps=0.8, download_mbps=1.6, latency_s=0.01), 2)
+    transport.upload(0, Parcel(b"x" * 1000, 3))  # 0.01 s + 8,000 bit / 0.8 Mbit/s = 0.02 s
+    transport.download(0, Parcel(b"x" * 1000, 3))  # 0.01 + 0.005 s
+    transport.upload(1, Parcel(b"x" * 500, 4))
+    third, fourth = transport.ledger.of_round(3), transport.ledger.of_round(4)
+    assert (third.uplink_bytes, third.downlink_bytes) == (1000, 1000)
+    assert (fourth.uplink_bytes, fourth.downlink_bytes) == (500, 0)
+    assert third.seconds(0) >= 0.035 - 1e-9
+    assert third.seconds(1) == 0.0
+    assert transport.ledger.of_round(99).uplink_bytes == 0
+
+
+def test_link_arithmetic():
+    link = Link(upload_mbps=8, download_mbps=80, latency_s=0.5)
+    assert link.upload_s(1_000_000) == 1.5
+    assert link.download_s(1_000_000) == 0.6
+    assert Link().upload_s(10**12) == 0.0

@@ -1,0 +1,151 @@
+"""Overlap is a schedule, not mathematics: both threads of every client, any clock, any link, same bits."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from toy import ToyTrainer, initial, solve
+
+from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.parablock import same
+from parablock.algorithm.sequential import Outcome, Problem, run_sequential
+from parablock.clock import RealClock, VirtualClock
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.server import ServerPlan
+from parablock.trace import Trace
+from parablock.wire.codec import as_decoded
+from parablock.wire.link import Link
+
+EXAMPLES = [3, 1, 2, 5]
+ROUNDS = 14
+
+
+def threaded(
+    delay: int,
+    *,
+    clock=None,
+    link: Link = Link(),  # noqa: B008
+    participation: float = 1.0,
+    schedule: str = "shuffled",
+    wire_format: str = "float32",
+    dtype: torch.dtype = torch.float32,
+    in_flight: str = "aligned",
+    optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
+    step_s: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
+) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
+    clock = clock or VirtualClock()
+    trajectory: list[tuple[torch.Tensor, ...]] = []
+    plan = ServerPlan(len(EXAMPLES), ROUNDS, delay, schedule, participation, 0, wire_format, 20.0, 0, optimizer)
+    result = run_in_process(
+        initial(4, dtype),
+        [ToyTrainer(i, n, step_s[i]) for i, n in enumerate(EXAMPLES)],
+        plan,
+        Trace(clock),
+        Hooks(lambda state, updates, traffic: trajectory.append(state.params), lambda state: None),
+        link=link,
+        in_flight=in_flight,
+    )
+    return result, trajectory, clock.now()
+
+
+def oracle(delay: int, *, dtype: torch.dtype = torch.float32, **changes) -> Outcome:
+    problem = Problem(EXAMPLES, ROUNDS, delay, **{"schedule": "shuffled", **changes})
+    return run_sequential(initial(4, dtype), problem, solve)
+
+
+def assert_equal(found, expected: Outcome) -> None:
+    result, trajectory, _ = found
+    assert len(trajectory) == len(expected.trajectory) == ROUNDS
+    assert all(same(a, b) for a, b in zip(trajectory, expected.trajectory, strict=True))
+    assert same(result.server.view, expected.server.view)
+    for client in result.clients:
+        assert same(client.base, expected.server.view)
+        assert client.in_flight == ()
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize(
+    "link", [Link(), Link(0.001, 0.001), Link(0.0005, 0.5, 0.3)], ids=["unlimited", "slow", "lopsided"]
+)
+def test_virtual_threads_equal_the_oracle_at_any_link_speed(delay, link):
+    found = threaded(delay, link=link, step_s=(1.0, 0.1, 4.0, 2.0))
+    assert_equal(found, oracle(delay))
+    assert not same(found[0].server.params, oracle(delay + 1).server.params), "the delay matters with four clients"
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_real_threads_equal_the_oracle_and_leave_no_thread(delay):
+    before = threading.active_count()
+    found = threaded(delay, clock=RealClock(), link=Link(1.0, 1.0, 0.001))
+    assert_equal(found, oracle(delay))
+    assert threading.active_count() == before
+
+
+VARIANTS = {
+    "participation": ({"participation": 0.5}, {"participation": 0.5}),
+    "cyclic": ({"schedule": "cyclic"}, {"schedule": "cyclic"}),
+    "random": ({"schedule": "random"}, {"schedule": "random"}),
+    "importance": ({"schedule": "importance"}, {"schedule": "importance"}),
+    "own": ({"in_flight": "own", "schedule": "cyclic"}, {"in_flight": "own", "schedule": "cyclic"}),
+    "none": ({"in_flight": "none"}, {"in_flight": "none"}),
+    "momentum": (
+        {"optimizer": ServerOptimizer("momentum", 0.5)},
+        {"server_optimizer": ServerOptimizer("momentum", 0.5)},
+    ),
+    "bfloat16 model": ({"dtype": torch.bfloat16}, {"dtype": torch.bfloat16}),
+    "bfloat16 wire": (
+        {"wire_format": "bfloat16"},
+        {
+            "encode": lambda delta: as_decoded(delta, "bfloat16"),
+            "announce": lambda new, view: view + as_decoded(new - view, "bfloat16"),
+        },
+    ),
+    "bfloat16 wire, participation": (
+        {"wire_format": "bfloat16", "participation": 0.5},
+        {
+            "participation": 0.5,
+            "encode": lambda delta: as_decoded(delta, "bfloat16"),
+            "announce": lambda new, view: view + as_decoded(new - view, "bfloat16"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_every_option_of_the_method_is_the_same_in_threads(name, delay):
+    engine, problem = VARIANTS[name]
+    found = threaded(delay, link=Link(0.01, 0.01), **engine)
+    assert_equal(found, oracle(delay, **problem))
+    # Without anything in flight `none` is `aligned`; with three of four blocks in flight `random` has no choice.
+    if (name, delay) not in (("none", 0), ("random", 3)):
+        control = oracle(delay).trajectory
+        assert not all(same(a, b) for a, b in zip(found[1], control, strict=True)), f"{name} changed nothing"
+
+
+def test_delay_1_takes_the_longer_of_compute_and_communication_and_delay_0_their_sum():
+    # A message is about 240 bytes: 0.00192 Mbit/s carries it in about 1 s; compute takes 2 s.
+    link = Link(0.00192, 0.00192)
+    sequential, overlapped = (
+        threaded(0, link=link, step_s=(2.0,) * 4)[2],
+        threaded(1, link=link, step_s=(2.0,) * 4)[2],
+    )
+    # 14 · (2 + 1 + 1) + 1 ≈ 57 against 14 · 2 + 2 ≈ 31 (comm 2 ≈ compute 2); the messages differ by some bytes
+    assert overlapped < 0.65 * sequential
+    compute_only = threaded(0, step_s=(2.0,) * 4)[2]
+    assert compute_only == pytest.approx(28.0, rel=0.01)
+    assert overlapped > compute_only
+
+
+def test_a_hundred_virtual_clients_take_no_longer_than_four():
+    def simulated(num_clients: int) -> float:
+        clock = VirtualClock()
+        plan = ServerPlan(num_clients, 6, 1, "cyclic", 1.0, 0, "float32", 20.0, 0)
+        trainers = [ToyTrainer(i % 4, 1, 1.0) for i in range(num_clients)]
+        hooks = Hooks(lambda *_: None, lambda _: None)
+        run_in_process(initial(4), trainers, plan, Trace(clock), hooks, link=Link(0.002, 0.002), in_flight="own")
+        return clock.now()
+
+    assert simulated(100) == pytest.approx(simulated(4), rel=0.05)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from parablock.clock import Clock, RealClock, VirtualClock
+from parablock.engine.pipeline import Machines, Pipeline
+from parablock.errors import CodecError, StallError
+from parablock.trace import Trace
+from parablock.wire.link import Link
+from parablock.wire.transport import MemoryTransport, Parcel
+
+CLOCKS = [RealClock, VirtualClock]
+
+
+def pipeline(clock: Clock, transport, **options) -> Pipeline:
+    return Pipeline(0, transport, Trace(clock), stall_timeout_s=options.get("stall_timeout_s", 5.0))
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_sending_does_not_wait_and_leaving_sends_what_is_left(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(upload_mbps=0.08), 1)  # 10,000 byte/s
+    before = threading.active_count()
+    with pipeline(clock, transport) as lane:
+        lane.send(b"x" * 1000, 0)
+        lane.send(b"y" * 1000, 1)
+        assert clock.now() < 0.1
+    assert clock.now() >= 0.2
+    assert [transport.receive(1.0, "it") for _ in range(2)] == [(0, b"x" * 1000), (0, b"y" * 1000)]
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_what_was_sent_before_the_client_attached_arrives_in_order(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(), 1)
+    transport.send(0, Parcel(b"first", 0))
+    with pipeline(clock, transport) as lane:
+        transport.send(0, Parcel(b"second", 1))
+        assert [lane.receive(), lane.receive()] == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_an_error_of_the_communication_thread_surfaces_in_the_compute_thread(make):
+    class Broken(MemoryTransport):
+        def upload(self, client_id: int, parcel: Parcel) -> None:
+            raise CodecError("the cable is cut")
+
+    clock = make()
+    before = threading.active_count()
+    with pytest.raises(CodecError, match="cable"), pipeline(clock, Broken(clock, Link(), 1)) as lane:
+        lane.send(b"update", 0)
+        lane.receive()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_an_error_of_the_compute_thread_leaves_no_thread_and_does_not_wait_for_the_link(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(upload_mbps=0.08), 1)
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), pipeline(clock, transport) as lane:
+        for t in range(100):
+            lane.send(b"x" * 1000, t)  # 10 s of uploads
+        raise ZeroDivisionError
+    assert clock.now() < 1.0
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_waiting_for_a_silent_server_ends_and_says_for_what(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(), 1)
+    with (
+        pytest.raises(StallError, match="client 0"),
+        pipeline(clock, transport, stall_timeout_s=0.05) as lane,
+    ):
+        lane.receive()
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_a_machine_that_fails_ends_the_others_and_its_error_reaches_the_server(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(), 2)
+    before = threading.active_count()
+
+    def failing() -> None:
+        clock.sleep(0.01)
+        raise CodecError("client 0 broke")
+
+    def waiting() -> None:
+        clock.mailbox().get(100.0, "for ever")
+
+    with (
+        pytest.raises(CodecError, match="client 0 broke"),
+        Machines(clock, [failing, waiting], transport.fail, stall_timeout_s=5.0),
+    ):
+        transport.receive(100.0, "an update")
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_a_server_that_fails_ends_its_clients(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(), 2)
+    before = threading.active_count()
+
+    def client(client_id: int) -> None:
+        with Pipeline(client_id, transport, Trace(clock), stall_timeout_s=100.0) as lane:
+            lane.receive()
+
+    with (
+        pytest.raises(ZeroDivisionError),
+        Machines(clock, [lambda: client(0), lambda: client(1)], transport.fail, stall_timeout_s=5.0),
+    ):
+        clock.sleep(0.01)
+        raise ZeroDivisionError
+    assert threading.active_count() == before
