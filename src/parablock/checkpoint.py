@@ -3,7 +3,7 @@
     round-000008/
       state.json            the round, versions, ρ, history, what the clients had sent, progress of the records
       server.safetensors    x and view of every block, server-optimizer moments
-      client-000.safetensors  its updates in flight, as they were sent; local optimizer moments, if kept
+      client-000.safetensors  its updates in flight, as they were sent; moments and residuals, if kept
       trace.json            the spans so far
 
 Everything else follows from the configuration and the seed: data order, schedules, cohorts. A client's base
@@ -47,6 +47,7 @@ class ClientSnapshot:
         rho: Its ρ of each block.
         sent: The messages of its updates in flight, by round, as they were sent.
         memory: What its trainer remembers.
+        residuals: With error feedback, what rounding has kept back of each block.
     """
 
     client_id: int
@@ -54,6 +55,7 @@ class ClientSnapshot:
     rho: tuple[float, ...]
     sent: dict[int, bytes]
     memory: dict[str, Tensor] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def _write_parts(folder: Path, state: RunState) -> None:
     for client in state.clients:
         tensors = {f"sent.{t}": _as_tensor(message) for t, message in client.sent.items()}
         tensors |= {f"memory.{name}": value.contiguous() for name, value in client.memory.items()}
+        tensors |= {f"residual.{b}": value for b, value in client.residuals.items()}
         save_file(tensors, folder / f"client-{client.client_id:03d}.safetensors")
     (folder / "trace.json").write_text(json.dumps([list(asdict(span).values()) for span in state.spans]))
     meta = {
@@ -211,13 +214,18 @@ def _read(place: Path) -> RunState:
 
 def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> ClientSnapshot:
     tensors = load_file(place / f"client-{client_id:03d}.safetensors")
-    sent = {
-        int(name.removeprefix("sent.")): value.numpy().tobytes()
-        for name, value in tensors.items()
-        if name.startswith("sent.")
-    }
-    memory = {name.removeprefix("memory."): value for name, value in tensors.items() if name.startswith("memory.")}
-    return ClientSnapshot(client_id, tuple(meta["versions"]), tuple(meta["rho"]), sent, memory)
+    parts: dict[str, dict[str, Tensor]] = {"sent": {}, "memory": {}, "residual": {}}
+    for name, value in tensors.items():
+        kind, key = name.split(".", 1)
+        parts[kind][key] = value
+    return ClientSnapshot(
+        client_id,
+        tuple(meta["versions"]),
+        tuple(meta["rho"]),
+        {int(t): value.numpy().tobytes() for t, value in parts["sent"].items()},
+        parts["memory"],
+        {int(b): value for b, value in parts["residual"].items()},
+    )
 
 
 def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:

@@ -92,7 +92,7 @@ def blocks(
     """
     from parablock.model.blocks import partition_blocks
     from parablock.model.load import load_model
-    from parablock.wire.codec import FORMATS, payload_bytes
+    from parablock.wire.quantize import FORMATS, payload_bytes
 
     loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
     table = Table("block", "layers", "parameters", *(f"{name} bytes" for name in FORMATS))

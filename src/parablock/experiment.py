@@ -28,11 +28,12 @@ from parablock.job import Job, prepare
 from parablock.model.load import LoadedModel
 from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
-from parablock.report.progress import Progress
+from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
 from parablock.trace import Trace, write_chrome_trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
+from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Traffic
 
 Summary = dict[str, Any]
@@ -42,7 +43,7 @@ def run(
     config: RunConfig,
     output_dir: Path | str,
     *,
-    progress: Progress,
+    progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Fine-tune as the configuration says, and leave a run directory.
@@ -50,7 +51,7 @@ def run(
     Args:
         config: The run.
         output_dir: A folder that holds no run yet; nothing is written before all input has been checked.
-        progress: Who is told how it goes.
+        progress: Who is told how it goes; None: the logger `parablock`, at level INFO.
         asked_to_stop: Asked at every round; when true the run is saved and stops.
 
     Returns:
@@ -65,11 +66,14 @@ def run(
     directory.check_unused()
     job = prepare(config)
     directory.create(job.config.to_yaml(), job.manifest)
-    return _Run(job, directory, progress, asked_to_stop, began).execute(None)
+    return _Run(job, directory, progress or LoggedProgress(), asked_to_stop, began).execute(None)
 
 
 def resume(
-    output_dir: Path | str, *, progress: Progress, asked_to_stop: Callable[[], bool] = lambda: False
+    output_dir: Path | str,
+    *,
+    progress: Progress | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Go on from the newest checkpoint, bitwise as if the run had never stopped; see `run`.
 
@@ -89,6 +93,7 @@ def resume(
                 remedy="Put back what changed, or start a new run.",
             )
     state, passed_over = load_newest(directory.checkpoints)
+    progress = progress or LoggedProgress()
     for reason in passed_over:
         progress.message(f"passed over a damaged checkpoint: {reason}")
     return _Run(job, directory, progress, asked_to_stop, began).execute(state)
@@ -297,7 +302,7 @@ def _plan(config: RunConfig) -> ServerPlan:
         schedule=config.blocks.schedule,
         participation=federation.participation,
         seed=config.seed,
-        wire_format=config.wire.format,
+        encoding=Encoding(config.wire.format, config.wire.rounding, config.wire.error_feedback, config.seed),
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),

@@ -123,7 +123,7 @@ def describe_demo(outcome: Outcome) -> list[str]:
         "The first rounds, in simulated time: every client has a machine and a link of its own",
         *draw_timeline(read_chrome_trace(directory / "trace.json")),
         "",
-        f"learned   {data} of {summary['num_clients']} clients in {summary['num_rounds']} rounds, each on its own text",
+        f"learned   {data} of {summary['num_clients']} clients in {summary['num_rounds']} rounds",
         f"          eval loss {summary['initial_eval_loss']:.3f} → {summary['final_eval_loss']:.3f}, "
         f"exact match {base.value:.0%} → {tuned.value:.0%} of {tuned.count} held-out questions",
         f"          asked {_last_line(answer.prompt)!r}, it answers {answer.prediction.strip()!r}",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 NOT_BUILT = "is not built yet in this version"
 
@@ -26,6 +26,18 @@ class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, defaults validated too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_and_no_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` where pydantic would take it for 1, and YAML's `on` and `no` where a word is meant."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be {str(value).lower()}; a word such as on, off, yes, no needs quotes")
+        return value
+
+
+def _default(section: Section, key: str) -> Any:
+    return type(section).model_fields[key].default
 
 
 class ModelSection(Section):
@@ -48,6 +60,8 @@ class PartitionSection(Section):
     def _field_where_needed(self) -> PartitionSection:
         if self.scheme in ("dirichlet", "by_field") and not self.field:
             raise ValueError(f"scheme {self.scheme} needs `field`: the field of the rows to split by")
+        if self.scheme != "dirichlet" and self.alpha != _default(self, "alpha"):
+            raise ValueError(f"alpha takes effect with scheme dirichlet only, not with {self.scheme}")
         return self
 
 
@@ -66,7 +80,16 @@ class DataSection(Section):
     @field_validator("train", "test", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and "" in names:
+            raise ValueError("holds an empty name")
+        return names
+
+    @model_validator(mode="after")
+    def _one_test_set(self) -> DataSection:
+        if self.test and self.test_fraction != _default(self, "test_fraction"):
+            raise ValueError("test_fraction takes effect where `test` is empty only; leave one of them out")
+        return self
 
 
 class BlocksSection(Section):
@@ -110,6 +133,8 @@ class ServerOptimizerSection(Section):
             raise ValueError(
                 "learning_rate has no effect with name none; choose momentum or adam, or leave it at 1.0"
             )
+        if self.name == "none" and self.momentum != _default(self, "momentum"):
+            raise ValueError("momentum has no effect with name none; choose momentum or adam, or leave it out")
         return self
 
 
@@ -212,19 +237,26 @@ class TrainSection(Section):
 class WireSection(Section):
     """How an update becomes bytes."""
 
-    format: Literal["float32", "bfloat16", "int8", "int4"] = Field("float32", description="Payload of updates.")
-    rounding: Literal["stochastic", "nearest"] = Field("nearest", description="Rounding of quantised payloads.")
+    format: Literal["float32", "bfloat16", "int8", "int4", "int2"] = Field(
+        "float32", description="Payload of updates, and of new values where it is narrower than the model."
+    )
+    rounding: Literal["stochastic", "nearest"] = Field("stochastic", description="Rounding of int8, int4, int2.")
     error_feedback: bool = Field(False, description="Carry the rounding residual of a block to its next visit.")
     streaming: bool = Field(False, description="Exchange in chunks, up and down at once.")
     chunk_bytes: int = Field(4_194_304, ge=1024, description="Bytes of a chunk where streaming.")
 
     @model_validator(mode="after")
-    def _built_so_far(self) -> WireSection:
-        _built(self.format, ("float32", "bfloat16"), key="format")
-        _built(self.rounding, ("nearest",), key="rounding")
-        for key in ("error_feedback", "streaming"):
-            if getattr(self, key):
-                raise ValueError(f"{key}: true {NOT_BUILT}")
+    def _takes_effect(self) -> WireSection:
+        if self.rounding == "nearest" and not self.format.startswith("int"):
+            raise ValueError(
+                f"rounding: nearest takes effect with int8, int4 and int2 only, not with {self.format}"
+            )
+        if self.error_feedback and self.format == "float32":
+            raise ValueError("error_feedback: true takes effect where updates are rounded, not with float32")
+        if self.streaming:
+            raise ValueError(f"streaming: true {NOT_BUILT}")
+        if self.chunk_bytes != _default(self, "chunk_bytes"):
+            raise ValueError(f"chunk_bytes takes effect with streaming: true only, which {NOT_BUILT}")
         return self
 
 

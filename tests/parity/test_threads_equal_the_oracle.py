@@ -15,7 +15,7 @@ from parablock.clock import RealClock, VirtualClock
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.trace import Trace
-from parablock.wire.codec import as_decoded
+from parablock.wire.quantize import Encoding, pack
 from parablock.wire.link import Link
 
 EXAMPLES = [3, 1, 2, 5]
@@ -29,7 +29,7 @@ def threaded(
     link: Link = Link(),  # noqa: B008
     participation: float = 1.0,
     schedule: str = "shuffled",
-    wire_format: str = "float32",
+    encoding: Encoding = Encoding("float32"),  # noqa: B008
     dtype: torch.dtype = torch.float32,
     in_flight: str = "aligned",
     optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
@@ -37,7 +37,7 @@ def threaded(
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
     trajectory: list[tuple[torch.Tensor, ...]] = []
-    plan = ServerPlan(len(EXAMPLES), ROUNDS, delay, schedule, participation, 0, wire_format, 20.0, 0, optimizer)
+    plan = ServerPlan(len(EXAMPLES), ROUNDS, delay, schedule, participation, 0, encoding, 20.0, 0, optimizer)
     result = run_in_process(
         initial(4, dtype),
         [ToyTrainer(i, n, step_s[i]) for i, n in enumerate(EXAMPLES)],
@@ -51,7 +51,8 @@ def threaded(
 
 
 def oracle(delay: int, *, dtype: torch.dtype = torch.float32, **changes) -> Outcome:
-    problem = Problem(EXAMPLES, ROUNDS, delay, **{"schedule": "shuffled", **changes})
+    fresh = changes.pop("fresh", dict)
+    problem = Problem(EXAMPLES, ROUNDS, delay, **{"schedule": "shuffled", **changes, **fresh()})
     return run_sequential(initial(4, dtype), problem, solve)
 
 
@@ -83,6 +84,26 @@ def test_real_threads_equal_the_oracle_and_leave_no_thread(delay):
     assert threading.active_count() == before
 
 
+def lossy(encoding: Encoding) -> dict[str, object]:
+    """The same encoding, for the oracle: up with (round, client) draws, down as a difference from the view."""
+
+    def fresh() -> dict[str, object]:
+        residuals: dict[tuple[int, int], torch.Tensor] = {}
+
+        def encode(delta: torch.Tensor, b: int, t: int, i: int) -> torch.Tensor:
+            wanted = delta + residuals.get((i, b), 0.0) if encoding.error_feedback else delta
+            sent = pack(wanted, encoding.format, encoding.noise(t, i)).values.float()
+            residuals[i, b] = wanted - sent
+            return sent
+
+        def announce(new: torch.Tensor, view: torch.Tensor, t: int) -> torch.Tensor:
+            return view + pack(new - view, encoding.format, encoding.noise(t, -1)).values.float()
+
+        return {"encode": encode, "announce": announce}
+
+    return {"fresh": fresh}
+
+
 VARIANTS = {
     "participation": ({"participation": 0.5}, {"participation": 0.5}),
     "cyclic": ({"schedule": "cyclic"}, {"schedule": "cyclic"}),
@@ -95,20 +116,16 @@ VARIANTS = {
         {"server_optimizer": ServerOptimizer("momentum", 0.5)},
     ),
     "bfloat16 model": ({"dtype": torch.bfloat16}, {"dtype": torch.bfloat16}),
-    "bfloat16 wire": (
-        {"wire_format": "bfloat16"},
-        {
-            "encode": lambda delta: as_decoded(delta, "bfloat16"),
-            "announce": lambda new, view: view + as_decoded(new - view, "bfloat16"),
-        },
-    ),
+    "bfloat16 wire": ({"encoding": Encoding("bfloat16")}, lossy(Encoding("bfloat16"))),
     "bfloat16 wire, participation": (
-        {"wire_format": "bfloat16", "participation": 0.5},
-        {
-            "participation": 0.5,
-            "encode": lambda delta: as_decoded(delta, "bfloat16"),
-            "announce": lambda new, view: view + as_decoded(new - view, "bfloat16"),
-        },
+        {"encoding": Encoding("bfloat16"), "participation": 0.5},
+        {"participation": 0.5, **lossy(Encoding("bfloat16"))},
+    ),
+    "int4 stochastic": ({"encoding": Encoding("int4", "stochastic")}, lossy(Encoding("int4", "stochastic"))),
+    "int8 nearest": ({"encoding": Encoding("int8", "nearest")}, lossy(Encoding("int8", "nearest"))),
+    "int2 with error feedback": (
+        {"encoding": Encoding("int2", "nearest", error_feedback=True)},
+        lossy(Encoding("int2", "nearest", error_feedback=True)),
     ),
 }
 
@@ -142,7 +159,7 @@ def test_delay_1_takes_the_longer_of_compute_and_communication_and_delay_0_their
 def test_a_hundred_virtual_clients_take_no_longer_than_four():
     def simulated(num_clients: int) -> float:
         clock = VirtualClock()
-        plan = ServerPlan(num_clients, 6, 1, "cyclic", 1.0, 0, "float32", 20.0, 0)
+        plan = ServerPlan(num_clients, 6, 1, "cyclic", 1.0, 0, Encoding("float32"), 20.0, 0)
         trainers = [ToyTrainer(i % 4, 1, 1.0) for i in range(num_clients)]
         hooks = Hooks(lambda *_: None, lambda _: None)
         run_in_process(initial(4), trainers, plan, Trace(clock), hooks, link=Link(0.002, 0.002), in_flight="own")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -44,8 +45,8 @@ class Problem:
         participation: Part of the clients in a cohort.
         server_optimizer: What the server does with Δ̄.
         seed: The run's seed.
-        encode: What a delta becomes on its way up (given Δ).
-        announce: What the clients see of a new value (given new, old view); None where exact.
+        encode: What a delta becomes on its way up, given (Δ, block_index, round_index, client_id).
+        announce: What the clients see of a new value, given (new, old view, round_index); None where exact.
         lost: (client_id, round_index) of updates that never arrive.
     """
 
@@ -57,8 +58,8 @@ class Problem:
     participation: float = 1.0
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     seed: int = 0
-    encode: Callable[[Tensor], Tensor] = lambda delta: delta
-    announce: Callable[[Tensor, Tensor], Tensor] | None = None
+    encode: Callable[[Tensor, int, int, int], Tensor] = lambda delta, *_: delta
+    announce: Callable[[Tensor, Tensor, int], Tensor] | None = None
     lost: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -82,7 +83,8 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
         nonlocal server
         while server.committed < round_index:
             aggregate = average(updates[server.committed + 1])
-            server = server_commit(server, aggregate, problem.server_optimizer, problem.announce)
+            announce = problem.announce and partial(_of_round, problem.announce, server.committed + 1)
+            server = server_commit(server, aggregate, problem.server_optimizer, announce)
             trajectory.append(server.params)
 
     for t in range(problem.num_rounds):
@@ -94,7 +96,7 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)
             v = working_parameters(client, problem.in_flight)
             y = solve(i, t, b, v)
-            delta = problem.encode(delta_of(y, v[b]))
+            delta = problem.encode(delta_of(y, v[b]), b, t, i)
             clients[i] = put_in_flight(client, t, b, delta)
             if (i, t) not in problem.lost:
                 updates[t][i] = (delta, problem.num_examples[i])
@@ -102,6 +104,10 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
     commit_through(problem.num_rounds - 1)  # the drain
     clients = [commit(client, news_for(server, client.versions), server.committed) for client in clients]
     return Outcome(server, clients, trajectory)
+
+
+def _of_round(announce: Callable[[Tensor, Tensor, int], Tensor], t: int, value: Tensor, view: Tensor) -> Tensor:
+    return announce(value, view, t)
 
 
 def _block_of_round(problem: Problem, server: ServerState) -> int:

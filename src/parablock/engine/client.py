@@ -26,7 +26,6 @@ from parablock.checkpoint import ClientSnapshot
 from parablock.engine.pipeline import Pipeline
 from parablock.errors import CodecError
 from parablock.trace import Trace
-from parablock.wire.codec import Vector, as_decoded
 from parablock.wire.messages import (
     Finish,
     Mark,
@@ -37,6 +36,7 @@ from parablock.wire.messages import (
     new_block_value,
     to_bytes,
 )
+from parablock.wire.quantize import Encoding, Vector, pack
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ class Client:
         pipeline: Its communication thread; entered and left by `run`.
         trace: Where its computation is recorded.
         in_flight: own | aligned | none.
-        wire_format: Payload of its updates.
+        encoding: How its updates become bytes.
         hand_in: Takes its snapshots, from the compute thread.
         sent: Updates in flight when the run was interrupted; they are sent again first.
+        residuals: With error feedback, what rounding has kept back of each block.
     """
 
     def __init__(
@@ -95,13 +96,15 @@ class Client:
         trace: Trace,
         *,
         in_flight: str,
-        wire_format: str,
+        encoding: Encoding,
         hand_in: Callable[[int, ClientSnapshot], None],
         sent: dict[int, bytes] | None = None,
+        residuals: dict[int, Tensor] | None = None,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
         self._pipeline, self._trace = pipeline, trace
-        self._in_flight, self._wire_format, self._hand_in = in_flight, wire_format, hand_in
+        self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
+        self._residuals = dict(residuals or {})
         self._sent = dict(sent or {})
 
     def run(self) -> None:
@@ -127,7 +130,12 @@ class Client:
     def snapshot(self) -> ClientSnapshot:
         """Give what a checkpoint keeps of this client."""
         return ClientSnapshot(
-            self.client_id, self.state.versions, self.state.rho, dict(self._sent), self._trainer.memory()
+            self.client_id,
+            self.state.versions,
+            self.state.rho,
+            dict(self._sent),
+            self._trainer.memory(),
+            dict(self._residuals),
         )
 
     def _round(self, start: RoundStart) -> None:
@@ -138,7 +146,7 @@ class Client:
             with self._trace.clock.working(self._trainer.modelled_s):
                 v = working_parameters(self.state, self._in_flight)
                 result = self._trainer.train(t, b, v)
-                delta = delta_of(result.trained, v[b])
+                payload = self._encode(delta_of(result.trained, v[b]), t, b)
             compute_s = self._trace.clock.now() - began
         message = to_bytes(
             Update(
@@ -150,12 +158,21 @@ class Client:
                 train_loss=result.train_loss,
                 num_local_steps=result.num_local_steps,
                 compute_s=compute_s,
-                delta=Vector(delta, self._wire_format),
+                delta=payload,
             )
         )
-        self.state = put_in_flight(self.state, t, b, as_decoded(delta, self._wire_format))
+        self.state = put_in_flight(self.state, t, b, payload.values.float())
         self._sent[t] = message
         self._pipeline.send(message, t)
+
+    def _encode(self, delta: Tensor, t: int, b: int) -> Vector:
+        """Make q(Δ), or with error feedback q(Δ + e), keeping e ← Δ + e − q."""
+        if b in self._residuals:
+            delta = delta + self._residuals[b]
+        payload = pack(delta, self._encoding.format, self._encoding.noise(t, self.client_id))
+        if self._encoding.error_feedback:
+            self._residuals[b] = delta - payload.values.float()
+        return payload
 
     def _commit(self, news: tuple[NewValue, ...], committed: int) -> None:
         commits = [

@@ -130,9 +130,10 @@ def run_in_process(
                 pipeline,
                 trace,
                 in_flight=in_flight,
-                wire_format=plan.wire_format,
+                encoding=plan.encoding,
                 hand_in=checkpoints.hand_in,
                 sent=sent,
+                residuals=None if resumed is None else resumed.clients[client_id].residuals,
             )
         )
     if resumed is not None:

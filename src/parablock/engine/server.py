@@ -21,9 +21,12 @@ from parablock.algorithm.parablock import NEVER, ServerState, news_for, schedule
 from parablock.algorithm.schedule import cohort, next_block
 from parablock.errors import CodecError
 from parablock.trace import Trace
-from parablock.wire.codec import FORMATS, Vector, as_decoded
 from parablock.wire.messages import Finish, Mark, NewValue, RoundStart, Update, from_bytes, to_bytes
+from parablock.wire.quantize import Encoding, Vector, bytes_per_element, pack
 from parablock.wire.transport import Parcel, ServerEnd
+
+SERVER = -1
+"""The client_id whose draws round what the server sends."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ServerPlan:
     schedule: str
     participation: float
     seed: int
-    wire_format: str
+    encoding: Encoding
     stall_timeout_s: float
     checkpoint_every: int
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
@@ -164,18 +167,20 @@ class Server:
             if difference is not None and held[b] == self._version_before(b):
                 news.append(NewValue(b, new.version, new.rho, "difference", difference))
             else:
-                exact = Vector(new.value, str(new.value.dtype).removeprefix("torch."))
+                exact = pack(new.value, str(new.value.dtype).removeprefix("torch."))
                 news.append(NewValue(b, new.version, new.rho, "value", exact))
         self._held[client_id] = self.state.versions
         return tuple(news)
 
     def _announce(self, value: Tensor, view: Tensor) -> Tensor:
-        difference = value.float() - view.float()
-        self._differences[self.state.history[self.state.committed + 1]] = Vector(difference, self._plan.wire_format)
-        return (view.float() + as_decoded(difference, self._plan.wire_format)).to(view.dtype)
+        t = self.state.committed + 1
+        encoding = self._plan.encoding
+        difference = pack(value.float() - view.float(), encoding.format, encoding.noise(t, SERVER))
+        self._differences[self.state.history[t]] = difference
+        return (view.float() + difference.values.float()).to(view.dtype)
 
     def _is_lossy(self) -> bool:
-        return self.state.params[0].dtype.itemsize > FORMATS[self._plan.wire_format].itemsize
+        return self.state.params[0].dtype.itemsize > bytes_per_element(self._plan.encoding.format)
 
     def _version_before(self, block_index: int) -> int:
         earlier = [t for t in range(self.state.versions[block_index]) if self.state.history[t] == block_index]

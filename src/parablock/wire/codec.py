@@ -9,7 +9,7 @@
     18+H    P      payload: the vectors one after another, little endian
     18+H+P  4      CRC-32 of everything before, little endian
 
-A vector of n elements takes 4·n bytes as float32 and 2·n as bfloat16. A CRC-32 finds every flipped bit and
+How many bytes a vector of n elements takes stands in `quantize`. A CRC-32 finds every flipped bit and
 every burst of up to 32; it is no protection against a forger, which is what TLS is for.
 """
 
@@ -19,45 +19,18 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from parablock.errors import CodecError
+from parablock.wire.quantize import FORMATS, Vector, payload_bytes
 
 MAGIC = b"PBLK"
 PROTOCOL_VERSION = 1
 PREFIX = struct.Struct("<4sHIQ")
 CHECKSUM = struct.Struct("<I")
 MAX_HEADER_BYTES = 1 << 20
-
-FORMATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Payload formats and the element type that each travels in."""
-
-
-@dataclass(frozen=True)
-class Vector:
-    """One flat vector and the format it travels in.
-
-    Attributes:
-        values: 1-D, on the CPU.
-        format: A key of `FORMATS`; the values are rounded to it.
-    """
-
-    values: Tensor
-    format: str
-
-
-def payload_bytes(num_elements: int, payload_format: str) -> int:
-    """Tell how many bytes a vector takes in a format."""
-    return num_elements * FORMATS[payload_format].itemsize
-
-
-def as_decoded(values: Tensor, payload_format: str) -> Tensor:
-    """Give the values as the other side will see them, in fp32."""
-    return values.to(FORMATS[payload_format]).float()
 
 
 def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
@@ -69,9 +42,8 @@ def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
     """
     described, parts = [], []
     for vector in vectors:
-        typed = vector.values.detach().to(FORMATS[vector.format]).contiguous()
-        described.append({"format": vector.format, "shape": [typed.numel()]})
-        parts.append(typed.view(torch.uint8).numpy().tobytes())
+        described.append({"format": vector.format, "shape": [vector.num_elements]})
+        parts.append(vector.raw.numpy().tobytes())
     head = json.dumps({**header, "vectors": described}, separators=(",", ":"), allow_nan=False).encode()
     prefix = PREFIX.pack(MAGIC, PROTOCOL_VERSION, len(head), sum(map(len, parts)))
     body = b"".join((prefix, head, *parts))
@@ -82,7 +54,7 @@ def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
     """Read a message back.
 
     Returns:
-        The header without `vectors`, and the vectors in their formats.
+        The header without `vectors`, and the vectors.
 
     Raises:
         CodecError: Not a message, another protocol version, truncated or too long, altered on the way, or
@@ -101,14 +73,9 @@ def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
         )
     vectors = []
     for description, size in zip(described or (), sizes, strict=True):
-        dtype = FORMATS[description["format"]]
-        raw = (
-            torch.frombuffer(bytearray(memoryview(message)[start : start + size]), dtype=torch.uint8)
-            if size
-            else None
-        )
-        values = torch.empty(0, dtype=dtype) if raw is None else raw.view(dtype)
-        vectors.append(Vector(values, description["format"]))
+        raw = bytearray(memoryview(message)[start : start + size])
+        tensor = torch.frombuffer(raw, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        vectors.append(Vector(description["format"], description["shape"][0], tensor))
         start += size
     return header, vectors
 

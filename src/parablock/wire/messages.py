@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from parablock.errors import CodecError
-from parablock.wire.codec import Vector, decode, encode
+from parablock.wire.codec import decode, encode
+from parablock.wire.quantize import Vector
 
 T = TypeVar("T")
 

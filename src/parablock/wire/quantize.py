@@ -1,0 +1,196 @@
+r"""Payload formats: a flat vector as bytes, exactly or with few bits.
+
+| format | bytes of n elements | error |
+|---|---|---|
+| float32 | 4·n | none |
+| bfloat16 | 2·n | 8 significant bits |
+| int8 | n + 2·⌈n/256⌉ | half a step of max\|group\|/127 (nearest) |
+| int4 | ⌈n/2⌉ + 2·⌈n/64⌉ | half a step of max\|group\|/7 |
+| int2 | ⌈n/4⌉ + 2·⌈n/64⌉ | half a step of max\|group\|/1 |
+
+A quantised vector is cut into groups; each has a scale, the largest magnitude over the largest level, kept
+in bfloat16 and rounded up, so that no element is clipped. Levels are symmetric and 0 is one of them.
+`nearest` rounds to the nearest level. `stochastic` rounds up with the probability that makes the expected
+value the element itself (to one part in 2^16 of a step), so that the mean over clients stays right.
+
+Layout: all scales, then all levels plus the largest level, 8/bits of them in a byte, the first lowest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parablock.seeding import generator_for
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A format of few bits.
+
+    Attributes:
+        bits: Of a level: 8, 4 or 2.
+        group: Elements that share a scale.
+    """
+
+    bits: int
+    group: int
+
+    @property
+    def levels(self) -> int:
+        """The largest level; they run from −levels to +levels."""
+        return int(2 ** (self.bits - 1) - 1)
+
+
+FLOATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZED = {"int8": Quantized(8, 256), "int4": Quantized(4, 64), "int2": Quantized(2, 64)}
+FORMATS = (*FLOATS, *QUANTIZED)
+PIECE = 1 << 17
+"""Elements quantised at a time, so that they stay in the cache; a multiple of every group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A flat vector in the bytes that travel.
+
+    Attributes:
+        format: One of `FORMATS`.
+        num_elements: Its length.
+        raw: The payload: 1-D uint8, `payload_bytes(num_elements, format)` long.
+    """
+
+    format: str
+    num_elements: int
+    raw: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """What the receiver sees: 1-D; bfloat16 for that format and float32 for all others."""
+        if self.format in FLOATS:
+            return self.raw.view(FLOATS[self.format])
+        return _dequantize(self.raw, self.num_elements, QUANTIZED[self.format])
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How vectors become bytes; names as in the section `wire` of the configuration.
+
+    Attributes:
+        format: Payload format.
+        rounding: stochastic | nearest, for the quantised formats.
+        error_feedback: Carry what rounding kept back of a block to its next visit.
+        seed: The run's seed; every draw is of (seed, round, client).
+    """
+
+    format: str
+    rounding: str = "nearest"
+    error_feedback: bool = False
+    seed: int = 0
+
+    def noise(self, round_index: int, client_id: int) -> np.random.Generator | None:
+        """Give the draws that round one vector; the server's own are those of client −1."""
+        if self.rounding == "nearest":
+            return None
+        return generator_for(self.seed, "rounding", round_index, client_id)
+
+
+def payload_bytes(num_elements: int, payload_format: str) -> int:
+    """Tell how many bytes a vector takes in a format."""
+    if payload_format in FLOATS:
+        return num_elements * FLOATS[payload_format].itemsize
+    kind = QUANTIZED[payload_format]
+    return ceil(num_elements * kind.bits / 8) + 2 * ceil(num_elements / kind.group)
+
+
+def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None = None) -> Vector:
+    """Make the bytes of a vector.
+
+    Args:
+        values: 1-D, finite.
+        payload_format: One of `FORMATS`.
+        noise: Rounds stochastically with these draws; None rounds to nearest. Floats are always rounded to
+            nearest.
+    """
+    flat = values.detach().cpu()
+    if payload_format in FLOATS:
+        raw = flat.to(FLOATS[payload_format]).contiguous().view(torch.uint8)
+    else:
+        raw = _quantize(flat.float(), QUANTIZED[payload_format], noise)
+    return Vector(payload_format, flat.numel(), raw)
+
+
+def bytes_per_element(payload_format: str) -> float:
+    """Tell what an element takes, without the scales."""
+    return FLOATS[payload_format].itemsize if payload_format in FLOATS else QUANTIZED[payload_format].bits / 8
+
+
+def _quantize(values: Tensor, kind: Quantized, noise: np.random.Generator | None) -> Tensor:
+    n = values.numel()
+    num_groups = ceil(n / kind.group)
+    raw = torch.empty(2 * num_groups + ceil(n * kind.bits / 8), dtype=torch.uint8)
+    scales, packed = raw[: 2 * num_groups].view(torch.int16), raw[2 * num_groups :]
+    per_byte = 8 // kind.bits
+    for first in range(0, n, PIECE):
+        piece = values[first : first + PIECE]
+        if piece.numel() % kind.group:
+            piece = torch.nn.functional.pad(piece, (0, -piece.numel() % kind.group))
+        groups = piece.view(-1, kind.group)
+        scale_bits = _bfloat16_at_least(groups.abs().amax(dim=1) / kind.levels)
+        scales[first // kind.group : first // kind.group + len(scale_bits)] = scale_bits
+        scale = _from_bfloat16(scale_bits)
+        inverse = torch.where(scale > 0, 1 / scale, torch.zeros(())).unsqueeze(1)
+        levels = torch.addcmul(_offsets(groups, kind, noise), groups, inverse)
+        # float32 arithmetic may leave the range by a rounding error; truncation is floor, for all are positive
+        codes = levels.clamp_(0, 2 * kind.levels).to(torch.uint8).view(-1)
+        begin, end = first // per_byte, min(ceil(n / per_byte), (first + PIECE) // per_byte)
+        packed[begin:end] = _pack_codes(codes, kind)[: end - begin]
+    return raw
+
+
+def _offsets(groups: Tensor, kind: Quantized, noise: np.random.Generator | None) -> Tensor:
+    """Give what is added before truncation: the largest level, and ½ or a uniform draw of 16 bits."""
+    if noise is None:
+        return torch.full((), kind.levels + 0.5).expand_as(groups)
+    words = noise.integers(0, 1 << 64, size=groups.numel() // 4, dtype=np.uint64)
+    draws = torch.from_numpy(words.view(np.int16)).view_as(groups)  # −2^15 … 2^15 − 1
+    return draws.to(torch.float32).mul_(2.0**-16).add_(kind.levels + 0.5 + 2.0**-17)
+
+
+def _pack_codes(codes: Tensor, kind: Quantized) -> Tensor:
+    if kind.bits == 8:
+        return codes
+    lanes = codes.view(-1, 8 // kind.bits)
+    packed = lanes[:, 0].clone()
+    for lane in range(1, 8 // kind.bits):
+        packed.bitwise_or_(lanes[:, lane] << (lane * kind.bits))
+    return packed
+
+
+def _dequantize(raw: Tensor, n: int, kind: Quantized) -> Tensor:
+    num_groups = ceil(n / kind.group)
+    scale = _from_bfloat16(raw[: 2 * num_groups].view(torch.int16))
+    packed = raw[2 * num_groups :]
+    values = torch.empty(num_groups * kind.group)
+    per_byte, mask = 8 // kind.bits, (1 << kind.bits) - 1
+    for first in range(0, values.numel(), PIECE):
+        target = values[first : first + PIECE]
+        codes = packed[first // per_byte : (first + PIECE) // per_byte]
+        lanes = target.view(-1, per_byte)[: len(codes)]
+        for lane in range(per_byte):
+            lanes[:, lane] = codes if kind.bits == 8 else (codes >> (lane * kind.bits)) & mask
+        groups = target.view(-1, kind.group)
+        groups.sub_(kind.levels).mul_(scale[first // kind.group : first // kind.group + len(groups)].unsqueeze(1))
+    return values[:n]
+
+
+def _bfloat16_at_least(scale: Tensor) -> Tensor:
+    """Round non-negative fp32 up to bfloat16; gives its bits as int16."""
+    return ((scale.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
+
+
+def _from_bfloat16(bits: Tensor) -> Tensor:
+    return (bits.to(torch.int32) << 16).view(torch.float32)
