@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class ClientSnapshot:
         client_id: Who.
         versions: Its block versions.
         rho: Its ρ of each block.
-        sent: The messages of its updates in flight, by round, as they were sent.
+        sent: The messages of its updates in flight, by round, in order, as they were sent.
         memory: What its trainer remembers.
         residuals: With error feedback, what rounding has kept back of each block.
     """
@@ -53,7 +53,7 @@ class ClientSnapshot:
     client_id: int
     versions: tuple[int, ...]
     rho: tuple[float, ...]
-    sent: dict[int, bytes]
+    sent: dict[int, list[bytes]]
     memory: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
 
@@ -83,12 +83,16 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         raise StorageError(
             f"{path} cannot be written: {'the disk is full' if full else error}",
-            cause="The disk has no room left." if full else "The folder is missing, read-only, or not a folder.",
+            cause=(
+                "The disk, or this user's share of it, has no room left."
+                if full
+                else "The folder is missing, read-only, or not a folder, or its file system refuses such a file."
+            ),
             remedy=(
-                "Free some space; `parablock resume` goes on from the last good checkpoint."
+                "Free some space; `parablock resume` goes on with a run that has begun, from its last checkpoint."
                 if full
                 else "Choose another --output-dir, or make this one writable."
             ),
@@ -97,13 +101,27 @@ def storage(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that there is never half of it."""
-    with storage(path):
-        beside = path.with_name(f".{path.name}.partial")
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write a file to; it takes the name `path` when it is whole.
+
+    Raises:
+        StorageError: It cannot be written; what was there before is untouched.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with storage(path):
+            yield beside
+            _sync(beside)
+            beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
@@ -169,7 +187,11 @@ def _write_parts(folder: Path, state: RunState) -> None:
         server |= {f"moments.{b}.{k}": moment for k, moment in enumerate(state.server.moments[b])}
     save_file(server, folder / "server.safetensors")
     for client in state.clients:
-        tensors = {f"sent.{t}": _as_tensor(message) for t, message in client.sent.items()}
+        tensors = {
+            f"sent.{t}.{k:06d}": _as_tensor(message)
+            for t, messages in client.sent.items()
+            for k, message in enumerate(messages)
+        }
         tensors |= {f"memory.{name}": value.contiguous() for name, value in client.memory.items()}
         tensors |= {f"residual.{b}": value for b, value in client.residuals.items()}
         save_file(tensors, folder / f"client-{client.client_id:03d}.safetensors")
@@ -222,10 +244,17 @@ def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> Client
         client_id,
         tuple(meta["versions"]),
         tuple(meta["rho"]),
-        {int(t): value.numpy().tobytes() for t, value in parts["sent"].items()},
+        _messages(parts["sent"]),
         parts["memory"],
         {int(b): value for b, value in parts["residual"].items()},
     )
+
+
+def _messages(tensors: Mapping[str, Tensor]) -> dict[int, list[bytes]]:
+    sent: dict[int, list[bytes]] = {}
+    for key in sorted(tensors):
+        sent.setdefault(int(key.split(".")[0]), []).append(tensors[key].numpy().tobytes())
+    return sent
 
 
 def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:

@@ -48,6 +48,9 @@ class Mailbox(Protocol):
                 the virtual clock: when nothing can move any more.
         """
 
+    def get_until(self, deadline_s: float) -> Any:
+        """Take the oldest item, or None when the clock reaches `deadline_s` first."""
+
 
 class Clock(Protocol):
     """What a run needs of time."""
@@ -181,6 +184,18 @@ class _RealMailbox:
                 raise Stopped
             return item
 
+    def get_until(self, deadline_s: float) -> Any:
+        while (left := deadline_s - self._clock.now()) > 0:
+            self._clock.progress()
+            try:
+                item = self._items.get(timeout=min(left, REAL_SLEEP_SLICE_S))
+            except Empty:
+                continue
+            if self._clock.stopped:
+                raise Stopped
+            return item
+        return None
+
 
 @dataclass(eq=False)
 class _Actor:
@@ -308,3 +323,11 @@ class _VirtualMailbox:
         if not self._items:
             raise _stalled(timeout_s, waiting_for)
         return self._items.popleft()
+
+    def get_until(self, deadline_s: float) -> Any:
+        if not self._items:
+            self._waiting = _actor.get()
+            self._clock._wake_at(max(deadline_s, self._clock.now()), self._waiting)
+            self._clock._hand_over()
+            self._waiting = None
+        return self._items.popleft() if self._items else None

@@ -6,6 +6,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from parablock.config import RunConfig, load_config
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.trainer import LocalTrainer
-from parablock.errors import CheckpointError, ParaBlockError
+from parablock.errors import CheckpointError, StorageError
 from parablock.evaluation.loss import evaluate_loss
 from parablock.job import Job, prepare
 from parablock.model.load import LoadedModel
@@ -30,7 +31,7 @@ from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
 from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
-from parablock.trace import Trace, write_chrome_trace
+from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding
@@ -149,10 +150,11 @@ class _Run:
                 in_flight=config.federation.in_flight,
                 resumed=state,
             )
-        except ParaBlockError:
-            self._conclude(trace, clock, status="failed")
+            return self._finish(result, trace, clock)
+        except Exception:
+            with suppress(StorageError):  # the reason why it failed may be that nothing can be written
+                self._conclude(trace, clock, status="failed")
             raise
-        return self._finish(result, trace, clock)
 
     def evaluate(self, params: Sequence[Tensor]) -> float:
         """Score a model on the test examples."""
@@ -268,7 +270,7 @@ class _Run:
             "model_sha256": None,
             **outcome,
         }
-        write_chrome_trace(trace.spans, self.directory.trace)
+        self.directory.write_trace(trace.spans)
         self.directory.write_summary(summary)
         return summary
 
@@ -302,11 +304,17 @@ def _plan(config: RunConfig) -> ServerPlan:
         schedule=config.blocks.schedule,
         participation=federation.participation,
         seed=config.seed,
-        encoding=Encoding(config.wire.format, config.wire.rounding, config.wire.error_feedback, config.seed),
+        encoding=_encoding(config),
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
     )
+
+
+def _encoding(config: RunConfig) -> Encoding:
+    wire = config.wire
+    chunk_bytes = wire.chunk_bytes if wire.streaming else None
+    return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)
 
 
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> dict[str, Any]:

@@ -242,7 +242,7 @@ class WireSection(Section):
     )
     rounding: Literal["stochastic", "nearest"] = Field("stochastic", description="Rounding of int8, int4, int2.")
     error_feedback: bool = Field(False, description="Carry the rounding residual of a block to its next visit.")
-    streaming: bool = Field(False, description="Exchange in chunks, up and down at once.")
+    streaming: bool = Field(True, description="Exchange in chunks, up and down at once.")
     chunk_bytes: int = Field(4_194_304, ge=1024, description="Bytes of a chunk where streaming.")
 
     @model_validator(mode="after")
@@ -253,8 +253,6 @@ class WireSection(Section):
             )
         if self.error_feedback and self.format == "float32":
             raise ValueError("error_feedback: true takes effect where updates are rounded, not with float32")
-        if self.streaming:
-            raise ValueError(f"streaming: true {NOT_BUILT}")
         if self.chunk_bytes != _default(self, "chunk_bytes"):
             raise ValueError(f"chunk_bytes takes effect with streaming: true only, which {NOT_BUILT}")
         return self

@@ -47,13 +47,21 @@ class Trace:
     @contextmanager
     def span(self, client_id: int | None, lane: str, activity: str, **facts: Any) -> Iterator[None]:
         """Record how long the block takes, also when it fails."""
-        if self._on_begin is not None:
-            self._on_begin(client_id, activity)
-        start_s = self.clock.now()
+        start_s = self.begin(client_id, activity)
         try:
             yield
         finally:
-            self.spans.append(Span(client_id, lane, activity, start_s, self.clock.now() - start_s, facts))
+            self.end(client_id, lane, activity, start_s, **facts)
+
+    def begin(self, client_id: int | None, activity: str) -> float:
+        """Announce an activity; gives the time."""
+        if self._on_begin is not None:
+            self._on_begin(client_id, activity)
+        return self.clock.now()
+
+    def end(self, client_id: int | None, lane: str, activity: str, start_s: float, **facts: Any) -> None:
+        """Record an activity that began at `start_s` and ends now."""
+        self.spans.append(Span(client_id, lane, activity, start_s, self.clock.now() - start_s, facts))
 
 
 def write_chrome_trace(spans: list[Span], path: Path) -> None:

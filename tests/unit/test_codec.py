@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from parablock.errors import CodecError
 from parablock.wire.codec import PREFIX, PROTOCOL_VERSION, decode, encode
 from parablock.wire.messages import (
+    Chunk,
     Finish,
     Mark,
     NewValue,
@@ -27,7 +28,7 @@ VALUES = torch.tensor([1.0, -0.1, 3.0e-8, 65504.0])
 
 
 def update(values: torch.Tensor = VALUES, payload_format: str = "float32") -> Update:
-    return Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, pack(values, payload_format))
+    return Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, 1, 3, pack(values, payload_format))
 
 
 MESSAGES = [
@@ -36,6 +37,7 @@ MESSAGES = [
     RoundStart(0, 0, -1, ()),
     Finish(7, (NewValue(0, 7, 1.0, "difference", pack(VALUES, "bfloat16")),)),
     Mark(8, stop=True),
+    Chunk(2, 7, "difference", pack(VALUES, "int4")),
 ]
 
 
@@ -113,6 +115,8 @@ UPDATE_FIELDS = {
     "train_loss": 0.5,
     "num_local_steps": 1,
     "compute_s": 0.5,
+    "chunk_index": 0,
+    "num_chunks": 1,
 }
 
 
@@ -142,6 +146,11 @@ def test_the_forged_update_without_a_fault_is_read():
         forged({**UPDATE_FIELDS, "num_examples": 1.5, "vectors": VECTORS}, b"\0" * 4),
         forged({"kind": "Finish", "committed": 1, "news": [[0, 1, 1.0, "exec"]], "vectors": VECTORS}, b"\0" * 4),
         forged({"kind": "Finish", "committed": 1, "news": [[0, 1]], "vectors": VECTORS}, b"\0" * 4),
+        forged(
+            {"kind": "Chunk", "block_index": 0, "version": 1, "kind_of_value": "exec", "vectors": VECTORS},
+            b"\0" * 4,
+        ),
+        forged({"kind": "Chunk", "block_index": 0, "version": 1, "vectors": VECTORS}, b"\0" * 4),
         forged({"kind": "Mark"}, payload_length=2**62),
     ],
 )
@@ -175,14 +184,18 @@ def test_arbitrary_headers_are_a_codec_error_or_a_message(header, payload):
     pytest.fail("a header without vectors was read as an update")
 
 
-def test_new_values_replace_exactly_or_add_a_difference():
+def test_new_values_replace_exactly_or_add_a_difference_whole_or_in_chunks():
     held = torch.tensor([1.0, 2.0])
-    value = NewValue(0, 1, 1.0, "value", pack(torch.tensor([0.1, 0.2]), "float32"))
-    difference = NewValue(0, 1, 1.0, "difference", pack(torch.tensor([0.5, 0.5]), "bfloat16"))
-    assert new_block_value(held, value).tolist() == torch.tensor([0.1, 0.2]).tolist()
-    assert new_block_value(held, difference).tolist() == [1.5, 2.5]
+    value, difference = pack(torch.tensor([0.1, 0.2]), "float32"), pack(torch.tensor([0.5, 0.5]), "bfloat16")
+    assert torch.equal(new_block_value(held, 0, "value", [value]), torch.tensor([0.1, 0.2]))
+    assert new_block_value(held, 0, "difference", [difference]).tolist() == [1.5, 2.5]
+    halves = [pack(torch.tensor([0.1]), "float32"), pack(torch.tensor([0.2]), "float32")]
+    assert torch.equal(new_block_value(held, 0, "value", halves), torch.tensor([0.1, 0.2]))
+    assert not torch.equal(new_block_value(held, 0, "value", halves[::-1]), torch.tensor([0.1, 0.2]))
     with pytest.raises(CodecError, match=r"3 parameters .* 2"):
-        new_block_value(torch.zeros(3), value)
+        new_block_value(torch.zeros(3), 0, "value", [value])
+    with pytest.raises(CodecError, match=r"2 parameters .* 1"):
+        new_block_value(held, 0, "value", halves[:1])
 
 
 def test_encode_refuses_what_json_cannot_say():

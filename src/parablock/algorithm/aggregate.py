@@ -1,16 +1,21 @@
 """What the server makes of a block's updates: the weighted mean, its alignment, one optimizer step.
 
-Updates are always folded in ascending client_id and with weights that sum to one, so the result does not
+A block may be folded part by part, as its updates come in; the result is bitwise that of the whole. Updates
+are always folded in ascending client_id and with weights that sum to one, so the result does not
 depend on who arrived first, and the mean of a single update is that update bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 import torch
 from torch import Tensor
+
+PIECE = 1 << 14
+"""Elements whose squares are summed at a time; norms are exact sums over pieces, however a block is cut."""
 
 ADAM_BETA2 = 0.99
 ADAM_EPSILON = 1e-3
@@ -48,11 +53,26 @@ class ServerOptimizer:
     momentum: float = 0.9
 
 
-def average(updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:
-    """Fold one round's updates into their weighted mean.
+@dataclass(frozen=True)
+class Folded:
+    """A run of whole pieces of a block, folded over the clients.
+
+    Attributes:
+        mean: Δ̄ there, flat, fp32.
+        squared_mean: ‖Δ̄‖² of each piece.
+        squared_norms: w_i‖Δ_i‖² of each piece and client.
+    """
+
+    mean: Tensor
+    squared_mean: tuple[float, ...]
+    squared_norms: tuple[float, ...]
+
+
+def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
+    """Fold the same part of each client's update; a part begins at a multiple of `PIECE` elements.
 
     Args:
-        updates: For each client_id its Δ (flat, fp32) and its number of training examples.
+        updates: For each client_id that part of its Δ (flat, fp32) and its number of training examples.
 
     Raises:
         ValueError: When there is no update, or no example behind them.
@@ -61,16 +81,29 @@ def average(updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:
     if total <= 0:
         raise ValueError(f"{len(updates)} updates with {total} examples have no mean")
     mean: Tensor | None = None
-    squared_norms = 0.0
+    squared_norms: list[float] = []
     for client_id in sorted(updates):
         delta, num_examples = updates[client_id]
         weight = num_examples / total
-        squared_norms += weight * _squared_norm(delta)
-        mean = delta * weight if mean is None else mean.add_(delta, alpha=weight)
+        squared_norms += [weight * square for square in _squared_norms(delta)]
+        # multiply, then add: a fused multiply-add would round differently at the end of a part
+        mean = delta * weight if mean is None else mean.add_(delta * weight)
     assert mean is not None
-    squared_mean = _squared_norm(mean)
+    return Folded(mean, tuple(_squared_norms(mean)), tuple(squared_norms))
+
+
+def join(parts: Sequence[Folded]) -> Aggregate:
+    """Make one aggregate of the parts of a block, in order; the same however the block was cut."""
+    mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])
+    squared_mean = fsum(square for part in parts for square in part.squared_mean)
+    squared_norms = fsum(square for part in parts for square in part.squared_norms)
     rho = min(1.0, squared_mean / squared_norms) if squared_norms > 0 else 1.0
     return Aggregate(mean, rho, squared_mean / max(1, mean.numel()))
+
+
+def average(updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:
+    """Fold one round's whole updates into their weighted mean; see `fold`."""
+    return join([fold(updates)])
 
 
 def apply_update(
@@ -102,5 +135,5 @@ def apply_update(
     return (value.float() + optimizer.learning_rate * step).to(value.dtype), (first, second)
 
 
-def _squared_norm(vector: Tensor) -> float:
-    return float(torch.dot(vector, vector))
+def _squared_norms(vector: Tensor) -> list[float]:
+    return [float(torch.dot(piece, piece)) for piece in torch.split(vector, PIECE)]

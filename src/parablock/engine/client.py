@@ -27,6 +27,7 @@ from parablock.engine.pipeline import Pipeline
 from parablock.errors import CodecError
 from parablock.trace import Trace
 from parablock.wire.messages import (
+    Chunk,
     Finish,
     Mark,
     NewValue,
@@ -36,7 +37,7 @@ from parablock.wire.messages import (
     new_block_value,
     to_bytes,
 )
-from parablock.wire.quantize import Encoding, Vector, pack
+from parablock.wire.quantize import Encoding, Vector, joined, pack
 
 
 @dataclass(frozen=True)
@@ -98,25 +99,30 @@ class Client:
         in_flight: str,
         encoding: Encoding,
         hand_in: Callable[[int, ClientSnapshot], None],
-        sent: dict[int, bytes] | None = None,
+        sent: dict[int, list[bytes]] | None = None,
         residuals: dict[int, Tensor] | None = None,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
         self._pipeline, self._trace = pipeline, trace
         self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
         self._residuals = dict(residuals or {})
+        self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         self._sent = dict(sent or {})
 
     def run(self) -> None:
         """Serve the server until it finishes or stops the run."""
         with self._pipeline as pipeline:
-            for round_index, sent in self._sent.items():
-                pipeline.send(sent, round_index)
+            for round_index, chunks in self._sent.items():
+                for chunk in chunks:
+                    pipeline.send(chunk, round_index)
             while True:
                 message = from_bytes(pipeline.receive())
                 match message:
                     case RoundStart():
                         self._round(message)
+                    case Chunk():
+                        place = (message.block_index, message.version)
+                        self._chunks.setdefault(place, (message.kind, []))[1].append(message.vector)
                     case Mark():
                         self._hand_in(message.round_index, self.snapshot())
                         if message.stop:
@@ -146,44 +152,55 @@ class Client:
             with self._trace.clock.working(self._trainer.modelled_s):
                 v = working_parameters(self.state, self._in_flight)
                 result = self._trainer.train(t, b, v)
-                payload = self._encode(delta_of(result.trained, v[b]), t, b)
+                chunks = self._encode(delta_of(result.trained, v[b]), t, b)
             compute_s = self._trace.clock.now() - began
-        message = to_bytes(
-            Update(
-                round_index=t,
-                block_index=b,
-                client_id=self.client_id,
-                num_examples=self._trainer.num_examples,
-                committed=start.committed,
-                train_loss=result.train_loss,
-                num_local_steps=result.num_local_steps,
-                compute_s=compute_s,
-                delta=payload,
+        messages = [
+            to_bytes(
+                Update(
+                    round_index=t,
+                    block_index=b,
+                    client_id=self.client_id,
+                    num_examples=self._trainer.num_examples,
+                    committed=start.committed,
+                    train_loss=result.train_loss,
+                    num_local_steps=result.num_local_steps,
+                    compute_s=compute_s,
+                    chunk_index=index,
+                    num_chunks=len(chunks),
+                    delta=chunk,
+                )
             )
-        )
-        self.state = put_in_flight(self.state, t, b, payload.values.float())
-        self._sent[t] = message
-        self._pipeline.send(message, t)
+            for index, chunk in enumerate(chunks)
+        ]
+        self.state = put_in_flight(self.state, t, b, joined(chunks))
+        self._sent[t] = messages
+        for message in messages:
+            self._pipeline.send(message, t)
 
-    def _encode(self, delta: Tensor, t: int, b: int) -> Vector:
-        """Make q(Δ), or with error feedback q(Δ + e), keeping e ← Δ + e − q."""
+    def _encode(self, delta: Tensor, t: int, b: int) -> list[Vector]:
+        """Make q(Δ) in chunks, or with error feedback q(Δ + e), keeping e ← Δ + e − q."""
         if b in self._residuals:
             delta = delta + self._residuals[b]
-        payload = pack(delta, self._encoding.format, self._encoding.noise(t, self.client_id))
+        noise = self._encoding.noise(t, self.client_id)
+        chunks = [pack(delta[part], self._encoding.format, noise) for part in self._encoding.cut(delta.numel())]
         if self._encoding.error_feedback:
-            self._residuals[b] = delta - payload.values.float()
-        return payload
+            self._residuals[b] = delta - joined(chunks)
+        return chunks
 
     def _commit(self, news: tuple[NewValue, ...], committed: int) -> None:
-        commits = [
-            Commit(new.block_index, new.version, new_block_value(self.state.base[new.block_index], new), new.rho)
-            for new in news
-        ]
+        commits = []
+        for new in news:
+            b = new.block_index
+            kind, vectors = new.kind, [new.vector]
+            if kind == "streamed":
+                kind, vectors = self._chunks.pop((b, new.version))
+            value = new_block_value(self.state.base[b], b, kind, vectors)
+            commits.append(Commit(b, new.version, value, new.rho))
         self.state = commit(self.state, commits, committed)
         self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
 
 
-def restore_client(snapshot: ClientSnapshot, server: ServerState) -> tuple[ClientState, dict[int, bytes]]:
+def restore_client(snapshot: ClientSnapshot, server: ServerState) -> tuple[ClientState, dict[int, list[bytes]]]:
     """Make a client from its snapshot and the server's state at the same round.
 
     Blocks that the client had not seen take the server's value for now: the server sends them, as their
@@ -193,9 +210,9 @@ def restore_client(snapshot: ClientSnapshot, server: ServerState) -> tuple[Clien
         Its state, and the messages of its updates that the server has not committed.
     """
     state = ClientState(server.view, snapshot.versions, snapshot.rho)
-    sent = {t: message for t, message in sorted(snapshot.sent.items()) if t > server.committed}
-    for t, message in sent.items():
-        update = from_bytes(message)
-        assert isinstance(update, Update)
-        state = put_in_flight(state, t, update.block_index, update.delta.values.float())
+    sent = {t: messages for t, messages in sorted(snapshot.sent.items()) if t > server.committed}
+    for t, messages in sent.items():
+        updates = [from_bytes(message) for message in messages]
+        deltas = [update.delta for update in updates if isinstance(update, Update)]
+        state = put_in_flight(state, t, server.history[t], joined(deltas))
     return state, sent

@@ -116,7 +116,7 @@ def run_in_process(
     checkpoints = _Checkpoints(trace, transport, len(trainers), hooks)
     clients = []
     for client_id, trainer in enumerate(trainers):
-        state, sent = initial_client(params), dict[int, bytes]()
+        state, sent = initial_client(params), dict[int, list[bytes]]()
         if resumed is not None:
             snapshot = resumed.clients[client_id]
             state, sent = restore_client(snapshot, resumed.server)

@@ -1,9 +1,9 @@
 """The two threads of a client, and the only place where threads are made.
 
     compute thread (the caller's)          communication thread (made here)
-      receive() ◄──────────────── inbox ◄──── download what the server sent
-      K local steps                           …
-      send(update) ──────────────► work ────► upload it
+      receive() ◄──────────────── inbox ◄──── download what the server sent ┐ both directions
+      K local steps                                                         │ of the link
+      send(update) ──────────────► work ────► upload it                     ┘ at the same time
 
 Only immutable bytes cross. An error of the communication thread surfaces in the compute thread, at its next
 `receive`. Leaving the context sends what is left and leaves no thread behind. Every wait is bounded by the
@@ -13,10 +13,12 @@ clock's patience with a world in which nothing moves.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from parablock.clock import Clock, Stopped
 from parablock.trace import Trace
@@ -76,31 +78,69 @@ class Pipeline:
         return item
 
     def _communicate(self) -> None:
+        up, down = _Lane(), _Lane()
+        closing = False
         try:
-            while (item := self._work.get(self._stall_timeout_s, self._waiting_for)) is not _CLOSE:
+            while not (closing and up.is_empty and down.is_empty):
+                self._start_transfers(up, down)
+                ends = [lane.ends_s for lane in (up, down) if lane.current is not None]
+                item = (
+                    self._work.get_until(min(ends))
+                    if ends
+                    else self._work.get(self._stall_timeout_s, self._waiting_for)
+                )
+                if item is _CLOSE:
+                    closing = True
+                elif item is not None:
+                    (down if isinstance(item, Parcel) else up).queue.append(item)
                 if self._abandoned:
-                    continue
-                match item:
-                    case Parcel() as arrived:
-                        with self._span("downloading", arrived):
-                            self._transport.download(self._client_id, arrived)
-                        self._inbox.put(arrived.message)
-                    case (Parcel() as outgoing,):
-                        with self._span("uploading", outgoing):
-                            self._transport.upload(self._client_id, outgoing)
+                    return
+                self._end_transfers(up, down)
         except Exception as error:
             self._inbox.put(error)
         finally:
             self._closed.put(None)
 
-    def _span(self, activity: str, parcel: Parcel) -> AbstractContextManager[None]:
-        return self._trace.span(
-            self._client_id,
-            "communication",
-            activity,
-            round_index=parcel.round_index,
-            payload_bytes=len(parcel.message),
-        )
+    def _start_transfers(self, up: _Lane, down: _Lane) -> None:
+        now = self._clock.now()
+        if up.current is None and up.queue:
+            (up.current,) = up.queue.popleft()
+            up.began_s = self._trace.begin(self._client_id, "uploading")
+            up.ends_s = now + self._transport.upload_s(up.current)
+        if down.current is None and down.queue:
+            down.current = down.queue.popleft()
+            down.began_s = self._trace.begin(self._client_id, "downloading")
+            down.ends_s = now + self._transport.download_s(down.current)
+
+    def _end_transfers(self, up: _Lane, down: _Lane) -> None:
+        now = self._clock.now()
+        if up.current is not None and up.ends_s <= now:
+            self._record("uploading", up.began_s, up.current)
+            self._transport.uploaded(self._client_id, up.current, now - up.began_s)
+            up.current = None
+        if down.current is not None and down.ends_s <= now:
+            self._record("downloading", down.began_s, down.current)
+            self._transport.downloaded(self._client_id, down.current, now - down.began_s)
+            self._inbox.put(down.current.message)
+            down.current = None
+
+    def _record(self, activity: str, began_s: float, parcel: Parcel) -> None:
+        facts = {"round_index": parcel.round_index, "payload_bytes": len(parcel.message)}
+        self._trace.end(self._client_id, "communication", activity, began_s, **facts)
+
+
+@dataclass
+class _Lane:
+    """One direction of the link: what waits, and what is on its way until when."""
+
+    queue: deque[Any] = field(default_factory=deque)
+    current: Parcel | None = None
+    began_s: float = 0.0
+    ends_s: float = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        return self.current is None and not self.queue
 
 
 class Machines:

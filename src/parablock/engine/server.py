@@ -6,7 +6,9 @@
     drain: commit the rest, send Finish
 
 The delay is in that one index. Everything that a client sees at the start of round t is the state after
-commit t − 1 − d, so what it computes does not depend on who is fast.
+commit t − 1 − d, so what it computes does not depend on who is fast. Updates come in chunks; a chunk that
+all participants have delivered is folded, and where streaming its new value goes down at once, while the
+next chunk is still going up.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import ServerOptimizer, average
+from parablock.algorithm.aggregate import ServerOptimizer, apply_update, join
 from parablock.algorithm.parablock import NEVER, ServerState, news_for, schedule_round, server_commit
 from parablock.algorithm.schedule import cohort, next_block
+from parablock.engine.folding import RoundFold
 from parablock.errors import CodecError
 from parablock.trace import Trace
-from parablock.wire.messages import Finish, Mark, NewValue, RoundStart, Update, from_bytes, to_bytes
-from parablock.wire.quantize import Encoding, Vector, bytes_per_element, pack
+from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Update, from_bytes, to_bytes
+from parablock.wire.quantize import Encoding, Vector, bytes_per_element, joined, pack
 from parablock.wire.transport import Parcel, ServerEnd
 
 SERVER = -1
@@ -53,7 +57,7 @@ class Server:
         plan: What to follow.
         transport: The server's end.
         trace: Where aggregation is recorded.
-        on_commit: Told the new state and the updates of each round, right after its commit.
+        on_commit: Told the new state and the last chunk of each update, right after each commit.
         on_mark: Told (round_index, state) at every checkpoint, before the clients are asked for their parts.
         asked_to_stop: Whether the user wants the run to stop at the next round.
         first_round: Where to begin; a checkpoint's round when resuming.
@@ -77,8 +81,9 @@ class Server:
         self._on_commit, self._on_mark, self._asked_to_stop = on_commit, on_mark, asked_to_stop
         self._first_round = first_round
         self._held = dict(held or dict.fromkeys(range(plan.num_clients), (NEVER,) * len(state.params)))
-        self._received: dict[int, dict[int, Update]] = {}
-        self._differences: dict[int, Vector] = {}
+        self._folds = {t: self._new_fold(t) for t in range(state.committed + 1, len(state.history))}
+        self._announced: dict[int, list[Vector]] = {}
+        self._streamed_to: dict[int, set[int]] = {}
 
     def run(self) -> bool:
         """Run all rounds; False when it stopped early because it was asked to."""
@@ -106,9 +111,14 @@ class Server:
             squared_delta=self.state.squared_delta,
         )
         self.state = schedule_round(self.state, block_index)
+        self._folds[t] = self._new_fold(t)
         for client_id in self._cohort(t):
             start = RoundStart(t, block_index, self.state.committed, self._news_for(client_id))
             self._send(client_id, t, start)
+
+    def _new_fold(self, t: int) -> RoundFold:
+        b = self.state.history[t]
+        return RoundFold(t, b, self._cohort(t), self._plan.encoding.cut(self.state.params[b].numel()))
 
     def _mark(self, t: int, *, stop: bool) -> None:
         self._on_mark(t, self.state)
@@ -118,66 +128,91 @@ class Server:
     def _commit_through(self, round_index: int) -> None:
         while self.state.committed < round_index:
             t = self.state.committed + 1
-            expected = self._cohort(t)
-            while missing := set(expected) - set(self._received.get(t, ())):
-                self._receive(f"the update of round {t} from clients {', '.join(map(str, sorted(missing)))}")
-            updates = self._received.pop(t)
-            with (
-                self._trace.span(None, "server", "aggregating", round_index=t, block_index=self.state.history[t]),
-                self._trace.clock.working(),
-            ):
-                deltas = {i: (update.delta.values.float(), update.num_examples) for i, update in updates.items()}
-                lossy = self._announce if self._is_lossy() else None
-                self.state = server_commit(self.state, average(deltas), self._plan.server_optimizer, lossy)
-            self._on_commit(self.state, [updates[i] for i in sorted(updates)])
+            fold = self._folds[t]
+            while not fold.is_complete:
+                if not fold.is_next_ready:
+                    self._receive(f"the update of round {t} from clients {', '.join(map(str, fold.missing))}")
+                    continue
+                with self._trace.span(None, "server", "aggregating", round_index=t), self._trace.clock.working():
+                    self._fold_chunk(t, fold)
+            del self._folds[t]
+            self.state = server_commit(
+                self.state,
+                join(fold.parts),
+                self._plan.server_optimizer,
+                self._announce if self._is_lossy() else None,
+            )
+            self._on_commit(self.state, fold.updates)
+
+    def _fold_chunk(self, t: int, fold: RoundFold) -> None:
+        """Fold the next chunk, and where streaming send its new value to those who will need it."""
+        part, folded = fold.fold_next()
+        b, encoding = fold.block_index, self._plan.encoding
+        lossy = self._is_lossy()
+        if not lossy and encoding.chunk_bytes is None:
+            return
+        moments = tuple(moment[part] for moment in self.state.moments[b])
+        value, _ = apply_update(self.state.params[b][part], folded.mean, moments, self._plan.server_optimizer)
+        if lossy:
+            difference = value.float() - self.state.view[b][part].float()
+            vector = pack(difference, encoding.format, fold.noise(encoding, SERVER))
+            self._announced[b] = [*(self._announced[b] if part.start else ()), vector]
+        else:
+            vector = _exact(value)
+        if encoding.chunk_bytes is not None:
+            self._stream(t, Chunk(b, t, "difference" if lossy else "value", vector), first=part.start == 0)
+
+    def _stream(self, t: int, chunk: Chunk, *, first: bool) -> None:
+        needed_in = t + 1 + self._plan.delay
+        is_last = needed_in >= self._plan.num_rounds
+        if first:
+            wanted = self._held if is_last else self._cohort(needed_in)
+            before = self.state.versions[chunk.block_index]
+            self._streamed_to[chunk.block_index] = {i for i in wanted if self._held[i][chunk.block_index] == before}
+        parcel = Parcel(to_bytes(chunk), min(needed_in, self._plan.num_rounds - 1))
+        for client_id in sorted(self._streamed_to[chunk.block_index]):
+            self._transport.send(client_id, parcel)
+
+    def _announce(self, value: Tensor, view: Tensor) -> Tensor:
+        """Give what the clients see of a new value: the view plus the difference that was packed in chunks."""
+        differences = self._announced[self.state.history[self.state.committed + 1]]
+        assert value.shape == view.shape
+        return (view.float() + joined(differences)).to(view.dtype)
 
     def _receive(self, waiting_for: str) -> None:
         client_id, raw = self._transport.receive(self._plan.stall_timeout_s, waiting_for)
         update = from_bytes(raw)
-        problem = self._problem_with(client_id, update)
-        if problem or not isinstance(update, Update):
-            raise CodecError(
-                f"client {client_id} sent {problem}",
-                cause="It runs another configuration or another model than the server.",
-                remedy="Give all clients the same configuration and the same base model.",
-            )
-        self._received.setdefault(update.round_index, {})[client_id] = update
-
-    def _problem_with(self, client_id: int, update: object) -> str:
+        fold = self._folds.get(update.round_index) if isinstance(update, Update) else None
         if not isinstance(update, Update):
-            return f"a {type(update).__name__} instead of an update"
-        t = update.round_index
-        if not self.state.committed < t < len(self.state.history) or client_id not in self._cohort(t):
-            return f"an update of round {t}, which it was not asked for"
-        if update.client_id != client_id:
-            return f"an update in the name of client {update.client_id}"
-        b, size = self.state.history[t], self.state.params[self.state.history[t]].numel()
-        if update.block_index != b or update.delta.values.numel() != size:
-            return (
-                f"block {update.block_index} with {update.delta.values.numel()} parameters for round {t}, "
-                f"which trains block {b} with {size}"
-            )
-        return "" if update.num_examples > 0 else f"an update of {update.num_examples} examples"
+            problem = f"a {type(update).__name__} instead of an update"
+        elif fold is None:
+            problem = f"an update of round {update.round_index}, which it was not asked for"
+        else:
+            problem = fold.problem_with(client_id, update)
+            if not problem:
+                fold.add(update)
+                return
+        raise CodecError(
+            f"client {client_id} sent {problem}",
+            cause="It runs another configuration or another model than the server.",
+            remedy="Give all clients the same configuration and the same base model.",
+        )
 
     def _news_for(self, client_id: int) -> tuple[NewValue, ...]:
         held = self._held[client_id]
         news = []
         for new in news_for(self.state, held):
-            b, difference = new.block_index, self._differences.get(new.block_index)
-            if difference is not None and held[b] == self._version_before(b):
-                news.append(NewValue(b, new.version, new.rho, "difference", difference))
+            b = new.block_index
+            if client_id in self._streamed_to.get(b, ()):
+                self._streamed_to[b].discard(client_id)
+                kind, vector = "streamed", _exact(new.value[:0])
+            elif len(self._announced.get(b, ())) == 1 and held[b] == self._version_before(b):
+                kind, vector = "difference", self._announced[b][0]
             else:
-                exact = pack(new.value, str(new.value.dtype).removeprefix("torch."))
-                news.append(NewValue(b, new.version, new.rho, "value", exact))
+                kind, vector = "value", _exact(new.value)
+            news.append(NewValue(b, new.version, new.rho, kind, vector))
         self._held[client_id] = self.state.versions
         return tuple(news)
-
-    def _announce(self, value: Tensor, view: Tensor) -> Tensor:
-        t = self.state.committed + 1
-        encoding = self._plan.encoding
-        difference = pack(value.float() - view.float(), encoding.format, encoding.noise(t, SERVER))
-        self._differences[self.state.history[t]] = difference
-        return (view.float() + difference.values.float()).to(view.dtype)
 
     def _is_lossy(self) -> bool:
         return self.state.params[0].dtype.itemsize > bytes_per_element(self._plan.encoding.format)
@@ -192,3 +227,7 @@ class Server:
     def _cohort(self, round_index: int) -> tuple[int, ...]:
         plan = self._plan
         return cohort(round_index, num_clients=plan.num_clients, participation=plan.participation, seed=plan.seed)
+
+
+def _exact(value: Tensor) -> Vector:
+    return pack(value, str(value.dtype).removeprefix("torch."))

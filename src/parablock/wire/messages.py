@@ -1,20 +1,23 @@
 """What server and clients say to each other, and how each message becomes bytes.
 
     server ── RoundStart(t): the block of round t, and the commits that the client has not seen ──► client
-    client ── Update(t): Δ of round t ──► server
+    client ── Update(t): Δ of round t, in one or more chunks ──► server
+    server ── Chunk: a part of a new value, ahead of the RoundStart or Finish that speaks of it ──► client
     server ── Mark(t): hand in your state as of the start of round t (and stop, if it says so) ──► client
     server ── Finish: the last commits; nothing more to train ──► client
 
 A new value of a block travels exactly, in the run's dtype (`value`), or, where the wire format is
-narrower, as the difference from what the client holds (`difference`), whose rounding the server keeps.
+narrower, as the difference from what the client holds (`difference`), whose rounding the server keeps. One
+that has been streamed (`streamed`) is already there in chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from parablock.errors import CodecError
@@ -32,13 +35,30 @@ class NewValue:
         block_index: The block.
         version: The round whose aggregate made it.
         rho: ρ of that aggregate.
-        kind: value (replaces) | difference (added to what the client holds).
-        vector: The value or the difference.
+        kind: value (replaces) | difference (added to what the client holds) | streamed (came in chunks).
+        vector: The value or the difference; empty where streamed.
     """
 
     block_index: int
     version: int
     rho: float
+    kind: str
+    vector: Vector
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of one block's new value; the parts come in order.
+
+    Attributes:
+        block_index: The block.
+        version: The round whose aggregate makes it.
+        kind: value | difference.
+        vector: The next elements.
+    """
+
+    block_index: int
+    version: int
     kind: str
     vector: Vector
 
@@ -71,7 +91,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Update:
-    """A client's Δ of one round.
+    """A client's Δ of one round, or one chunk of it.
 
     Attributes:
         round_index: t.
@@ -82,7 +102,9 @@ class Update:
         train_loss: Mean loss over the local steps.
         num_local_steps: K.
         compute_s: Seconds of local training.
-        delta: Δ.
+        chunk_index: 0 … num_chunks − 1; they are sent in order.
+        num_chunks: How many there are.
+        delta: Those elements of Δ.
     """
 
     round_index: int
@@ -93,10 +115,12 @@ class Update:
     train_loss: float
     num_local_steps: int
     compute_s: float
+    chunk_index: int
+    num_chunks: int
     delta: Vector
 
 
-Message = RoundStart | Finish | Mark | Update
+Message = RoundStart | Finish | Mark | Update | Chunk
 
 
 def to_bytes(message: Message) -> bytes:
@@ -110,7 +134,7 @@ def to_bytes(message: Message) -> bytes:
             fields["news"] = [[new.block_index, new.version, new.rho, new.kind] for new in value]
             vectors.extend(new.vector for new in value)
         else:
-            fields[name] = value
+            fields["kind_of_value" if name == "kind" else name] = value
     return encode(fields, vectors)
 
 
@@ -152,19 +176,27 @@ def _news(fields: Mapping[str, Any], vectors: list[Vector]) -> tuple[NewValue, .
 
 
 def _kind(kind: object) -> str:
-    if kind not in ("value", "difference"):
-        raise ValueError(f"a new value is {kind!r}, not value or difference")
+    if kind not in ("value", "difference", "streamed"):
+        raise ValueError(f"a new value is {kind!r}, not value, difference or streamed")
     return str(kind)
 
 
 def _read_update(fields: Mapping[str, Any], vectors: list[Vector]) -> Update:
     (delta,) = vectors
-    names = ("round_index", "block_index", "client_id", "num_examples", "committed")
+    names = (
+        "round_index",
+        "block_index",
+        "client_id",
+        "num_examples",
+        "committed",
+        "num_local_steps",
+        "chunk_index",
+        "num_chunks",
+    )
     numbers = {name: _typed(fields, name, int) for name in names}
     return Update(
         **numbers,
         train_loss=_typed(fields, "train_loss", float),
-        num_local_steps=_typed(fields, "num_local_steps", int),
         compute_s=float(_typed(fields, "compute_s", int | float)),  # type: ignore[arg-type]
         delta=delta,
     )
@@ -179,6 +211,13 @@ def _read_finish(fields: Mapping[str, Any], vectors: list[Vector]) -> Finish:
     return Finish(_typed(fields, "committed", int), _news(fields, vectors))
 
 
+def _read_chunk(fields: Mapping[str, Any], vectors: list[Vector]) -> Chunk:
+    (vector,) = vectors
+    return Chunk(
+        _typed(fields, "block_index", int), _typed(fields, "version", int), _kind(fields["kind_of_value"]), vector
+    )
+
+
 def _read_mark(fields: Mapping[str, Any], vectors: list[Vector]) -> Mark:
     if vectors:
         raise ValueError(f"it carries {len(vectors)} vectors")
@@ -190,22 +229,30 @@ _READERS: dict[str, Callable[[Mapping[str, Any], list[Vector]], Message]] = {
     "Finish": _read_finish,
     "Mark": _read_mark,
     "Update": _read_update,
+    "Chunk": _read_chunk,
 }
 
 
-def new_block_value(held: Tensor, new: NewValue) -> Tensor:
-    """Give what a client holds of a block after a `NewValue`, in the dtype that it holds now.
+def new_block_value(held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
+    """Give what a client holds of a block after a new value, in the dtype that it holds now.
+
+    Args:
+        held: What it holds now.
+        block_index: The block, for the error.
+        kind: value | difference.
+        vectors: The new value or the difference, whole or in chunks.
 
     Raises:
-        CodecError: When the vector is not of the block's length.
+        CodecError: When they are not of the block's length together.
     """
-    vector = new.vector.values
-    if vector.numel() != held.numel():
+    parts = [vector.values for vector in vectors]
+    values = parts[0] if len(parts) == 1 else torch.cat([*parts, held[:0]])
+    if values.numel() != held.numel():
         raise CodecError(
-            f"block {new.block_index} has {held.numel()} parameters and its new value {vector.numel()}",
+            f"block {block_index} has {held.numel()} parameters and its new value {values.numel()}",
             cause="Client and server do not fine-tune the same model.",
             remedy="Compare `parablock blocks` on both sides.",
         )
-    if new.kind == "value":
-        return vector.to(held.dtype)
-    return (held.float() + vector.float()).to(held.dtype)
+    if kind == "value":
+        return values.to(held.dtype)
+    return (held.float() + values.float()).to(held.dtype)

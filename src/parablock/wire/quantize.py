@@ -18,6 +18,7 @@ Layout: all scales, then all levels plus the largest level, 8/bits of them in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -49,6 +50,8 @@ class Quantized:
 FLOATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZED = {"int8": Quantized(8, 256), "int4": Quantized(4, 64), "int2": Quantized(2, 64)}
 FORMATS = (*FLOATS, *QUANTIZED)
+CHUNK_PIECE = 1 << 14
+"""A chunk is a multiple of so many elements, so that groups and norms do not see where it was cut."""
 PIECE = 1 << 17
 """Elements quantised at a time, so that they stay in the cache; a multiple of every group."""
 
@@ -84,18 +87,27 @@ class Encoding:
         rounding: stochastic | nearest, for the quantised formats.
         error_feedback: Carry what rounding kept back of a block to its next visit.
         seed: The run's seed; every draw is of (seed, round, client).
+        chunk_bytes: About the payload of a chunk; None sends a vector whole.
     """
 
     format: str
     rounding: str = "nearest"
     error_feedback: bool = False
     seed: int = 0
+    chunk_bytes: int | None = None
 
     def noise(self, round_index: int, client_id: int) -> np.random.Generator | None:
         """Give the draws that round one vector; the server's own are those of client −1."""
         if self.rounding == "nearest":
             return None
         return generator_for(self.seed, "rounding", round_index, client_id)
+
+    def cut(self, num_elements: int) -> list[slice]:
+        """Cut a vector into chunks of about `chunk_bytes`: whole pieces, and what is left."""
+        if self.chunk_bytes is None:
+            return [slice(0, num_elements)]
+        size = max(1, int(self.chunk_bytes / bytes_per_element(self.format)) // CHUNK_PIECE) * CHUNK_PIECE
+        return [slice(k, min(k + size, num_elements)) for k in range(0, num_elements, size)]
 
 
 def payload_bytes(num_elements: int, payload_format: str) -> int:
@@ -121,6 +133,12 @@ def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None 
     else:
         raw = _quantize(flat.float(), QUANTIZED[payload_format], noise)
     return Vector(payload_format, flat.numel(), raw)
+
+
+def joined(chunks: Sequence[Vector]) -> Tensor:
+    """Give what the receiver sees of a vector that travels in chunks: 1-D, fp32."""
+    values = [chunk.values.float() for chunk in chunks]
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def bytes_per_element(payload_format: str) -> float:

@@ -1,7 +1,8 @@
 """Carrying messages, and counting what was carried.
 
 A transport has two ends. The server's: `send` (returns at once) and `receive` (waits). A client's, used by
-its communication thread alone: `attach`, `upload` and `download`, which take as long as the link does.
+its communication thread alone: it is told what arrives (`attach`), asks how long a transfer takes, lets that
+time pass, and then says that it is done. The two directions of a link do not slow each other down.
 """
 
 from __future__ import annotations
@@ -99,11 +100,17 @@ class ClientEnd(Protocol):
     def attach(self, client_id: int, deliver: Callable[[Parcel], None]) -> None:
         """Say who takes what arrives for this client."""
 
-    def upload(self, client_id: int, parcel: Parcel) -> None:
-        """Carry a message up; returns when the server has it."""
+    def upload_s(self, parcel: Parcel) -> float:
+        """Tell how long a message takes up."""
 
-    def download(self, client_id: int, parcel: Parcel) -> None:
-        """Carry a message that has arrived at the link down; returns when the client has it."""
+    def download_s(self, parcel: Parcel) -> float:
+        """Tell how long a message that has arrived at the link takes down."""
+
+    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Give the server a message whose time has passed, and count it."""
+
+    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Count a message whose time has passed."""
 
 
 class MemoryTransport:
@@ -147,15 +154,19 @@ class MemoryTransport:
             deliver(parcel)
         self._deliver[client_id] = deliver
 
-    def upload(self, client_id: int, parcel: Parcel) -> None:
-        """Take the upload's time, then put the message into the server's inbox."""
-        began = self._clock.now()
-        self._clock.sleep(self._link.upload_s(len(parcel.message)))
-        self.ledger.count_up(parcel, client_id, self._clock.now() - began)
+    def upload_s(self, parcel: Parcel) -> float:
+        """Tell how long a message takes up."""
+        return self._link.upload_s(len(parcel.message))
+
+    def download_s(self, parcel: Parcel) -> float:
+        """Tell how long a message takes down."""
+        return self._link.download_s(len(parcel.message))
+
+    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Put a message into the server's inbox."""
+        self.ledger.count_up(parcel, client_id, seconds)
         self._inbox.put((client_id, parcel.message))
 
-    def download(self, client_id: int, parcel: Parcel) -> None:
-        """Take the download's time."""
-        began = self._clock.now()
-        self._clock.sleep(self._link.download_s(len(parcel.message)))
-        self.ledger.count_down(parcel, client_id, self._clock.now() - began)
+    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Count a message."""
+        self.ledger.count_down(parcel, client_id, seconds)

@@ -1,0 +1,126 @@
+"""A streamed exchange ends with bitwise the numbers of a whole one, sooner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.parablock import same
+from parablock.clock import RealClock, VirtualClock
+from parablock.engine.client import Trained
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.server import ServerPlan
+from parablock.seeding import seed_for
+from parablock.trace import Trace
+from parablock.wire.link import Link
+from parablock.wire.quantize import CHUNK_PIECE, Encoding
+
+SIZE = 5 * CHUNK_PIECE + 1234  # six chunks, the last one short and odd
+ROUNDS = 7
+
+
+class Walker:
+    """A trainer whose step depends on where it starts, on the client and on the round."""
+
+    modelled_s = 0.25
+
+    def __init__(self, client_id: int) -> None:
+        self.client_id, self.num_examples = client_id, 3 + client_id
+
+    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
+        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
+        v = working[block_index].float()
+        other = working[block_index - 1].float()
+        return Trained(0.9 * v + 0.1 * other + 0.01 * torch.randn(v.shape, generator=generator), 0.0, 1)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        pass
+
+
+def run(
+    encoding: Encoding,
+    *,
+    delay: int = 1,
+    clock=None,
+    link: Link = Link(20.0, 20.0),  # noqa: B008
+    participation: float = 1.0,
+    optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
+    dtype: torch.dtype = torch.float32,
+) -> tuple[EngineResult, float, int]:
+    clock = clock or VirtualClock()
+    params = [torch.linspace(-1, 1, SIZE + k).to(dtype) for k in range(3)]
+    plan = ServerPlan(4, ROUNDS, delay, "shuffled", participation, 0, encoding, 30.0, 0, optimizer)
+    down: list[int] = []
+    hooks = Hooks(lambda state, updates, traffic: down.append(traffic.downlink_bytes), lambda state: None)
+    # blocks of different sizes cannot feed each other here, so they share one
+    params = [param[:SIZE] for param in params]
+    result = run_in_process(
+        params, [Walker(i) for i in range(4)], plan, Trace(clock), hooks, link=link, in_flight="aligned"
+    )
+    return result, clock.now(), sum(down) + result.last_traffic.downlink_bytes - down[-1]
+
+
+STREAMED = {"chunk_bytes": CHUNK_PIECE * 4}
+CASES = {
+    "float32": ({}, {}),
+    "bfloat16 wire": ({"format": "bfloat16"}, {}),
+    "int4 stochastic": ({"format": "int4", "rounding": "stochastic"}, {}),
+    "int4 nearest with feedback": ({"format": "int4", "rounding": "nearest", "error_feedback": True}, {}),
+    "int8, bfloat16 model": ({"format": "int8", "rounding": "stochastic"}, {"dtype": torch.bfloat16}),
+    "momentum": ({}, {"optimizer": ServerOptimizer("momentum", 0.5)}),
+    "adam, int8": ({"format": "int8"}, {"optimizer": ServerOptimizer("adam", 0.01)}),
+    "participation": ({"format": "int4"}, {"participation": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_streamed_is_whole_bitwise(case, delay):
+    wire, options = CASES[case]
+    encoding = Encoding(**{"format": "float32", **wire})
+    whole, _, _ = run(encoding, delay=delay, **options)
+    streamed, _, _ = run(replace(encoding, **STREAMED), delay=delay, **options)
+    assert same(whole.server.params, streamed.server.params)
+    assert same(whole.server.view, streamed.server.view)
+    assert all(same(client.base, streamed.server.view) for client in streamed.clients)
+    assert not same(
+        whole.server.params, run(replace(encoding, **STREAMED), delay=delay + 1, **options)[0].server.params
+    )
+
+
+def test_streaming_under_the_real_clock_is_the_same_too():
+    encoding = Encoding("int4", "stochastic", **STREAMED)
+    virtual, _, _ = run(encoding)
+    real, _, _ = run(encoding, clock=RealClock(), link=Link(400.0, 400.0))
+    assert same(virtual.server.params, real.server.params)
+
+
+def test_an_exchange_costs_about_its_longer_direction():
+    """Six chunks: max(up, down) plus a chunk is 7/12 of the sum; with 20 or more it goes towards one half."""
+    slow = Link(1.0, 1.0)
+    whole, streamed = (
+        run(Encoding("float32"), delay=0, link=slow),
+        run(Encoding("float32", **STREAMED), delay=0, link=slow),
+    )
+    up_and_down = ROUNDS * 2 * SIZE * 4 * 8 / 1e6
+    compute = ROUNDS * Walker.modelled_s
+    assert whole[1] == pytest.approx(up_and_down + compute, rel=0.02)
+    assert (streamed[1] - compute) / (whole[1] - compute) == pytest.approx(7 / 12, abs=0.04)
+
+
+def test_streaming_sends_the_same_bytes_but_for_the_chunks_headers():
+    whole, streamed = run(Encoding("int8"))[2], run(Encoding("int8", **STREAMED))[2]
+    headers = 4 * ROUNDS * 6 * 300
+    assert whole < streamed < whole + headers
+
+
+def test_whoever_misses_rounds_gets_whole_values_when_it_returns():
+    result, _, _ = run(Encoding("int4", **STREAMED), participation=0.25)
+    assert all(same(client.base, result.server.view) for client in result.clients)
