@@ -62,12 +62,12 @@ def run(
         InputError: Something that the user gave is wrong.
         ParaBlockError: The run failed.
     """
-    began = time.perf_counter()
+    began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_unused()
-    job = prepare(config)
+    job = prepare(config, progress.message)
     directory.create(job.config.to_yaml(), job.manifest)
-    return _Run(job, directory, progress or LoggedProgress(), asked_to_stop, began).execute(None)
+    return _Run(job, directory, progress, asked_to_stop, began).execute(None)
 
 
 def resume(
@@ -81,10 +81,10 @@ def resume(
     Raises:
         CheckpointError: There is no unfinished run, or its data or model changed.
     """
-    began = time.perf_counter()
+    began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_resumable()
-    job = prepare(load_config(directory.config))
+    job = prepare(load_config(directory.config), progress.message)
     before = directory.read_manifest()
     for key in ("data_sha256", "base_sha256", "blocks"):
         if before.get(key) != job.manifest[key]:
@@ -94,7 +94,6 @@ def resume(
                 remedy="Put back what changed, or start a new run.",
             )
     state, passed_over = load_newest(directory.checkpoints)
-    progress = progress or LoggedProgress()
     for reason in passed_over:
         progress.message(f"passed over a damaged checkpoint: {reason}")
     return _Run(job, directory, progress, asked_to_stop, began).execute(state)
@@ -127,6 +126,7 @@ class _Run:
             self.progress.message(note)
         if state is None:
             self.rows = self.directory.rows_before(0)
+            self.progress.message(f"scoring the base model on {len(self.job.test)} test examples")
             self.initial_eval_loss = self.evaluate(self.params)
             self.progress.message(f"base model: eval loss {self.initial_eval_loss:.4f}")
         else:

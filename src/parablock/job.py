@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -50,16 +50,22 @@ class Job:
     manifest: dict[str, Any]
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> Job:
     """Read and check all that a run needs.
+
+    Args:
+        config: The run.
+        tell: Told what is being done, since a large model takes its time.
 
     Raises:
         InputError: For the first thing that is missing or wrong, before anything is written.
     """
     config = _resolved(config)
     torch.set_num_threads(config.engine.num_threads or 1)
+    tell(f"reading {len(config.data.train) + len(config.data.test)} data sources")
     parts, held_out = _read_rows(config)
     model = config.model
+    tell(f"loading {model.name_or_path}")
     loaded = load_model(
         model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=config.seed
     )
@@ -98,11 +104,23 @@ def prepare(config: RunConfig) -> Job:
 
 def _resolved(config: RunConfig) -> RunConfig:
     """Write down what depends on the machine, so that a resumed run does not."""
-    if config.engine.num_threads is not None:
-        return config
     cores = os.cpu_count() or 1
-    share = max(1, cores // min(cores, config.federation.num_clients))
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"num_threads": share})})
+    share = config.engine.num_threads or max(1, cores // min(cores, config.federation.num_clients))
+    data, model = config.data, config.model
+    return config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update={"num_threads": share}),
+            "model": model.model_copy(update={"name_or_path": _absolute(model.name_or_path)}),
+            "data": data.model_copy(
+                update={"train": tuple(map(_absolute, data.train)), "test": tuple(map(_absolute, data.test))}
+            ),
+        }
+    )
+
+
+def _absolute(source: str) -> str:
+    """Give the full path of a file or folder that is here; leave the name of anything else alone."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:

@@ -13,9 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from toy import initial, loss_of, solve
-
 from parablock.algorithm.sequential import Problem, run_sequential
+from toy import initial, loss_of, solve
 
 GOLDEN = Path(__file__).with_name("trajectories.json")
 EXAMPLES = [3, 1, 2, 5]

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from toy import ToyTrainer, initial, solve
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
@@ -15,8 +14,9 @@ from parablock.clock import RealClock, VirtualClock
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.trace import Trace
-from parablock.wire.quantize import Encoding, pack
 from parablock.wire.link import Link
+from parablock.wire.quantize import Encoding, pack
+from toy import ToyTrainer, initial, solve
 
 EXAMPLES = [3, 1, 2, 5]
 ROUNDS = 14

@@ -17,10 +17,12 @@ def state(round_index: int = 8, dtype: torch.dtype = torch.bfloat16) -> RunState
     server = initial_server([torch.randn(4).to(dtype), torch.randn(6).to(dtype)])
     server = schedule_round(server, 1)
     aggregate = Aggregate(torch.randn(6), 0.25, 0.5)
-    announce = lambda new, view: (view + 1).to(view.dtype)  # noqa: E731, ARG005
+    announce = lambda new, view: (view + 1).to(view.dtype)  # noqa: E731
     server = server_commit(server, aggregate, ServerOptimizer("adam", 0.1), announce)
     clients = (
-        ClientSnapshot(0, (-1, 0), (1.0, 0.25), {7: [b"an update\x00\xff", b"its second chunk"]}, {"1.step": torch.tensor(3)}),
+        ClientSnapshot(
+            0, (-1, 0), (1.0, 0.25), {7: [b"an update\x00\xff", b"its second chunk"]}, {"1.step": torch.tensor(3)}
+        ),
         ClientSnapshot(1, (-1, -1), (1.0, 1.0), {}),
     )
     spans = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from toy import SIZE, initial, loss_of, objective, solve
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
@@ -20,6 +21,7 @@ from parablock.algorithm.parablock import (
 )
 from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.seeding import generator_for
+from toy import SIZE, initial, loss_of, objective, solve
 
 EXAMPLES = [3, 1, 2, 5]
 BLOCKS = 4
@@ -160,7 +162,7 @@ def test_never_taking_the_aggregate_for_the_own_copy_is_visibly_worse():
 
 def test_a_block_that_recurs_in_flight_loses_no_work():
     order = _same_blocks("random", 60)
-    assert any(a == b for a, b in zip(order, order[1:], strict=False)), "blocks do recur in flight"
+    assert any(a == b for a, b in itertools.pairwise(order)), "blocks do recur in flight"
     best = loss_of(outcome(0, rounds=3000).server.params, 4)
     gap = {d: loss_of(outcome(d, rounds=60, schedule=order).server.params, 4) - best for d in (0, 1)}
     assert 0 < gap[1] <= 2 * gap[0]

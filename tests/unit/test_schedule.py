@@ -40,6 +40,14 @@ def test_shuffled_visits_every_block_once_a_cycle_and_avoids_those_in_flight(del
         assert history != blocks_of("shuffled", 60, delay=delay, seed=1)
 
 
+@pytest.mark.parametrize("schedule", ["cyclic", "reversed", "shuffled", "random"])
+def test_delays_0_and_1_train_the_same_blocks_so_that_nothing_else_differs(schedule):
+    assert blocks_of(schedule, 60, delay=0) == blocks_of(schedule, 60, delay=1)
+    if schedule == "shuffled":
+        assert blocks_of(schedule, 60, delay=0) == blocks_of(schedule, 60, delay=3)
+        assert blocks_of(schedule, 60, delay=0) != blocks_of(schedule, 60, delay=5)
+
+
 @pytest.mark.parametrize("schedule", ["random", "importance"])
 def test_other_schedules_avoid_blocks_in_flight_where_they_can(schedule):
     history = blocks_of(schedule, 100, delay=2)
@@ -56,7 +64,7 @@ def test_random_draws_with_replacement():
 def test_importance_visits_all_first_then_what_moves_most_and_waits_longest():
     history = blocks_of("importance", 6, delay=0)
     assert history == [0, 1, 2, 3, 4, 5]
-    # after round 5: block b waited 6 − b rounds, squared delta b + 1 → 6·1, 5·2, 4·3, 3·4, 2·5, 1·6: block 2 (first 12)
+    # after round 5 block b has waited 6 − b rounds, times b + 1: 6·1, 5·2, 4·3, 3·4, 2·5, 1·6; the first 12 is 2's
     assert blocks_of("importance", 7, delay=0)[6] == 2
 
 

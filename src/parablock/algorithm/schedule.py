@@ -2,7 +2,8 @@
 
 A schedule is a function of the run's seed, of the blocks that were trained before (`history`), and, for
 `importance`, of what their last aggregates measured. Where there are more blocks than rounds in flight, no
-schedule trains a block whose update is still on its way, except `cyclic` and `reversed` by their nature.
+schedule trains a block whose update is still on its way. `shuffled` keeps half of all blocks away in any case,
+and `random` the last one, so that runs which differ in a small delay alone train the same blocks.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def next_block(
         return position
     if schedule == "reversed":
         return num_blocks - 1 - position
-    in_flight = set(history[-delay:]) if 0 < delay < num_blocks else set()
-    candidates = [block for block in range(num_blocks) if block not in in_flight]
+    apart = max(delay, {"shuffled": num_blocks // 2, "random": 1}.get(schedule, 0))
+    recent = set(history[-apart:]) if 0 < apart < num_blocks else set()
+    candidates = [block for block in range(num_blocks) if block not in recent]
     if schedule == "importance":
         return max(candidates, key=lambda block: (_importance(block, history, squared_delta), -block))
     if schedule == "shuffled":
