@@ -65,7 +65,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(default), help="a model folder; left out when absent (%(default)s)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="precision (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples of a step (%(default)s)")
-    parser.add_argument("--length", type=int, default=64, help="tokens of an example (%(default)s)")
+    parser.add_argument("--length", type=int, default=48, help="tokens of an example (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="local steps of a visit, K (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="visits of each block (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
@@ -87,9 +87,7 @@ def models(options: argparse.Namespace) -> list[tuple[str, Callable[[], PreTrain
         num_key_value_heads=4,
         tie_word_embeddings=True,
     )
-    found.append(
-        ("llama-12x512", lambda: AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype]))
-    )
+    found.append(("llama-12x512", lambda: AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype])))
     return found
 
 

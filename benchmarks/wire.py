@@ -21,9 +21,11 @@ from parablock.clock import RealClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
 from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FixedSteps
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.link import Link
+from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, pack, payload_bytes
 
 
@@ -92,10 +94,10 @@ def measure_formats(console: Console, options: argparse.Namespace) -> list[dict[
 class Instant:
     """A trainer that computes nothing, so that an exchange is all that a round costs."""
 
-    num_examples, modelled_s = 1, None
+    num_examples, step_time_s = 1, None
 
-    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(working[block_index] + round_index, 0.0, 1)
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        return Trained(working[start.block_index] + start.round_index, 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}
@@ -115,7 +117,7 @@ def measure_streaming(console: Console, options: argparse.Namespace) -> dict[str
             ("whole", Encoding("float32")),
             ("streamed", Encoding("float32", chunk_bytes=chunk_bytes)),
         ):
-            plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, encoding, 60.0, 0)
+            plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, encoding, FixedSteps(1), 60.0, 0)
             clock = RealClock()
             hooks = Hooks(lambda *_: None, lambda _: None)
             run_in_process(params, [Instant(), Instant()], plan, Trace(clock), hooks, link=link, in_flight="own")

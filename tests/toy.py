@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from parablock.engine.client import Trained
+from parablock.wire.messages import RoundStart
 
 SIZE = 5
 
@@ -61,11 +62,11 @@ def loss_of(params: tuple[Tensor, ...], num_clients: int) -> float:
 class ToyTrainer:
     """`solve` behind the engine's interface."""
 
-    def __init__(self, client_id: int, num_examples: int, modelled_s: float | None = 1.0) -> None:
-        self.client_id, self.num_examples, self.modelled_s = client_id, num_examples, modelled_s
+    def __init__(self, client_id: int, num_examples: int, step_time_s: float | None = 1.0) -> None:
+        self.client_id, self.num_examples, self.step_time_s = client_id, num_examples, step_time_s
 
-    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(solve(self.client_id, round_index, block_index, working), 0.0, 3)
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        return Trained(solve(self.client_id, start.round_index, start.block_index, working), 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}

@@ -201,7 +201,7 @@ def _write_parts(folder: Path, state: RunState) -> None:
         "round_index": state.round_index,
         "server": {
             name: getattr(state.server, name)
-            for name in ("versions", "rho", "squared_delta", "committed", "history")
+            for name in ("versions", "rho", "squared_delta", "committed", "history", "local_steps")
         },
         "clients": [{"versions": client.versions, "rho": client.rho} for client in state.clients],
         "progress": state.progress,
@@ -227,7 +227,10 @@ def _read(place: Path) -> RunState:
         view=tuple(tensors.get(f"view.{b}", params[b]) for b in blocks),
         moments=tuple(_numbered(tensors, f"moments.{b}.") for b in blocks),
         committed=meta["server"]["committed"],
-        **{name: tuple(meta["server"][name]) for name in ("versions", "rho", "squared_delta", "history")},
+        **{
+            name: tuple(meta["server"][name])
+            for name in ("versions", "rho", "squared_delta", "history", "local_steps")
+        },
     )
     clients = tuple(_read_client(place, i, client) for i, client in enumerate(meta["clients"]))
     spans = [Span(*row) for row in json.loads((place / "trace.json").read_text())]

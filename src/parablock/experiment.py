@@ -22,6 +22,7 @@ from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.engine.trainer import LocalTrainer
 from parablock.errors import CheckpointError, StorageError
 from parablock.evaluation.loss import evaluate_loss
@@ -191,6 +192,7 @@ class _Run:
                     replica,
                     train=config.train,
                     arguments=_local_arguments(config),
+                    num_rounds=config.federation.num_rounds,
                     seed=config.seed,
                     pad_token_id=_pad(self.job.loaded),
                     step_time_s=config.engine.step_time_s,
@@ -280,10 +282,9 @@ class _Run:
 
 def _local_arguments(config: RunConfig) -> LocalArguments:
     train = config.train
-    assert isinstance(train.num_local_steps, int)
     return LocalArguments(
         learning_rate=train.learning_rate,
-        total_steps=config.federation.num_rounds * train.num_local_steps,
+        total_steps=config.federation.num_rounds,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=train.lr_scheduler_type,
@@ -305,10 +306,18 @@ def _plan(config: RunConfig) -> ServerPlan:
         participation=federation.participation,
         seed=config.seed,
         encoding=_encoding(config),
+        local_steps=_local_steps(config),
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
     )
+
+
+def _local_steps(config: RunConfig) -> LocalSteps:
+    train = config.train
+    if train.num_local_steps == "auto":
+        return FillTheWait(Link(**config.link.model_dump()), train.min_local_steps, train.max_local_steps)
+    return FixedSteps(train.num_local_steps)
 
 
 def _encoding(config: RunConfig) -> Encoding:

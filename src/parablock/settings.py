@@ -220,18 +220,19 @@ class TrainSection(Section):
     @field_validator("num_local_steps")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
-        if value == "auto":
-            raise ValueError(f"`auto` {NOT_BUILT}; give a number of steps, such as 8")
         if isinstance(value, int) and value < 1:
             raise ValueError(f"must be at least 1, not {value}: a round takes at least one step")
         return value
 
-    @field_validator("min_local_steps", "max_local_steps")
-    @classmethod
-    def _only_with_auto(cls, value: int, info: Any) -> int:
-        if value != cls.model_fields[info.field_name].default:
-            raise ValueError(f"takes effect with num_local_steps: auto only, which {NOT_BUILT}")
-        return value
+    @model_validator(mode="after")
+    def _bounds_of_auto(self) -> TrainSection:
+        bounds = (self.min_local_steps, self.max_local_steps)
+        if self.num_local_steps != "auto":
+            if bounds != (1, 64):
+                raise ValueError("min_local_steps and max_local_steps take effect with num_local_steps: auto only")
+        elif bounds[0] > bounds[1]:
+            raise ValueError(f"min_local_steps {bounds[0]} is above max_local_steps {bounds[1]}")
+        return self
 
 
 class WireSection(Section):
@@ -253,8 +254,8 @@ class WireSection(Section):
             )
         if self.error_feedback and self.format == "float32":
             raise ValueError("error_feedback: true takes effect where updates are rounded, not with float32")
-        if self.chunk_bytes != _default(self, "chunk_bytes"):
-            raise ValueError(f"chunk_bytes takes effect with streaming: true only, which {NOT_BUILT}")
+        if not self.streaming and self.chunk_bytes != _default(self, "chunk_bytes"):
+            raise ValueError("chunk_bytes takes effect with streaming: true only")
         return self
 
 

@@ -14,9 +14,11 @@ from parablock.clock import RealClock, VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FixedSteps
 from parablock.seeding import seed_for
 from parablock.trace import Trace
 from parablock.wire.link import Link
+from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
 
 SIZE = 5 * CHUNK_PIECE + 1234  # six chunks, the last one short and odd
@@ -26,16 +28,16 @@ ROUNDS = 7
 class Walker:
     """A trainer whose step depends on where it starts, on the client and on the round."""
 
-    modelled_s = 0.25
+    step_time_s = 0.25
 
     def __init__(self, client_id: int) -> None:
         self.client_id, self.num_examples = client_id, 3 + client_id
 
-    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
-        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
-        v = working[block_index].float()
-        other = working[block_index - 1].float()
-        return Trained(0.9 * v + 0.1 * other + 0.01 * torch.randn(v.shape, generator=generator), 0.0, 1)
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, start.round_index))
+        v = working[start.block_index].float()
+        other = working[start.block_index - 1].float()
+        return Trained(0.9 * v + 0.1 * other + 0.01 * torch.randn(v.shape, generator=generator), 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}
@@ -56,7 +58,7 @@ def run(
 ) -> tuple[EngineResult, float, int]:
     clock = clock or VirtualClock()
     params = [torch.linspace(-1, 1, SIZE + k).to(dtype) for k in range(3)]
-    plan = ServerPlan(4, ROUNDS, delay, "shuffled", participation, 0, encoding, 30.0, 0, optimizer)
+    plan = ServerPlan(4, ROUNDS, delay, "shuffled", participation, 0, encoding, FixedSteps(1), 30.0, 0, optimizer)
     down: list[int] = []
     hooks = Hooks(lambda state, updates, traffic: down.append(traffic.downlink_bytes), lambda state: None)
     # blocks of different sizes cannot feed each other here, so they share one
@@ -110,7 +112,7 @@ def test_an_exchange_costs_about_its_longer_direction():
         run(Encoding("float32", **STREAMED), delay=0, link=slow),
     )
     up_and_down = ROUNDS * 2 * SIZE * 4 * 8 / 1e6
-    compute = ROUNDS * Walker.modelled_s
+    compute = ROUNDS * Walker.step_time_s
     assert whole[1] == pytest.approx(up_and_down + compute, rel=0.02)
     assert (streamed[1] - compute) / (whole[1] - compute) == pytest.approx(7 / 12, abs=0.04)
 

@@ -13,6 +13,7 @@ from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FixedSteps
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding, pack
@@ -37,7 +38,9 @@ def threaded(
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
     trajectory: list[tuple[torch.Tensor, ...]] = []
-    plan = ServerPlan(len(EXAMPLES), ROUNDS, delay, schedule, participation, 0, encoding, 20.0, 0, optimizer)
+    plan = ServerPlan(
+        len(EXAMPLES), ROUNDS, delay, schedule, participation, 0, encoding, FixedSteps(1), 20.0, 0, optimizer
+    )
     result = run_in_process(
         initial(4, dtype),
         [ToyTrainer(i, n, step_s[i]) for i, n in enumerate(EXAMPLES)],
@@ -159,7 +162,7 @@ def test_delay_1_takes_the_longer_of_compute_and_communication_and_delay_0_their
 def test_a_hundred_virtual_clients_take_no_longer_than_four():
     def simulated(num_clients: int) -> float:
         clock = VirtualClock()
-        plan = ServerPlan(num_clients, 6, 1, "cyclic", 1.0, 0, Encoding("float32"), 20.0, 0)
+        plan = ServerPlan(num_clients, 6, 1, "cyclic", 1.0, 0, Encoding("float32"), FixedSteps(1), 20.0, 0)
         trainers = [ToyTrainer(i % 4, 1, 1.0) for i in range(num_clients)]
         hooks = Hooks(lambda *_: None, lambda _: None)
         run_in_process(initial(4), trainers, plan, Trace(clock), hooks, link=Link(0.002, 0.002), in_flight="own")

@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoConfig,
+    GPTNeoXJapaneseConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -252,6 +253,23 @@ def test_lists_inside_a_layer_and_outside_the_decoder_are_not_taken_for_the_laye
     model.model.second = nn.ModuleList(nn.Linear(2, 2) for _ in range(NUM_LAYERS))
     with pytest.raises(ModelError, match="were not found"):  # two candidates: no guess is made
         find_layers(model)
+
+
+def test_a_head_that_is_called_an_embedding_is_the_head_all_the_same() -> None:
+    config = GPTNeoXJapaneseConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_multiple_size=2,
+        tie_word_embeddings=False,
+        **ENDS,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    blocks = partition_blocks(model, layers_per_block=1, include_embeddings=True, include_head=True)
+    assert model.embed_out is model.get_output_embeddings()
+    assert blocks[0].parameter_names == ("gpt_neox_japanese.embed_in.weight",)
+    assert "embed_out.weight" in blocks[-1].parameter_names
 
 
 def test_a_block_without_parameters_of_its_own_is_refused() -> None:

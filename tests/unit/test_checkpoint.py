@@ -15,7 +15,7 @@ from parablock.trace import Span
 
 def state(round_index: int = 8, dtype: torch.dtype = torch.bfloat16) -> RunState:
     server = initial_server([torch.randn(4).to(dtype), torch.randn(6).to(dtype)])
-    server = schedule_round(server, 1)
+    server = schedule_round(server, 1, 8)
     aggregate = Aggregate(torch.randn(6), 0.25, 0.5)
     announce = lambda new, view: (view + 1).to(view.dtype)  # noqa: E731
     server = server_commit(server, aggregate, ServerOptimizer("adam", 0.1), announce)
@@ -43,7 +43,7 @@ def test_everything_comes_back_bitwise(tmp_path):
         assert getattr(found.server, name)[0].dtype == torch.bfloat16
     assert not same(found.server.view, found.server.params)
     assert all(same(a, b) for a, b in zip(found.server.moments, saved.server.moments, strict=True))
-    for name in ("versions", "rho", "squared_delta", "committed", "history"):
+    for name in ("versions", "rho", "squared_delta", "committed", "history", "local_steps"):
         assert getattr(found.server, name) == getattr(saved.server, name)
     assert [c.sent for c in found.clients] == [c.sent for c in saved.clients]
     assert [c.versions for c in found.clients] == [c.versions for c in saved.clients]

@@ -33,8 +33,8 @@ def update(values: torch.Tensor = VALUES, payload_format: str = "float32") -> Up
 
 MESSAGES = [
     update(),
-    RoundStart(5, 2, 3, (NewValue(1, 3, 0.5, "value", pack(VALUES, "float32")),)),
-    RoundStart(0, 0, -1, ()),
+    RoundStart(5, 2, 8, 40, 3, (NewValue(1, 3, 0.5, "value", pack(VALUES, "float32")),)),
+    RoundStart(0, 0, 8, 0, -1, ()),
     Finish(7, (NewValue(0, 7, 1.0, "difference", pack(VALUES, "bfloat16")),)),
     Mark(8, stop=True),
     Chunk(2, 7, "difference", pack(VALUES, "int4")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
@@ -26,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError, StorageError
 from parablock.model.blocks import partition_blocks
-from parablock.model.load import LoadedModel, load_model
+from parablock.model.load import LoadedModel, load_model, quiet_transformers
 from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
 
@@ -106,6 +111,27 @@ def test_dropout_is_zero_so_training_mode_gives_the_numbers_of_evaluation_mode(g
     assert (model.config.resid_pdrop, model.config.attn_pdrop, model.config.embd_pdrop) == (0.0, 0.0, 0.0)
 
 
+def test_a_dropout_that_no_configuration_names_is_zero_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoisyConfig(LlamaConfig):
+        model_type = "noisy_llama"
+
+    class NoisyLlama(LlamaForCausalLM):
+        config_class = NoisyConfig
+
+        def __init__(self, config: NoisyConfig) -> None:
+            super().__init__(config)
+            self.model.norm = nn.Sequential(self.model.norm, nn.Dropout(0.5))
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "noisy_llama", NoisyConfig)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, NoisyConfig, NoisyLlama)
+    edit(folder / "config.json", model_type="noisy_llama")
+    model, ids = load(folder, init="random").model, torch.arange(24).view(2, 12)
+    expected = model(ids).logits
+    assert torch.equal(model.train()(ids).logits, expected)
+    model.model.norm[1].p = 0.5
+    assert not torch.equal(model(ids).logits, expected)
+
+
 def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,15 +155,22 @@ def test_nothing_is_printed_and_the_settings_of_transformers_stay(
     model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    edit(folder / "config.json", bos_token_id=5000)  # Transformers talks about this one
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     load(folder)
     load(folder, init="random")
-    save_model(model, tiny_tokenizer, folder)
+    save_model(model, tiny_tokenizer, folder.parent / "other")
+    with quiet_transformers():
+        warnings.warn("about to change", FutureWarning, stacklevel=1)
     assert capfd.readouterr() == ("", "")
+    assert caplog.text == ""
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    edit(folder / "config.json", bos_token_id=5001)  # it says each thing once
     AutoModelForCausalLM.from_pretrained(folder)
-    assert "Loading weights" in capfd.readouterr().err  # what a plain load prints
+    assert "Loading weights" in capfd.readouterr().err  # what a plain load shows
+    assert "bos_token_id" in caplog.text
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────
@@ -175,6 +208,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "config of no type": (lambda f: (f / "config.json").write_text("{}"), "configuration of .*model_type"),
     "unknown type": (lambda f: edit(f / "config.json", model_type="zebra"), "configuration of .*zebra"),
     "wrong value": (lambda f: edit(f / "config.json", hidden_size="x"), "configuration of .*hidden_size"),
+    "no such pad token": (lambda f: edit(f / "config.json", pad_token_id=999), "weights of .*padding_idx"),
     "BERT": (become(BertConfig()), "of type bert, which is not a causal language model"),
     "T5": (become(T5Config()), "of type t5, which is not a causal language model"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights of .* cannot be read"),
@@ -193,7 +227,7 @@ def test_a_broken_folder_is_refused_with_its_name_and_the_reason(folder: Path, c
     load(folder)
     damage, words = BROKEN[case]
     damage(folder)
-    with pytest.raises(ModelError, match=f"(?s){words}") as caught:
+    with pytest.raises(ModelError, match=f"(?si){words}") as caught:
         load(folder)
     assert str(folder) in str(caught.value)
     assert caught.value.remedy

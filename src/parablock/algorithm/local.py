@@ -153,24 +153,22 @@ def _optimizer(
 
 def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
     """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
-    counts = [num_label_tokens(batch.labels_BT) for batch in micro_batches]
-    if not sum(counts):
+    label_tokens = sum(num_label_tokens(batch.labels_BT) for batch in micro_batches)
+    if not label_tokens:
         raise DataError(
             f"There is no label token to train on ({where})",
             cause="All labels of the step's examples are masked: completions are empty or were cut off.",
             remedy="Raise data.max_length, or look at the examples that were reported as masked.",
         )
     total = 0.0
-    for batch, count in zip(micro_batches, counts, strict=True):
-        if not count:
-            continue
+    for batch in micro_batches:
         summed = summed_loss(
             model,
             input_ids_BT=batch.input_ids_BT,
             attention_mask_BT=batch.attention_mask_BT,
             labels_BT=batch.labels_BT,
         )
-        loss = summed / sum(counts)
+        loss = summed / label_tokens
         total += loss.item()
         if not math.isfinite(total):
             raise _not_finite("The training loss", where)

@@ -99,6 +99,7 @@ class ServerState:
         moments: The server optimizer's state for each block.
         committed: The newest committed round; all rounds up to it are committed.
         history: The block of every round that has been scheduled, b_0 … b_t.
+        local_steps: The local steps K of each of these rounds.
     """
 
     params: tuple[Tensor, ...]
@@ -109,6 +110,7 @@ class ServerState:
     moments: tuple[tuple[Tensor, ...], ...]
     committed: int = NEVER
     history: tuple[int, ...] = ()
+    local_steps: tuple[int, ...] = ()
 
 
 def initial_client(params: Sequence[Tensor]) -> ClientState:
@@ -194,9 +196,9 @@ def put_in_flight(state: ClientState, round_index: int, block_index: int, delta:
 # ── server: one commit ──────────────────────────────────────────────────────────────────────────────
 
 
-def schedule_round(state: ServerState, block_index: int) -> ServerState:
-    """Write down the block of the next round."""
-    return replace(state, history=(*state.history, block_index))
+def schedule_round(state: ServerState, block_index: int, num_local_steps: int) -> ServerState:
+    """Write down the block and the local steps of the next round."""
+    return replace(state, history=(*state.history, block_index), local_steps=(*state.local_steps, num_local_steps))
 
 
 def server_commit(

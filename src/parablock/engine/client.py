@@ -47,23 +47,21 @@ class Trained:
     Attributes:
         trained: y^b, flat, fp32.
         train_loss: Mean loss over the steps.
-        num_local_steps: K.
     """
 
     trained: Tensor
     train_loss: float
-    num_local_steps: int
 
 
 class Trainer(Protocol):
     """Local training of one client, and what it remembers between rounds."""
 
     num_examples: int
-    modelled_s: float | None
-    """Simulated seconds of a round's training; None: as measured."""
+    step_time_s: float | None
+    """Simulated seconds of a local step; None: as measured."""
 
-    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
-        """Take K steps on a block, starting from the working parameters."""
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        """Take the round's local steps on its block, starting from the working parameters."""
 
     def memory(self) -> dict[str, Tensor]:
         """Give what has to survive a restart."""
@@ -147,11 +145,13 @@ class Client:
     def _round(self, start: RoundStart) -> None:
         t, b = start.round_index, start.block_index
         self._commit(start.news, start.committed)
+        step_time_s = self._trainer.step_time_s
+        modelled_s = None if step_time_s is None else step_time_s * start.num_local_steps
         with self._trace.span(self.client_id, "compute", "computing", round_index=t, block_index=b):
             began = self._trace.clock.now()
-            with self._trace.clock.working(self._trainer.modelled_s):
+            with self._trace.clock.working(modelled_s):
                 v = working_parameters(self.state, self._in_flight)
-                result = self._trainer.train(t, b, v)
+                result = self._trainer.train(start, v)
                 chunks = self._encode(delta_of(result.trained, v[b]), t, b)
             compute_s = self._trace.clock.now() - began
         messages = [
@@ -163,7 +163,7 @@ class Client:
                     num_examples=self._trainer.num_examples,
                     committed=start.committed,
                     train_loss=result.train_loss,
-                    num_local_steps=result.num_local_steps,
+                    num_local_steps=start.num_local_steps,
                     compute_s=compute_s,
                     chunk_index=index,
                     num_chunks=len(chunks),

@@ -28,7 +28,7 @@ class Hooks:
 
     Attributes:
         on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
-        on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` is empty.
+        on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
         asked_to_stop: Whether the user wants the run to stop at the next round.
     """
 
@@ -59,25 +59,25 @@ class _Checkpoints:
 
     def __init__(self, trace: Trace, transport: MemoryTransport, num_clients: int, hooks: Hooks) -> None:
         self._trace, self._transport, self._num_clients, self._hooks = trace, transport, num_clients, hooks
-        self._servers: dict[int, ServerState] = {}
+        self._servers: dict[int, tuple[ServerState, dict[int, float]]] = {}
         self._parts: dict[int, dict[int, ClientSnapshot]] = {}
 
-    def on_mark(self, round_index: int, server: ServerState) -> None:
+    def on_mark(self, round_index: int, server: ServerState, step_s: dict[int, float]) -> None:
         self._parts[round_index] = {}
-        self._servers[round_index] = server
+        self._servers[round_index] = server, step_s
 
     def hand_in(self, round_index: int, snapshot: ClientSnapshot) -> None:
         parts = self._parts[round_index]
         parts[snapshot.client_id] = snapshot
         if len(parts) == self._num_clients and self._parts.pop(round_index, None) is not None:
-            server = self._servers.pop(round_index)
+            server, step_s = self._servers.pop(round_index)
             with self._trace.clock.working(0.0):
                 self._hooks.on_checkpoint(
                     RunState(
                         round_index,
                         server,
                         tuple(parts[client_id] for client_id in sorted(parts)),
-                        {"downlink": self._downlink(server.committed + 1, round_index)},
+                        {"downlink": self._downlink(server.committed + 1, round_index), "step_s": step_s},
                         [span for span in list(self._trace.spans) if _is_past(span, round_index, server.committed)],
                     )
                 )
@@ -150,6 +150,7 @@ def run_in_process(
         asked_to_stop=hooks.asked_to_stop,
         first_round=0 if resumed is None else resumed.round_index,
         held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
+        step_s=None if resumed is None else {int(i): float(s) for i, s in resumed.progress["step_s"].items()},
     )
     bodies = [client.run for client in clients]
     with Machines(trace.clock, bodies, transport.fail, stall_timeout_s=plan.stall_timeout_s):

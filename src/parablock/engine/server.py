@@ -22,6 +22,7 @@ from parablock.algorithm.aggregate import ServerOptimizer, apply_update, join
 from parablock.algorithm.parablock import NEVER, ServerState, news_for, schedule_round, server_commit
 from parablock.algorithm.schedule import cohort, next_block
 from parablock.engine.folding import RoundFold
+from parablock.engine.steps import LocalSteps
 from parablock.errors import CodecError
 from parablock.trace import Trace
 from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Update, from_bytes, to_bytes
@@ -43,6 +44,7 @@ class ServerPlan:
     participation: float
     seed: int
     encoding: Encoding
+    local_steps: LocalSteps
     stall_timeout_s: float
     checkpoint_every: int
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
@@ -57,10 +59,11 @@ class Server:
         transport: The server's end.
         trace: Where aggregation is recorded.
         on_commit: Told the new state and the last chunk of each update, right after each commit.
-        on_mark: Told (round_index, state) at every checkpoint, before the clients are asked for their parts.
+        on_mark: Told (round_index, state, step_s) at every checkpoint, before the clients are asked for their parts.
         asked_to_stop: Whether the user wants the run to stop at the next round.
         first_round: Where to begin; a checkpoint's round when resuming.
         held: For each client the block versions that it holds.
+        step_s: For each client the seconds of a local step, as its last committed update says.
     """
 
     def __init__(
@@ -71,16 +74,18 @@ class Server:
         trace: Trace,
         *,
         on_commit: Callable[[ServerState, list[Update]], None],
-        on_mark: Callable[[int, ServerState], None],
+        on_mark: Callable[[int, ServerState, dict[int, float]], None],
         asked_to_stop: Callable[[], bool],
         first_round: int = 0,
         held: dict[int, tuple[int, ...]] | None = None,
+        step_s: dict[int, float] | None = None,
     ) -> None:
         self.state, self._plan, self._transport, self._trace = state, plan, transport, trace
         self._on_commit, self._on_mark, self._asked_to_stop = on_commit, on_mark, asked_to_stop
         self._first_round = first_round
         self._held = dict(held or dict.fromkeys(range(plan.num_clients), (NEVER,) * len(state.params)))
         self._folds = {t: self._new_fold(t) for t in range(state.committed + 1, len(state.history))}
+        self.step_s = dict(step_s or {})
         self._announced: dict[int, list[Vector]] = {}
         self._streamed_to: dict[int, set[int]] = {}
 
@@ -109,10 +114,17 @@ class Server:
             seed=self._plan.seed,
             squared_delta=self.state.squared_delta,
         )
-        self.state = schedule_round(self.state, block_index)
+        payload = self._plan.encoding.payload_bytes(self.state.params[block_index].numel())
+        num_local_steps = self._plan.local_steps.of_round(
+            self.step_s, payload, streamed=self._plan.encoding.streams
+        )
+        self.state = schedule_round(self.state, block_index, num_local_steps)
+        steps_before = sum(self.state.local_steps[:t])
         self._folds[t] = self._new_fold(t)
         for client_id in self._cohort(t):
-            start = RoundStart(t, block_index, self.state.committed, self._news_for(client_id))
+            start = RoundStart(
+                t, block_index, num_local_steps, steps_before, self.state.committed, self._news_for(client_id)
+            )
             self._send(client_id, t, start)
 
     def _new_fold(self, t: int) -> RoundFold:
@@ -120,7 +132,7 @@ class Server:
         return RoundFold(t, b, self._cohort(t), self._plan.encoding.cut(self.state.params[b].numel()))
 
     def _mark(self, t: int, *, stop: bool) -> None:
-        self._on_mark(t, self.state)
+        self._on_mark(t, self.state, dict(self.step_s))
         for client_id in self._held:
             self._send(client_id, t, Mark(t, stop))
 
@@ -141,6 +153,8 @@ class Server:
                 self._plan.server_optimizer,
                 self._announce if self._is_lossy() else None,
             )
+            for update in fold.updates:
+                self.step_s[update.client_id] = update.compute_s / update.num_local_steps
             self._on_commit(self.state, fold.updates)
 
     def _fold_chunk(self, t: int, fold: RoundFold) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from parablock.data.batches import round_batches
 from parablock.data.prompts import Example
 from parablock.engine.client import Trained
 from parablock.model.params import Replica
+from parablock.wire.messages import RoundStart
 
 
 class LocalTrainer:
@@ -24,6 +26,7 @@ class LocalTrainer:
         replica: The model that it trains with. Clients whose turns never overlap may share one.
         train: The `train` section of the configuration.
         arguments: The same for the local optimizer.
+        num_rounds: T, which the learning-rate schedule spans.
         seed: The run's seed.
         pad_token_id: What short examples are padded with.
         step_time_s: Simulated seconds of a local step; None: as measured.
@@ -37,22 +40,22 @@ class LocalTrainer:
         *,
         train: TrainSection,
         arguments: LocalArguments,
+        num_rounds: int,
         seed: int,
         pad_token_id: int,
         step_time_s: float | None,
     ) -> None:
-        assert isinstance(train.num_local_steps, int)
         self._client_id, self._examples, self._replica = client_id, examples, replica
         self._train, self._arguments, self._seed, self._pad_token_id = train, arguments, seed, pad_token_id
-        self._num_local_steps = train.num_local_steps
+        self._num_rounds = num_rounds
         self._moments: dict[int, Moments] = {}
         self.num_examples = len(examples)
-        self.modelled_s = None if step_time_s is None else step_time_s * self._num_local_steps
+        self.step_time_s = step_time_s
 
-    def train(self, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Trained:
-        """Take K steps on a block, starting from the working parameters."""
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        """Take the round's local steps on its block, starting from the working parameters."""
         self._replica.load_all(working)
-        first_step = round_index * self._num_local_steps
+        block_index, num_local_steps = start.block_index, start.num_local_steps
         result = train_block(
             self._replica,
             block_index,
@@ -61,19 +64,20 @@ class LocalTrainer:
                 self._examples,
                 seed=self._seed,
                 client_id=self._client_id,
-                first_step=first_step,
-                num_local_steps=self._num_local_steps,
+                first_step=start.steps_before,
+                num_local_steps=num_local_steps,
                 per_device_train_batch_size=self._train.per_device_train_batch_size,
                 gradient_accumulation_steps=self._train.gradient_accumulation_steps,
                 pad_token_id=self._pad_token_id,
             ),
-            self._arguments,
-            first_step=first_step,
+            # the learning rate follows the rounds, whatever number of steps each of them has
+            replace(self._arguments, total_steps=self._num_rounds * num_local_steps),
+            first_step=start.round_index * num_local_steps,
             moments=self._moments.get(block_index),
         )
         if self._train.optimizer_state == "keep":
             self._moments[block_index] = result.moments
-        return Trained(result.trained, result.train_loss, self._num_local_steps)
+        return Trained(result.trained, result.train_loss)
 
     def memory(self) -> dict[str, Tensor]:
         """Give the kept moments as named tensors."""

@@ -154,10 +154,10 @@ def _names_outside(model: PreTrainedModel, path: str) -> tuple[list[str], list[s
     for name, parameter in model.named_parameters():
         if name.startswith(f"{path}."):
             continue
-        before = id(parameter) in read_in or any(word in name for word in INPUT_SIDE)
-        if before and (id(parameter) in read_in or id(parameter) not in read_out):
+        named_input = any(word in name for word in INPUT_SIDE)
+        if id(parameter) in read_in or (named_input and id(parameter) not in read_out):
             embeddings.append(name)
-        if id(parameter) in read_out or not before:
+        if id(parameter) in read_out or not (id(parameter) in read_in or named_input):
             head.append(name)
     return embeddings, head
 

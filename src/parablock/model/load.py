@@ -3,6 +3,9 @@
 Every way in which a model folder can be wrong is an error that names the folder and the remedy. Nothing
 that Transformers prints on the way reaches the user: what matters of it (missing tensors, wrong shapes)
 is an error here. Tensors of the checkpoint that a causal language model has no use for are left out.
+
+What Transformers raises about a damaged file may be of any class, so any exception of one of its readers is
+taken as the folder's fault and told with its reason.
 """
 
 from __future__ import annotations
@@ -14,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -32,19 +33,6 @@ from parablock.errors import ModelError
 from parablock.seeding import seed_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What Transformers raises about files that it cannot make a model or a tokenizer of."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
 def _load_config(source: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
-    except UNREADABLE as error:
+    except Exception as error:
         raise _unreadable(source, "configuration", error) from error
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not causal or getattr(config, "is_decoder", True) is False:
@@ -191,7 +179,7 @@ def _zero_dropout(config: PreTrainedConfig) -> None:
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except UNREADABLE as error:
+    except Exception as error:
         raise _unreadable(source, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -208,7 +196,7 @@ def _random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, see
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(seed, "model weights"))
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except UNREADABLE as error:
+    except Exception as error:
         raise _unreadable(source, "architecture", error) from error
 
 
@@ -217,7 +205,7 @@ def _pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except UNREADABLE as error:
+    except Exception as error:
         raise _unreadable(source, "weights", error) from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])

@@ -128,7 +128,7 @@ class Replica:
                 f"{type(layers[0]).__name__} does not support gradient checkpointing",
                 remedy="Set train.gradient_checkpointing: false.",
             )
-        for layer in list(layers):
+        for layer in list(layers)[lowest_layer:]:
             _set_checkpointing(layer, on=True)
 
 

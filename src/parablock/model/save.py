@@ -20,7 +20,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer.
 
     The files are written beside `directory` and renamed when they are whole; an earlier `directory` is
-    replaced. The weights are copied once on the CPU, because parameters of a `Replica` share storage.
+    replaced. The model may be a `Replica`'s, whose parameters share storage.
 
     Args:
         model: The model; it is not changed.
@@ -41,7 +41,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         partial.mkdir(parents=True)
         with quiet_transformers():
             model.generation_config = _valid_generation_config(kept)
-            model.save_pretrained(partial, state_dict=_unshared_state(model))
+            model.save_pretrained(partial)  # copies apart what shares storage, and writes tied weights once
             tokenizer.save_pretrained(partial)
         shutil.rmtree(previous, ignore_errors=True)
         if directory.exists():
@@ -101,16 +101,6 @@ def base_sha256(model: PreTrainedModel) -> str:
 def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _unshared_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    copies: dict[int, Tensor] = {}  # tied parameters are one object and stay one copy
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().to("cpu", copy=True).contiguous()
-        state[name] = copies[id(tensor)]
-    return state
 
 
 def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:

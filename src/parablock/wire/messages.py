@@ -65,10 +65,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RoundStart:
-    """Round t begins: train `block_index` after taking over `news`, which ends with round `committed`."""
+    """Round t begins: train `block_index` after taking over `news`, which ends with round `committed`.
+
+    The round has `num_local_steps` steps; `steps_before` have been asked for in all rounds before it.
+    """
 
     round_index: int
     block_index: int
+    num_local_steps: int
+    steps_before: int
     committed: int
     news: tuple[NewValue, ...]
 
@@ -203,7 +208,8 @@ def _read_update(fields: Mapping[str, Any], vectors: list[Vector]) -> Update:
 
 
 def _read_round_start(fields: Mapping[str, Any], vectors: list[Vector]) -> RoundStart:
-    numbers = {name: _typed(fields, name, int) for name in ("round_index", "block_index", "committed")}
+    names = ("round_index", "block_index", "num_local_steps", "steps_before", "committed")
+    numbers = {name: _typed(fields, name, int) for name in names}
     return RoundStart(**numbers, news=_news(fields, vectors))
 
 
