@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
 from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
+from parablock.report.trackers import Trackers, check_trackers, figures_of, open_trackers
+from parablock.report.write import write_report
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
@@ -66,6 +69,7 @@ def run(
     began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_unused()
+    check_trackers(config.report_to)
     job = prepare(config, progress.message)
     directory.create(job.config.to_yaml(), job.manifest)
     return _Run(job, directory, progress, asked_to_stop, began).execute(None)
@@ -85,7 +89,9 @@ def resume(
     began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_resumable()
-    job = prepare(load_config(directory.config), progress.message)
+    config = load_config(directory.config)
+    check_trackers(config.report_to)
+    job = prepare(config, progress.message)
     before = directory.read_manifest()
     for key in ("data_sha256", "base_sha256", "blocks"):
         if before.get(key) != job.manifest[key]:
@@ -119,6 +125,7 @@ class _Run:
         self.rows: list[dict[str, Any]] = []
         self.initial_eval_loss = float("nan")
         self.last_commit_s = 0.0
+        self.trackers = Trackers(())
 
     def execute(self, state: RunState | None) -> Summary:
         """Run to the end, or to where it is stopped."""
@@ -132,8 +139,16 @@ class _Run:
             self.progress.message(f"base model: eval loss {self.initial_eval_loss:.4f}")
         else:
             self._take_up(state)
+        self.trackers = open_trackers(
+            config.report_to,
+            self.directory.path,
+            first_step=len(self.rows) + 1 if state else 0,
+            config=config.model_dump(mode="json"),
+        )
+        if state is None:
+            self.trackers.log(0, {"eval_loss": self.initial_eval_loss})
         clock = self._clock(state)
-        trace = Trace(clock, on_begin=self._show)
+        trace = Trace(clock, on_begin=self._begins, on_end=self._ends)
         trace.spans.extend(state.spans if state else [])
         self.progress.start(config.federation.num_rounds, config.federation.num_clients, len(self.rows))
         try:
@@ -200,9 +215,13 @@ class _Run:
             )
         return trainers
 
-    def _show(self, client_id: int | None, activity: str) -> None:
+    def _begins(self, client_id: int | None, activity: str) -> None:
         if client_id is not None:
-            self.progress.client(client_id, activity)
+            self.progress.begins(client_id, activity)
+
+    def _ends(self, client_id: int | None, activity: str) -> None:
+        if client_id is not None:
+            self.progress.ends(client_id, activity)
 
     def _on_commit(self, clock: Clock, server: ServerState, updates: list[Update], traffic: Traffic) -> None:
         now = clock.now()
@@ -220,6 +239,7 @@ class _Run:
     def _record(self, row: dict[str, Any]) -> None:
         self.directory.append(row)
         self.progress.round_done(row)
+        self.trackers.log(row["round_index"] + 1, figures_of(row))
 
     def _on_checkpoint(self, clock: Clock, state: RunState) -> None:
         progress = {
@@ -253,6 +273,7 @@ class _Run:
 
     def _conclude(self, trace: Trace, clock: Clock, *, status: str, **outcome: Any) -> Summary:
         federation = self.config.federation
+        self.trackers.close()
         summary: Summary = {
             "status": status,
             "method": federation.method,
@@ -274,6 +295,7 @@ class _Run:
         }
         self.directory.write_trace(trace.spans)
         self.directory.write_summary(summary)
+        write_report([self.directory.path])
         return summary
 
     def _elapsed_s(self) -> float:
@@ -310,6 +332,7 @@ def _plan(config: RunConfig) -> ServerPlan:
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
+        aggregation_s=None if config.engine.step_time_s is None else 0.0,
     )
 
 
@@ -327,12 +350,12 @@ def _encoding(config: RunConfig) -> Encoding:
 
 
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> dict[str, Any]:
-    t = server.committed
+    t, b = server.committed, server.history[server.committed]
     total = sum(update.num_examples for update in updates)
     communication = {update.client_id: traffic.seconds(update.client_id) for update in updates}
     return {
         "round_index": t,
-        "block_index": server.history[t],
+        "block_index": b,
         "train_loss": sum(update.train_loss * update.num_examples for update in updates) / total,
         "eval_loss": None,
         "compute_s": max(update.compute_s for update in updates),
@@ -343,7 +366,8 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "downlink_bytes": traffic.downlink_bytes,
         "staleness": max(t - 1 - update.committed for update in updates),
         "participants": [update.client_id for update in updates],
-        "rho": server.rho[server.history[t]],
+        "rho": server.rho[b],
+        "delta_norm": math.sqrt(server.squared_delta[b] * server.params[b].numel()),
         "num_local_steps": max(update.num_local_steps for update in updates),
     }
 

@@ -274,7 +274,9 @@ class EngineSection(Section):
     clock: Literal["real", "virtual"] = Field("real", description="Real time, or discrete-event simulation.")
     num_threads: int | None = Field(None, ge=1, description="Torch threads of a client; null: a fair share.")
     step_time_s: float | None = Field(
-        None, gt=0, description="Virtual clock: seconds of a local step. Null: as measured."
+        None,
+        gt=0,
+        description="Virtual clock: seconds of a local step, and aggregation takes none. Null: as measured.",
     )
 
     @field_validator("name")
@@ -319,6 +321,9 @@ class PrivacySection(Section):
         return self
 
 
+Tracker = Literal["tensorboard", "wandb"]
+
+
 class RunConfig(Section):
     """A whole run. Only `model.name_or_path` and `data.train` have no default."""
 
@@ -334,14 +339,26 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     privacy: PrivacySection = PrivacySection()
     faults: tuple[dict[str, Any], ...] = Field((), description="Faults to inject.")
-    report_to: tuple[str, ...] = Field((), description="Trackers.")
+    report_to: tuple[Tracker, ...] = Field((), description="Trackers that are told the figures of each round.")
     seed: int = Field(0, ge=0, lt=2**31, description="Everything random follows from it.")
 
-    @field_validator("faults", "report_to")
+    @field_validator("faults")
     @classmethod
     def _empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if value:
             raise ValueError(f"{NOT_BUILT}; leave the list empty")
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{', '.join(value)}: name each tracker once")
         return value
 
     @model_validator(mode="after")

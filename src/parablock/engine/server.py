@@ -35,7 +35,11 @@ SERVER = -1
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What the server follows; names as in the configuration."""
+    """What the server follows; names as in the configuration.
+
+    Attributes:
+        aggregation_s: Simulated seconds of folding a chunk; None: as measured.
+    """
 
     num_clients: int
     num_rounds: int
@@ -48,6 +52,7 @@ class ServerPlan:
     stall_timeout_s: float
     checkpoint_every: int
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    aggregation_s: float | None = None
 
 
 class Server:
@@ -59,7 +64,7 @@ class Server:
         transport: The server's end.
         trace: Where aggregation is recorded.
         on_commit: Told the new state and the last chunk of each update, right after each commit.
-        on_mark: Told (round_index, state, step_s) at every checkpoint, before the clients are asked for their parts.
+        on_mark: Told (round_index, state, step_s) at every checkpoint, before the clients are asked for theirs.
         asked_to_stop: Whether the user wants the run to stop at the next round.
         first_round: Where to begin; a checkpoint's round when resuming.
         held: For each client the block versions that it holds.
@@ -144,7 +149,10 @@ class Server:
                 if not fold.is_next_ready:
                     self._receive(f"the update of round {t} from clients {', '.join(map(str, fold.missing))}")
                     continue
-                with self._trace.span(None, "server", "aggregating", round_index=t), self._trace.clock.working():
+                with (
+                    self._trace.span(None, "server", "aggregating", round_index=t),
+                    self._trace.clock.working(self._plan.aggregation_s),
+                ):
                     self._fold_chunk(t, fold)
             del self._folds[t]
             self.state = server_commit(
