@@ -5,12 +5,14 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C with ev
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -54,12 +56,12 @@ def run(
     Example: parablock run configs/t0.yaml --output-dir runs/t0 --set federation.delay=0
     """
     from parablock.config import load_config
+
+    settings = load_config(config, overrides or [])  # before torch is loaded: what is wrong is said at once
     from parablock.experiment import run as run_experiment
 
     with _watched() as (progress, stop):
-        summary = run_experiment(
-            load_config(config, overrides or []), output_dir, progress=progress, asked_to_stop=stop
-        )
+        summary = run_experiment(settings, output_dir, progress=progress, asked_to_stop=stop)
     _conclude(summary, output_dir)
 
 
@@ -95,7 +97,9 @@ def blocks(
     from parablock.wire.quantize import FORMATS, payload_bytes
 
     loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
-    table = Table("block", "layers", "parameters", *(f"{name} bytes" for name in FORMATS))
+    table = Table("block", "layers", "parameters", *FORMATS, caption="the last columns: bytes, by wire.format")
+    for column in table.columns:
+        column.overflow = "fold"  # a number that is cut is worse than one on two lines
     partition = partition_blocks(
         loaded.model,
         layers_per_block=layers_per_block,
@@ -112,6 +116,35 @@ def blocks(
     console.print(
         f"{trained:,} of {total:,} parameters are in blocks; the other {total - trained:,} stay as they are."
     )
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    upload_mbps: Annotated[float | None, typer.Option(help="Instead of link.upload_mbps, 10^6 bit/s.")] = None,
+    download_mbps: Annotated[float | None, typer.Option(help="Instead of link.download_mbps.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Load model and data and time real steps here.")] = False,
+    output_format: Annotated[Literal["text", "json"], typer.Option("--format", help="Tables or JSON.")] = "text",
+) -> None:
+    """Tell before a run what it will take: blocks, bytes, time, memory, and what to change.
+
+    Example: parablock plan configs/t0.yaml --upload-mbps 10 --download-mbps 30
+    """
+    from parablock.config import load_config
+    from parablock.plan.forecast import make_plan
+    from parablock.plan.view import show_plan
+
+    given = {"link.upload_mbps": upload_mbps, "link.download_mbps": download_mbps}
+    link = [f"{key}={value}" for key, value in given.items() if value is not None]
+    loaded = load_config(config, [*(overrides or []), *link])
+    with Console(stderr=True).status("timing real steps" if probe else "reading the model's configuration"):
+        made = make_plan(loaded, probe=probe)
+    if output_format == "json":
+        typer.echo(json.dumps(asdict(made), indent=2))
+        return
+    for part in show_plan(made, loaded):
+        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
 @app.command("eval")
@@ -147,6 +180,46 @@ def evaluate(
             console.print(
                 f"{score.label} answers {sample.prediction!r} where {sample.reference!r} is right", markup=False
             )
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="A run; runs to compare it with may follow. Or a folder of runs.")
+    ],
+) -> None:
+    """Write report.html, which needs no network, and report.md into the first folder, from the files of runs.
+
+    Example: parablock report runs/overlapped runs/serial
+    """
+    from parablock.report.write import write_report
+
+    page = write_report(directories)
+    console.print(f"report: {page}   tables: {page.with_suffix('.md')}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A YAML file; its data, seed and link hold for every method.")],
+    output_dir: OutputDir,
+    methods: Annotated[
+        str, typer.Option(help="Separated by commas: parablock, fl_bcd, fedavg.")
+    ] = "parablock,fl_bcd",
+    seeds: Annotated[str, typer.Option(help="Separated by commas; default: the configuration's.")] = "",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+) -> None:
+    """Run several methods on the same data, seed and link, and put them side by side.
+
+    Example: parablock compare configs/t0.yaml --methods parablock,fl_bcd,fedavg --output-dir runs/compared
+    """
+    from parablock.compare import compare_methods, comparison_table, plan_comparison
+    from parablock.config import load_config
+
+    runs = plan_comparison(load_config(config, overrides or []), methods.split(","), seeds)
+    with _watched() as (progress, stop):
+        summaries = compare_methods(runs, output_dir, progress=progress, asked_to_stop=stop)
+    console.print(comparison_table(summaries), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
 
 
 @app.command()
@@ -223,7 +296,7 @@ def _conclude(summary: dict[str, Any], directory: Path) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"model: {directory / 'model'}   trace: {directory / 'trace.json'}", highlight=False, soft_wrap=True
+        f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
     )
 
 

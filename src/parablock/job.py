@@ -16,12 +16,12 @@ import torch
 from parablock import __version__
 from parablock.algorithm.schedule import blocks_never_visited
 from parablock.config import RunConfig
-from parablock.data.histogram import partition_histogram
+from parablock.data.histogram import count_examples, partition_histogram
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
-from parablock.model.blocks import Block, partition_blocks
+from parablock.model.blocks import Block, partition_blocks, whole_model
 from parablock.model.load import LoadedModel, load_model
 from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
@@ -88,6 +88,7 @@ def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> 
         "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
         "base_sha256": base_sha256(loaded.model),
         "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
+        "clients": count_examples([part.examples for part in tokenized], field=config.data.partition.field),
         "seed": config.seed,
         **_environment(),
     }
@@ -157,6 +158,8 @@ def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:
 
 def _partition_model(config: RunConfig, loaded: LoadedModel) -> tuple[Block, ...]:
     section, federation = config.blocks, config.federation
+    if federation.method == "fedavg":
+        return whole_model(loaded.model, section.layers_path)
     assert isinstance(section.layers_per_block, int)
     blocks = partition_blocks(
         loaded.model,

@@ -155,7 +155,9 @@ Method = Literal[
 class FederationSection(Section):
     """Clients, rounds, and the method that joins them."""
 
-    method: Method = Field("parablock", description="parablock (delay ≥ 1) or fl_bcd (delay 0).")
+    method: Method = Field(
+        "parablock", description="parablock (delay ≥ 1), fl_bcd (delay 0), fedavg (all parameters, delay 0)."
+    )
     num_clients: int = Field(8, ge=1, description="Number of clients.")
     participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
     num_rounds: int = Field(64, ge=1, description="Number of rounds (T).")
@@ -172,17 +174,18 @@ class FederationSection(Section):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
-        if value.get("method") == "fl_bcd":
+        method = value.get("method", "parablock")
+        if method in ("fl_bcd", "fedavg"):
             if value.setdefault("delay", 0) != 0:
-                raise ValueError(f"method fl_bcd has delay 0, not {value['delay']}; for a delay choose parablock")
-        elif value.get("delay") == 0 and value.get("method", "parablock") == "parablock":
+                raise ValueError(f"method {method} has delay 0, not {value['delay']}; for a delay choose parablock")
+        elif value.get("delay") == 0 and method == "parablock":
             value["method"] = "fl_bcd"
         return value
 
     @field_validator("method")
     @classmethod
     def _method_built(cls, value: str) -> str:
-        return _built(value, ("parablock", "fl_bcd"))
+        return _built(value, ("parablock", "fl_bcd", "fedavg"))
 
     @field_validator("aggregation")
     @classmethod

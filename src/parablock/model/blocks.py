@@ -95,6 +95,29 @@ def partition_blocks(
     return tuple(blocks)
 
 
+def whole_model(model: PreTrainedModel, layers_path: str | None = None) -> tuple[Block]:
+    """Make one block of all parameters, embeddings and head included, as FedAvg trains and sends them.
+
+    Args:
+        model: Any Hugging Face causal language model.
+        layers_path: As in `partition_blocks`.
+    """
+    parts = partition_blocks(
+        model, layers_per_block=1, include_embeddings=True, include_head=True, layers_path=layers_path
+    )
+    return (
+        Block(
+            index=0,
+            name="all parameters",
+            layers=tuple(layer for part in parts for layer in part.layers),
+            parameter_names=tuple(name for part in parts for name in part.parameter_names),
+            num_parameters=sum(part.num_parameters for part in parts),
+            lowest_layer=0,
+            layers_path=parts[0].layers_path,
+        ),
+    )
+
+
 def find_layers(model: PreTrainedModel, layers_path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Find the decoder layers of a model.
 

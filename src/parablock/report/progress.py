@@ -1,16 +1,18 @@
 """What a run shows while it goes on: a live display on a terminal, plain lines anywhere else.
 
 Both take the rows that are written to `metrics.jsonl` and words about what a client is doing; neither sees
-a live object of the run. `client` is called from the clients' threads. It does nothing but one assignment in
-a dictionary, which is safe without a lock and costs nothing; the display reads a copy when it draws.
+a live object of the run. `begins` and `ends` are called from the clients' threads. They do nothing but one
+assignment in a dictionary, which is safe without a lock and costs nothing; the display reads a copy when it draws.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -27,7 +29,24 @@ MAX_CLIENT_ROWS = 12
 MAX_PLAIN_LINES = 100
 SPARKLINE_LENGTH = 32
 
-_ACTIVITY_STYLES = {"computing": "green", "uploading": "cyan", "downloading": "blue", "waiting": "dim"}
+
+@dataclass(frozen=True)
+class _Lamp:
+    """A column of the picture: lit for the clients that are at this activity."""
+
+    activity: str
+    title: str
+    mark: str
+    ascii_mark: str
+    style: str
+
+
+_LAMPS = (
+    _Lamp("computing", "compute", "█", "#", "green"),
+    _Lamp("uploading", "up", "▲", "^", "cyan"),
+    _Lamp("downloading", "down", "▼", "v", "blue"),
+)
+_LAMP_WIDTH = 7
 
 
 class Progress(Protocol):
@@ -36,8 +55,11 @@ class Progress(Protocol):
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
         """Begin the display of the rounds from `first_round`, which a resume sets, to `num_rounds` − 1."""
 
-    def client(self, client_id: int, activity: str) -> None:
-        """Tell what a client does: computing, uploading, downloading or waiting. Any thread may call it."""
+    def begins(self, client_id: int, activity: str) -> None:
+        """Tell that a client begins computing, uploading, downloading or waiting. Any thread may call it."""
+
+    def ends(self, client_id: int, activity: str) -> None:
+        """Tell that it is done with it. Any thread may call it."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Show a finished round, given its line of `metrics.jsonl`; a loss that it lacks is not shown."""
@@ -106,8 +128,11 @@ class PlainProgress(Progress):
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
 
-    def client(self, client_id: int, activity: str) -> None:
+    def begins(self, client_id: int, activity: str) -> None:
         """Show nothing: what each client does at the moment is no line of a log."""
+
+    def ends(self, client_id: int, activity: str) -> None:
+        """Show nothing."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Write the round's line, unless it is thinned out."""
@@ -139,6 +164,21 @@ def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
     return [*facts, format_duration(row["round_s"])]
 
 
+class LoggedProgress(PlainProgress):
+    """The plain lines, given to the logger `parablock` at level INFO: what a run shows that is started from Python.
+
+    Args:
+        now_s: The clock behind the ETA, in seconds from any origin.
+    """
+
+    def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(console=Console(quiet=True), now_s=now_s)
+
+    def message(self, text: str) -> None:
+        """Log a line."""
+        logging.getLogger("parablock").info(text)
+
+
 class LiveProgress(Progress):
     """A display that is drawn over and over: rounds and ETA, losses, bytes, what each client does now.
 
@@ -153,11 +193,12 @@ class LiveProgress(Progress):
         self._bar = ProgressBar(
             TextColumn("round"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(complete_style="green", finished_style="green"),
             TextColumn("{task.fields[eta]}"),
             console=console,
         )
-        self._activities: dict[int, str] = {}
+        self._num_clients = 0
+        self._lit: dict[tuple[int, str], bool] = {}
         self._block = "-"
         self._train_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
@@ -168,12 +209,16 @@ class LiveProgress(Progress):
         """Begin to draw."""
         self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
         self._task = self._bar.add_task("", total=num_rounds, completed=first_round, eta="")
-        self._activities = dict.fromkeys(range(num_clients), "waiting")
+        self._num_clients = num_clients
         self._live.start(refresh=True)
 
-    def client(self, client_id: int, activity: str) -> None:
-        """Note what a client does; it is shown with the next drawing."""
-        self._activities[client_id] = activity
+    def begins(self, client_id: int, activity: str) -> None:
+        """Light a lamp with the next drawing."""
+        self._lit[client_id, activity] = True
+
+    def ends(self, client_id: int, activity: str) -> None:
+        """Put it out again."""
+        self._lit[client_id, activity] = False
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Take a round into the picture."""
@@ -193,31 +238,40 @@ class LiveProgress(Progress):
 
     def close(self) -> None:
         """Stop drawing; the losses and bytes stay on the screen, the clients, who are done, do not."""
-        self._activities = {}
+        self._num_clients = 0
         self._live.stop()
 
     def __rich__(self) -> Group:
         """Draw the present state; the display's own thread calls it."""
-        return Group(self._bar, self._draw_facts(), self._draw_clients())
+        return Group("", self._bar, self._draw_facts(), "", self._draw_clients())
 
     def _draw_facts(self) -> Table:
         facts = Table.grid(padding=(0, 2))
         facts.add_row("block", self._block)
         for name, losses in (("train loss", self._train_losses), ("eval loss", self._eval_losses)):
             values = list(losses)
-            latest = f"{values[-1]:.3f}" if values else "-"
-            facts.add_row(name, latest, Text(sparkline(values, ascii_only=self._ascii_only)))
-        facts.add_row(
-            "sent", f"{format_bytes(self._uplink_bytes)} up", f"{format_bytes(self._downlink_bytes)} down"
-        )
+            curve = sparkline(values, ascii_only=self._ascii_only)
+            facts.add_row(name, Text(f"{values[-1]:.3f}  {curve}" if values else "-"))
+        facts.add_row("sent", f"{format_bytes(self._uplink_bytes)} up, {format_bytes(self._downlink_bytes)} down")
         return facts
 
     def _draw_clients(self) -> Table:
+        """Draw a row of lamps for each client: its two threads side by side."""
         clients = Table.grid(padding=(0, 2))
-        activities = sorted(self._activities.copy().items())
-        for client_id, activity in activities[:MAX_CLIENT_ROWS]:
-            clients.add_row(f"client {client_id}", Text(activity, style=_ACTIVITY_STYLES.get(activity, "")))
-        if len(activities) > MAX_CLIENT_ROWS:
+        if self._num_clients:
+            clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS))
+        lit = self._lit.copy()
+        for client_id in range(min(self._num_clients, MAX_CLIENT_ROWS)):
+            lamps = (self._draw_lamp(lamp, lit=lit.get((client_id, lamp.activity), False)) for lamp in _LAMPS)
+            clients.add_row(f"client {client_id}", *lamps)
+        others = range(MAX_CLIENT_ROWS, self._num_clients)
+        if others:
+            counts = (sum(lit.get((client_id, lamp.activity), False) for client_id in others) for lamp in _LAMPS)
             dots = "..." if self._ascii_only else "…"
-            clients.add_row(f"{dots} and {len(activities) - MAX_CLIENT_ROWS} more")
+            clients.add_row(f"{dots} and {len(others)} more", *(f"{count} of them" for count in counts))
         return clients
+
+    def _draw_lamp(self, lamp: _Lamp, *, lit: bool) -> Text:
+        if not lit:
+            return Text(("." if self._ascii_only else "·") * _LAMP_WIDTH, style="dim")
+        return Text((lamp.ascii_mark if self._ascii_only else lamp.mark) * _LAMP_WIDTH, style=lamp.style)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from parablock.checkpoint import storage, write_atomically
+from parablock.checkpoint import storage, write_atomically, written_beside
 from parablock.errors import CheckpointError, StorageError
-from parablock.trace import Span
+from parablock.trace import Span, write_chrome_trace
 
 Row = dict[str, Any]
 """One line of `metrics.jsonl`."""
@@ -34,10 +36,19 @@ class RunDirectory:
         """Refuse a folder that holds a run already.
 
         Raises:
-            StorageError: It does, or it is a file.
+            StorageError: It does, or no folder can be made there.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise StorageError(f"{self.path} is a file", remedy="Give a folder as --output-dir.")
+        with storage(self.path):
+            above = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not above.is_dir():
+            raise StorageError(
+                f"{self.path} cannot be a folder: {above} is a file", remedy="Give a folder as --output-dir."
+            )
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise StorageError(
+                f"{self.path} cannot be written: {above} is read-only for this user",
+                remedy="Choose another --output-dir, or make this one writable.",
+            )
         if self.config.exists():
             raise StorageError(
                 f"{self.path} holds a run already",
@@ -52,11 +63,25 @@ class RunDirectory:
             StorageError: It holds a run already, or cannot be written.
         """
         self.check_unused()
-        with storage(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.metrics.write_text("", encoding="utf-8")
-        write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
-        write_atomically(self.config, config_yaml)
+        made = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
+        try:
+            with storage(self.path):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self.metrics.write_text("", encoding="utf-8")
+            write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
+            write_atomically(self.config, config_yaml)
+        except StorageError:
+            self._unmake(made)
+            raise
+
+    def _unmake(self, folders: Sequence[Path]) -> None:
+        """Remove what `create` had begun; folders that were there before stay."""
+        for path in (self.config, self.manifest, self.metrics):
+            with suppress(OSError):
+                path.unlink()
+        for folder in (self.checkpoints, *folders):
+            with suppress(OSError):
+                folder.rmdir()
 
     def check_resumable(self) -> None:
         """Refuse a folder without an unfinished run.
@@ -79,24 +104,38 @@ class RunDirectory:
         """Add a round."""
         with storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def rows_before(self, round_index: int) -> list[Row]:
-        """Read the rounds before this one and forget all others, and a line that was cut."""
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["round_index"] >= round_index:
-                break
-            rows.append(row)
+        """Read the rounds before this one and forget all others, and a line that was cut.
+
+        Raises:
+            CheckpointError: One of them is not there.
+        """
+        rows: list[Row] = []
+        try:
+            for line in self.metrics.read_text(encoding="utf-8").splitlines()[:round_index]:
+                rows.append(json.loads(line))
+        except (OSError, ValueError):
+            pass  # the count tells
+        if [row.get("round_index") for row in rows if isinstance(row, dict)] != list(range(round_index)):
+            raise CheckpointError(
+                f"{self.metrics} does not hold the {round_index} rounds that the checkpoint has behind it",
+                cause="Lines were lost or changed.",
+                remedy="Put the file back, or start the run anew in another folder.",
+            )
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""
         write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def write_trace(self, spans: list[Span]) -> None:
+        """Write `trace.json`."""
+        with written_beside(self.trace) as beside:
+            write_chrome_trace(spans, beside)
 
     def read_summary(self) -> dict[str, Any]:
         """Read `summary.json`.

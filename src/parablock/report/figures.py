@@ -1,0 +1,192 @@
+"""The pictures of a report, as Plotly figures in plain JSON.
+
+A colour is `var(--name)`, a custom property of the page's style sheet, or `ramp(0.5)`, a place between the
+two ends of its ramp: the page fills in what suits the light or the dark theme. What all figures share (fonts,
+margins, grid) is in the page's script.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+from parablock.report.reading import RunRecord
+
+Figure = dict[str, Any]
+"""`data` and `layout` as Plotly has them; `axes` where the x axis can be switched."""
+
+MAX_LABELS = 7
+NUM_RUN_COLORS = 8
+
+
+def loss_figure(runs: Sequence[RunRecord]) -> Figure:
+    """Draw train and eval loss against rounds, seconds and bytes.
+
+    One run shows both losses. Of several runs each has a colour; their train losses are a click away in the
+    legend.
+    """
+    traces: list[Figure] = []
+    axes: dict[str, list[list[float]]] = {"rounds": [], "seconds": [], "bytes": []}
+    for number, run in enumerate(runs):
+        for key in ("train_loss", "eval_loss"):
+            points = [point for point in _loss_points(run, key) if point["loss"] is not None]
+            traces.append(_loss_trace(run, key, points, number, alone=len(runs) == 1))
+            for axis, columns in axes.items():
+                columns.append([point[axis] for point in points])
+    for trace, x in zip(traces, axes["rounds"], strict=True):
+        trace["x"] = x
+    layout = {
+        "hovermode": "x unified",
+        "xaxis": {"title": {"text": "round"}},
+        "yaxis": {"title": {"text": "loss, nats per token"}},
+    }
+    return {"data": traces, "layout": layout, "axes": axes}
+
+
+def _loss_points(run: RunRecord, key: str) -> list[dict[str, Any]]:
+    """List a loss with what had been spent when it was measured; the base model's comes first."""
+    seconds = accumulate(row["round_s"] for row in run.rows)
+    num_bytes = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in run.rows)
+    points = [
+        {"loss": tidy(row[key]), "rounds": row["round_index"] + 1, "seconds": tidy(spent_s), "bytes": spent_bytes}
+        for row, spent_s, spent_bytes in zip(run.rows, seconds, num_bytes, strict=True)
+    ]
+    if key == "eval_loss":
+        points.insert(0, {"loss": tidy(run.summary["initial_eval_loss"]), "rounds": 0, "seconds": 0, "bytes": 0})
+    return points
+
+
+def _loss_trace(run: RunRecord, key: str, points: list[dict[str, Any]], number: int, *, alone: bool) -> Figure:
+    is_eval, word = key == "eval_loss", key.replace("_", " ")
+    color = f"var(--run-{number % NUM_RUN_COLORS})"
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if is_eval else "lines",
+        "name": word if alone else escape(run.name if is_eval else f"{run.name}, {word}"),
+        "y": [point["loss"] for point in points],
+        "visible": True if alone or is_eval else "legendonly",
+        "line": {"color": color if is_eval or not alone else "var(--quiet)", "width": 2.25 if is_eval else 1.25},
+        "marker": {"size": 7},
+        "hovertemplate": "%{y:.4f}",
+    }
+
+
+def blocks_figure(run: RunRecord) -> Figure:
+    """Draw the norm of each block's mean delta at each visit, and beside it how often each was visited.
+
+    Deep blocks are at one end of the ramp, shallow ones at the other; the bars are the key to the lines.
+    """
+    visits: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in run.rows:
+        visits[row["block_index"]].append(row)
+    num_blocks = max(run.summary["num_blocks"], *visits, 1) if visits else run.summary["num_blocks"]
+    colors = [f"ramp({block / max(1, num_blocks - 1):.3f})" for block in range(num_blocks)]
+    names = [f"{block} · {escape(run.block_name(block))}" for block in range(num_blocks)]
+    lines = [_block_trace(names[b], colors[b], visits[b]) for b in range(num_blocks)]
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "xaxis": "x2",
+        "yaxis": "y2",
+        "y": list(range(num_blocks)),
+        "x": [len(visits[block]) for block in range(num_blocks)],
+        "customdata": names,
+        "marker": {"color": colors},
+        "hovertemplate": "block %{customdata}<br>%{x} visits<extra></extra>",
+    }
+    layout = {
+        "height": max(360, 16 * num_blocks + 110),
+        "showlegend": False,
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": "round"}, "domain": [0, 0.66], "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "norm of the mean delta"}, "rangemode": "tozero"},
+        "xaxis2": {
+            "title": {"text": "visits"},
+            "domain": [0.82, 1],
+            "anchor": "y2",
+            "tickformat": "d",
+            "nticks": 5,
+        },
+        "yaxis2": {"anchor": "x2", "autorange": "reversed", "showgrid": False, **_ticks(names)},
+        "bargap": 0.25,
+    }
+    return {"data": [*lines, bars], "layout": layout}
+
+
+def _block_trace(name: str, color: str, rows: Sequence[dict[str, Any]]) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": [row["round_index"] + 1 for row in rows],
+        "y": [tidy(row.get("delta_norm")) for row in rows],
+        "customdata": [tidy(row.get("rho")) for row in rows],
+        "line": {"color": color, "width": 1},
+        "marker": {"color": color, "size": 7},
+        "hovertemplate": "block %{fullData.name}<br>round %{x}: norm %{y:.4g}, ρ %{customdata:.2f}<extra></extra>",
+    }
+
+
+def clients_figure(run: RunRecord) -> Figure:
+    """Draw how many examples each client has; stacked by label where clients hold more than one."""
+    clients: list[dict[str, Any]] = run.manifest.get("clients", [])
+    total = Counter[str]()
+    for client in clients:
+        total.update(client["labels"])
+    shown = [label for label, _ in total.most_common(MAX_LABELS)]
+    if all(len(client["labels"]) <= 1 for client in clients):
+        shown = []
+    stacks = [_client_trace(label, [client["labels"].get(label, 0) for client in clients]) for label in shown]
+    rest = [client["examples"] - sum(client["labels"].get(label, 0) for label in shown) for client in clients]
+    if any(rest):
+        stacks.append(_client_trace("other" if shown else "examples", rest))
+    for number, trace in enumerate(stacks):
+        trace["marker"] = {"color": "var(--quiet)" if trace["name"] == "other" else f"var(--run-{number})"}
+        trace["customdata"] = [escape(_only_label(client)) for client in clients]
+    layout = {
+        "barmode": "stack",
+        "bargap": 0.3,
+        "hovermode": "closest",
+        "showlegend": bool(shown),
+        "xaxis": {"title": {"text": "client"}, "tickformat": "d", "nticks": 25},
+        "yaxis": {"title": {"text": "examples"}},
+    }
+    return {"data": stacks, "layout": layout}
+
+
+def _client_trace(label: str, counts: list[int]) -> Figure:
+    return {
+        "type": "bar",
+        "name": escape(label),
+        "y": counts,
+        "hovertemplate": "client %{x} %{customdata}<br>%{fullData.name}: %{y}<extra></extra>",
+    }
+
+
+def _only_label(client: dict[str, Any]) -> str:
+    labels = list(client["labels"])
+    return f"({labels[0]})" if len(labels) == 1 else ""
+
+
+def _ticks(names: Sequence[str]) -> dict[str, Any]:
+    """Name the places 0, 1, … of an axis, as many as can be read."""
+    step = math.ceil(len(names) / 40) or 1
+    return {"tickvals": list(range(0, len(names), step)), "ticktext": list(names[::step])}
+
+
+def escape(text: str) -> str:
+    """Keep Plotly from reading a name as its little HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def tidy(value: float | None) -> float | None:
+    """Keep the digits that a picture can show; what is not finite is left out."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def tidy_all(values: Iterable[float]) -> list[float | None]:
+    """Apply `tidy` to each."""
+    return [tidy(value) for value in values]

@@ -1,0 +1,223 @@
+"""A report as one page that needs nothing else: style, script, Plotly and every figure are inside.
+
+The page carries a content security policy that lets it load nothing and run nothing but its own two scripts,
+which are named by their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from parablock import __version__
+from parablock.report.figures import Figure, blocks_figure, clients_figure, loss_figure
+from parablock.report.gantt import gantt_figure
+from parablock.report.reading import RunRecord
+from parablock.report.tables import (
+    Table,
+    blocks_table,
+    clients_table,
+    comparison_table,
+    differences_table,
+    environment_table,
+    headline,
+    settings_table,
+)
+
+SCRIPTS = ("plotly-basic.min.js", "report.js")
+
+
+def render_html(runs: Sequence[RunRecord], detailed: RunRecord | None, folder: Path) -> str:
+    """Write the page.
+
+    Args:
+        runs: All runs; more than one are compared.
+        detailed: The run that is shown in detail, if any.
+        folder: Where the page will lie; its links to the reports of other runs start there.
+    """
+    figures: dict[str, Figure] = {}
+    sections: list[str] = []
+    if len(runs) > 1 or detailed is None:
+        sections += _comparison(runs, figures, folder)
+    if detailed is not None:
+        sections += _details(detailed, figures)
+    name = "Comparison" if detailed is None else detailed.name
+    return _page(title=f"{name} · ParaBlock", body="\n".join(sections), figures=figures)
+
+
+def _comparison(runs: Sequence[RunRecord], figures: dict[str, Figure], folder: Path) -> list[str]:
+    figures["compared"] = loss_figure(runs)
+    pages = {run.name: run.path / "report.html" for run in runs}
+    links = {name: os.path.relpath(page, folder) for name, page in pages.items() if page.exists()}
+    parts = [
+        _header("Comparison", f"{len(runs)} runs"),
+        _section(
+            "Loss",
+            "Eval loss of each run; a click on a name in the legend shows or hides a curve.",
+            _figure("compared", "Loss of all runs"),
+        ),
+        _section("Results", "", _table(comparison_table(runs), links)),
+    ]
+    if len(runs) > 1:
+        parts.append(
+            _section("What differs", "Settings that are not the same in all runs.", _table(differences_table(runs)))
+        )
+    return parts
+
+
+def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
+    summary = run.summary
+    subtitle = (
+        f"{summary['method']}, delay {summary['delay']} · {summary['num_clients']} clients · "
+        f"{summary['num_blocks']} blocks · {summary['rounds_done']} of {summary['num_rounds']} rounds · "
+        f"{summary['status']}"
+    )
+    return [
+        _header(run.name, subtitle),
+        _facts(run),
+        *_pictures(run, figures),
+        _section("Settings other than the defaults", "", _table(settings_table(run)) + _whole_configuration(run)),
+        _section("Environment", "", _table(environment_table(run))),
+    ]
+
+
+def _pictures(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
+    figures["loss"], figures["blocks"] = loss_figure([run]), blocks_figure(run)
+    figures["gantt"] = gantt = gantt_figure(run.spans)
+    clients = _table(clients_table(run))
+    if run.manifest.get("clients"):
+        figures["clients"] = clients_figure(run)
+        clients = _figure("clients", "Examples of each client") + clients
+    return [
+        _section(
+            "Loss", "Train loss of each round, and eval loss of the committed model.", _figure("loss", "Loss")
+        ),
+        _section(
+            "What each client did when", _about_gantt(run, gantt), _figure("gantt", "Timeline of the clients")
+        ),
+        _section(
+            "Blocks",
+            "How far each visit moved its block, and how often each was visited. Lines and bars share colours.",
+            _figure("blocks", "Norms and visits of the blocks") + _folded("Table", _table(blocks_table(run))),
+        ),
+        _section("Clients", "What each client trained on, and how it spent its time.", clients),
+    ]
+
+
+def _about_gantt(run: RunRecord, gantt: Figure) -> str:
+    text = (
+        "Three rows for each client: computing, sending, receiving. Orange is what computation did not hide. "
+        "Drag to zoom in, double-click to go back."
+    )
+    left_out = []
+    if gantt["num_clients"] < run.summary["num_clients"]:
+        left_out.append(f"the first {gantt['num_clients']} of {run.summary['num_clients']} clients")
+    if gantt["num_rounds"] < len(run.rows):
+        left_out.append(f"the first {gantt['num_rounds']} of {len(run.rows)} rounds")
+    return f"{text} Drawn: {' and '.join(left_out)}; trace.json has all." if left_out else text
+
+
+def _header(name: str, subtitle: str) -> str:
+    return f"<header><h1>{escape(name)}</h1><p>{escape(subtitle)}</p></header>"
+
+
+def _facts(run: RunRecord) -> str:
+    cells = "".join(
+        f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd>{escape(fact.detail)}</dd></div>"
+        for fact in headline(run)
+    )
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def _section(title: str, note: str, content: str) -> str:
+    about = f"<p>{escape(note)}</p>" if note else ""
+    return f"<section><h2>{escape(title)}</h2>{about}{content}</section>"
+
+
+def _figure(name: str, label: str) -> str:
+    return f'<div class="figure" id="{name}" role="img" aria-label="{escape(label)}"></div>'
+
+
+def _table(table: Table, links: Mapping[str, str] | None = None) -> str:
+    if not table.rows:
+        return "<p>None.</p>"
+    head = "".join(
+        f"<th{_figures_class(table, column)}>{escape(name)}</th>" for column, name in enumerate(table.header)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{_figures_class(table, column)}>{_cell(text, links or {})}</td>" for column, text in enumerate(row)
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figures_class(table: Table, column: int) -> str:
+    return ' class="number"' if column >= table.num_words else ""
+
+
+def _cell(text: str, links: Mapping[str, str]) -> str:
+    return f'<a href="{escape(links[text])}">{escape(text)}</a>' if text in links else escape(text)
+
+
+def _whole_configuration(run: RunRecord) -> str:
+    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
+    return _folded("config.yaml", f"<pre>{escape(text)}</pre>")
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
+def _page(*, title: str, body: str, figures: dict[str, Figure]) -> str:
+    scripts = [_asset(name) for name in SCRIPTS]
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "form-action 'none'; base-uri 'none'"
+    )
+    # `<` could end the element that holds the figures, so it is written as an escape of JSON.
+    content = json.dumps(figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{_asset("report.css")}</style>
+</head>
+<body>
+<main>
+{body}
+<footer>Made by ParaBlock {__version__} from the files of the run. The page loads nothing from elsewhere.</footer>
+</main>
+<noscript>The pictures need JavaScript; the tables do not.</noscript>
+<script type="application/json" id="figures">{content}</script>
+<script>{scripts[0]}</script>
+<script>{scripts[1]}</script>
+</body>
+</html>
+"""
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("parablock.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,99 @@
+"""A run as its files tell it: what every table and picture of a report is made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parablock.errors import InputError
+from parablock.report.records import Row, RunDirectory
+from parablock.trace import Span, read_chrome_trace
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, read from its directory.
+
+    Attributes:
+        name: What it is called in tables and legends; unique among the runs of a report.
+        path: Its directory.
+        summary: `summary.json`.
+        manifest: `manifest.json`.
+        config: `config.yaml` as plain values.
+        rows: `metrics.jsonl`, one for each committed round.
+        spans: `trace.json`, without waiting.
+    """
+
+    name: str
+    path: Path
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    rows: tuple[Row, ...]
+    spans: tuple[Span, ...]
+
+    def block_name(self, block_index: int) -> str:
+        """Give the layers of a block, as the manifest names them."""
+        blocks = self.manifest.get("blocks", [])
+        return str(blocks[block_index]["name"]) if block_index < len(blocks) else f"block {block_index}"
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[RunRecord, ...]:
+    """Read runs and tell them apart by the shortest ends of their paths that differ.
+
+    Args:
+        paths: Run directories; at least one, each once.
+
+    Raises:
+        InputError: One of them holds no run that has ended, or a file is damaged.
+    """
+    names = _distinct_names([path.resolve() for path in paths])
+    return tuple(_read_run(path, name) for path, name in zip(paths, names, strict=True))
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder holds a run, ended or not."""
+    return RunDirectory(path).config.exists()
+
+
+def _read_run(path: Path, name: str) -> RunRecord:
+    directory = RunDirectory(path)
+    if not is_run(path):
+        raise InputError(
+            f"{path} holds no run: it has no config.yaml", remedy="Give the --output-dir of a `parablock run`."
+        )
+    if not directory.summary.exists():
+        raise InputError(
+            f"the run in {path} has not ended: it has no summary.json",
+            cause="It is still going on, or it was killed.",
+            remedy=f"Wait for it, or go on with it: parablock resume {path}",
+        )
+    try:
+        return RunRecord(
+            name=name,
+            path=path,
+            summary=directory.read_summary(),
+            manifest=directory.read_manifest(),
+            config=yaml.safe_load(directory.config.read_text(encoding="utf-8")),
+            rows=tuple(json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()),
+            spans=tuple(read_chrome_trace(directory.trace)),
+        )
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise InputError(
+            f"the run in {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}",
+            cause="A file is missing or damaged.",
+            remedy="Put the file back; `parablock resume` writes them anew where a checkpoint is left.",
+        ) from None
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"a run is named twice: {', '.join(map(str, paths))}", remedy="Name each run once.")

@@ -1,0 +1,218 @@
+"""The tables of a report: rows of text, which Markdown and HTML lay out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parablock.report.hidden import times_by_client
+from parablock.report.reading import RunRecord
+from parablock.report.units import format_bytes, format_duration
+from parablock.settings import RunConfig
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A headline figure.
+
+    Attributes:
+        label: What it is.
+        value: The figure, with its unit.
+        detail: What it is compared with, or made of.
+    """
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text.
+
+    Attributes:
+        header: The names of the columns.
+        rows: As long as the header, each.
+        num_words: How many columns, from the left, hold words; the others hold figures.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_words: int = 1
+
+
+def headline(run: RunRecord) -> tuple[Fact, ...]:
+    """Say what a run came to."""
+    summary = run.summary
+    base, tuned = summary["initial_eval_loss"], summary["final_eval_loss"]
+    up, down = summary["uplink_bytes"], summary["downlink_bytes"]
+    clock = "simulated" if summary["clock"] == "virtual" else "real"
+    return (
+        Fact(
+            "eval loss",
+            UNKNOWN if tuned is None else f"{tuned:.3f}",
+            f"base model: {base:.3f}",
+        ),
+        Fact("communication hidden", f"{summary['overlap_fraction']:.0%}", "under the same client's computation"),
+        Fact(
+            f"{clock} time",
+            format_duration(summary["wall_time_s"]),
+            f"instead of {format_duration(summary['sequential_s'])} one after the other",
+        ),
+        Fact("bytes", format_bytes(up + down), f"{format_bytes(up)} up, {format_bytes(down)} down, all clients"),
+        Fact(
+            "per client and round",
+            format_bytes(summary["bytes_per_client_round"]),
+            f"one of {summary['num_blocks']} blocks at a time",
+        ),
+    )
+
+
+def clients_table(run: RunRecord) -> Table:
+    """Show what each client has and how it spent its time."""
+    counts = run.manifest.get("clients", [])
+    times = times_by_client(run.spans)
+    visits = {i: sum(i in row["participants"] for row in run.rows) for i in range(run.summary["num_clients"])}
+    rows = []
+    for client_id in range(run.summary["num_clients"]):
+        own = counts[client_id] if client_id < len(counts) else {}
+        spent = times.get(client_id)
+        rows.append(
+            (
+                f"client {client_id}",
+                *(f"{own[key]:,}" if key in own else UNKNOWN for key in ("examples", "tokens", "target_tokens")),
+                str(visits[client_id]),
+                *(
+                    (f"{spent.compute_s:.1f}", f"{spent.communication_s:.1f}", f"{spent.hidden_fraction:.0%}")
+                    if spent
+                    else (UNKNOWN,) * 3
+                ),
+            )
+        )
+    header = ("client", "examples", "tokens", "with loss", "rounds", "compute, s", "communication, s", "hidden")
+    return Table(header, tuple(rows))
+
+
+def blocks_table(run: RunRecord) -> Table:
+    """Show how often each block was visited and how far it moved at its first and its last visit."""
+    rows = []
+    for block in run.manifest.get("blocks", []):
+        visits = [row for row in run.rows if row["block_index"] == block["index"]]
+        norms = [row.get("delta_norm") for row in visits] or [None]
+        rhos = [row["rho"] for row in visits if "rho" in row]
+        rows.append(
+            (
+                str(block["index"]),
+                str(block["name"]),
+                f"{block['parameters']:,}",
+                str(len(visits)),
+                *(UNKNOWN if norm is None else f"{norm:.3g}" for norm in (norms[0], norms[-1])),
+                f"{sum(rhos) / len(rhos):.2f}" if rhos else UNKNOWN,
+            )
+        )
+    header = ("block", "layers", "parameters", "visits", "first norm", "last norm", "mean ρ")
+    return Table(header, tuple(rows), num_words=2)
+
+
+def settings_table(run: RunRecord) -> Table:
+    """Show the settings that differ from their defaults."""
+    defaults = _default_settings()
+    own = flatten(run.config)
+    rows = [(key, _short(value)) for key, value in own.items() if key not in defaults or value != defaults[key]]
+    return Table(("setting", "value"), tuple(rows), num_words=2)
+
+
+def environment_table(run: RunRecord) -> Table:
+    """Show what ran where."""
+    manifest = run.manifest
+    rows = [("run directory", str(run.path.resolve())), ("parablock", str(manifest.get("parablock", UNKNOWN)))]
+    rows.append(("commit", str(manifest.get("commit") or UNKNOWN)))
+    rows.append(("python", str(manifest.get("python", UNKNOWN))))
+    rows.extend((name, str(version)) for name, version in manifest.get("packages", {}).items())
+    rows.extend((name, str(value)) for name, value in manifest.get("machine", {}).items() if value is not None)
+    rows.append(("peak memory", format_bytes(run.summary["peak_memory_bytes"])))
+    rows.append(("time of the whole command", format_duration(run.summary["elapsed_s"])))
+    rows.append(("base model, sha256", str(manifest.get("base_sha256") or UNKNOWN)))
+    rows.append(("tuned model, sha256", str(run.summary["model_sha256"] or UNKNOWN)))
+    return Table(("what", "found"), tuple(rows), num_words=2)
+
+
+def comparison_table(runs: Sequence[RunRecord]) -> Table:
+    """Put the results of several runs side by side."""
+    rows = []
+    for run in runs:
+        summary = run.summary
+        loss = summary["final_eval_loss"]
+        rows.append(
+            (
+                run.name,
+                str(summary["method"]),
+                str(summary["status"]),
+                str(summary["delay"]),
+                f"{summary['rounds_done']} of {summary['num_rounds']}",
+                UNKNOWN if loss is None else f"{loss:.4f}",
+                f"{summary['wall_time_s']:.1f}",
+                f"{summary['sequential_s']:.1f}",
+                f"{summary['overlap_fraction']:.0%}",
+                format_bytes(summary["uplink_bytes"] + summary["downlink_bytes"]),
+            )
+        )
+    header = (
+        "run",
+        "method",
+        "status",
+        "delay",
+        "rounds",
+        "eval loss",
+        "time, s",
+        "sequential, s",
+        "hidden",
+        "bytes",
+    )
+    return Table(header, tuple(rows), num_words=3)
+
+
+def differences_table(runs: Sequence[RunRecord]) -> Table:
+    """Show the settings that are not the same in all runs."""
+    settings = [flatten(run.config) for run in runs]
+    keys = {key: None for own in settings for key in own}
+    rows = [
+        (key, *(_short(own.get(key)) for own in settings))
+        for key in keys
+        if any(own.get(key) != settings[0].get(key) for own in settings)
+    ]
+    return Table(("setting", *(run.name for run in runs)), tuple(rows), num_words=len(runs) + 1)
+
+
+def to_markdown(table: Table) -> str:
+    """Lay a table out as Markdown, figures to the right."""
+    rule = ["---" if column < table.num_words else "---:" for column in range(len(table.header))]
+    lines = [table.header, tuple(rule), *table.rows]
+    return (
+        "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give the leaves of a configuration by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return leaves
+
+
+def _default_settings() -> dict[str, Any]:
+    required = {"model": {"name_or_path": "-"}, "data": {"train": ["-"]}}
+    defaults = flatten(RunConfig.model_validate(required).model_dump(mode="json"))
+    return {key: value for key, value in defaults.items() if key not in ("model.name_or_path", "data.train")}
+
+
+def _short(value: Any, *, most: int = 3) -> str:
+    if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+        return str(value)
+    items = [str(item) for item in value]
+    return ", ".join(items[:most]) + (f", … {len(items)} in all" if len(items) > most else "")

@@ -1,0 +1,49 @@
+"""Writing a report: one page and one Markdown file, from run directories alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from parablock.checkpoint import write_atomically
+from parablock.errors import InputError
+from parablock.report.html import render_html
+from parablock.report.markdown import render_markdown
+from parablock.report.reading import is_run, read_runs
+
+REPORT_NAME, TABLES_NAME = "report.html", "report.md"
+
+
+def write_report(directories: Sequence[Path | str]) -> Path:
+    """Report on runs: `report.html` and `report.md` in the first of the folders.
+
+    Args:
+        directories: A run directory; the runs that it is compared with may follow. A folder that is no run
+            but holds some stands for all of them, and gets a comparison without the details of a single run.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: A folder holds no run that has ended, or a file is damaged.
+        StorageError: The report cannot be written.
+    """
+    folders = [Path(directory) for directory in directories]
+    runs = read_runs([path for folder in folders for path in _runs_in(folder)])
+    detailed = runs[0] if is_run(folders[0]) else None
+    page = folders[0] / REPORT_NAME
+    write_atomically(folders[0] / TABLES_NAME, render_markdown(runs, detailed))
+    write_atomically(page, render_html(runs, detailed, folders[0]))
+    return page
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if is_run(folder):
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
+    if not inside:
+        raise InputError(
+            f"{folder} holds no run" if folder.is_dir() else f"there is no folder {folder}",
+            remedy="Give the --output-dir of a `parablock run`, or a folder of such folders.",
+        )
+    return inside
