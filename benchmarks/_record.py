@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+import parablock
 from parablock.config import RunConfig
 from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.experiment import run
@@ -84,11 +86,10 @@ def gsm8k() -> Material:
     return _real(["gsm8k"], "/train.jsonl", "/test.jsonl")
 
 
+@cache
 def generated(folder: Path, *, num_clients: int, examples_per_client: int = 32) -> Material:
-    """Make a tiny random model and word problems, or find those that were made in this folder before."""
-    train = make_word_problems(
-        folder, num_clients=num_clients, examples_per_client=examples_per_client, seed=0
-    )
+    """Make a tiny random model and word problems, once in a process."""
+    train = make_word_problems(folder, num_clients=num_clients, examples_per_client=examples_per_client, seed=0)
     texts = [line for path in train[:8] for line in path.read_text(encoding="utf-8").splitlines()]
     model = make_tiny_llama(folder / "model", texts, seed=0)
     return Material(str(model), tuple(map(str, train)), (str(folder / TEST_FILE_NAME),))
@@ -99,7 +100,7 @@ def record(
 ) -> None:
     """Say which bars are met, and write what was found, how and where."""
     for bar in bars:
-        console.print(str(bar), style="green" if bar.is_met else "bold red", highlight=False)
+        console.print(str(bar), style="green" if bar.is_met else "bold red")
     content = facts(options) | {
         "config": config,
         "bars": [asdict(bar) | {"is_met": bar.is_met} for bar in bars],
@@ -107,8 +108,8 @@ def record(
     }
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {path}", highlight=False, soft_wrap=True)
+    path.write_text(without_this_machine(json.dumps(content, indent=1)) + "\n", encoding="utf-8")
+    console.print(f"written to {path}")
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
@@ -126,11 +127,19 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def without_this_machine(text: str) -> str:
+    """Write paths as seen from the repository, wherever it lies."""
+    return text.replace(f"{REPOSITORY}/", "").replace(f"{REPOSITORY.parent}/", "../")
+
+
 def commit() -> str:
-    """Give the commit of this repository; `-dirty` when files differ from it."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """Give the commit of the package that ran; `-dirty` when its files differ from it."""
+    git = ["git", "-C", str(Path(parablock.__file__).parent)]
+    head, changed = (
+        subprocess.run([*git, *rest], capture_output=True, text=True, check=False).stdout.strip()
+        for rest in (("rev-parse", "HEAD"), ("status", "--porcelain", "."))
+    )
+    return f"{head}{'-dirty' * bool(changed)}" or "unknown"
 
 
 def processor() -> str:
@@ -139,6 +148,12 @@ def processor() -> str:
     lines = facts_file.read_text(encoding="utf-8").splitlines() if facts_file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def make_console() -> Console:
+    """Make a console that does not squeeze tables into 80 columns where no terminal asks for it."""
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
 
 
 def fresh_folder(options: argparse.Namespace) -> Path:
