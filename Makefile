@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fmt check test test-fast test-all bench docs build clean
+.PHONY: help setup browser demo fmt check test test-fast test-all bench bench-all docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,15 @@ $(STAMP): pyproject.toml
 	@touch $@
 	@echo "$(VENV) is ready"
 
+browser:  ## install Chromium for the tests of reports where it is missing (Debian and Ubuntu, as root)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "make: Chromium is missing; without it tests/integration/test_report.py is skipped." >&2; \
+		echo "      Install it: sudo apt-get install chromium chromium-driver" >&2; exit 0; fi; \
+	echo "Installing Chromium"; export DEBIAN_FRONTEND=noninteractive; \
+	apt-get -qq -o Acquire::Retries=3 update && \
+	apt-get -qq -o Acquire::Retries=3 -y --no-install-recommends install chromium chromium-driver >/dev/null
+
 demo: $(STAMP)  ## fine-tune a small model over several clients and say what happened (under five minutes)
 	$(BIN)/parablock demo
 
@@ -41,6 +50,7 @@ check: $(STAMP)  ## formatter, linter, types, direction of the imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --allow-subclassing-any examples/*.py
 	$(BIN)/lint-imports
 
 test: $(STAMP)  ## the whole test suite
@@ -51,16 +61,25 @@ test-fast: $(STAMP)  ## the tests that are not marked slow
 
 test-all: check test  ## what CI runs: check and test
 
-bench: $(STAMP)  ## run every benchmark; each says where it writes its JSON
-	@test -n "$(BENCHMARKS)" || { echo "make: there are no benchmarks in benchmarks/" >&2; exit 1; }
+bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, clients, quality of one seed
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/wire.py
+	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/clients.py
+	$(BIN)/python benchmarks/quality.py --only t0 --seeds 0 --rounds 16 --output runs/quality-short.json
+
+bench-all: $(STAMP)  ## every benchmark at full size (an hour); each says where it writes its JSON
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
-docs: $(STAMP)  ## check that links, commands and targets named in the Markdown pages exist
-	$(BIN)/python -m pytest --quiet tests/repo/test_project.py
+docs: $(STAMP)  ## build the pages into docs/_build/html, and run the commands and scripts that stand in them
+	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/sphinx-build -n -W --keep-going -q docs docs/_build/html
+	$(BIN)/python -m pytest --quiet tests/repo/test_project.py tests/repo/test_pages.py tests/integration/test_pages.py
+	@echo "open docs/_build/html/index.html"
 
 build: $(STAMP)  ## source archive and wheel in dist/
 	$(BIN)/python -m build --outdir dist .
 
 clean:  ## remove caches and build output (.venv and runs/ stay)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

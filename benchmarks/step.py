@@ -11,21 +11,15 @@ the machine hits both. The bytes are read off the tensors that a real optimizer 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from _record import SHARED, Bar, make_console, make_parser, record, table
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -38,7 +32,6 @@ from parablock.model.load import DTYPES, load_model
 from parablock.model.loss import num_label_tokens, summed_loss
 from parablock.model.params import Replica
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BAR = 0.65
 ARGUMENTS = LocalArguments(learning_rate=1e-4, total_steps=1_000_000)
 
@@ -46,31 +39,34 @@ ARGUMENTS = LocalArguments(learning_rate=1e-4, total_steps=1_000_000)
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
-    console = Console()
+    console = make_console()
     rows = []
     for name, make in models(options):
         console.print(f"measuring {name} …")
         rows.append({"model": name} | measure(make, options))
     show(console, rows)
-    write(Path(options.output), rows, options)
-    console.print(f"written to {options.output}")
+    bars = [Bar(f"step of a block / full step, {row['model']}", row["ratio"], BAR) for row in rows]
+    record(options, rows, bars, config=None, console=console)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Step time and training memory of one block against full fine-tuning.",
-        epilog="example: python benchmarks/step.py --model ../shared/models/tiny-base --repeats 5",
+    parser = make_parser(
+        "step",
+        "Step time and training memory of one block against full fine-tuning.",
+        "--model ../shared/models/tiny-base --repeats 5",
     )
-    default = REPOSITORY.parent / "shared" / "models" / "tiny-base"
-    parser.add_argument("--model", default=str(default), help="a model folder; left out when absent (%(default)s)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="precision (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples of a step (%(default)s)")
-    parser.add_argument("--length", type=int, default=48, help="tokens of an example (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="local steps of a visit, K (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="visits of each block (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
-    parser.add_argument("--output", default=str(REPOSITORY / "benchmarks" / "results" / "step.json"))
-    return parser.parse_args()
+    default = str(SHARED / "models" / "tiny-base")
+    parser.add_argument("--model", default=default, help="a model folder; left out when absent")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="precision")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples of a step")
+    parser.add_argument("--length", type=int, default=48, help="tokens of an example")
+    parser.add_argument("--steps", type=int, default=2, help="local steps of a visit, K")
+    parser.add_argument("--repeats", type=int, default=3, help="visits of each block")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    options = parser.parse_args()
+    if options.smoke:
+        options.batch_size, options.length, options.steps, options.repeats = 1, 8, 1, 1
+    return options
 
 
 def models(options: argparse.Namespace) -> list[tuple[str, Callable[[], PreTrainedModel]]]:
@@ -214,55 +210,20 @@ def make_batch(seed: int, vocabulary: int, options: argparse.Namespace) -> Batch
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="A step of one block against full fine-tuning")
-    columns = ("model", "full step", "block step", "ratio", f"≤ {BAR}", "full memory", "block memory")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = ("full step", "block step", "ratio", "full memory", "block memory")
+    made = table("A step of one block against full fine-tuning", "model", *columns)
     for row in rows:
         full, block = row["full_bytes"]["total"], row["block_bytes"]["total"]
-        table.add_row(
+        made.add_row(
             row["model"],
             f"{1e3 * row['full_step_s']:.0f} ms",
             f"{1e3 * row['block_step_s']:.0f} ms",
             f"{row['ratio']:.3f}",
-            "yes" if row["ratio"] <= BAR else "NO",
             f"{full / 2**20:.1f} MiB",
             f"{block / 2**20:.1f} MiB",
         )
-    console.print(table)
+    console.print(made)
     console.print("Memory: gradients, optimizer state and fp32 copies. Block steps are means over all blocks.")
-
-
-def write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    head = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": head.stdout.strip() or "unknown",
-        "machine": {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "config": vars(options),
-        "results": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def processor() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ())
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

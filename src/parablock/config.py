@@ -28,7 +28,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
         raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -37,8 +37,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"it is not YAML: {' '.join(str(error).split())}"], source=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
-    for override in overrides:
-        _apply(tree, override)
+    tree = {key: value for key, value in tree.items() if value is not None}  # a heading with nothing below it
+    problems = [problem for override in overrides if (problem := _apply(tree, override))]
+    if problems:
+        raise ConfigError(problems, source="--set")
     return parse_config(tree, source=str(path))
 
 
@@ -51,7 +53,11 @@ def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") 
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([_problem(item) for item in error.errors()], source=source) from None
+        problems: dict[str, str] = {}  # a key that may be of several types fails once for each of them
+        for item in error.errors():
+            key, problem = _problem(item)
+            problems.setdefault(key, f"{key}: {problem}")
+        raise ConfigError(list(problems.values()), source=source) from None
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[str]:
@@ -62,47 +68,67 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterab
             yield from known_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice, because the first of the two would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Put one `--set` into the tree; give what is wrong with it, or nothing."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError([f"{override!r} is not key=value, such as train.num_local_steps=4"], source="--set")
+    key = key.strip()
+    if not equals or not key:
+        return f"{override!r} is not key=value, such as train.num_local_steps=4"
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_OnceLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            [f"{key}: {text!r} is not YAML: {' '.join(str(error).split())}"], source="--set"
-        ) from None
-    *sections, name = key.strip().split(".")
+        return f"{key}: {text!r} is not YAML: {' '.join(str(error).split())}"
+    *sections, name = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError([f"{key}: {section} is a value, not a section"], source="--set")
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            return f"{key}: {section} is a value, not a section"
+        tree = below
     tree[name] = value
+    return ""
 
 
-def _problem(item: Any) -> str:
+def _problem(item: Any) -> tuple[str, str]:
+    """Give the key path of a problem and what it is."""
     path = [str(part) for part in item["loc"] if part not in ("int", *_literal_tags(item["loc"]))]
     key = ".".join(path) or "the whole"
     if item["type"] == "extra_forbidden":
-        candidates = list(known_keys())
-        near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6) or [
-            known for known in candidates if known.rsplit(".", 1)[-1] == path[-1]
-        ]
-        hint = f"; did you mean `{near[0]}`?" if near else f"; known here: {_siblings(path)}"
-        return f"{key}: unknown key{hint}"
+        return key, f"unknown key{_hint(key)}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
-        return f"{key}: required and not given"
+        return key, "required and not given"
     if isinstance(item["input"], str | int | float | bool) and repr(item["input"]) not in message:
         message += f" (given: {item['input']!r})"
-    return f"{key}: {message}"
+    return key, message
+
+
+def _hint(key: str) -> str:
+    """Name the known key that an unknown one is meant to be, or all that its section has."""
+    section, _, name = key.rpartition(".")
+    leaf = {known: known.rpartition(".")[2] for known in known_keys()}
+    siblings = {leaf[known]: known for known in leaf if known.rpartition(".")[0] == section}
+    siblings = siblings or {known: known for known in leaf if "." not in known}
+    near = [
+        *(siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)),
+        *(known for known in siblings.values() if len(name) > 2 and name in leaf[known]),
+        *(known for known in leaf if leaf[known] == name),
+    ]
+    return f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(siblings.values())}"
 
 
 def _literal_tags(location: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(part) for part in location if str(part).startswith("literal["))
-
-
-def _siblings(path: list[str]) -> str:
-    prefix = ".".join(path[:-1])
-    depth = len(path)
-    return ", ".join(key for key in known_keys() if key.count(".") == depth - 1 and key.startswith(prefix))

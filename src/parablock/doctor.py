@@ -33,7 +33,7 @@ _EXTRAS = {
     "flwr": "deployments over a network",
     "lm_eval": "standard benchmarks",
     "tensorboard": "curves in TensorBoard",
-    "plotly": "interactive pictures",
+    "wandb": "curves in Weights & Biases",
 }
 
 

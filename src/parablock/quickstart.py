@@ -129,8 +129,7 @@ def describe_demo(outcome: Outcome) -> list[str]:
         f"          asked {_last_line(answer.prompt)!r}, it answers {answer.prediction.strip()!r}",
         f"hidden    {summary['overlap_fraction']:.0%} of the communication, under computation: "
         f"{summary['wall_time_s']:.0f} s instead of {summary['sequential_s']:.0f} s one after the other",
-        f"open      {directory / 'trace.json'} in https://ui.perfetto.dev (the timeline of all rounds)",
-        f"          {directory / 'summary.json'}, {directory / 'metrics.jsonl'} (every figure)",
+        f"open      {directory / 'report.html'} in a browser (curves, the timeline of all rounds, every figure)",
         f"          {directory / 'model'} with AutoModelForCausalLM.from_pretrained",
     ]
 

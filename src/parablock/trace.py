@@ -39,10 +39,16 @@ class Trace:
     Args:
         clock: Whose time is recorded.
         on_begin: Told (client_id, activity) when a span begins, for live display.
+        on_end: Told the same when it ends.
     """
 
-    def __init__(self, clock: Clock, on_begin: Callable[[int | None, str], None] | None = None) -> None:
-        self.clock, self.spans, self._on_begin = clock, list[Span](), on_begin
+    def __init__(
+        self,
+        clock: Clock,
+        on_begin: Callable[[int | None, str], None] | None = None,
+        on_end: Callable[[int | None, str], None] | None = None,
+    ) -> None:
+        self.clock, self.spans, self._on_begin, self._on_end = clock, list[Span](), on_begin, on_end
 
     @contextmanager
     def span(self, client_id: int | None, lane: str, activity: str, **facts: Any) -> Iterator[None]:
@@ -62,6 +68,8 @@ class Trace:
     def end(self, client_id: int | None, lane: str, activity: str, start_s: float, **facts: Any) -> None:
         """Record an activity that began at `start_s` and ends now."""
         self.spans.append(Span(client_id, lane, activity, start_s, self.clock.now() - start_s, facts))
+        if self._on_end is not None:
+            self._on_end(client_id, activity)
 
 
 def write_chrome_trace(spans: list[Span], path: Path) -> None:

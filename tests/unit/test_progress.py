@@ -113,14 +113,18 @@ def test_a_message_is_shown_as_it_is_though_it_looks_like_markup():
 
 def test_the_picture_shows_round_block_losses_total_bytes_and_clients(live: LiveProgress):
     live.start(64, 2, 0)
-    live.client(1, "uploading")
+    live.begins(0, "computing")
+    live.begins(1, "computing")
+    live.ends(1, "computing")
+    live.begins(1, "waiting")
+    live.begins(1, "uploading")
     live.round_done(row(0, eval_loss=3.5))
     live.round_done(row(1, block_index=4, train_loss=2.5))
     words = " ".join(picture_of(live).split())
     assert "2/64" in words and "block 4" in words
     assert "train loss 2.500 █▁" in words and "eval loss 3.500 ▁" in words
-    assert "sent 2.4 MB up 1.6 MB down" in words
-    assert "client 0 waiting client 1 uploading" in words
+    assert "sent 2.4 MB up, 1.6 MB down" in words
+    assert "client 0 ███████ ······· ······· client 1 ······· ▲▲▲▲▲▲▲ ·······" in words
     assert "eval loss 2.500" not in words
 
 
@@ -131,25 +135,31 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_was_left(live: LiveProgre
 
 def test_of_many_clients_the_first_rows_are_shown_and_the_others_counted(live: LiveProgress):
     live.start(64, 100, 0)
-    picture = picture_of(live)
+    for client_id in (3, 50, 60):
+        live.begins(client_id, "computing")
+    live.begins(99, "downloading")
+    picture = " ".join(picture_of(live).split())
     assert "client 11 " in picture and "client 12 " not in picture
-    assert "… and 88 more" in picture
+    assert "… and 88 more 2 of them 0 of them 1 of them" in picture
 
 
 def test_a_terminal_without_unicode_gets_a_picture_in_ascii():
     console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100, force_terminal=True)
     with LiveProgress(console=console) as live:
         live.start(64, 13, 0)
+        live.begins(4, "downloading")
         live.round_done(row(0, train_loss=3.0))
         live.round_done(row(1, train_loss=2.0))
         picture = picture_of(live, encoding="ascii")
     assert picture.isascii() and "#_" in picture and "... and 1 more" in picture
+    assert "client 4 ....... ....... vvvvvvv" in " ".join(picture.split())
 
 
 def test_clients_may_tell_from_many_threads_while_the_picture_is_drawn(live: LiveProgress):
-    live.start(64, 0, 0)  # no client is known yet, so the dictionary grows while it is drawn
+    live.start(64, 507, 0)
     tell = [
-        threading.Thread(target=lambda i=i: [live.client(i + j, "computing") for j in range(500)]) for i in range(8)
+        threading.Thread(target=lambda i=i: [live.begins(i + j, "computing") for j in range(500)])
+        for i in range(8)  # the dictionary grows while it is drawn: clients 0 … 506, of which 12 are rows
     ]
     for thread in tell:
         thread.start()
@@ -157,7 +167,7 @@ def test_clients_may_tell_from_many_threads_while_the_picture_is_drawn(live: Liv
         picture_of(live)
     for thread in tell:
         thread.join()
-    assert "… and 495 more" in picture_of(live)  # clients 0 … 506, of which 12 are rows
+    assert "… and 495 more  495 of them" in picture_of(live)
 
 
 def test_the_live_display_ends_its_thread_also_after_an_error():

@@ -31,14 +31,18 @@ def test_overlap_is_the_part_of_communication_under_the_same_clients_computation
     assert overlap_fraction([]) == 0.0
 
 
-def test_a_span_is_recorded_also_when_it_fails_and_announced_when_it_begins():
+def test_a_span_is_recorded_also_when_it_fails_and_announced_when_it_begins_and_ends():
     clock, seen = VirtualClock(), []
-    trace = Trace(clock, on_begin=lambda client_id, activity: seen.append((client_id, activity)))
+    trace = Trace(
+        clock,
+        on_begin=lambda client_id, activity: seen.append((client_id, activity, "begins", clock.now())),
+        on_end=lambda client_id, activity: seen.append((client_id, activity, "ends", clock.now())),
+    )
     with pytest.raises(RuntimeError), trace.span(3, "compute", "computing", round_index=5):
         clock.sleep(2.0)
         raise RuntimeError
     assert trace.spans == [Span(3, "compute", "computing", 0.0, 2.0, {"round_index": 5})]
-    assert seen == [(3, "computing")]
+    assert seen == [(3, "computing", "begins", 0.0), (3, "computing", "ends", 2.0)]
 
 
 def test_the_chrome_trace_has_a_row_for_each_thread_and_reads_back(tmp_path):

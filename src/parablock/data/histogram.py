@@ -1,13 +1,17 @@
-"""Show a partition as text before a run starts: who has how much, and of what."""
+"""Show a partition, as text before a run starts and as counts for its report: who has how much, and of what."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+from parablock.data.prompts import Example
 from parablock.data.sources import Row
 
 WIDTH = 100
+MAX_LABELS = 20
+OTHER_LABELS = "other"
 _BAR, _LABEL, _MOST_CLIENTS, _MOST_BINS = 24, 16, 20, 8
 
 
@@ -25,6 +29,46 @@ def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = N
     sizes = [len(part) for part in parts]
     lines = _of_sizes(parts, sizes, field) if len(parts) > _MOST_CLIENTS else _of_clients(parts, sizes, field)
     return [line.rstrip()[:WIDTH] for line in lines]
+
+
+def count_examples(parts: Sequence[Sequence[Example]], *, field: str | None = None) -> list[dict[str, Any]]:
+    """Count what each client trains on.
+
+    Args:
+        parts: The examples of each client, by client_id.
+        field: The field whose values are counted; None: the sources are.
+
+    Returns:
+        For each client `examples`, `tokens`, `target_tokens` (those that the loss counts) and `labels`: the
+        number of examples of each of the `MAX_LABELS` labels that are most frequent over all clients, and of
+        `OTHER_LABELS` together.
+    """
+    labels = [Counter(_label(example.row, field) for example in part) for part in parts]
+    total = Counter[str]()
+    for counts in labels:
+        total.update(counts)
+    named = {label for label, _ in total.most_common(MAX_LABELS)}
+    return [
+        {
+            "examples": len(part),
+            "tokens": sum(len(example.input_ids) for example in part),
+            "target_tokens": sum(example.num_target_tokens for example in part),
+            "labels": _merged(counts, named),
+        }
+        for part, counts in zip(parts, labels, strict=True)
+    ]
+
+
+def _label(row: Row, field: str | None) -> str:
+    if field is None:
+        return row.source.rsplit("/", maxsplit=1)[-1]
+    return str(row.fields.get(field))[:60]
+
+
+def _merged(counts: Counter[str], named: set[str]) -> dict[str, int]:
+    rest = sum(count for label, count in counts.items() if label not in named)
+    shown = {label: count for label, count in counts.items() if label in named}
+    return {**shown, OTHER_LABELS: shown.get(OTHER_LABELS, 0) + rest} if rest else shown
 
 
 def _of_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:

@@ -61,25 +61,33 @@ def is_run(path: Path) -> bool:
     return RunDirectory(path).config.exists()
 
 
+def has_ended(path: Path) -> bool:
+    """Tell whether a folder holds a run that has ended: completed, interrupted or failed."""
+    return is_run(path) and RunDirectory(path).summary.exists()
+
+
 def _read_run(path: Path, name: str) -> RunRecord:
     directory = RunDirectory(path)
     if not is_run(path):
         raise InputError(
             f"{path} holds no run: it has no config.yaml", remedy="Give the --output-dir of a `parablock run`."
         )
-    if not directory.summary.exists():
+    if not has_ended(path):
         raise InputError(
             f"the run in {path} has not ended: it has no summary.json",
             cause="It is still going on, or it was killed.",
             remedy=f"Wait for it, or go on with it: parablock resume {path}",
         )
     try:
+        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("config.yaml does not hold sections")
         return RunRecord(
             name=name,
             path=path,
             summary=directory.read_summary(),
             manifest=directory.read_manifest(),
-            config=yaml.safe_load(directory.config.read_text(encoding="utf-8")),
+            config=config,
             rows=tuple(json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()),
             spans=tuple(read_chrome_trace(directory.trace)),
         )

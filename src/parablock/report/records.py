@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from parablock.checkpoint import storage, write_atomically, written_beside
 from parablock.errors import CheckpointError, StorageError
+from parablock.report.hidden import times_by_client
 from parablock.trace import Span, write_chrome_trace
 
 Row = dict[str, Any]
@@ -194,27 +194,6 @@ def overlap_fraction(spans: Iterable[Span]) -> float:
 
     Communication is the time that bytes move on a client's link; waiting for other clients is not.
     """
-    computing: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    moving: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for span in spans:
-        if span.client_id is None:
-            continue
-        interval = (span.start_s, span.start_s + span.duration_s)
-        if span.activity == "computing":
-            computing[span.client_id].append(interval)
-        elif span.activity in ("uploading", "downloading"):
-            moving[span.client_id].append(interval)
-    total = sum(end - start for intervals in moving.values() for start, end in intervals)
-    hidden = sum(_shared(sorted(moving[client]), sorted(computing[client])) for client in moving)
-    return hidden / total if total > 0 else 0.0
-
-
-def _shared(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
-    total, i, j = 0.0, 0, 0
-    while i < len(left) and j < len(right):
-        total += max(0.0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))
-        if left[i][1] < right[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
+    times = times_by_client(spans).values()
+    total = sum(client.communication_s for client in times)
+    return sum(client.hidden_s for client in times) / total if total > 0 else 0.0

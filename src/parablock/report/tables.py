@@ -66,7 +66,7 @@ def headline(run: RunRecord) -> tuple[Fact, ...]:
         Fact(
             "per client and round",
             format_bytes(summary["bytes_per_client_round"]),
-            f"one of {summary['num_blocks']} blocks at a time",
+            "the whole model" if summary["num_blocks"] == 1 else f"one of {summary['num_blocks']} blocks at a time",
         ),
     )
 

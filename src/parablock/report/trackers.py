@@ -8,6 +8,7 @@ before a run starts.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +65,7 @@ class WandbTracker(Tracker):
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it calls home even offline, unless told before
         import wandb
 
         earlier = sorted((directory / "wandb").glob("offline-run-*"))
@@ -120,7 +122,7 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: For all that are missing, with the command that installs each.
     """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if not _is_installed(name)]
     if missing:
         raise ConfigError(
             [
@@ -128,6 +130,11 @@ def check_trackers(names: Sequence[str]) -> None:
                 for name in missing
             ]
         )
+
+
+def _is_installed(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
 
 
 def open_trackers(names: Sequence[str], directory: Path, *, first_step: int, config: Mapping[str, Any]) -> Trackers:

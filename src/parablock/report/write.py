@@ -9,7 +9,7 @@ from parablock.checkpoint import write_atomically
 from parablock.errors import InputError
 from parablock.report.html import render_html
 from parablock.report.markdown import render_markdown
-from parablock.report.reading import is_run, read_runs
+from parablock.report.reading import has_ended, is_run, read_runs
 
 REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 
@@ -19,7 +19,7 @@ def write_report(directories: Sequence[Path | str]) -> Path:
 
     Args:
         directories: A run directory; the runs that it is compared with may follow. A folder that is no run
-            but holds some stands for all of them, and gets a comparison without the details of a single run.
+            stands for all runs in it that have ended, and gets a comparison without the details of one.
 
     Returns:
         The page.
@@ -40,10 +40,10 @@ def write_report(directories: Sequence[Path | str]) -> Path:
 def _runs_in(folder: Path) -> list[Path]:
     if is_run(folder):
         return [folder]
-    inside = sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
+    inside = sorted(path for path in folder.iterdir() if has_ended(path)) if folder.is_dir() else []
     if not inside:
         raise InputError(
-            f"{folder} holds no run" if folder.is_dir() else f"there is no folder {folder}",
+            f"{folder} holds no run that has ended" if folder.is_dir() else f"there is no folder {folder}",
             remedy="Give the --output-dir of a `parablock run`, or a folder of such folders.",
         )
     return inside

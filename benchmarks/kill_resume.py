@@ -1,0 +1,175 @@
+"""SIGKILL at random moments, then `parablock resume`: the model must be that of the run that nobody disturbed.
+
+The command line runs as a user would run it, in a process of its own. The moments are spread at random over
+the whole life of a run, from its first file to its end. Another seed is run too: its model must differ.
+
+    .venv/bin/python benchmarks/kill_resume.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _record import Bar, fresh_folder, generated, make_console, make_parser, record, t0, table
+from rich.console import Console
+
+from parablock.config import RunConfig, parse_config
+from parablock.seeding import generator_for
+
+NUM_CLIENTS = 3
+POLL_S = 0.005
+Found = dict[str, Any]
+
+
+def main() -> None:
+    options = parse_options()
+    console = make_console()
+    folder = fresh_folder(options)
+    config = make_config(options, folder)
+    undisturbed_s = run_to_the_end(config, folder / "undisturbed")
+    expected = sha256(folder / "undisturbed")
+    other = make_config(options, folder, seed=options.seed + 1)
+    run_to_the_end(other, folder / "another-seed")
+    console.print(f"undisturbed: {undisturbed_s:.1f} s after its first file, {expected}")
+    fractions = sorted(generator_for(options.seed, "kill").uniform(0.0, 0.95, size=options.kills).tolist())
+    trials = [
+        kill_and_resume(config, folder / f"killed-{number}", fraction * undisturbed_s)
+        for number, fraction in enumerate(fractions)
+    ]
+    show(console, trials, expected, sha256(folder / "another-seed"))
+    results = {
+        "undisturbed": expected,
+        "another_seed": sha256(folder / "another-seed"),
+        "undisturbed_s": undisturbed_s,
+        "trials": trials,
+    }
+    equal = sum(trial["model_sha256"] == expected for trial in trials)
+    bars = [
+        Bar("killed runs that end with the undisturbed model", equal, len(trials), at_most=False),
+        Bar("runs of another seed that do", float(results["another_seed"] == expected), 0),
+    ]
+    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = make_parser("kill_resume", "SIGKILL at random moments and resume.", "--kills 10 --seed 7")
+    parser.add_argument("--kills", type=int, default=5, help="runs to kill")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of a run; at least 8, one for each block")
+    parser.add_argument("--steps", type=int, default=2, help="local steps of a round, K")
+    parser.add_argument("--seed", type=int, default=0, help="of the run and of the moments")
+    options = parser.parse_args()
+    if options.smoke:
+        options.kills, options.rounds, options.steps = 1, 8, 1
+    return options
+
+
+def make_config(options: argparse.Namespace, folder: Path, *, seed: int | None = None) -> RunConfig:
+    material = (
+        generated(folder / "material", num_clients=NUM_CLIENTS)
+        if options.smoke
+        else t0("ag_news", "app_reviews", "glue_qqp")
+    )
+    return parse_config(
+        {
+            "model": {"name_or_path": material.model},
+            "data": {
+                "train": material.train,
+                "test": material.test,
+                "max_length": 96,
+                "partition": {"scheme": "by_file"},
+            },
+            "federation": {"num_clients": NUM_CLIENTS, "num_rounds": options.rounds, "delay": 1},
+            "train": {
+                "num_local_steps": options.steps,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-3,
+                "optimizer_state": "keep",
+            },
+            "wire": {"format": "bfloat16"},
+            "link": {"upload_mbps": 50, "download_mbps": 100},
+            "engine": {"num_threads": 1},
+            "evaluation": {"every_rounds": 4, "max_examples": 32},
+            "checkpoint": {"every_rounds": 2},
+            "seed": options.seed if seed is None else seed,
+        }
+    )
+
+
+def run_to_the_end(config: RunConfig, directory: Path) -> float:
+    """Run undisturbed; give the seconds from its first file to its end."""
+    process = start(config, directory)
+    began = time.perf_counter()
+    finish(process)
+    return time.perf_counter() - began
+
+
+def kill_and_resume(config: RunConfig, directory: Path, after_s: float) -> Found:
+    """Kill a run so many seconds after its first file, and resume it."""
+    process = start(config, directory)
+    time.sleep(after_s)
+    process.kill()
+    was_running = process.wait() < 0
+    rounds = (directory / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+    checkpoints = sorted(path.name for path in (directory / "checkpoints").glob("round-*"))
+    if was_running:
+        finish(parablock("resume", str(directory)))
+    return {
+        "killed_after_s": after_s,
+        "was_running": was_running,
+        "rounds_recorded": rounds,
+        "resumed_from": checkpoints[-1] if checkpoints else "the start",
+        "model_sha256": sha256(directory),
+    }
+
+
+def start(config: RunConfig, directory: Path) -> subprocess.Popen[str]:
+    """Start a run and wait until there is something of it to resume."""
+    file = directory.with_suffix(".yaml")
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    process = parablock("run", str(file), "--output-dir", str(directory))
+    while process.poll() is None and not (directory / "config.yaml").exists():
+        time.sleep(POLL_S)
+    return process
+
+
+def parablock(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from parablock.cli import main; main()", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    said, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"parablock ended with {process.returncode}:\n{said}")
+
+
+def sha256(directory: Path) -> str:
+    return str(json.loads((directory / "summary.json").read_text(encoding="utf-8"))["model_sha256"])
+
+
+def show(console: Console, trials: list[Found], expected: str, other: str) -> None:
+    made = table(
+        "SIGKILL and resume", "killed after", "rounds recorded", "resumed from", "model_sha256", "the same"
+    )
+    for trial in trials:
+        same = trial["model_sha256"] == expected
+        after = f"{trial['killed_after_s']:.1f} s" if trial["was_running"] else "its end"
+        made.add_row(
+            after,
+            str(trial["rounds_recorded"]),
+            trial["resumed_from"],
+            trial["model_sha256"][:16],
+            "yes" if same else "NO",
+        )
+    made.add_row("never, another seed", "", "", other[:16], "yes" if other == expected else "no")
+    console.print(made)
+
+
+if __name__ == "__main__":
+    main()

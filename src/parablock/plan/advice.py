@@ -1,0 +1,129 @@
+"""Which settings let the computation cover the communication, and which to change first.
+
+The rule. With delay 1 an exchange is hidden when a round computes for at least as long; with delay 2 it may
+take two rounds, when no direction of the link is busy for longer than one. Settings are tried in
+the order in which they cost the least, and the first that hide the exchange are recommended:
+
+1. the configured blocks and steps, and the wire format from the configured one down to int8;
+2. the narrowest of these, and the fewest local steps up to `train.max_local_steps`;
+3. likewise with int4;
+4. all of it again with one decoder layer fewer in a block, down to one.
+
+Where some block would never be visited, it begins with the smallest blocks for which the rounds suffice. If
+nothing hides the exchange, the last resort is recommended and the link stays the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from parablock.config import RunConfig
+from parablock.plan.timing import Timing
+from parablock.report.units import format_duration
+
+WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4")
+"""Widest first."""
+AS_GOOD = "int8"
+"""The narrowest format that is chosen before more local steps are."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of blocks and what it costs.
+
+    Attributes:
+        layers_per_block: The size.
+        step_s: Mean seconds of a local step.
+        cover_s: For each wire format, how long a round has to compute to hide the exchange, seconds.
+    """
+
+    layers_per_block: int
+    step_s: float
+    cover_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings that hide the exchange, or come closest to it."""
+
+    layers_per_block: int
+    num_local_steps: int
+    format: str
+    hides: bool
+
+
+def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: int, wire_format: str) -> Advice:
+    """Apply the rule of this module.
+
+    Args:
+        cases: Sizes of blocks, the preferred one first; at least one.
+        num_local_steps: The configured K; never fewer are recommended.
+        max_local_steps: Most steps that may be recommended, unless more are configured.
+        wire_format: The configured format; a wider one is never recommended.
+    """
+    most = max(num_local_steps, max_local_steps)
+    narrower = list(WIRE_FORMATS[_width(wire_format) :]) or [wire_format]
+    gentle = [name for name in narrower if _width(name) <= _width(AS_GOOD)]
+    resorts = [name for name in narrower if _width(name) >= _width(AS_GOOD)] or [wire_format]
+    for case in cases:
+        for name in gentle:
+            if case.cover_s[name] <= num_local_steps * case.step_s:
+                return Advice(case.layers_per_block, num_local_steps, name, hides=True)
+        for name in resorts:
+            steps = max(num_local_steps, ceil(case.cover_s[name] / case.step_s))
+            if steps <= most:
+                return Advice(case.layers_per_block, steps, name, hides=True)
+        last = Advice(case.layers_per_block, most, resorts[-1], hides=False)
+    return last
+
+
+def verdict(config: RunConfig, timing: Timing, advice: Advice, *, num_local_steps: int) -> str:
+    """Say in one sentence whether overlap hides the communication, and what to change.
+
+    Args:
+        config: The run.
+        timing: Its times.
+        advice: What is recommended for it.
+        num_local_steps: K, as configured or as the run chooses it.
+    """
+    link = config.link
+    if link.upload_mbps is None and link.download_mbps is None and not link.latency_s:
+        return (
+            "No link speed is given, so communication takes no time here: "
+            "give --upload-mbps and --download-mbps, or the section `link`."
+        )
+    exchange, compute = format_duration(timing.exchange_s), format_duration(timing.compute_s)
+    facts = f"an exchange takes {exchange} and a round computes for {compute}"
+    changes = _changes(config, advice, num_local_steps)
+    if config.federation.delay == 0:
+        overlap = "method: parablock" if config.federation.method == "fedavg" else "delay: 1"
+        aim = "to hide the exchange" if advice.hides else "to hide what can be hidden of the exchange"
+        changes = [f"federation.{overlap}", *changes]
+        return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."
+    if timing.cover_s <= timing.compute_s:
+        after, before = format_duration(timing.round_s), format_duration(timing.sequential_s)
+        better = f"; to train every block set {', '.join(changes)}" if changes else ""
+        return f"Overlap hides the communication: {facts}, so a round takes {after} instead of {before}{better}."
+    if advice.hides:
+        return (
+            f"Overlap hides only a part of the communication: {facts}; to hide all of it set {', '.join(changes)}."
+        )
+    best = f"even with {', '.join(changes)} " if changes else ""
+    return f"The link is the bottleneck: {facts}; {best}overlap hides only a part of it."
+
+
+def _changes(config: RunConfig, advice: Advice, num_local_steps: int) -> list[str]:
+    """List what is recommended and not configured, as lines of a configuration."""
+    pairs = [
+        ("blocks.layers_per_block", config.blocks.layers_per_block, advice.layers_per_block),
+        ("train.num_local_steps", num_local_steps, advice.num_local_steps),
+        ("wire.format", config.wire.format, advice.format),
+    ]
+    return [f"{key}: {recommended}" for key, configured, recommended in pairs if configured != recommended]
+
+
+def _width(wire_format: str) -> int:
+    """Give the position in the order of widths; a format that is not in it is narrower than all."""
+    return WIRE_FORMATS.index(wire_format) if wire_format in WIRE_FORMATS else len(WIRE_FORMATS)

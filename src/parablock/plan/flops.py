@@ -1,0 +1,115 @@
+"""Floating-point operations of a local step on one block, from the shapes of a model alone.
+
+| symbol | meaning |
+|---|---|
+| N | positions of a batch, padding included: examples × length |
+| L | positions that predict a label token |
+| W_l | elements of the weight matrices of decoder layer l |
+| A | width of the attention: heads × head dimension |
+| H | elements of the head |
+
+    forward                2 N W_l + 4 N·length·A     every layer;  2 L H for the head
+    gradient of the input  2 N W_l + 10 N·length·A    layers from the block's lowest one up;  2 L H
+    gradient of weights    2 N W_l                    layers of the block;  2 L H when the head is trained
+
+The attention's backward makes its scores once more, hence 10 and not 8. Norms, activation functions and the
+optimizer are left out: they are few operations, though not nothing on a small model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from transformers import PreTrainedModel
+
+from parablock.data.batches import Batch
+from parablock.model.blocks import Block, find_layers
+from parablock.model.loss import num_label_tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a batch, or several together, makes a model work on.
+
+    Attributes:
+        positions: Σ N.
+        pairs: Σ N·length, what the attention looks at.
+        labels: Σ L.
+    """
+
+    positions: int = 0
+    pairs: int = 0
+    labels: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.positions + other.positions, self.pairs + other.pairs, self.labels + other.labels)
+
+    @staticmethod
+    def of(batch: Batch) -> Tokens:
+        """Count those of a batch."""
+        examples, length = batch.input_ids_BT.shape
+        return Tokens(examples * length, examples * length * length, num_label_tokens(batch.labels_BT))
+
+    @staticmethod
+    def at_most(*, num_examples: int, max_length: int) -> Tokens:
+        """Count those of the longest examples possible, with a label at every position."""
+        positions = num_examples * max_length
+        return Tokens(positions, positions * max_length, positions)
+
+
+class FlopModel:
+    """Operations of a step on a block of one model.
+
+    Args:
+        model: The model or its outline.
+        layers_path: Where the decoder layers are, when they are not found.
+        gradient_checkpointing: Whether the layers that the backward pass reaches are computed twice.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, layers_path: str | None = None, gradient_checkpointing: bool = False
+    ) -> None:
+        _, layers = find_layers(model, layers_path)
+        self.matrices = tuple(sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in layers)
+        self._from_layer = (*accumulate(reversed(self.matrices), initial=0),)[::-1]  # Σ W over layers ≥ l
+        self.attention_width = attention_width(model)
+        head = model.get_output_embeddings()
+        self.head = 0 if head is None else head.weight.numel()
+        self._head_names = _names_of(model, head)
+        self._checkpointing = gradient_checkpointing
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.matrices)
+
+    def step(self, block: Block, tokens: Tokens) -> float:
+        """Count the operations of forward and backward when `block` is trained on `tokens`."""
+        reached = self.num_layers - block.lowest_layer
+        head = 2 * tokens.labels * self.head
+        forward = self._layers(0, tokens) + head
+        backward = self._matrices(block.lowest_layer, tokens) + 10 * reached * tokens.pairs * self.attention_width
+        weights = 2 * tokens.positions * sum(self.matrices[layer] for layer in block.layers)
+        weights += head * (not self._head_names.isdisjoint(block.parameter_names))
+        again = self._layers(block.lowest_layer, tokens) if self._checkpointing else 0
+        return forward + backward + head + weights + again
+
+    def _layers(self, lowest: int, tokens: Tokens) -> int:
+        return self._matrices(lowest, tokens) + 4 * (self.num_layers - lowest) * tokens.pairs * self.attention_width
+
+    def _matrices(self, lowest: int, tokens: Tokens) -> int:
+        return 2 * tokens.positions * self._from_layer[lowest]
+
+
+def attention_width(model: PreTrainedModel) -> int:
+    """Give heads × head dimension of a model's decoder."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", 1)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(heads * head_size)
+
+
+def _names_of(model: PreTrainedModel, head: object) -> frozenset[str]:
+    weight = getattr(head, "weight", None)
+    return frozenset(name for name, parameter in model.named_parameters() if parameter is weight)

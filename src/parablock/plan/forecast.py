@@ -1,0 +1,195 @@
+"""The plan of a run: partition, bytes, time, memory and advice from a configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from parablock.config import RunConfig
+from parablock.errors import ConfigError
+from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
+from parablock.plan.memory import memory_per_client
+from parablock.plan.scenario import Scenario
+from parablock.plan.traffic import total_bytes
+from parablock.wire.link import Link
+from parablock.wire.quantize import payload_bytes
+
+SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
+METHODS = ("parablock", "fl_bcd", "fedavg")
+ASSUMPTIONS = (
+    "the link is as configured, the same for every client; aggregation, evaluation and checkpoints take no time",
+    "activations are estimated for the longest examples that data.max_length allows",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. Times are seconds, those of a round means over all rounds.
+
+    Attributes:
+        num_blocks: B; with fedavg all parameters are one block.
+        blocks: index, name, layers, parameters, and bytes of an update's payload, for each block.
+        bytes_per_client_round: Up and down of one client in one round, for each wire format.
+        total_bytes: All clients, whole run, in the configured format.
+        compute_s: Of the slowest client.
+        communication_s: Of the client whose link is busy longest, both directions added up.
+        round_s: Of a round in this run, with what overlaps.
+        sequential_s: Of a round with computation and communication one after the other.
+        exchange_s: From the end of a computation to its aggregate's arrival; hidden where it is no longer than
+            `compute_s`.
+        hours: The whole run; evaluation is not counted.
+        memory_bytes: Of one client, for block training, LoRA and full fine-tuning.
+        never_visited: Blocks that these rounds would not train.
+        recommended: layers_per_block, num_local_steps, format.
+        traffic: For each wire format, uplink and downlink bytes of the whole run, all clients.
+        links: At several speeds: exchange, round without and with overlap, and what overlap saves.
+        memory_parts: What `memory_bytes` is made of.
+        compute_source: stated | assumed | probed.
+        assumptions: What the figures rest on.
+        verdict: One sentence: does overlap hide the communication, and what to change.
+    """
+
+    num_blocks: int
+    blocks: list[dict[str, Any]]
+    bytes_per_client_round: dict[str, int]
+    total_bytes: int
+    compute_s: float
+    communication_s: float
+    round_s: float
+    sequential_s: float
+    exchange_s: float
+    hours: float
+    memory_bytes: dict[str, int]
+    never_visited: list[int]
+    recommended: dict[str, Any]
+    traffic: dict[str, dict[str, int]]
+    links: list[dict[str, float | None]]
+    memory_parts: dict[str, dict[str, int]]
+    compute_source: str
+    assumptions: list[str]
+    verdict: str
+
+
+def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
+    """Predict a run.
+
+    Args:
+        config: The run.
+        probe: Load the model and the data, and time real steps on this machine. Otherwise nothing but the
+            model's config.json is read.
+
+    Raises:
+        InputError: The model cannot be read, plans of this method cannot be made, or, with `probe`, anything
+            else that the run needs is missing or wrong.
+    """
+    method = config.federation.method
+    if method not in METHODS:
+        raise ConfigError([f"federation.method: plans are made for {', '.join(METHODS)}, not for {method}"])
+    return _plan(Scenario(config, probe=probe))
+
+
+def _plan(scenario: Scenario) -> Plan:
+    config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
+    wire_format = config.wire.format
+    itinerary = scenario.walk(blocks, delay)
+    timing = scenario.time(blocks, itinerary, wire_format=wire_format, link=scenario.link, delay=delay)
+    traffic = {
+        name: total_bytes(itinerary, scenario.sizes(blocks, name))
+        for name in dict.fromkeys((*WIRE_FORMATS, wire_format))
+    }
+    memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
+    advice = _advise(scenario)
+    return Plan(
+        num_blocks=len(blocks),
+        blocks=[
+            {
+                "index": block.index,
+                "name": block.name,
+                "layers": list(block.layers),
+                "parameters": block.num_parameters,
+                "bytes": payload_bytes(block.num_parameters, wire_format),
+            }
+            for block in blocks
+        ],
+        bytes_per_client_round={name: each.bytes_per_client_round for name, each in traffic.items()},
+        total_bytes=traffic[wire_format].uplink_bytes + traffic[wire_format].downlink_bytes,
+        compute_s=timing.compute_s,
+        communication_s=timing.communication_s,
+        round_s=timing.round_s,
+        sequential_s=timing.sequential_s,
+        exchange_s=timing.exchange_s,
+        hours=timing.wall_s / 3600,
+        memory_bytes={name: each.total for name, each in memory.items()},
+        never_visited=list(scenario.never_visited(blocks)),
+        recommended={
+            "layers_per_block": advice.layers_per_block,
+            "num_local_steps": advice.num_local_steps,
+            "format": advice.format,
+        },
+        traffic={
+            name: {"uplink_bytes": each.uplink_bytes, "downlink_bytes": each.downlink_bytes}
+            for name, each in traffic.items()
+        },
+        links=_at_several_speeds(scenario),
+        memory_parts={name: dict(vars(each)) for name, each in memory.items()},
+        compute_source=scenario.compute.source,
+        assumptions=[f"computation is {scenario.compute.assumption}", *ASSUMPTIONS],
+        verdict=verdict(config, timing, advice, num_local_steps=scenario.num_local_steps),
+    )
+
+
+def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
+    """Compare rounds with and without overlap, on the configured link where it has a speed, and on others."""
+    blocks, own = scenario.blocks, scenario.link
+    speeds: list[tuple[float | None, float | None]] = [(mbps, mbps) for mbps in SHOWN_MBPS]
+    if (own.upload_mbps, own.download_mbps) not in [(None, None), *speeds]:
+        speeds.insert(0, (own.upload_mbps, own.download_mbps))
+    overlapping = 0 if scenario.sends_everything else max(1, scenario.config.federation.delay)
+    itineraries = [(delay, scenario.walk(blocks, delay)) for delay in (0, overlapping)]
+    rows: list[dict[str, float | None]] = []
+    for upload_mbps, download_mbps in speeds:
+        link = Link(upload_mbps, download_mbps, own.latency_s)
+        serial, overlapped = (
+            scenario.time(blocks, itinerary, wire_format=scenario.config.wire.format, link=link, delay=delay)
+            for delay, itinerary in itineraries
+        )
+        rows.append(
+            {
+                "upload_mbps": upload_mbps,
+                "download_mbps": download_mbps,
+                "exchange_s": overlapped.exchange_s,
+                "serial_s": serial.round_s,
+                "overlapped_s": overlapped.round_s,
+                "saving": 1 - overlapped.round_s / serial.round_s,
+            }
+        )
+    return rows
+
+
+def _advise(scenario: Scenario) -> Advice:
+    return recommend(
+        _cases(scenario),
+        num_local_steps=scenario.num_local_steps,
+        max_local_steps=scenario.config.train.max_local_steps,
+        wire_format=scenario.config.wire.format,
+    )
+
+
+def _cases(scenario: Scenario) -> Iterator[Case]:
+    """Give sizes of blocks with their costs: the configured size, or one that the rounds suffice for, first."""
+    start = scenario.layers_per_block
+    while start < scenario.flops.num_layers and scenario.never_visited(scenario.partition(start)):
+        start += 1
+    delay, formats = max(1, scenario.config.federation.delay), (*WIRE_FORMATS, scenario.config.wire.format)
+    for size in range(start, 0, -1):
+        blocks = scenario.partition(size)
+        if size != start and scenario.never_visited(blocks):
+            return
+        itinerary = scenario.walk(blocks, delay)
+        timings = {
+            name: scenario.time(blocks, itinerary, wire_format=name, link=scenario.link, delay=delay)
+            for name in formats
+        }
+        step_s = timings[WIRE_FORMATS[0]].compute_s / scenario.num_local_steps
+        yield Case(size, step_s, {name: timing.cover_s for name, timing in timings.items()})

@@ -1,0 +1,115 @@
+"""The rounds of a run, followed as the server follows them, without a tensor: who is asked and told what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import inf
+from typing import Literal
+
+from parablock.algorithm.parablock import NEVER
+from parablock.algorithm.schedule import cohort, next_block
+from parablock.config import RunConfig
+
+News = tuple[tuple[int, Literal["streamed", "fresh", "missed"]], ...]
+"""New blocks that a message tells a client of: streamed ahead of it, fresh (the client held the value just
+before), or missed."""
+
+
+@dataclass(frozen=True)
+class Itinerary:
+    """What a run asks of whom, and what each client is told.
+
+    Attributes:
+        blocks: b_t of each round.
+        news: For each round, each client of the cohort with the news that the start of the round brings.
+        streams: For each round, the clients to whom its new value is streamed.
+        drain: The news that the end of the run brings to every client.
+        marks: The rounds before which every client is sent a checkpoint mark.
+    """
+
+    blocks: tuple[int, ...]
+    news: tuple[dict[int, News], ...]
+    streams: tuple[tuple[int, ...], ...]
+    drain: dict[int, News]
+    marks: frozenset[int]
+
+
+def walk(config: RunConfig, num_blocks: int, *, delay: int) -> Itinerary:
+    """Follow the server through all rounds.
+
+    The schedule `importance` depends on what a run measures; it is followed as if all blocks were equal.
+
+    Args:
+        config: Rounds, clients, schedule, participation, streaming, checkpoints, seed.
+        num_blocks: B.
+        delay: d, which may be another than the configured one.
+    """
+    return _Walk(config, num_blocks, delay).itinerary()
+
+
+class _Walk:
+    def __init__(self, config: RunConfig, num_blocks: int, delay: int) -> None:
+        self._config, self._num_blocks, self._delay = config, num_blocks, delay
+        self._num_rounds = config.federation.num_rounds
+        self._history: list[int] = []
+        self._streams: list[tuple[int, ...]] = []
+        self._versions, self._before = (NEVER,) * num_blocks, [NEVER] * num_blocks
+        self._held = dict.fromkeys(range(config.federation.num_clients), self._versions)
+        self._cohort = cache(self._draw_cohort)
+
+    def itinerary(self) -> Itinerary:
+        news = []
+        for t in range(self._num_rounds):
+            self._commit_through(t - 1 - self._delay)
+            self._history.append(self._next_block())
+            news.append({client_id: self._news_for(client_id) for client_id in self._cohort(t)})
+        self._commit_through(self._num_rounds - 1)
+        every = self._config.checkpoint.every_rounds
+        return Itinerary(
+            tuple(self._history),
+            tuple(news),
+            tuple(self._streams),
+            {client_id: self._news_for(client_id) for client_id in self._held},
+            frozenset(range(every, self._num_rounds, every) if every else ()),
+        )
+
+    def _commit_through(self, last: int) -> None:
+        for t in range(len(self._streams), last + 1):
+            b, needed_in = self._history[t], t + 1 + self._delay
+            wanted = self._cohort(needed_in) if needed_in < self._num_rounds else tuple(self._held)
+            streaming = self._config.wire.streaming
+            self._streams.append(tuple(i for i in wanted if streaming and self._held[i][b] == self._versions[b]))
+            self._before[b] = self._versions[b]
+            self._versions = (*self._versions[:b], t, *self._versions[b + 1 :])
+
+    def _news_for(self, client_id: int) -> News:
+        held, self._held[client_id] = self._held[client_id], self._versions
+        if held is self._versions:
+            return ()
+        news: list[tuple[int, Literal["streamed", "fresh", "missed"]]] = []
+        for b in range(self._num_blocks):
+            if held[b] < self._versions[b]:
+                was_current = held[b] == self._before[b]
+                streamed = was_current and client_id in self._streams[self._versions[b]]
+                news.append((b, "streamed" if streamed else "fresh" if was_current else "missed"))
+        return tuple(news)
+
+    def _next_block(self) -> int:
+        return next_block(
+            self._config.blocks.schedule,
+            self._history,
+            num_blocks=self._num_blocks,
+            delay=self._delay,
+            seed=self._config.seed,
+            squared_delta=[inf if version == NEVER else 1.0 for version in self._versions],
+        )
+
+    def _draw_cohort(self, round_index: int) -> tuple[int, ...]:
+        federation = self._config.federation
+        return cohort(
+            round_index,
+            num_clients=federation.num_clients,
+            participation=federation.participation,
+            seed=self._config.seed,
+        )

@@ -1,0 +1,193 @@
+"""How long a client computes in a round, measured on this machine.
+
+A probe loads the model and the data of the run and takes real local steps of real batches on a few blocks,
+by the code that a run takes them by. What it learns is how many seconds an operation takes when such a block
+is trained. The batches of all rounds follow from the seed, so their sizes are known, and with them the
+seconds of each client in each round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from parablock.algorithm.local import LocalArguments
+from parablock.algorithm.parablock import NEVER, delta_of
+from parablock.config import RunConfig
+from parablock.data.batches import Batch, round_batches
+from parablock.engine.trainer import LocalTrainer
+from parablock.errors import ConfigError
+from parablock.job import Job, prepare
+from parablock.model.blocks import Block
+from parablock.model.params import Replica
+from parablock.plan.compute import Compute, crowding, device, format_flops
+from parablock.plan.flops import FlopModel, Tokens
+from parablock.seeding import seed_for
+from parablock.wire.messages import RoundStart
+from parablock.wire.quantize import pack
+
+PROBED_BLOCKS = 4
+PROBE_STEPS = 4
+PROBE_REPEATS = 5
+PROBE_BUDGET_S = 30.0
+SIZED_BATCHES = 8192
+"""Most batches whose sizes are looked at; further rounds are taken to be like these."""
+
+
+def probed_compute(config: RunConfig) -> Compute:
+    """Measure real steps on this machine.
+
+    Raises:
+        InputError: The model or the data cannot be read, or `engine.step_time_s` is given as well.
+    """
+    if config.engine.step_time_s is not None:
+        raise ConfigError(
+            [
+                f"engine.step_time_s: it states that a step takes {config.engine.step_time_s:g} s, "
+                "and --probe measures it; leave one of them out"
+            ]
+        )
+    unvisited = config.blocks.model_copy(update={"allow_unvisited": True})
+    job = prepare(config.model_copy(update={"blocks": unvisited}))
+    flops = FlopModel(
+        job.loaded.model,
+        layers_path=config.blocks.layers_path,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    speed = _measure(job, flops)
+    tokens = _round_tokens(job)
+    factor, crowd = crowding(config, torch.get_num_threads())
+
+    def round_s(block: Block, round_index: int, client_id: int, num_local_steps: int) -> float:
+        operations = flops.step(block, tokens(round_index, client_id, num_local_steps))
+        deviation = speed.deviations[seed_for(0, "probe", round_index, client_id) % len(speed.deviations)]
+        return factor * deviation * speed.seconds_per_flop(block.lowest_layer) * operations
+
+    return Compute(
+        round_s,
+        "probed",
+        f"measured: {format_flops(1 / speed.seconds_per_flop(0))} on the {device(config)} of this machine, "
+        f"in {len(speed.deviations)} visits of {len(speed.depths)} blocks with the run's own batches{crowd}",
+    )
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """What a probe has learned.
+
+    Attributes:
+        depths: The lowest layers of the probed blocks, ascending.
+        medians: Seconds per operation at each, the median of its visits.
+        deviations: Of every visit from that median, as a factor. Rounds take one each, because a round lasts
+            as long as its slowest client.
+    """
+
+    depths: tuple[int, ...]
+    medians: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+    def seconds_per_flop(self, lowest_layer: int) -> float:
+        """Give the seconds per operation when backpropagation goes down to a layer."""
+        return float(np.interp(lowest_layer, self.depths, self.medians))
+
+
+def _measure(job: Job, flops: FlopModel) -> _Speed:
+    """Time visits of a few blocks in turn, so that a slow moment of the machine hits all of them."""
+    replica = Replica(job.loaded.model, job.blocks)
+    working = tuple(replica.read(block.index) for block in job.blocks)
+    trainers = _trainers(job, replica)
+    chosen = sorted({round(k) for k in np.linspace(0, len(job.blocks) - 1, PROBED_BLOCKS)})
+    measured: dict[int, list[float]] = {job.blocks[b].lowest_layer: [] for b in chosen}
+    trainers[0].train(_start(job, 0, chosen[-1]), working)  # warms up caches and allocators
+    began, visits = time.perf_counter(), 0
+    for repeat in range(PROBE_REPEATS):
+        for b in chosen:
+            if repeat and time.perf_counter() - began > PROBE_BUDGET_S:
+                break
+            client_id, start = visits % len(trainers), _start(job, repeat, b)
+            started = time.perf_counter()
+            delta = delta_of(trainers[client_id].train(start, working).trained, working[b])
+            pack(delta, job.config.wire.format)
+            seconds = time.perf_counter() - started
+            batches = _batches(job, client_id, start.steps_before, start.num_local_steps)
+            operations = flops.step(job.blocks[b], sum(map(Tokens.of, batches), Tokens()))
+            measured[job.blocks[b].lowest_layer].append(seconds / operations)
+            visits += 1
+    medians = {depth: statistics.median(measured[depth]) for depth in sorted(measured)}
+    deviations = (value / medians[depth] for depth in medians for value in measured[depth])
+    return _Speed(tuple(medians), tuple(medians.values()), tuple(deviations))
+
+
+def _start(job: Job, round_index: int, block_index: int) -> RoundStart:
+    """Ask for a round of few steps."""
+    configured = job.config.train.num_local_steps
+    steps = min(PROBE_STEPS, configured) if isinstance(configured, int) else PROBE_STEPS
+    return RoundStart(
+        round_index=round_index,
+        block_index=block_index,
+        num_local_steps=steps,
+        steps_before=round_index * steps,
+        committed=NEVER,
+        news=(),
+    )
+
+
+def _trainers(job: Job, replica: Replica) -> list[LocalTrainer]:
+    train = job.config.train
+    arguments = LocalArguments(
+        learning_rate=train.learning_rate,
+        total_steps=PROBE_REPEATS,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
+    return [
+        LocalTrainer(
+            client_id,
+            examples,
+            replica,
+            train=train.model_copy(update={"optimizer_state": "reset"}),
+            arguments=arguments,
+            num_rounds=PROBE_REPEATS,
+            seed=job.config.seed,
+            pad_token_id=job.loaded.tokenizer.pad_token_id,
+            step_time_s=None,
+        )
+        for client_id, examples in enumerate(job.train)
+    ]
+
+
+def _round_tokens(job: Job) -> Callable[[int, int, int], Tokens]:
+    """Give what a client works on in a round of some steps; rounds repeat when there are very many."""
+    batches = job.config.train.gradient_accumulation_steps * len(job.train)
+
+    @cache
+    def tokens(round_index: int, client_id: int, steps: int) -> Tokens:
+        return sum(map(Tokens.of, _batches(job, client_id, round_index * steps, steps)), Tokens())
+
+    def of_round(round_index: int, client_id: int, steps: int) -> Tokens:
+        distinct = max(1, min(job.config.federation.num_rounds, SIZED_BATCHES // (batches * steps)))
+        return tokens(round_index % distinct, client_id, steps)
+
+    return of_round
+
+
+def _batches(job: Job, client_id: int, first_step: int, num_local_steps: int) -> list[Batch]:
+    train = job.config.train
+    steps = round_batches(
+        job.train[client_id],
+        seed=job.config.seed,
+        client_id=client_id,
+        first_step=first_step,
+        num_local_steps=num_local_steps,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        pad_token_id=job.loaded.tokenizer.pad_token_id,
+    )
+    return [batch for micro_batches in steps for batch in micro_batches]

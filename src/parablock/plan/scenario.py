@@ -1,0 +1,120 @@
+"""A run as it is looked at before it: its model in outline, and what parts of it would take."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from parablock.algorithm.schedule import blocks_never_visited
+from parablock.config import RunConfig
+from parablock.engine.steps import FillTheWait
+from parablock.model.blocks import Block, partition_blocks, whole_model
+from parablock.model.outline import outline_model
+from parablock.plan.compute import Compute, assumed_compute, stated_compute
+from parablock.plan.flops import FlopModel
+from parablock.plan.itinerary import Itinerary, walk
+from parablock.plan.probe import probed_compute
+from parablock.plan.timing import Timing, time_rounds
+from parablock.plan.traffic import Sizes
+from parablock.wire.link import Link
+from parablock.wire.quantize import payload_bytes
+
+
+class Scenario:
+    """A configured run, whose link, delay, block size and wire format can be varied.
+
+    Args:
+        config: The run.
+        probe: Measure how long this machine computes.
+
+    Attributes:
+        outline: The model without values.
+        layers_per_block: As configured.
+        blocks: What the configured method trains.
+        flops: Operations of a step.
+        compute: Seconds of a round's computation.
+        link: As configured.
+        num_local_steps: K; where it is left to the run, what the run chooses for a block of ordinary size.
+    """
+
+    def __init__(self, config: RunConfig, *, probe: bool) -> None:
+        self.config, section = config, config.blocks
+        self.outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+        self.layers_per_block = section.layers_per_block if isinstance(section.layers_per_block, int) else 1
+        self.sends_everything = config.federation.method == "fedavg"
+        self.blocks: tuple[Block, ...] = (
+            whole_model(self.outline, section.layers_path)
+            if self.sends_everything
+            else self.partition(self.layers_per_block)
+        )
+        self.flops = FlopModel(
+            self.outline,
+            layers_path=section.layers_path,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        )
+        self.compute = self._compute(probe=probe)
+        self.link = Link(**config.link.model_dump())
+        self.num_local_steps = self._num_local_steps()
+
+    def partition(self, layers_per_block: int) -> tuple[Block, ...]:
+        """Cut the model as the block methods do."""
+        section = self.config.blocks
+        return partition_blocks(
+            self.outline,
+            layers_per_block=layers_per_block,
+            include_embeddings=section.include_embeddings,
+            include_head=section.include_head,
+            layers_path=section.layers_path,
+        )
+
+    def never_visited(self, blocks: tuple[Block, ...]) -> tuple[int, ...]:
+        """List the blocks that the configured rounds would not train."""
+        return blocks_never_visited(
+            self.config.blocks.schedule,
+            num_rounds=self.config.federation.num_rounds,
+            num_blocks=len(blocks),
+            delay=self.config.federation.delay,
+            seed=self.config.seed,
+        )
+
+    def walk(self, blocks: tuple[Block, ...], delay: int) -> Itinerary:
+        """Follow the rounds."""
+        return walk(self.config, len(blocks), delay=delay)
+
+    def sizes(self, blocks: tuple[Block, ...], wire_format: str) -> Sizes:
+        """Measure the messages."""
+        wire = self.config.wire
+        return Sizes(
+            [block.num_parameters for block in blocks],
+            dtype=self.config.model.dtype,
+            wire_format=wire_format,
+            chunk_bytes=wire.chunk_bytes if wire.streaming else None,
+        )
+
+    def time(
+        self, blocks: tuple[Block, ...], itinerary: Itinerary, *, wire_format: str, link: Link, delay: int
+    ) -> Timing:
+        """Put the rounds on the clock."""
+
+        def compute_s(b: int, round_index: int, client_id: int) -> float:
+            return self.compute.round_s(blocks[b], round_index, client_id, self.num_local_steps)
+
+        return time_rounds(itinerary, self.sizes(blocks, wire_format), compute_s, link, delay=delay)
+
+    def _compute(self, *, probe: bool) -> Compute:
+        if probe:
+            return probed_compute(self.config)
+        if self.config.engine.step_time_s is not None:
+            return stated_compute(self.config.engine.step_time_s)
+        return assumed_compute(self.config, self.flops)
+
+    def _num_local_steps(self) -> int:
+        train, wire = self.config.train, self.config.wire
+        if train.num_local_steps != "auto":
+            return train.num_local_steps
+        step_s = {
+            client_id: fmean(self.compute.round_s(block, 0, client_id, 1) for block in self.blocks)
+            for client_id in range(self.config.federation.num_clients)
+        }
+        elements = round(fmean(block.num_parameters for block in self.blocks))
+        fill = FillTheWait(self.link, train.min_local_steps, train.max_local_steps)
+        return fill.of_round(step_s, payload_bytes(elements, wire.format), streamed=wire.streaming)

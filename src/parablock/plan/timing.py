@@ -1,0 +1,172 @@
+"""When everything happens: the rounds of a run on a clock, by the rules of engine and link.
+
+A client computes in one thread and communicates in another; its link carries one message at a time in each
+direction. The server starts round t when it has committed round t − 1 − d. It commits a round chunk by chunk:
+each is folded when it has come from every client, and its new value goes down at once. Aggregation,
+evaluation and the writing of checkpoints are taken to cost nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from parablock.plan.itinerary import Itinerary
+from parablock.plan.traffic import Shipment, Sizes
+from parablock.wire.link import Link
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a run takes; all but `wall_s` are means over the rounds.
+
+    Attributes:
+        compute_s: Of the slowest client.
+        communication_s: Of the client whose link is busy longest, both directions added up.
+        sequential_s: Of the client for which both together take longest.
+        exchange_s: From the end of the computation to the aggregate's arrival, when nothing is in the way.
+        cover_s: How long a round has to compute to hide the exchange: with delay 1 as long as it takes; a
+            longer delay leaves it more rounds, but no direction of the link may need more than one.
+        round_s: Of this run: `wall_s` over the number of rounds, so that filling and draining are included.
+        wall_s: The whole run.
+    """
+
+    compute_s: float
+    communication_s: float
+    sequential_s: float
+    exchange_s: float
+    cover_s: float
+    round_s: float
+    wall_s: float
+
+
+@dataclass
+class _Client:
+    """When the compute thread and the two directions of the link are free."""
+
+    compute_s: float = 0.0
+    up_s: float = 0.0
+    down_s: float = 0.0
+
+
+def time_rounds(
+    itinerary: Itinerary, sizes: Sizes, compute_s: Callable[[int, int, int], float], link: Link, *, delay: int
+) -> Timing:
+    """Put a run on the clock.
+
+    Args:
+        itinerary: What is asked of whom; it has to be that of this delay.
+        sizes: Bytes of the messages.
+        compute_s: Seconds that (block, round, client) computes.
+        link: Every client's link.
+        delay: d.
+    """
+    return _Run(itinerary, sizes, compute_s, link, delay).timing()
+
+
+class _Run:
+    def __init__(
+        self,
+        itinerary: Itinerary,
+        sizes: Sizes,
+        compute_s: Callable[[int, int, int], float],
+        link: Link,
+        delay: int,
+    ) -> None:
+        self._itinerary, self._sizes, self._link, self._delay = itinerary, sizes, link, delay
+        self._compute_s = compute_s
+        self._num_rounds = len(itinerary.blocks)
+        self._clients = {client_id: _Client() for client_id in itinerary.drain}
+        self._computing: list[dict[int, float]] = [{} for _ in itinerary.blocks]
+        self._busy: list[dict[int, float]] = [dict.fromkeys(self._clients, 0.0) for _ in itinerary.blocks]
+        self._uploads_s = [0.0] * self._num_rounds  # when the last client begins to send its update
+        self._committed, self._committed_s = -1, 0.0
+
+    def timing(self) -> Timing:
+        for t in range(self._num_rounds):
+            self._commit_through(t - 1 - self._delay)
+            self._start_round(t)
+        self._commit_through(self._num_rounds - 1)
+        for client_id, news in self._itinerary.drain.items():
+            self._download(client_id, self._link.download_s(self._sizes.finish(news)), self._num_rounds - 1)
+        computing, busy = self._computing, self._busy
+        exchanges = [self._exchange(t) for t in range(self._num_rounds)]
+        wall_s = max(client.down_s for client in self._clients.values())
+        return Timing(
+            compute_s=statistics.fmean(max(seconds.values()) for seconds in computing),
+            communication_s=statistics.fmean(
+                max(busy[t][i] for i in seconds) for t, seconds in enumerate(computing)
+            ),
+            sequential_s=statistics.fmean(
+                max(busy[t][i] + own_s for i, own_s in seconds.items()) for t, seconds in enumerate(computing)
+            ),
+            exchange_s=statistics.fmean(exchange_s for exchange_s, _ in exchanges),
+            cover_s=statistics.fmean(
+                max(exchange_s / max(1, self._delay), one_way_s) for exchange_s, one_way_s in exchanges
+            ),
+            round_s=wall_s / self._num_rounds,
+            wall_s=wall_s,
+        )
+
+    def _start_round(self, t: int) -> None:
+        b = self._itinerary.blocks[t]
+        for client_id in self._clients if t in self._itinerary.marks else ():
+            self._download(client_id, self._link.download_s(self._sizes.mark), t)
+        upload_s = _total_s(self._sizes.update(b), self._link.upload_s)
+        for client_id, news in self._itinerary.news[t].items():
+            client = self._clients[client_id]
+            self._download(client_id, self._link.download_s(self._sizes.round_start(news)), t)
+            seconds = self._compute_s(b, t, client_id)
+            client.compute_s = max(client.compute_s, client.down_s) + seconds
+            begin_s = max(client.up_s, client.compute_s)
+            client.up_s = begin_s + upload_s
+            self._uploads_s[t] = max(self._uploads_s[t], begin_s)
+            self._computing[t][client_id] = seconds
+            self._busy[t][client_id] += upload_s
+
+    def _download(self, client_id: int, seconds: float, round_index: int) -> None:
+        client = self._clients[client_id]
+        client.down_s = max(client.down_s, self._committed_s) + seconds
+        self._busy[round_index][client_id] += seconds
+
+    def _commit_through(self, last: int) -> None:
+        for t in range(self._committed + 1, last + 1):
+            b, needed_in = self._itinerary.blocks[t], min(t + 1 + self._delay, self._num_rounds - 1)
+            folded_s, arrived_s = self._stream(b, self._uploads_s[t], self._committed_s)
+            down_s = _total_s(self._sizes.new_value(b), self._link.download_s)
+            for client_id in self._itinerary.streams[t]:
+                client = self._clients[client_id]
+                client.down_s = max(client.down_s + down_s, arrived_s)
+                self._busy[needed_in][client_id] += down_s
+            self._committed, self._committed_s = t, folded_s
+
+    def _stream(self, block: int, begin_s: float, not_before_s: float) -> tuple[float, float]:
+        """Carry a block's chunks up from `begin_s` and their new values down as soon as they are folded.
+
+        Returns:
+            When the last chunk is folded, and when its new value has arrived where the way down is free.
+        """
+        up, down = self._sizes.update(block), self._sizes.new_value(block)
+        chunk_up_s, chunk_down_s = self._link.upload_s(up.chunk_bytes), self._link.download_s(down.chunk_bytes)
+        last_down_s = self._link.download_s(down.last_bytes)
+        up_s, down_s = _total_s(up, self._link.upload_s), _total_s(down, self._link.download_s)
+        folded_s = max(not_before_s, begin_s + up_s)
+        ends_s = [not_before_s + down_s, folded_s + last_down_s]
+        if up.num_chunks > 1:  # the slower direction decides: it is busy from the first chunk, or up to the last
+            ends_s.append(begin_s + chunk_up_s + down_s)
+            ends_s.append(begin_s + chunk_up_s * (up.num_chunks - 1) + chunk_down_s + last_down_s)
+        return folded_s, max(ends_s)
+
+    def _exchange(self, t: int) -> tuple[float, float]:
+        """Give how long an exchange of this round's block takes, and its busier direction alone."""
+        b, streamed = self._itinerary.blocks[t], bool(self._itinerary.streams[t])
+        folded_s, arrived_s = self._stream(b, 0.0, 0.0)
+        starts = self._itinerary.news[t].values()
+        start_s = max(self._link.download_s(self._sizes.round_start(news)) for news in starts)
+        down_s = start_s + (_total_s(self._sizes.new_value(b), self._link.download_s) if streamed else 0.0)
+        return (arrived_s if streamed else folded_s) + start_s, max(folded_s, down_s)
+
+
+def _total_s(shipment: Shipment, seconds: Callable[[int], float]) -> float:
+    return (shipment.num_chunks - 1) * seconds(shipment.chunk_bytes) + seconds(shipment.last_bytes)

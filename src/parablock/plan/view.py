@@ -1,0 +1,116 @@
+"""A plan as people read it: four short tables, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from parablock.config import RunConfig
+from parablock.plan.forecast import Plan
+from parablock.plan.memory import LORA_RANK
+from parablock.report.units import format_bytes, format_duration
+
+MEMORY_ROWS = {"block": "blocks", "lora": f"LoRA, r = {LORA_RANK}", "full": "all at once"}
+
+
+def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
+    """Yield what to print of a plan, in order."""
+    yield _blocks(plan, config)
+    yield _bytes(plan, config)
+    yield _speeds(plan)
+    yield _memory(plan)
+    federation = config.federation
+    yield (
+        f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
+        f"{format_bytes(plan.total_bytes)} over all links. A round computes for {format_duration(plan.compute_s)}, "
+        f"communicates for {format_duration(plan.communication_s)} and takes {format_duration(plan.round_s)} "
+        f"({format_duration(plan.sequential_s)} one after the other)."
+    )
+    yield plan.verdict
+    advised = plan.recommended
+    yield (
+        f"Recommended: blocks.layers_per_block: {advised['layers_per_block']}, "
+        f"train.num_local_steps: {advised['num_local_steps']}, wire.format: {advised['format']}."
+    )
+    if plan.never_visited:
+        names = ", ".join(plan.blocks[b]["name"] for b in plan.never_visited)
+        yield (
+            f"Never trained in {federation.num_rounds} rounds: {names}. Raise federation.num_rounds to at least "
+            f"{plan.num_blocks}, or blocks.layers_per_block."
+        )
+    for assumption in plan.assumptions:
+        yield f"Note: {assumption}."
+
+
+def _blocks(plan: Plan, config: RunConfig) -> Table:
+    table = _table(f"{plan.num_blocks} blocks", "blocks", "layers", "parameters each", f"{config.wire.format} each")
+    for (_, parameters), group in groupby(
+        plan.blocks, key=lambda block: (len(block["layers"]), block["parameters"])
+    ):
+        same = list(group)
+        table.add_row(
+            _range([str(block["index"]) for block in same]),
+            _range([block["name"] for block in same]),
+            f"{parameters:,}",
+            format_bytes(same[0]["bytes"]),
+        )
+    return table
+
+
+def _bytes(plan: Plan, config: RunConfig) -> Table:
+    table = _table("Bytes", "wire.format", "a client's round", "all up", "all down")
+    for name, per_round in plan.bytes_per_client_round.items():
+        traffic = plan.traffic[name]
+        label = f"{name} (configured)" if name == config.wire.format else name
+        sizes = (per_round, traffic["uplink_bytes"], traffic["downlink_bytes"])
+        table.add_row(label, *map(format_bytes, sizes))
+    return table
+
+
+def _speeds(plan: Plan) -> Table:
+    table = _table("Time of a round", "Mbit/s up, down", "exchange", "in turn", "overlapped", "saved")
+    for row in plan.links:
+        seconds = (row["exchange_s"], row["serial_s"], row["overlapped_s"])
+        table.add_row(
+            f"{_mbps(row['upload_mbps'])}, {_mbps(row['download_mbps'])}",
+            *(format_duration(value or 0.0) for value in seconds),
+            f"{row['saving'] or 0.0:.0%}",
+        )
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    table = _table("Memory of a client", "training", "all", "model", "gradients, AdamW", "copies", "activations")
+    for name, parts in plan.memory_parts.items():
+        table.add_row(
+            MEMORY_ROWS[name],
+            format_bytes(plan.memory_bytes[name]),
+            format_bytes(parts["parameters"]),
+            format_bytes(parts["gradients"] + parts["optimizer_state"]),
+            format_bytes(parts["fp32_copies"] + parts["base_copy"] + parts["updates"]),
+            f"~ {format_bytes(parts['activations'])}",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _range(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def _mbps(speed: Any) -> str:
+    return "unlimited" if speed is None else f"{speed:g}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 2 else format_duration(hours * 3600)

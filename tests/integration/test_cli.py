@@ -1,0 +1,553 @@
+"""The commands from end to end: what they write, and that every option of a run takes effect."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from parablock import __version__
+from parablock.config import load_config
+from parablock.model.save import model_sha256
+from tiny_runs import (
+    NUM_CLIENTS,
+    NUM_LAYERS,
+    Workshop,
+    command,
+    command_apart,
+    half_written,
+    make_workshop,
+    metrics_of,
+    sum_row,
+    summary_of,
+    write_rows,
+)
+
+SUMMARY_KEYS = {
+    *("method", "delay", "num_rounds", "num_clients", "num_blocks", "seed", "clock", "initial_eval_loss"),
+    *("final_eval_loss", "wall_time_s", "elapsed_s", "compute_s", "communication_s", "sequential_s"),
+    *("overlap_fraction", "uplink_bytes", "downlink_bytes", "bytes_per_client_round", "peak_memory_bytes"),
+    *("model_sha256", "status"),
+}
+METRICS_KEYS = {
+    *("round_index", "block_index", "train_loss", "eval_loss", "compute_s", "communication_s", "round_s"),
+    *("uplink_bytes", "downlink_bytes", "staleness", "participants"),
+}
+MANIFEST_KEYS = {"parablock", "commit", "python", "packages", "machine", "seed", "data_sha256", "base_sha256"}
+BLOCK_PARAMETERS = 9280
+COMMANDS = ("run", "resume", "blocks", "eval", "demo", "doctor")
+
+Runs = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def runs(workshop: Workshop) -> Runs:
+    """Give the run directory for these overrides, running at the first time."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run_dir(*overrides: str) -> Path:
+        if overrides not in made:
+            path = workshop.path / "runs" / str(len(made))
+            outcome = workshop.run(path, *overrides)
+            assert outcome.code == 0, outcome.stderr
+            assert half_written(path) == []
+            made[overrides] = path
+        return made[overrides]
+
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Runs) -> Path:
+    return runs()
+
+
+def sha(run_dir: Path) -> str:
+    value = summary_of(run_dir)["model_sha256"]
+    assert isinstance(value, str)
+    return value
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["train_loss"] for row in metrics_of(run_dir)]
+
+
+# -- what a run leaves ----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_all_files_and_nothing_half_made(finished: Path):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"config.yaml", "manifest.json", "metrics.jsonl", "trace.json", "summary.json"}
+    assert {path.name for path in finished.iterdir() if path.is_dir()} == {"model", "checkpoints"}
+    assert not [name for name in names if name.startswith(".")]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["round-000002", "round-000004"]
+
+
+def test_the_summary_has_every_key_and_they_agree_with_the_rows(finished: Path, workshop: Workshop):
+    summary, rows = summary_of(finished), metrics_of(finished)
+    assert set(summary) >= SUMMARY_KEYS
+    assert summary["status"] == "completed"
+    assert (summary["method"], summary["delay"], summary["seed"]) == ("parablock", 1, 0)
+    assert (summary["num_rounds"], summary["num_clients"], summary["num_blocks"]) == (6, NUM_CLIENTS, NUM_LAYERS)
+    assert summary["clock"] == "virtual"
+    for key in ("compute_s", "communication_s", "sequential_s"):
+        assert summary[key] == pytest.approx(sum(row[key] for row in rows))
+    for key in ("uplink_bytes", "downlink_bytes"):
+        assert summary[key] == sum(row[key] for row in rows)
+    visits = sum(len(row["participants"]) for row in rows)
+    total = summary["uplink_bytes"] + summary["downlink_bytes"]
+    assert summary["bytes_per_client_round"] == pytest.approx(total / visits, abs=1)
+    assert summary["final_eval_loss"] == rows[-1]["eval_loss"] < summary["initial_eval_loss"]
+    assert 0 < summary["overlap_fraction"] <= 1
+    assert summary["peak_memory_bytes"] > 0
+    # K steps of 50 ms in each of 6 rounds; the exchange of all but the last rounds hides under them
+    assert summary["compute_s"] == pytest.approx(6 * 2 * 0.05)
+    assert summary["compute_s"] < summary["wall_time_s"] < summary["sequential_s"]
+    assert summary["elapsed_s"] > 0
+
+
+def test_the_metrics_have_every_key_and_every_round_once(finished: Path):
+    rows = metrics_of(finished)
+    assert [row["round_index"] for row in rows] == list(range(6))
+    for row in rows:
+        assert set(row) >= METRICS_KEYS
+        assert math.isfinite(row["train_loss"])
+        assert row["participants"] == list(range(NUM_CLIENTS))
+        # an update is the block's fp32 delta, and little else
+        assert 0 < row["uplink_bytes"] - NUM_CLIENTS * 4 * BLOCK_PARAMETERS < NUM_CLIENTS * 2000
+    assert {row["block_index"] for row in rows} == set(range(NUM_LAYERS))
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1, 1, 1]
+    assert [row["eval_loss"] is not None for row in rows] == [False, False, True, False, False, True]
+    assert losses_fall(rows)
+
+
+def losses_fall(rows: list[dict[str, Any]]) -> bool:
+    return bool(rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.05)
+
+
+def test_the_written_configuration_is_the_resolved_one(finished: Path, workshop: Workshop):
+    written = load_config(finished / "config.yaml")
+    assert written == load_config(workshop.config)
+    assert set(yaml.safe_load((finished / "config.yaml").read_text())) > set(
+        yaml.safe_load(workshop.config.read_text())
+    )
+
+
+def test_what_the_machine_decides_is_written_down(runs: Runs):
+    written = load_config(runs("engine.num_threads=null") / "config.yaml")
+    assert isinstance(written.engine.num_threads, int)
+
+
+def test_the_manifest_says_what_ran_on_what(finished: Path):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert set(manifest) >= MANIFEST_KEYS
+    assert manifest["parablock"] == __version__
+    assert manifest["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert len(manifest["data_sha256"]["train"]) == len(set(manifest["data_sha256"]["train"])) == NUM_CLIENTS
+
+
+def test_the_model_loads_and_is_the_one_of_the_summary(finished: Path, workshop: Workshop):
+    summary = summary_of(finished)
+    assert model_sha256(finished / "model") == summary["model_sha256"] != model_sha256(workshop.model)
+    tensors = load_file(finished / "model/model.safetensors")
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{tensors[name].dtype}\0{tuple(tensors[name].shape)}\0".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    assert digest.hexdigest() == summary["model_sha256"]
+    model, base = (AutoModelForCausalLM.from_pretrained(path) for path in (finished / "model", workshop.model))
+    changed = {name for name, value in model.named_parameters() if not value.equal(base.get_parameter(name))}
+    layers = {name for name, _ in model.named_parameters() if name.startswith("model.layers.")}
+    assert changed == layers  # embeddings, final norm and head stay as they are
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    prompt = tokenizer("2 plus 2?", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+def test_the_trace_is_made_of_chrome_events(finished: Path):
+    trace = json.loads((finished / "trace.json").read_text())
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    names = {(event["pid"], event["tid"]): event for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert len(events) + len([event for event in trace["traceEvents"] if event["ph"] == "M"]) == len(
+        trace["traceEvents"]
+    )
+    processes = {e["pid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
+    assert processes == {0: "server", **{i + 1: f"client {i}" for i in range(NUM_CLIENTS)}}
+    for event in events:
+        assert event["ts"] >= 0
+        assert event["dur"] >= 0
+        assert (event["pid"], event["tid"]) in names
+    for client in range(1, NUM_CLIENTS + 1):
+        own = [event for event in events if event["pid"] == client]
+        assert sum(event["name"] == "computing" for event in own) == 6
+        assert {event["name"] for event in own} >= {"computing", "uploading", "downloading"}
+        computing = {event["tid"] for event in own if event["name"] == "computing"}
+        moving = {event["tid"] for event in own if event["name"] != "computing"}
+        assert len(computing) == 1
+        assert not computing & moving  # a row of its own
+        for tid in {event["tid"] for event in own if event["name"] != "downloading"}:
+            assert not overlapping(
+                [event for event in own if event["tid"] == tid and event["name"] != "downloading"]
+            )
+
+
+def overlapping(events: list[dict[str, Any]]) -> bool:
+    ordered = sorted(events, key=lambda event: event["ts"])
+    return any(first["ts"] + first["dur"] > second["ts"] + 0.01 for first, second in itertools.pairwise(ordered))
+
+
+def test_a_run_tells_what_it_does(workshop: Workshop, tmp_path: Path):
+    outcome = workshop.run(tmp_path / "out")
+    assert outcome.stderr == ""
+    for said in ("46,752 parameters", "4 blocks", "client  0", "base model: eval loss", "round 6/6", "done"):
+        assert said in outcome.stdout
+    summary = summary_of(tmp_path / "out")
+    assert f"{summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}" in outcome.stdout
+    assert f"model: {tmp_path / 'out/model'}" in outcome.stdout
+
+
+def test_rows_that_train_nothing_are_reported_with_their_line(workshop: Workshop, tmp_path: Path):
+    rows = [sum_row(1, k) for k in range(4)]
+    silent = write_rows(tmp_path / "silent.jsonl", [*rows, {"prompt": "7 plus 1?", "completion": ""}, *rows])
+    alone = ("federation.num_clients=1", f"data.train={silent}")
+    outcome = workshop.run(tmp_path / "out", *alone)
+    assert outcome.code == 0
+    assert f"not trained on: {silent}, line 5: the completion is empty" in outcome.stdout
+    assert "8 examples" in outcome.stdout
+
+
+# -- the same, and not the same -------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(runs: Runs, workshop: Workshop, tmp_path: Path):
+    assert workshop.run(tmp_path / "again").code == 0
+    assert sha(tmp_path / "again") == sha(runs()) != sha(runs("seed=1"))
+    assert losses(tmp_path / "again") == losses(runs()) != losses(runs("seed=1"))
+
+
+@pytest.mark.parametrize("num_clients", [1, NUM_CLIENTS])
+def test_a_delay_changes_the_model_exactly_where_there_is_more_than_one_client(
+    num_clients: int, runs: Runs, workshop: Workshop
+):
+    files = ", ".join(str(workshop.client_file(i)) for i in range(num_clients))
+    common = (f"federation.num_clients={num_clients}", f"data.train=[{files}]", "blocks.schedule=cyclic")
+    without, with_delay, longer = (runs(*common, f"federation.delay={delay}") for delay in (0, 1, 2))
+    assert summary_of(without)["method"] == "fl_bcd"
+    assert summary_of(with_delay)["method"] == "parablock"
+    shas = {sha(without), sha(with_delay), sha(longer)}
+    assert len(shas) == (1 if num_clients == 1 else 3)
+    if num_clients == 1:  # but not with naive staleness
+        assert sha(runs(*common, "federation.in_flight=none")) not in shas
+
+
+def test_both_clocks_give_the_same_numbers(runs: Runs):
+    real = runs("engine={clock: real, num_threads: 1}", "link={}")
+    assert summary_of(real)["clock"] == "real"
+    assert sha(real) == sha(runs())
+    keys = ("round_index", "block_index", "train_loss", "eval_loss", "rho", "participants", "staleness")
+    for ours, theirs in zip(metrics_of(real), metrics_of(runs()), strict=True):
+        assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
+    assert summary_of(real)["wall_time_s"] != summary_of(runs())["wall_time_s"]
+
+
+INDIFFERENT = {
+    "link.upload_mbps=1": lambda rows, before: sum_of(rows, "communication_s") > sum_of(before, "communication_s"),
+    "link.download_mbps=1": lambda rows, before: (
+        sum_of(rows, "communication_s") > sum_of(before, "communication_s")
+    ),
+    "link.latency_s=0.2": lambda rows, before: sum_of(rows, "communication_s") > sum_of(before, "communication_s"),
+    "engine.step_time_s=0.5": lambda rows, before: sum_of(rows, "compute_s") == pytest.approx(6 * 2 * 0.5),
+    "engine.step_time_s=null": lambda rows, before: sum_of(rows, "compute_s") != sum_of(before, "compute_s"),
+    "evaluation.every_rounds=2": lambda rows, _: [r["eval_loss"] is not None for r in rows] == [False, True] * 3,
+    "evaluation.every_rounds=0": lambda rows, _: [r["eval_loss"] is not None for r in rows] == [*[False] * 5, True],
+    "federation.stall_timeout_s=60": lambda rows, before: True,
+    "train.gradient_checkpointing=true": lambda rows, before: True,
+    "evaluation.per_device_eval_batch_size=1": lambda rows, before: True,
+}
+
+
+@pytest.mark.parametrize("override", INDIFFERENT)
+def test_what_concerns_time_and_records_changes_them_and_not_the_model(override: str, runs: Runs):
+    assert sha(runs(override)) == sha(runs())
+    assert losses(runs(override)) == losses(runs())
+    assert INDIFFERENT[override](metrics_of(runs(override)), metrics_of(runs()))
+
+
+def sum_of(rows: list[dict[str, Any]], key: str) -> float:
+    return math.fsum(row[key] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"), [(1, 2, ["round-000004"]), (9, 3, ["round-000003"]), (2, 0, [])]
+)
+def test_checkpoints_are_written_as_asked_and_change_nothing(keep: int, every: int, kept: list[str], runs: Runs):
+    run_dir = runs(f"checkpoint.keep={keep}", f"checkpoint.every_rounds={every}")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == kept
+    assert sha(run_dir) == sha(runs())
+
+
+# -- every option takes effect --------------------------------------------------------------------------------
+
+TAKES_EFFECT = [
+    ["model.dtype=bfloat16"],
+    ["model.init=random"],
+    ["data.max_length=32"],
+    ["data.test=[]"],
+    ["data.partition.scheme=iid"],
+    ["blocks.layers_per_block=2"],
+    ["blocks.include_embeddings=true"],
+    ["blocks.include_head=true"],
+    ["blocks.schedule=cyclic"],
+    ["blocks.schedule=reversed"],
+    ["blocks.schedule=random", "blocks.allow_unvisited=true"],
+    ["blocks.schedule=importance", "blocks.allow_unvisited=true"],
+    ["federation.num_rounds=5"],
+    ["federation.participation=0.5"],
+    ["federation.delay=0"],
+    ["federation.delay=2"],
+    ["federation.in_flight=own"],
+    ["federation.in_flight=none"],
+    ["federation.server_optimizer.name=momentum"],
+    ["federation.server_optimizer={name: momentum, momentum: 0.5}"],
+    ["federation.server_optimizer={name: momentum, learning_rate: 0.5}"],
+    ["federation.server_optimizer={name: adam, learning_rate: 0.01}"],
+    ["train.num_local_steps=3"],
+    ["train.num_local_steps=auto"],
+    ["train.num_local_steps=auto", "train.max_local_steps=2"],
+    ["train.num_local_steps=auto", "train.min_local_steps=5"],
+    ["federation={method: fedavg, delay: 0, num_clients: 4, num_rounds: 6}"],
+    ["train.per_device_train_batch_size=2"],
+    ["train.gradient_accumulation_steps=2"],
+    ["train.learning_rate=0.005"],
+    ["train.weight_decay=0.1"],
+    ["train.max_grad_norm=0.01", "train.adam_epsilon=0.1"],
+    ["train.adam_beta1=0.5"],
+    ["train.adam_beta2=0.9"],
+    ["train.adam_epsilon=0.1"],
+    ["train.optimizer_state=keep"],
+    ["train.lr_scheduler_type=cosine"],
+    ["train.lr_scheduler_type=linear"],
+    ["train.warmup_ratio=0.5"],
+    ["train.completion_only_loss=false"],
+    ["wire.format=bfloat16"],
+    ["wire.format=bfloat16", "wire.error_feedback=true"],
+    ["wire.format=int8"],
+    ["wire.format=int8", "wire.rounding=nearest"],
+    ["wire.format=int4"],
+    ["wire.format=int2"],
+    ["seed=1"],
+]
+
+
+@pytest.mark.parametrize("overrides", TAKES_EFFECT, ids=lambda overrides: " ".join(overrides))
+def test_every_option_of_training_takes_effect(overrides: list[str], runs: Runs):
+    run_dir = runs(*overrides)
+    assert summary_of(run_dir)["status"] == "completed"
+    others = [runs(*other) for other in ([], *TAKES_EFFECT) if other != overrides and set(other) <= set(overrides)]
+    for other in others:
+        assert sha(run_dir) != sha(other)
+
+
+def test_accumulated_micro_batches_are_one_large_batch(runs: Runs):
+    def batches(size: int, steps: int) -> Path:
+        return runs(
+            f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={steps}", "link={}"
+        )
+
+    assert losses(batches(2, 2)) == pytest.approx(losses(batches(4, 1)), rel=1e-4)
+    assert losses(batches(2, 1)) != pytest.approx(losses(batches(4, 1)), rel=1e-4)
+
+
+def test_a_bfloat16_wire_halves_the_bytes_of_a_float32_model_both_ways(runs: Runs):
+    whole, half = summary_of(runs()), summary_of(runs("wire.format=bfloat16"))
+    uplink = 6 * NUM_CLIENTS * BLOCK_PARAMETERS * 2  # two of the four bytes of each of the parameters
+    assert whole["uplink_bytes"] - half["uplink_bytes"] == pytest.approx(uplink, rel=0.01)
+    assert half["uplink_bytes"] / whole["uplink_bytes"] == pytest.approx(0.5, abs=0.01)
+    assert half["downlink_bytes"] < 0.8 * whole["downlink_bytes"]
+
+
+def test_a_bfloat16_model_trains_and_stays_one(runs: Runs):
+    run_dir = runs("model.dtype=bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    assert losses_fall(metrics_of(run_dir))
+
+
+def test_half_of_the_clients_take_part_in_turns(runs: Runs):
+    rows = metrics_of(runs("federation.participation=0.5"))
+    cohorts = [tuple(row["participants"]) for row in rows]
+    assert {len(cohort) for cohort in cohorts} == {NUM_CLIENTS // 2}
+    assert len(set(cohorts)) > 1
+    assert {client for cohort in cohorts for client in cohort} == set(range(NUM_CLIENTS))
+    half, whole = summary_of(runs("federation.participation=0.5")), summary_of(runs())
+    assert half["uplink_bytes"] / whole["uplink_bytes"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("blocks.layers_per_block=2", ["layers.0-1", "layers.2-3"]),
+        ("blocks.layers_per_block=3", ["layers.0-2", "layers.3"]),
+        ("blocks.include_embeddings=true", ["embeddings", *(f"layers.{i}" for i in range(4))]),
+        ("blocks.include_head=true", [*(f"layers.{i}" for i in range(4)), "head"]),
+    ],
+)
+def test_the_blocks_are_as_asked(override: str, names: list[str], runs: Runs):
+    run_dir = runs(override)
+    assert summary_of(run_dir)["num_blocks"] == len(names)
+    blocks = json.loads((run_dir / "manifest.json").read_text())["blocks"]
+    assert [block["name"] for block in blocks] == names
+    assert {row["block_index"] for row in metrics_of(run_dir)} == set(range(len(names)))
+
+
+def test_the_schedule_is_as_asked(runs: Runs):
+    def order(schedule: str) -> list[int]:
+        return [row["block_index"] for row in metrics_of(runs(f"blocks.schedule={schedule}"))]
+
+    assert order("cyclic") == [0, 1, 2, 3, 0, 1]
+    assert order("reversed") == [3, 2, 1, 0, 3, 2]
+    assert sorted(order("shuffled")[:4]) == [0, 1, 2, 3] != order("shuffled")[:4]
+
+
+def test_an_overlapped_run_is_faster_by_what_it_hides(runs: Runs):
+    # 2 steps of 50 ms; a block of 37 kB at 20 Mbit/s takes 15 ms up, 15 ms down, and 10 ms of latency each way
+    serial, overlapped = summary_of(runs("federation.delay=0")), summary_of(runs())
+    assert serial["overlap_fraction"] < 0.1 < 0.6 < overlapped["overlap_fraction"]
+    assert serial["wall_time_s"] == pytest.approx(serial["sequential_s"], rel=0.1)
+    assert overlapped["wall_time_s"] < 0.85 * serial["wall_time_s"]
+
+
+def test_a_random_model_needs_no_weights(runs: Runs, workshop: Workshop, tmp_path: Path):
+    shutil.copytree(workshop.model, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    bare = runs(f"model.name_or_path={tmp_path}", "model.init=random")
+    assert sha(bare) == sha(runs("model.init=random"))
+
+
+def test_without_test_files_a_part_of_each_client_is_held_out(runs: Runs):
+    tenth, half = runs("data.test=[]"), runs("data.test=[]", "data.test_fraction=0.5")
+    hashes = [json.loads((path / "manifest.json").read_text())["data_sha256"]["test"] for path in (tenth, half)]
+    assert hashes[0] != hashes[1]
+    assert sha(tenth) != sha(half)
+
+
+def test_at_most_so_many_examples_are_scored(runs: Runs):
+    few, all_of_them = runs("evaluation.max_examples=2"), runs()
+    assert sha(few) == sha(all_of_them)
+    assert summary_of(few)["initial_eval_loss"] != summary_of(all_of_them)["initial_eval_loss"]
+
+
+# -- the other commands ---------------------------------------------------------------------------------------
+
+
+def test_blocks_shows_the_partition(workshop: Workshop):
+    outcome = command("blocks", str(workshop.model))
+    assert outcome.code == 0
+    for layer in range(NUM_LAYERS):
+        assert re.search(rf"{layer}\W+layers\.{layer}\W+9,280\W+37,120\W+18,560\W", outcome.stdout)
+    assert "37,120 of 46,752 parameters are in blocks; the other 9,632 stay as they are." in outcome.stdout
+    larger = command("blocks", str(workshop.model), "--layers-per-block", "2", "--include-head")
+    assert "layers.2-3" in larger.stdout
+    assert "head" in larger.stdout
+    assert "46,752 of 46,752 parameters" in larger.stdout
+
+
+@pytest.fixture(scope="module")
+def choices_file(workshop: Workshop) -> Path:
+    rows = [{**sum_row(k, k), "choices": [f"#### {2 * k}", f"#### {2 * k + 1}"]} for k in range(4)]
+    return write_rows(workshop.path / "choices.jsonl", rows)
+
+
+def scores(stdout: str) -> dict[str, tuple[float, int]]:
+    """Read label → (score, examples) off the table."""
+    found = re.findall(r"(base|tuned|model)\W+(\d+\.\d+)\W+(\d+)\W", stdout)
+    return {label: (float(value), int(count)) for label, value, count in found}
+
+
+def test_eval_scores_the_base_and_the_tuned_model_side_by_side(finished: Path, workshop: Workshop):
+    outcome = command("eval", str(finished), "--data", str(workshop.test_file))
+    summary = summary_of(finished)
+    assert outcome.code == 0
+    assert scores(outcome.stdout) == {
+        "base": (pytest.approx(summary["initial_eval_loss"], abs=1e-4), 6),
+        "tuned": (pytest.approx(summary["final_eval_loss"], abs=1e-4), 6),
+    }
+
+
+def test_eval_scores_a_model_alone(finished: Path, workshop: Workshop):
+    outcome = command("eval", str(finished / "model"), "--data", str(workshop.test_file), "--max-examples", "3")
+    assert list(scores(outcome.stdout)) == ["model"]
+    assert scores(outcome.stdout)["model"][1] == 3
+
+
+def test_eval_generates_answers(finished: Path, workshop: Workshop):
+    arguments = ("eval", str(finished), "--data", str(workshop.test_file), "--task", "exact_match")
+    outcome = command(*arguments, "--max-new-tokens", "4")
+    assert outcome.code == 0
+    assert set(scores(outcome.stdout)) == {"base", "tuned"}
+    assert outcome.stdout.count("where '#### 0' is right") == 2
+    silent = command(*arguments, "--max-new-tokens", "4", "--samples", "0")
+    assert "is right" not in silent.stdout
+
+
+def test_eval_chooses_between_choices(finished: Path, choices_file: Path):
+    outcome = command("eval", str(finished), "--data", str(choices_file), "--task", "multiple_choice")
+    assert outcome.code == 0
+    for value, count in scores(outcome.stdout).values():
+        assert count == 4
+        assert value in (0, 0.25, 0.5, 0.75, 1)
+    assert set(scores(outcome.stdout)) == {"base", "tuned"}
+
+
+def test_doctor_looks_at_this_machine():
+    outcome = command("doctor")
+    assert outcome.code == int("problem" in outcome.stdout)
+    for said in ("python", torch.__version__.partition("+")[0], "memory", "disk", "compute probe", "link probe"):
+        assert said in outcome.stdout
+
+
+def test_the_version_is_the_packages():
+    assert command("--version").stdout == f"parablock {__version__}\n"
+
+
+def test_without_a_command_the_help_is_shown():
+    outcome = command()
+    assert outcome.code == 2
+    assert outcome.stderr.strip() == command("--help").stdout.strip()
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", outcome.stderr, flags=re.MULTILINE)
+
+
+def test_every_command_has_help_with_an_example_of_itself():
+    names = re.findall(r"^  (\w+)  ", command("--help").stdout.partition("Commands:")[2], flags=re.MULTILINE)
+    assert set(names) >= set(COMMANDS)
+    for name in names:
+        outcome = command(name, "--help")
+        assert outcome.code == 0
+        assert f"Example: parablock {name}" in " ".join(outcome.stdout.split())
+
+
+def test_a_run_as_a_process_of_its_own_is_the_same(runs: Runs, workshop: Workshop, tmp_path: Path):
+    outcome = command_apart(*workshop.arguments(tmp_path / "out"))
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert sha(tmp_path / "out") == sha(runs())

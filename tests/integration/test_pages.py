@@ -1,0 +1,66 @@
+"""What the pages tell a reader to type works, as it stands there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pages import ROOT, Step, perform, steps
+
+
+def page(name: str) -> list[Step]:
+    return list(steps((ROOT / "docs" / name).read_text()))
+
+
+def summary_of(run_dir: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads((run_dir / "summary.json").read_text())
+    return content
+
+
+@pytest.mark.slow
+def test_the_quickstart_and_the_python_page_do_what_they_say(tmp_path: Path) -> None:
+    printed = "".join(perform(step, tmp_path) for step in page("quickstart.md"))
+    assert "layers.7" in printed
+    first = summary_of(tmp_path / "runs/first")
+    assert first["final_eval_loss"] < first["initial_eval_loss"] / 2
+    overlapped, serial = json.loads((tmp_path / "runs/compared/compare.json").read_text())
+    assert overlapped["wall_time_s"] < serial["wall_time_s"]
+    assert overlapped["overlap_fraction"] > serial["overlap_fraction"] == 0
+    assert (tmp_path / "runs/compared/report.html").exists()
+    for step in page("api.md"):  # it says that `made/` is the quickstart's
+        perform(step, tmp_path)
+    assert summary_of(tmp_path / "runs/from-python")["rounds_done"] == 8
+
+
+@pytest.mark.slow
+def test_the_snippets_of_the_extension_page_give_what_their_comments_say(tmp_path: Path) -> None:
+    schedule, rows = (perform(step, tmp_path) for step in page("extending.md") if step.language == "python")
+    assert schedule == "[2.0, 2.0, 2.0]\n"
+    assert json.loads(rows)["messages"][1] == {"role": "assistant", "content": "Lima"}
+
+
+def test_the_pages_have_something_to_do() -> None:
+    kinds = [step.language for step in page("quickstart.md")]
+    assert kinds == ["python", "yaml", "bash", "bash", "python"]
+    assert [step.language for step in page("api.md")] == ["python", "python"]
+
+
+def test_a_step_that_fails_is_noticed(tmp_path: Path) -> None:
+    for step in (Step("bash", "true\nfalse\n"), Step("python", "raise SystemExit(3)"), Step("python", "1 +")):
+        with pytest.raises(AssertionError):
+            perform(step, tmp_path)
+    with pytest.raises(AssertionError, match="UserWarning"):
+        perform(Step("python", "import warnings; warnings.warn('careful')"), tmp_path)
+
+
+def test_steps_are_read_in_order_with_the_names_of_their_files(tmp_path: Path) -> None:
+    text = (
+        "`a.yaml` and `b.yaml`:\n```yaml\nx: 1\n```\nThen\n```bash\ncat b.yaml\n```\n"
+        "<!-- not run: why -->\n```bash\nfalse\n```\n```text\nno\n```\n```python\nprint(2)\n```\n"
+    )
+    found = list(steps(text))
+    assert [(step.language, step.file_name) for step in found] == [("yaml", "b.yaml"), ("bash", ""), ("python", "")]
+    assert [perform(step, tmp_path) for step in found] == ["", "x: 1\n", "2\n"]
+    assert perform(Step("bash", "echo a\necho b\n"), tmp_path, lambda line: None if "b" in line else line) == "a\n"

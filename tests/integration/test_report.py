@@ -1,0 +1,251 @@
+"""A report in a real browser: headless Chromium draws it, and is hovered, zoomed and clicked as by a hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from made_runs import make_run
+from parablock.report.write import write_report
+
+TIMEOUT_S = 60
+MOST_BYTES = 5_000_000
+
+Browser = webdriver.Chrome
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        reason = "Chromium is missing: apt-get install chromium chromium-driver"
+        if os.environ.get("CI"):
+            pytest.fail(f"{reason}; CI must not skip the tests in a browser")
+        pytest.skip(reason)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("chromium")
+    for argument in (
+        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
+        *("--window-size=1280,1000", f"--user-data-dir={profile}"),
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driven = webdriver.Chrome(options=options, service=Service(driver))
+    driven.set_script_timeout(TIMEOUT_S)
+    yield driven
+    driven.quit()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "large", num_rounds=100, num_clients=20, num_blocks=12)
+    make_run(folder / "overlapped")
+    make_run(folder / "serial", delay=0)
+    return folder
+
+
+@pytest.fixture
+def shown(browser: Browser) -> Callable[..., Browser]:
+    """Open a report and wait until all is drawn."""
+
+    def show(*directories: Path, scheme: str = "light") -> Browser:
+        browser.get("about:blank")
+        browser.get_log("browser"), browser.get_log("performance")
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.get(write_report(directories).as_uri())
+        wait_for(browser, "return document.documentElement.dataset.drawn === 'yes'")
+        return browser
+
+    return show
+
+
+def wait_for(browser: Browser, script: str, *arguments: Any) -> Any:
+    return WebDriverWait(browser, TIMEOUT_S, poll_frequency=0.05).until(
+        lambda driven: driven.execute_script(script, *arguments)
+    )
+
+
+def figure(browser: Browser, name: str) -> WebElement:
+    box = browser.find_element(By.ID, name)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    return box
+
+
+def axis_range(browser: Browser, name: str) -> list[float]:
+    script = "return document.querySelector(`#${arguments[0]} .js-plotly-plot`).layout.xaxis.range"
+    return [float(end) for end in browser.execute_script(script, name)]
+
+
+def num_bars(browser: Browser) -> int:
+    return len(browser.find_elements(By.CSS_SELECTOR, "#gantt .bars .point"))
+
+
+def choose(browser: Browser, name: str, choice: str) -> None:
+    box = figure(browser, name)
+    button = next(b for b in box.find_elements(By.CSS_SELECTOR, ".switch button") if b.text == choice)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+
+
+def drag_across(browser: Browser, name: str) -> None:
+    plot = figure(browser, name).find_element(By.CSS_SELECTOR, ".nsewdrag")
+    wide = plot.rect["width"]
+    actions = ActionChains(browser, duration=50).move_to_element_with_offset(plot, round(-0.25 * wide), 0)
+    actions.click_and_hold().move_by_offset(round(0.2 * wide), 0).move_by_offset(round(0.2 * wide), 0)
+    actions.release().perform()
+
+
+def requests(browser: Browser) -> list[str]:
+    """List what the page asked for, itself and what it holds inside left out."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("file:", "data:", "blob:", "about:"))]
+
+
+# -- a run of 100 rounds and 20 clients -----------------------------------------------------------------------
+
+
+def test_a_long_run_of_many_clients_is_drawn_without_errors_or_requests_and_is_small(shown, runs: Path):
+    browser = shown(runs / "large")
+    assert (runs / "large" / "report.html").stat().st_size < MOST_BYTES
+    for name in ("loss", "gantt", "blocks", "clients"):
+        size = figure(browser, name).find_element(By.CSS_SELECTOR, ".nsewdrag").size
+        assert size["width"] > 300 and size["height"] > 100, name
+    assert num_bars(browser) > 20 * 8
+    assert requests(browser) == []
+    assert browser.get_log("browser") == []
+
+
+def test_a_request_and_an_error_would_have_been_seen(browser: Browser, tmp_path: Path):
+    (tmp_path / "page.html").write_text("<script src='http://127.0.0.1:9/x.js'></script><script>gone()</script>")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert requests(browser) == ["http://127.0.0.1:9/x.js"]
+    assert any("gone is not defined" in entry["message"] for entry in browser.get_log("browser"))
+
+
+def test_all_rounds_are_a_click_away_and_only_bars_near_the_view_are_drawn(shown, runs: Path):
+    browser = shown(runs / "large")
+    before, first = num_bars(browser), axis_range(browser, "gantt")
+    choose(browser, "gantt", "all rounds")
+    wait_for(browser, "return document.querySelectorAll('#gantt .bars .point').length > arguments[0]", 4 * before)
+    assert axis_range(browser, "gantt")[1] > 8 * first[1]
+    assert num_bars(browser) >= 20 * 100 * 3  # computing, sending and receiving, and what was cut
+    choose(browser, "gantt", "first rounds")
+    wait_for(browser, "return document.querySelectorAll('#gantt .bars .point').length === arguments[0]", before)
+    assert axis_range(browser, "gantt") == first
+
+
+# -- by hand --------------------------------------------------------------------------------------------------
+
+
+def test_hovering_a_bar_of_the_timeline_says_what_it_is(shown, runs: Path):
+    browser = shown(runs / "overlapped")
+    assert browser.find_elements(By.CSS_SELECTOR, "#gantt .hovertext") == []
+    figure(browser, "gantt")
+    bar = browser.find_elements(By.CSS_SELECTOR, "#gantt .bars .point")[1]
+    ActionChains(browser).move_to_element(bar).perform()
+    label = wait_for(browser, "return document.querySelector('#gantt .hovertext')?.textContent")
+    assert label.startswith("client 1 computing, round 1, block 0")
+    assert label.endswith("s, computing")
+
+
+def test_hovering_the_loss_shows_both_losses_of_that_round(shown, runs: Path):
+    browser = shown(runs / "overlapped")
+    plot = figure(browser, "loss").find_element(By.CSS_SELECTOR, ".nsewdrag")
+    ActionChains(browser).move_to_element(plot).perform()
+    label = wait_for(browser, "return document.querySelector('#loss .hoverlayer')?.textContent")
+    assert "train loss" in label
+
+
+@pytest.mark.parametrize("name", ["gantt", "loss", "blocks"])
+def test_dragging_zooms_in_and_a_double_click_goes_back(shown, runs: Path, name: str):
+    browser = shown(runs / "overlapped")
+    before = axis_range(browser, name)
+    drag_across(browser, name)
+    zoomed = (
+        "return document.querySelector(`#${arguments[0]} .js-plotly-plot`).layout.xaxis.range[0] > arguments[1]"
+    )
+    wait_for(browser, zoomed, name, before[0])
+    after = axis_range(browser, name)
+    assert before[0] < after[0] < after[1] < before[1]
+    plot = figure(browser, name).find_element(By.CSS_SELECTOR, ".nsewdrag")
+    ActionChains(browser).double_click(plot).perform()
+    wait_for(browser, f"return !({zoomed.removeprefix('return ')})", name, before[0])
+    assert axis_range(browser, name) == pytest.approx(before)
+    assert browser.get_log("browser") == []
+
+
+def test_the_loss_can_be_seen_over_seconds_and_bytes(shown, runs: Path):
+    browser = shown(runs / "overlapped")
+    title = "return document.querySelector('#loss .xtitle').textContent === arguments[0]"
+    assert axis_range(browser, "loss")[1] < 15
+    choose(browser, "loss", "seconds")
+    wait_for(browser, title, "seconds")
+    assert 24 < axis_range(browser, "loss")[1] < 30  # 12 rounds of 2 s
+    choose(browser, "loss", "bytes")
+    wait_for(browser, title, "bytes, up and down, all clients")
+    assert 1e8 < axis_range(browser, "loss")[1] < 1.2e8
+    choose(browser, "loss", "rounds")
+    wait_for(browser, title, "round")
+    assert axis_range(browser, "loss")[1] < 15
+
+
+def test_compared_runs_have_a_curve_each_that_a_click_in_the_legend_hides(shown, runs: Path):
+    browser = shown(runs / "overlapped", runs / "serial")
+    curves = "return document.querySelectorAll('#compared .scatterlayer .trace').length"
+    assert browser.execute_script(curves) == 2
+    entries = figure(browser, "compared").find_elements(By.CSS_SELECTOR, ".legend .traces")
+    (serial,) = (entry for entry in entries if entry.text == "serial")
+    ActionChains(browser).move_to_element(serial).click().perform()
+    wait_for(browser, f"{curves} === 1")
+    assert browser.get_log("browser") == []
+
+
+# -- looks ----------------------------------------------------------------------------------------------------
+
+
+def test_dark_and_light_follow_the_system_without_a_reload(shown, runs: Path):
+    browser = shown(runs / "overlapped", scheme="dark")
+    color = "return getComputedStyle(document.querySelector('#gantt .bars .point path')).fill"
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    dark, dark_ground = browser.execute_script(color), browser.execute_script(ground)
+    media = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    wait_for(browser, f"return (() => {{ {color} }})() !== arguments[0]", dark)
+    assert browser.execute_script(ground) != dark_ground
+
+
+def test_nothing_offers_to_send_a_figure_away(shown, runs: Path):
+    browser = shown(runs / "overlapped")
+    titles = "return [...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)"
+    offered = set(browser.execute_script(titles))
+    assert "Download plot as a PNG" in offered
+    assert not [title for title in offered if any(word in title for word in ("Share", "Cloud", "Plotly"))]
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(shown, runs: Path):
+    browser = shown(runs / "overlapped")
+    try:
+        browser.set_window_size(500, 900)
+        browser.get(browser.current_url)
+        wait_for(browser, "return document.documentElement.dataset.drawn === 'yes'")
+        widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        scroll_width, width = browser.execute_script(widths)
+        assert scroll_width <= width
+    finally:
+        browser.set_window_size(1280, 1000)

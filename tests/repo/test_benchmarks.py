@@ -1,0 +1,94 @@
+"""The benchmarks start, explain themselves, and with their smallest sizes leave a record of what they found."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Run a benchmark in this process; give its record."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def start(name: str, *arguments: str) -> dict[str, Any]:
+        output = tmp_path / f"{name}.json"
+        places = ["--output", str(output), "--work-dir", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, *places])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        return json.loads(output.read_text())
+
+    return start
+
+
+def test_there_are_benchmarks() -> None:
+    assert {"step", "overlap", "clients", "quality", "kill_resume"} <= set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_gives_an_example(name: str, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark(name, "--help")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "--output" in said and f"example: python benchmarks/{name}.py" in " ".join(said.split())
+
+
+def test_an_unknown_option_is_refused(benchmark: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark("overlap", "--no-such-option")
+    assert ended.value.code == 2
+
+
+def test_a_bar_says_whether_it_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from _record import Bar
+
+    assert str(Bar("ratio", 0.55, 0.6)) == "ratio: 0.55 (≤ 0.6: met)"
+    assert str(Bar("ratio", 0.65, 0.6)) == "ratio: 0.65 (≤ 0.6: MISSED)"
+    assert str(Bar("overlap", 0.95, 0.9, at_most=False)) == "overlap: 0.95 (≥ 0.9: met)"
+    assert str(Bar("overlap", 0.85, 0.9, at_most=False)) == "overlap: 0.85 (≥ 0.9: MISSED)"
+
+
+def test_overlap_measures_two_delays_over_one_link_and_says_where(
+    benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = benchmark("overlap", "--smoke")
+    assert {"command", "commit", "machine", "versions", "config", "bars"} <= set(record)
+    assert {"torch", "transformers"} <= set(record["versions"])
+    (repeat,) = record["results"]
+    serial, overlapped = repeat["delay_0"], repeat["delay_1"]
+    assert (serial["delay"], overlapped["delay"]) == (0, 1)
+    assert serial["overlap_fraction"] == 0.0 < overlapped["overlap_fraction"]
+    assert serial["model_sha256"] == repeat["calibration"]["model_sha256"] != overlapped["model_sha256"]
+    said = capsys.readouterr().out
+    assert "wall time of delay 1 / delay 0" in said and ("met" in said or "MISSED" in said)
+
+
+def test_many_simulated_clients_take_the_time_of_few_and_two_threads_each(benchmark: Any) -> None:
+    few, many, *_ = benchmark("clients", "--smoke")["results"]
+    assert (few["num_clients"], many["num_clients"]) == (2, 5)
+    assert many["wall_time_s"] == pytest.approx(few["wall_time_s"], rel=1e-2)
+    assert many["uplink_bytes"] == pytest.approx(few["uplink_bytes"] * 5 / 2, rel=1e-2)
+    assert (few["peak_python_threads"], many["peak_python_threads"]) == (1 + 2 * 2, 1 + 2 * 5)
+
+
+def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp_path: Path) -> None:
+    def summaries() -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/summary.json")}
+
+    first = benchmark("quality", "--smoke", "--only", "gsm8k")["results"]
+    kept = summaries()
+    assert len(kept) == 2
+    assert benchmark("quality", "--smoke", "--only", "gsm8k")["results"] == first
+    assert summaries() == kept
+    assert benchmark("quality", "--smoke", "--only", "gsm8k", "--seeds", "1")["results"] != first
+    assert len(summaries()) == 4 and summaries().items() >= kept.items()
