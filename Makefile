@@ -52,6 +52,7 @@ check: $(STAMP)  ## formatter, linter, types, direction of the imports
 	$(BIN)/mypy
 	$(BIN)/mypy --allow-subclassing-any examples/*.py
 	$(BIN)/lint-imports
+	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile  # there is none for some machines
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest

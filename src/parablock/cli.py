@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from parablock import __version__
 from parablock.errors import ParaBlockError
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False)  # a path may hold brackets
 
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]
 INTERRUPTED = 130
@@ -97,9 +98,8 @@ def blocks(
     from parablock.wire.quantize import FORMATS, payload_bytes
 
     loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
-    table = Table("block", "layers", "parameters", *FORMATS, caption="the last columns: bytes, by wire.format")
-    for column in table.columns:
-        column.overflow = "fold"  # a number that is cut is worse than one on two lines
+    table = _table("block", "layers", "parameters", *FORMATS)
+    table.caption = "the last columns: bytes, by wire.format"
     partition = partition_blocks(
         loaded.model,
         layers_per_block=layers_per_block,
@@ -171,7 +171,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             tell=status.update,
         )
-    table = Table("", task, "examples", "model")
+    table = _table("", task, "examples", "model")
     for score in scores:
         table.add_row(score.label, f"{score.value:.4f}", str(score.count), score.name_or_path)
     console.print(table)
@@ -250,10 +250,11 @@ def doctor() -> None:
 
     with console.status("looking at this machine"):
         findings = examine()
-    marks = {"ok": "ok", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
-    table = Table("", "what", "found", "what to do")
+    styles = {"ok": "", "warning": "yellow", "problem": "red"}
+    table = _table("", "what", "found", "what to do")
     for finding in findings:
-        table.add_row(marks[finding.status], finding.name, finding.value, finding.remedy)
+        status_text = Text(finding.status, style=styles[finding.status])
+        table.add_row(status_text, finding.name, finding.value, finding.remedy)
     console.print(table)
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)
@@ -283,6 +284,14 @@ def _watched() -> Iterator[tuple[Any, Any]]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _table(*headings: str) -> Table:
+    """Make a table in which a long number or path goes on in the next line, instead of being cut."""
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def _conclude(summary: dict[str, Any], directory: Path) -> None:

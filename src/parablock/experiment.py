@@ -25,7 +25,7 @@ from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.engine.trainer import LocalTrainer
-from parablock.errors import CheckpointError, StorageError
+from parablock.errors import CheckpointError, InputError, StorageError
 from parablock.evaluation.loss import evaluate_loss
 from parablock.job import Job, prepare
 from parablock.model.load import LoadedModel
@@ -126,6 +126,7 @@ class _Run:
         self.initial_eval_loss = float("nan")
         self.last_commit_s = 0.0
         self.trackers = Trackers(())
+        self.unsaved: StorageError | None = None
 
     def execute(self, state: RunState | None) -> Summary:
         """Run to the end, or to where it is stopped."""
@@ -166,11 +167,14 @@ class _Run:
                 in_flight=config.federation.in_flight,
                 resumed=state,
             )
-            return self._finish(result, trace, clock)
+            summary = self._finish(result, trace, clock)
         except Exception:
-            with suppress(StorageError):  # the reason why it failed may be that nothing can be written
+            with suppress(InputError):  # the reason why it failed may be that nothing can be written
                 self._conclude(trace, clock, status="failed")
+                write_report([self.directory.path])
             raise
+        write_report([self.directory.path])
+        return summary
 
     def evaluate(self, params: Sequence[Tensor]) -> float:
         """Score a model on the test examples."""
@@ -250,9 +254,15 @@ class _Run:
             "last_commit_s": self.last_commit_s,
         }
         state = replace(state, progress=progress)
-        save_checkpoint(self.directory.checkpoints, state, keep=self.config.checkpoint.keep)
+        try:
+            save_checkpoint(self.directory.checkpoints, state, keep=self.config.checkpoint.keep)
+        except StorageError as error:
+            self.unsaved = error
+            raise
 
     def _finish(self, result: EngineResult, trace: Trace, clock: Clock) -> Summary:
+        if self.unsaved is not None:  # where the run is stopping, no message is left that could carry it
+            raise self.unsaved
         if not result.finished:
             return self._conclude(trace, clock, status="interrupted")
         wall_time_s = clock.now()
@@ -295,7 +305,6 @@ class _Run:
         }
         self.directory.write_trace(trace.spans)
         self.directory.write_summary(summary)
-        write_report([self.directory.path])
         return summary
 
     def _elapsed_s(self) -> float:

@@ -6,6 +6,7 @@ says what to do; there is no traceback, and nothing half-written is left.
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import shutil
@@ -18,9 +19,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
+from parablock.config import load_config
+from parablock.errors import StorageError
+from parablock.experiment import run
+from parablock.report.progress import make_progress
 from parablock.settings import NOT_BUILT
 from tiny_runs import (
     NUM_LAYERS,
@@ -519,6 +525,34 @@ def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_
     assert "resuming at round 2" in resumed.stdout
     assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop, keep)["model_sha256"]
     assert [row["round_index"] for row in metrics_of(run_dir)] == list(range(6))
+
+
+def test_a_run_that_cannot_be_saved_when_it_is_stopped_says_so(workshop: Workshop, tmp_path: Path):
+    run_dir = tmp_path / "out"
+    rounds: list[int] = []
+
+    def asked_to_stop() -> bool:
+        rounds.append(len(rounds))
+        return len(rounds) >= 3
+
+    config = load_config(workshop.config, ["checkpoint.every_rounds=0"])
+    with (
+        make_progress(console=Console(file=io.StringIO())) as progress,
+        longest_file(100_000),
+        pytest.raises(StorageError, match="round-000003 cannot be written"),
+    ):
+        run(config, run_dir, progress=progress, asked_to_stop=asked_to_stop)
+    assert summary_of(run_dir)["status"] == "failed"
+    assert half_written(run_dir) == []
+
+
+def test_a_run_whose_report_cannot_be_written_is_complete_all_the_same(workshop: Workshop, tmp_path: Path):
+    run_dir = tmp_path / "out"
+    with longest_file(400_000):
+        assert_refused(workshop.run(run_dir), "report.html cannot be written", "--output-dir")
+    assert summary_of(run_dir) == {**summary_of(run_dir), "status": "completed"}
+    assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop)["model_sha256"]
+    assert half_written(run_dir) == []
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 1000])

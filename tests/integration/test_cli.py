@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import __version__
-from parablock.config import load_config
+from parablock.config import known_keys, load_config
 from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,
@@ -227,6 +227,16 @@ def test_a_run_tells_what_it_does(workshop: Workshop, tmp_path: Path):
     assert f"model: {tmp_path / 'out/model'}" in outcome.stdout
 
 
+def test_names_with_brackets_are_said_in_full(workshop: Workshop, tmp_path: Path):
+    run_dir = tmp_path / "a[red]b"
+    outcome = workshop.run(run_dir)
+    assert f"model: {run_dir}/model" in outcome.stdout
+    scored = command("eval", str(run_dir), "--data", str(workshop.test_file)).stdout
+    assert str(run_dir / "model") in "".join(
+        line.split("│")[4].strip() for line in scored.splitlines() if "│" in line
+    )
+
+
 def test_rows_that_train_nothing_are_reported_with_their_line(workshop: Workshop, tmp_path: Path):
     rows = [sum_row(1, k) for k in range(4)]
     silent = write_rows(tmp_path / "silent.jsonl", [*rows, {"prompt": "7 plus 1?", "completion": ""}, *rows])
@@ -334,8 +344,6 @@ TAKES_EFFECT = [
     ["federation.server_optimizer={name: adam, learning_rate: 0.01}"],
     ["train.num_local_steps=3"],
     ["train.num_local_steps=auto"],
-    ["train.num_local_steps=auto", "train.max_local_steps=2"],
-    ["train.num_local_steps=auto", "train.min_local_steps=5"],
     ["federation={method: fedavg, delay: 0, num_clients: 4, num_rounds: 6}"],
     ["train.per_device_train_batch_size=2"],
     ["train.gradient_accumulation_steps=2"],
@@ -367,6 +375,57 @@ def test_every_option_of_training_takes_effect(overrides: list[str], runs: Runs)
     others = [runs(*other) for other in ([], *TAKES_EFFECT) if other != overrides and set(other) <= set(overrides)]
     for other in others:
         assert sha(run_dir) != sha(other)
+
+
+ELSEWHERE_IN_THIS_FILE = {
+    *("model.name_or_path", "data.train", "data.test_fraction", "federation.num_clients", "engine.clock"),
+    *("train.min_local_steps", "train.max_local_steps", "evaluation.max_examples", "engine.num_threads"),
+    *("checkpoint.every_rounds", "checkpoint.keep", "wire.streaming", "wire.chunk_bytes", "blocks.allow_unvisited"),
+}
+IN_OTHER_TESTS = {
+    "model.device",
+    "data.format",
+    "data.partition.field",
+    "data.partition.alpha",
+    "blocks.layers_path",
+}
+ONE_VALUE_SO_FAR = {"blocks.split", "federation.min_updates", "federation.aggregation", "engine.name", "faults"}
+
+
+def keys_of(override: str) -> set[str]:
+    key, _, value = override.partition("=")
+    below = yaml.safe_load(value)
+    return {f"{key}.{name}" for name in below} if isinstance(below, dict) else {key}
+
+
+def test_no_option_is_without_a_run_that_shows_its_effect():
+    overrides = [*INDIFFERENT, *itertools.chain.from_iterable(TAKES_EFFECT)]
+    shown = set().union(*(keys_of(override) for override in overrides)) | ELSEWHERE_IN_THIS_FILE | IN_OTHER_TESTS
+    keys = list(known_keys())
+    options = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+    unbuilt = ONE_VALUE_SO_FAR | {key for key in options if key.startswith("privacy.")}
+    assert options - shown - unbuilt == {"report_to"}  # tests/unit/test_trackers.py
+    assert shown | unbuilt <= options
+
+
+def test_chunks_change_the_time_and_not_the_model(runs: Runs):
+    slow = "link={upload_mbps: 1, download_mbps: 1}"
+    whole, chunks = runs("wire.streaming=false", slow), runs("wire.chunk_bytes=4096", slow)
+    assert sha(whole) == sha(chunks) == sha(runs())
+    assert summary_of(chunks)["wall_time_s"] < 0.9 * summary_of(whole)["wall_time_s"]
+
+
+def test_auto_fills_the_wait_for_the_link_with_steps_within_its_bounds(runs: Runs):
+    def steps(*overrides: str, mbps: float = 1) -> list[int]:
+        run_dir = runs(
+            "train.num_local_steps=auto", f"link={{upload_mbps: {mbps}, download_mbps: {mbps}}}", *overrides
+        )
+        return [row["num_local_steps"] for row in metrics_of(run_dir)]
+
+    # a step takes 50 ms; a block of 37 kB takes 300 ms up and 300 ms down
+    assert 6 <= max(steps()) <= 14
+    assert max(steps("train.max_local_steps=2")) == 2
+    assert min(steps("train.min_local_steps=5")) >= 5 > min(steps(mbps=100))
 
 
 def test_accumulated_micro_batches_are_one_large_batch(runs: Runs):

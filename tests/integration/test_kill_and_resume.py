@@ -158,7 +158,7 @@ def test_a_run_killed_at_any_moment_from_its_first_to_its_last_ends_as_if_never_
     kills = 0
     while True:
         with process:
-            kills += kill_at(process, run_dir, rows=0, later_s=moments.uniform(0, 0.15 + 0.1 * kills))
+            kills += kill_at(process, run_dir, rows=0, later_s=moments.uniform(0, 0.15 + 0.3 * kills))
         if (run_dir / "summary.json").exists():
             break
         process = go_on(run_dir)

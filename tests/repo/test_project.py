@@ -23,7 +23,7 @@ from parablock.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = set(RunConfig.model_fields)
-BUILT = {"build", "dist", "runs", "__pycache__"}
+BUILT = {"build", "_build", "dist", "runs", "__pycache__"}
 HIDDEN_BUT_OURS = {".ci", ".github", ".gitignore", ".pre-commit-config.yaml"}
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:work|root|home/\w+|tmp/\w+_jobs)\b")
 

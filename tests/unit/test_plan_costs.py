@@ -11,10 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parablock.config import RunConfig, parse_config
+from parablock.config import RunConfig, load_config, parse_config
 from parablock.data.batches import Batch
 from parablock.model.blocks import Block, partition_blocks, whole_model
 from parablock.model.loss import summed_loss
+from parablock.model.outline import outline_model
 from parablock.model.params import Replica
 from parablock.plan.flops import FlopModel, Tokens
 from parablock.plan.forecast import make_plan
@@ -308,8 +309,6 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bytes_and_times_are_those_of_the_run(name: str, workshop: Workshop, tmp_path: Path) -> None:
-    from parablock.config import load_config
-
     config = load_config(workshop.config, SETTINGS[name])
     outcome = workshop.run(tmp_path / "run", *SETTINGS[name])
     assert outcome.code == 0, outcome.stderr
@@ -331,15 +330,11 @@ def test_bytes_and_times_are_those_of_the_run(name: str, workshop: Workshop, tmp
 
 
 def test_another_delay_is_another_time(workshop: Workshop) -> None:
-    from parablock.config import load_config
-
     hours = {d: make_plan(load_config(workshop.config, [f"federation.delay={d}"])).hours for d in (0, 1)}
     assert hours[1] < 0.9 * hours[0]
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_no_memory(workshop: Workshop) -> None:
-    from parablock.model.outline import outline_model
-
     outline = outline_model(str(workshop.model), dtype="bfloat16")
     assert all(parameter.is_meta for parameter in outline.parameters())
     assert outline.dtype == torch.bfloat16

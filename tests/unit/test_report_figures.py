@@ -44,10 +44,10 @@ def test_losses_stand_over_rounds_seconds_and_bytes_spent_so_far(tmp_path: Path)
 def test_several_runs_have_a_colour_each_and_their_train_losses_wait_in_the_legend(tmp_path: Path):
     runs = read_runs([make_run(tmp_path / name, delay=delay) for name, delay in (("a", 0), ("b<i>", 1))])
     traces = by_name(loss_figure(runs))
-    assert list(traces) == ["a, train loss", "a", "b&lt;i&gt;, train loss", "b&lt;i&gt;"]
+    assert list(traces) == ["a", "b&lt;i&gt;", "a, train loss", "b&lt;i&gt;, train loss"]
     assert traces["a"]["line"]["color"] == traces["a, train loss"]["line"]["color"] == "var(--run-0)"
     assert traces["b&lt;i&gt;"]["line"]["color"] == "var(--run-1)"
-    assert [trace["visible"] for trace in traces.values()] == ["legendonly", True, "legendonly", True]
+    assert [trace["visible"] for trace in traces.values()] == [True, True, "legendonly", "legendonly"]
 
 
 def test_a_loss_that_is_not_finite_is_left_out(tmp_path: Path):
@@ -77,6 +77,19 @@ def test_the_hidden_part_of_a_transfer_has_another_colour_than_the_rest():
     assert len({bar["marker"]["color"] for bar in bars.values()}) == 3
     assert bars["hidden"]["customdata"] == ["client 0 uploading, round 1, 1.5 MB"]
     assert bars["computing"]["customdata"] == ["client 0 computing, round 1, block 5"]
+
+
+def test_chunks_that_follow_each_other_at_once_are_one_bar():
+    def chunk(start_s: float, round_index: int = 0, activity: str = "uploading") -> Span:
+        facts = {"round_index": round_index, "payload_bytes": 1_000_000}
+        return Span(0, "communication", activity, start_s, 1.0, facts)
+
+    streamed = [chunk(1.0), chunk(3.0001), chunk(2.0), chunk(2.0, activity="downloading")]
+    bars = by_name(gantt_figure(streamed))["not hidden"]
+    assert sorted(zip(bars["base"], bars["x"], strict=True)) == [(1, 3.0001), (2, 1)]
+    assert {text.split(", ")[-1] for text in bars["customdata"]} == {"3.0 MB", "1.0 MB"}
+    apart = [chunk(1.0), chunk(2.5), chunk(3.5, round_index=1)]
+    assert len(by_name(gantt_figure(apart))["not hidden"]["x"]) == 3
 
 
 def test_computing_sending_and_receiving_have_rows_of_their_own_beside_their_client(tmp_path: Path):
@@ -152,8 +165,15 @@ def test_one_label_for_each_client_is_said_and_not_coloured(tmp_path: Path):
     run = with_clients(a_run(tmp_path), {"a.jsonl": 3}, {"b.jsonl": 4})
     figure = clients_figure(run)
     (bars,) = figure["data"]
-    assert (bars["y"], bars["customdata"]) == ([3, 4], ["(a.jsonl)", "(b.jsonl)"])
+    assert (bars["y"], bars["customdata"]) == ([3, 4], ["a.jsonl", "b.jsonl"])
+    assert figure["layout"]["xaxis"]["ticktext"] == ["0<br>a.jsonl", "1<br>b.jsonl"]
     assert figure["layout"]["showlegend"] is False
+
+
+def test_many_clients_are_numbered_where_there_is_room(tmp_path: Path):
+    run = with_clients(a_run(tmp_path), *({f"{i}.jsonl": 3} for i in range(60)))
+    axis = clients_figure(run)["layout"]["xaxis"]
+    assert axis["tickvals"] == list(range(0, 60, 3)) and axis["ticktext"][1] == "3"
 
 
 def test_of_many_labels_the_rare_ones_are_one_colour(tmp_path: Path):

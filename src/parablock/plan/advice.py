@@ -79,12 +79,13 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
     return last
 
 
-def verdict(config: RunConfig, timing: Timing, advice: Advice, *, num_local_steps: int) -> str:
+def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *, num_local_steps: int) -> str:
     """Say in one sentence whether overlap hides the communication, and what to change.
 
     Args:
         config: The run.
         timing: Its times.
+        serial: Its times with delay 0.
         advice: What is recommended for it.
         num_local_steps: K, as configured or as the run chooses it.
     """
@@ -103,7 +104,7 @@ def verdict(config: RunConfig, timing: Timing, advice: Advice, *, num_local_step
         changes = [f"federation.{overlap}", *changes]
         return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."
     if timing.cover_s <= timing.compute_s:
-        after, before = format_duration(timing.round_s), format_duration(timing.sequential_s)
+        after, before = format_duration(timing.round_s), format_duration(serial.round_s)
         better = f"; to train every block set {', '.join(changes)}" if changes else ""
         return f"Overlap hides the communication: {facts}, so a round takes {after} instead of {before}{better}."
     if advice.hides:

@@ -8,6 +8,7 @@ from typing import Any
 
 from parablock.config import RunConfig
 from parablock.errors import ConfigError
+from parablock.model.blocks import Block
 from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
 from parablock.plan.memory import memory_per_client
 from parablock.plan.scenario import Scenario
@@ -38,6 +39,7 @@ class Plan:
         sequential_s: Of a round with computation and communication one after the other.
         exchange_s: From the end of a computation to its aggregate's arrival; hidden where it is no longer than
             `compute_s`.
+        serial_s: Of a round with delay 0, where chunks may still go up and down at the same time.
         hours: The whole run; evaluation is not counted.
         memory_bytes: Of one client, for block training, LoRA and full fine-tuning.
         never_visited: Blocks that these rounds would not train.
@@ -59,6 +61,7 @@ class Plan:
     round_s: float
     sequential_s: float
     exchange_s: float
+    serial_s: float
     hours: float
     memory_bytes: dict[str, int]
     never_visited: list[int]
@@ -92,26 +95,17 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
 def _plan(scenario: Scenario) -> Plan:
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format
-    itinerary = scenario.walk(blocks, delay)
-    timing = scenario.time(blocks, itinerary, wire_format=wire_format, link=scenario.link, delay=delay)
-    traffic = {
-        name: total_bytes(itinerary, scenario.sizes(blocks, name))
-        for name in dict.fromkeys((*WIRE_FORMATS, wire_format))
-    }
+    itinerary = scenario.walk(len(blocks), delay)
+    formats = dict.fromkeys((*WIRE_FORMATS, wire_format))
+    traffic = {name: total_bytes(itinerary, scenario.sizes(blocks, name)) for name in formats}
+    timing, serial = (
+        scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)
+    )
     memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
     advice = _advise(scenario)
     return Plan(
         num_blocks=len(blocks),
-        blocks=[
-            {
-                "index": block.index,
-                "name": block.name,
-                "layers": list(block.layers),
-                "parameters": block.num_parameters,
-                "bytes": payload_bytes(block.num_parameters, wire_format),
-            }
-            for block in blocks
-        ],
+        blocks=[_describe(block, wire_format) for block in blocks],
         bytes_per_client_round={name: each.bytes_per_client_round for name, each in traffic.items()},
         total_bytes=traffic[wire_format].uplink_bytes + traffic[wire_format].downlink_bytes,
         compute_s=timing.compute_s,
@@ -119,6 +113,7 @@ def _plan(scenario: Scenario) -> Plan:
         round_s=timing.round_s,
         sequential_s=timing.sequential_s,
         exchange_s=timing.exchange_s,
+        serial_s=serial.round_s,
         hours=timing.wall_s / 3600,
         memory_bytes={name: each.total for name, each in memory.items()},
         never_visited=list(scenario.never_visited(blocks)),
@@ -135,8 +130,18 @@ def _plan(scenario: Scenario) -> Plan:
         memory_parts={name: dict(vars(each)) for name, each in memory.items()},
         compute_source=scenario.compute.source,
         assumptions=[f"computation is {scenario.compute.assumption}", *ASSUMPTIONS],
-        verdict=verdict(config, timing, advice, num_local_steps=scenario.num_local_steps),
+        verdict=verdict(config, timing, serial, advice, num_local_steps=scenario.num_local_steps),
     )
+
+
+def _describe(block: Block, wire_format: str) -> dict[str, Any]:
+    return {
+        "index": block.index,
+        "name": block.name,
+        "layers": list(block.layers),
+        "parameters": block.num_parameters,
+        "bytes": payload_bytes(block.num_parameters, wire_format),
+    }
 
 
 def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
@@ -146,13 +151,12 @@ def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
     if (own.upload_mbps, own.download_mbps) not in [(None, None), *speeds]:
         speeds.insert(0, (own.upload_mbps, own.download_mbps))
     overlapping = 0 if scenario.sends_everything else max(1, scenario.config.federation.delay)
-    itineraries = [(delay, scenario.walk(blocks, delay)) for delay in (0, overlapping)]
     rows: list[dict[str, float | None]] = []
     for upload_mbps, download_mbps in speeds:
         link = Link(upload_mbps, download_mbps, own.latency_s)
         serial, overlapped = (
-            scenario.time(blocks, itinerary, wire_format=scenario.config.wire.format, link=link, delay=delay)
-            for delay, itinerary in itineraries
+            scenario.time(blocks, wire_format=scenario.config.wire.format, link=link, delay=delay)
+            for delay in (0, overlapping)
         )
         rows.append(
             {
@@ -186,10 +190,8 @@ def _cases(scenario: Scenario) -> Iterator[Case]:
         blocks = scenario.partition(size)
         if size != start and scenario.never_visited(blocks):
             return
-        itinerary = scenario.walk(blocks, delay)
         timings = {
-            name: scenario.time(blocks, itinerary, wire_format=name, link=scenario.link, delay=delay)
-            for name in formats
+            name: scenario.time(blocks, wire_format=name, link=scenario.link, delay=delay) for name in formats
         }
         step_s = timings[WIRE_FORMATS[0]].compute_s / scenario.num_local_steps
         yield Case(size, step_s, {name: timing.cover_s for name, timing in timings.items()})

@@ -35,7 +35,7 @@ class Itinerary:
     marks: frozenset[int]
 
 
-def walk(config: RunConfig, num_blocks: int, *, delay: int) -> Itinerary:
+def walk(config: RunConfig, num_blocks: int, delay: int) -> Itinerary:
     """Follow the server through all rounds.
 
     The schedule `importance` depends on what a run measures; it is followed as if all blocks were equal.

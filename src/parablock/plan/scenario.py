@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from statistics import fmean
 
 from parablock.algorithm.schedule import blocks_never_visited
@@ -11,7 +12,7 @@ from parablock.model.blocks import Block, partition_blocks, whole_model
 from parablock.model.outline import outline_model
 from parablock.plan.compute import Compute, assumed_compute, stated_compute
 from parablock.plan.flops import FlopModel
-from parablock.plan.itinerary import Itinerary, walk
+from parablock.plan.itinerary import walk
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes
@@ -34,6 +35,7 @@ class Scenario:
         compute: Seconds of a round's computation.
         link: As configured.
         num_local_steps: K; where it is left to the run, what the run chooses for a block of ordinary size.
+        walk: Of (number of blocks, delay): its rounds.
     """
 
     def __init__(self, config: RunConfig, *, probe: bool) -> None:
@@ -54,6 +56,7 @@ class Scenario:
         self.compute = self._compute(probe=probe)
         self.link = Link(**config.link.model_dump())
         self.num_local_steps = self._num_local_steps()
+        self.walk = cache(partial(walk, config))
 
     def partition(self, layers_per_block: int) -> tuple[Block, ...]:
         """Cut the model as the block methods do."""
@@ -76,10 +79,6 @@ class Scenario:
             seed=self.config.seed,
         )
 
-    def walk(self, blocks: tuple[Block, ...], delay: int) -> Itinerary:
-        """Follow the rounds."""
-        return walk(self.config, len(blocks), delay=delay)
-
     def sizes(self, blocks: tuple[Block, ...], wire_format: str) -> Sizes:
         """Measure the messages."""
         wire = self.config.wire
@@ -90,10 +89,9 @@ class Scenario:
             chunk_bytes=wire.chunk_bytes if wire.streaming else None,
         )
 
-    def time(
-        self, blocks: tuple[Block, ...], itinerary: Itinerary, *, wire_format: str, link: Link, delay: int
-    ) -> Timing:
+    def time(self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int) -> Timing:
         """Put the rounds on the clock."""
+        itinerary = self.walk(len(blocks), delay)
 
         def compute_s(b: int, round_index: int, client_id: int) -> float:
             return self.compute.round_s(blocks[b], round_index, client_id, self.num_local_steps)

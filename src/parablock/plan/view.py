@@ -28,7 +28,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
         f"{format_bytes(plan.total_bytes)} over all links. A round computes for {format_duration(plan.compute_s)}, "
         f"communicates for {format_duration(plan.communication_s)} and takes {format_duration(plan.round_s)} "
-        f"({format_duration(plan.sequential_s)} one after the other)."
+        f"({format_duration(plan.serial_s)} without overlap)."
     )
     yield plan.verdict
     advised = plan.recommended

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 from parablock.report.reading import RunRecord
@@ -19,6 +19,7 @@ Figure = dict[str, Any]
 """`data` and `layout` as Plotly has them; `axes` where the x axis can be switched."""
 
 MAX_LABELS = 7
+MAX_NAMED_CLIENTS = 6
 NUM_RUN_COLORS = 8
 
 
@@ -30,12 +31,12 @@ def loss_figure(runs: Sequence[RunRecord]) -> Figure:
     """
     traces: list[Figure] = []
     axes: dict[str, list[list[float]]] = {"rounds": [], "seconds": [], "bytes": []}
-    for number, run in enumerate(runs):
-        for key in ("train_loss", "eval_loss"):
-            points = [point for point in _loss_points(run, key) if point["loss"] is not None]
-            traces.append(_loss_trace(run, key, points, number, alone=len(runs) == 1))
-            for axis, columns in axes.items():
-                columns.append([point[axis] for point in points])
+    keys = ("train_loss", "eval_loss") if len(runs) == 1 else ("eval_loss", "train_loss")
+    for key, (number, run) in product(keys, enumerate(runs)):
+        points = [point for point in _loss_points(run, key) if point["loss"] is not None]
+        traces.append(_loss_trace(run, key, points, number, alone=len(runs) == 1))
+        for axis, columns in axes.items():
+            columns.append([point[axis] for point in points])
     for trace, x in zip(traces, axes["rounds"], strict=True):
         trace["x"] = x
     layout = {
@@ -85,6 +86,7 @@ def blocks_figure(run: RunRecord) -> Figure:
     num_blocks = max(run.summary["num_blocks"], *visits, 1) if visits else run.summary["num_blocks"]
     colors = [f"ramp({block / max(1, num_blocks - 1):.3f})" for block in range(num_blocks)]
     names = [f"{block} · {escape(run.block_name(block))}" for block in range(num_blocks)]
+    counts = [len(visits[block]) for block in range(num_blocks)]
     lines = [_block_trace(names[b], colors[b], visits[b]) for b in range(num_blocks)]
     bars = {
         "type": "bar",
@@ -92,7 +94,7 @@ def blocks_figure(run: RunRecord) -> Figure:
         "xaxis": "x2",
         "yaxis": "y2",
         "y": list(range(num_blocks)),
-        "x": [len(visits[block]) for block in range(num_blocks)],
+        "x": counts,
         "customdata": names,
         "marker": {"color": colors},
         "hovertemplate": "block %{customdata}<br>%{x} visits<extra></extra>",
@@ -107,10 +109,9 @@ def blocks_figure(run: RunRecord) -> Figure:
             "title": {"text": "visits"},
             "domain": [0.82, 1],
             "anchor": "y2",
-            "tickformat": "d",
-            "nticks": 5,
+            "dtick": math.ceil(max(counts, default=0) / 5) or 1,
         },
-        "yaxis2": {"anchor": "x2", "autorange": "reversed", "showgrid": False, **_ticks(names)},
+        "yaxis2": {"anchor": "x2", "autorange": "reversed", "showgrid": False, **_ticks(names, most=40)},
         "bargap": 0.25,
     }
     return {"data": [*lines, bars], "layout": layout}
@@ -146,12 +147,15 @@ def clients_figure(run: RunRecord) -> Figure:
     for number, trace in enumerate(stacks):
         trace["marker"] = {"color": "var(--quiet)" if trace["name"] == "other" else f"var(--run-{number})"}
         trace["customdata"] = [escape(_only_label(client)) for client in clients]
+    names = [str(client_id) for client_id in range(len(clients))]
+    if len(clients) <= MAX_NAMED_CLIENTS and not shown:
+        names = [f"{name}<br>{escape(_only_label(client))}" for name, client in zip(names, clients, strict=True)]
     layout = {
         "barmode": "stack",
         "bargap": 0.3,
         "hovermode": "closest",
         "showlegend": bool(shown),
-        "xaxis": {"title": {"text": "client"}, "tickformat": "d", "nticks": 25},
+        "xaxis": {"title": {"text": "client"}, "showgrid": False, "zeroline": False, **_ticks(names, most=25)},
         "yaxis": {"title": {"text": "examples"}},
     }
     return {"data": stacks, "layout": layout}
@@ -168,12 +172,12 @@ def _client_trace(label: str, counts: list[int]) -> Figure:
 
 def _only_label(client: dict[str, Any]) -> str:
     labels = list(client["labels"])
-    return f"({labels[0]})" if len(labels) == 1 else ""
+    return labels[0] if len(labels) == 1 else ""
 
 
-def _ticks(names: Sequence[str]) -> dict[str, Any]:
+def _ticks(names: Sequence[str], *, most: int) -> dict[str, Any]:
     """Name the places 0, 1, … of an axis, as many as can be read."""
-    step = math.ceil(len(names) / 40) or 1
+    step = math.ceil(len(names) / most) or 1
     return {"tickvals": list(range(0, len(names), step)), "ticktext": list(names[::step])}
 
 

