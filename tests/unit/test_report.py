@@ -215,6 +215,8 @@ def test_names_from_files_are_text_in_the_page_and_not_markup(tmp_path: Path):
     (run / "manifest.json").write_text(json.dumps(manifest))
     page = write_report([run]).read_text()
     assert "alert(1)" in page and "<script>alert" not in page
+    (figures,) = re.findall(r'id="figures">(.*?)</script>', page, flags=re.DOTALL)
+    assert "<" not in figures and "\\u003cbr>" in figures
     names = [trace.get("name", "") for trace in figures_in(page)["clients"]["data"]]
     assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in names
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from toy import ToyTrainer, initial
 
 from parablock.clock import VirtualClock
 from parablock.engine.inprocess import Hooks, run_in_process
@@ -10,6 +9,7 @@ from parablock.engine.steps import FillTheWait, FixedSteps
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
+from toy import ToyTrainer, initial
 
 MEGABYTE = 1_000_000
 
