@@ -243,7 +243,8 @@ class LiveProgress(Progress):
 
     def __rich__(self) -> Group:
         """Draw the present state; the display's own thread calls it."""
-        return Group("", self._bar, self._draw_facts(), "", self._draw_clients())
+        clients = ("", self._draw_clients()) if self._num_clients else ()
+        return Group("", self._bar, self._draw_facts(), *clients)
 
     def _draw_facts(self) -> Table:
         facts = Table.grid(padding=(0, 2))
@@ -258,8 +259,7 @@ class LiveProgress(Progress):
     def _draw_clients(self) -> Table:
         """Draw a row of lamps for each client: its two threads side by side."""
         clients = Table.grid(padding=(0, 2))
-        if self._num_clients:
-            clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS))
+        clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS))
         lit = self._lit.copy()
         for client_id in range(min(self._num_clients, MAX_CLIENT_ROWS)):
             lamps = (self._draw_lamp(lamp, lit=lit.get((client_id, lamp.activity), False)) for lamp in _LAMPS)
