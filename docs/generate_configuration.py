@@ -27,10 +27,10 @@ HEAD = """\
 
 <!-- Written by docs/generate_configuration.py. Change src/parablock/settings.py, not this page. -->
 
-A configuration is a YAML file. Only `model.name_or_path` and `data.train` have no default. An unknown key or a wrong
-value is refused, all problems at once, before anything is read or written. `--set key=value` changes a key for one
-run (`--set train.learning_rate=3e-4`); the value is read as YAML. `config.yaml` in the run directory holds every key
-with the value that the run had.
+A configuration is a YAML file. Only `model.name_or_path` and `data.train` have no default. An unknown key or a
+wrong value is refused, all problems at once, before anything is read or written. `--set key=value` changes a key
+for one run (`--set train.learning_rate=3e-4`); the value is read as YAML. `config.yaml` in the run directory holds
+every key with the value that the run had.
 
 **Built** says what works in this version. The rest is refused with an error that says so, and never ignored.
 """
@@ -129,7 +129,8 @@ def built(key: str, field: FieldInfo) -> str:
         return "yes"
     if len(refused) == len([*named, *others]) - (field.default in named):
         return f"`{field.default}` only" if field.default in named else "not yet"
-    return f"not {', '.join(f'`{json.dumps(value)}`' if isinstance(value, bool) else f'`{value}`' for value in refused)}"
+    words = [f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in refused]
+    return f"not {', '.join(words)}"
 
 
 def samples(annotation: Any, field: FieldInfo) -> list[Any]:

@@ -268,7 +268,9 @@ class _Run:
         wall_time_s = clock.now()
         last = self.rows[-1]
         last["downlink_bytes"] = result.last_traffic.downlink_bytes
+        before_s = last["communication_s"]
         last["communication_s"] = max(result.last_traffic.seconds(i) for i in last["participants"])
+        last["sequential_s"] += last["communication_s"] - before_s  # the drain follows the round
         last["eval_loss"] = self.evaluate(result.server.params)
         self._record(last)
         save_model(self.replica.model, self.job.loaded.tokenizer, self.directory.model)

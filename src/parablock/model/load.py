@@ -77,9 +77,9 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
     _one_of("dtype", dtype, tuple(DTYPES))
     _one_of("init", init, ("pretrained", "random"))
     torch_device = _device(device)
-    source = _source(name_or_path)
+    source = find_source(name_or_path)
     with quiet_transformers():
-        config = _load_config(source)
+        config = read_config(source)
         tokenizer = _load_tokenizer(source)
         if init == "random":
             model = _random_model(source, config, DTYPES[dtype], seed)
@@ -125,7 +125,8 @@ def _device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and present else "cpu")
 
 
-def _source(name_or_path: str) -> str:
+def find_source(name_or_path: str) -> str:
+    """Tell where a model is: the folder itself, or a name to ask the hub for."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return str(path)
@@ -140,7 +141,8 @@ def _source(name_or_path: str) -> str:
     )
 
 
-def _unreadable(source: str, part: str, error: Exception) -> ModelError:
+def unreadable(source: str, part: str, error: Exception) -> ModelError:
+    """Make the error for a part of a model that cannot be read."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if Path(source).is_dir():
         cause = f"A file in the folder is missing or damaged: {reason}"
@@ -151,11 +153,12 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     return ModelError(f"The {part} of {source} cannot be read", cause=cause, remedy=remedy)
 
 
-def _load_config(source: str) -> PreTrainedConfig:
+def read_config(source: str) -> PreTrainedConfig:
+    """Read the configuration of a causal language model."""
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise _unreadable(source, "configuration", error) from error
+        raise unreadable(source, "configuration", error) from error
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not causal or getattr(config, "is_decoder", True) is False:
         raise ModelError(
@@ -180,7 +183,7 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise _unreadable(source, "tokenizer", error) from error
+        raise unreadable(source, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -197,7 +200,7 @@ def _random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, see
             torch.default_generator.manual_seed(seed_for(seed, "model weights"))
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        raise _unreadable(source, "architecture", error) from error
+        raise unreadable(source, "architecture", error) from error
 
 
 def _pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -206,7 +209,7 @@ def _pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype)
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:
-        raise _unreadable(source, "weights", error) from error
+        raise unreadable(source, "weights", error) from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if missing or mismatched:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from parablock.model.load import DTYPES, _load_config, _source, _unreadable, quiet_transformers
+from parablock.model.load import DTYPES, find_source, quiet_transformers, read_config, unreadable
 
 
 def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
@@ -26,11 +26,11 @@ def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
         ModelError: For a folder or id whose configuration cannot be read, or is not that of a causal
             language model.
     """
-    source = _source(name_or_path)
+    source = find_source(name_or_path)
     with quiet_transformers():
-        config = _load_config(source)
+        config = read_config(source)
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
         except Exception as error:
-            raise _unreadable(source, "architecture", error) from error
+            raise unreadable(source, "architecture", error) from error
