@@ -74,7 +74,7 @@ bench-all: $(STAMP)  ## every benchmark at full size (an hour); each says where 
 
 docs: $(STAMP)  ## build the pages into docs/_build/html, and run the commands and scripts that stand in them
 	$(BIN)/python docs/generate_configuration.py
-	$(BIN)/sphinx-build -n -W --keep-going -q docs docs/_build/html
+	$(BIN)/sphinx-build -n -W -E --keep-going -q docs docs/_build/html
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/repo/test_project.py tests/repo/test_pages.py
 	$(BIN)/python -m pytest --quiet tests/integration/test_pages.py
 	@echo "open docs/_build/html/index.html"

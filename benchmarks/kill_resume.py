@@ -1,7 +1,8 @@
 """SIGKILL at random moments, then `parablock resume`: the model must be that of the run that nobody disturbed.
 
-The command line runs as a user would run it, in a process of its own. The moments are spread at random over
-the whole life of a run, from its first file to its end. Another seed is run too: its model must differ.
+The command line runs as a user would run it, in a process of its own. A moment is a round drawn at random and
+a random part of a round after it, so that it lies in the run's life however fast the machine is just then; a
+run that ends before its kill does not count. Another seed is run too: its model must differ.
 
     .venv/bin/python benchmarks/kill_resume.py
 """
@@ -37,10 +38,13 @@ def main() -> None:
     other = make_config(options, folder, seed=options.seed + 1)
     run_to_the_end(other, folder / "another-seed")
     console.print(f"undisturbed: {undisturbed_s:.1f} s after its first file, {expected}")
-    fractions = sorted(generator_for(options.seed, "kill").uniform(0.0, 0.95, size=options.kills).tolist())
+    draw = generator_for(options.seed, "kill")
+    rounds = sorted(draw.integers(0, options.rounds, size=options.kills).tolist())
+    parts = draw.uniform(size=options.kills).tolist()
+    round_s = undisturbed_s / options.rounds
     trials = [
-        kill_and_resume(config, folder / f"killed-{number}", fraction * undisturbed_s)
-        for number, fraction in enumerate(fractions)
+        kill_and_resume(config, folder / f"killed-{number}", after_rounds, part * round_s)
+        for number, (after_rounds, part) in enumerate(zip(rounds, parts, strict=True))
     ]
     show(console, trials, expected, sha256(folder / "another-seed"))
     results = {
@@ -49,9 +53,9 @@ def main() -> None:
         "undisturbed_s": undisturbed_s,
         "trials": trials,
     }
-    equal = sum(trial["model_sha256"] == expected for trial in trials)
+    equal = sum(trial["was_running"] and trial["model_sha256"] == expected for trial in trials)
     bars = [
-        Bar("killed runs that end with the undisturbed model", equal, len(trials), at_most=False),
+        Bar("killed runs that end with the undisturbed model", equal, options.kills, at_most=False),
         Bar("runs of another seed that do", float(results["another_seed"] == expected), 0),
     ]
     record(options, results, bars, config=config.model_dump(mode="json"), console=console)
@@ -109,23 +113,28 @@ def run_to_the_end(config: RunConfig, directory: Path) -> float:
     return time.perf_counter() - began
 
 
-def kill_and_resume(config: RunConfig, directory: Path, after_s: float) -> Found:
-    """Kill a run so many seconds after its first file, and resume it."""
+def kill_and_resume(config: RunConfig, directory: Path, after_rounds: int, after_s: float) -> Found:
+    """Kill a run so many seconds after so many of its rounds, and resume it."""
     process = start(config, directory)
+    while process.poll() is None and rounds_recorded(directory) < after_rounds:
+        time.sleep(POLL_S)
     time.sleep(after_s)
     process.kill()
     was_running = process.wait() < 0
-    rounds = (directory / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+    rounds = rounds_recorded(directory)
     checkpoints = sorted(path.name for path in (directory / "checkpoints").glob("round-*"))
     if was_running:
         finish(parablock("resume", str(directory)))
     return {
-        "killed_after_s": after_s,
         "was_running": was_running,
         "rounds_recorded": rounds,
         "resumed_from": checkpoints[-1] if checkpoints else "the start",
         "model_sha256": sha256(directory),
     }
+
+
+def rounds_recorded(directory: Path) -> int:
+    return (directory / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
 
 
 def start(config: RunConfig, directory: Path) -> subprocess.Popen[str]:
@@ -159,15 +168,9 @@ def show(console: Console, trials: list[Found], expected: str, other: str) -> No
     )
     for trial in trials:
         same = trial["model_sha256"] == expected
-        after = f"{trial['killed_after_s']:.1f} s" if trial["was_running"] else "its end"
-        made.add_row(
-            after,
-            str(trial["rounds_recorded"]),
-            trial["resumed_from"],
-            trial["model_sha256"][:16],
-            "yes" if same else "NO",
-        )
-    made.add_row("never, another seed", "", "", other[:16], "yes" if other == expected else "no")
+        after = f"{trial['rounds_recorded']} rounds" if trial["was_running"] else "its end"
+        made.add_row(after, trial["resumed_from"], trial["model_sha256"][:16], "yes" if same else "NO")
+    made.add_row("never, another seed", "", other[:16], "yes" if other == expected else "no")
     console.print(made)
 
 

@@ -21,6 +21,7 @@ from parablock.algorithm.parablock import ServerState
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
+from parablock.data.prompts import stop_token_ids
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
@@ -273,7 +274,10 @@ class _Run:
         last["sequential_s"] += last["communication_s"] - before_s  # the drain follows the round
         last["eval_loss"] = self.evaluate(result.server.params)
         self._record(last)
-        save_model(self.replica.model, self.job.loaded.tokenizer, self.directory.model)
+        model, tokenizer = self.replica.model, self.job.loaded.tokenizer
+        if model.generation_config is not None:  # plain `generate` stops where training ended a turn
+            model.generation_config.eos_token_id = list(stop_token_ids(tokenizer))
+        save_model(model, tokenizer, self.directory.model)
         return self._conclude(
             trace,
             clock,

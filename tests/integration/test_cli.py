@@ -610,3 +610,13 @@ def test_a_run_as_a_process_of_its_own_is_the_same(runs: Runs, workshop: Worksho
     outcome = command_apart(*workshop.arguments(tmp_path / "out"))
     assert (outcome.code, outcome.stderr) == (0, "")
     assert sha(tmp_path / "out") == sha(runs())
+
+
+def test_the_exported_model_stops_by_itself_where_training_ended_a_turn(workshop, tmp_path):
+    workshop.run(tmp_path / "run", "federation.num_rounds=4")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    stops = model.generation_config.eos_token_id
+    assert set(stops) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    base = AutoModelForCausalLM.from_pretrained(workshop.model)
+    assert base.generation_config.eos_token_id != stops

@@ -118,3 +118,21 @@ def test_a_server_that_fails_ends_its_clients(make):
         clock.sleep(0.01)
         raise ZeroDivisionError
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("make", CLOCKS)
+def test_a_client_that_fails_when_the_server_is_done_is_not_silent(make):
+    clock = make()
+    transport = MemoryTransport(clock, Link(), 1)
+
+    def failing_late() -> None:
+        clock.sleep(0.05)
+        raise CodecError("the last message was altered")
+
+    with (
+        pytest.raises(CodecError, match="last message"),
+        Machines(clock, [failing_late], transport.fail, stall_timeout_s=5.0),
+    ):
+        pass
+    with Machines(make(), [lambda: None], transport.fail, stall_timeout_s=5.0):
+        pass

@@ -196,8 +196,8 @@ def test_steps_that_fill_the_wait_follow_the_link(workshop: Workshop) -> None:
         link = [f"link.upload_mbps={mbps}", f"link.download_mbps={mbps}", "link.latency_s=0"]
         return plan_of(workshop, "train.num_local_steps=auto", *link).compute_s
 
-    # 9,280 parameters in fp32 are 296,960 bit: 0.297 s at 1 Mbit/s, six steps of 0.05 s
-    assert computes(1.0) == pytest.approx(6 * 0.05)
+    # 9,280 parameters in fp32 are 296,960 bit, one chunk: 0.297 s up and then down at 1 Mbit/s, 12 steps of 0.05 s
+    assert computes(1.0) == pytest.approx(12 * 0.05)
     assert computes(100.0) == pytest.approx(0.05)
 
 

@@ -164,6 +164,7 @@ class Machines:
         self._clock, self._bodies, self._on_error = clock, list(bodies), on_error
         self._stall_timeout_s = stall_timeout_s
         self._done = clock.mailbox()
+        self._first_error: BaseException | None = None
 
     def __enter__(self) -> Machines:
         for number, body in enumerate(self._bodies):
@@ -183,11 +184,14 @@ class Machines:
             return  # the user is in a hurry; the threads are daemons
         for thread in self._clock.threads:
             thread.join()
+        if error is None and self._first_error is not None:
+            raise self._first_error  # a client failed after the server was done
 
     def _run(self, body: Callable[[], None]) -> None:
         try:
             body()
         except Exception as error:
+            self._first_error = self._first_error or error
             self._on_error(error)
         finally:
             self._done.put(None)

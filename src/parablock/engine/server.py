@@ -119,9 +119,9 @@ class Server:
             seed=self._plan.seed,
             squared_delta=self.state.squared_delta,
         )
-        payload = self._plan.encoding.payload_bytes(self.state.params[block_index].numel())
+        size, encoding = self.state.params[block_index].numel(), self._plan.encoding
         num_local_steps = self._plan.local_steps.of_round(
-            self.step_s, payload, streamed=self._plan.encoding.streams
+            self.step_s, encoding.payload_bytes(size), streamed=len(encoding.cut(size)) > 1
         )
         self.state = schedule_round(self.state, block_index, num_local_steps)
         steps_before = sum(self.state.local_steps[:t])

@@ -17,7 +17,7 @@ from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes
 from parablock.wire.link import Link
-from parablock.wire.quantize import payload_bytes
+from parablock.wire.quantize import Encoding
 
 
 class Scenario:
@@ -115,4 +115,6 @@ class Scenario:
         }
         elements = round(fmean(block.num_parameters for block in self.blocks))
         fill = FillTheWait(self.link, train.min_local_steps, train.max_local_steps)
-        return fill.of_round(step_s, payload_bytes(elements, wire.format), streamed=wire.streaming)
+        encoding = Encoding(wire.format, chunk_bytes=wire.chunk_bytes if wire.streaming else None)
+        streamed = len(encoding.cut(elements)) > 1
+        return fill.of_round(step_s, encoding.payload_bytes(elements), streamed=streamed)

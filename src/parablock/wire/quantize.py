@@ -102,11 +102,6 @@ class Encoding:
             return None
         return generator_for(self.seed, "rounding", round_index, client_id)
 
-    @property
-    def streams(self) -> bool:
-        """Whether vectors travel in chunks."""
-        return self.chunk_bytes is not None
-
     def payload_bytes(self, num_elements: int) -> int:
         """Tell how many bytes a vector takes."""
         return payload_bytes(num_elements, self.format)
