@@ -163,9 +163,7 @@ def sha256(directory: Path) -> str:
 
 
 def show(console: Console, trials: list[Found], expected: str, other: str) -> None:
-    made = table(
-        "SIGKILL and resume", "killed after", "rounds recorded", "resumed from", "model_sha256", "the same"
-    )
+    made = table("SIGKILL and resume", "killed after", "resumed from", "model_sha256", "the same")
     for trial in trials:
         same = trial["model_sha256"] == expected
         after = f"{trial['rounds_recorded']} rounds" if trial["was_running"] else "its end"
