@@ -1,10 +1,12 @@
 """How much of the communication ParaBlock hides, on the real clock, with threads that really run at once.
 
-Each repeat has three runs. The first, without a link, tells how long a round computes; the link is then set
-so that an exchange (an update up, an aggregate down) takes nearly as long; then FL-BCD (delay 0) and
-ParaBlock (delay 1) run over it, one right after the other, so that a slow minute of the machine hits all.
-Both clients draw from one pool and all examples are cut to one length: only the machine makes rounds uneven,
-and how uneven it made them stands beside the result. Every client computes with one torch thread.
+A run without a link tells how long a round computes, on average; the link is then set so that an exchange (an
+update up, an aggregate down) takes `--loads` of that. FL-BCD (delay 0) and ParaBlock (delay 1) run over it, one
+right after the other, so that a slow minute of the machine hits both; all of it is repeated, medians count.
+
+Both clients draw from one pool and all examples are cut to one length. Rounds are uneven all the same, because
+backpropagation stops at the active block: the first block computes longest and the last one shortest. A load
+near 1 is more than the short rounds can hide. The exchange of the last round has nothing to hide under.
 
     .venv/bin/python benchmarks/overlap.py
 """
@@ -48,18 +50,17 @@ def main() -> None:
         if options.smoke
         else t0("ag_news", "rotten_tomatoes")
     )
-    repeats = []
+    found = []
     for repeat in range(options.repeats):
-        repeats.append(compare(material, options, folder / f"repeat-{repeat}"))
-        done = repeats[-1]
+        found += compare(material, options, folder / f"repeat-{repeat}")
+        link = found[-1]["link"]
         console.print(
-            f"repeat {repeat}: a round computes {done['link']['compute_s']:.2f} s and moves "
-            f"{done['link']['bytes']:,} bytes at {done['link']['upload_mbps']:.1f} Mbit/s up, "
-            f"{done['link']['download_mbps']:.1f} down",
+            f"repeat {repeat}: a round computes {link['compute_s']:.2f} s and moves {link['bytes']:,} bytes; load "
+            f"{found[-1]['load']:g} is {link['upload_mbps']:.1f} Mbit/s up, {link['download_mbps']:.1f} down"
         )
-    show(console, repeats)
-    config = make_config(material, options, 1, repeats[-1]["link"]).model_dump(mode="json")
-    record(options, repeats, bars(repeats), config=config, console=console)
+    show(console, found)
+    config = make_config(material, options, 1, link).model_dump(mode="json")
+    record(options, found, bars(found, options), config=config, console=console)
 
 
 def parse_options() -> argparse.Namespace:
@@ -67,23 +68,32 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=16, help="rounds of a run")
     parser.add_argument("--steps", type=int, default=2, help="local steps of a round, K")
     parser.add_argument("--repeats", type=int, default=3, help="calibrations, each with a run of either delay")
-    parser.add_argument("--load", type=float, default=0.95, help="time of an exchange / computation of a round")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=[0.85, 0.95], help="time of an exchange / computation of a round"
+    )
     parser.add_argument("--upload-share", type=float, default=0.5, help="the upload's part of the exchange")
     options = parser.parse_args()
     if options.smoke:
-        options.rounds, options.steps, options.repeats = 8, 1, 1
+        options.rounds, options.steps, options.repeats, options.loads = 8, 1, 1, [0.85]
     return options
 
 
-def compare(material: Material, options: argparse.Namespace, folder: Path) -> Found:
-    """Calibrate, then run both delays over the same link."""
-    load_before = os.getloadavg()[0]
+def compare(material: Material, options: argparse.Namespace, folder: Path) -> list[Found]:
+    """Calibrate, then for each load run both delays over the same link."""
     calibration = measured(make_config(material, options, 0, {}), folder / "calibration")
-    link = choose_link(calibration, options)
-    found: Found = {"load_average_before": load_before, "link": link, "calibration": calibration}
-    for delay in (0, 1):
-        found[f"delay_{delay}"] = measured(make_config(material, options, delay, link), folder / f"delay-{delay}")
-    found["ratio"] = found["delay_1"]["wall_time_s"] / found["delay_0"]["wall_time_s"]
+    found = []
+    for load in options.loads:
+        busy = os.getloadavg()[0]
+        link = choose_link(calibration, load, options.upload_share)
+        zero, one = (
+            measured(make_config(material, options, delay, link), folder / f"load-{load:g}-delay-{delay}")
+            for delay in (0, 1)
+        )
+        ratio = one["wall_time_s"] / zero["wall_time_s"]
+        found.append(
+            {"load": load, "ratio": ratio, "link": link, "delay_0": zero, "delay_1": one}
+            | {"calibration": calibration, "processes_before": busy}
+        )
     return found
 
 
@@ -102,20 +112,19 @@ def make_config(material: Material, options: argparse.Namespace, delay: int, lin
     )
 
 
-def choose_link(calibration: Found, options: argparse.Namespace) -> Found:
-    """Choose the bandwidths that make an exchange as long as `--load` says."""
-    compute_s = statistics.median(calibration["round_compute_s"])
+def choose_link(calibration: Found, load: float, upload_share: float) -> Found:
+    """Choose the bandwidths that make an exchange take `load` of a round's mean computation."""
+    compute_s = statistics.fmean(calibration["round_compute_s"])
     one_way_bytes = calibration["bytes_per_client_round"] / 2
-    exchange_s = options.load * compute_s
 
     def mbps(share: float) -> float:
-        return one_way_bytes * 8 / (share * exchange_s) / 1e6
+        return one_way_bytes * 8 / (share * load * compute_s) / 1e6
 
     return {
         "compute_s": compute_s,
         "bytes": calibration["bytes_per_client_round"],
-        "upload_mbps": mbps(options.upload_share),
-        "download_mbps": mbps(1 - options.upload_share),
+        "upload_mbps": mbps(upload_share),
+        "download_mbps": mbps(1 - upload_share),
     }
 
 
@@ -143,29 +152,41 @@ def _end(span: Span) -> float:
     return span.start_s + span.duration_s
 
 
-def bars(repeats: list[Found]) -> list[Bar]:
-    overlap = statistics.median(found["delay_1"]["overlap_fraction"] for found in repeats)
-    return [
-        Bar("wall time of delay 1 / delay 0, median", statistics.median(found["ratio"] for found in repeats), 0.60),
-        Bar("overlap_fraction of delay 1, median", overlap, 0.90, at_most=False),
-    ]
+def bars(found: list[Found], options: argparse.Namespace) -> list[Bar]:
+    made = []
+    for load in options.loads:
+        same = [row for row in found if row["load"] == load]
+        overlap = statistics.median(row["delay_1"]["overlap_fraction"] for row in same)
+        ratio = statistics.median(row["ratio"] for row in same)
+        made.append(Bar(f"load {load:g}: wall time of delay 1 / delay 0, median", ratio, 0.60))
+        made.append(Bar(f"load {load:g}: overlap_fraction of delay 1, median", overlap, 0.90, at_most=False))
+    return made
 
 
-def show(console: Console, repeats: list[Found]) -> None:
-    columns = ("wall 0", "wall 1", "ratio", "sequential 1", "overlap", "exposed at end", "uneven", "load before")
-    made = table("Two clients, real clock: delay 0 and delay 1", "repeat", *columns)
-    for repeat, found in enumerate(repeats):
-        serial, overlapped = found["delay_0"], found["delay_1"]
+def show(console: Console, found: list[Found]) -> None:
+    columns = (
+        "wall 0",
+        "wall 1",
+        "ratio",
+        "sequential 1",
+        "overlap",
+        "exposed at end",
+        "uneven",
+        "processes before",
+    )
+    made = table("Two clients, real clock: delay 0 and delay 1", "load", *columns)
+    for row in sorted(found, key=lambda row: row["load"]):
+        serial, overlapped = row["delay_0"], row["delay_1"]
         made.add_row(
-            str(repeat),
+            f"{row['load']:g}",
             f"{serial['wall_time_s']:.1f} s",
             f"{overlapped['wall_time_s']:.1f} s",
-            f"{found['ratio']:.3f}",
+            f"{row['ratio']:.3f}",
             f"{overlapped['sequential_s']:.1f} s",
             f"{overlapped['overlap_fraction']:.3f}",
             f"{overlapped['exposed_at_the_end']:.3f}",
             f"{overlapped['compute_spread']:.0%}",
-            f"{found['load_average_before']:.1f}",
+            f"{row['processes_before']:.1f}",
         )
     console.print(made)
 
