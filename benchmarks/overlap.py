@@ -69,7 +69,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="local steps of a round, K")
     parser.add_argument("--repeats", type=int, default=3, help="calibrations, each with a run of either delay")
     parser.add_argument(
-        "--loads", type=float, nargs="+", default=[0.85, 0.95], help="time of an exchange / computation of a round"
+        "--loads", type=float, nargs="+", default=[0.77, 0.95], help="time of an exchange / computation of a round"
     )
     parser.add_argument("--upload-share", type=float, default=0.5, help="the upload's part of the exchange")
     options = parser.parse_args()
