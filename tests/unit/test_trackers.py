@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,19 @@ def test_a_wandb_run_stays_on_this_machine_and_goes_on_under_the_same_id(tmp_pat
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
     assert len({file.name for file in files}) == 1
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+    for _ in range(300):  # a process of W&B's own writes the file, and may still be at it
+        if [history(file) for file in files] == [[(1, 2.5)], [(3, 4.5)]]:
+            return
+        time.sleep(0.1)
     assert [logged(file) for file in files] == [[(1, 2.5)], [(3, 4.5)]]
+
+
+def history(file: Path) -> list[tuple[int, float]]:
+    """Read what has been written whole so far."""
+    try:
+        return logged(file)
+    except (struct.error, ValueError, AssertionError):
+        return []
 
 
 def logged(file: Path) -> list[tuple[int, float]]:
