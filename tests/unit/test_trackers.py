@@ -91,9 +91,11 @@ def test_a_wandb_run_stays_on_this_machine_and_goes_on_under_the_same_id(tmp_pat
 
 def history(file: Path) -> list[tuple[int, float]]:
     """Read what has been written whole so far."""
+    from google.protobuf.message import DecodeError
+
     try:
         return logged(file)
-    except (struct.error, ValueError, AssertionError):
+    except (struct.error, ValueError, AssertionError, DecodeError):
         return []
 
 
