@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,17 @@ def test_bytes_follow_the_documented_formula(payload_format, per_element):
     assert len(raw) == 18 + header_bytes + 3000 * per_element + 4
 
 
+def test_the_bytes_of_an_update_do_not_depend_on_how_long_it_was_computed():
+    measured = (0.0, 0.5, 0.1, 1 / 3, 12.625, 86399.99999999999, 7e-07)
+    raw = {seconds: to_bytes(replace(update(), compute_s=seconds)) for seconds in measured}
+    assert len({len(message) for message in raw.values()}) == 1
+    for seconds, message in raw.items():
+        assert _plain(from_bytes(message)) == _plain(replace(update(), compute_s=seconds))
+    assert len(to_bytes(replace(update(), round_index=12345))) > len(
+        raw[0.5]
+    )  # other fields have a width of their own
+
+
 def test_every_flipped_bit_is_found():
     raw = to_bytes(update())
     from_bytes(raw)
@@ -114,7 +126,7 @@ UPDATE_FIELDS = {
     "committed": -1,
     "train_loss": 0.5,
     "num_local_steps": 1,
-    "compute_s": 0.5,
+    "compute_s": "5.0e-01",
     "chunk_index": 0,
     "num_chunks": 1,
 }
@@ -144,6 +156,10 @@ def test_the_forged_update_without_a_fault_is_read():
         forged({**UPDATE_FIELDS, "vectors": [{"format": "float32", "shape": [True]}]}, b"\0" * 4),
         forged({**UPDATE_FIELDS, "vectors": [{"format": ["float32"], "shape": [1]}]}, b"\0" * 4),
         forged({**UPDATE_FIELDS, "num_examples": 1.5, "vectors": VECTORS}, b"\0" * 4),
+        forged({**UPDATE_FIELDS, "compute_s": 0.5, "vectors": VECTORS}, b"\0" * 4),
+        forged({**UPDATE_FIELDS, "compute_s": "inf", "vectors": VECTORS}, b"\0" * 4),
+        forged({**UPDATE_FIELDS, "compute_s": "-1", "vectors": VECTORS}, b"\0" * 4),
+        forged({**UPDATE_FIELDS, "compute_s": "soon", "vectors": VECTORS}, b"\0" * 4),
         forged({"kind": "Finish", "committed": 1, "news": [[0, 1, 1.0, "exec"]], "vectors": VECTORS}, b"\0" * 4),
         forged({"kind": "Finish", "committed": 1, "news": [[0, 1]], "vectors": VECTORS}, b"\0" * 4),
         forged(

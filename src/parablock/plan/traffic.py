@@ -144,7 +144,7 @@ def _update_message(block: int, delta: Vector, num_chunks: int) -> Update:
         committed=98,
         train_loss=1 + TYPICAL_FRACTION,
         num_local_steps=9,
-        compute_s=1 + TYPICAL_FRACTION,
+        compute_s=0.0,
         chunk_index=num_chunks - 1,
         num_chunks=num_chunks,
         delta=delta,

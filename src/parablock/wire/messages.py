@@ -13,6 +13,7 @@ that has been streamed (`streamed`) is already there in chunks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -138,6 +139,8 @@ def to_bytes(message: Message) -> bytes:
         elif name == "news":
             fields["news"] = [[new.block_index, new.version, new.rho, new.kind] for new in value]
             vectors.extend(new.vector for new in value)
+        elif name == "compute_s":
+            fields[name] = f"{value:.16e}"  # exact, and of one width: a measured time must not move the byte counts
         else:
             fields["kind_of_value" if name == "kind" else name] = value
     return encode(fields, vectors)
@@ -202,9 +205,16 @@ def _read_update(fields: Mapping[str, Any], vectors: list[Vector]) -> Update:
     return Update(
         **numbers,
         train_loss=_typed(fields, "train_loss", float),
-        compute_s=float(_typed(fields, "compute_s", int | float)),  # type: ignore[arg-type]
+        compute_s=_seconds(_typed(fields, "compute_s", str)),
         delta=delta,
     )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{text} is no length of time")
+    return value
 
 
 def _read_round_start(fields: Mapping[str, Any], vectors: list[Vector]) -> RoundStart:
