@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.local import LocalArguments
 from parablock.algorithm.parablock import ServerState
+from parablock.assembly import local_arguments, server_plan
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
 from parablock.data.prompts import stop_token_ids
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
-from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.engine.trainer import LocalTrainer
 from parablock.errors import CheckpointError, InputError, StorageError
 from parablock.evaluation.loss import evaluate_loss
@@ -39,7 +36,6 @@ from parablock.report.write import write_report
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
-from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Traffic
 
 Summary = dict[str, Any]
@@ -157,7 +153,7 @@ class _Run:
             result = run_in_process(
                 self.params,
                 self._trainers(),
-                _plan(config),
+                server_plan(config),
                 trace,
                 Hooks(
                     on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
@@ -211,7 +207,7 @@ class _Run:
                     examples,
                     replica,
                     train=config.train,
-                    arguments=_local_arguments(config),
+                    arguments=local_arguments(config),
                     num_rounds=config.federation.num_rounds,
                     seed=config.seed,
                     pad_token_id=_pad(self.job.loaded),
@@ -315,53 +311,6 @@ class _Run:
 
     def _elapsed_s(self) -> float:
         return self.elapsed_before + time.perf_counter() - self.began
-
-
-def _local_arguments(config: RunConfig) -> LocalArguments:
-    train = config.train
-    return LocalArguments(
-        learning_rate=train.learning_rate,
-        total_steps=config.federation.num_rounds,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_ratio=train.warmup_ratio,
-        gradient_checkpointing=train.gradient_checkpointing,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_epsilon,
-    )
-
-
-def _plan(config: RunConfig) -> ServerPlan:
-    federation = config.federation
-    return ServerPlan(
-        num_clients=federation.num_clients,
-        num_rounds=federation.num_rounds,
-        delay=federation.delay,
-        schedule=config.blocks.schedule,
-        participation=federation.participation,
-        seed=config.seed,
-        encoding=_encoding(config),
-        local_steps=_local_steps(config),
-        stall_timeout_s=federation.stall_timeout_s,
-        checkpoint_every=config.checkpoint.every_rounds,
-        server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
-        aggregation_s=None if config.engine.step_time_s is None else 0.0,
-    )
-
-
-def _local_steps(config: RunConfig) -> LocalSteps:
-    train = config.train
-    if train.num_local_steps == "auto":
-        return FillTheWait(Link(**config.link.model_dump()), train.min_local_steps, train.max_local_steps)
-    return FixedSteps(train.num_local_steps)
-
-
-def _encoding(config: RunConfig) -> Encoding:
-    wire = config.wire
-    chunk_bytes = wire.chunk_bytes if wire.streaming else None
-    return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)
 
 
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> dict[str, Any]:

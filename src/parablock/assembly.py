@@ -1,0 +1,60 @@
+"""What the parts of a run are made with: sections of the configuration as the arguments of the engine."""
+
+from __future__ import annotations
+
+from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.local import LocalArguments
+from parablock.config import RunConfig
+from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
+from parablock.wire.link import Link
+from parablock.wire.quantize import Encoding
+
+
+def local_arguments(config: RunConfig) -> LocalArguments:
+    """Give what the local optimizer follows."""
+    train = config.train
+    return LocalArguments(
+        learning_rate=train.learning_rate,
+        total_steps=config.federation.num_rounds,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_ratio=train.warmup_ratio,
+        gradient_checkpointing=train.gradient_checkpointing,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+    )
+
+
+def server_plan(config: RunConfig) -> ServerPlan:
+    """Give what the server follows."""
+    federation = config.federation
+    return ServerPlan(
+        num_clients=federation.num_clients,
+        num_rounds=federation.num_rounds,
+        delay=federation.delay,
+        schedule=config.blocks.schedule,
+        participation=federation.participation,
+        seed=config.seed,
+        encoding=_encoding(config),
+        local_steps=_local_steps(config),
+        stall_timeout_s=federation.stall_timeout_s,
+        checkpoint_every=config.checkpoint.every_rounds,
+        server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
+        aggregation_s=None if config.engine.step_time_s is None else 0.0,
+    )
+
+
+def _local_steps(config: RunConfig) -> LocalSteps:
+    train = config.train
+    if train.num_local_steps == "auto":
+        return FillTheWait(Link(**config.link.model_dump()), train.min_local_steps, train.max_local_steps)
+    return FixedSteps(train.num_local_steps)
+
+
+def _encoding(config: RunConfig) -> Encoding:
+    wire = config.wire
+    chunk_bytes = wire.chunk_bytes if wire.streaming else None
+    return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)
