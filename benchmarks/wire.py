@@ -135,37 +135,51 @@ def measure_aggregation(console: Console, options: argparse.Namespace) -> dict[s
     """Fold updates chunk by chunk, as the server does, against `add_` of the same vectors one after another."""
     cuts = Encoding("float32", chunk_bytes=4_194_304).cut(options.block)
     sources = [torch.randn(options.block) for _ in range(3)]  # no update is in the cache when its turn comes
-    process = psutil.Process()
-    total = torch.zeros(options.block)
-    began = time.perf_counter()
-    for k in range(options.updates):
-        total.add_(sources[k % 3])
-    plain_s = time.perf_counter() - began
-    del total
-    before, peak = process.memory_info().rss, 0
-    began = time.perf_counter()
-    parts = []
-    for part in cuts:
-        parts.append(fold({k: (sources[k % 3][part], 1) for k in range(options.updates)}))
-        peak = max(peak, process.memory_info().rss)
-    aggregate = join(parts)
-    peak = max(peak, process.memory_info().rss)
-    fold_s = time.perf_counter() - began
-    assert 0.2 < aggregate.rho < 0.5
+    plain_s, fold_s, peaks = [], [], []
+    for _ in range(options.repeats):  # in turns, so that a slow moment of the machine hits both
+        plain_s.append(plain_pass(sources, options))
+        seconds, peak = fold_pass(sources, cuts, options)
+        fold_s.append(seconds)
+        peaks.append(peak)
     gigabytes = 4e-9 * options.block * options.updates
     found = {
         "updates": options.updates,
         "parameters": options.block,
-        "fold_gigabytes_per_s": gigabytes / fold_s,
-        "plain_gigabytes_per_s": gigabytes / plain_s,
-        "relative_throughput": plain_s / fold_s,
-        "peak_blocks": (peak - before) / (4 * options.block),
+        "fold_gigabytes_per_s": gigabytes / statistics.median(fold_s),
+        "plain_gigabytes_per_s": gigabytes / statistics.median(plain_s),
+        "relative_throughput": statistics.median(p / f for p, f in zip(plain_s, fold_s, strict=True)),
+        "peak_blocks": max(peaks) / (4 * options.block),
+        "fold_s": fold_s,
+        "plain_s": plain_s,
     }
     shown = table("aggregation", "", "GB/s of updates", "peak memory, blocks")
     shown.add_row("plain add_", f"{found['plain_gigabytes_per_s']:.2f}", "1")
     shown.add_row("fold (mean and norms)", f"{found['fold_gigabytes_per_s']:.2f}", f"{found['peak_blocks']:.2f}")
     console.print(shown)
     return found
+
+
+def plain_pass(sources: list[Tensor], options: argparse.Namespace) -> float:
+    """Add the updates to a vector one after another; seconds."""
+    total = torch.zeros(options.block)
+    began = time.perf_counter()
+    for k in range(options.updates):
+        total.add_(sources[k % len(sources)])
+    return time.perf_counter() - began
+
+
+def fold_pass(sources: list[Tensor], cuts: list[slice], options: argparse.Namespace) -> tuple[float, int]:
+    """Fold the updates as the server does; seconds, and how many bytes of memory that took at the most."""
+    process = psutil.Process()
+    before, peak, parts = process.memory_info().rss, 0, []
+    began = time.perf_counter()
+    for part in cuts:
+        parts.append(fold({k: (sources[k % len(sources)][part], 1) for k in range(options.updates)}))
+        peak = max(peak, process.memory_info().rss)
+    aggregate = join(parts)
+    seconds = time.perf_counter() - began
+    assert 0.2 < aggregate.rho < 0.5
+    return seconds, max(peak, process.memory_info().rss) - before
 
 
 if __name__ == "__main__":

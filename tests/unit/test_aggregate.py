@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parablock.algorithm.aggregate import ADAM_BETA2, ADAM_EPSILON, ServerOptimizer, apply_update, average
+from parablock.algorithm.aggregate import (
+    ADAM_BETA2,
+    ADAM_EPSILON,
+    PIECE,
+    SLICE,
+    ServerOptimizer,
+    apply_update,
+    average,
+    fold,
+    join,
+)
 
 
 def test_the_mean_is_weighted_by_examples():
@@ -25,6 +35,26 @@ def test_the_order_of_arrival_does_not_matter_and_a_single_update_is_itself():
     assert alone.rho == 1.0
     swapped = {4 - i: update for i, update in updates.items()}  # the control: another client order, other rounding
     assert not torch.equal(average(swapped).mean_delta, average(updates).mean_delta)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_where_a_block_is_cut_and_how_many_threads_fold_it_changes_no_bit(num_threads):
+    length = 2 * SLICE + 3 * PIECE + 4321
+    generator = torch.Generator().manual_seed(1)
+    updates = {i: (torch.randn(length, generator=generator), i + 1) for i in range(3)}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = average(updates)
+        torch.set_num_threads(num_threads)
+        for size in (PIECE, 3 * PIECE, SLICE, length):
+            cuts = [slice(first, first + size) for first in range(0, length, size)]
+            parts = join([fold({i: (delta[cut], n) for i, (delta, n) in updates.items()}) for cut in cuts])
+            assert torch.equal(parts.mean_delta, whole.mean_delta)
+            assert (parts.rho, parts.squared_delta) == (whole.rho, whole.squared_delta)
+    finally:
+        torch.set_num_threads(before)
+    assert average({i: (delta, 1) for i, (delta, _) in updates.items()}).rho != whole.rho  # the control
 
 
 def test_folding_does_not_change_an_update():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 14
-"""Elements whose squares are summed at a time; norms are exact sums over pieces, however a block is cut."""
+"""Elements whose squares are summed at a time; a norm is the exact sum over pieces, however a block is cut."""
 
 SLICE = 1 << 16
 """Elements folded at a time, so that they stay in the cache; a multiple of `PIECE`."""
@@ -63,7 +63,7 @@ class Folded:
     Attributes:
         mean: Δ̄ there, flat, fp32.
         squared_mean: ‖Δ̄‖² of each piece.
-        squared_norms: w_i‖Δ_i‖² of each piece and client.
+        squared_norms: Σ w_i‖Δ_i‖² of each piece.
     """
 
     mean: Tensor
@@ -83,21 +83,24 @@ def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
     total = sum(num_examples for _, num_examples in updates.values())
     if total <= 0:
         raise ValueError(f"{len(updates)} updates with {total} examples have no mean")
-    clients = sorted(updates)
-    mean = torch.empty_like(updates[clients[0]][0])
+    deltas = [(updates[i][0], updates[i][1] / total) for i in sorted(updates)]
+    mean = torch.empty_like(deltas[0][0])
+    buffer = torch.empty(min(SLICE, mean.numel()), dtype=mean.dtype)
+    squared_mean: list[float] = []
     squared_norms: list[float] = []
-    for first in range(0, mean.numel(), SLICE):
-        part = slice(first, first + SLICE)
-        for client_id in clients:
-            delta, num_examples = updates[client_id][0][part], updates[client_id][1]
-            weight = num_examples / total
-            squared_norms += [weight * square for square in _squared_norms(delta)]
-            # multiply, then add: a fused multiply-add would round differently at the end of a part
-            if client_id == clients[0]:
-                torch.mul(delta, weight, out=mean[part])
+    for part in _slices(mean.numel()):
+        folded, squares = mean[part], buffer[: part.stop - part.start]
+        for position, (delta, weight) in enumerate(deltas):
+            own = delta[part]
+            if position == 0:
+                torch.mul(own, weight, out=folded)
+                torch.mul(own, folded, out=squares)
             else:
-                mean[part].add_(delta * weight)
-    return Folded(mean, tuple(_squared_norms(mean)), tuple(squared_norms))
+                folded.add_(own, alpha=weight)
+                squares.addcmul_(own, own, value=weight)
+        squared_norms += _sums(squares)
+        squared_mean += _sums(torch.mul(folded, folded, out=squares))
+    return Folded(mean, tuple(squared_mean), tuple(squared_norms))
 
 
 def join(parts: Sequence[Folded]) -> Aggregate:
@@ -143,5 +146,12 @@ def apply_update(
     return (value.float() + optimizer.learning_rate * step).to(value.dtype), (first, second)
 
 
-def _squared_norms(vector: Tensor) -> list[float]:
-    return [float(torch.dot(piece, piece)) for piece in torch.split(vector, PIECE)]
+def _slices(length: int) -> list[slice]:
+    """Cut a part into slices of whole pieces and what is left, so that no sum depends on where a part begins."""
+    whole = length - length % PIECE
+    ends = [*range(SLICE, whole, SLICE), *([whole] if whole else []), *([length] if length > whole else [])]
+    return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def _sums(squares: Tensor) -> list[float]:
+    return [float(piece.sum(dtype=torch.float64)) for piece in torch.split(squares, PIECE)]
