@@ -1,0 +1,191 @@
+r"""Aggregation rules: what the server makes of a block's updates when some of them may be hostile.
+
+| rule | the aggregate Δ̄ of M updates | a hostile minority can |
+|---|---|---|
+| mean | Σ w_i Δ_i | move it anywhere; with `clip_norm`, by at most its weight times the bound |
+| median | element by element, the median; every client counts once | not leave the range of the others |
+| trimmed_mean | element by element, the mean without the ⌊β M⌋ smallest and largest | the same, below β |
+| krum | the one update whose M − f − 2 nearest neighbours are nearest | replace it by another honest one |
+
+A rule has two stages. What concerns an update as a whole (its norm, its distance from others) gives each a
+factor; 0 leaves it out. What concerns elements is folded part by part, as for the plain mean. So all rules but
+`krum`, and `clip_norm`, can begin before a whole update has come; either way the result is bitwise that of
+the whole block.
+
+ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, as ever, and over the
+median of the clients for the others, so that nobody switches the overlay off by sending something huge.
+
+Source: median and trimmed mean: Yin et al., Byzantine-Robust Distributed Learning, 2018. Krum: Blanchard et al.,
+Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Really Backdoor FL?, 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum, sqrt
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate, Folded, fold, join
+
+Parts = Sequence[Tensor]
+"""A client's whole update as it came: consecutive parts, each beginning at a multiple of `PIECE` elements."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a round's updates become one.
+
+    Attributes:
+        name: mean | median | trimmed_mean | krum.
+        trim_fraction: β: the part of the clients that is cut at either end.
+        assumed_attackers: f, for krum.
+        clip_norm: Longer updates are shortened to this length before anything else; None: none is.
+    """
+
+    name: str = "mean"
+    trim_fraction: float = 0.2
+    assumed_attackers: int = 1
+    clip_norm: float | None = None
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether nothing can be folded before every update is there to its end."""
+        return self.name == "krum" or self.clip_norm is not None
+
+
+class RoundAggregation:
+    """One round's updates on their way into an aggregate.
+
+    Args:
+        rule: What to do.
+    """
+
+    def __init__(self, rule: Rule = Rule()) -> None:  # noqa: B008
+        self._rule = rule
+        self._factors: dict[int, float] = {}
+        self._chosen: int | None = None
+        self._parts: list[Folded] = []
+        self._squares: list[tuple[float, ...]] = []
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether `look_at` has to be called before the first `fold`."""
+        return self._rule.needs_whole
+
+    def look_at(self, updates: Mapping[int, Parts]) -> None:
+        """Take what depends on whole updates: how far each is shortened, and which one krum chooses."""
+        if self._rule.clip_norm is not None:
+            self._factors = {i: clip_factor(parts, self._rule.clip_norm) for i, parts in updates.items()}
+        if self._rule.name == "krum":
+            shortened = {i: [scaled(part, self._factor(i)) for part in parts] for i, parts in updates.items()}
+            self._chosen = krum(shortened, self._rule.assumed_attackers)
+
+    def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
+        """Fold the next part of every update.
+
+        Args:
+            updates: For each client_id that part of its Δ (flat, fp32) and its number of training examples.
+
+        Returns:
+            Δ̄ there, flat, fp32.
+        """
+        updates = {i: (scaled(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
+        if self._rule.name == "mean":
+            self._parts.append(fold(updates))
+            return self._parts[-1].mean
+        if self._chosen is not None:
+            mean = updates[self._chosen][0]
+        else:
+            deltas = [delta for delta, _ in updates.values()]
+            mean = sorted_mean(deltas, _num_cut(self._rule, len(deltas)))
+        self._parts.append(Folded(mean, tuple(_squares(mean)), ()))
+        self._squares += zip(*(_squares(delta) for delta, _ in updates.values()), strict=True)
+        return mean
+
+    def aggregate(self) -> Aggregate:
+        """Give the aggregate of all parts."""
+        joined = join(self._parts)
+        if self._rule.name == "mean":
+            return joined
+        typical = median(fsum(squares) for squares in zip(*self._squares, strict=True))
+        squared = fsum(square for part in self._parts for square in part.squared_mean)
+        rho = min(1.0, squared / typical) if typical > 0 else 1.0
+        return Aggregate(joined.mean_delta, rho, joined.squared_delta)
+
+    def _factor(self, client_id: int) -> float:
+        return self._factors.get(client_id, 1.0)
+
+
+def aggregate_by(rule: Rule, updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:
+    """Aggregate one round's whole updates; see `RoundAggregation`."""
+    round_ = RoundAggregation(rule)
+    round_.look_at({client_id: [delta] for client_id, (delta, _) in updates.items()})
+    round_.fold(updates)
+    return round_.aggregate()
+
+
+def squared_norm(parts: Parts) -> float:
+    """Give ‖Δ‖²: the exact sum over pieces, however the update was cut."""
+    return fsum(square for part in parts for square in _squares(part))
+
+
+def clip_factor(parts: Parts, clip_norm: float) -> float:
+    """Give what an update has to be multiplied by so that it is no longer than `clip_norm`; at most 1."""
+    norm = sqrt(squared_norm(parts))
+    return clip_norm / norm if norm > clip_norm else 1.0
+
+
+def scaled(delta: Tensor, factor: float) -> Tensor:
+    """Give factor · Δ; the update itself for 1."""
+    return delta if factor == 1.0 else delta * factor
+
+
+def sorted_mean(deltas: Sequence[Tensor], num_cut: int) -> Tensor:
+    """Average element by element without the `num_cut` smallest and largest; summed in ascending order."""
+    mean = torch.empty_like(deltas[0])
+    kept = len(deltas) - 2 * num_cut
+    for first in range(0, mean.numel(), SLICE):
+        part = slice(first, first + SLICE)
+        rows = torch.stack([delta[part] for delta in deltas]).sort(dim=0).values[num_cut : num_cut + kept]
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        torch.div(total, kept, out=mean[part])
+    return mean
+
+
+def krum(updates: Mapping[int, Parts], assumed_attackers: int) -> int:
+    """Choose the update with the smallest sum of squared distances from its nearest neighbours.
+
+    Args:
+        updates: For each client_id its whole update.
+        assumed_attackers: f; each update is compared with its M − f − 2 nearest neighbours, at least one.
+
+    Returns:
+        The client_id; the smallest where several are alike.
+    """
+    clients = sorted(updates)
+    distances: dict[int, list[float]] = {client_id: [] for client_id in clients}
+    for position, one in enumerate(clients):
+        for other in clients[:position]:
+            difference = [a - b for a, b in zip(updates[one], updates[other], strict=True)]
+            distance = squared_norm(difference)
+            distances[one].append(distance)
+            distances[other].append(distance)
+    num_neighbours = max(1, len(clients) - assumed_attackers - 2)
+    return min(clients, key=lambda i: (fsum(sorted(distances[i])[:num_neighbours]), i))
+
+
+def _num_cut(rule: Rule, num_updates: int) -> int:
+    """How many are cut at either end; the median keeps the middle one, or the two in the middle."""
+    if rule.name == "median":
+        return (num_updates - 1) // 2
+    return min(int(rule.trim_fraction * num_updates), (num_updates - 1) // 2)
+
+
+def _squares(vector: Tensor) -> list[float]:
+    return [float(torch.dot(piece, piece)) for piece in torch.split(vector, PIECE)]
