@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.local import LocalArguments
+from parablock.algorithm.robust import Rule
 from parablock.config import RunConfig
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
@@ -44,7 +45,13 @@ def server_plan(config: RunConfig) -> ServerPlan:
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
         aggregation_s=None if config.engine.step_time_s is None else 0.0,
+        rule=_rule(config),
     )
+
+
+def _rule(config: RunConfig) -> Rule:
+    federation = config.federation
+    return Rule(federation.aggregation, federation.trim_fraction, federation.assumed_attackers)
 
 
 def _local_steps(config: RunConfig) -> LocalSteps:

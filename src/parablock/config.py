@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parablock.errors import ConfigError
-from parablock.settings import NOT_BUILT, RunConfig, TrainSection
+from parablock.section import NOT_BUILT
+from parablock.settings import RunConfig, TrainSection
 
 __all__ = ["NOT_BUILT", "RunConfig", "TrainSection", "known_keys", "load_config", "parse_config"]
 

@@ -11,33 +11,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-NOT_BUILT = "is not built yet in this version"
-
-
-def _built(value: str, built: tuple[str, ...], *, key: str = "") -> str:
-    if value not in built:
-        raise ValueError(f"{key + ' ' if key else ''}{value} {NOT_BUILT}; it has {', '.join(built)}")
-    return value
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, defaults validated too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_and_no_word(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `true` where pydantic would take it for 1, and YAML's `on` and `no` where a word is meant."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"must not be {str(value).lower()}; a word such as on, off, yes, no needs quotes")
-        return value
-
-
-def _default(section: Section, key: str) -> Any:
-    return type(section).model_fields[key].default
+from parablock.conflicts import refuse_conflicts
+from parablock.section import NOT_BUILT, Section, built, default_of
 
 
 class ModelSection(Section):
@@ -60,7 +37,7 @@ class PartitionSection(Section):
     def _field_where_needed(self) -> PartitionSection:
         if self.scheme in ("dirichlet", "by_field") and not self.field:
             raise ValueError(f"scheme {self.scheme} needs `field`: the field of the rows to split by")
-        if self.scheme != "dirichlet" and self.alpha != _default(self, "alpha"):
+        if self.scheme != "dirichlet" and self.alpha != default_of(self, "alpha"):
             raise ValueError(f"alpha takes effect with scheme dirichlet only, not with {self.scheme}")
         return self
 
@@ -87,7 +64,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_test_set(self) -> DataSection:
-        if self.test and self.test_fraction != _default(self, "test_fraction"):
+        if self.test and self.test_fraction != default_of(self, "test_fraction"):
             raise ValueError("test_fraction takes effect where `test` is empty only; leave one of them out")
         return self
 
@@ -117,7 +94,7 @@ class BlocksSection(Section):
     @field_validator("split")
     @classmethod
     def _layer_only(cls, value: str) -> str:
-        return _built(value, ("layer",))
+        return built(value, ("layer",))
 
 
 class ServerOptimizerSection(Section):
@@ -133,7 +110,7 @@ class ServerOptimizerSection(Section):
             raise ValueError(
                 "learning_rate has no effect with name none; choose momentum or adam, or leave it at 1.0"
             )
-        if self.name == "none" and self.momentum != _default(self, "momentum"):
+        if self.name == "none" and self.momentum != default_of(self, "momentum"):
             raise ValueError("momentum has no effect with name none; choose momentum or adam, or leave it out")
         return self
 
@@ -166,6 +143,8 @@ class FederationSection(Section):
     in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = Field("mean", description="Aggregation rule.")
+    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="Part of the clients cut at either end.")
+    assumed_attackers: int = Field(1, ge=0, description="Hostile clients that `krum` withstands.")
     stall_timeout_s: float = Field(600.0, gt=0, description="Patience with a peer that does not move, seconds.")
 
     @model_validator(mode="before")
@@ -185,12 +164,14 @@ class FederationSection(Section):
     @field_validator("method")
     @classmethod
     def _method_built(cls, value: str) -> str:
-        return _built(value, ("parablock", "fl_bcd", "fedavg"))
+        return built(value, ("parablock", "fl_bcd", "fedavg"))
 
-    @field_validator("aggregation")
-    @classmethod
-    def _aggregation_built(cls, value: str) -> str:
-        return _built(value, ("mean",))
+    @model_validator(mode="after")
+    def _rules_take_their_own(self) -> FederationSection:
+        for key, rule in (("trim_fraction", "trimmed_mean"), ("assumed_attackers", "krum")):
+            if self.aggregation != rule and getattr(self, key) != default_of(self, key):
+                raise ValueError(f"{key} takes effect with aggregation: {rule} only, not with {self.aggregation}")
+        return self
 
     @field_validator("min_updates")
     @classmethod
@@ -257,7 +238,7 @@ class WireSection(Section):
             )
         if self.error_feedback and self.format == "float32":
             raise ValueError("error_feedback: true takes effect where updates are rounded, not with float32")
-        if not self.streaming and self.chunk_bytes != _default(self, "chunk_bytes"):
+        if not self.streaming and self.chunk_bytes != default_of(self, "chunk_bytes"):
             raise ValueError("chunk_bytes takes effect with streaming: true only")
         return self
 
@@ -285,7 +266,7 @@ class EngineSection(Section):
     @field_validator("name")
     @classmethod
     def _name_built(cls, value: str) -> str:
-        return _built(value, ("inprocess",))
+        return built(value, ("inprocess",))
 
     @model_validator(mode="after")
     def _step_time_is_virtual(self) -> EngineSection:
@@ -372,6 +353,11 @@ class RunConfig(Section):
                 f"data.partition.scheme by_file makes one client of each file: data.train has {files} and "
                 f"federation.num_clients is {clients}; make them equal"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_contradicts(self) -> RunConfig:
+        refuse_conflicts(self.model_dump())
         return self
 
     def to_yaml(self) -> str:

@@ -27,7 +27,7 @@ from parablock.config import load_config
 from parablock.errors import StorageError
 from parablock.experiment import run
 from parablock.report.progress import make_progress
-from parablock.settings import NOT_BUILT
+from parablock.section import NOT_BUILT
 from tiny_runs import (
     NUM_LAYERS,
     Outcome,
@@ -184,7 +184,10 @@ WRONG_VALUES = {
     ),
     "rounding of what is not rounded": (["wire.rounding=nearest"], ["wire: rounding", "not with float32"]),
     "min_updates": (["federation.min_updates=2"], ["federation.min_updates: 2", NOT_BUILT, "leave it at 1"]),
-    "median": (["federation.aggregation=median"], ["federation.aggregation: median", NOT_BUILT, "it has mean"]),
+    "krum of too few": (
+        ["federation.aggregation=krum"],
+        ["federation.assumed_attackers: ", "2·f + 3 clients", "there are 4"],
+    ),
     "parts of a layer": (
         ["blocks.split=attention_mlp"],
         ["blocks.split: attention_mlp", NOT_BUILT, "it has layer"],

@@ -342,6 +342,9 @@ TAKES_EFFECT = [
     ["federation.server_optimizer={name: momentum, momentum: 0.5}"],
     ["federation.server_optimizer={name: momentum, learning_rate: 0.5}"],
     ["federation.server_optimizer={name: adam, learning_rate: 0.01}"],
+    ["federation.aggregation=median"],
+    ["federation.aggregation=trimmed_mean", "federation.trim_fraction=0.3"],
+    ["federation.aggregation=krum", "federation.assumed_attackers=0"],
     ["train.num_local_steps=3"],
     ["train.num_local_steps=auto"],
     ["federation={method: fedavg, delay: 0, num_clients: 4, num_rounds: 6}"],
@@ -389,7 +392,7 @@ IN_OTHER_TESTS = {
     "data.partition.alpha",
     "blocks.layers_path",
 }
-ONE_VALUE_SO_FAR = {"blocks.split", "federation.min_updates", "federation.aggregation", "engine.name", "faults"}
+ONE_VALUE_SO_FAR = {"blocks.split", "federation.min_updates", "engine.name", "faults"}
 
 
 def keys_of(override: str) -> set[str]:

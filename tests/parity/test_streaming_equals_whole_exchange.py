@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
+from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
@@ -55,10 +56,13 @@ def run(
     participation: float = 1.0,
     optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
     dtype: torch.dtype = torch.float32,
+    rule: Rule = Rule(),  # noqa: B008
 ) -> tuple[EngineResult, float, int]:
     clock = clock or VirtualClock()
     params = [torch.linspace(-1, 1, SIZE + k).to(dtype) for k in range(3)]
-    plan = ServerPlan(4, ROUNDS, delay, "shuffled", participation, 0, encoding, FixedSteps(1), 30.0, 0, optimizer)
+    plan = ServerPlan(
+        4, ROUNDS, delay, "shuffled", participation, 0, encoding, FixedSteps(1), 30.0, 0, optimizer, rule=rule
+    )
     down: list[int] = []
     hooks = Hooks(lambda state, updates, traffic: down.append(traffic.downlink_bytes), lambda state: None)
     # blocks of different sizes cannot feed each other here, so they share one
@@ -78,6 +82,8 @@ CASES = {
     "int8, bfloat16 model": ({"format": "int8", "rounding": "stochastic"}, {"dtype": torch.bfloat16}),
     "momentum": ({}, {"optimizer": ServerOptimizer("momentum", 0.5)}),
     "adam, int8": ({"format": "int8"}, {"optimizer": ServerOptimizer("adam", 0.01)}),
+    "median, int8": ({"format": "int8"}, {"rule": Rule("median")}),
+    "krum, which waits for whole updates": ({}, {"rule": Rule("krum", assumed_attackers=0)}),
     "participation": ({"format": "int4"}, {"participation": 0.5}),
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
+from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
@@ -34,12 +35,24 @@ def threaded(
     dtype: torch.dtype = torch.float32,
     in_flight: str = "aligned",
     optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
+    rule: Rule = Rule(),  # noqa: B008
     step_s: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
     trajectory: list[tuple[torch.Tensor, ...]] = []
     plan = ServerPlan(
-        len(EXAMPLES), ROUNDS, delay, schedule, participation, 0, encoding, FixedSteps(1), 20.0, 0, optimizer
+        len(EXAMPLES),
+        ROUNDS,
+        delay,
+        schedule,
+        participation,
+        0,
+        encoding,
+        FixedSteps(1),
+        20.0,
+        0,
+        optimizer,
+        rule=rule,
     )
     result = run_in_process(
         initial(4, dtype),
@@ -107,7 +120,15 @@ def lossy(encoding: Encoding) -> dict[str, object]:
     return {"fresh": fresh}
 
 
+def ruled(rule: Rule) -> tuple[dict[str, object], dict[str, object]]:
+    return {"rule": rule}, {"aggregate": lambda updates, t: aggregate_by(rule, updates)}
+
+
 VARIANTS = {
+    "median": ruled(Rule("median")),
+    "trimmed mean": ruled(Rule("trimmed_mean", trim_fraction=0.3)),
+    "krum": ruled(Rule("krum", assumed_attackers=0)),
+    "clipped by the server": ruled(Rule(clip_norm=0.05)),
     "participation": ({"participation": 0.5}, {"participation": 0.5}),
     "cyclic": ({"schedule": "cyclic"}, {"schedule": "cyclic"}),
     "random": ({"schedule": "random"}, {"schedule": "random"}),

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from parablock.config import NOT_BUILT, RunConfig, known_keys, load_config, parse_config
 from parablock.errors import ConfigError
-from parablock.settings import Section
+from parablock.section import Section
 
 REQUIRED = {"model.name_or_path": "org/model", "data.train": ["train.jsonl"]}
 
@@ -83,6 +83,8 @@ DEFAULTS = {
     "evaluation.per_device_eval_batch_size": 16,
     "checkpoint.every_rounds": 8,
     "checkpoint.keep": 2,
+    "federation.trim_fraction": 0.2,
+    "federation.assumed_attackers": 1,
     "privacy.clip_norm": None,
     "privacy.noise_multiplier": 0.0,
     "privacy.mode": "central",
@@ -119,6 +121,9 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"federation.server_optimizer.name": "adam", "federation.server_optimizer.learning_rate": 0.1},
     {"federation.server_optimizer.name": "momentum", "federation.server_optimizer.momentum": 0.5},
     {"federation.stall_timeout_s": 5.0},
+    {"federation.aggregation": "median"},
+    {"federation.aggregation": "trimmed_mean", "federation.trim_fraction": 0.3},
+    {"federation.aggregation": "krum", "federation.assumed_attackers": 2},
     {"train.num_local_steps": 4},
     {"train.num_local_steps": "auto", "train.min_local_steps": 2, "train.max_local_steps": 32},
     {"train.per_device_train_batch_size": 2},
@@ -160,7 +165,6 @@ NOT_BUILT_YET = {
     "blocks.split": "attention_mlp",
     "federation.method": "fedit",
     "federation.min_updates": 2,
-    "federation.aggregation": "median",
     "engine.name": "flower",
     "privacy.clip_norm": 1.0,
     "privacy.noise_multiplier": 0.5,
@@ -175,6 +179,8 @@ WITHOUT_EFFECT = {
     "data.test_fraction": ({"data.test_fraction": 0.2, "data.test": ["test.jsonl"]}, "where `test` is empty"),
     "federation.server_optimizer learning_rate": ({"federation.server_optimizer.learning_rate": 0.5}, "name none"),
     "federation.server_optimizer momentum": ({"federation.server_optimizer.momentum": 0.5}, "name none"),
+    "federation trim_fraction": ({"federation.trim_fraction": 0.3}, "trimmed_mean only"),
+    "federation assumed_attackers": ({"federation.assumed_attackers": 2}, "krum only"),
     "train min_local_steps": ({"train.min_local_steps": 2}, "num_local_steps: auto only"),
     "train max_local_steps": ({"train.max_local_steps": 9}, "num_local_steps: auto only"),
     "wire rounding": ({"wire.rounding": "nearest"}, "not with float32"),
@@ -524,6 +530,21 @@ def test_what_is_not_built_is_refused_and_says_so(key: str):
 def test_a_method_that_is_not_built_names_those_that_are(method: str):
     (problem,) = problems({"federation.method": method})
     assert problem.startswith(f"federation.method: {method} {NOT_BUILT}; it has parablock, fl_bcd, fedavg")
+
+
+CONFLICTS = {
+    "federation.aggregation": ({"federation.aggregation": "median", "federation.num_clients": 2}, "there are 2"),
+    "federation.trim_fraction": ({"federation.aggregation": "trimmed_mean", "federation.num_clients": 4}, "0.25"),
+    "federation.assumed_attackers": ({"federation.aggregation": "krum", "federation.num_clients": 4}, "at most 0"),
+}
+
+
+@pytest.mark.parametrize("key", CONFLICTS)
+def test_settings_that_cannot_work_together_are_refused_at_their_key(key: str):
+    values, needed = CONFLICTS[key]
+    (problem,) = problems(values)
+    assert problem.startswith(f"{key}: ")
+    assert needed in problem
 
 
 @pytest.mark.parametrize("key", WITHOUT_EFFECT)

@@ -64,7 +64,7 @@ class RoundAggregation:
         rule: What to do.
     """
 
-    def __init__(self, rule: Rule = Rule()) -> None:  # noqa: B008
+    def __init__(self, rule: Rule = Rule()) -> None:
         self._rule = rule
         self._factors: dict[int, float] = {}
         self._chosen: int | None = None

@@ -6,13 +6,13 @@ schedule, not mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
 
-from parablock.algorithm.aggregate import ServerOptimizer, average
+from parablock.algorithm.aggregate import Aggregate, ServerOptimizer, average
 from parablock.algorithm.parablock import (
     ClientState,
     ServerState,
@@ -46,6 +46,7 @@ class Problem:
         server_optimizer: What the server does with Δ̄.
         seed: The run's seed.
         encode: What a delta becomes on its way up, given (Δ, block_index, round_index, client_id).
+        aggregate: What the server makes of a round's updates, given ({client_id: (Δ, examples)}, round_index).
         announce: What the clients see of a new value, given (new, old view, round_index); None where exact.
         lost: (client_id, round_index) of updates that never arrive.
     """
@@ -59,6 +60,7 @@ class Problem:
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     seed: int = 0
     encode: Callable[[Tensor, int, int, int], Tensor] = lambda delta, *_: delta
+    aggregate: Callable[[Mapping[int, tuple[Tensor, int]], int], Aggregate] = lambda updates, _: average(updates)
     announce: Callable[[Tensor, Tensor, int], Tensor] | None = None
     lost: frozenset[tuple[int, int]] = frozenset()
 
@@ -82,7 +84,7 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
     def commit_through(round_index: int) -> None:
         nonlocal server
         while server.committed < round_index:
-            aggregate = average(updates[server.committed + 1])
+            aggregate = problem.aggregate(updates[server.committed + 1], server.committed + 1)
             announce = problem.announce and partial(_of_round, problem.announce, server.committed + 1)
             server = server_commit(server, aggregate, problem.server_optimizer, announce)
             trajectory.append(server.params)

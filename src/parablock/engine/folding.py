@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
-from parablock.algorithm.aggregate import Folded, fold
+from parablock.algorithm.aggregate import Aggregate
+from parablock.algorithm.robust import RoundAggregation, Rule
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector
 
@@ -21,30 +23,40 @@ class RoundFold:
         block_index: Its block.
         cohort: Who was asked, ascending.
         cuts: Where the block is cut into chunks.
+        rule: How the updates become one.
     """
 
-    def __init__(self, round_index: int, block_index: int, cohort: Sequence[int], cuts: Sequence[slice]) -> None:
+    def __init__(
+        self,
+        round_index: int,
+        block_index: int,
+        cohort: Sequence[int],
+        cuts: Sequence[slice],
+        rule: Rule = Rule(),  # noqa: B008
+    ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._cohort, self._cuts = tuple(cohort), tuple(cuts)
         self._chunks: dict[int, dict[int, Vector]] = {client_id: {} for client_id in cohort}
         self._last: dict[int, Update] = {}
         self._noise: np.random.Generator | None = None
-        self.parts: list[Folded] = []
+        self._aggregation, self._num_folded = RoundAggregation(rule), 0
 
     @property
     def is_complete(self) -> bool:
         """Whether every chunk has been folded."""
-        return len(self.parts) == len(self._cuts)
+        return self._num_folded == len(self._cuts)
 
     @property
     def is_next_ready(self) -> bool:
-        """Whether every client has delivered the next chunk."""
+        """Whether every client has delivered the next chunk, or all of them where the rule needs whole updates."""
         return not self.missing
 
     @property
     def missing(self) -> list[int]:
-        """The clients whose next chunk has not come."""
-        return [client_id for client_id, chunks in self._chunks.items() if len(self.parts) not in chunks]
+        """The clients whose next chunk, or any, has not come."""
+        until = len(self._cuts) if self._aggregation.needs_whole else self._num_folded + 1
+        needed = range(self._num_folded, until)
+        return [client_id for client_id, chunks in self._chunks.items() if any(k not in chunks for k in needed)]
 
     @property
     def updates(self) -> list[Update]:
@@ -70,19 +82,28 @@ class RoundFold:
 
     def add(self, update: Update) -> None:
         """Take a chunk; one that has come before changes nothing."""
-        if update.chunk_index >= len(self.parts):
+        if update.chunk_index >= self._num_folded:
             self._chunks[update.client_id][update.chunk_index] = update.delta
             self._last[update.client_id] = update
 
-    def fold_next(self) -> tuple[slice, Folded]:
-        """Fold the next chunk of all clients, and forget it."""
-        index = len(self.parts)
+    def fold_next(self) -> tuple[slice, Tensor]:
+        """Fold the next chunk of all clients, and forget it; gives where it lies, and Δ̄ there."""
+        index = self._num_folded
+        if index == 0 and self._aggregation.needs_whole:
+            whole = range(len(self._cuts))
+            self._aggregation.look_at(
+                {i: [chunks[k].values.float() for k in whole] for i, chunks in self._chunks.items()}
+            )
         deltas = {
             client_id: (chunks.pop(index).values.float(), self._last[client_id].num_examples)
             for client_id, chunks in self._chunks.items()
         }
-        self.parts.append(fold(deltas))
-        return self._cuts[index], self.parts[-1]
+        self._num_folded += 1
+        return self._cuts[index], self._aggregation.fold(deltas)
+
+    def aggregate(self) -> Aggregate:
+        """Give the aggregate of all chunks."""
+        return self._aggregation.aggregate()
 
     def noise(self, encoding: Encoding, server_id: int) -> np.random.Generator | None:
         """Give the draws that round this round's new value; they go on from chunk to chunk."""

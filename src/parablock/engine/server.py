@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from parablock.algorithm.aggregate import ServerOptimizer, apply_update, join
+from parablock.algorithm.aggregate import ServerOptimizer, apply_update
 from parablock.algorithm.parablock import NEVER, ServerState, news_for, schedule_round, server_commit
+from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort, next_block
 from parablock.engine.folding import RoundFold
 from parablock.engine.steps import LocalSteps
@@ -53,6 +54,7 @@ class ServerPlan:
     checkpoint_every: int
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     aggregation_s: float | None = None
+    rule: Rule = field(default_factory=Rule)
 
 
 class Server:
@@ -134,7 +136,9 @@ class Server:
 
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
-        return RoundFold(t, b, self._cohort(t), self._plan.encoding.cut(self.state.params[b].numel()))
+        return RoundFold(
+            t, b, self._cohort(t), self._plan.encoding.cut(self.state.params[b].numel()), self._plan.rule
+        )
 
     def _mark(self, t: int, *, stop: bool) -> None:
         self._on_mark(t, self.state, dict(self.step_s))
@@ -157,7 +161,7 @@ class Server:
             del self._folds[t]
             self.state = server_commit(
                 self.state,
-                join(fold.parts),
+                fold.aggregate(),
                 self._plan.server_optimizer,
                 self._announce if self._is_lossy() else None,
             )
@@ -167,13 +171,13 @@ class Server:
 
     def _fold_chunk(self, t: int, fold: RoundFold) -> None:
         """Fold the next chunk, and where streaming send its new value to those who will need it."""
-        part, folded = fold.fold_next()
+        part, mean = fold.fold_next()
         b, encoding = fold.block_index, self._plan.encoding
         lossy = self._is_lossy()
         if not lossy and encoding.chunk_bytes is None:
             return
         moments = tuple(moment[part] for moment in self.state.moments[b])
-        value, _ = apply_update(self.state.params[b][part], folded.mean, moments, self._plan.server_optimizer)
+        value, _ = apply_update(self.state.params[b][part], mean, moments, self._plan.server_optimizer)
         if lossy:
             difference = value.float() - self.state.view[b][part].float()
             vector = pack(difference, encoding.format, fold.noise(encoding, SERVER))

@@ -1,0 +1,70 @@
+"""Settings that are right by themselves and cannot work together, found all at once.
+
+The rules read a configuration as plain values, so that they can be applied to any that is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+Problem = tuple[str, str]
+"""The dotted path of a key, and what is wrong with its value."""
+
+MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
+
+
+def conflicts(config: Mapping[str, Any]) -> list[Problem]:
+    """List what cannot work together.
+
+    Args:
+        config: Every section with all its values.
+    """
+    return list(_aggregation(config["federation"]))
+
+
+def refuse_conflicts(config: Mapping[str, Any]) -> None:
+    """Raise every conflict at once, each at its key.
+
+    Raises:
+        ValidationError: There is one.
+    """
+    found = conflicts(config)
+    if found:
+        raise ValidationError.from_exception_data(
+            "configuration",
+            [
+                {
+                    "type": PydanticCustomError("conflict", "{problem}", {"problem": problem}),
+                    "loc": tuple(key.split(".")),
+                    "input": None,
+                }
+                for key, problem in found
+            ],
+        )
+
+
+def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
+    """A rule needs enough updates to tell a minority from the others."""
+    rule, size = federation["aggregation"], cohort_size(federation)
+    if size < MIN_UPDATES[rule]:
+        yield "federation.aggregation", f"{rule} needs {MIN_UPDATES[rule]} clients in a round; there are {size}"
+    elif rule == "trimmed_mean" and int(federation["trim_fraction"] * size) == 0:
+        yield (
+            "federation.trim_fraction",
+            f"cuts nobody of the {size} clients of a round; give at least {1 / size:.3g}, or more clients",
+        )
+    elif rule == "krum" and size < 2 * federation["assumed_attackers"] + 3:
+        yield (
+            "federation.assumed_attackers",
+            f"krum needs 2·f + 3 clients in a round to withstand f attackers; there are {size}: "
+            f"at most {(size - 3) // 2} can be assumed",
+        )
+
+
+def cohort_size(federation: Mapping[str, Any]) -> int:
+    """Tell how many clients are asked in a round."""
+    return max(1, round(float(federation["participation"]) * int(federation["num_clients"])))
