@@ -26,7 +26,7 @@ app = typer.Typer(
     name="parablock",
     help="Federated fine-tuning of LLMs over slow links: one block at a time, communication under computation.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 console = Console(markup=False)  # a path may hold brackets

@@ -120,6 +120,22 @@ def test_mixed_formats_name_both_rows_and_their_fields() -> None:
     assert "set.jsonl, line 1 has gsm8k (fields question, answer)" in str(caught.value)
 
 
+def test_sources_may_have_different_formats_and_each_is_read_in_its_own(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    sites = [
+        Row(FORMAT_ROWS[name], f"{name}.jsonl", 1) for name in ("gsm8k", "alpaca", "text", "messages", "gsm8k")
+    ]
+    together = tokenized(sites, tiny_tokenizer)
+    apart = [one(site.fields, tiny_tokenizer) for site in sites]
+    assert [example.input_ids for example in together.examples] == [example.input_ids for example in apart]
+    assert [example.row.source for example in together.examples] == [site.source for site in sites]
+    assert (together.data_format, tokenized(sites[:1], tiny_tokenizer).data_format) == ("auto", "gsm8k")
+    assert "mixed formats: 5 examples" in together.summary()
+    with pytest.raises(DataError, match="has the format text"):
+        tokenized([sites[0], Row(FORMAT_ROWS["text"], sites[0].source, 2)], tiny_tokenizer)
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [

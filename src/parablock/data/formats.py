@@ -51,7 +51,7 @@ def detect_format(rows: Sequence[Row]) -> str:
             raise DataError(
                 f"{row.place} has the format {other} (fields {_fields(row)}), but {rows[0].place} has {found} "
                 f"(fields {_fields(rows[0])}).",
-                remedy="Bring all sources into one format.",
+                remedy="Bring all rows of a source into one format.",
             )
     return found
 
@@ -96,7 +96,7 @@ def with_completion(row: Row, completion: str, *, data_format: str) -> Row:
     Args:
         row: A row of `data_format`.
         completion: What replaces the reference; in `messages`, the last assistant turn.
-        data_format: Any format but `text`.
+        data_format: Any format but `text`, or `auto` for the row's own.
 
     Returns:
         A new row from the same place.
@@ -104,6 +104,7 @@ def with_completion(row: Row, completion: str, *, data_format: str) -> Row:
     Raises:
         DataError: The row has no prompt apart from its completion (format `text`, no assistant turn).
     """
+    data_format = _format_of(row) if data_format == "auto" else data_format
     if data_format != "messages" and data_format != "text":
         return Row({**row.fields, FORMATS[data_format][1]: completion}, row.source, row.line)
     turns = _messages(row) if data_format == "messages" else []

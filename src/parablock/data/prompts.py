@@ -77,7 +77,7 @@ class Tokenized:
     Args:
         examples: At least one.
         skipped: Rows whose labels are all masked.
-        data_format: The format that the rows were read in.
+        data_format: The format that the rows were read in; `auto` where their sources have different ones.
     """
 
     examples: tuple[Example, ...]
@@ -90,8 +90,9 @@ class Tokenized:
         targets = sum(example.num_target_tokens for example in self.examples)
         truncated = sum(example.is_truncated for example in self.examples)
         reasons = f" ({_reasons(self.skipped)})" if self.skipped else ""
+        name = "mixed formats" if self.data_format == "auto" else self.data_format
         return (
-            f"{self.data_format}: {len(self.examples)} examples, {total} tokens ({targets} with loss), "
+            f"{name}: {len(self.examples)} examples, {total} tokens ({targets} with loss), "
             f"{truncated} truncated, {len(self.skipped)} skipped{reasons}"
         )
 
@@ -109,7 +110,7 @@ def tokenize_rows(
     Args:
         rows: At least one row.
         tokenizer: The model's; its chat template is used where it has one.
-        data_format: A key of `FORMATS`, or `auto` to detect it.
+        data_format: A key of `FORMATS`, or `auto` to detect that of each source.
         max_length: Longest example in tokens; a longer one loses its right end.
         completion_only_loss: Whether the loss counts assistant turns (or the whole text, for format `text`)
             alone, instead of every token.
@@ -125,9 +126,10 @@ def tokenize_rows(
         raise DataError("There are no rows to tokenize.", remedy="Give a source with at least one example.")
     if data_format not in ("auto", *FORMATS):
         raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
-    found = detect_format(rows) if data_format == "auto" else data_format
-    render = renderer(tokenizer, data_format=found)
-    renderings = [render(row) for row in rows]
+    format_of = _format_of_each_source(rows, data_format)
+    formats = set(format_of.values())
+    render = {name: renderer(tokenizer, data_format=name) for name in formats}
+    renderings = [render[format_of[row.source]](row) for row in rows]
     examples, skipped = [], []
     for row, rendering, pieces_ids in zip(rows, renderings, _encode(renderings, tokenizer), strict=True):
         example = _example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
@@ -142,7 +144,18 @@ def tokenize_rows(
             f"None of {len(rows)} rows has anything to train on: {_reasons(skipped)}.",
             remedy="Raise data.max_length, or give rows with completions.",
         )
-    return Tokenized(tuple(examples), tuple(skipped), found)
+    return Tokenized(tuple(examples), tuple(skipped), formats.pop() if len(formats) == 1 else "auto")
+
+
+def _format_of_each_source(rows: Sequence[Row], data_format: str) -> dict[str, str]:
+    """Give the format of each file: sites may write their rows in different ways, and each in one."""
+    by_source: dict[str, list[Row]] = {}
+    for row in rows:
+        by_source.setdefault(row.source, []).append(row)
+    return {
+        source: detect_format(of_source) if data_format == "auto" else data_format
+        for source, of_source in by_source.items()
+    }
 
 
 def _example(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parablock.errors import DataError
+from parablock.hub import cache_alone_without_network
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _REFUSED_SUFFIXES = (".csv", ".txt")
@@ -188,7 +189,8 @@ def _read_hub(source: str, *, split: str) -> list[Row]:
 
     name, _, config = source.partition(":")
     try:
-        values = datasets.load_dataset(name, config or None, split=split)
+        with cache_alone_without_network():
+            values = datasets.load_dataset(name, config or None, split=split)
     except OSError as error:  # not found, gated, no network: all are kinds of it
         raise DataError(
             f"{source!r} is neither a file here nor reachable as a dataset on the hub: {error}",

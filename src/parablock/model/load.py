@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError
+from parablock.hub import cache_alone_without_network
 from parablock.seeding import seed_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,7 +79,7 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
     _one_of("init", init, ("pretrained", "random"))
     torch_device = _device(device)
     source = find_source(name_or_path)
-    with quiet_transformers():
+    with reading(source):
         config = read_config(source)
         tokenizer = _load_tokenizer(source)
         if init == "random":
@@ -90,6 +91,13 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
             module.p = 0.0
     _check_vocabulary(source, model, tokenizer)
     return LoadedModel(model.to(torch_device).eval(), tokenizer, name_or_path)
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Be quiet while a model is read and, where it is no folder, do not wait for a hub out of reach."""
+    with quiet_transformers(), nullcontext() if Path(source).is_dir() else cache_alone_without_network():
+        yield
 
 
 @contextmanager

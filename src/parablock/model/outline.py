@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from parablock.model.load import DTYPES, find_source, quiet_transformers, read_config, unreadable
+from parablock.model.load import DTYPES, find_source, read_config, reading, unreadable
 
 
 def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
@@ -27,7 +27,7 @@ def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
             language model.
     """
     source = find_source(name_or_path)
-    with quiet_transformers():
+    with reading(source):
         config = read_config(source)
         try:
             with torch.device("meta"):
