@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parablock.checkpoint import storage, write_atomically
 from parablock.config import RunConfig, parse_config
+from parablock.conflicts import BLOCK_METHODS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.experiment import Summary, run
 from parablock.report.progress import Progress
@@ -32,7 +33,8 @@ class PlannedRun:
 def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") -> list[PlannedRun]:
     """Make the configuration of every method and seed, before any of them runs.
 
-    A method brings its delay; `parablock` keeps the configuration's, or has 1 where that is 0.
+    A method brings its delay; `parablock` keeps the configuration's, or has 1 where that is 0. What the
+    configuration says of blocks holds for the methods that train blocks.
 
     Args:
         config: What all have in common.
@@ -55,6 +57,8 @@ def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") 
             tree = config.model_dump(mode="json")
             delay = max(1, config.federation.delay) if method == "parablock" else 0
             tree["federation"] |= {"method": method, "delay": delay}
+            if method not in BLOCK_METHODS:
+                tree["blocks"] = {"layers_path": config.blocks.layers_path}
             name = f"{method}-seed{seed}" if len(numbers) > 1 else method
             planned.append(PlannedRun(name, parse_config(tree | {"seed": seed}, source=f"method {method}")))
     return planned

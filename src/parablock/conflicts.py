@@ -17,22 +17,27 @@ Problem = tuple[str, str]
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 
 
-def conflicts(config: Mapping[str, Any]) -> list[Problem]:
+BLOCK_METHODS = ("parablock", "fl_bcd", "fedcybgd")
+"""Those that train one block at a time; to the others the section `blocks` says nothing."""
+
+
+def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Problem]:
     """List what cannot work together.
 
     Args:
         config: Every section with all its values.
+        chosen: The same without what is at its default.
     """
-    return list(_aggregation(config["federation"]))
+    return [*_aggregation(config["federation"]), *_blocks(config["federation"]["method"], chosen.get("blocks", {}))]
 
 
-def refuse_conflicts(config: Mapping[str, Any]) -> None:
+def refuse_conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     """Raise every conflict at once, each at its key.
 
     Raises:
         ValidationError: There is one.
     """
-    found = conflicts(config)
+    found = conflicts(config, chosen)
     if found:
         raise ValidationError.from_exception_data(
             "configuration",
@@ -63,6 +68,14 @@ def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
             f"krum needs 2·f + 3 clients in a round to withstand f attackers; there are {size}: "
             f"at most {(size - 3) // 2} can be assumed",
         )
+
+
+def _blocks(method: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
+    """Where no blocks are trained, nothing can be said of them but where the layers are."""
+    if method not in BLOCK_METHODS:
+        for key in chosen:
+            if key != "layers_path":
+                yield f"blocks.{key}", f"has no effect with method {method}, which trains no blocks; leave it out"
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:

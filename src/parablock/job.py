@@ -83,6 +83,7 @@ def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> 
         ),
         f"test: {scored.summary()}",
         *_skipped_rows(tokenized),
+        *_frozen_noise(config, loaded, blocks),
     ]
     manifest = {
         "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
@@ -204,6 +205,23 @@ def _skipped_rows(parts: Sequence[Tokenized]) -> list[str]:
     skipped = [entry for part in parts for entry in part.skipped]
     lines = [f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]]
     return lines + ([f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else [])
+
+
+def _frozen_noise(config: RunConfig, loaded: LoadedModel, blocks: Sequence[Block]) -> list[str]:
+    """Warn of matrices that were drawn at random and that no block trains."""
+    if config.model.init != "random":
+        return []
+    model = loaded.model
+    trained = {id(model.get_parameter(name)) for block in blocks for name in block.parameter_names}
+    ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    frozen = {name: end.weight for name, end in ends.items() if end is not None and id(end.weight) not in trained}
+    if not frozen:
+        return []
+    names = {id(weight): name for name, weight in reversed(frozen.items())}.values()  # tied ones are one
+    return [
+        f"warning: model.init is random, and the {' and the '.join(frozen)} are in no block, so they stay random; "
+        f"set {' and '.join(f'blocks.include_{name}: true' for name in sorted(names))}"
+    ]
 
 
 def _sample(examples: tuple[Example, ...], config: RunConfig) -> tuple[Example, ...]:

@@ -49,7 +49,7 @@ class DataSection(Section):
     test: tuple[str, ...] = Field((), description="Held-out rows. Empty: a part of each client's rows.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="The part held out where `test` is empty.")
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "gsm8k", "text"] = Field(
-        "auto", description="How a row becomes an example; `auto` looks at the fields."
+        "auto", description="How a row becomes an example; `auto` looks at the fields of each source."
     )
     max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut at the end.")
     partition: PartitionSection = PartitionSection()
@@ -357,7 +357,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_contradicts(self) -> RunConfig:
-        refuse_conflicts(self.model_dump())
+        refuse_conflicts(self.model_dump(), self.model_dump(exclude_defaults=True))
         return self
 
     def to_yaml(self) -> str:

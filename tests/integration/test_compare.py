@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from parablock.compare import plan_comparison
+from parablock.config import load_config
 from tiny_runs import Workshop, command, make_workshop, metrics_of, summary_of
 
 
@@ -46,6 +48,14 @@ def test_a_compared_run_is_the_run_that_the_method_makes_alone(workshop, tmp_pat
     alone, compared = summary_of(tmp_path / "alone"), summary_of(tmp_path / "c" / "fl_bcd")
     assert alone["model_sha256"] == compared["model_sha256"]
     assert alone["model_sha256"] != summary_of(tmp_path / "c" / "parablock")["model_sha256"]
+
+
+def test_what_is_said_of_blocks_holds_for_the_methods_that_train_blocks(workshop):
+    config = load_config(workshop.config, ["blocks.layers_per_block=2", "blocks.schedule=cyclic"])
+    by_name = {planned.name: planned.config for planned in plan_comparison(config, ["fl_bcd", "fedavg"])}
+    assert by_name["fl_bcd"].blocks == config.blocks
+    assert by_name["fedavg"].blocks != config.blocks
+    assert by_name["fedavg"].train == config.train
 
 
 def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_path):

@@ -510,6 +510,16 @@ def test_a_method_without_delay_refuses_one(method: str):
     assert problem.startswith(f"federation: method {method} has delay 0, not 1")
 
 
+def test_a_method_without_blocks_refuses_what_is_said_of_them():
+    fedavg = {"federation.method": "fedavg", "federation.delay": 0}
+    found = problems({**fedavg, "blocks.layers_per_block": 2, "blocks.schedule": "cyclic"})
+    assert {problem.split(":")[0] for problem in found} == {"blocks.layers_per_block", "blocks.schedule"}
+    assert all("no effect with method fedavg" in problem and "leave it out" in problem for problem in found)
+    kept = parsed(federation__method="fedavg", blocks__layers_path="model.layers")  # it says where the layers are
+    assert kept.blocks.layers_path == "model.layers"
+    assert parsed(federation__method="fl_bcd", blocks__layers_per_block=2).blocks.layers_per_block == 2
+
+
 def test_the_method_of_a_written_configuration_can_be_changed_by_its_delay_alone(tmp_path: Path):
     path = write(tmp_path / "config.yaml", parsed().to_yaml())  # says method: parablock
     assert load_config(path, ["federation.delay=0"]).federation.method == "fl_bcd"

@@ -1,0 +1,54 @@
+"""What a user reads before the run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from parablock.config import load_config
+from parablock.job import prepare
+from tiny_runs import Workshop, make_workshop, sum_row, write_rows
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("job"), tiny_llama, tiny_tokenizer)
+
+
+def warnings_of(workshop: Workshop, *overrides: str) -> list[str]:
+    return [note for note in prepare(load_config(workshop.config, overrides)).notes if note.startswith("warning")]
+
+
+def test_random_embeddings_that_no_block_trains_are_warned_of(workshop: Workshop):
+    (warning,) = warnings_of(workshop, "model.init=random")  # tied: one matrix is both
+    assert "the embeddings and the head are in no block, so they stay random" in warning
+    assert warning.endswith("set blocks.include_embeddings: true")
+
+
+def test_nothing_is_warned_of_where_the_embeddings_are_trained_or_were_learned(workshop: Workshop):
+    enough = "federation.num_rounds=8"
+    assert warnings_of(workshop) == []
+    assert warnings_of(workshop, "model.init=random", "blocks.include_embeddings=true", enough) == []
+    assert warnings_of(workshop, "model.init=random", "blocks.include_head=true", enough) == []
+    assert warnings_of(workshop, "model.init=random", "federation.method=fedavg", "federation.delay=0") == []
+
+
+def test_sites_with_files_of_different_formats_train_together(workshop: Workshop):
+    kept = workshop.client_file(1).read_text()
+    rows = (sum_row(3, k) for k in range(10))
+    try:
+        write_rows(
+            workshop.client_file(1), ({"instruction": row["prompt"], "output": row["completion"]} for row in rows)
+        )
+        job = prepare(load_config(workshop.config, ["data.test=[]"]))
+    finally:
+        workshop.client_file(1).write_text(kept)
+    assert [note.split(": ")[1] for note in job.notes if note.startswith("client 1:")] == ["alpaca"]
+    assert any(note.startswith("test: mixed formats: 4 examples") for note in job.notes)
+    assert job.test[1].completion == job.test[1].row.fields["output"]
