@@ -14,10 +14,10 @@ from parablock.wire.quantize import Encoding
 
 def local_arguments(config: RunConfig) -> LocalArguments:
     """Give what the local optimizer follows."""
-    train = config.train
+    train, federation = config.train, config.federation
     return LocalArguments(
         learning_rate=train.learning_rate,
-        total_steps=config.federation.num_rounds,
+        total_steps=federation.num_rounds,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=train.lr_scheduler_type,
@@ -26,6 +26,7 @@ def local_arguments(config: RunConfig) -> LocalArguments:
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         adam_epsilon=train.adam_epsilon,
+        proximal_mu=federation.proximal_mu if federation.method == "fedprox" else 0.0,
     )
 
 
@@ -33,7 +34,7 @@ def server_plan(config: RunConfig) -> ServerPlan:
     """Give what the server follows."""
     federation = config.federation
     return ServerPlan(
-        num_clients=federation.num_clients,
+        num_clients=1 if federation.method == "central" else federation.num_clients,
         num_rounds=federation.num_rounds,
         delay=federation.delay,
         schedule=config.blocks.schedule,
@@ -46,6 +47,7 @@ def server_plan(config: RunConfig) -> ServerPlan:
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
         aggregation_s=None if config.engine.step_time_s is None else 0.0,
         rule=_rule(config),
+        in_turn=federation.method == "fedcybgd",
     )
 
 

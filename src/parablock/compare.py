@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parablock.checkpoint import storage, write_atomically
 from parablock.config import RunConfig, parse_config
-from parablock.conflicts import BLOCK_METHODS
+from parablock.conflicts import BLOCK_METHODS, LORA_METHODS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.experiment import Summary, run
 from parablock.report.progress import Progress
@@ -59,6 +59,10 @@ def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") 
             tree["federation"] |= {"method": method, "delay": delay}
             if method not in BLOCK_METHODS:
                 tree["blocks"] = {"layers_path": config.blocks.layers_path}
+            if method not in LORA_METHODS:
+                del tree["lora"]
+            if method != "fedprox":
+                del tree["federation"]["proximal_mu"]
             name = f"{method}-seed{seed}" if len(numbers) > 1 else method
             planned.append(PlannedRun(name, parse_config(tree | {"seed": seed}, source=f"method {method}")))
     return planned

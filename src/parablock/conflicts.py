@@ -20,6 +20,12 @@ MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 BLOCK_METHODS = ("parablock", "fl_bcd", "fedcybgd")
 """Those that train one block at a time; to the others the section `blocks` says nothing."""
 
+LORA_METHODS = ("fedit", "ffa_lora")
+"""Those that train adapters, which are merged into the model at the end."""
+
+APART_METHODS = ("local", "central")
+"""Those whose clients send nothing and keep a model each."""
+
 
 def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Problem]:
     """List what cannot work together.
@@ -28,7 +34,12 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         config: Every section with all its values.
         chosen: The same without what is at its default.
     """
-    return [*_aggregation(config["federation"]), *_blocks(config["federation"]["method"], chosen.get("blocks", {}))]
+    method = config["federation"]["method"]
+    return [
+        *_aggregation(config["federation"]),
+        *_blocks(method, chosen.get("blocks", {})),
+        *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
+    ]
 
 
 def refuse_conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
@@ -76,6 +87,20 @@ def _blocks(method: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
         for key in chosen:
             if key != "layers_path":
                 yield f"blocks.{key}", f"has no effect with method {method}, which trains no blocks; leave it out"
+
+
+def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any]) -> Iterator[Problem]:
+    """What belongs to other methods."""
+    for key in lora if method not in LORA_METHODS else ():
+        yield f"lora.{key}", f"takes effect with {', '.join(LORA_METHODS)} only, not with {method}"
+    if method != "fedprox" and "proximal_mu" in federation:
+        yield "federation.proximal_mu", f"takes effect with fedprox only, not with {method}"
+    if method in (*APART_METHODS, "fedcybgd"):
+        for key in ("participation", "aggregation"):
+            if key in federation:
+                yield f"federation.{key}", f"has no effect with {method}, whose updates never meet; leave it out"
+    if method in APART_METHODS and "server_optimizer" in federation:
+        yield "federation.server_optimizer", f"has no effect with {method}, which sends nothing; leave it out"
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:

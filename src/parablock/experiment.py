@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState
-from parablock.assembly import local_arguments, server_plan
+from parablock.assembly import server_plan
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
-from parablock.data.prompts import stop_token_ids
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
-from parablock.engine.trainer import LocalTrainer
 from parablock.errors import CheckpointError, InputError, StorageError
-from parablock.evaluation.loss import evaluate_loss
+from parablock.fleet import make_fleet
 from parablock.job import Job, prepare
-from parablock.model.load import LoadedModel
-from parablock.model.params import Replica
-from parablock.model.save import model_sha256, save_model
 from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
 from parablock.report.trackers import Trackers, check_trackers, figures_of, open_trackers
@@ -116,9 +109,7 @@ class _Run:
     ) -> None:
         self.job, self.config, self.directory, self.progress = job, job.config, directory, progress
         self.asked_to_stop, self.began, self.elapsed_before = asked_to_stop, began, 0.0
-        self.shared = self.config.engine.clock == "virtual"
-        self.replica = Replica(job.loaded.model, job.blocks)
-        self.params = tuple(self.replica.read(block.index) for block in job.blocks)
+        self.fleet = make_fleet(job)
         self.rows: list[dict[str, Any]] = []
         self.initial_eval_loss = float("nan")
         self.last_commit_s = 0.0
@@ -133,7 +124,7 @@ class _Run:
         if state is None:
             self.rows = self.directory.rows_before(0)
             self.progress.message(f"scoring the base model on {len(self.job.test)} test examples")
-            self.initial_eval_loss = self.evaluate(self.params)
+            self.initial_eval_loss = self.fleet.evaluate(self.fleet.params)
             self.progress.message(f"base model: eval loss {self.initial_eval_loss:.4f}")
         else:
             self._take_up(state)
@@ -148,11 +139,11 @@ class _Run:
         clock = self._clock(state)
         trace = Trace(clock, on_begin=self._begins, on_end=self._ends)
         trace.spans.extend(state.spans if state else [])
-        self.progress.start(config.federation.num_rounds, config.federation.num_clients, len(self.rows))
+        self.progress.start(config.federation.num_rounds, len(self.fleet.trainers), len(self.rows))
         try:
             result = run_in_process(
-                self.params,
-                self._trainers(),
+                self.fleet.params,
+                self.fleet.trainers,
                 server_plan(config),
                 trace,
                 Hooks(
@@ -173,16 +164,6 @@ class _Run:
         write_report([self.directory.path])
         return summary
 
-    def evaluate(self, params: Sequence[Tensor]) -> float:
-        """Score a model on the test examples."""
-        self.replica.load_all(params)
-        return evaluate_loss(
-            self.replica.model,
-            self.job.test,
-            pad_token_id=_pad(self.job.loaded),
-            batch_size=self.config.evaluation.per_device_eval_batch_size,
-        )
-
     def _take_up(self, state: RunState) -> None:
         self.rows = self.directory.rows_before(state.server.committed + 1)
         self.initial_eval_loss = state.progress["initial_eval_loss"]
@@ -192,29 +173,8 @@ class _Run:
 
     def _clock(self, state: RunState | None) -> Clock:
         start_s = state.progress["clock_s"] if state else 0.0
-        return VirtualClock(start_s=start_s) if self.shared else RealClock(start_s=start_s)
-
-    def _trainers(self) -> list[LocalTrainer]:
-        config, trainers = self.config, []
-        for client_id, examples in enumerate(self.job.train):
-            # Under the virtual clock one client computes at a time, so all can train with one model.
-            replica = (
-                self.replica if self.shared else Replica(copy.deepcopy(self.job.loaded.model), self.job.blocks)
-            )
-            trainers.append(
-                LocalTrainer(
-                    client_id,
-                    examples,
-                    replica,
-                    train=config.train,
-                    arguments=local_arguments(config),
-                    num_rounds=config.federation.num_rounds,
-                    seed=config.seed,
-                    pad_token_id=_pad(self.job.loaded),
-                    step_time_s=config.engine.step_time_s,
-                )
-            )
-        return trainers
+        is_virtual = self.config.engine.clock == "virtual"
+        return VirtualClock(start_s=start_s) if is_virtual else RealClock(start_s=start_s)
 
     def _begins(self, client_id: int | None, activity: str) -> None:
         if client_id is not None:
@@ -232,7 +192,7 @@ class _Run:
         is_last = server.committed == self.config.federation.num_rounds - 1
         if every and (server.committed + 1) % every == 0 and not is_last:
             with clock.working(0.0):
-                row["eval_loss"] = self.evaluate(server.params)
+                row["eval_loss"] = self.fleet.evaluate(server.params)
         self.rows.append(row)
         if not is_last:  # the last one has the drain and the final evaluation still to come
             self._record(row)
@@ -268,19 +228,16 @@ class _Run:
         before_s = last["communication_s"]
         last["communication_s"] = max(result.last_traffic.seconds(i) for i in last["participants"])
         last["sequential_s"] += last["communication_s"] - before_s  # the drain follows the round
-        last["eval_loss"] = self.evaluate(result.server.params)
+        last["eval_loss"] = self.fleet.conclude(result.server.params)
         self._record(last)
-        model, tokenizer = self.replica.model, self.job.loaded.tokenizer
-        if model.generation_config is not None:  # plain `generate` stops where training ended a turn
-            model.generation_config.eos_token_id = list(stop_token_ids(tokenizer))
-        save_model(model, tokenizer, self.directory.model)
+        sha256 = self.fleet.export(self.directory.model)
         return self._conclude(
             trace,
             clock,
             status="completed",
             wall_time_s=wall_time_s,
             final_eval_loss=last["eval_loss"],
-            model_sha256=model_sha256(self.directory.model),
+            model_sha256=sha256,
         )
 
     def _conclude(self, trace: Trace, clock: Clock, *, status: str, **outcome: Any) -> Summary:
@@ -293,7 +250,7 @@ class _Run:
             "num_rounds": federation.num_rounds,
             "rounds_done": len(self.rows),
             "num_clients": federation.num_clients,
-            "num_blocks": len(self.job.blocks),
+            "num_blocks": len(self.fleet.params),
             "seed": self.config.seed,
             "clock": self.config.engine.clock,
             "initial_eval_loss": self.initial_eval_loss,
@@ -334,12 +291,6 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "delta_norm": math.sqrt(server.squared_delta[b] * server.params[b].numel()),
         "num_local_steps": max(update.num_local_steps for update in updates),
     }
-
-
-def _pad(loaded: LoadedModel) -> int:
-    pad_token_id = loaded.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int)
-    return pad_token_id
 
 
 def _peak_memory_bytes() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from parablock import __version__
+from parablock.algorithm.baselines.trained import trained_blocks
 from parablock.algorithm.schedule import blocks_never_visited
 from parablock.config import RunConfig
 from parablock.data.histogram import count_examples, partition_histogram
@@ -21,7 +22,7 @@ from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
-from parablock.model.blocks import Block, partition_blocks, whole_model
+from parablock.model.blocks import Block
 from parablock.model.load import LoadedModel, load_model
 from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
@@ -69,12 +70,13 @@ def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> 
     loaded = load_model(
         model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=config.seed
     )
+    base_hash = base_sha256(loaded.model)  # before a method puts adapters into it
+    num_parameters = loaded.model.num_parameters()
     blocks = _partition_model(config, loaded)
     tokenized = [_tokenize(config, loaded, rows) for rows in parts]
     scored = _tokenize(config, loaded, held_out)
     notes = [
-        f"{loaded.name_or_path}: {loaded.model.num_parameters():,} parameters in {config.model.dtype}, "
-        f"{len(blocks)} blocks",
+        f"{loaded.name_or_path}: {num_parameters:,} parameters in {config.model.dtype}, {len(blocks)} blocks",
         *partition_histogram(parts, field=config.data.partition.field),
         *(
             f"client {i}: {part.summary()}"
@@ -87,7 +89,7 @@ def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> 
     ]
     manifest = {
         "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
-        "base_sha256": base_sha256(loaded.model),
+        "base_sha256": base_hash,
         "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
         "clients": count_examples([part.examples for part in tokenized], field=config.data.partition.field),
         "seed": config.seed,
@@ -141,7 +143,7 @@ def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:
         )
     )
     if held_out:
-        return parts, held_out
+        return _joined(parts, config), held_out
     for client_id, rows in enumerate(parts):
         order = generator_for(config.seed, "held-out", client_id).permutation(len(rows))
         size = max(1, round(data.test_fraction * len(rows)))
@@ -154,21 +156,19 @@ def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:
         out = set(order[:size].tolist())
         held_out.extend(row for k, row in enumerate(rows) if k in out)
         parts[client_id] = tuple(row for k, row in enumerate(rows) if k not in out)
-    return parts, held_out
+    return _joined(parts, config), held_out
+
+
+def _joined(parts: list[tuple[Row, ...]], config: RunConfig) -> list[tuple[Row, ...]]:
+    """Put all rows into one client where the method is `central`; what is held out stays the same."""
+    if config.federation.method != "central":
+        return parts
+    return [tuple(row for part in parts for row in part)]
 
 
 def _partition_model(config: RunConfig, loaded: LoadedModel) -> tuple[Block, ...]:
     section, federation = config.blocks, config.federation
-    if federation.method == "fedavg":
-        return whole_model(loaded.model, section.layers_path)
-    assert isinstance(section.layers_per_block, int)
-    blocks = partition_blocks(
-        loaded.model,
-        layers_per_block=section.layers_per_block,
-        include_embeddings=section.include_embeddings,
-        include_head=section.include_head,
-        layers_path=section.layers_path,
-    )
+    blocks = trained_blocks(loaded.model, config)
     never = blocks_never_visited(
         section.schedule,
         num_rounds=federation.num_rounds,

@@ -8,7 +8,7 @@ so; nothing is ever ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -129,11 +129,21 @@ Method = Literal[
 ]
 
 
+class LoraSection(Section):
+    """The adapters of the methods that train some (fedit, ffa_lora)."""
+
+    rank: int = Field(8, ge=1, description="Rank of an adapter.")
+    alpha: float = Field(16.0, gt=0, description="An adapter counts alpha / rank times.")
+    target_modules: tuple[str, ...] = Field(
+        (), description="Ends of module names, such as `q_proj`; empty: every matrix of the decoder layers."
+    )
+
+
 class FederationSection(Section):
     """Clients, rounds, and the method that joins them."""
 
     method: Method = Field(
-        "parablock", description="parablock (delay ≥ 1), fl_bcd (delay 0), fedavg (all parameters, delay 0)."
+        "parablock", description="parablock (delay ≥ 1), fl_bcd (the same with delay 0), or a baseline (delay 0)."
     )
     num_clients: int = Field(8, ge=1, description="Number of clients.")
     participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
@@ -142,6 +152,7 @@ class FederationSection(Section):
     min_updates: int = Field(1, ge=1, description="Fewest updates that a commit needs.")
     in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
+    proximal_mu: float = Field(0.01, gt=0, description="Weight μ of fedprox's proximal term.")
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = Field("mean", description="Aggregation rule.")
     trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="Part of the clients cut at either end.")
     assumed_attackers: int = Field(1, ge=0, description="Hostile clients that `krum` withstands.")
@@ -154,7 +165,7 @@ class FederationSection(Section):
             return value
         value = dict(value)
         method = value.get("method", "parablock")
-        if method in ("fl_bcd", "fedavg"):
+        if method != "parablock" and method in get_args(Method):
             if value.setdefault("delay", 0) != 0:
                 raise ValueError(f"method {method} has delay 0, not {value['delay']}; for a delay choose parablock")
         elif value.get("delay") == 0 and method == "parablock":
@@ -164,7 +175,7 @@ class FederationSection(Section):
     @field_validator("method")
     @classmethod
     def _method_built(cls, value: str) -> str:
-        return built(value, ("parablock", "fl_bcd", "fedavg"))
+        return built(value, tuple(name for name in get_args(Method) if name != "flora"))
 
     @model_validator(mode="after")
     def _rules_take_their_own(self) -> FederationSection:
@@ -315,6 +326,7 @@ class RunConfig(Section):
     data: DataSection
     blocks: BlocksSection = BlocksSection()
     federation: FederationSection = FederationSection()
+    lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     wire: WireSection = WireSection()
     link: LinkSection = LinkSection()

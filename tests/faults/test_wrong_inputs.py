@@ -175,7 +175,10 @@ WRONG_VALUES = {
     "privacy": (["privacy.clip_norm=1.0"], ["privacy", NOT_BUILT, "leave it out"]),
     "faults": (["faults=[{client: 1, kind: drop}]"], ["faults: ", NOT_BUILT, "leave the list empty"]),
     "unknown tracker": (["report_to=[abacus]"], ["report_to.0: ", "'tensorboard'", "'abacus'"]),
-    "LoRA": (["federation.method=fedit"], ["federation.method: fedit", NOT_BUILT, "parablock, fl_bcd"]),
+    "LoRA": (
+        ["federation.method=flora", "federation.delay=0"],
+        ["federation.method: flora", NOT_BUILT, "parablock, fl_bcd"],
+    ),
     "fedavg with a delay": (["federation.method=fedavg"], ["method fedavg has delay 0, not 1", "choose parablock"]),
     "flower": (["engine.name=flower"], ["engine.name: flower", NOT_BUILT, "inprocess"]),
     "chunks without streaming": (

@@ -74,7 +74,7 @@ def test_the_reference_follows_the_models(reference: ModuleType, monkeypatch: py
 def test_what_the_reference_calls_built_is_tried_and_not_written_down(reference: ModuleType) -> None:
     rows = rows_of(reference.page())
     methods = rows["federation.method"][2]
-    assert "`fedit`" in methods
+    assert "`flora`" in methods
     assert "`parablock`" not in methods
     assert rows["engine.name"][2] == "`inprocess` only"
     assert rows["train.learning_rate"] == ["number > 0", "`0.0001`", "yes", "Peak learning rate of AdamW."]

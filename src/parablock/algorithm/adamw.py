@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from parablock.algorithm.baselines.fedprox import add_proximal_gradient
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -42,6 +44,7 @@ class BlockAdamW:
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
+        proximal_mu: μ of FedProx, which pulls towards the weights as they are now.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class BlockAdamW:
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
+        proximal_mu: float = 0.0,
     ) -> None:
         self._block = block
         self._weights = block if block.dtype == torch.float32 else block.float()
@@ -62,6 +66,8 @@ class BlockAdamW:
         self._steps = moments.step if moments else 0
         self._max_grad_norm = max_grad_norm
         self._views = _views(self._weights, parameters)
+        self._proximal_mu = proximal_mu
+        self._anchors = _views(self._weights.clone(), parameters) if proximal_mu else []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, view))  # type: ignore[no-untyped-call]
             for parameter, view in zip(parameters, self._views, strict=True)
@@ -76,6 +82,8 @@ class BlockAdamW:
 
     def step(self, learning_rate: float) -> None:
         """Take one step with the gradients accumulated since the last one, and free them."""
+        if self._proximal_mu:
+            add_proximal_gradient(self._views, self._anchors, self._proximal_mu)
         if self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._views, self._max_grad_norm)
         for group in self._optimizer.param_groups:

@@ -40,6 +40,7 @@ class LocalArguments:
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
         adam_epsilon: AdamW's epsilon.
+        proximal_mu: μ of FedProx; 0 for every other method.
     """
 
     learning_rate: float
@@ -52,6 +53,7 @@ class LocalArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    proximal_mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _optimizer(
         eps=arguments.adam_epsilon,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,
+        proximal_mu=arguments.proximal_mu,
     )
 
 

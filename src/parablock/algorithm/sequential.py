@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from parablock.algorithm.aggregate import Aggregate, ServerOptimizer, average
+from parablock.algorithm.baselines.fedcybgd import client_in_turn
 from parablock.algorithm.parablock import (
     ClientState,
     ServerState,
@@ -48,6 +49,7 @@ class Problem:
         encode: What a delta becomes on its way up, given (Δ, block_index, round_index, client_id).
         aggregate: What the server makes of a round's updates, given ({client_id: (Δ, examples)}, round_index).
         announce: What the clients see of a new value, given (new, old view, round_index); None where exact.
+        in_turn: One client a round, as FedCyBGD has it, in place of a cohort.
         lost: (client_id, round_index) of updates that never arrive.
     """
 
@@ -62,6 +64,7 @@ class Problem:
     encode: Callable[[Tensor, int, int, int], Tensor] = lambda delta, *_: delta
     aggregate: Callable[[Mapping[int, tuple[Tensor, int]], int], Aggregate] = lambda updates, _: average(updates)
     announce: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    in_turn: bool = False
     lost: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -94,7 +97,7 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
         b = _block_of_round(problem, server)
         server = schedule_round(server, b, 1)  # what K is, `solve` knows
         updates.append({})
-        for i in _cohort_of_round(problem, t):
+        for i in _cohort_of_round(problem, server, t):
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)
             v = working_parameters(client, problem.in_flight)
             y = solve(i, t, b, v)
@@ -125,10 +128,14 @@ def _block_of_round(problem: Problem, server: ServerState) -> int:
     )
 
 
-def _cohort_of_round(problem: Problem, round_index: int) -> tuple[int, ...]:
+def _cohort_of_round(problem: Problem, server: ServerState, round_index: int) -> tuple[int, ...]:
+    num_clients = len(problem.num_examples)
+    if problem.in_turn:
+        num_blocks = len(server.params)
+        return (client_in_turn(server.history, round_index, num_clients=num_clients, num_blocks=num_blocks),)
     return cohort(
         round_index,
-        num_clients=len(problem.num_examples),
+        num_clients=num_clients,
         participation=problem.participation,
         seed=problem.seed,
     )

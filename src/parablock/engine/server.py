@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer, apply_update
+from parablock.algorithm.baselines.fedcybgd import client_in_turn
 from parablock.algorithm.parablock import NEVER, ServerState, news_for, schedule_round, server_commit
 from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort, next_block
@@ -39,6 +40,7 @@ class ServerPlan:
     """What the server follows; names as in the configuration.
 
     Attributes:
+        in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
         aggregation_s: Simulated seconds of folding a chunk; None: as measured.
     """
 
@@ -55,6 +57,7 @@ class ServerPlan:
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     aggregation_s: float | None = None
     rule: Rule = field(default_factory=Rule)
+    in_turn: bool = False
 
 
 class Server:
@@ -250,7 +253,12 @@ class Server:
         self._transport.send(client_id, Parcel(to_bytes(message), round_index))
 
     def _cohort(self, round_index: int) -> tuple[int, ...]:
-        plan = self._plan
+        plan, history = self._plan, self.state.history
+        if plan.in_turn and round_index >= len(history):
+            return ()  # nobody is known before the round's block is
+        if plan.in_turn:
+            clients, blocks = plan.num_clients, len(self.state.params)
+            return (client_in_turn(history, round_index, num_clients=clients, num_blocks=blocks),)
         return cohort(round_index, num_clients=plan.num_clients, participation=plan.participation, seed=plan.seed)
 
 

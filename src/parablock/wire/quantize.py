@@ -107,8 +107,8 @@ class Encoding:
         return payload_bytes(num_elements, self.format)
 
     def cut(self, num_elements: int) -> list[slice]:
-        """Cut a vector into chunks of about `chunk_bytes`: whole pieces, and what is left."""
-        if self.chunk_bytes is None:
+        """Cut a vector into chunks of about `chunk_bytes`: whole pieces, and what is left; at least one."""
+        if self.chunk_bytes is None or not num_elements:
             return [slice(0, num_elements)]
         size = max(1, int(self.chunk_bytes / bytes_per_element(self.format)) // CHUNK_PIECE) * CHUNK_PIECE
         return [slice(k, min(k + size, num_elements)) for k in range(0, num_elements, size)]

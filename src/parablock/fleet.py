@@ -1,0 +1,132 @@
+"""What the method makes of a job: the parameters that travel, every client's local training, and the model.
+
+Most methods differ in what they train and in nothing else. Those that train adapters merge them into the
+model before it is scored for the last time and written, so that it is a plain checkpoint. `local` and
+`central` have no common model: each client keeps its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from parablock.assembly import local_arguments
+from parablock.conflicts import APART_METHODS
+from parablock.data.prompts import stop_token_ids
+from parablock.engine.apart import ApartTrainer
+from parablock.engine.client import Trainer
+from parablock.engine.trainer import LocalTrainer
+from parablock.evaluation.loss import evaluate_loss
+from parablock.job import Job
+from parablock.model.adapters import merge_adapters
+from parablock.model.params import Replica
+from parablock.model.save import model_sha256, save_model
+
+
+class Fleet:
+    """The model as the method trains it, with the local training of all clients.
+
+    Args:
+        job: The run's material; its model becomes the fleet's.
+
+    Attributes:
+        params: What the server starts from, one flat vector for each block.
+        trainers: Local training of each client, in order of client_id.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._config = job, job.config
+        self._replica = Replica(job.loaded.model, job.blocks)
+        pad_token_id = job.loaded.tokenizer.pad_token_id
+        assert isinstance(pad_token_id, int)
+        self._pad_token_id = pad_token_id
+        self.params = tuple(self._replica.read(block.index) for block in job.blocks)
+        self.trainers: Sequence[Trainer] = [self.trainer(client_id) for client_id in range(len(job.train))]
+
+    def trainer(self, client_id: int) -> Trainer:
+        """Make the local training of one client."""
+        config = self._config
+        # Under the virtual clock one client computes at a time, so all can train with one model.
+        shared = config.engine.clock == "virtual"
+        model, blocks = self._job.loaded.model, self._job.blocks
+        return LocalTrainer(
+            client_id,
+            self._job.train[client_id],
+            self._replica if shared else Replica(copy.deepcopy(model), blocks),
+            train=config.train,
+            arguments=local_arguments(config),
+            num_rounds=config.federation.num_rounds,
+            seed=config.seed,
+            pad_token_id=self._pad_token_id,
+            step_time_s=config.engine.step_time_s,
+        )
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score the committed parameters on the test examples, in nats per token."""
+        self._replica.load_all(params)
+        return self._loss()
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Make the model that will be written, and score it; nothing is trained afterwards."""
+        self._replica.load_all(params)
+        merge_adapters(self._replica.model)
+        return self._loss()
+
+    def export(self, directory: Path) -> str:
+        """Write what `conclude` made, and give its `model_sha256`."""
+        model, tokenizer = self._replica.model, self._job.loaded.tokenizer
+        if model.generation_config is not None:  # plain `generate` stops where training ended a turn
+            model.generation_config.eos_token_id = list(stop_token_ids(tokenizer))
+        save_model(model, tokenizer, directory)
+        return model_sha256(directory)
+
+    def _loss(self) -> float:
+        return evaluate_loss(
+            self._replica.model,
+            self._job.test,
+            pad_token_id=self._pad_token_id,
+            batch_size=self._config.evaluation.per_device_eval_batch_size,
+        )
+
+
+class ApartFleet(Fleet):
+    """Clients that tell the server nothing: each has a model of its own, and scores are their mean.
+
+    What is exported is that model where there is one client (`central`); else a folder holds one for each,
+    `client_0` and so on, and the hash is that of their hashes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._apart = [ApartTrainer(trainer, self.params) for trainer in self.trainers]
+        self.trainers, self.params = self._apart, (torch.empty(0),)
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score every client's model as of the last commit, and give the mean."""
+        del params  # nothing is in them
+        return fmean(super(ApartFleet, self).evaluate(client.own) for client in self._apart)
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Score every client's last model, and give the mean."""
+        return self.evaluate(params)
+
+    def export(self, directory: Path) -> str:
+        """Write every client's model."""
+        if len(self._apart) == 1:
+            return super().export(directory)
+        digest = hashlib.sha256()
+        for client_id, client in enumerate(self._apart):
+            self._replica.load_all(client.own)
+            digest.update(super().export(directory / f"client_{client_id}").encode())
+        return digest.hexdigest()
+
+
+def make_fleet(job: Job) -> Fleet:
+    """Make the fleet that the configured method asks for."""
+    return ApartFleet(job) if job.config.federation.method in APART_METHODS else Fleet(job)

@@ -1,0 +1,129 @@
+"""LoRA adapters, made by `peft` inside a model: W x + (alpha / rank) B A x, with W frozen.
+
+A is drawn from the run's seed and B is zero, so that every client starts with the same adapters and the
+model with the base model's function. Source: Hu et al., LoRA, 2021 (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from parablock.errors import ModelError
+from parablock.model.blocks import Block, find_layers
+from parablock.seeding import generator_for
+
+LoraLayer = Any
+"""`peft.tuners.lora.LoraLayer`; peft is an extra."""
+ADAPTER = "default"
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] = (),
+    layers_path: str | None = None,
+    seed: int,
+) -> None:
+    """Put an adapter on weight matrices of the decoder layers, in place.
+
+    Args:
+        model: A causal language model.
+        rank: Rows of A and columns of B.
+        alpha: The adapter's product is multiplied by alpha / rank.
+        target_modules: Ends of the names of modules, such as `q_proj`; empty: every matrix of the layers.
+        layers_path: As in `partition_blocks`.
+        seed: The run's seed, which A follows from.
+
+    Raises:
+        ModelError: `peft` is not installed, or the model has no module of such a name.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ModelError(
+            "LoRA needs the package peft, which is not installed",
+            remedy="Install it: pip install 'parablock[lora]'",
+        ) from None
+    path, _ = find_layers(model, layers_path)
+    names = _targets(model, path, target_modules)
+    with torch.random.fork_rng(devices=[]):  # what peft draws is replaced below
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"), model
+        )
+    for index, (_, layer) in enumerate(adapted_layers(model)):
+        matrix = layer.lora_A[ADAPTER].weight
+        matrix.data.copy_(draw_a(matrix, seed, index))
+        layer.lora_B[ADAPTER].weight.data.zero_()
+
+
+def draw_a(like: Tensor, seed: int, *indices: int) -> Tensor:
+    """Draw A as LoRA does: uniform, within ± 1 / √inputs."""
+    bound = like.shape[1] ** -0.5
+    drawn = generator_for(seed, "lora A", *indices).uniform(-bound, bound, size=tuple(like.shape))
+    return torch.from_numpy(drawn).to(like.dtype)
+
+
+def adapter_block(
+    model: PreTrainedModel, *, matrices: Sequence[str] = ("A", "B"), layers_path: str | None = None
+) -> Block:
+    """Make one block of the adapters' parameters, module after module.
+
+    Args:
+        model: A model with adapters.
+        matrices: Which of each adapter's two.
+        layers_path: As in `partition_blocks`.
+    """
+    names = [f"{name}.lora_{letter}.{ADAPTER}.weight" for name, _ in adapted_layers(model) for letter in matrices]
+    layers_path, layers = find_layers(model, layers_path)
+    return Block(
+        index=0,
+        name=f"adapters, {' and '.join(matrices)}",
+        layers=tuple(range(len(layers))),
+        parameter_names=tuple(names),
+        num_parameters=sum(model.get_parameter(name).numel() for name in names),
+        lowest_layer=0,
+        layers_path=layers_path,
+    )
+
+
+def adapted_layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the modules that have an adapter, with their names, in the model's order."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            yield name, module
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Add every adapter to its matrix and take it out; a model without adapters stays as it is."""
+    for name, layer in list(adapted_layers(model)):
+        base = layer.get_base_layer()
+        with torch.no_grad():
+            base.weight.add_(layer.get_delta_weight(ADAPTER).to(base.weight.dtype))
+        model.set_submodule(name, base)
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(mark, None)
+
+
+def _targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:
+    matrices = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers_path}.") and isinstance(module, nn.Linear | Conv1D)
+    ]
+    missing = [end for end in wanted if not any(name.endswith(f".{end}") for name in matrices)]
+    if missing or not matrices:
+        ends = sorted({name.rpartition(".")[2] for name in matrices})
+        raise ModelError(
+            f"lora.target_modules: no weight matrix of the decoder layers is called {', '.join(missing) or '…'}",
+            cause=f"This architecture has {', '.join(ends) or 'none'}.",
+            remedy="Name some of these, or leave target_modules empty for all of them.",
+        )
+    return [name for name in matrices if not wanted or any(name.endswith(f".{end}") for end in wanted)]
