@@ -36,6 +36,7 @@ def threaded(
     in_flight: str = "aligned",
     optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
     rule: Rule = Rule(),  # noqa: B008
+    in_turn: bool = False,
     step_s: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
@@ -53,6 +54,7 @@ def threaded(
         0,
         optimizer,
         rule=rule,
+        in_turn=in_turn,
     )
     result = run_in_process(
         initial(4, dtype),
@@ -125,6 +127,7 @@ def ruled(rule: Rule) -> tuple[dict[str, object], dict[str, object]]:
 
 
 VARIANTS = {
+    "in turn": ({"in_turn": True}, {"in_turn": True}),
     "median": ruled(Rule("median")),
     "trimmed mean": ruled(Rule("trimmed_mean", trim_fraction=0.3)),
     "krum": ruled(Rule("krum", assumed_attackers=0)),
