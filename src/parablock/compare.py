@@ -82,7 +82,7 @@ def compare_methods(
         ParaBlockError: A run failed, or was stopped; the finished ones stay.
     """
     directories = [RunDirectory(output_dir / planned.name) for planned in runs]
-    for directory in directories:
+    for directory in (RunDirectory(output_dir), *directories):  # a run's own folder has a report already
         directory.check_unused()
     with storage(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"it is not YAML: {' '.join(str(error).split())}"], source=str(path)) from None
+        raise ConfigError([f"it is not YAML: {_yaml_problem(error)}"], source=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
     tree = {key: value for key, value in tree.items() if value is not None}  # a heading with nothing below it
@@ -92,7 +92,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     try:
         value = yaml.load(text, Loader=_OnceLoader)
     except yaml.YAMLError as error:
-        return f"{key}: {text!r} is not YAML: {' '.join(str(error).split())}"
+        return f"{key}: {text!r} is not YAML: {_yaml_problem(error)}"
     *sections, name = key.split(".")
     for section in sections:
         below = tree.setdefault(section, {})
@@ -101,6 +101,15 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         tree = below
     tree[name] = value
     return ""
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Say in one line what is wrong, and in which line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    while_doing = f"{error.context}, " if error.context else ""
+    return f"{while_doing}{error.problem}, in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _problem(item: Any) -> tuple[str, str]:

@@ -34,6 +34,10 @@ from parablock.wire.transport import Traffic
 Summary = dict[str, Any]
 
 
+FIXED = {"data_sha256": "the data", "base_sha256": "the base model", "blocks": "the partition of the model"}
+"""What of a manifest has to be the same when the run goes on."""
+
+
 def run(
     config: RunConfig,
     output_dir: Path | str,
@@ -83,10 +87,10 @@ def resume(
     check_trackers(config.report_to)
     job = prepare(config, progress.message)
     before = directory.read_manifest()
-    for key in ("data_sha256", "base_sha256", "blocks"):
+    for key, what in FIXED.items():
         if before.get(key) != job.manifest[key]:
             raise CheckpointError(
-                f"{key} is not what it was when the run in {directory.path} began",
+                f"{what} ({key}) is not what it was when the run in {directory.path} began",
                 cause="The data files or the model folder changed in the meantime.",
                 remedy="Put back what changed, or start a new run.",
             )

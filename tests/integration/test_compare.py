@@ -83,3 +83,14 @@ def test_a_wrong_comparison_is_refused_before_anything_runs(workshop, tmp_path, 
     assert outcome.code == 2
     assert said in outcome.stderr
     assert not (tmp_path / "c").exists()
+
+
+def test_a_comparison_does_not_write_over_the_report_of_a_run(workshop, tmp_path):
+    workshop.run(tmp_path / "run")
+    before = (tmp_path / "run" / "report.html").read_bytes()
+    outcome = command(
+        *("compare", str(workshop.config), "--output-dir", str(tmp_path / "run"), "--methods", "fl_bcd")
+    )
+    assert outcome.code == 2
+    assert "holds a run already" in outcome.stderr
+    assert (tmp_path / "run" / "report.html").read_bytes() == before

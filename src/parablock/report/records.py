@@ -158,10 +158,14 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", remedy="Start the run anew.") from None
+        raise CheckpointError(f"{path} cannot be read: {error}", cause=_ALTERED, remedy=_ANEW) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object", remedy="Start the run anew.")
+        raise CheckpointError(f"{path} is not a JSON object", cause=_ALTERED, remedy=_ANEW)
     return content
+
+
+_ALTERED = "It was changed by hand, or the disk lost a part of it."
+_ANEW = "Put back a copy of it, or start the run anew in another folder."
 
 
 def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Files and model folders that are wrong, each in one way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config
+
+from tiny_runs import Workshop, sum_row, write_rows
+
+
+def write_broken_files(path: Path) -> None:
+    rows = [json.dumps(sum_row(2, k)) for k in range(8)]
+    (path / "broken.jsonl").write_text("\n".join([*rows[:3], '{"prompt": "4 plus', *rows[4:]]))
+    (path / "bytes.jsonl").write_bytes(rows[0].encode() + b'\n{"prompt": "\xff"}\n')
+    (path / "numbers.jsonl").write_text(f"{rows[0]}\n5\n")
+    (path / "empty.jsonl").write_text("")
+    (path / "blank.jsonl").write_text("\n\n")
+    (path / "rows.csv").write_text("prompt,completion\n")
+    (path / "corrupt.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
+    write_rows(path / "rows.jsonl", (sum_row(2, k) for k in range(8)))
+    write_rows(path / "mixed.jsonl", [sum_row(1, 1), {"question": "1 plus 1?", "answer": "#### 2"}] * 4)
+    write_rows(path / "fields.jsonl", [{"frage": "1 plus 1?", "antwort": "2"}] * 4)
+    write_rows(path / "number_for_text.jsonl", [sum_row(1, 1), {"prompt": "1 plus 1?", "completion": 2}])
+    write_rows(path / "turns.jsonl", [{"messages": [{"role": "user"}]}] * 4)
+    write_rows(path / "silent.jsonl", [{"prompt": "1 plus 1?", "completion": ""}] * 4)
+    labelled = [{**sum_row(2, k), "label": "ab"[k % 2]} for k in range(8)]
+    write_rows(path / "labelled.jsonl", labelled)
+    write_rows(path / "label_missing.jsonl", [*labelled[:4], sum_row(1, 1)])
+    (path / "folder").mkdir()
+    (path / "list.yaml").write_text("- model\n- data\n")
+    (path / "broken.yaml").write_text("model: {name_or_path: [\n")
+    (path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (path / "minimal.yaml").write_text("model: {name_or_path: model}\n")
+    (path / "many.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": {"dtype": "float16"},
+                "data": {"train": "rows.jsonl"},
+                "train": {"num_local_steps": 0, "lerning_rate": 0.1},
+                "wire": {"error_feedback": True},
+                "sede": 3,
+            }
+        )
+    )
+
+
+def write_broken_models(workshop: Workshop) -> None:
+    def variant(name: str) -> Path:
+        return Path(shutil.copytree(workshop.model, workshop.path / name))
+
+    (variant("without_config") / "config.json").unlink()
+    (variant("config_not_json") / "config.json").write_text("{")
+    for file in variant("without_tokenizer").glob("*token*"):
+        file.unlink()
+    weights = variant("corrupt_weights") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (variant("without_weights") / "model.safetensors").unlink()
+    incomplete = variant("incomplete_weights") / "model.safetensors"
+    tensors = load_file(incomplete)
+    save_file(dict(list(tensors.items())[:-1]), incomplete, metadata={"format": "pt"})
+    config = json.loads((variant("unknown_type") / "config.json").read_text())
+    (workshop.path / "unknown_type/config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
+    T5Config().save_pretrained(variant("encoder_decoder"))
+    small = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    )
+    small.save_pretrained(variant("small_vocabulary"))
