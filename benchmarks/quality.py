@@ -96,21 +96,24 @@ def make_config(name: str, schedule: str, delay: int, seed: int, options: argpar
 def outcome(
     name: str, schedule: str, delay: int, seed: int, options: argparse.Namespace, console: Console
 ) -> Found:
-    """Give the losses of a run: of the one that is there, or of one that is run or resumed now."""
+    """Give the losses of a run."""
     config = make_config(name, schedule, delay, seed, options)
+    return finished(config, f"{name}-{schedule}-delay-{delay}-seed-{seed}", Path(options.work_dir), console)
+
+
+def finished(config: RunConfig, name: str, work_dir: Path, console: Console) -> Found:
+    """Give what a run ended with: one that is there, or one that is run or resumed now."""
     digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
-    directory = RunDirectory(Path(options.work_dir) / f"{name}-{schedule}-delay-{delay}-seed-{seed}-{digest}")
+    directory = RunDirectory(work_dir / f"{name}-{digest}")
     summary = directory.read_summary() if directory.summary.exists() else {}
     if summary.get("status") != "completed":
         if directory.config.exists():
             summary = resume(directory.path, progress=PlainProgress(console=Console(quiet=True)))
         else:
             summary = run_quietly(config, directory.path)
-    console.print(
-        f"{name}, {schedule}, delay {delay}, seed {seed}: {summary['initial_eval_loss']:.4f} → "
-        f"{summary['final_eval_loss']:.4f} in {summary['elapsed_s']:.0f} s"
-    )
-    kept = ("delay", "initial_eval_loss", "final_eval_loss", "model_sha256", "elapsed_s")
+    first, last = summary["initial_eval_loss"], summary["final_eval_loss"]
+    console.print(f"{name}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
+    kept = ("delay", "initial_eval_loss", "final_eval_loss", "uplink_bytes", "model_sha256", "elapsed_s")
     commit = json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"]
     return {key: summary[key] for key in kept} | {"directory": directory.path.name, "commit": commit}
 
