@@ -83,6 +83,7 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
 def blocks(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or id.")],
     layers_per_block: Annotated[int, typer.Option(help="Decoder layers in a block.")] = 1,
+    split: Annotated[str, typer.Option(help="layer, or attention_mlp: attention and MLPs apart.")] = "layer",
     include_embeddings: Annotated[bool, typer.Option(help="Make the embeddings a block.")] = False,
     include_head: Annotated[bool, typer.Option(help="Make the final norm and the head a block.")] = False,
     layers_path: Annotated[
@@ -103,6 +104,7 @@ def blocks(
     partition = partition_blocks(
         loaded.model,
         layers_per_block=layers_per_block,
+        split=split,
         include_embeddings=include_embeddings,
         include_head=include_head,
         layers_path=layers_path,

@@ -38,6 +38,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
     return [
         *_aggregation(config["federation"]),
         *_blocks(method, chosen.get("blocks", {})),
+        *_auto(config),
         *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
     ]
 
@@ -87,6 +88,17 @@ def _blocks(method: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
         for key in chosen:
             if key != "layers_path":
                 yield f"blocks.{key}", f"has no effect with method {method}, which trains no blocks; leave it out"
+
+
+def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Blocks that fit the link need a link with a speed, and a number of steps to hide it under."""
+    key = "blocks.layers_per_block"
+    if config["blocks"]["layers_per_block"] != "auto":
+        return
+    if config["link"]["upload_mbps"] is None and config["link"]["download_mbps"] is None:
+        yield key, "auto fits the blocks to the link; give link.upload_mbps and link.download_mbps, or a number"
+    if config["train"]["num_local_steps"] == "auto":
+        yield key, "auto follows from train.num_local_steps, which is auto too; give a number for one of them"
 
 
 def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any]) -> Iterator[Problem]:

@@ -15,13 +15,13 @@ import torch
 
 from parablock import __version__
 from parablock.algorithm.baselines.trained import trained_blocks
-from parablock.algorithm.schedule import blocks_never_visited
 from parablock.config import RunConfig
 from parablock.data.histogram import count_examples, partition_histogram
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
+from parablock.estimate.fit import fitted, never_visited
 from parablock.model.blocks import Block
 from parablock.model.load import LoadedModel, load_model
 from parablock.model.save import base_sha256
@@ -72,11 +72,13 @@ def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> 
     )
     base_hash = base_sha256(loaded.model)  # before a method puts adapters into it
     num_parameters = loaded.model.num_parameters()
+    asked, config = config.blocks.layers_per_block, fitted(config, loaded.model)
     blocks = _partition_model(config, loaded)
     tokenized = [_tokenize(config, loaded, rows) for rows in parts]
     scored = _tokenize(config, loaded, held_out)
     notes = [
         f"{loaded.name_or_path}: {num_parameters:,} parameters in {config.model.dtype}, {len(blocks)} blocks",
+        *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if asked == "auto" else []),
         *partition_histogram(parts, field=config.data.partition.field),
         *(
             f"client {i}: {part.summary()}"
@@ -169,13 +171,7 @@ def _joined(parts: list[tuple[Row, ...]], config: RunConfig) -> list[tuple[Row, 
 def _partition_model(config: RunConfig, loaded: LoadedModel) -> tuple[Block, ...]:
     section, federation = config.blocks, config.federation
     blocks = trained_blocks(loaded.model, config)
-    never = blocks_never_visited(
-        section.schedule,
-        num_rounds=federation.num_rounds,
-        num_blocks=len(blocks),
-        delay=federation.delay,
-        seed=config.seed,
-    )
+    never = never_visited(config, len(blocks))
     if never and not section.allow_unvisited:
         raise ConfigError(
             [

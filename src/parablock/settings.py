@@ -72,8 +72,12 @@ class DataSection(Section):
 class BlocksSection(Section):
     """The partition of the model and the order in which blocks are trained."""
 
-    layers_per_block: int | Literal["auto"] = Field(1, description="Decoder layers in a block.")
-    split: Literal["layer", "attention_mlp"] = Field("layer", description="The smallest unit of a block.")
+    layers_per_block: int | Literal["auto"] = Field(
+        1, description="Decoder layers in a block; `auto`: the most whose exchange the computation hides."
+    )
+    split: Literal["layer", "attention_mlp"] = Field(
+        "layer", description="Whole layers, or their attention and their MLPs."
+    )
     include_embeddings: bool = Field(False, description="Make the embeddings a block of their own.")
     include_head: bool = Field(False, description="Make the final norm and the head a block of their own.")
     schedule: Literal["cyclic", "reversed", "shuffled", "random", "importance"] = Field(
@@ -85,16 +89,9 @@ class BlocksSection(Section):
     @field_validator("layers_per_block")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
-        if value == "auto":
-            raise ValueError(f"`auto` {NOT_BUILT}; give a number of layers, such as 1")
         if isinstance(value, int) and value < 1:
             raise ValueError(f"must be at least 1, not {value}")
         return value
-
-    @field_validator("split")
-    @classmethod
-    def _layer_only(cls, value: str) -> str:
-        return built(value, ("layer",))
 
 
 class ServerOptimizerSection(Section):

@@ -130,13 +130,17 @@ WRONG_VALUES = {
         ["federation.aggregation=krum"],
         ["federation.assumed_attackers: ", "2·f + 3 clients", "there are 4"],
     ),
-    "parts of a layer": (
-        ["blocks.split=attention_mlp"],
-        ["blocks.split: attention_mlp", NOT_BUILT, "it has layer"],
-    ),
+    "thirds of a layer": (["blocks.split=thirds"], ["blocks.split: ", "'attention_mlp'"]),
     "K is a word": (["train.num_local_steps=many"], ["train.num_local_steps: ", "'many'"]),
     "bounds without auto": (["train.max_local_steps=9"], ["max_local_steps", "num_local_steps: auto only"]),
-    "blocks are auto": (["blocks.layers_per_block=auto"], ["blocks.layers_per_block: `auto`", "give a number"]),
+    "blocks fit no link": (
+        ["blocks.layers_per_block=auto", "link={upload_mbps: null, download_mbps: null}"],
+        ["blocks.layers_per_block: auto fits the blocks to the link", "give link.upload_mbps"],
+    ),
+    "both are auto": (
+        ["blocks.layers_per_block=auto", "train.num_local_steps=auto"],
+        ["blocks.layers_per_block: auto follows from train.num_local_steps", "give a number"],
+    ),
 }
 
 
@@ -638,6 +642,7 @@ def test_what_cannot_be_scored_is_refused(
     [
         (["nowhere/at/all"], ["There is no model folder nowhere/at/all"]),
         (["model", "--layers-per-block", "9"], ["layers_per_block is 9", "from 1 to 4"]),
+        (["model", "--split", "thirds"], ["blocks.split is 'thirds'", "attention_mlp"]),
         (["model", "--layers-per-block", "0"], ["layers"]),
         (["model", "--layers-path", "model.strata"], ["'model.strata'", "model.layers"]),
     ],

@@ -326,6 +326,7 @@ TAKES_EFFECT = [
     ["data.test=[]"],
     ["data.partition.scheme=iid"],
     ["blocks.layers_per_block=2"],
+    ["blocks.split=attention_mlp", "blocks.allow_unvisited=true"],
     ["blocks.include_embeddings=true"],
     ["blocks.include_head=true"],
     ["blocks.schedule=cyclic"],
@@ -392,7 +393,7 @@ IN_OTHER_TESTS = {
     "data.partition.alpha",
     "blocks.layers_path",
 }
-ONE_VALUE_SO_FAR = {"blocks.split", "federation.min_updates", "engine.name", "faults"}
+ONE_VALUE_SO_FAR = {"federation.min_updates", "engine.name", "faults"}
 
 
 def keys_of(override: str) -> set[str]:
@@ -473,6 +474,10 @@ def test_half_of_the_clients_take_part_in_turns(runs: Runs):
         ("blocks.layers_per_block=3", ["layers.0-2", "layers.3"]),
         ("blocks.include_embeddings=true", ["embeddings", *(f"layers.{i}" for i in range(4))]),
         ("blocks.include_head=true", [*(f"layers.{i}" for i in range(4)), "head"]),
+        (
+            "blocks={split: attention_mlp, layers_per_block: 2}",
+            [f"layers.{layers}.{half}" for layers in ("0-1", "2-3") for half in ("attention", "mlp")],
+        ),
     ],
 )
 def test_the_blocks_are_as_asked(override: str, names: list[str], runs: Runs):
@@ -481,6 +486,27 @@ def test_the_blocks_are_as_asked(override: str, names: list[str], runs: Runs):
     blocks = json.loads((run_dir / "manifest.json").read_text())["blocks"]
     assert [block["name"] for block in blocks] == names
     assert {row["block_index"] for row in metrics_of(run_dir)} == set(range(len(names)))
+
+
+def test_blocks_are_as_large_as_the_link_lets_them_be_and_the_number_is_written_down(runs: Runs):
+    def blocks(mbps: float) -> dict[str, Any]:
+        run_dir = runs(
+            "blocks={split: attention_mlp, layers_per_block: auto}",
+            f"link={{upload_mbps: {mbps}, download_mbps: {mbps}}}",
+            "federation.num_rounds=8",
+        )
+        return yaml.safe_load((run_dir / "config.yaml").read_text())["blocks"]
+
+    # two steps of 50 ms; the MLPs of two layers are 50 kB: 80 ms up and down at 10 Mbit/s, 160 ms at 5
+    assert blocks(10)["layers_per_block"] == 2
+    assert blocks(5)["layers_per_block"] == 1
+
+
+def test_half_layers_end_alike_under_both_clocks_and_however_they_are_sent(runs: Runs):
+    halves = "blocks={split: attention_mlp, layers_per_block: 2}"
+    real = "engine={clock: real, num_threads: 1}"
+    assert sha(runs(halves, real)) == sha(runs(halves)) == sha(runs(halves, "wire.chunk_bytes=4096"))
+    assert sha(runs(halves)) != sha(runs("blocks.layers_per_block=2"))
 
 
 def test_the_schedule_is_as_asked(runs: Runs):

@@ -58,6 +58,11 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "a schedule of the learning rate": ("train.lr_scheduler_type=cosine", "train.warmup_ratio=0.2"),
     "steps that fill the wait": ("train.num_local_steps=auto", "link={upload_mbps: 2, download_mbps: 2}"),
     "fedavg": ("federation.method=fedavg", "federation.delay=0"),
+    "half layers for the link": (
+        "blocks={split: attention_mlp, layers_per_block: auto}",
+        "link={upload_mbps: 10, download_mbps: 10}",
+        "train.num_local_steps=2",
+    ),
     "no checkpoints": ("checkpoint.every_rounds=0",),
 }
 

@@ -127,6 +127,46 @@ def test_layer_blocks_are_ordered_disjoint_and_hold_every_layer_whole(model: Pre
         assert block.num_parameters == sum(model.get_parameter(name).numel() for name in block.parameter_names)
 
 
+def test_halves_are_the_attention_and_the_mlps_of_their_layers(model: PreTrainedModel, family: str) -> None:
+    blocks = partition_blocks(model, layers_per_block=2, split="attention_mlp")
+    assert [(block.name, block.layers, block.lowest_layer, block.half) for block in blocks] == [
+        ("layers.0-1.attention", (0, 1), 0, "attention"),
+        ("layers.0-1.mlp", (0, 1), 0, "mlp"),
+        ("layers.2.attention", (2,), 2, "attention"),
+        ("layers.2.mlp", (2,), 2, "mlp"),
+    ]
+    assert sorted(names_of(blocks)) == sorted(names_of(partition_blocks(model, layers_per_block=1)))
+    path, _ = find_layers(model)
+    children = {
+        half: {
+            name.removeprefix(f"{path}.").split(".")[1]
+            for block in blocks
+            if block.half == half
+            for name in block.parameter_names
+        }
+        for half in ("attention", "mlp")
+    }
+    assert not children["attention"] & children["mlp"]
+    expected = {
+        "gpt2": {"ln_2", "mlp"},
+        "gpt_neo": {"ln_2", "mlp"},
+        "opt": {"fc1", "fc2", "final_layer_norm"},
+        "gemma2": {"pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"},
+        "gemma3": {"pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"},
+        "olmo2": {"mlp", "post_feedforward_layernorm"},
+    }
+    assert children["mlp"] == expected.get(family, {"post_attention_layernorm", "mlp"})
+
+
+def test_a_layer_without_attention_has_no_halves(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mixer, layer.mix_norm = layer.self_attn, layer.input_layernorm
+        del layer.self_attn, layer.input_layernorm
+    with pytest.raises(ModelError, match=r"(?s)layers.0.attention\) would have no parameters.*split: layer"):
+        partition_blocks(model, layers_per_block=1, split="attention_mlp")
+
+
 def test_embeddings_and_head_are_blocks_only_when_asked_for(model: PreTrainedModel, family: str) -> None:
     def named(**options: bool) -> list[str]:
         return [block.name for block in partition_blocks(model, layers_per_block=3, **options)]

@@ -17,9 +17,9 @@ from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 
 from parablock.config import RunConfig, load_config, parse_config
 from parablock.errors import ConfigError, DataError, ModelError
+from parablock.estimate.compute import ASSUMED_FLOPS, assumed_compute, crowding
+from parablock.estimate.flops import Tokens
 from parablock.plan.advice import Advice, Case, recommend
-from parablock.plan.compute import ASSUMED_FLOPS, assumed_compute, crowding
-from parablock.plan.flops import Tokens
 from parablock.plan.forecast import Plan, make_plan
 from parablock.plan.probe import probed_compute
 from parablock.plan.scenario import Scenario
@@ -280,6 +280,19 @@ def test_what_is_recommended_reacts_to_the_link_and_then_hides_the_exchange(work
     assert after.verdict.startswith("Overlap hides the communication")
     assert after.round_s < 1.1 * after.compute_s and after.serial_s > 1.5 * after.round_s
     assert before.round_s > 1.5 * before.compute_s
+
+
+def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(workshop: Workshop) -> None:
+    auto = ("blocks={split: attention_mlp, layers_per_block: auto}", "federation.num_rounds=8")
+    fast = plan_of(workshop, *auto, "link={upload_mbps: 10, download_mbps: 10}")
+    slow = plan_of(workshop, *auto, "link={upload_mbps: 5, download_mbps: 5}")
+    assert [block["name"] for block in fast.blocks] == [
+        f"layers.{layers}.{half}" for layers in ("0-1", "2-3") for half in ("attention", "mlp")
+    ]
+    assert (fast.num_blocks, slow.num_blocks) == (4, 8)
+    assert fast.verdict.startswith("Overlap hides the communication")
+    few_rounds = plan_of(workshop, auto[0], "federation.num_rounds=4", "link={upload_mbps: 5, download_mbps: 5}")
+    assert few_rounds.num_blocks == 4  # smaller ones would not all be visited
 
 
 def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_link(workshop: Workshop) -> None:

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForC
 
 from parablock.config import RunConfig, load_config, parse_config
 from parablock.data.batches import Batch
+from parablock.estimate.flops import FlopModel, Tokens
 from parablock.model.blocks import Block, partition_blocks, whole_model
 from parablock.model.loss import summed_loss
 from parablock.model.outline import outline_model
 from parablock.model.params import Replica
-from parablock.plan.flops import FlopModel, Tokens
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.memory import FP32, LORA_RANK, memory_per_client
@@ -82,6 +82,12 @@ def test_operations_of_every_block_are_those_that_torch_counts(architecture: str
     predicted = [flops.step(block, tokens) - scores * (flops.num_layers - block.lowest_layer) for block in blocks]
     assert predicted == [counted_flops(model, blocks, block.index) for block in blocks]
     assert len(set(predicted)) == len(blocks)
+    if architecture == "llama, tied":
+        blocks = partition_blocks(model, layers_per_block=1, split="attention_mlp")
+        reached = [flops.num_layers - block.lowest_layer - (block.half == "mlp") for block in blocks]
+        of_halves = [flops.step(block, tokens) - scores * up for block, up in zip(blocks, reached, strict=True)]
+        assert of_halves == [counted_flops(model, blocks, block.index) for block in blocks]
+        assert not set(of_halves) & set(predicted)
 
 
 def test_checkpointing_adds_another_forward_from_the_lowest_layer_up(tiny_llama: Any) -> None:

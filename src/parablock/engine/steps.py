@@ -53,6 +53,17 @@ class FillTheWait:
         """Choose K from the fastest client's step and the link."""
         if not step_s or min(step_s.values()) <= 0:
             return self.least
-        up_s, down_s = self.link.upload_s(payload_bytes), self.link.download_s(payload_bytes)
-        exchange_s = max(up_s, down_s) if streamed else up_s + down_s
-        return min(self.most, max(self.least, ceil(exchange_s / min(step_s.values()))))
+        waiting_s = exchange_s(self.link, payload_bytes, streamed=streamed)
+        return min(self.most, max(self.least, ceil(waiting_s / min(step_s.values()))))
+
+
+def exchange_s(link: Link, payload_bytes: int, *, streamed: bool) -> float:
+    """Tell how long a block takes up and down, each of so many bytes.
+
+    Args:
+        link: The client's link.
+        payload_bytes: One way.
+        streamed: Whether both directions run at the same time.
+    """
+    up_s, down_s = link.upload_s(payload_bytes), link.download_s(payload_bytes)
+    return max(up_s, down_s) if streamed else up_s + down_s

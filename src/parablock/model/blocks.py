@@ -1,8 +1,9 @@
 """The partition of a model into ordered, disjoint blocks: the only file that knows parameter names.
 
-A block is a group of neighbouring decoder layers. The embeddings, and the final norm with the head, are
-blocks of their own only when asked for; otherwise they stay frozen. Tied embeddings are one parameter and
-belong to one block: the embeddings' when there is one, else the head's.
+A block is a group of neighbouring decoder layers, or one half of each of them: the attention, or the MLP.
+The embeddings, and the final norm with the head, are blocks of their own only when asked for; otherwise they
+stay frozen. Tied embeddings are one parameter and belong to one block: the embeddings' when there is one, else
+the head's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,13 @@ from transformers import PreTrainedModel
 
 from parablock.errors import ModelError
 
+ATTENTION_SIDE = ("attn", "attention", "input_layernorm", "ln_1")
+"""What names inside a layer hold in its attention half, its norms included; all others are the MLP's."""
+
+SPLITS = ("layer", "attention_mlp")
+HALVES = ("attention", "mlp")
+"""The halves of a layer, from its input to its output."""
+
 INPUT_SIDE = ("embed", "wte", "wpe", "project_in")
 """What names of parameters outside the layers hold when they come before the first layer."""
 
@@ -25,13 +33,14 @@ class Block:
 
     Attributes:
         index: Position in the ordered partition.
-        name: For people: `layers.3`, `layers.4-5`, `embeddings` or `head`.
+        name: For people: `layers.3`, `layers.4-5`, `layers.3.mlp`, `embeddings` or `head`.
         layers: Indices of its decoder layers, ascending; empty for embeddings and head.
         parameter_names: Its parameters, in the order of their elements in the block's flat vector.
         num_parameters: Number of elements of all of them.
         lowest_layer: The first decoder layer that backpropagation goes through when this block is
             trained; the number of layers when it goes through none.
         layers_path: Where the model keeps its decoder layers.
+        half: attention | mlp, where the block holds only that half of its layers.
     """
 
     index: int
@@ -41,12 +50,14 @@ class Block:
     num_parameters: int
     lowest_layer: int = 0
     layers_path: str | None = None
+    half: str | None = None
 
 
 def partition_blocks(
     model: PreTrainedModel,
     *,
     layers_per_block: int,
+    split: str = "layer",
     include_embeddings: bool = False,
     include_head: bool = False,
     layers_path: str | None = None,
@@ -56,6 +67,7 @@ def partition_blocks(
     Args:
         model: Any Hugging Face causal language model.
         layers_per_block: Decoder layers in a block; the last block takes what is left.
+        split: `layer`, or `attention_mlp`: two blocks for each group of layers, their attention and their MLPs.
         include_embeddings: Make token and position embeddings block 0.
         include_head: Make the final norm and the head the last block.
         layers_path: Dotted path of the list of decoder layers, for an architecture where it is not found.
@@ -64,8 +76,8 @@ def partition_blocks(
         The blocks in order.
 
     Raises:
-        ModelError: If the layers are not found, `layers_per_block` does not fit their number, or a block
-            would have no parameter of its own.
+        ModelError: If the layers are not found, `layers_per_block` does not fit their number, there is no
+            such split, or a block would have no parameter of its own.
     """
     path, layers = find_layers(model, layers_path)
     count = len(layers)
@@ -74,25 +86,56 @@ def partition_blocks(
             f"blocks.layers_per_block is {layers_per_block}, and the model has {count} decoder layers",
             remedy=f"Choose a number from 1 to {count}.",
         )
+    if split not in SPLITS:
+        raise ModelError(f"blocks.split is {split!r}", remedy=f"Choose one of {', '.join(SPLITS)}.")
     embeddings, head = _names_outside(model, path)
     tied = set(embeddings) & set(head)
     blocks: list[Block] = []
 
-    def add(name: str, group: tuple[int, ...], names: Sequence[str], lowest_layer: int) -> None:
+    def add(
+        name: str, group: tuple[int, ...], names: Sequence[str], lowest_layer: int, half: str | None = None
+    ) -> None:
         size = sum(model.get_parameter(parameter).numel() for parameter in names)
-        blocks.append(Block(len(blocks), name, group, tuple(names), size, lowest_layer, path))
+        blocks.append(Block(len(blocks), name, group, tuple(names), size, lowest_layer, path, half))
 
     if include_embeddings:
         add("embeddings", (), embeddings, 0)
         head = [name for name in head if name not in tied]
     for first in range(0, count, layers_per_block):
         group = tuple(range(first, min(first + layers_per_block, count)))
-        add(_layers_name(group), group, _names_inside(model, path, group), first)
+        names = _names_inside(model, path, group)
+        if split == "layer":
+            add(_layers_name(group), group, names, first)
+            continue
+        belongs = halves_of(names, path)
+        for half in HALVES:
+            of_half = [name for name in names if belongs[name] == half]
+            add(f"{_layers_name(group)}.{half}", group, of_half, first, half)
     if include_head:
         add("head", (), head, 0 if tied & set(head) else count)
     for block in blocks:
         _check_not_empty(block)
     return tuple(blocks)
+
+
+def halves_of(names: Sequence[str], layers_path: str) -> dict[str, str]:
+    """Tell in which half of its layer each parameter is: attention | mlp.
+
+    A norm is in the half that its name names, but for `post_attention_layernorm` where it is the only norm between
+    the two: there it feeds the MLP.
+
+    Args:
+        names: All parameters of some layers.
+        layers_path: Where the model keeps its decoder layers.
+    """
+    sandwiched = any("feedforward" in name for name in names)
+    halves = {}
+    for name in names:
+        inside = name.removeprefix(layers_path)
+        feeds_mlp = "post_attention_layernorm" in inside and not sandwiched
+        of_attention = any(word in inside for word in ATTENTION_SIDE) and not feeds_mlp
+        halves[name] = "attention" if of_attention else "mlp"
+    return halves
 
 
 def whole_model(model: PreTrainedModel, layers_path: str | None = None) -> tuple[Block]:
@@ -194,5 +237,5 @@ def _check_not_empty(block: Block) -> None:
         raise ModelError(
             f"Block {block.index} ({block.name}) would have no parameters",
             cause="They are shared with another block, or this model has none there.",
-            remedy="Leave this block out, or choose larger blocks.",
+            remedy="Leave this block out, or choose larger blocks, or blocks.split: layer.",
         )

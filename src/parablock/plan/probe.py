@@ -23,11 +23,12 @@ from parablock.config import RunConfig
 from parablock.data.batches import Batch, round_batches
 from parablock.engine.trainer import LocalTrainer
 from parablock.errors import ConfigError
+from parablock.estimate.compute import Compute, crowding, device, format_flops
+from parablock.estimate.fit import flops_of
+from parablock.estimate.flops import FlopModel, Tokens
 from parablock.job import Job, prepare
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
-from parablock.plan.compute import Compute, crowding, device, format_flops
-from parablock.plan.flops import FlopModel, Tokens
 from parablock.seeding import seed_for
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import pack
@@ -55,11 +56,7 @@ def probed_compute(config: RunConfig) -> Compute:
         )
     unvisited = config.blocks.model_copy(update={"allow_unvisited": True})
     job = prepare(config.model_copy(update={"blocks": unvisited}))
-    flops = FlopModel(
-        job.loaded.model,
-        layers_path=config.blocks.layers_path,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-    )
+    flops = flops_of(config, job.loaded.model)
     speed = _measure(job, flops)
     tokens = _round_tokens(job)
     factor, crowd = crowding(config, torch.get_num_threads())

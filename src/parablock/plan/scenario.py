@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache, partial
 from statistics import fmean
 
-from parablock.algorithm.schedule import blocks_never_visited
+from parablock.algorithm.baselines.trained import layer_blocks
 from parablock.config import RunConfig
 from parablock.engine.steps import FillTheWait
-from parablock.model.blocks import Block, partition_blocks, whole_model
+from parablock.estimate.compute import Compute
+from parablock.estimate.fit import estimated_compute, fitted, flops_of, never_visited
+from parablock.model.blocks import Block, whole_model
 from parablock.model.outline import outline_model
-from parablock.plan.compute import Compute, assumed_compute, stated_compute
-from parablock.plan.flops import FlopModel
 from parablock.plan.itinerary import walk
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
@@ -28,8 +28,9 @@ class Scenario:
         probe: Measure how long this machine computes.
 
     Attributes:
+        config: With a number of layers in a block, also where it is left to the link.
         outline: The model without values.
-        layers_per_block: As configured.
+        layers_per_block: As configured, or chosen for the link.
         blocks: What the configured method trains.
         flops: Operations of a step.
         compute: Seconds of a round's computation.
@@ -39,20 +40,17 @@ class Scenario:
     """
 
     def __init__(self, config: RunConfig, *, probe: bool) -> None:
-        self.config, section = config, config.blocks
         self.outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
-        self.layers_per_block = section.layers_per_block if isinstance(section.layers_per_block, int) else 1
+        self.config = config = fitted(config, self.outline)
+        assert isinstance(config.blocks.layers_per_block, int)
+        self.layers_per_block = config.blocks.layers_per_block
         self.sends_everything = config.federation.method == "fedavg"
         self.blocks: tuple[Block, ...] = (
-            whole_model(self.outline, section.layers_path)
+            whole_model(self.outline, config.blocks.layers_path)
             if self.sends_everything
             else self.partition(self.layers_per_block)
         )
-        self.flops = FlopModel(
-            self.outline,
-            layers_path=section.layers_path,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        )
+        self.flops = flops_of(config, self.outline)
         self.compute = self._compute(probe=probe)
         self.link = Link(**config.link.model_dump())
         self.num_local_steps = self._num_local_steps()
@@ -60,24 +58,11 @@ class Scenario:
 
     def partition(self, layers_per_block: int) -> tuple[Block, ...]:
         """Cut the model as the block methods do."""
-        section = self.config.blocks
-        return partition_blocks(
-            self.outline,
-            layers_per_block=layers_per_block,
-            include_embeddings=section.include_embeddings,
-            include_head=section.include_head,
-            layers_path=section.layers_path,
-        )
+        return layer_blocks(self.outline, self.config, layers_per_block)
 
     def never_visited(self, blocks: tuple[Block, ...]) -> tuple[int, ...]:
         """List the blocks that the configured rounds would not train."""
-        return blocks_never_visited(
-            self.config.blocks.schedule,
-            num_rounds=self.config.federation.num_rounds,
-            num_blocks=len(blocks),
-            delay=self.config.federation.delay,
-            seed=self.config.seed,
-        )
+        return never_visited(self.config, len(blocks))
 
     def sizes(self, blocks: tuple[Block, ...], wire_format: str) -> Sizes:
         """Measure the messages."""
@@ -101,9 +86,7 @@ class Scenario:
     def _compute(self, *, probe: bool) -> Compute:
         if probe:
             return probed_compute(self.config)
-        if self.config.engine.step_time_s is not None:
-            return stated_compute(self.config.engine.step_time_s)
-        return assumed_compute(self.config, self.flops)
+        return estimated_compute(self.config, self.flops)
 
     def _num_local_steps(self) -> int:
         train, wire = self.config.train, self.config.wire

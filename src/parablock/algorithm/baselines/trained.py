@@ -17,15 +17,26 @@ def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ..
     Raises:
         ModelError: The model has no such blocks, or adapters cannot be made.
     """
-    return _BLOCKS.get(config.federation.method, _layers)(model, config)
+    return _BLOCKS.get(config.federation.method, layer_blocks)(model, config)
 
 
-def _layers(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
+def layer_blocks(
+    model: PreTrainedModel, config: RunConfig, layers_per_block: int | None = None
+) -> tuple[Block, ...]:
+    """Cut a model as the block methods do.
+
+    Args:
+        model: The model or its outline.
+        config: The run.
+        layers_per_block: Instead of the configured number, which must be one otherwise.
+    """
     section = config.blocks
-    assert isinstance(section.layers_per_block, int)
+    size = section.layers_per_block if layers_per_block is None else layers_per_block
+    assert isinstance(size, int)
     return partition_blocks(
         model,
-        layers_per_block=section.layers_per_block,
+        layers_per_block=size,
+        split=section.split,
         include_embeddings=section.include_embeddings,
         include_head=section.include_head,
         layers_path=section.layers_path,

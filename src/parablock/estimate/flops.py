@@ -12,6 +12,7 @@
     gradient of the input  2 N W_l + 10 N·length·A    layers from the block's lowest one up;  2 L H
     gradient of weights    2 N W_l                    layers of the block;  2 L H when the head is trained
 
+A block of MLPs alone ends the backward pass before the attention of its lowest layer, whose two terms are left out.
 The attention's backward makes its scores once more, hence 10 and not 8. Norms, activation functions and the
 optimizer are left out: they are few operations, though not nothing on a small model.
 """
@@ -24,7 +25,7 @@ from itertools import accumulate
 from transformers import PreTrainedModel
 
 from parablock.data.batches import Batch
-from parablock.model.blocks import Block, find_layers
+from parablock.model.blocks import Block, find_layers, halves_of
 from parablock.model.loss import num_label_tokens
 
 
@@ -70,8 +71,9 @@ class FlopModel:
     def __init__(
         self, model: PreTrainedModel, *, layers_path: str | None = None, gradient_checkpointing: bool = False
     ) -> None:
-        _, layers = find_layers(model, layers_path)
+        self._path, layers = find_layers(model, layers_path)
         self.matrices = tuple(sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in layers)
+        self._sizes: dict[str, int] = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
         self._from_layer = (*accumulate(reversed(self.matrices), initial=0),)[::-1]  # Σ W over layers ≥ l
         self.attention_width = attention_width(model)
         head = model.get_output_embeddings()
@@ -86,17 +88,25 @@ class FlopModel:
 
     def step(self, block: Block, tokens: Tokens) -> float:
         """Count the operations of forward and backward when `block` is trained on `tokens`."""
-        reached = self.num_layers - block.lowest_layer
+        reached = self.num_layers - block.lowest_layer - (block.half == "mlp")
         head = 2 * tokens.labels * self.head
         forward = self._layers(0, tokens) + head
         backward = self._matrices(block.lowest_layer, tokens) + 10 * reached * tokens.pairs * self.attention_width
-        weights = 2 * tokens.positions * sum(self.matrices[layer] for layer in block.layers)
+        if block.half == "mlp":
+            backward -= 2 * tokens.positions * self._attention_matrices(block.lowest_layer)
+        inside = (name for name in block.parameter_names if name.startswith(f"{self._path}."))
+        weights = 2 * tokens.positions * sum(self._sizes.get(name, 0) for name in inside)
         weights += head * (not self._head_names.isdisjoint(block.parameter_names))
         again = self._layers(block.lowest_layer, tokens) if self._checkpointing else 0
         return forward + backward + head + weights + again
 
     def _layers(self, lowest: int, tokens: Tokens) -> int:
         return self._matrices(lowest, tokens) + 4 * (self.num_layers - lowest) * tokens.pairs * self.attention_width
+
+    def _attention_matrices(self, layer: int) -> int:
+        prefix = f"{self._path}.{layer}."
+        halves = halves_of([name for name in self._sizes if name.startswith(prefix)], self._path)
+        return sum(self._sizes[name] for name, half in halves.items() if half == "attention")
 
     def _matrices(self, lowest: int, tokens: Tokens) -> int:
         return 2 * tokens.positions * self._from_layer[lowest]

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 
 from parablock.config import RunConfig
+from parablock.estimate.flops import FlopModel, Tokens
 from parablock.model.blocks import Block
-from parablock.plan.flops import FlopModel, Tokens
 
 ASSUMED_FLOPS = {
     ("cpu", "float32"): 3e10,
