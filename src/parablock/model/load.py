@@ -145,7 +145,7 @@ def find_source(name_or_path: str) -> str:
     raise ModelError(
         f"There is no model folder {name_or_path}",
         cause="That path is a file." if path.exists() else "That path does not exist.",
-        remedy="Give a folder that holds config.json, or a Hugging Face id; in a configuration, as model.name_or_path.",
+        remedy="Give a folder that holds config.json, or a Hugging Face id, as model.name_or_path.",
     )
 
 
