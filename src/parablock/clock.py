@@ -44,8 +44,8 @@ class Mailbox(Protocol):
         """Take the oldest item, waiting for it.
 
         Raises:
-            StallError: When nothing at all has moved for `timeout_s`; it names what was waited for. Under
-                the virtual clock: when nothing can move any more.
+            StallError: When nothing at all has moved for `timeout_s`; it names what was waited for. Where
+                several wait, whoever has the least patience is told first, and may get things moving again.
         """
 
     def get_until(self, deadline_s: float) -> Any:
@@ -203,6 +203,7 @@ class _Actor:
 
     gate: SimpleQueue[None] = field(default_factory=SimpleQueue)
     wake: int = 0
+    patience_s: float = 0.0
 
 
 _actor: ContextVar[_Actor] = ContextVar("_actor")
@@ -221,7 +222,7 @@ class VirtualClock:
         self._now = start_s
         self._agenda: list[tuple[float, int, _Actor, int]] = []
         self._asked = 0
-        self._blocked: set[_Actor] = set()
+        self._blocked: dict[_Actor, None] = {}  # in the order in which they came to wait
         self.stopped = False
         self.threads: list[Thread] = []
         _actor.set(_Actor())
@@ -284,10 +285,10 @@ class VirtualClock:
 
     def _hand_over(self) -> None:
         actor = _actor.get()
-        self._blocked.add(actor)
+        self._blocked[actor] = None
         self._open_next()
         actor.gate.get()
-        self._blocked.discard(actor)
+        del self._blocked[actor]
         if self.stopped:
             raise Stopped
 
@@ -299,9 +300,9 @@ class VirtualClock:
                 actor.wake += 1
                 actor.gate.put(None)
                 return
-        if self._blocked:  # nobody will ever move again: let them all find that out
-            for actor in tuple(self._blocked):
-                self._wake_at(self._now, actor)
+        if self._blocked:  # nothing can move any more: time passes until the first of them loses patience
+            actor = min(self._blocked, key=lambda blocked: blocked.patience_s)
+            self._wake_at(self._now + actor.patience_s, actor)
             self._open_next()
 
 
@@ -318,6 +319,7 @@ class _VirtualMailbox:
     def get(self, timeout_s: float, waiting_for: str) -> Any:
         if not self._items:
             self._waiting = _actor.get()
+            self._waiting.patience_s = timeout_s
             self._clock._hand_over()
             self._waiting = None
         if not self._items:

@@ -10,6 +10,7 @@
     ├── TrainingError              a loss or an update that is not finite
     └── WireError                  bytes that crossed the link
         ├── CodecError             not a message, truncated, altered, or another protocol version
+        ├── LinkError              a transfer that was cut; it is made again
         └── StallError             a transfer or a peer that stopped moving
 
 An error says what happened, with the values; whose fault it likely is; and what to do. The three are
@@ -84,6 +85,19 @@ class WireError(ParaBlockError):
 
 class CodecError(WireError):
     """Bytes that are not a whole, unaltered message of this protocol version."""
+
+
+class LinkError(WireError):
+    """A transfer that was cut or arrived altered; whoever made it makes it again.
+
+    Args:
+        what: What happened.
+        retry_after_s: Seconds until it is worth another try.
+    """
+
+    def __init__(self, what: str, *, retry_after_s: float = 0.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(what)
 
 
 class StallError(WireError):

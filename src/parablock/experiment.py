@@ -230,7 +230,7 @@ class _Run:
         last = self.rows[-1]
         last["downlink_bytes"] = result.last_traffic.downlink_bytes
         before_s = last["communication_s"]
-        last["communication_s"] = max(result.last_traffic.seconds(i) for i in last["participants"])
+        last["communication_s"] = max((result.last_traffic.seconds(i) for i in last["participants"]), default=0.0)
         last["sequential_s"] += last["communication_s"] - before_s  # the drain follows the round
         last["eval_loss"] = self.fleet.conclude(result.server.params)
         self._record(last)

@@ -234,6 +234,11 @@ def server_commit(
     )
 
 
+def commit_nothing(state: ServerState) -> ServerState:
+    """Pass over the next round, which has no update that counts: its block keeps value, version and moments."""
+    return replace(state, committed=state.committed + 1)
+
+
 def news_for(state: ServerState, versions: Sequence[int]) -> tuple[Commit, ...]:
     """List what a client with these block versions has not seen: one aggregate, or a catch-up of several."""
     return tuple(

@@ -18,6 +18,7 @@ from parablock.algorithm.parablock import (
     ClientState,
     ServerState,
     commit,
+    commit_nothing,
     delta_of,
     initial_client,
     initial_server,
@@ -50,7 +51,9 @@ class Problem:
         aggregate: What the server makes of a round's updates, given ({client_id: (Δ, examples)}, round_index).
         announce: What the clients see of a new value, given (new, old view, round_index); None where exact.
         in_turn: One client a round, as FedCyBGD has it, in place of a cohort.
-        lost: (client_id, round_index) of updates that never arrive.
+        lost: (client_id, round_index) of updates that never arrive, or are refused.
+        trained: Who trains in each round, where that is not the cohort of `participation`.
+        min_updates: With fewer updates a round is void.
     """
 
     num_examples: Sequence[int]
@@ -66,6 +69,8 @@ class Problem:
     announce: Callable[[Tensor, Tensor, int], Tensor] | None = None
     in_turn: bool = False
     lost: frozenset[tuple[int, int]] = frozenset()
+    trained: Sequence[Sequence[int]] | None = None
+    min_updates: int = 1
 
 
 @dataclass
@@ -87,6 +92,10 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
     def commit_through(round_index: int) -> None:
         nonlocal server
         while server.committed < round_index:
+            if len(updates[server.committed + 1]) < problem.min_updates:
+                server = commit_nothing(server)
+                trajectory.append(server.params)
+                continue
             aggregate = problem.aggregate(updates[server.committed + 1], server.committed + 1)
             announce = problem.announce and partial(_of_round, problem.announce, server.committed + 1)
             server = server_commit(server, aggregate, problem.server_optimizer, announce)
@@ -129,6 +138,8 @@ def _block_of_round(problem: Problem, server: ServerState) -> int:
 
 
 def _cohort_of_round(problem: Problem, server: ServerState, round_index: int) -> tuple[int, ...]:
+    if problem.trained is not None:
+        return tuple(problem.trained[round_index])
     num_clients = len(problem.num_examples)
     if problem.in_turn:
         num_blocks = len(server.params)

@@ -23,16 +23,21 @@ from parablock.algorithm.parablock import (
     working_parameters,
 )
 from parablock.checkpoint import ClientSnapshot
+from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.engine.pipeline import Pipeline
 from parablock.errors import CodecError
 from parablock.trace import Trace
 from parablock.wire.messages import (
     Chunk,
     Finish,
+    Join,
     Mark,
+    Message,
     NewValue,
     RoundStart,
+    Skip,
     Update,
+    Welcome,
     from_bytes,
     new_block_value,
     to_bytes,
@@ -84,6 +89,8 @@ class Client:
         hand_in: Takes its snapshots, from the compute thread.
         sent: Updates in flight when the run was interrupted; they are sent again first.
         residuals: With error feedback, what rounding has kept back of each block.
+        rejoins: It was gone while the run went on: it says what it holds before it takes part again.
+        faults: What is to go wrong, for tests.
     """
 
     def __init__(
@@ -99,6 +106,8 @@ class Client:
         hand_in: Callable[[int, ClientSnapshot], None],
         sent: dict[int, list[bytes]] | None = None,
         residuals: dict[int, Tensor] | None = None,
+        rejoins: bool = False,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
         self._pipeline, self._trace = pipeline, trace
@@ -106,6 +115,9 @@ class Client:
         self._residuals = dict(residuals or {})
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         self._sent = dict(sent or {})
+        self._rejoins, self._faults = rejoins, faults
+        self.kept = self.state, self.snapshot()
+        """Its state, and what else its machine would find on its disk, as of the last message."""
 
     def run(self) -> None:
         """Serve the server until it finishes or stops the run."""
@@ -113,23 +125,36 @@ class Client:
             for round_index, chunks in self._sent.items():
                 for chunk in chunks:
                     pipeline.send(chunk, round_index)
-            while True:
-                message = from_bytes(pipeline.receive())
-                match message:
-                    case RoundStart():
-                        self._round(message)
-                    case Chunk():
-                        place = (message.block_index, message.version)
-                        self._chunks.setdefault(place, (message.kind, []))[1].append(message.vector)
-                    case Mark():
-                        self._hand_in(message.round_index, self.snapshot())
-                        if message.stop:
-                            return
-                    case Finish():
-                        self._commit(message.news, message.committed)
-                        return
-                    case Update():
-                        raise CodecError(f"client {self.client_id} received an update; only a server does")
+            if self._rejoins:
+                pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
+            while self._serve(from_bytes(pipeline.receive())):
+                self.kept = self.state, self.snapshot()
+
+    def _serve(self, message: Message) -> bool:
+        """Do what a message asks for; False when it was the last one."""
+        match message:
+            case Mark():
+                self._hand_in(message.round_index, self.snapshot())
+                return not message.stop
+            case Finish():
+                # where the server has not noticed that it was gone, differences do not fit what it holds
+                if not self._rejoins or all(new.kind == "value" for new in message.news):
+                    self._commit(message.news, message.committed)
+                return False
+            case Welcome():
+                self._rejoins = False
+                self._commit(message.news, message.committed)
+            case RoundStart() | Chunk() if self._rejoins:
+                pass  # meant for what it held before it was gone
+            case RoundStart():
+                self._round(message)
+            case Chunk():
+                place = (message.block_index, message.version)
+                self._chunks.setdefault(place, (message.kind, []))[1].append(message.vector)
+            case _:
+                kind = type(message).__name__
+                raise CodecError(f"client {self.client_id} received a message of kind {kind}; only a server does")
+        return True
 
     def snapshot(self) -> ClientSnapshot:
         """Give what a checkpoint keeps of this client."""
@@ -144,7 +169,11 @@ class Client:
 
     def _round(self, start: RoundStart) -> None:
         t, b = start.round_index, start.block_index
+        self._faults.strike(self.client_id, t, "commit", self._trace.clock)
         self._commit(start.news, start.committed)
+        if self._faults.strike(self.client_id, t, "train", self._trace.clock) == "drop":
+            self._pipeline.send(to_bytes(Skip(t)), t)
+            return
         step_time_s = self._trainer.step_time_s
         modelled_s = None if step_time_s is None else step_time_s * start.num_local_steps
         with self._trace.span(self.client_id, "compute", "computing", round_index=t, block_index=b):
@@ -194,6 +223,9 @@ class Client:
             kind, vectors = new.kind, [new.vector]
             if kind == "streamed":
                 kind, vectors = self._chunks.pop((b, new.version))
+            self._chunks = {
+                place: parts for place, parts in self._chunks.items() if place[0] != b or place[1] > new.version
+            }
             value = new_block_value(self.state.base[b], b, kind, vectors)
             commits.append(Commit(b, new.version, value, new.rho))
         self.state = commit(self.state, commits, committed)

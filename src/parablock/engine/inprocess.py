@@ -7,15 +7,19 @@ virtual clock each has a machine and a link of its own, in simulated time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from parablock.algorithm.parablock import ClientState, ServerState, initial_client, initial_server
 from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.client import Client, Trainer, restore_client
+from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
 from parablock.engine.pipeline import Machines, Pipeline
 from parablock.engine.server import Server, ServerPlan
+from parablock.errors import StallError
 from parablock.trace import Span, Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
@@ -30,11 +34,13 @@ class Hooks:
         on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
         on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
         asked_to_stop: Whether the user wants the run to stop at the next round.
+        on_event: Told in words what went wrong, and that the run goes on.
     """
 
     on_commit: Callable[[ServerState, list[Update], Traffic], None]
     on_checkpoint: Callable[[RunState], None]
     asked_to_stop: Callable[[], bool] = lambda: False
+    on_event: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -46,44 +52,109 @@ class EngineResult:
         clients: Every client's state.
         finished: False when the run was asked to stop before its last round.
         last_traffic: Traffic of the last round, with the drain.
+        refused: How many messages of clients were refused, by reason.
     """
 
     server: ServerState
     clients: tuple[ClientState, ...]
     finished: bool
     last_traffic: Traffic
+    refused: dict[str, int] = field(default_factory=dict)
 
 
 class _Checkpoints:
-    """Collects the parts of each checkpoint; the last part to arrive completes it."""
+    """Collects the parts of each checkpoint; the last part to arrive completes it.
 
-    def __init__(self, trace: Trace, transport: MemoryTransport, num_clients: int, hooks: Hooks) -> None:
-        self._trace, self._transport, self._num_clients, self._hooks = trace, transport, num_clients, hooks
-        self._servers: dict[int, tuple[ServerState, dict[int, float]]] = {}
+    A machine that is gone has its part on its disk.
+    """
+
+    def __init__(
+        self, trace: Trace, transport: MemoryTransport, num_clients: int, hooks: Hooks, faults: Faults
+    ) -> None:
+        self._trace, self._transport, self._num_clients = trace, transport, num_clients
+        self._hooks, self._faults = hooks, faults
+        self._servers: dict[int, tuple[ServerState, dict[str, Any]]] = {}
         self._parts: dict[int, dict[int, ClientSnapshot]] = {}
+        self._gone: dict[int, ClientSnapshot] = {}
 
-    def on_mark(self, round_index: int, server: ServerState, step_s: dict[int, float]) -> None:
+    def on_mark(self, round_index: int, server: ServerState, memory: dict[str, Any]) -> None:
         self._parts[round_index] = {}
-        self._servers[round_index] = server, step_s
+        self._servers[round_index] = server, memory
+        for snapshot in self._gone.values():
+            self.hand_in(round_index, snapshot)
+
+    def goes(self, snapshot: ClientSnapshot) -> None:
+        self._gone[snapshot.client_id] = snapshot
+        for round_index in tuple(self._parts):
+            self.hand_in(round_index, snapshot)
+
+    def returns(self, client_id: int) -> None:
+        del self._gone[client_id]
 
     def hand_in(self, round_index: int, snapshot: ClientSnapshot) -> None:
-        parts = self._parts[round_index]
+        parts = self._parts.get(round_index, {})
         parts[snapshot.client_id] = snapshot
         if len(parts) == self._num_clients and self._parts.pop(round_index, None) is not None:
-            server, step_s = self._servers.pop(round_index)
+            server, memory = self._servers.pop(round_index)
             with self._trace.clock.working(0.0):
                 self._hooks.on_checkpoint(
                     RunState(
                         round_index,
                         server,
                         tuple(parts[client_id] for client_id in sorted(parts)),
-                        {"downlink": self._downlink(server.committed + 1, round_index), "step_s": step_s},
+                        {
+                            "downlink": self._downlink(server.committed + 1, round_index),
+                            "server": memory,
+                            "faults": self._faults.happened_before(round_index, server.committed),
+                        },
                         [span for span in list(self._trace.spans) if _is_past(span, round_index, server.committed)],
                     )
                 )
 
     def _downlink(self, first: int, end: int) -> dict[int, dict[int, tuple[int, float]]]:
         return {t: dict(self._transport.ledger.of_round(t).down) for t in range(first, end)}
+
+
+class _Machine:
+    """One client's machine: it starts the client, and again after it was gone."""
+
+    def __init__(
+        self,
+        make: Callable[..., Client],
+        transport: MemoryTransport,
+        checkpoints: _Checkpoints,
+        trace: Trace,
+        on_event: Callable[[str], None],
+    ) -> None:
+        self._make, self._transport, self._checkpoints = make, transport, checkpoints
+        self._clock, self._on_event = trace.clock, on_event
+        self._over = self._clock.mailbox()
+        self.client = make()
+
+    def run(self) -> None:
+        """Be the client's machine until the run is over, or the machine is gone for good."""
+        while True:
+            client_id = self.client.client_id
+            try:
+                self.client.run()
+                return
+            except Killed as killed:
+                back_s = killed.back_s
+                self._on_event(f"client {client_id} was killed")
+            except StallError as stalled:
+                back_s = None
+                self._on_event(f"client {client_id} gave up: {stalled.what}")
+            state, snapshot = self.client.kept
+            self._transport.detach(client_id)
+            self._checkpoints.goes(snapshot)
+            if back_s is None or self._over.get_until(back_s) is not None:
+                return
+            self._checkpoints.returns(client_id)
+            self.client = self._make(state, snapshot)
+
+    def stop_waiting(self) -> None:
+        """Note that the run is over, so that nobody has to come back."""
+        self._over.put(True)
 
 
 def run_in_process(
@@ -96,6 +167,7 @@ def run_in_process(
     link: Link,
     in_flight: str,
     resumed: RunState | None = None,
+    faults: Faults = NO_FAULTS,
 ) -> EngineResult:
     """Run all rounds, or those that a checkpoint has left.
 
@@ -108,34 +180,43 @@ def run_in_process(
         link: Every client's link.
         in_flight: own | aligned | none.
         resumed: Where to go on.
+        faults: What is to go wrong.
 
     Raises:
         ParaBlockError: Whatever the server or the first client to fail ended with. No thread is left.
     """
     transport = MemoryTransport(trace.clock, link, len(trainers))
-    checkpoints = _Checkpoints(trace, transport, len(trainers), hooks)
-    clients = []
-    for client_id, trainer in enumerate(trainers):
-        state, sent = initial_client(params), dict[int, list[bytes]]()
-        if resumed is not None:
-            snapshot = resumed.clients[client_id]
-            state, sent = restore_client(snapshot, resumed.server)
-            trainer.remember(snapshot.memory)
-        pipeline = Pipeline(client_id, transport, trace, stall_timeout_s=plan.stall_timeout_s)
-        clients.append(
-            Client(
-                client_id,
-                state,
-                trainer,
-                pipeline,
-                trace,
-                in_flight=in_flight,
-                encoding=plan.encoding,
-                hand_in=checkpoints.hand_in,
-                sent=sent,
-                residuals=None if resumed is None else resumed.clients[client_id].residuals,
-            )
+    checkpoints = _Checkpoints(trace, transport, len(trainers), hooks, faults)
+
+    def make_client(client_id: int, state: ClientState | None = None, kept: ClientSnapshot | None = None) -> Client:
+        sent, back = dict[int, list[bytes]](), kept is not None
+        if kept is not None:
+            sent = kept.sent
+        elif resumed is not None:
+            kept = resumed.clients[client_id]
+            state, sent = restore_client(kept, resumed.server)
+        if kept is not None:
+            trainers[client_id].remember(kept.memory)
+        end = FaultyEnd(client_id, transport, faults, trace.clock) if faults else transport
+        return Client(
+            client_id,
+            state or initial_client(params),
+            trainers[client_id],
+            Pipeline(client_id, end, trace, stall_timeout_s=plan.stall_timeout_s),
+            trace,
+            in_flight=in_flight,
+            encoding=plan.encoding,
+            hand_in=checkpoints.hand_in,
+            sent=sent,
+            residuals=None if kept is None else kept.residuals,
+            rejoins=back,
+            faults=faults,
         )
+
+    machines = [
+        _Machine(partial(make_client, client_id), transport, checkpoints, trace, hooks.on_event)
+        for client_id in range(len(trainers))
+    ]
     if resumed is not None:
         transport.ledger.restore_downlink(resumed.progress["downlink"])
     server = Server(
@@ -148,19 +229,32 @@ def run_in_process(
         ),
         on_mark=checkpoints.on_mark,
         asked_to_stop=hooks.asked_to_stop,
+        on_event=hooks.on_event,
         first_round=0 if resumed is None else resumed.round_index,
         held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
-        step_s=None if resumed is None else {int(i): float(s) for i, s in resumed.progress["step_s"].items()},
+        memory=None if resumed is None else _memory_of(resumed),
     )
-    bodies = [client.run for client in clients]
+    bodies = [machine.run for machine in machines]
     with Machines(trace.clock, bodies, transport.fail, stall_timeout_s=plan.stall_timeout_s):
         finished = server.run()
+        for machine in machines:
+            machine.stop_waiting()
     return EngineResult(
         server.state,
-        tuple(client.state for client in clients),
+        tuple(machine.client.state for machine in machines),
         finished,
         transport.ledger.of_round(plan.num_rounds - 1),
+        dict(server.refused),
     )
+
+
+def _memory_of(resumed: RunState) -> dict[str, Any]:
+    """Give the server's memory, without the updates of open rounds that nobody has any more."""
+    memory = dict(resumed.progress["server"])
+    memory["asked"] = {
+        t: [i for i in asked if int(t) in resumed.clients[i].sent] for t, asked in memory["asked"].items()
+    }
+    return memory
 
 
 def _is_past(span: Span, round_index: int, committed: int) -> bool:

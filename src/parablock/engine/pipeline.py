@@ -6,8 +6,10 @@
       send(update) ──────────────► work ────► upload it                     ┘ at the same time
 
 Only immutable bytes cross. An error of the communication thread surfaces in the compute thread, at its next
-`receive`. Leaving the context sends what is left and leaves no thread behind. Every wait is bounded by the
-clock's patience with a world in which nothing moves.
+`send` or `receive`. Leaving the context sends what is left and leaves no thread behind. A transfer that is cut
+is made again, until nothing of it has arrived for `stall_timeout_s`. Every wait is bounded by the clock's
+patience with a world in which nothing moves; a client has twice that of the server, which may have to do
+without another client first.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 from parablock.clock import Clock, Stopped
+from parablock.errors import LinkError, StallError
 from parablock.trace import Trace
+from parablock.wire.messages import describe
 from parablock.wire.transport import ClientEnd, Parcel
 
 _CLOSE = object()
@@ -34,7 +37,7 @@ class Pipeline:
         client_id: Whose.
         transport: The client's end; owned by the communication thread from `__enter__` on.
         trace: Where uploads, downloads and waits are recorded; it also knows the clock.
-        stall_timeout_s: Patience of every wait, seconds.
+        stall_timeout_s: Patience with a transfer that does not move, seconds.
     """
 
     def __init__(self, client_id: int, transport: ClientEnd, trace: Trace, *, stall_timeout_s: float) -> None:
@@ -44,6 +47,7 @@ class Pipeline:
         self._work, self._inbox, self._closed = clock.mailbox(), clock.mailbox(), clock.mailbox()
         self._waiting_for = f"client {client_id}'s next transfer"
         self._abandoned = False
+        self._error: BaseException | None = None
 
     def __enter__(self) -> Pipeline:
         self._transport.attach(self._client_id, self._work.put)
@@ -61,7 +65,13 @@ class Pipeline:
         self._thread.join()
 
     def send(self, message: bytes, round_index: int) -> None:
-        """Hand an update to the communication thread; returns at once. Called by the compute thread."""
+        """Hand a message to the communication thread; returns at once. Called by the compute thread.
+
+        Raises:
+            ParaBlockError: Whatever the communication thread failed with.
+        """
+        if self._error is not None:
+            raise self._error
         self._work.put((Parcel(message, round_index),))
 
     def receive(self) -> bytes:
@@ -71,72 +81,105 @@ class Pipeline:
             ParaBlockError: Whatever the communication thread failed with.
         """
         with self._trace.span(self._client_id, "compute", "waiting"):
-            item = self._inbox.get(self._stall_timeout_s, f"the server's next message to client {self._client_id}")
+            item = self._inbox.get(
+                2 * self._stall_timeout_s, f"the server's next message to client {self._client_id}"
+            )
         if isinstance(item, BaseException):
             raise item
         assert isinstance(item, bytes)
         return item
 
     def _communicate(self) -> None:
-        up, down = _Lane(), _Lane()
+        up, down = _Lane("uploading"), _Lane("downloading")
         closing = False
         try:
             while not (closing and up.is_empty and down.is_empty):
-                self._start_transfers(up, down)
-                ends = [lane.ends_s for lane in (up, down) if lane.current is not None]
+                for lane, seconds_of in ((up, self._transport.upload_s), (down, self._transport.download_s)):
+                    self._start_transfer(lane, seconds_of)
+                ends = [end for lane in (up, down) if (end := lane.next_s) is not None]
                 item = (
                     self._work.get_until(min(ends))
                     if ends
-                    else self._work.get(self._stall_timeout_s, self._waiting_for)
+                    else self._work.get(2 * self._stall_timeout_s, self._waiting_for)
                 )
                 if item is _CLOSE:
                     closing = True
+                elif isinstance(item, Parcel):
+                    down.queue.append(item)
                 elif item is not None:
-                    (down if isinstance(item, Parcel) else up).queue.append(item)
+                    up.queue.extend(item)
                 if self._abandoned:
                     return
-                self._end_transfers(up, down)
+                self._end_transfer(up, self._transport.uploaded)
+                if (arrived := self._end_transfer(down, self._transport.downloaded)) is not None:
+                    self._inbox.put(arrived.message)
         except Exception as error:
+            self._error = error
             self._inbox.put(error)
         finally:
             self._closed.put(None)
 
-    def _start_transfers(self, up: _Lane, down: _Lane) -> None:
-        now = self._clock.now()
-        if up.current is None and up.queue:
-            (up.current,) = up.queue.popleft()
-            up.began_s = self._trace.begin(self._client_id, "uploading")
-            up.ends_s = now + self._transport.upload_s(up.current)
-        if down.current is None and down.queue:
-            down.current = down.queue.popleft()
-            down.began_s = self._trace.begin(self._client_id, "downloading")
-            down.ends_s = now + self._transport.download_s(down.current)
+    def _start_transfer(self, lane: _Lane, seconds_of: Callable[[Parcel], float]) -> None:
+        now_s = self._clock.now()
+        if lane.current is not None or not lane.queue or now_s < lane.closed_until_s:
+            return
+        lane.current = lane.queue.popleft()
+        try:
+            lane.ends_s = now_s + seconds_of(lane.current)
+            lane.began_s = self._trace.begin(self._client_id, lane.activity)
+        except LinkError as cut:
+            self._cut(lane, cut)
 
-    def _end_transfers(self, up: _Lane, down: _Lane) -> None:
-        now = self._clock.now()
-        if up.current is not None and up.ends_s <= now:
-            self._record("uploading", up.began_s, up.current)
-            self._transport.uploaded(self._client_id, up.current, now - up.began_s)
-            up.current = None
-        if down.current is not None and down.ends_s <= now:
-            self._record("downloading", down.began_s, down.current)
-            self._transport.downloaded(self._client_id, down.current, now - down.began_s)
-            self._inbox.put(down.current.message)
-            down.current = None
-
-    def _record(self, activity: str, began_s: float, parcel: Parcel) -> None:
+    def _end_transfer(self, lane: _Lane, done: Callable[[int, Parcel, float], None]) -> Parcel | None:
+        """End the lane's transfer if its time has passed; give what has arrived."""
+        now_s, parcel = self._clock.now(), lane.current
+        if parcel is None or lane.ends_s > now_s:
+            return None
         facts = {"round_index": parcel.round_index, "payload_bytes": len(parcel.message)}
-        self._trace.end(self._client_id, "communication", activity, began_s, **facts)
+        self._trace.end(self._client_id, "communication", lane.activity, lane.began_s, **facts)
+        try:
+            done(self._client_id, parcel, now_s - lane.began_s)
+        except LinkError as cut:
+            self._cut(lane, cut)
+            return None
+        lane.current = lane.cut_since_s = None
+        return parcel
+
+    def _cut(self, lane: _Lane, cut: LinkError) -> None:
+        """Put the transfer back and wait for the link, as long as there is patience."""
+        now_s, parcel = self._clock.now(), lane.current
+        assert parcel is not None
+        lane.cut_since_s = now_s if lane.cut_since_s is None else lane.cut_since_s
+        patient_until_s = lane.cut_since_s + self._stall_timeout_s
+        if now_s >= patient_until_s:
+            raise StallError(
+                f"client {self._client_id} was {lane.activity} {describe(parcel.message)}, "
+                f"{len(parcel.message)} bytes, and nothing of it has arrived for {self._stall_timeout_s:g} s",
+                cause=f"The link is down: {cut.what}.",
+                remedy="Look at the link; if such outages are usual, raise federation.stall_timeout_s.",
+            )
+        lane.queue.appendleft(parcel)
+        lane.current, lane.closed_until_s = None, min(now_s + cut.retry_after_s, patient_until_s)
 
 
 @dataclass
 class _Lane:
-    """One direction of the link: what waits, and what is on its way until when."""
+    """One direction of the link: what waits, what is on its way until when, and since when it is cut."""
 
-    queue: deque[Any] = field(default_factory=deque)
+    activity: str
+    queue: deque[Parcel] = field(default_factory=deque)
     current: Parcel | None = None
     began_s: float = 0.0
     ends_s: float = 0.0
+    cut_since_s: float | None = None
+    closed_until_s: float = 0.0
+
+    @property
+    def next_s(self) -> float | None:
+        """When something is to be done about it, if anything."""
+        if self.current is not None:
+            return self.ends_s
+        return self.closed_until_s if self.queue else None
 
     @property
     def is_empty(self) -> bool:

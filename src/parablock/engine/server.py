@@ -9,27 +9,34 @@ The delay is in that one index. Everything that a client sees at the start of ro
 commit t − 1 − d, so what it computes does not depend on who is fast. Updates come in chunks; a chunk that
 all participants have delivered is folded, and where streaming its new value goes down at once, while the
 next chunk is still going up.
+
+A round waits for everybody who was asked. It goes on without a client that gives the round up, whose update
+is refused, that is late where there is a deadline, or that has been silent for `stall_timeout_s`, as long as
+`min_updates` are left; a round that nobody can complete any more is void and leaves its block as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from functools import partial
+from typing import Any
 
 from parablock.algorithm.aggregate import ServerOptimizer, apply_update
 from parablock.algorithm.baselines.fedcybgd import client_in_turn
-from parablock.algorithm.parablock import NEVER, ServerState, news_for, schedule_round, server_commit
+from parablock.algorithm.parablock import NEVER, ServerState, commit_nothing, schedule_round, server_commit
 from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort, next_block
-from parablock.engine.folding import RoundFold
+from parablock.engine.downlink import Downlink
+from parablock.engine.folding import Problem, RoundFold
+from parablock.engine.participation import Participation
 from parablock.engine.steps import LocalSteps
-from parablock.errors import CodecError
+from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
-from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Update, from_bytes, to_bytes
-from parablock.wire.quantize import Encoding, Vector, bytes_per_element, joined, pack
-from parablock.wire.transport import Parcel, ServerEnd
+from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes
+from parablock.wire.quantize import Encoding
+from parablock.wire.transport import ServerEnd
 
 SERVER = -1
 """The client_id whose draws round what the server sends."""
@@ -40,8 +47,13 @@ class ServerPlan:
     """What the server follows; names as in the configuration.
 
     Attributes:
+        rule: How a round's updates become one.
         in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
         aggregation_s: Simulated seconds of folding a chunk; None: as measured.
+        min_updates: Fewest updates that a commit needs.
+        deadline_factor: A round waits so many times the median answer time; None: for all.
+        waits_for_return: Whether clients that are gone may come back from outside; then a round that lacks
+            updates waits for them, however long.
     """
 
     num_clients: int
@@ -58,6 +70,9 @@ class ServerPlan:
     aggregation_s: float | None = None
     rule: Rule = field(default_factory=Rule)
     in_turn: bool = False
+    min_updates: int = 1
+    deadline_factor: float | None = None
+    waits_for_return: bool = False
 
 
 class Server:
@@ -68,12 +83,13 @@ class Server:
         plan: What to follow.
         transport: The server's end.
         trace: Where aggregation is recorded.
-        on_commit: Told the new state and the last chunk of each update, right after each commit.
-        on_mark: Told (round_index, state, step_s) at every checkpoint, before the clients are asked for theirs.
+        on_commit: Told the new state and the first chunk of each update, right after each commit.
+        on_mark: Told (round_index, state, memory) at every checkpoint, before the clients are asked for theirs.
         asked_to_stop: Whether the user wants the run to stop at the next round.
+        on_event: Told in words what went wrong, and that the run goes on.
         first_round: Where to begin; a checkpoint's round when resuming.
         held: For each client the block versions that it holds.
-        step_s: For each client the seconds of a local step, as its last committed update says.
+        memory: What `on_mark` was told, plain values: who was asked, and the seconds of steps and answers.
     """
 
     def __init__(
@@ -84,20 +100,35 @@ class Server:
         trace: Trace,
         *,
         on_commit: Callable[[ServerState, list[Update]], None],
-        on_mark: Callable[[int, ServerState, dict[int, float]], None],
+        on_mark: Callable[[int, ServerState, dict[str, Any]], None],
         asked_to_stop: Callable[[], bool],
+        on_event: Callable[[str], None] = lambda _: None,
         first_round: int = 0,
         held: dict[int, tuple[int, ...]] | None = None,
-        step_s: dict[int, float] | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self._plan, self._transport, self._trace = state, plan, transport, trace
         self._on_commit, self._on_mark, self._asked_to_stop = on_commit, on_mark, asked_to_stop
-        self._first_round = first_round
-        self._held = dict(held or dict.fromkeys(range(plan.num_clients), (NEVER,) * len(state.params)))
-        self._folds = {t: self._new_fold(t) for t in range(state.committed + 1, len(state.history))}
-        self.step_s = dict(step_s or {})
-        self._announced: dict[int, list[Vector]] = {}
-        self._streamed_to: dict[int, set[int]] = {}
+        self._on_event, self._first_round = on_event, first_round
+        never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(state.params))
+        self._downlink = Downlink(transport, plan.encoding, held or never)
+        memory = memory or {}
+        self._participation = Participation(
+            plan.num_clients,
+            plan.delay,
+            min_updates=plan.min_updates,
+            deadline_factor=plan.deadline_factor,
+            answer_s=memory.get("answer_s", {}),
+        )
+        self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
+        self.refused = Counter[str](memory.get("refused", {}))
+        self._fewest = max(1, min(plan.min_updates, plan.num_clients))
+        self._counted: dict[int, tuple[int, ...]] = {}
+        self._folds: dict[int, RoundFold] = {}
+        asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
+        for t in range(state.committed + 1, len(state.history)):
+            self._participation.ask(t, asked.get(t, self._cohort(t)), trace.clock.now())
+            self._folds[t] = self._new_fold(t)
 
     def run(self) -> bool:
         """Run all rounds; False when it stopped early because it was asked to."""
@@ -111,8 +142,11 @@ class Server:
                 return False
             self._start_round(t)
         self._commit_through(plan.num_rounds - 1)
-        for client_id in self._held:
-            self._send(client_id, plan.num_rounds - 1, Finish(self.state.committed, self._news_for(client_id)))
+        for client_id in range(plan.num_clients):
+            if self._participation.is_absent(client_id):  # nobody knows what it holds
+                self._downlink.joins(client_id, (NEVER,) * len(self.state.params))
+            news = self._downlink.news_for(self.state, client_id)
+            self._downlink.send(client_id, plan.num_rounds - 1, Finish(self.state.committed, news))
         return True
 
     def _start_round(self, t: int) -> None:
@@ -129,128 +163,224 @@ class Server:
             self.step_s, encoding.payload_bytes(size), streamed=len(encoding.cut(size)) > 1
         )
         self.state = schedule_round(self.state, block_index, num_local_steps)
-        steps_before = sum(self.state.local_steps[:t])
+        self._participation.ask(t, self._enough_of(self._cohort(t), t), self._trace.clock.now())
         self._folds[t] = self._new_fold(t)
-        for client_id in self._cohort(t):
-            start = RoundStart(
-                t, block_index, num_local_steps, steps_before, self.state.committed, self._news_for(client_id)
-            )
-            self._send(client_id, t, start)
+        for client_id in self._participation.asked_in(t):
+            self._ask(client_id, t)
+
+    def _enough_of(self, drawn: tuple[int, ...], t: int) -> tuple[int, ...]:
+        """Give who is asked, once there are enough."""
+        while len(clients := self._participation.candidates(drawn)) < self._fewest:
+            self._wait(f"clients to come back: round {t} needs {self._fewest}, and {len(clients)} are there")
+        return clients
+
+    def _ask(self, client_id: int, t: int) -> None:
+        state = self.state
+        news = self._downlink.news_for(state, client_id)
+        steps_before = sum(state.local_steps[:t])
+        start = RoundStart(t, state.history[t], state.local_steps[t], steps_before, state.committed, news)
+        self._downlink.send(client_id, t, start)
 
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
-        return RoundFold(
-            t, b, self._cohort(t), self._plan.encoding.cut(self.state.params[b].numel()), self._plan.rule
-        )
+        cuts = self._plan.encoding.cut(self.state.params[b].numel())
+        return RoundFold(t, b, self._participation.asked_in(t), cuts, self.state.local_steps[t], self._plan.rule)
 
     def _mark(self, t: int, *, stop: bool) -> None:
-        self._on_mark(t, self.state, dict(self.step_s))
-        for client_id in self._held:
-            self._send(client_id, t, Mark(t, stop))
+        memory = self._participation.memory(self.state.committed + 1)
+        memory |= {"step_s": dict(self.step_s), "refused": dict(self.refused)}
+        self._on_mark(t, self.state, memory)
+        for client_id in range(self._plan.num_clients):
+            self._downlink.send(client_id, t, Mark(t, stop))
+
+    # ── committing ──────────────────────────────────────────────────────────────────────────────────
 
     def _commit_through(self, round_index: int) -> None:
         while self.state.committed < round_index:
-            t = self.state.committed + 1
-            fold = self._folds[t]
-            while not fold.is_complete:
-                if not fold.is_next_ready:
-                    self._receive(f"the update of round {t} from clients {', '.join(map(str, fold.missing))}")
-                    continue
-                with (
-                    self._trace.span(None, "server", "aggregating", round_index=t),
-                    self._trace.clock.working(self._plan.aggregation_s),
-                ):
-                    self._fold_chunk(t, fold)
-            del self._folds[t]
-            self.state = server_commit(
-                self.state,
-                fold.aggregate(),
-                self._plan.server_optimizer,
-                self._announce if self._is_lossy() else None,
-            )
-            for update in fold.updates:
-                self.step_s[update.client_id] = update.compute_s / update.num_local_steps
-            self._on_commit(self.state, fold.updates)
+            fold = self._folds[self.state.committed + 1]
+            while len(fold.expected) >= self._fewest and not fold.is_complete:
+                if fold.is_next_ready:
+                    self._fold_chunk(fold)
+                else:
+                    self._wait_for(fold)
+            del self._folds[fold.round_index]
+            self._commit(fold)
 
-    def _fold_chunk(self, t: int, fold: RoundFold) -> None:
+    def _commit(self, fold: RoundFold) -> None:
+        t, b, updates = fold.round_index, fold.block_index, fold.updates
+        if len(fold.expected) < self._fewest:
+            self._downlink.retract(b)
+            self.state, updates = commit_nothing(self.state), []
+            self._on_event(f"round {t} cannot get {self._fewest} updates any more; block {b} stays as it was")
+        else:
+            lossy = self._downlink.is_lossy(self.state)
+            announce = partial(self._downlink.announce, b) if lossy else None
+            self.state = server_commit(self.state, fold.aggregate(), self._plan.server_optimizer, announce)
+        self._counted[t] = tuple(update.client_id for update in updates)
+        for update in updates:
+            self.step_s[update.client_id] = update.compute_s / update.num_local_steps
+        self._on_commit(self.state, updates)
+
+    def _fold_chunk(self, fold: RoundFold) -> None:
         """Fold the next chunk, and where streaming send its new value to those who will need it."""
-        part, mean = fold.fold_next()
-        b, encoding = fold.block_index, self._plan.encoding
-        lossy = self._is_lossy()
-        if not lossy and encoding.chunk_bytes is None:
+        absurd = fold.absurd() if fold.is_last_next else {}
+        for client_id, problem in absurd.items():
+            self._refuse(client_id, fold, problem)
+        if absurd:
             return
-        moments = tuple(moment[part] for moment in self.state.moments[b])
-        value, _ = apply_update(self.state.params[b][part], mean, moments, self._plan.server_optimizer)
-        if lossy:
-            difference = value.float() - self.state.view[b][part].float()
-            vector = pack(difference, encoding.format, fold.noise(encoding, SERVER))
-            self._announced[b] = [*(self._announced[b] if part.start else ()), vector]
-        else:
-            vector = _exact(value)
-        if encoding.chunk_bytes is not None:
-            self._stream(t, Chunk(b, t, "difference" if lossy else "value", vector), first=part.start == 0)
-
-    def _stream(self, t: int, chunk: Chunk, *, first: bool) -> None:
-        needed_in = t + 1 + self._plan.delay
-        is_last = needed_in >= self._plan.num_rounds
-        if first:
-            wanted = self._held if is_last else self._cohort(needed_in)
-            before = self.state.versions[chunk.block_index]
-            self._streamed_to[chunk.block_index] = {i for i in wanted if self._held[i][chunk.block_index] == before}
-        parcel = Parcel(to_bytes(chunk), min(needed_in, self._plan.num_rounds - 1))
-        for client_id in sorted(self._streamed_to[chunk.block_index]):
-            self._transport.send(client_id, parcel)
-
-    def _announce(self, value: Tensor, view: Tensor) -> Tensor:
-        """Give what the clients see of a new value: the view plus the difference that was packed in chunks."""
-        differences = self._announced[self.state.history[self.state.committed + 1]]
-        assert value.shape == view.shape
-        return (view.float() + joined(differences)).to(view.dtype)
-
-    def _receive(self, waiting_for: str) -> None:
-        client_id, raw = self._transport.receive(self._plan.stall_timeout_s, waiting_for)
-        update = from_bytes(raw)
-        fold = self._folds.get(update.round_index) if isinstance(update, Update) else None
-        if not isinstance(update, Update):
-            problem = f"a {type(update).__name__} instead of an update"
-        elif fold is None:
-            problem = f"an update of round {update.round_index}, which it was not asked for"
-        else:
-            problem = fold.problem_with(client_id, update)
-            if not problem:
-                fold.add(update)
+        t, plan = fold.round_index, self._plan
+        with (
+            self._trace.span(None, "server", "aggregating", round_index=t),
+            self._trace.clock.working(plan.aggregation_s),
+        ):
+            part, mean = fold.fold_next()
+            streams = plan.encoding.chunk_bytes is not None
+            if not streams and not self._downlink.is_lossy(self.state):
                 return
-        raise CodecError(
-            f"client {client_id} sent {problem}",
-            cause="It runs another configuration or another model than the server.",
-            remedy="Give all clients the same configuration and the same base model.",
-        )
+            b = fold.block_index
+            moments = tuple(moment[part] for moment in self.state.moments[b])
+            value, _ = apply_update(self.state.params[b][part], mean, moments, plan.server_optimizer)
+            chunk = self._downlink.pack_chunk(self.state, b, part, value, fold.noise(plan.encoding, SERVER))
+            if streams and not fold.began_again:
+                needed_in = min(t + 1 + plan.delay, plan.num_rounds)
+                everybody = tuple(range(plan.num_clients))
+                wanted = everybody if needed_in == plan.num_rounds else self._cohort(needed_in)
+                present = [i for i in wanted if i in fold.expected or not self._participation.is_absent(i)]
+                counted_in = min(needed_in, plan.num_rounds - 1)
+                self._downlink.stream(self.state, chunk, present, counted_in, first=part.start == 0)
 
-    def _news_for(self, client_id: int) -> tuple[NewValue, ...]:
-        held = self._held[client_id]
-        news = []
-        for new in news_for(self.state, held):
-            b = new.block_index
-            if client_id in self._streamed_to.get(b, ()):
-                self._streamed_to[b].discard(client_id)
-                kind, vector = "streamed", _exact(new.value[:0])
-            elif len(self._announced.get(b, ())) == 1 and held[b] == self._version_before(b):
-                kind, vector = "difference", self._announced[b][0]
-            else:
-                kind, vector = "value", _exact(new.value)
-            news.append(NewValue(b, new.version, new.rho, kind, vector))
-        self._held[client_id] = self.state.versions
-        return tuple(news)
+    # ── receiving ───────────────────────────────────────────────────────────────────────────────────
 
-    def _is_lossy(self) -> bool:
-        return self.state.params[0].dtype.itemsize > bytes_per_element(self._plan.encoding.format)
+    def _wait_for(self, fold: RoundFold) -> None:
+        """Wait for the next message, or go on without those who are late or silent."""
+        t, now_s = fold.round_index, self._trace.clock.now()
+        enough = len(fold.delivered) >= self._fewest
+        deadline_s = self._participation.deadline_s(t) if enough else None
+        lacking = "; ".join(fold.progress_of(client_id) for client_id in fold.missing)
+        waiting_for = f"the update of round {t}, block {fold.block_index}, from {lacking}"
+        if deadline_s is None:
+            try:
+                self._wait(waiting_for, can_go_on=enough)
+            except StallError:
+                if not enough:
+                    raise
+                self._go_on_without_the_missing(fold, "silent", f"for {self._plan.stall_timeout_s:g} s")
+        elif now_s >= deadline_s:
+            self._go_on_without_the_missing(fold, "late", f"at {now_s:.1f} s")
+        elif (received := self._transport.receive_until(deadline_s)) is not None:
+            self._take(*received)
 
-    def _version_before(self, block_index: int) -> int:
-        earlier = [t for t in range(self.state.versions[block_index]) if self.state.history[t] == block_index]
-        return earlier[-1] if earlier else NEVER
+    def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
+        for client_id in set(fold.expected) - set(fold.delivered):
+            came = fold.progress_of(client_id)
+            fold.take_out(client_id, Problem(reason, f"{came}"))
+            self._on_event(f"round {fold.round_index} goes on without a client that is {reason} {how}: {came}")
+        self._retract_where_needed(fold)
 
-    def _send(self, client_id: int, round_index: int, message: RoundStart | Mark | Finish) -> None:
-        self._transport.send(client_id, Parcel(to_bytes(message), round_index))
+    def _wait(self, waiting_for: str, *, can_go_on: bool = False) -> None:
+        while True:
+            try:
+                received = self._transport.receive(self._plan.stall_timeout_s, waiting_for)
+            except StallError:
+                if can_go_on or not self._plan.waits_for_return:
+                    raise
+                self._on_event(f"still waiting for {waiting_for}")
+                continue
+            self._take(*received)
+            return
+
+    def _take(self, client_id: int, raw: bytes) -> None:
+        try:
+            message = from_bytes(raw)
+        except CodecError as error:
+            self._count(client_id, Problem("corrupt", f"what cannot be decoded: {error.what}"))
+            return
+        match message:
+            case Update():
+                self._take_update(client_id, message)
+            case Skip():
+                self._participation.answered(client_id, message.round_index)
+                if (fold := self._folds.get(message.round_index)) and client_id in fold.expected:
+                    self._take_out(client_id, fold, Problem("skipped", "its word that it gives the round up"))
+            case Join():
+                self._welcome(client_id, message)
+            case _:
+                self._count(client_id, Problem("misfit", f"a {type(message).__name__} instead of an update"))
+
+    def _take_update(self, client_id: int, update: Update) -> None:
+        t = update.round_index
+        fold = self._folds.get(t)
+        if fold is None or client_id not in fold.expected:
+            self._take_stray(client_id, update, fold)
+            return
+        problem = fold.take(client_id, update)
+        if problem is not None and problem.reason in ("duplicate", "foreign"):
+            self._count(client_id, problem)
+        elif problem is not None:
+            self._refuse(client_id, fold, problem)
+        elif client_id in fold.delivered:
+            self._participation.delivered(client_id, t, self._trace.clock.now())
+
+    def _take_stray(self, client_id: int, update: Update, fold: RoundFold | None) -> None:
+        """Count an update that no round waits for, once, with its last chunk."""
+        t = update.round_index
+        if update.chunk_index != update.num_chunks - 1:
+            return
+        if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
+            self._count(client_id, Problem("unasked", f"an update of round {t}, which it was not asked for"))
+            return
+        self._participation.delivered(client_id, t, self._trace.clock.now())
+        if client_id in self._counted.get(t, ()):
+            self._count(client_id, Problem("duplicate", f"the update of round {t} again"))
+        elif fold is None or fold.out.get(client_id, Problem("late", "")).reason in ("late", "silent"):
+            self._count(client_id, Problem("late", f"its update of round {t} after the round had gone on"))
+
+    def _refuse(self, client_id: int, fold: RoundFold, problem: Problem) -> None:
+        self._count(client_id, problem)
+        self._participation.answered(client_id, fold.round_index)
+        self._take_out(client_id, fold, problem)
+        misfits = [problem for problem in fold.out.values() if problem.reason == "misfit"]
+        if not fold.expected and len(misfits) == len(fold.out):
+            raise CodecError(
+                f"every update of round {fold.round_index} was refused: client {client_id} sent {problem.text}",
+                cause="The clients run another configuration or another model than the server.",
+                remedy="Give all clients the same configuration and the same base model.",
+            )
+
+    def _take_out(self, client_id: int, fold: RoundFold, problem: Problem) -> None:
+        fold.take_out(client_id, problem)
+        self._retract_where_needed(fold)
+
+    def _retract_where_needed(self, fold: RoundFold) -> None:
+        if fold.began_again:
+            self._downlink.retract(fold.block_index)
+
+    def _count(self, client_id: int, problem: Problem) -> None:
+        self.refused[problem.reason] += 1
+        self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
+
+    def _welcome(self, client_id: int, join: Join) -> None:
+        """Bring a client that has begun anew up to date, and ask it again for the newest round."""
+        if len(join.versions) != len(self.state.params):
+            text = f"a model of {len(join.versions)} blocks where the server has {len(self.state.params)}"
+            self._count(client_id, Problem("misfit", text))
+            return
+        self._downlink.joins(client_id, join.versions)
+        self._participation.is_back(client_id)
+        news = self._downlink.news_for(self.state, client_id, whole=True)
+        newest = len(self.state.history) - 1
+        self._downlink.send(client_id, max(newest, 0), Welcome(self.state.committed, news))
+        self._on_event(f"client {client_id} is back")
+        for t, fold in self._folds.items():
+            if client_id not in fold.expected or client_id in fold.delivered or t in join.sent:
+                continue
+            if t == newest:
+                fold.forget(client_id)
+                self._retract_where_needed(fold)
+                self._participation.owes(client_id, t)
+                self._ask(client_id, t)
+            else:  # it would have to train from parameters that the server does not have any more
+                self._take_out(client_id, fold, Problem("lost", "its restart"))
 
     def _cohort(self, round_index: int) -> tuple[int, ...]:
         plan, history = self._plan, self.state.history
@@ -260,7 +390,3 @@ class Server:
             clients, blocks = plan.num_clients, len(self.state.params)
             return (client_in_turn(history, round_index, num_clients=clients, num_blocks=blocks),)
         return cohort(round_index, num_clients=plan.num_clients, participation=plan.participation, seed=plan.seed)
-
-
-def _exact(value: Tensor) -> Vector:
-    return pack(value, str(value.dtype).removeprefix("torch."))

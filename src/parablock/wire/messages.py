@@ -5,6 +5,9 @@
     server ── Chunk: a part of a new value, ahead of the RoundStart or Finish that speaks of it ──► client
     server ── Mark(t): hand in your state as of the start of round t (and stop, if it says so) ──► client
     server ── Finish: the last commits; nothing more to train ──► client
+    client ── Skip(t): there will be no update of round t from me ──► server
+    client ── Join: I am back, and hold these versions ──► server
+    server ── Welcome: all commits that the client lacks; what was sent to it before is void ──► client
 
 A new value of a block travels exactly, in the run's dtype (`value`), or, where the wire format is
 narrower, as the difference from what the client holds (`difference`), whose rounding the server keeps. One
@@ -126,7 +129,35 @@ class Update:
     delta: Vector
 
 
-Message = RoundStart | Finish | Mark | Update | Chunk
+@dataclass(frozen=True)
+class Skip:
+    """A client gives round t up: its update will not come."""
+
+    round_index: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """A client is back after it was gone.
+
+    Attributes:
+        versions: The version that it holds of every block.
+        sent: The rounds whose updates it has just sent again, because it does not know whether they arrived.
+    """
+
+    versions: tuple[int, ...]
+    sent: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The answer to `Join`: the commits that the client lacks, which end with round `committed`."""
+
+    committed: int
+    news: tuple[NewValue, ...]
+
+
+Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Join | Welcome
 
 
 def to_bytes(message: Message) -> bytes:
@@ -168,11 +199,33 @@ def from_bytes(raw: bytes) -> Message:
         ) from None
 
 
+def describe(raw: bytes) -> str:
+    """Say what a message is, for people: its kind, round, block and chunk."""
+    try:
+        message = from_bytes(raw)
+    except CodecError:
+        return "a message"
+    facts = {name: getattr(message, name, None) for name in ("round_index", "block_index")}
+    words = [f"{name.removesuffix('_index')} {value}" for name, value in facts.items() if value is not None]
+    if isinstance(message, Update):
+        words.append(f"chunk {message.chunk_index + 1} of {message.num_chunks}")
+    return f"its {type(message).__name__} ({', '.join(words)})" if words else f"its {type(message).__name__}"
+
+
 def _typed(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
     value = fields[name]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{name} is {value!r}, not {kind.__name__}")
     return value
+
+
+def _integers(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(_typed({name: value}, name, int) for value in _typed(fields, name, list))
+
+
+def _no_vectors(vectors: list[Vector]) -> None:
+    if vectors:
+        raise ValueError(f"it carries {len(vectors)} vectors")
 
 
 def _news(fields: Mapping[str, Any], vectors: list[Vector]) -> tuple[NewValue, ...]:
@@ -227,6 +280,20 @@ def _read_finish(fields: Mapping[str, Any], vectors: list[Vector]) -> Finish:
     return Finish(_typed(fields, "committed", int), _news(fields, vectors))
 
 
+def _read_welcome(fields: Mapping[str, Any], vectors: list[Vector]) -> Welcome:
+    return Welcome(_typed(fields, "committed", int), _news(fields, vectors))
+
+
+def _read_skip(fields: Mapping[str, Any], vectors: list[Vector]) -> Skip:
+    _no_vectors(vectors)
+    return Skip(_typed(fields, "round_index", int))
+
+
+def _read_join(fields: Mapping[str, Any], vectors: list[Vector]) -> Join:
+    _no_vectors(vectors)
+    return Join(_integers(fields, "versions"), _integers(fields, "sent"))
+
+
 def _read_chunk(fields: Mapping[str, Any], vectors: list[Vector]) -> Chunk:
     (vector,) = vectors
     return Chunk(
@@ -235,8 +302,7 @@ def _read_chunk(fields: Mapping[str, Any], vectors: list[Vector]) -> Chunk:
 
 
 def _read_mark(fields: Mapping[str, Any], vectors: list[Vector]) -> Mark:
-    if vectors:
-        raise ValueError(f"it carries {len(vectors)} vectors")
+    _no_vectors(vectors)
     return Mark(_typed(fields, "round_index", int), _typed(fields, "stop", bool))
 
 
@@ -246,6 +312,9 @@ _READERS: dict[str, Callable[[Mapping[str, Any], list[Vector]], Message]] = {
     "Mark": _read_mark,
     "Update": _read_update,
     "Chunk": _read_chunk,
+    "Skip": _read_skip,
+    "Join": _read_join,
+    "Welcome": _read_welcome,
 }
 
 

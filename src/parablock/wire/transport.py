@@ -7,6 +7,7 @@ time pass, and then says that it is done. The two directions of a link do not sl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -93,9 +94,16 @@ class ServerEnd(Protocol):
             StallError: When nothing has moved for `timeout_s`.
         """
 
+    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+        """Wait for the next message of any client, or give None when the clock reaches `deadline_s` first."""
+
 
 class ClientEnd(Protocol):
-    """A client's end of a transport; its communication thread owns it."""
+    """A client's end of a transport; its communication thread owns it.
+
+    `upload_s`, `download_s`, `uploaded` and `downloaded` may raise a `LinkError`: the transfer is then made
+    again from its beginning, which is the last good chunk.
+    """
 
     def attach(self, client_id: int, deliver: Callable[[Parcel], None]) -> None:
         """Say who takes what arrives for this client."""
@@ -126,7 +134,7 @@ class MemoryTransport:
         self._clock, self._link = clock, link
         self._inbox = clock.mailbox()
         self._deliver: dict[int, Callable[[Parcel], None]] = {}
-        self._early: dict[int, list[Parcel]] = {client_id: [] for client_id in range(num_clients)}
+        self._early = {client_id: deque[Parcel]() for client_id in range(num_clients)}
         self.ledger = Ledger()
 
     def send(self, client_id: int, parcel: Parcel) -> None:
@@ -138,11 +146,12 @@ class MemoryTransport:
 
     def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
         """Wait for the next message of any client."""
-        item: Any = self._inbox.get(timeout_s, waiting_for)
-        if isinstance(item, BaseException):
-            raise item
-        client_id, message = item
-        return client_id, message
+        return _opened(self._inbox.get(timeout_s, waiting_for))
+
+    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+        """Wait for the next message of any client until then."""
+        item = self._inbox.get_until(deadline_s)
+        return None if item is None else _opened(item)
 
     def fail(self, error: BaseException) -> None:
         """Let the server's `receive` raise an error that a client ended with."""
@@ -150,9 +159,14 @@ class MemoryTransport:
 
     def attach(self, client_id: int, deliver: Callable[[Parcel], None]) -> None:
         """Deliver from now on, beginning with what was sent before."""
-        for parcel in self._early.pop(client_id, []):
+        for parcel in self._early.pop(client_id, ()):
             deliver(parcel)
         self._deliver[client_id] = deliver
+
+    def detach(self, client_id: int) -> None:
+        """Deliver nothing more to a client that is gone; should it come back, it finds the newest message."""
+        del self._deliver[client_id]
+        self._early[client_id] = deque(maxlen=1)
 
     def upload_s(self, parcel: Parcel) -> float:
         """Tell how long a message takes up."""
@@ -170,3 +184,10 @@ class MemoryTransport:
     def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Count a message."""
         self.ledger.count_down(parcel, client_id, seconds)
+
+
+def _opened(item: Any) -> tuple[int, bytes]:
+    if isinstance(item, BaseException):
+        raise item
+    client_id, message = item
+    return client_id, message

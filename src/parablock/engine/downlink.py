@@ -1,0 +1,114 @@
+"""What the server tells each client: the commits that it lacks, ahead of time in chunks where streaming.
+
+A new value goes down as the difference from what the client holds where the wire format is narrower than the
+model, and exactly otherwise. Whoever has missed a version gets the whole value instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from parablock.algorithm.parablock import NEVER, ServerState, news_for
+from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Welcome, to_bytes
+from parablock.wire.quantize import Encoding, Vector, bytes_per_element, joined, pack
+from parablock.wire.transport import Parcel, ServerEnd
+
+
+class Downlink:
+    """The way from the server to the clients, and what each of them holds.
+
+    Args:
+        transport: The server's end.
+        encoding: How vectors become bytes.
+        held: For each client the block versions that it holds.
+    """
+
+    def __init__(self, transport: ServerEnd, encoding: Encoding, held: Mapping[int, tuple[int, ...]]) -> None:
+        self._transport, self._encoding = transport, encoding
+        self.held = dict(held)
+        self._announced: dict[int, list[Vector]] = {}
+        self._streamed_to: dict[int, set[int]] = {}
+
+    def send(self, client_id: int, round_index: int, message: RoundStart | Mark | Finish | Welcome) -> None:
+        """Send a message whose bytes count for a round."""
+        self._transport.send(client_id, Parcel(to_bytes(message), round_index))
+
+    def is_lossy(self, state: ServerState) -> bool:
+        """Tell whether the clients see less of a new value than the server."""
+        return state.params[0].dtype.itemsize > bytes_per_element(self._encoding.format)
+
+    def pack_chunk(
+        self, state: ServerState, block_index: int, part: slice, value: Tensor, noise: np.random.Generator | None
+    ) -> Chunk:
+        """Make the next chunk of the value that the coming commit gives a block.
+
+        Args:
+            state: The server before that commit.
+            block_index: The block.
+            part: Which elements.
+            value: Their new value.
+            noise: What rounds them.
+        """
+        version, kind, vector = state.committed + 1, "value", _exact(value)
+        if self.is_lossy(state):
+            difference = value.float() - state.view[block_index][part].float()
+            kind, vector = "difference", pack(difference, self._encoding.format, noise)
+            before = self._announced[block_index] if part.start else []
+            self._announced[block_index] = [*before, vector]
+        return Chunk(block_index, version, kind, vector)
+
+    def stream(
+        self, state: ServerState, chunk: Chunk, wanted: Iterable[int], round_index: int, *, first: bool
+    ) -> None:
+        """Send a chunk ahead to those who will want it and hold the version before it."""
+        b = chunk.block_index
+        if first:
+            before = state.versions[b]
+            self._streamed_to[b] = {client_id for client_id in wanted if self.held[client_id][b] == before}
+        parcel = Parcel(to_bytes(chunk), round_index)
+        for client_id in sorted(self._streamed_to[b]):
+            self._transport.send(client_id, parcel)
+
+    def retract(self, block_index: int) -> None:
+        """Take back what was streamed of a block: its value will be another one, and comes whole."""
+        self._streamed_to.pop(block_index, None)
+        self._announced.pop(block_index, None)
+
+    def announce(self, block_index: int, value: Tensor, view: Tensor) -> Tensor:
+        """Give what the clients see of a new value: the view plus the difference that was packed in chunks."""
+        assert value.shape == view.shape
+        return (view.float() + joined(self._announced[block_index])).to(view.dtype)
+
+    def joins(self, client_id: int, versions: tuple[int, ...]) -> None:
+        """Note what a client holds that has begun anew; nothing that was sent to it before counts."""
+        self.held[client_id] = versions
+        for streamed_to in self._streamed_to.values():
+            streamed_to.discard(client_id)
+
+    def news_for(self, state: ServerState, client_id: int, *, whole: bool = False) -> tuple[NewValue, ...]:
+        """Make the commits that a client lacks, `whole` without differences, and note that it has them."""
+        held, news = self.held[client_id], []
+        for new in news_for(state, held):
+            b = new.block_index
+            if client_id in self._streamed_to.get(b, ()):
+                self._streamed_to[b].discard(client_id)
+                kind, vector = "streamed", _exact(new.value[:0])
+            elif not whole and len(self._announced.get(b, ())) == 1 and held[b] == _version_before(state, b):
+                kind, vector = "difference", self._announced[b][0]
+            else:
+                kind, vector = "value", _exact(new.value)
+            news.append(NewValue(b, new.version, new.rho, kind, vector))
+        self.held[client_id] = state.versions
+        return tuple(news)
+
+
+def _version_before(state: ServerState, block_index: int) -> int:
+    earlier = [t for t in range(state.versions[block_index]) if state.history[t] == block_index]
+    return earlier[-1] if earlier else NEVER
+
+
+def _exact(value: Tensor) -> Vector:
+    return pack(value, str(value.dtype).removeprefix("torch."))
