@@ -154,6 +154,7 @@ class _Run:
                     on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
                     on_checkpoint=lambda checkpoint: self._on_checkpoint(clock, checkpoint),
                     asked_to_stop=self.asked_to_stop,
+                    on_event=self.progress.message,
                 ),
                 link=Link(**config.link.model_dump()),
                 in_flight=config.federation.in_flight,
@@ -275,25 +276,30 @@ class _Run:
 
 
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> dict[str, Any]:
+    """Make a line of `metrics.jsonl`; a void round has no update and no loss."""
     t, b = server.committed, server.history[server.committed]
     total = sum(update.num_examples for update in updates)
+    train_loss = sum(update.train_loss * update.num_examples for update in updates) / total if updates else None
     communication = {update.client_id: traffic.seconds(update.client_id) for update in updates}
+    squared_delta = server.squared_delta[b] if updates else 0.0
     return {
         "round_index": t,
         "block_index": b,
-        "train_loss": sum(update.train_loss * update.num_examples for update in updates) / total,
+        "train_loss": train_loss,
         "eval_loss": None,
-        "compute_s": max(update.compute_s for update in updates),
-        "communication_s": max(communication.values()),
+        "compute_s": max((update.compute_s for update in updates), default=0.0),
+        "communication_s": max(communication.values(), default=0.0),
         "round_s": round_s,
-        "sequential_s": max(update.compute_s + communication[update.client_id] for update in updates),
+        "sequential_s": max(
+            (update.compute_s + communication[update.client_id] for update in updates), default=0.0
+        ),
         "uplink_bytes": traffic.uplink_bytes,
         "downlink_bytes": traffic.downlink_bytes,
-        "staleness": max(t - 1 - update.committed for update in updates),
+        "staleness": max((t - 1 - update.committed for update in updates), default=0),
         "participants": [update.client_id for update in updates],
         "rho": server.rho[b],
-        "delta_norm": math.sqrt(server.squared_delta[b] * server.params[b].numel()),
-        "num_local_steps": max(update.num_local_steps for update in updates),
+        "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
+        "num_local_steps": server.local_steps[t],
     }
 
 
