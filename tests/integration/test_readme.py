@@ -1,7 +1,8 @@
 """A user with 200 lines of text and a Hugging Face folder gets a tuned model by the README alone.
 
-Its files and commands are taken from the README and run as they stand. What the test adds: a tiny model in a
-folder of the name that the README uses, the JSONL files, and `--set` for fewer rounds.
+Its files and commands are taken from the README and run as they stand, in order, from the model's blocks to
+the scores of the tuned one. What the test adds: a tiny model in a folder of the name that the README uses, the
+JSONL files, and, to the commands beside that path (another split, the comparison), `--set` for fewer rounds.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ def lines_of(found: list[Step]) -> list[str]:
 
 
 def shortened(line: str) -> str | None:
-    """Make a command of the README quick; leave out those that install, or run the demo and all tests."""
+    """Make what is beside the path quick; leave out what installs, or runs the demo and all tests."""
     if line.startswith("make "):
         return None
-    return line + SHORT if line.split()[1] in ("run", "compare") else line
+    is_beside = line.split()[1] in ("run", "compare") and "runs/mine" not in line
+    return line + SHORT if is_beside else line
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,7 @@ def test_the_readme_says_what_to_do_from_nothing_to_a_model() -> None:
 def test_following_the_readme_gives_a_tuned_model_that_transformers_loads(done: Done) -> None:
     summary = summary_of(done[0] / "runs" / "mine")
     assert (summary["status"], summary["num_clients"], summary["num_blocks"]) == ("completed", 2, 4)
+    assert summary["rounds_done"] == 48
     assert summary["final_eval_loss"] < summary["initial_eval_loss"] - 0.1
     folder = str(done[0] / "runs" / "mine" / "model")
     tuned, base = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, str(done[0] / MODEL)))
@@ -119,12 +122,18 @@ def test_the_commands_of_the_readme_show_what_it_says(done: Done) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_lines_of_the_readme_run(done: Done) -> None:
-    assert summary_of(done[0] / "runs" / "from-python")["rounds_done"] == 48  # as configured, on a tiny model
+def test_the_python_lines_of_the_readme_make_the_same_model_as_its_commands(done: Done) -> None:
+    typed, called, other = (summary_of(done[0] / "runs" / name) for name in ("mine", "from-python", "one"))
+    assert called["rounds_done"] == 48
+    assert called["model_sha256"] == typed["model_sha256"] != other["model_sha256"]
+    assert called["uplink_bytes"] == typed["uplink_bytes"]  # measured times are in the messages, and no digits more
 
 
 def test_a_command_is_shortened_and_nothing_else_is_changed() -> None:
-    line = ".venv/bin/parablock run config.yaml --output-dir runs/mine"
-    assert shortened(line) == line + SHORT
+    for line in lines_of(list(steps(README))):
+        assert shortened(line) in (None, line, line + SHORT)
+    one = ".venv/bin/parablock run config.yaml --output-dir runs/one"
+    assert shortened(one) == one + SHORT
+    assert shortened(one.replace("one", "mine")) == one.replace("one", "mine")
     assert shortened(".venv/bin/parablock blocks x") == ".venv/bin/parablock blocks x"
     assert shortened("make demo    # installs") is None
