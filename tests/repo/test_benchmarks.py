@@ -93,3 +93,12 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     assert summaries() == kept
     assert benchmark("quality", "--smoke", "--only", "gsm8k", "--seeds", "1")["results"] != first
     assert len(summaries()) == 4 and summaries().items() >= kept.items()
+
+
+def test_the_rate_benchmark_finds_the_slopes_of_every_variant(benchmark: Any) -> None:
+    record = benchmark("rate", "--smoke")
+    assert {"FL-BCD", "ParaBlock", "naive", "correction off"} <= set(record["results"])
+    slopes = [row["slope"] for row in record["results"].values()]
+    assert len(set(slopes)) == len(slopes)
+    assert all(row["half_interval"] > 0 for row in record["results"].values())
+    assert len(record["bars"]) == 3
