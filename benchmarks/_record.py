@@ -6,9 +6,11 @@ A bar is a value that the project wants to reach. A benchmark says whether it di
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,9 @@ from rich.table import Table
 import parablock
 from parablock.config import RunConfig
 from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
-from parablock.experiment import run
+from parablock.experiment import resume, run
 from parablock.report.progress import PlainProgress
+from parablock.report.records import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -161,6 +164,24 @@ def fresh_folder(options: argparse.Namespace) -> Path:
     work_dir = Path(options.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix="", dir=work_dir))
+
+
+def kept_run(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
+    """Give a complete run of this configuration: the one that is there, or one that is run or resumed now."""
+    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
+    directory = RunDirectory(Path(work_dir) / f"{name}-{digest}")
+    complete = directory.summary.exists() and directory.read_summary().get("status") == "completed"
+    if not complete and directory.config.exists():
+        resume(directory.path, progress=PlainProgress(console=Console(quiet=True)))
+    elif not complete:
+        run_quietly(config, directory.path)
+    return directory
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 4) -> str:
+    """Write a mean and, of several values, their standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def run_quietly(config: RunConfig, directory: Path) -> dict[str, Any]:

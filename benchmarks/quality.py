@@ -13,19 +13,26 @@ the same; remove the work folder to begin anew.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from _record import Bar, generated, gsm8k, make_console, make_parser, record, run_quietly, t0, table
+from _record import (
+    Bar,
+    generated,
+    gsm8k,
+    kept_run,
+    make_console,
+    make_parser,
+    mean_and_deviation,
+    record,
+    t0,
+    table,
+)
 from rich.console import Console
 
 from parablock.config import RunConfig, parse_config
-from parablock.experiment import resume
-from parablock.report.progress import PlainProgress
-from parablock.report.records import RunDirectory
 
 SETS = ("t0", "gsm8k")
 DELAYS = (0, 1)
@@ -103,14 +110,8 @@ def outcome(
 
 def finished(config: RunConfig, name: str, work_dir: Path, console: Console) -> Found:
     """Give what a run ended with: one that is there, or one that is run or resumed now."""
-    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
-    directory = RunDirectory(work_dir / f"{name}-{digest}")
-    summary = directory.read_summary() if directory.summary.exists() else {}
-    if summary.get("status") != "completed":
-        if directory.config.exists():
-            summary = resume(directory.path, progress=PlainProgress(console=Console(quiet=True)))
-        else:
-            summary = run_quietly(config, directory.path)
+    directory = kept_run(config, str(work_dir), name)
+    summary = directory.read_summary()
     first, last = summary["initial_eval_loss"], summary["final_eval_loss"]
     console.print(f"{name}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
     kept = ("delay", "initial_eval_loss", "final_eval_loss", "uplink_bytes", "model_sha256", "elapsed_s")
@@ -158,11 +159,6 @@ def show(console: Console, found: list[Found]) -> None:
             made.add_row(name, schedule, str(row["seed"]), *(f"{value:.4f}" for value in values))
         made.add_row("", "", "mean ± std", *(mean_and_deviation(values) for values in columns), end_section=True)
     console.print(made)
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation}"
 
 
 if __name__ == "__main__":

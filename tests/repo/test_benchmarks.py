@@ -102,3 +102,17 @@ def test_the_rate_benchmark_finds_the_slopes_of_every_variant(benchmark: Any) ->
     assert len(set(slopes)) == len(slopes)
     assert all(row["half_interval"] > 0 for row in record["results"].values())
     assert len(record["bars"]) == 3
+
+
+def test_the_methods_benchmark_tunes_and_runs_what_it_is_asked_for(benchmark: Any) -> None:
+    record = benchmark("methods", "--smoke", "--only", "parablock", "fl_bcd", "ffa_lora")
+    found = record["results"]
+    assert [run["method"] for run in found["runs"]] == ["parablock", "fl_bcd", "ffa_lora"]
+    assert set(found["learning_rates"]) == {"blocks", "all parameters", "adapters"}
+    # over the same link a round of FL-BCD takes longer, and one of adapters' B fewer seconds than one of blocks
+    seconds = {method: times["10.0"] for method, times in found["round_s"].items()}
+    assert seconds["fl_bcd"] > seconds["parablock"]
+    assert seconds["fl_bcd"] > seconds["ffa_lora"]
+    (losses,) = (found["equal_seconds"]["10.0"][key] for key in list(found["equal_seconds"]["10.0"])[-1:])
+    assert losses["parablock"] == [found["runs"][0]["curve"][-1][2]]
+    assert losses["fl_bcd"] == [None] or losses["fl_bcd"][0] > found["runs"][1]["curve"][-1][2]
