@@ -34,8 +34,6 @@ from _record import (
     t0,
     table,
 )
-from parablock.plan.compute import ASSUMED_FLOPS
-from parablock.plan.flops import FlopModel, Tokens
 from rich.console import Console
 from torch import Tensor
 
@@ -46,6 +44,8 @@ from parablock.config import RunConfig, parse_config
 from parablock.conflicts import LORA_METHODS
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.estimate.compute import ASSUMED_FLOPS
+from parablock.estimate.flops import FlopModel, Tokens
 from parablock.model.blocks import Block
 from parablock.model.load import load_model
 from parablock.scores import score_models
