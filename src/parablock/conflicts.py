@@ -117,6 +117,4 @@ def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any])
 
 def cohort_size(federation: Mapping[str, Any]) -> int:
     """Tell how many clients are asked in a round."""
-    if federation["method"] in ("fedcybgd", "central"):
-        return 1
     return max(1, round(float(federation["participation"]) * int(federation["num_clients"])))
