@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.local import LocalArguments
-from parablock.algorithm.robust import Rule
 from parablock.config import RunConfig
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
+from parablock.safeguards import aggregation_rule, noise_of_the_server
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
 
@@ -30,8 +30,8 @@ def local_arguments(config: RunConfig) -> LocalArguments:
     )
 
 
-def server_plan(config: RunConfig) -> ServerPlan:
-    """Give what the server follows."""
+def server_plan(config: RunConfig, secret: bytes | None = None) -> ServerPlan:
+    """Give what the server follows; `secret` is the key of its noise, where it adds some."""
     federation = config.federation
     return ServerPlan(
         num_clients=1 if federation.method == "central" else federation.num_clients,
@@ -46,14 +46,10 @@ def server_plan(config: RunConfig) -> ServerPlan:
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
         aggregation_s=None if config.engine.step_time_s is None else 0.0,
-        rule=_rule(config),
+        rule=aggregation_rule(config),
+        normals=noise_of_the_server(config, secret),
         in_turn=federation.method == "fedcybgd",
     )
-
-
-def _rule(config: RunConfig) -> Rule:
-    federation = config.federation
-    return Rule(federation.aggregation, federation.trim_fraction, federation.assumed_attackers)
 
 
 def _local_steps(config: RunConfig) -> LocalSteps:

@@ -40,6 +40,8 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_blocks(method, chosen.get("blocks", {})),
         *_auto(config),
         *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
+        *_noise(config),
+        *_nothing_to_protect(method, chosen.get("privacy", {})),
     ]
 
 
@@ -113,6 +115,28 @@ def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any])
                 yield f"federation.{key}", f"has no effect with {method}, whose updates never meet; leave it out"
     if method in APART_METHODS and "server_optimizer" in federation:
         yield "federation.server_optimizer", f"has no effect with {method}, which sends nothing; leave it out"
+
+
+def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What noise hides, and what would let it through."""
+    privacy, rule = config["privacy"], config["federation"]["aggregation"]
+    if privacy["noise_multiplier"] > 0 and privacy["mode"] == "central" and rule != "mean":
+        yield (
+            "privacy.noise_multiplier",
+            f"the server's noise hides a client in a mean, not in a {rule}; choose federation.aggregation: mean, "
+            "or privacy.mode: local",
+        )
+    if privacy["clip_norm"] is not None and config["wire"]["error_feedback"]:
+        yield (
+            "wire.error_feedback",
+            "would send later what privacy.clip_norm bounds now; switch one of them off",
+        )
+
+
+def _nothing_to_protect(method: str, privacy: Mapping[str, Any]) -> Iterator[Problem]:
+    """Where updates never meet, there is no mean to hide in."""
+    for key in privacy if method in (*APART_METHODS, "fedcybgd") else ():
+        yield f"privacy.{key}", f"takes no effect with {method}, whose updates never meet; leave it out"
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:

@@ -26,6 +26,7 @@ from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
 from parablock.report.trackers import Trackers, check_trackers, figures_of, open_trackers
 from parablock.report.write import write_report
+from parablock.safeguards import adds_noise, check_privacy_extra, new_secret, privacy_spent, protections
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
@@ -64,8 +65,11 @@ def run(
     directory = RunDirectory(output_dir)
     directory.check_unused()
     check_trackers(config.report_to)
+    check_privacy_extra(config)
     job = prepare(config, progress.message)
     directory.create(job.config.to_yaml(), job.manifest)
+    if adds_noise(config):
+        directory.write_secret(new_secret())
     return _Run(job, directory, progress, asked_to_stop, began).execute(None)
 
 
@@ -85,6 +89,7 @@ def resume(
     directory.check_resumable()
     config = load_config(directory.config)
     check_trackers(config.report_to)
+    check_privacy_extra(config)
     job = prepare(config, progress.message)
     before = directory.read_manifest()
     for key, what in FIXED.items():
@@ -119,6 +124,7 @@ class _Run:
         self.last_commit_s = 0.0
         self.trackers = Trackers(())
         self.unsaved: StorageError | None = None
+        self.secret = directory.read_secret() if adds_noise(self.config) else None
 
     def execute(self, state: RunState | None) -> Summary:
         """Run to the end, or to where it is stopped."""
@@ -148,7 +154,7 @@ class _Run:
             result = run_in_process(
                 self.fleet.params,
                 self.fleet.trainers,
-                server_plan(config),
+                server_plan(config, self.secret),
                 trace,
                 Hooks(
                     on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
@@ -159,6 +165,7 @@ class _Run:
                 link=Link(**config.link.model_dump()),
                 in_flight=config.federation.in_flight,
                 resumed=state,
+                protection_of=protections(config, self.secret),
             )
             summary = self._finish(result, trace, clock)
         except Exception:
@@ -192,6 +199,7 @@ class _Run:
     def _on_commit(self, clock: Clock, server: ServerState, updates: list[Update], traffic: Traffic) -> None:
         now = clock.now()
         row = _row(server, updates, traffic, round_s=now - self.last_commit_s)
+        row |= privacy_spent(self.config, server.committed + 1)
         self.last_commit_s = now
         every = self.config.evaluation.every_rounds
         is_last = server.committed == self.config.federation.num_rounds - 1
@@ -265,6 +273,7 @@ class _Run:
             **time_and_bytes(self.rows, trace.spans),
             "peak_memory_bytes": _peak_memory_bytes(),
             "model_sha256": None,
+            **privacy_spent(self.config, len(self.rows)),
             **outcome,
         }
         self.directory.write_trace(trace.spans)

@@ -301,15 +301,26 @@ class CheckpointSection(Section):
 class PrivacySection(Section):
     """Differential privacy and secure aggregation."""
 
-    clip_norm: float | None = Field(None, gt=0, description="Norm bound of an update.")
+    clip_norm: float | None = Field(None, gt=0, description="Norm that no update may exceed; null: any.")
     noise_multiplier: float = Field(0.0, ge=0, description="Noise standard deviation / clip_norm.")
-    mode: Literal["central", "local"] = Field("central", description="Who adds the noise.")
+    mode: Literal["central", "local"] = Field(
+        "central", description="Who adds the noise: the server to the mean, or each client to its update."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ that the reported epsilon belongs to.")
     secure_aggregation: Literal["none", "plain", "masked"] = Field("none", description="What the server may see.")
 
+    @field_validator("secure_aggregation")
+    @classmethod
+    def _secure_aggregation_built(cls, value: str) -> str:
+        return built(value, ("none",))
+
     @model_validator(mode="after")
-    def _none_built(self) -> PrivacySection:
-        if self.model_dump() != {name: field.default for name, field in type(self).model_fields.items()}:
-            raise ValueError(f"this section {NOT_BUILT}; leave it out")
+    def _noise_needs_a_bound(self) -> PrivacySection:
+        if self.noise_multiplier > 0 and self.clip_norm is None:
+            raise ValueError("noise_multiplier needs clip_norm: noise hides an update of a bounded norm only")
+        for key in ("mode", "delta"):
+            if self.noise_multiplier == 0 and getattr(self, key) != default_of(self, key):
+                raise ValueError(f"{key} takes effect with noise_multiplier above 0 only")
         return self
 
 

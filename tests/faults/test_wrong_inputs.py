@@ -111,7 +111,7 @@ WRONG_VALUES = {
     "set without equals": (["seed"], ["'seed' is not key=value", "such as train.num_local_steps=4"]),
     "set of broken YAML": (["data.test=[a"], ["data.test: '[a' is not YAML"]),
     "set below a value": (["federation.delay.x=4"], ["federation.delay.x: delay is a value, not a section"]),
-    "privacy": (["privacy.clip_norm=1.0"], ["privacy", NOT_BUILT, "leave it out"]),
+    "noise without a bound": (["privacy.noise_multiplier=1.0"], ["privacy", "needs clip_norm"]),
     "faults": (["faults=[{client: 1, kind: drop}]"], ["faults: ", NOT_BUILT, "leave the list empty"]),
     "unknown tracker": (["report_to=[abacus]"], ["report_to.0: ", "'tensorboard'", "'abacus'"]),
     "LoRA": (

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
-from parablock.algorithm.robust import Rule, aggregate_by
+from parablock.algorithm.robust import Normals, Rule, aggregate_by
 from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FixedSteps
+from parablock.privacy.protection import Protection
+from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding, pack
@@ -37,6 +41,8 @@ def threaded(
     optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
     rule: Rule = Rule(),  # noqa: B008
     in_turn: bool = False,
+    normals: Callable[[int, tuple[int, ...]], Normals] | None = None,
+    protection: Protection | None = None,
     step_s: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
@@ -55,6 +61,7 @@ def threaded(
         optimizer,
         rule=rule,
         in_turn=in_turn,
+        normals=normals,
     )
     result = run_in_process(
         initial(4, dtype),
@@ -64,6 +71,7 @@ def threaded(
         Hooks(lambda state, updates, traffic: trajectory.append(state.params), lambda state: None),
         link=link,
         in_flight=in_flight,
+        protection_of=lambda client_id: protection,
     )
     return result, trajectory, clock.now()
 
@@ -126,8 +134,29 @@ def ruled(rule: Rule) -> tuple[dict[str, object], dict[str, object]]:
     return {"rule": rule}, {"aggregate": lambda updates, t: aggregate_by(rule, updates)}
 
 
+def drawn(*key: int) -> Normals:
+    generator = generator_for(0, "test noise", *key)
+    return lambda size: torch.from_numpy(generator.standard_normal(size, dtype=np.float32))
+
+
+def central() -> tuple[dict[str, object], dict[str, object]]:
+    rule, protection = Rule(clip_norm=0.1, noise_multiplier=0.5), Protection(0.1)
+    engine = {"rule": rule, "protection": protection, "normals": lambda t, clients: drawn(t, *clients)}
+    return engine, {
+        "encode": lambda delta, b, t, i: protection.apply(delta, t)[0],
+        "aggregate": lambda updates, t: aggregate_by(rule, updates, lambda clients: drawn(t, *clients)),
+    }
+
+
+def local() -> tuple[dict[str, object], dict[str, object]]:
+    protection = Protection(0.1, 0.5, drawn)
+    return {"protection": protection}, {"encode": lambda delta, b, t, i: protection.apply(delta, t)[0]}
+
+
 VARIANTS = {
     "in turn": ({"in_turn": True}, {"in_turn": True}),
+    "noise of the server": central(),
+    "noise of the clients": local(),
     "median": ruled(Rule("median")),
     "trimmed mean": ruled(Rule("trimmed_mean", trim_fraction=0.3)),
     "krum": ruled(Rule("krum", assumed_attackers=0)),

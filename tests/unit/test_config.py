@@ -92,6 +92,7 @@ DEFAULTS = {
     "privacy.clip_norm": None,
     "privacy.noise_multiplier": 0.0,
     "privacy.mode": "central",
+    "privacy.delta": 1e-5,
     "privacy.secure_aggregation": "none",
     "faults": [],
     "report_to": [],
@@ -128,6 +129,9 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"federation.server_optimizer.name": "momentum", "federation.server_optimizer.momentum": 0.5},
     {"federation.stall_timeout_s": 5.0},
     {"federation.aggregation": "median"},
+    {"privacy.clip_norm": 2.0},
+    {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6},
+    {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.mode": "local"},
     {"federation.aggregation": "trimmed_mean", "federation.trim_fraction": 0.3},
     {"federation.aggregation": "krum", "federation.assumed_attackers": 2},
     {"train.num_local_steps": 4},
@@ -173,9 +177,6 @@ NOT_BUILT_YET = {
     "federation.method": "flora",
     "federation.min_updates": 2,
     "engine.name": "flower",
-    "privacy.clip_norm": 1.0,
-    "privacy.noise_multiplier": 0.5,
-    "privacy.mode": "local",
     "privacy.secure_aggregation": "masked",
     "faults": [{"client": 2, "round": 7, "at": "train", "kind": "drop"}],
 }
@@ -186,6 +187,9 @@ WITHOUT_EFFECT = {
     "data.test_fraction": ({"data.test_fraction": 0.2, "data.test": ["test.jsonl"]}, "where `test` is empty"),
     "federation.server_optimizer learning_rate": ({"federation.server_optimizer.learning_rate": 0.5}, "name none"),
     "federation.server_optimizer momentum": ({"federation.server_optimizer.momentum": 0.5}, "name none"),
+    "privacy mode": ({"privacy.mode": "local"}, "noise_multiplier above 0"),
+    "privacy delta": ({"privacy.clip_norm": 1.0, "privacy.delta": 1e-6}, "noise_multiplier above 0"),
+    "privacy noise_multiplier": ({"privacy.noise_multiplier": 1.0}, "needs clip_norm"),
     "federation trim_fraction": ({"federation.trim_fraction": 0.3}, "trimmed_mean only"),
     "federation assumed_attackers": ({"federation.assumed_attackers": 2}, "krum only"),
     "federation.proximal_mu": ({"federation.proximal_mu": 0.5}, "fedprox only"),
@@ -560,6 +564,15 @@ def test_a_method_that_is_not_built_names_those_that_are(method: str):
 
 
 CONFLICTS = {
+    "privacy.clip_norm": ({"federation.method": "local", "federation.delay": 0, "privacy.clip_norm": 1.0}, "local"),
+    "privacy.noise_multiplier": (
+        {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0, "federation.aggregation": "median"},
+        "not in a median",
+    ),
+    "wire.error_feedback": (
+        {"privacy.clip_norm": 1.0, "wire.error_feedback": True, "wire.format": "int8"},
+        "privacy.clip_norm",
+    ),
     "federation.aggregation": ({"federation.aggregation": "median", "federation.num_clients": 2}, "there are 2"),
     "federation.trim_fraction": ({"federation.aggregation": "trimmed_mean", "federation.num_clients": 4}, "0.25"),
     "federation.assumed_attackers": ({"federation.aggregation": "krum", "federation.num_clients": 4}, "at most 0"),

@@ -7,13 +7,17 @@ r"""Aggregation rules: what the server makes of a block's updates when some of t
 | trimmed_mean | element by element, the mean without the ⌊β M⌋ smallest and largest | the same, below β |
 | krum | the one update whose M − f − 2 nearest neighbours are nearest | replace it by another honest one |
 
+With noise (central differential privacy) every client counts once in the mean, so that each is at most 1/M of it,
+and Gaussian noise of deviation z·C/M is added to every element.
+
 A rule has two stages. What concerns an update as a whole (its norm, its distance from others) gives each a
 factor; 0 leaves it out. What concerns elements is folded part by part, as for the plain mean. So all rules but
 `krum`, and `clip_norm`, can begin before a whole update has come; either way the result is bitwise that of
 the whole block.
 
 ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, as ever, and over the
-median of the clients for the others, so that nobody switches the overlay off by sending something huge.
+median of the clients for the others, so that nobody switches the overlay off by sending something huge. With
+noise it may be made of nothing but the noisy mean: its squared length less what noise adds on average, over C².
 
 Source: median and trimmed mean: Yin et al., Byzantine-Robust Distributed Learning, 2018. Krum: Blanchard et al.,
 Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Really Backdoor FL?, 2019.
@@ -21,8 +25,8 @@ Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Real
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import fsum, sqrt
 from statistics import median
 
@@ -34,6 +38,9 @@ from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate, Folded, fold,
 Parts = Sequence[Tensor]
 """A client's whole update as it came: consecutive parts, each beginning at a multiple of `PIECE` elements."""
 
+Normals = Callable[[int], Tensor]
+"""Gives the next so many standard normal numbers, fp32."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -43,13 +50,15 @@ class Rule:
         name: mean | median | trimmed_mean | krum.
         trim_fraction: β: the part of the clients that is cut at either end.
         assumed_attackers: f, for krum.
-        clip_norm: Longer updates are shortened to this length before anything else; None: none is.
+        clip_norm: C: longer updates are shortened to this length before anything else; None: none is.
+        noise_multiplier: z, with the mean of clipped updates; 0: no noise.
     """
 
     name: str = "mean"
     trim_fraction: float = 0.2
     assumed_attackers: int = 1
     clip_norm: float | None = None
+    noise_multiplier: float = 0.0
 
     @property
     def needs_whole(self) -> bool:
@@ -62,10 +71,12 @@ class RoundAggregation:
 
     Args:
         rule: What to do.
+        normals: Gives the noise of the clients that take part; needed where the rule adds some.
     """
 
-    def __init__(self, rule: Rule = Rule()) -> None:
-        self._rule = rule
+    def __init__(self, rule: Rule = Rule(), normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
+        self._rule, self._normals = rule, normals
+        self._draw: Normals | None = None
         self._factors: dict[int, float] = {}
         self._chosen: int | None = None
         self._parts: list[Folded] = []
@@ -75,6 +86,11 @@ class RoundAggregation:
     def needs_whole(self) -> bool:
         """Whether `look_at` has to be called before the first `fold`."""
         return self._rule.needs_whole
+
+    @property
+    def bounds_updates(self) -> bool:
+        """Whether no update, however long, can do more than its share."""
+        return self._rule.noise_multiplier > 0
 
     def look_at(self, updates: Mapping[int, Parts]) -> None:
         """Take what depends on whole updates: how far each is shortened, and which one krum chooses."""
@@ -94,6 +110,9 @@ class RoundAggregation:
             Δ̄ there, flat, fp32.
         """
         updates = {i: (scaled(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
+        if self._normals is not None:
+            self._parts.append(self._fold_with_noise(updates))
+            return self._parts[-1].mean
         if self._rule.name == "mean":
             self._parts.append(fold(updates))
             return self._parts[-1].mean
@@ -109,20 +128,40 @@ class RoundAggregation:
     def aggregate(self) -> Aggregate:
         """Give the aggregate of all parts."""
         joined = join(self._parts)
+        if self._normals is not None:
+            return self._without_expected_noise(joined)
         if self._rule.name == "mean":
             return joined
         typical = median(fsum(squares) for squares in zip(*self._squares, strict=True))
         squared = fsum(square for part in self._parts for square in part.squared_mean)
-        rho = min(1.0, squared / typical) if typical > 0 else 1.0
-        return Aggregate(joined.mean_delta, rho, joined.squared_delta)
+        return replace(joined, rho=min(1.0, squared / typical) if typical > 0 else 1.0)
+
+    def _fold_with_noise(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
+        assert self._normals is not None and self._rule.clip_norm is not None
+        clients = tuple(updates)
+        self._draw = self._draw or self._normals(clients)
+        self._deviation = self._rule.noise_multiplier * self._rule.clip_norm / len(clients)
+        mean = fold({client_id: (delta, 1) for client_id, (delta, _) in updates.items()}).mean
+        mean += self._deviation * self._draw(mean.numel())
+        return Folded(mean, tuple(_squares(mean)), ())
+
+    def _without_expected_noise(self, joined: Aggregate) -> Aggregate:
+        assert self._rule.clip_norm is not None
+        size = joined.mean_delta.numel()
+        squared = joined.squared_delta * size - size * self._deviation**2
+        return replace(joined, rho=min(1.0, max(0.0, squared / self._rule.clip_norm**2)))
 
     def _factor(self, client_id: int) -> float:
         return self._factors.get(client_id, 1.0)
 
 
-def aggregate_by(rule: Rule, updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:
+def aggregate_by(
+    rule: Rule,
+    updates: Mapping[int, tuple[Tensor, int]],
+    normals: Callable[[tuple[int, ...]], Normals] | None = None,
+) -> Aggregate:
     """Aggregate one round's whole updates; see `RoundAggregation`."""
-    round_ = RoundAggregation(rule)
+    round_ = RoundAggregation(rule, normals)
     round_.look_at({client_id: [delta] for client_id, (delta, _) in updates.items()})
     round_.fold(updates)
     return round_.aggregate()
@@ -188,4 +227,4 @@ def _num_cut(rule: Rule, num_updates: int) -> int:
 
 
 def _squares(vector: Tensor) -> list[float]:
-    return [float(torch.dot(piece, piece)) for piece in torch.split(vector, PIECE)]
+    return [float(piece.square().sum(dtype=torch.float64)) for piece in torch.split(vector, PIECE)]

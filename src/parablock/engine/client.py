@@ -26,6 +26,7 @@ from parablock.checkpoint import ClientSnapshot
 from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.engine.pipeline import Pipeline
 from parablock.errors import CodecError
+from parablock.privacy.protection import Protection
 from parablock.trace import Trace
 from parablock.wire.messages import (
     Chunk,
@@ -42,7 +43,10 @@ from parablock.wire.messages import (
     new_block_value,
     to_bytes,
 )
-from parablock.wire.quantize import Encoding, Vector, joined, pack
+from parablock.wire.quantize import QUANTIZED, Encoding, Vector, joined, pack
+
+MOSTLY = 0.9
+"""A client warns when so much of an update is lost before it leaves."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Client:
         residuals: With error feedback, what rounding has kept back of each block.
         rejoins: It was gone while the run went on: it says what it holds before it takes part again.
         faults: What is to go wrong, for tests.
+        protection: What its updates go through before they are encoded.
+        warn: Told, once for each block, when little of an update is left.
     """
 
     def __init__(
@@ -108,11 +114,14 @@ class Client:
         residuals: dict[int, Tensor] | None = None,
         rejoins: bool = False,
         faults: Faults = NO_FAULTS,
+        protection: Protection | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
         self._pipeline, self._trace = pipeline, trace
         self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
         self._residuals = dict(residuals or {})
+        self._protection, self._warn, self._warned = protection, warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         self._sent = dict(sent or {})
         self._rejoins, self._faults = rejoins, faults
@@ -208,13 +217,27 @@ class Client:
 
     def _encode(self, delta: Tensor, t: int, b: int) -> list[Vector]:
         """Make q(Δ) in chunks, or with error feedback q(Δ + e), keeping e ← Δ + e − q."""
+        if self._protection is not None:
+            delta, factor = self._protection.apply(delta, t)
+            self._warn_of_loss(b, 1 - factor, "clipping takes {:.1%} of the length")
         if b in self._residuals:
             delta = delta + self._residuals[b]
         noise = self._encoding.noise(t, self.client_id)
         chunks = [pack(delta[part], self._encoding.format, noise) for part in self._encoding.cut(delta.numel())]
+        if chunks[0].format in QUANTIZED and (before := int(delta.count_nonzero())):
+            self._warn_of_loss(
+                b,
+                1 - int(joined(chunks).count_nonzero()) / before,
+                "rounding makes zeros of {:.1%} of the elements",
+            )
         if self._encoding.error_feedback:
             self._residuals[b] = delta - joined(chunks)
         return chunks
+
+    def _warn_of_loss(self, b: int, lost: float, how: str) -> None:
+        if lost > MOSTLY and b not in self._warned:
+            self._warned.add(b)
+            self._warn(f"client {self.client_id}, block {b}: {how.format(lost)} of its update")
 
     def _commit(self, news: tuple[NewValue, ...], committed: int) -> None:
         commits = []

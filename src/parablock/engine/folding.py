@@ -7,7 +7,7 @@ without it; the chunks of the others are kept for that until the round is commit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import median_high
@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from parablock.algorithm.aggregate import Aggregate
-from parablock.algorithm.robust import RoundAggregation, Rule
+from parablock.algorithm.robust import RoundAggregation
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector
 
@@ -49,7 +49,7 @@ class RoundFold:
         asked: Who was asked, ascending.
         cuts: Where the block is cut into chunks.
         num_local_steps: K.
-        rule: How the updates become one.
+        begin: Makes what makes one of the updates.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RoundFold:
         asked: Sequence[int],
         cuts: Sequence[slice],
         num_local_steps: int,
-        rule: Rule = Rule(),  # noqa: B008
+        begin: Callable[[], RoundAggregation],
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._cuts, self._num_local_steps = tuple(cuts), num_local_steps
@@ -67,7 +67,7 @@ class RoundFold:
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
         self._noise: np.random.Generator | None = None
-        self._rule, self._aggregation, self._num_folded = rule, RoundAggregation(rule), 0
+        self._begin, self._aggregation, self._num_folded = begin, begin(), 0
         self.out: dict[int, Problem] = {}
         self.began_again = False
 
@@ -94,7 +94,7 @@ class RoundFold:
     @property
     def missing(self) -> list[int]:
         """The clients whose next chunk, or any, has not come."""
-        until = len(self._cuts) if self._rule.needs_whole else self._num_folded + 1
+        until = len(self._cuts) if self._aggregation.needs_whole else self._num_folded + 1
         needed = range(self._num_folded, until)
         return [client_id for client_id, chunks in self._chunks.items() if any(k not in chunks for k in needed)]
 
@@ -173,7 +173,12 @@ class RoundFold:
         self._begin_again_without(client_id)
 
     def absurd(self) -> dict[int, Problem]:
-        """Find whole updates that no honest client sends, beside those of the others."""
+        """Find whole updates that no honest client sends, beside those of the others.
+
+        Not where the rule bounds them anyway and must not depend on one of them by more than that.
+        """
+        if self._aggregation.bounds_updates:
+            return {}
         norms = {client_id: sqrt(self._squared_norms[client_id]) for client_id in self._chunks}
         examples = {client_id: self._first[client_id].num_examples for client_id in self._chunks}
         norm, most = median_high(norms.values()), median_high(examples.values())
@@ -190,7 +195,7 @@ class RoundFold:
     def fold_next(self) -> tuple[slice, Tensor]:
         """Fold the next chunk of all clients; gives where it lies, and Δ̄ there."""
         index = self._num_folded
-        if index == 0 and self._rule.needs_whole:
+        if index == 0 and self._aggregation.needs_whole:
             whole = range(len(self._cuts))
             self._aggregation.look_at(
                 {i: [chunks[k].values.float() for k in whole] for i, chunks in self._chunks.items()}
@@ -216,4 +221,4 @@ class RoundFold:
         del self._chunks[client_id]
         self._first.pop(client_id, None)
         self.began_again = self.began_again or self._num_folded > 0
-        self._aggregation, self._num_folded, self._noise = RoundAggregation(self._rule), 0, None
+        self._aggregation, self._num_folded, self._noise = self._begin(), 0, None

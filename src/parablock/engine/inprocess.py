@@ -20,6 +20,7 @@ from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
 from parablock.engine.pipeline import Machines, Pipeline
 from parablock.engine.server import Server, ServerPlan
 from parablock.errors import StallError
+from parablock.privacy.protection import Protection
 from parablock.trace import Span, Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
@@ -34,7 +35,7 @@ class Hooks:
         on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
         on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
         asked_to_stop: Whether the user wants the run to stop at the next round.
-        on_event: Told in words what went wrong, and that the run goes on.
+        on_event: Told in words what went wrong, and that the run goes on, from any thread.
     """
 
     on_commit: Callable[[ServerState, list[Update], Traffic], None]
@@ -168,6 +169,7 @@ def run_in_process(
     in_flight: str,
     resumed: RunState | None = None,
     faults: Faults = NO_FAULTS,
+    protection_of: Callable[[int], Protection | None] = lambda _: None,
 ) -> EngineResult:
     """Run all rounds, or those that a checkpoint has left.
 
@@ -181,6 +183,7 @@ def run_in_process(
         in_flight: own | aligned | none.
         resumed: Where to go on.
         faults: What is to go wrong.
+        protection_of: What the updates of a client_id go through before they are encoded.
 
     Raises:
         ParaBlockError: Whatever the server or the first client to fail ended with. No thread is left.
@@ -211,6 +214,8 @@ def run_in_process(
             residuals=None if kept is None else kept.residuals,
             rejoins=back,
             faults=faults,
+            protection=protection_of(client_id),
+            warn=hooks.on_event,
         )
 
     machines = [

@@ -26,7 +26,7 @@ from typing import Any
 from parablock.algorithm.aggregate import ServerOptimizer, apply_update
 from parablock.algorithm.baselines.fedcybgd import client_in_turn
 from parablock.algorithm.parablock import NEVER, ServerState, commit_nothing, schedule_round, server_commit
-from parablock.algorithm.robust import Rule
+from parablock.algorithm.robust import Normals, RoundAggregation, Rule
 from parablock.algorithm.schedule import cohort, next_block
 from parablock.engine.downlink import Downlink
 from parablock.engine.folding import Problem, RoundFold
@@ -54,6 +54,7 @@ class ServerPlan:
         deadline_factor: A round waits so many times the median answer time; None: for all.
         waits_for_return: Whether clients that are gone may come back from outside; then a round that lacks
             updates waits for them, however long.
+        normals: (round_index, clients) → the noise that the rule adds; None: it adds none.
     """
 
     num_clients: int
@@ -73,6 +74,11 @@ class ServerPlan:
     min_updates: int = 1
     deadline_factor: float | None = None
     waits_for_return: bool = False
+    normals: Callable[[int, tuple[int, ...]], Normals] | None = None
+
+    def aggregation_of(self, round_index: int) -> RoundAggregation:
+        """Give what makes one of a round's updates."""
+        return RoundAggregation(self.rule, self.normals and partial(self.normals, round_index))
 
 
 class Server:
@@ -184,7 +190,8 @@ class Server:
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
         cuts = self._plan.encoding.cut(self.state.params[b].numel())
-        return RoundFold(t, b, self._participation.asked_in(t), cuts, self.state.local_steps[t], self._plan.rule)
+        begin = partial(self._plan.aggregation_of, t)
+        return RoundFold(t, b, self._participation.asked_in(t), cuts, self.state.local_steps[t], begin)
 
     def _mark(self, t: int, *, stop: bool) -> None:
         memory = self._participation.memory(self.state.committed + 1)

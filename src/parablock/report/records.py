@@ -31,6 +31,7 @@ class RunDirectory:
         self.metrics, self.trace = self.path / "metrics.jsonl", self.path / "trace.json"
         self.summary, self.model = self.path / "summary.json", self.path / "model"
         self.checkpoints = self.path / "checkpoints"
+        self.secret = self.path / "privacy.key"
 
     def check_unused(self) -> None:
         """Refuse a folder that holds a run already.
@@ -136,6 +137,27 @@ class RunDirectory:
         """Write `trace.json`."""
         with written_beside(self.trace) as beside:
             write_chrome_trace(spans, beside)
+
+    def write_secret(self, key: bytes) -> None:
+        """Keep the key of a run's noise, which nobody but this user may read."""
+        with storage(self.secret):
+            self.secret.touch(mode=0o600)
+            self.secret.write_text(key.hex() + "\n", encoding="ascii")
+
+    def read_secret(self) -> bytes:
+        """Read the key back.
+
+        Raises:
+            CheckpointError: It is gone or damaged.
+        """
+        try:
+            return bytes.fromhex(self.secret.read_text(encoding="ascii"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.secret} cannot be read: {error}",
+                cause="The run adds noise that follows from this key, and has to go on with the same.",
+                remedy="Put the file back, or start the run anew in another folder.",
+            ) from None
 
     def read_summary(self) -> dict[str, Any]:
         """Read `summary.json`.

@@ -1,0 +1,1 @@
+"""What keeps an update from being read: clipping, noise and its accounting, sums of which nobody sees a part."""

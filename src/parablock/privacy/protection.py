@@ -1,0 +1,39 @@
+"""What a client does to its update before it leaves: clipping, and noise where the server is not trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from parablock.algorithm.robust import Normals, clip_factor, scaled
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Clip an update, then add noise.
+
+    Attributes:
+        clip_norm: C: no update leaves longer than this, before noise.
+        noise_multiplier: z: the noise of each element has the standard deviation z·C; 0 adds none.
+        normals: Gives the draws of a round; needed with noise.
+    """
+
+    clip_norm: float
+    noise_multiplier: float = 0.0
+    normals: Callable[[int], Normals] | None = None
+
+    def apply(self, delta: Tensor, round_index: int) -> tuple[Tensor, float]:
+        """Give what may be sent of Δ, and the factor that clipping shortened it by.
+
+        Args:
+            delta: Δ, flat, fp32.
+            round_index: The round.
+        """
+        factor = clip_factor([delta], self.clip_norm)
+        clipped = scaled(delta, factor)
+        if self.normals is None:
+            return clipped, factor
+        noise = self.normals(round_index)(delta.numel()).to(delta.device)
+        return clipped + (self.noise_multiplier * self.clip_norm) * noise, factor

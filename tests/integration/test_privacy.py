@@ -1,0 +1,130 @@
+"""Whole runs with clipping and noise: what they change and report, and that resume repeats the same noise."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from parablock import load_config, resume, run
+from parablock.errors import CheckpointError, ConfigError
+from parablock.privacy.accounting import Accountant
+from tiny_runs import Workshop, make_workshop, metrics_of
+
+KEY = bytes(range(32))
+CENTRAL = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=0.1")
+LOCAL = (*CENTRAL, "privacy.mode=local", "privacy.delta=1e-6")
+
+
+class Messages:
+    """Collects what a user is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
+
+
+@pytest.fixture
+def known_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every run the same key, so that two of them can be compared."""
+    monkeypatch.setattr("parablock.experiment.new_secret", lambda: KEY)
+
+
+def summary(workshop: Workshop, output_dir: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return run(load_config(workshop.config, overrides), output_dir, **options)
+
+
+def test_without_noise_and_below_the_bound_a_run_is_the_plain_one_bitwise(workshop: Workshop, tmp_path: Path):
+    plain = summary(workshop, tmp_path / "plain")
+    bounded = summary(workshop, tmp_path / "bounded", "privacy.clip_norm=1e6")
+    clipped = summary(workshop, tmp_path / "clipped", "privacy.clip_norm=0.001")
+    assert bounded["model_sha256"] == plain["model_sha256"] != clipped["model_sha256"]
+    for one in (plain, bounded, clipped):
+        assert "epsilon" not in one
+    assert not (tmp_path / "bounded" / "privacy.key").exists()
+
+
+def test_an_update_that_clipping_takes_away_is_warned_about(workshop: Workshop, tmp_path: Path):
+    clipped, quiet = Messages(), Messages()
+    summary(workshop, tmp_path / "clipped", "privacy.clip_norm=0.0001", progress=clipped)
+    told = [line for line in clipped.lines if "clipping takes" in line]
+    assert any(line.startswith("client 2, block 0: clipping takes ") for line in told)
+    assert len(told) == len(set(told)) <= 16  # once for each client and block
+    summary(workshop, tmp_path / "int8", "wire.format=int8", progress=quiet)
+    assert not any("of its update" in line for line in quiet.lines)
+
+
+@pytest.mark.parametrize(("overrides", "mode", "delta"), [(CENTRAL, "central", 1e-5), (LOCAL, "local", 1e-6)])
+def test_epsilon_stands_in_every_round_and_in_the_summary(
+    overrides: tuple[str, ...], mode: str, delta: float, workshop: Workshop, tmp_path: Path
+):
+    found = summary(workshop, tmp_path / "run", *overrides)
+    accountant = Accountant(0.1, mode, delta)
+    rows = metrics_of(tmp_path / "run")
+    assert [row["epsilon"] for row in rows] == [accountant.epsilon(t + 1) for t in range(6)]
+    assert (found["epsilon"], found["delta"]) == (accountant.epsilon(6), delta)
+    key = tmp_path / "run" / "privacy.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    again = summary(workshop, tmp_path / "again", *overrides)
+    assert again["model_sha256"] != found["model_sha256"], "another run draws other noise, whatever its seed"
+
+
+def test_a_client_that_is_asked_less_often_has_spent_less(workshop: Workshop, tmp_path: Path):
+    found = summary(workshop, tmp_path / "run", *CENTRAL, "federation.participation=0.5")
+    rounds_of = [sum(i in row["participants"] for row in metrics_of(tmp_path / "run")) for i in range(4)]
+    assert max(rounds_of) < 6
+    assert found["epsilon"] == Accountant(0.1, "central", 1e-5).epsilon(max(rounds_of))
+
+
+@pytest.mark.parametrize("overrides", [CENTRAL, LOCAL], ids=["central", "local"])
+def test_a_resumed_run_adds_the_same_noise(
+    overrides: tuple[str, ...], workshop: Workshop, tmp_path: Path, known_key: None
+):
+    whole = summary(workshop, tmp_path / "whole", *overrides)
+    rounds = iter(range(100))
+    stopped = summary(workshop, tmp_path / "run", *overrides, asked_to_stop=lambda: next(rounds) == 2)
+    assert stopped["status"] == "interrupted"
+    resumed = resume(tmp_path / "run")
+    assert resumed["model_sha256"] == whole["model_sha256"]
+    assert resumed["epsilon"] == whole["epsilon"]
+
+
+def test_without_its_key_a_run_cannot_go_on(workshop: Workshop, tmp_path: Path):
+    rounds = iter(range(100))
+    summary(workshop, tmp_path / "run", *CENTRAL, asked_to_stop=lambda: next(rounds) == 2)
+    (tmp_path / "run" / "privacy.key").unlink()
+    with pytest.raises(CheckpointError, match=r"privacy\.key cannot be read"):
+        resume(tmp_path / "run")
+
+
+def test_what_is_not_installed_is_said_before_anything_is_written(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "dp_accounting" else found(name, *rest)
+    )
+    with pytest.raises(
+        ConfigError, match=r"needs dp_accounting; install it with: pip install 'parablock\[privacy\]'"
+    ):
+        summary(workshop, tmp_path / "run", *CENTRAL)
+    assert not (tmp_path / "run").exists()
