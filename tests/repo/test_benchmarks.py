@@ -30,7 +30,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_there_are_benchmarks() -> None:
-    assert {"step", "overlap", "clients", "quality", "kill_resume"} <= set(BENCHMARKS)
+    assert {"step", "overlap", "clients", "quality", "kill_resume", "peers", "scale"} <= set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -116,3 +116,51 @@ def test_the_methods_benchmark_tunes_and_runs_what_it_is_asked_for(benchmark: An
     (losses,) = (found["equal_seconds"]["10.0"][key] for key in list(found["equal_seconds"]["10.0"])[-1:])
     assert losses["parablock"] == [found["runs"][0]["curve"][-1][2]]
     assert losses["fl_bcd"] == [None] or losses["fl_bcd"][0] > found["runs"][1]["curve"][-1][2]
+
+
+def test_few_bits_end_near_float32_and_are_compared_way_by_way(benchmark: Any) -> None:
+    found = benchmark("formats", "--smoke")["results"]
+    (row,) = found["seeds"]
+    assert row["int4"]["uplink_bytes"] < 0.2 * row["float32"]["uplink_bytes"]
+    assert row["int4"]["final_eval_loss"] == pytest.approx(row["float32"]["final_eval_loss"], rel=0.05)
+    assert row["int4"]["model_sha256"] != row["float32"]["model_sha256"]
+    assert [(cell["rounding"], cell["error_feedback"]) for cell in found["cells"]] == [
+        ("nearest", False),
+        ("nearest", True),
+    ]
+
+
+def test_a_round_on_a_slow_link_is_its_computation_in_few_bits_and_its_exchange_in_many(benchmark: Any) -> None:
+    few, many = benchmark("slow_link", "--smoke")["results"]["runs"]
+    assert (few["format"], many["format"]) == ("int4", "float32")
+    assert few["ratio"] == pytest.approx(1.0, abs=0.01)
+    # 218 M parameters of 4 bytes at 30 Mbit/s are 233 s one way
+    assert many["round_s"] == pytest.approx(8 * 4 * 218_112_000 / 30e6, rel=0.03)
+
+
+def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
+    block, whole = benchmark("peers", "--smoke")["results"]
+    assert [row["peer"] for row in (block, whole)] == ["ParaBlock, int4", "FedAvg, all parameters"]
+    for row in (block, whole):
+        assert row["to_loss"]["loss"] <= 8.0 < row["initial_eval_loss"]
+        assert row["points"][-1]["bytes"] >= row["to_loss"]["bytes"] > 0
+    assert block["to_loss"]["seconds"] < whole["to_loss"]["seconds"]
+
+
+def test_scale_simulates_full_size_transfers_without_their_memory(benchmark: Any) -> None:
+    found = benchmark("scale", "--smoke")["results"]
+    for row in found["cohorts"]:
+        assert row["simulated_s"] == pytest.approx(row["planned_s"], rel=0.02)
+        assert row["grown_bytes"] < 0.5 * row["full_size_bytes"]
+    speeds = {row["way"]: row["mbps"] for row in found["bandwidths"] if row["model"] == "8B"}
+    # computing half of the time, FL-BCD has one computation's time for the exchange, and ParaBlock two
+    assert speeds["FL-BCD, bf16"]["50%"] == pytest.approx(2 * speeds["ParaBlock, bf16"]["50%"])
+    assert speeds["ParaBlock, int4"]["99%"] < 0.3 * speeds["ParaBlock, bf16"]["99%"]
+
+
+def test_a_step_by_hand_ends_with_the_same_block(benchmark: Any) -> None:
+    row = benchmark("step", "--smoke", "--model", "none")["results"][0]
+    assert row["by_hand_ends_with_the_same_block"] is True
+    used = {name: each["total"] for name, each in row["training_bytes"].items()}
+    assert used["block"] == used["by hand"] < used["full"]
+    assert set(row["peak_bytes_beside_the_model"]) == {"block", "by hand", "full", "lora"}
