@@ -205,10 +205,14 @@ def compare(
     config: Annotated[Path, typer.Argument(help="A YAML file; its data, seed and link hold for every method.")],
     output_dir: OutputDir,
     methods: Annotated[
-        str, typer.Option(help="Separated by commas: parablock, fl_bcd, fedavg.")
+        str, typer.Option(help="Separated by commas; docs/baselines.md says what each does.")
     ] = "parablock,fl_bcd",
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: the configuration's.")] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    particular: Annotated[
+        list[str] | None, typer.Option("--for", help="method:key=value, for that method alone; more than once.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="exact_match, multiple_choice or both, on data.test.")] = "",
 ) -> None:
     """Run several methods on the same data, seed and link, and put them side by side.
 
@@ -217,9 +221,10 @@ def compare(
     from parablock.compare import compare_methods, comparison_table, plan_comparison
     from parablock.config import load_config
 
-    runs = plan_comparison(load_config(config, overrides or []), methods.split(","), seeds)
+    runs = plan_comparison(load_config(config, overrides or []), methods.split(","), seeds, particular or [])
+    scored = [task.strip() for task in tasks.split(",") if task.strip()]
     with _watched() as (progress, stop):
-        summaries = compare_methods(runs, output_dir, progress=progress, asked_to_stop=stop)
+        summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
     console.print(comparison_table(summaries), markup=False, highlight=False, soft_wrap=True)
     console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Several methods on the same data, seed and link: one run directory each, one table, one page."""
+"""Several methods on the same data, seed and link: one run directory each, one table, one picture, one page."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 from parablock.checkpoint import storage, write_atomically
-from parablock.config import RunConfig, parse_config
+from parablock.config import RunConfig, overridden, parse_config
 from parablock.conflicts import BLOCK_METHODS, LORA_METHODS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.experiment import Summary, run
+from parablock.plan.memory import memory_per_client
+from parablock.plan.scenario import Scenario
+from parablock.report.curves import curves_svg
 from parablock.report.progress import Progress
+from parablock.report.reading import read_runs
 from parablock.report.records import RunDirectory
 from parablock.report.write import write_report
+from parablock.scores import score_models
+
+SCORED_TASKS = ("exact_match", "multiple_choice")
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,9 @@ class PlannedRun:
     config: RunConfig
 
 
-def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") -> list[PlannedRun]:
+def plan_comparison(
+    config: RunConfig, methods: Sequence[str], seeds: str = "", particular: Sequence[str] = ()
+) -> list[PlannedRun]:
     """Make the configuration of every method and seed, before any of them runs.
 
     A method brings its delay; `parablock` keeps the configuration's, or has 1 where that is 0. What the
@@ -40,9 +50,11 @@ def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") 
         config: What all have in common.
         methods: Their names.
         seeds: Comma-separated; empty: the configuration's seed.
+        particular: `method:key=value`, what one method has different, such as `fedit:train.learning_rate=0.003`.
 
     Raises:
-        ConfigError: An unknown method, one that is not built, the same one twice, or a seed that is no number.
+        ConfigError: An unknown method, one that is not built, the same one twice, a seed that is no number, or
+            something particular to a method that is not compared.
     """
     names = [method.strip() for method in methods if method.strip()]
     if not names or len(set(names)) < len(names):
@@ -51,6 +63,7 @@ def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") 
         numbers = [int(seed) for seed in seeds.split(",")] if seeds.strip() else [config.seed]
     except ValueError:
         raise ConfigError([f"{seeds!r}: give whole numbers such as 0,1,2"], source="--seeds") from None
+    own = _by_method(particular, names)
     planned = []
     for seed in numbers:
         for method in names:
@@ -64,8 +77,21 @@ def plan_comparison(config: RunConfig, methods: Sequence[str], seeds: str = "") 
             if method != "fedprox":
                 del tree["federation"]["proximal_mu"]
             name = f"{method}-seed{seed}" if len(numbers) > 1 else method
-            planned.append(PlannedRun(name, parse_config(tree | {"seed": seed}, source=f"method {method}")))
+            tree = overridden(tree | {"seed": seed}, own[method])
+            planned.append(PlannedRun(name, parse_config(tree, source=f"method {method}")))
     return planned
+
+
+def _by_method(particular: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
+    """Sort `method:key=value` by method."""
+    own: dict[str, list[str]] = {method: [] for method in methods}
+    for entry in particular:
+        method, colon, override = entry.partition(":")
+        if not colon or method.strip() not in own:
+            problem = f"{entry!r} is not method:key=value for one of {', '.join(methods)}"
+            raise ConfigError([problem], source="--for")
+        own[method.strip()].append(override)
+    return own
 
 
 def compare_methods(
@@ -73,21 +99,33 @@ def compare_methods(
     output_dir: Path,
     *,
     progress: Progress,
+    tasks: Sequence[str] = (),
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[Summary]:
-    """Run one after the other, and write `compare.json`, `compare.md` and a report page.
+    """Run one after the other, and write `compare.json`, `compare.md`, `compare.svg` and a report page.
+
+    Args:
+        runs: What `plan_comparison` made.
+        output_dir: A folder that holds no run.
+        progress: Who is told how it goes.
+        tasks: Of exact_match and multiple_choice, which are scored on the test rows of the configuration.
+        asked_to_stop: As in `run`.
 
     Raises:
+        ConfigError: There is no such task, or no file of test rows to score it on.
         StorageError: The folder holds something already, or cannot be written.
         ParaBlockError: A run failed, or was stopped; the finished ones stay.
     """
+    _check_tasks(tasks, runs[0].config)
     directories = [RunDirectory(output_dir / planned.name) for planned in runs]
     for directory in (RunDirectory(output_dir), *directories):  # a run's own folder has a report already
         directory.check_unused()
+    memory = [predicted_memory_bytes(planned.config) for planned in runs]
     with storage(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     summaries: list[Summary] = []
-    for planned, directory in zip(runs, directories, strict=True):
+    base = _scores([runs[0].config.model.name_or_path], runs[0].config, tasks, progress)
+    for planned, directory, num_bytes in zip(runs, directories, memory, strict=True):
         progress.message(f"── {planned.name} ──")
         summary = run(planned.config, directory.path, progress=progress, asked_to_stop=asked_to_stop)
         if summary["status"] != "completed":
@@ -95,24 +133,97 @@ def compare_methods(
                 f"the comparison stopped in {planned.name}; {len(summaries)} of {len(runs)} runs are complete",
                 remedy=f"Finish that run with: parablock resume {directory.path}",
             )
-        summaries.append({"name": planned.name, **summary})
+        models = sorted(directory.model.glob("client_*")) or [directory.model]
+        scored = {
+            "initial_scores": base,
+            "final_scores": _scores([str(model) for model in models], planned.config, tasks, progress),
+        }
+        summaries.append({"name": planned.name, **summary, **scored, "predicted_memory_bytes": num_bytes})
     write_atomically(output_dir / "compare.json", json.dumps(summaries, indent=2) + "\n")
     write_atomically(output_dir / "compare.md", comparison_table(summaries) + "\n")
+    write_atomically(output_dir / "compare.svg", curves_svg(read_runs([entry.path for entry in directories])))
     write_report([output_dir])
     return summaries
 
 
 def comparison_table(summaries: Sequence[Summary]) -> str:
-    """Write the comparison as a Markdown table; the base model's loss comes first."""
-    lines = [
-        "| run | final eval loss | seconds | one after the other | hidden | MB up | MB down |",
-        "|---|---|---|---|---|---|---|",
-        f"| base model | {summaries[0]['initial_eval_loss']:.4f} | | | | | |",
+    """Write the comparison as a Markdown table; the base model's scores come first.
+
+    Where there are several seeds, the means and standard deviations of each method come last.
+    """
+    first = summaries[0]
+    tasks = list(first["initial_scores"])
+    columns = ["run", "final eval loss", *tasks, *("seconds", "one after the other", "hidden", "MB up", "MB down")]
+    rows = [
+        ["base model", f"{first['initial_eval_loss']:.4f}", *(f"{first['initial_scores'][t]:.3f}" for t in tasks)]
+        + [""] * 6
     ]
     for summary in summaries:
-        lines.append(
-            f"| {summary['name']} | {summary['final_eval_loss']:.4f} | {summary['wall_time_s']:.1f} "
-            f"| {summary['sequential_s']:.1f} | {summary['overlap_fraction']:.0%} "
-            f"| {summary['uplink_bytes'] / 1e6:.1f} | {summary['downlink_bytes'] / 1e6:.1f} |"
+        rows.append(
+            [summary["name"], f"{summary['final_eval_loss']:.4f}"]
+            + [f"{summary['final_scores'][task]:.3f}" for task in tasks]
+            + [f"{summary['wall_time_s']:.1f}", f"{summary['sequential_s']:.1f}"]
+            + [f"{summary['overlap_fraction']:.0%}", f"{summary['uplink_bytes'] / 1e6:.1f}"]
+            + [f"{summary['downlink_bytes'] / 1e6:.1f}", f"{summary['predicted_memory_bytes'] / 1e6:.1f}"]
         )
-    return "\n".join(lines)
+    if len({summary["seed"] for summary in summaries}) > 1:
+        rows += [_of_all_seeds(method, group, tasks) for method, group in _by_name(summaries).items()]
+    lines = [[*columns, "MB of memory, predicted"], ["---"] * (len(columns) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def predicted_memory_bytes(config: RunConfig) -> int:
+    """Tell what a client needs while it trains, from shapes; see `parablock plan`."""
+    method = config.federation.method
+    kind = "block" if method in BLOCK_METHODS else "lora" if method in LORA_METHODS else "full"
+    scenario = Scenario(config, probe=False)
+    return memory_per_client(scenario.outline, scenario.blocks, config)[kind].total
+
+
+def _by_name(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    groups: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        groups.setdefault(summary["name"].rpartition("-seed")[0], []).append(summary)
+    return groups
+
+
+def _of_all_seeds(method: str, group: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
+    def over_seeds(values: Sequence[float], digits: int) -> str:
+        return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+    return [
+        f"{method}, {len(group)} seeds",
+        over_seeds([summary["final_eval_loss"] for summary in group], 4),
+        *(over_seeds([summary["final_scores"][task] for summary in group], 3) for task in tasks),
+        *(f"{fmean(summary[key] for summary in group):.1f}" for key in ("wall_time_s", "sequential_s")),
+        f"{fmean(summary['overlap_fraction'] for summary in group):.0%}",
+        *(f"{fmean(summary[key] for summary in group) / 1e6:.1f}" for key in ("uplink_bytes", "downlink_bytes")),
+        f"{group[0]['predicted_memory_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _check_tasks(tasks: Sequence[str], config: RunConfig) -> None:
+    unknown = [task for task in tasks if task not in SCORED_TASKS]
+    if unknown:
+        problem = f"there is no task {', '.join(unknown)}; there are {', '.join(SCORED_TASKS)}"
+        raise ConfigError([problem], source="--tasks")
+    if tasks and (not config.data.test or config.model.init == "random"):
+        problem = "tasks are scored on the files of data.test, for a model that has weights; give both"
+        raise ConfigError([problem], source="--tasks")
+
+
+def _scores(models: Sequence[str], config: RunConfig, tasks: Sequence[str], progress: Progress) -> dict[str, float]:
+    """Score models on the first test rows; of several models the mean."""
+
+    def score(task: str, model: str) -> float:
+        (scored,) = score_models(
+            model,
+            config.data.test,
+            task=task,
+            max_examples=config.evaluation.max_examples,
+            device=config.model.device,
+            tell=progress.message,
+        )
+        return scored.value
+
+    return {task: fmean(score(task, model) for model in models) for task in tasks}

@@ -14,7 +14,7 @@ from parablock.errors import ConfigError
 from parablock.section import NOT_BUILT
 from parablock.settings import RunConfig, TrainSection
 
-__all__ = ["NOT_BUILT", "RunConfig", "TrainSection", "known_keys", "load_config", "parse_config"]
+__all__ = ["NOT_BUILT", "RunConfig", "TrainSection", "known_keys", "load_config", "overridden", "parse_config"]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -39,10 +39,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
     tree = {key: value for key, value in tree.items() if value is not None}  # a heading with nothing below it
+    return parse_config(overridden(tree, overrides), source=str(path))
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Put `dotted.key=value` overrides into a tree of plain values, which is changed, and give it.
+
+    Raises:
+        ConfigError: One is not of this form, or leads through a value.
+    """
     problems = [problem for override in overrides if (problem := _apply(tree, override))]
     if problems:
         raise ConfigError(problems, source="--set")
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from statistics import mean, stdev
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock.compare import plan_comparison
 from parablock.config import load_config
-from tiny_runs import Workshop, command, make_workshop, metrics_of, summary_of
+from tiny_runs import Workshop, command, make_workshop, metrics_of, sum_row, summary_of, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,45 @@ def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, t
     assert "base model" in table[2]
     assert "parablock-seed0" in table[3]
     assert (directory / "report.html").exists()
+    assert [line.split("|")[1].strip() for line in table[-3:]] == [
+        f"{method}, 2 seeds" for method in ("parablock", "fl_bcd", "fedavg")
+    ]
+    losses = [summary["final_eval_loss"] for summary in summaries if summary["method"] == "fedavg"]
+    assert f"{mean(losses):.4f} ± {stdev(losses):.4f}" in table[-1]
+
+
+def test_tasks_memory_and_the_picture_stand_beside_the_losses(workshop, tmp_path):
+    directory = tmp_path / "compared"
+    test = [{**sum_row(k, 1), "choices": ["#### 1", f"#### {k + 1}"]} for k in (1, 2, 3)]
+    rows = write_rows(tmp_path / "choices.jsonl", test)
+    outcome = command(
+        *(
+            "compare",
+            str(workshop.config),
+            "--output-dir",
+            str(directory),
+            "--methods",
+            "fl_bcd,fedit,fedavg,local",
+        ),
+        *("--tasks", "multiple_choice", "--set", "federation.num_rounds=4", "--set", f"data.test={rows}"),
+        *("--for", "fedit:train.learning_rate=0.03", "--for", "fedit:lora.rank=2"),
+    )
+    assert outcome.code == 0, outcome.stderr
+    blocks, adapters, everything, apart = json.loads((directory / "compare.json").read_text())
+    for summary in (blocks, adapters, everything, apart):
+        assert 0 <= summary["final_scores"]["multiple_choice"] <= 1
+    memory = [summary["predicted_memory_bytes"] for summary in (adapters, blocks, everything, apart)]
+    assert memory[0] != memory[1] and max(memory[:2]) < memory[2] == memory[3]
+    table = (directory / "compare.md").read_text().splitlines()
+    assert "multiple_choice" in table[0] and "memory" in table[0]
+    assert len({line.count("|") for line in table}) == 1
+    picture = ElementTree.parse(directory / "compare.svg").getroot()
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"rounds", "seconds", "fl_bcd", "fedit", "fedavg", "local"} <= set(texts)
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 3 * 4
+    config = yaml.safe_load((directory / "fedit" / "config.yaml").read_text())
+    assert (config["lora"]["rank"], config["train"]["learning_rate"]) == (2, 0.03)
+    assert yaml.safe_load((directory / "fedavg" / "config.yaml").read_text())["train"]["learning_rate"] == 0.01
 
 
 def test_a_compared_run_is_the_run_that_the_method_makes_alone(workshop, tmp_path):
@@ -76,6 +118,11 @@ def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_pat
         (["--methods", "parablock,gossip"], "gossip"),
         (["--methods", "flora"], "not built"),
         (["--seeds", "0,x"], "whole numbers"),
+        (["--for", "fedit:train.learning_rate=1"], "for one of parablock, fl_bcd"),
+        (["--for", "fl_bcd"], "method:key=value"),
+        (["--for", "fl_bcd:train.learning_rat=1"], "train.learning_rate"),
+        (["--tasks", "riddles"], "riddles"),
+        (["--tasks", "exact_match", "--set", "data.test=[]"], "data.test"),
     ],
 )
 def test_a_wrong_comparison_is_refused_before_anything_runs(workshop, tmp_path, arguments, said):

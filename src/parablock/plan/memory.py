@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parablock.config import RunConfig
+from parablock.conflicts import LORA_METHODS
 from parablock.model.blocks import Block, find_layers
 
 LORA_RANK = 16
+"""Of the adapters that a run without any is compared with."""
 FROZEN_LAYER, TRAINED_LAYER = 1.5, 2.4
 """Bytes that autograd keeps of a layer, per byte of its matrices' outputs."""
 FP32 = 4
@@ -128,7 +130,8 @@ def _outputs(layer: nn.Module) -> int:
 def _adapter_parameters(model: PreTrainedModel, config: RunConfig) -> int:
     """Count the parameters of LoRA adapters on every weight matrix of the decoder layers."""
     _, layers = find_layers(model, config.blocks.layers_path)
-    return LORA_RANK * sum(sum(_shape(module)) for module in layers.modules())
+    rank = config.lora.rank if config.federation.method in LORA_METHODS else LORA_RANK
+    return rank * sum(sum(_shape(module)) for module in layers.modules())
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def loss_figure(runs: Sequence[RunRecord]) -> Figure:
     axes: dict[str, list[list[float]]] = {"rounds": [], "seconds": [], "bytes": []}
     keys = ("train_loss", "eval_loss") if len(runs) == 1 else ("eval_loss", "train_loss")
     for key, (number, run) in product(keys, enumerate(runs)):
-        points = [point for point in _loss_points(run, key) if point["loss"] is not None]
+        points = [point for point in loss_points(run, key) if point["loss"] is not None]
         traces.append(_loss_trace(run, key, points, number, alone=len(runs) == 1))
         for axis, columns in axes.items():
             columns.append([point[axis] for point in points])
@@ -47,7 +47,7 @@ def loss_figure(runs: Sequence[RunRecord]) -> Figure:
     return {"data": traces, "layout": layout, "axes": axes}
 
 
-def _loss_points(run: RunRecord, key: str) -> list[dict[str, Any]]:
+def loss_points(run: RunRecord, key: str) -> list[dict[str, Any]]:
     """List a loss with what had been spent when it was measured; the base model's comes first."""
     seconds = accumulate(row["round_s"] for row in run.rows)
     num_bytes = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in run.rows)
