@@ -62,11 +62,15 @@ test-fast: $(STAMP)  ## the tests that are not marked slow
 
 test-all: check test  ## what CI runs: check and test
 
-bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, clients, quality of one seed
+bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, links, clients, peers, one seed of quality
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/slow_link.py
 	$(BIN)/python benchmarks/clients.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/formats.py --seeds 0 --no-table --output runs/formats-short.json
 	$(BIN)/python benchmarks/quality.py --only t0 --seeds 0 --rounds 16 --output runs/quality-short.json
 
 bench-all: $(STAMP)  ## every benchmark at full size (an hour); each says where it writes its JSON

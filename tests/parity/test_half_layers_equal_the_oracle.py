@@ -1,0 +1,92 @@
+"""A model in half-layer blocks ends, with threads and chunks, bitwise as the oracle that trains it in one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from parablock.algorithm.local import LocalArguments, train_block
+from parablock.algorithm.parablock import same
+from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.clock import VirtualClock
+from parablock.data.batches import Batch
+from parablock.engine.client import Trained
+from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FixedSteps
+from parablock.model.blocks import partition_blocks
+from parablock.model.params import Replica
+from parablock.trace import Trace
+from parablock.wire.link import Link
+from parablock.wire.messages import RoundStart
+from parablock.wire.quantize import Encoding
+
+EXAMPLES, ROUNDS = [2, 3], 6
+ARGUMENTS = LocalArguments(learning_rate=0.01, total_steps=ROUNDS)
+
+
+class HalfLayers:
+    """Local training of all clients with one model, which the virtual clock lends to one of them at a time."""
+
+    def __init__(self, model: LlamaForCausalLM, split: str) -> None:
+        self.replica = Replica(model, partition_blocks(model, layers_per_block=2, split=split))
+        self.params = [self.replica.read(block.index) for block in self.replica.blocks]
+
+    def solve(self, client_id: int, round_index: int, block_index: int, working: tuple[Tensor, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(100 * client_id + round_index)
+        ids = torch.randint(64, (2, 8), generator=generator)
+        batch = Batch(ids, torch.ones_like(ids), ids)
+        self.replica.load_all(working)
+        return train_block(
+            self.replica, block_index, working[block_index], [[batch]], ARGUMENTS, first_step=0, moments=None
+        ).trained
+
+
+class ClientOf:
+    """One client's trainer."""
+
+    step_time_s = 0.5
+
+    def __init__(self, model: HalfLayers, client_id: int) -> None:
+        self._model, self._client_id, self.num_examples = model, client_id, EXAMPLES[client_id]
+
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        return Trained(self._model.solve(self._client_id, start.round_index, start.block_index, working), 0.0)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        del memory
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_threads_equal_the_oracle_on_half_layers(delay: int, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    halves = HalfLayers(tiny_llama(), "attention_mlp")
+    encoding = Encoding("float32", chunk_bytes=4096)
+    plan = ServerPlan(2, ROUNDS, delay, "cyclic", 1.0, 0, encoding, FixedSteps(1), 20.0, 0)
+    found = run_in_process(
+        halves.params,
+        [ClientOf(halves, client_id) for client_id in range(2)],
+        plan,
+        Trace(VirtualClock()),
+        Hooks(lambda *_: None, lambda _: None),
+        link=Link(1.0, 0.5, 0.01),
+        in_flight="aligned",
+    )
+    expected = run_sequential(halves.params, Problem(EXAMPLES, ROUNDS, delay), halves.solve)
+    assert same(found.server.params, expected.server.params)
+    assert all(same(client.base, expected.server.view) for client in found.clients)
+    assert len(halves.params) == 4  # the controls: whole layers, and another delay
+    layers = HalfLayers(tiny_llama(), "layer")
+    whole = run_sequential(layers.params, Problem(EXAMPLES, ROUNDS, delay), layers.solve)
+    assert sum(map(torch.numel, whole.server.params)) == sum(map(torch.numel, expected.server.params))
+    assert not torch.equal(
+        torch.cat(whole.server.params).sort().values, torch.cat(expected.server.params).sort().values
+    )
+    later = run_sequential(halves.params, Problem(EXAMPLES, ROUNDS, delay + 1), halves.solve)
+    assert not same(later.server.params, expected.server.params)
