@@ -99,6 +99,12 @@ def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
         return
     if config["link"]["upload_mbps"] is None and config["link"]["download_mbps"] is None:
         yield key, "auto fits the blocks to the link; give link.upload_mbps and link.download_mbps, or a number"
+    if config["engine"]["name"] == "flower":
+        yield (
+            key,
+            "auto rests on how fast a machine is, and each site would choose for itself; give the number that "
+            "`parablock plan` shows",
+        )
     if config["train"]["num_local_steps"] == "auto":
         yield key, "auto follows from train.num_local_steps, which is auto too; give a number for one of them"
 

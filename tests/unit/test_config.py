@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from parablock.config import NOT_BUILT, RunConfig, known_keys, load_config, parse_config
+from parablock.conflicts import conflicts
 from parablock.errors import ConfigError
 from parablock.section import Section
 
@@ -458,6 +459,14 @@ def test_problems_that_join_sections_come_once_the_sections_are_right():
     (problem,) = problems(values)
     assert "data.train has 1 and federation.num_clients is 3" in problem
     assert parse_config(nested({**REQUIRED, **values, "federation.num_clients": 1})).federation.num_clients == 1
+
+
+def test_sites_that_would_choose_their_own_blocks_are_refused():
+    fitting = parsed(blocks__layers_per_block="auto", link__upload_mbps=10).model_dump()
+    assert conflicts(fitting, {}) == []
+    fitting["engine"]["name"] = "flower"
+    ((key, problem),) = conflicts(fitting, {})
+    assert key == "blocks.layers_per_block" and "each site would choose for itself" in problem
 
 
 @pytest.mark.parametrize(

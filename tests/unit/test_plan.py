@@ -291,6 +291,8 @@ def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(works
     ]
     assert (fast.num_blocks, slow.num_blocks) == (4, 8)
     assert fast.verdict.startswith("Overlap hides the communication")
+    assert "blocks.layers_per_block: auto is 2 here" in fast.assumptions
+    assert not any("auto is" in line for line in plan_of(workshop).assumptions)
     few_rounds = plan_of(workshop, auto[0], "federation.num_rounds=4", "link={upload_mbps: 5, download_mbps: 5}")
     assert few_rounds.num_blocks == 4  # smaller ones would not all be visited
 

@@ -129,7 +129,7 @@ def _plan(scenario: Scenario) -> Plan:
         links=_at_several_speeds(scenario),
         memory_parts={name: dict(vars(each)) for name, each in memory.items()},
         compute_source=scenario.compute.source,
-        assumptions=[f"computation is {scenario.compute.assumption}", *ASSUMPTIONS],
+        assumptions=[f"computation is {scenario.compute.assumption}", *ASSUMPTIONS, *scenario.notes],
         verdict=verdict(config, timing, serial, advice, num_local_steps=scenario.num_local_steps),
     )
 

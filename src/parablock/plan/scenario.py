@@ -31,6 +31,7 @@ class Scenario:
         config: With a number of layers in a block, also where it is left to the link.
         outline: The model without values.
         layers_per_block: As configured, or chosen for the link.
+        notes: What was left to the plan.
         blocks: What the configured method trains.
         flops: Operations of a step.
         compute: Seconds of a round's computation.
@@ -41,9 +42,11 @@ class Scenario:
 
     def __init__(self, config: RunConfig, *, probe: bool) -> None:
         self.outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
-        self.config = config = fitted(config, self.outline)
+        asked, self.config = config.blocks.layers_per_block, fitted(config, self.outline)
+        config = self.config
         assert isinstance(config.blocks.layers_per_block, int)
         self.layers_per_block = config.blocks.layers_per_block
+        self.notes = [f"blocks.layers_per_block: auto is {self.layers_per_block} here"] if asked == "auto" else []
         self.sends_everything = config.federation.method == "fedavg"
         self.blocks: tuple[Block, ...] = (
             whole_model(self.outline, config.blocks.layers_path)
