@@ -131,11 +131,11 @@ class Client:
     def run(self) -> None:
         """Serve the server until it finishes or stops the run."""
         with self._pipeline as pipeline:
+            if self._rejoins:
+                pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
             for round_index, chunks in self._sent.items():
                 for chunk in chunks:
                     pipeline.send(chunk, round_index)
-            if self._rejoins:
-                pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
             while self._serve(from_bytes(pipeline.receive())):
                 self.kept = self.state, self.snapshot()
 
@@ -152,7 +152,6 @@ class Client:
                 return False
             case Welcome():
                 self._rejoins = False
-                self._commit(message.news, message.committed)
             case RoundStart() | Chunk() if self._rejoins:
                 pass  # meant for what it held before it was gone
             case RoundStart():

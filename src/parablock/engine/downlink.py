@@ -88,20 +88,38 @@ class Downlink:
         for streamed_to in self._streamed_to.values():
             streamed_to.discard(client_id)
 
-    def news_for(self, state: ServerState, client_id: int, *, whole: bool = False) -> tuple[NewValue, ...]:
-        """Make the commits that a client lacks, `whole` without differences, and note that it has them."""
+    def news_for(self, state: ServerState, client_id: int) -> tuple[NewValue, ...]:
+        """Make the commits that a client lacks, and note that it has them."""
         held, news = self.held[client_id], []
         for new in news_for(state, held):
             b = new.block_index
             if client_id in self._streamed_to.get(b, ()):
                 self._streamed_to[b].discard(client_id)
                 kind, vector = "streamed", _exact(new.value[:0])
-            elif not whole and len(self._announced.get(b, ())) == 1 and held[b] == _version_before(state, b):
+            elif len(self._announced.get(b, ())) == 1 and held[b] == _version_before(state, b):
                 kind, vector = "difference", self._announced[b][0]
             else:
                 kind, vector = "value", _exact(new.value)
             news.append(NewValue(b, new.version, new.rho, kind, vector))
         self.held[client_id] = state.versions
+        return tuple(news)
+
+    def news_as_of(self, state: ServerState, client_id: int, committed: int) -> tuple[NewValue, ...] | None:
+        """Make the commits up to a round that a client lacks, and note that it has them.
+
+        Returns:
+            None where that state is gone: a block has been committed again since, and the client missed that
+            round's value.
+        """
+        held, news = list(self.held[client_id]), []
+        for new in news_for(state, held):
+            b = new.block_index
+            if new.version <= committed:
+                news.append(NewValue(b, new.version, new.rho, "value", _exact(new.value)))
+                held[b] = new.version
+            elif b in state.history[held[b] + 1 : committed + 1]:
+                return None
+        self.held[client_id] = tuple(held)
         return tuple(news)
 
 

@@ -37,6 +37,7 @@ class Participation:
         self._answer_s = {int(client_id): float(seconds) for client_id, seconds in answer_s.items()}
         self._asked: dict[int, tuple[int, ...]] = {}
         self._began_s: dict[int, float] = {}
+        self._heard_s: dict[int, float] = {}
 
     def memory(self, first_open_round: int) -> dict[str, Any]:
         """Give what has to survive a restart, as plain values."""
@@ -66,16 +67,18 @@ class Participation:
 
     def delivered(self, client_id: int, round_index: int, now_s: float) -> None:
         """Note a whole update, in time or late."""
-        if round_index in self._owes[client_id] and round_index in self._began_s:
-            self._answer_s[client_id] = now_s - self._began_s[round_index]
-        self.answered(client_id, round_index)
+        if round_index in self._owes[client_id]:
+            self._answer_s[client_id] = now_s - self._free_s(client_id, round_index)
+        self.answered(client_id, round_index, now_s)
 
-    def answered(self, client_id: int, round_index: int) -> None:
+    def answered(self, client_id: int, round_index: int, now_s: float) -> None:
         """Note an answer of any kind; answers come in order, so it settles all that were owed before."""
+        self._heard_s[client_id] = now_s
         self._owes[client_id] = {t for t in self._owes[client_id] if t > round_index}
 
-    def is_back(self, client_id: int) -> None:
+    def is_back(self, client_id: int, now_s: float) -> None:
         """Note that a client owes nothing, because it has begun anew."""
+        self._heard_s[client_id] = now_s
         self._owes[client_id] = set()
 
     def owes(self, client_id: int, round_index: int) -> None:
@@ -86,8 +89,16 @@ class Participation:
         """Tell whether a client owes so much that it is not asked."""
         return len(self._owes[client_id]) > self._delay
 
-    def deadline_s(self, round_index: int) -> float | None:
-        """Give when the round stops waiting for those who are late; None where that is not known, or never."""
-        if self._deadline_factor is None or not self._answer_s or round_index not in self._began_s:
+    def deadline_s(self, round_index: int, missing: Sequence[int]) -> float | None:
+        """Give when the round stops waiting for those who are missing; None where that is not known, or never.
+
+        Each has so many times the median answer time from when it could begin: when it was asked, or had
+        answered the round before.
+        """
+        if self._deadline_factor is None or not self._answer_s:
             return None
-        return self._began_s[round_index] + self._deadline_factor * median(self._answer_s.values())
+        allowed_s = self._deadline_factor * median(self._answer_s.values())
+        return max(self._free_s(client_id, round_index) for client_id in missing) + allowed_s
+
+    def _free_s(self, client_id: int, round_index: int) -> float:
+        return max(self._began_s[round_index], self._heard_s.get(client_id, 0.0))

@@ -34,7 +34,7 @@ from parablock.engine.participation import Participation
 from parablock.engine.steps import LocalSteps
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
-from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes
+from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import ServerEnd
 
@@ -172,7 +172,7 @@ class Server:
         self._participation.ask(t, self._enough_of(self._cohort(t), t), self._trace.clock.now())
         self._folds[t] = self._new_fold(t)
         for client_id in self._participation.asked_in(t):
-            self._ask(client_id, t)
+            self._ask(client_id, t, self._downlink.news_for(self.state, client_id))
 
     def _enough_of(self, drawn: tuple[int, ...], t: int) -> tuple[int, ...]:
         """Give who is asked, once there are enough."""
@@ -180,12 +180,13 @@ class Server:
             self._wait(f"clients to come back: round {t} needs {self._fewest}, and {len(clients)} are there")
         return clients
 
-    def _ask(self, client_id: int, t: int) -> None:
-        state = self.state
-        news = self._downlink.news_for(state, client_id)
-        steps_before = sum(state.local_steps[:t])
-        start = RoundStart(t, state.history[t], state.local_steps[t], steps_before, state.committed, news)
+    def _ask(self, client_id: int, t: int, news: tuple[NewValue, ...]) -> None:
+        state, committed = self.state, self._committed_before(t)
+        start = RoundStart(t, state.history[t], state.local_steps[t], sum(state.local_steps[:t]), committed, news)
         self._downlink.send(client_id, t, start)
+
+    def _committed_before(self, t: int) -> int:
+        return max(NEVER, t - 1 - self._plan.delay)
 
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
@@ -262,7 +263,7 @@ class Server:
         """Wait for the next message, or go on without those who are late or silent."""
         t, now_s = fold.round_index, self._trace.clock.now()
         enough = len(fold.delivered) >= self._fewest
-        deadline_s = self._participation.deadline_s(t) if enough else None
+        deadline_s = self._participation.deadline_s(t, fold.missing) if enough else None
         lacking = "; ".join(fold.progress_of(client_id) for client_id in fold.missing)
         waiting_for = f"the update of round {t}, block {fold.block_index}, from {lacking}"
         if deadline_s is None:
@@ -278,11 +279,14 @@ class Server:
             self._take(*received)
 
     def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
+        """Take out who has not delivered; who is silent is not waited for in the rounds after this one either."""
         for client_id in set(fold.expected) - set(fold.delivered):
-            came = fold.progress_of(client_id)
-            fold.take_out(client_id, Problem(reason, f"{came}"))
-            self._on_event(f"round {fold.round_index} goes on without a client that is {reason} {how}: {came}")
-        self._retract_where_needed(fold)
+            text = f"{fold.progress_of(client_id)}, {reason} {how}"
+            self._on_event(f"round {fold.round_index} goes on without {text}")
+            self._take_out(client_id, fold, Problem(reason, text))
+            for later in self._folds.values() if reason == "silent" else ():
+                if client_id in later.expected and len(later.expected) > self._fewest:
+                    self._take_out(client_id, later, Problem(reason, text))
 
     def _wait(self, waiting_for: str, *, can_go_on: bool = False) -> None:
         while True:
@@ -306,7 +310,7 @@ class Server:
             case Update():
                 self._take_update(client_id, message)
             case Skip():
-                self._participation.answered(client_id, message.round_index)
+                self._participation.answered(client_id, message.round_index, self._trace.clock.now())
                 if (fold := self._folds.get(message.round_index)) and client_id in fold.expected:
                     self._take_out(client_id, fold, Problem("skipped", "its word that it gives the round up"))
             case Join():
@@ -344,7 +348,7 @@ class Server:
 
     def _refuse(self, client_id: int, fold: RoundFold, problem: Problem) -> None:
         self._count(client_id, problem)
-        self._participation.answered(client_id, fold.round_index)
+        self._participation.answered(client_id, fold.round_index, self._trace.clock.now())
         self._take_out(client_id, fold, problem)
         misfits = [problem for problem in fold.out.values() if problem.reason == "misfit"]
         if not fold.expected and len(misfits) == len(fold.out):
@@ -367,27 +371,29 @@ class Server:
         self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
 
     def _welcome(self, client_id: int, join: Join) -> None:
-        """Bring a client that has begun anew up to date, and ask it again for the newest round."""
+        """Ask a client that has begun anew for the updates that it owes, from the state that belongs to each."""
         if len(join.versions) != len(self.state.params):
             text = f"a model of {len(join.versions)} blocks where the server has {len(self.state.params)}"
             self._count(client_id, Problem("misfit", text))
             return
         self._downlink.joins(client_id, join.versions)
-        self._participation.is_back(client_id)
-        news = self._downlink.news_for(self.state, client_id, whole=True)
-        newest = len(self.state.history) - 1
-        self._downlink.send(client_id, max(newest, 0), Welcome(self.state.committed, news))
+        self._participation.is_back(client_id, self._trace.clock.now())
+        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome())
         self._on_event(f"client {client_id} is back")
         for t, fold in self._folds.items():
-            if client_id not in fold.expected or client_id in fold.delivered or t in join.sent:
+            if client_id not in fold.expected or client_id in fold.delivered:
                 continue
-            if t == newest:
-                fold.forget(client_id)
-                self._retract_where_needed(fold)
-                self._participation.owes(client_id, t)
-                self._ask(client_id, t)
-            else:  # it would have to train from parameters that the server does not have any more
+            self._participation.owes(client_id, t)
+            if t in join.sent:
+                continue
+            news = self._downlink.news_as_of(self.state, client_id, self._committed_before(t))
+            if news is None:
+                self._participation.answered(client_id, t, self._trace.clock.now())
                 self._take_out(client_id, fold, Problem("lost", "its restart"))
+                continue
+            fold.forget(client_id)
+            self._retract_where_needed(fold)
+            self._ask(client_id, t, news)
 
     def _cohort(self, round_index: int) -> tuple[int, ...]:
         plan, history = self._plan, self.state.history

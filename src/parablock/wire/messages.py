@@ -7,7 +7,7 @@
     server ── Finish: the last commits; nothing more to train ──► client
     client ── Skip(t): there will be no update of round t from me ──► server
     client ── Join: I am back, and hold these versions ──► server
-    server ── Welcome: all commits that the client lacks; what was sent to it before is void ──► client
+    server ── Welcome: what comes after this fits these versions; what came before is void ──► client
 
 A new value of a block travels exactly, in the run's dtype (`value`), or, where the wire format is
 narrower, as the difference from what the client holds (`difference`), whose rounding the server keeps. One
@@ -142,7 +142,7 @@ class Join:
 
     Attributes:
         versions: The version that it holds of every block.
-        sent: The rounds whose updates it has just sent again, because it does not know whether they arrived.
+        sent: The rounds whose updates it sends again after this, because it does not know whether they arrived.
     """
 
     versions: tuple[int, ...]
@@ -151,10 +151,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The answer to `Join`: the commits that the client lacks, which end with round `committed`."""
-
-    committed: int
-    news: tuple[NewValue, ...]
+    """The answer to `Join`: what comes after this is meant for what the client holds now."""
 
 
 Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Join | Welcome
@@ -281,7 +278,9 @@ def _read_finish(fields: Mapping[str, Any], vectors: list[Vector]) -> Finish:
 
 
 def _read_welcome(fields: Mapping[str, Any], vectors: list[Vector]) -> Welcome:
-    return Welcome(_typed(fields, "committed", int), _news(fields, vectors))
+    del fields
+    _no_vectors(vectors)
+    return Welcome()
 
 
 def _read_skip(fields: Mapping[str, Any], vectors: list[Vector]) -> Skip:
