@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.local import LocalArguments
 from parablock.config import RunConfig
+from parablock.engine.faults import Fault, Faults
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.safeguards import aggregation_rule, noise_of_the_server
@@ -49,7 +52,15 @@ def server_plan(config: RunConfig, secret: bytes | None = None) -> ServerPlan:
         rule=aggregation_rule(config),
         normals=noise_of_the_server(config, secret),
         in_turn=federation.method == "fedcybgd",
+        min_updates=federation.min_updates,
+        deadline_factor=federation.deadline_factor,
     )
+
+
+def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
+    """Give what is to go wrong, without what had `happened` before an interruption."""
+    faults = (Fault(fault.client, fault.round, fault.at, fault.kind, fault.value) for fault in config.faults)
+    return Faults(faults, happened=happened)
 
 
 def _local_steps(config: RunConfig) -> LocalSteps:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parablock.errors import ConfigError
+from parablock.fault_section import FaultSection
 from parablock.section import NOT_BUILT
 from parablock.settings import RunConfig, TrainSection
 
@@ -138,6 +139,8 @@ def _problem(item: Any) -> tuple[str, str]:
 def _hint(key: str) -> str:
     """Name the known key that an unknown one is meant to be, or all that its section has."""
     section, _, name = key.rpartition(".")
+    if section.startswith("faults."):
+        return f"; known here: {', '.join(FaultSection.model_fields)}"
     leaf = {known: known.rpartition(".")[2] for known in known_keys()}
     siblings = {leaf[known]: known for known in leaf if known.rpartition(".")[0] == section}
     siblings = siblings or {known: known for known in leaf if "." not in known}

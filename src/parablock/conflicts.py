@@ -42,6 +42,8 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
         *_noise(config),
         *_nothing_to_protect(method, chosen.get("privacy", {})),
+        *_too_few(config["federation"]),
+        *_faults(config),
     ]
 
 
@@ -143,6 +145,28 @@ def _nothing_to_protect(method: str, privacy: Mapping[str, Any]) -> Iterator[Pro
     """Where updates never meet, there is no mean to hide in."""
     for key in privacy if method in (*APART_METHODS, "fedcybgd") else ():
         yield f"privacy.{key}", f"takes no effect with {method}, whose updates never meet; leave it out"
+
+
+def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
+    """A commit cannot need more updates than are asked for."""
+    size = 1 if federation["method"] in ("fedcybgd", "central") else cohort_size(federation)
+    if federation["min_updates"] > size:
+        yield (
+            "federation.min_updates",
+            f"{federation['min_updates']} of {size} updates: so many are asked for in a round",
+        )
+
+
+def _faults(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """A fault has to be able to happen."""
+    federation = config["federation"]
+    if config["faults"] and config["engine"]["name"] != "inprocess":
+        yield "faults", "happen with engine.name: inprocess only; real processes can be killed for real"
+    for place, fault in enumerate(config["faults"]):
+        if fault["client"] >= federation["num_clients"]:
+            yield f"faults.{place}.client", f"there is no client {fault['client']} of {federation['num_clients']}"
+        if fault["round"] >= federation["num_rounds"]:
+            yield f"faults.{place}.round", f"there is no round {fault['round']} of {federation['num_rounds']}"
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:

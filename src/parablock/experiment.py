@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from parablock.algorithm.parablock import ServerState
-from parablock.assembly import server_plan
+from parablock.assembly import faults_of, server_plan
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
+from parablock.engine.faults import Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.errors import CheckpointError, InputError, StorageError
 from parablock.fleet import make_fleet
@@ -124,6 +125,7 @@ class _Run:
         self.last_commit_s = 0.0
         self.trackers = Trackers(())
         self.unsaved: StorageError | None = None
+        self.troubles: dict[str, Any] = {}
         self.secret = directory.read_secret() if adds_noise(self.config) else None
 
     def execute(self, state: RunState | None) -> Summary:
@@ -150,6 +152,7 @@ class _Run:
         trace = Trace(clock, on_begin=self._begins, on_end=self._ends)
         trace.spans.extend(state.spans if state else [])
         self.progress.start(config.federation.num_rounds, len(self.fleet.trainers), len(self.rows))
+        faults = faults_of(config, state.progress["faults"] if state else ())
         try:
             result = run_in_process(
                 self.fleet.params,
@@ -165,8 +168,10 @@ class _Run:
                 link=Link(**config.link.model_dump()),
                 in_flight=config.federation.in_flight,
                 resumed=state,
+                faults=faults,
                 protection_of=protections(config, self.secret),
             )
+            self.troubles = _troubles(faults, result)
             summary = self._finish(result, trace, clock)
         except Exception:
             with suppress(InputError):  # the reason why it failed may be that nothing can be written
@@ -274,6 +279,7 @@ class _Run:
             "peak_memory_bytes": _peak_memory_bytes(),
             "model_sha256": None,
             **privacy_spent(self.config, len(self.rows)),
+            **self.troubles,
             **outcome,
         }
         self.directory.write_trace(trace.spans)
@@ -310,6 +316,13 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
         "num_local_steps": server.local_steps[t],
     }
+
+
+def _troubles(faults: Faults, result: EngineResult) -> dict[str, Any]:
+    """Count what went wrong: faults by kind, and messages of clients that were refused by reason."""
+    if not faults and not result.refused:
+        return {}
+    return {"faults": faults.counts, "refused_updates": result.refused}
 
 
 def _peak_memory_bytes() -> int:

@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from parablock.conflicts import refuse_conflicts
-from parablock.section import NOT_BUILT, Section, built, default_of
+from parablock.fault_section import FaultSection
+from parablock.section import Section, built, default_of
 
 
 class ModelSection(Section):
@@ -147,6 +148,9 @@ class FederationSection(Section):
     num_rounds: int = Field(64, ge=1, description="Number of rounds (T).")
     delay: int = Field(1, ge=0, le=64, description="Rounds that an update may be in flight (d).")
     min_updates: int = Field(1, ge=1, description="Fewest updates that a commit needs.")
+    deadline_factor: float | None = Field(
+        None, gt=1, description="A round waits for so many times the median answer time; null: for everybody."
+    )
     in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     proximal_mu: float = Field(0.01, gt=0, description="Weight μ of fedprox's proximal term.")
@@ -180,13 +184,6 @@ class FederationSection(Section):
             if self.aggregation != rule and getattr(self, key) != default_of(self, key):
                 raise ValueError(f"{key} takes effect with aggregation: {rule} only, not with {self.aggregation}")
         return self
-
-    @field_validator("min_updates")
-    @classmethod
-    def _commits_wait_for_all(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"{value} {NOT_BUILT}: a commit waits for every client of the cohort; leave it at 1")
-        return value
 
 
 class TrainSection(Section):
@@ -342,16 +339,9 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     privacy: PrivacySection = PrivacySection()
-    faults: tuple[dict[str, Any], ...] = Field((), description="Faults to inject.")
+    faults: tuple[FaultSection, ...] = Field((), description="What is to go wrong on purpose, with whom and when.")
     report_to: tuple[Tracker, ...] = Field((), description="Trackers that are told the figures of each round.")
     seed: int = Field(0, ge=0, lt=2**31, description="Everything random follows from it.")
-
-    @field_validator("faults")
-    @classmethod
-    def _empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if value:
-            raise ValueError(f"{NOT_BUILT}; leave the list empty")
-        return value
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -388,13 +388,14 @@ ELSEWHERE_IN_THIS_FILE = {
 }
 IN_OTHER_TESTS = {
     *("privacy.clip_norm", "privacy.noise_multiplier", "privacy.mode", "privacy.delta"),  # test_privacy.py
+    *("faults", "federation.min_updates", "federation.deadline_factor"),  # test_faults.py
     "model.device",
     "data.format",
     "data.partition.field",
     "data.partition.alpha",
     "blocks.layers_path",
 }
-ONE_VALUE_SO_FAR = {"privacy.secure_aggregation", "federation.min_updates", "engine.name", "faults"}
+ONE_VALUE_SO_FAR = {"privacy.secure_aggregation", "engine.name"}
 
 
 def keys_of(override: str) -> set[str]:

@@ -45,6 +45,7 @@ DEFAULTS = {
     "federation.num_rounds": 64,
     "federation.delay": 1,
     "federation.min_updates": 1,
+    "federation.deadline_factor": None,
     "federation.in_flight": "aligned",
     "federation.server_optimizer.name": "none",
     "federation.server_optimizer.learning_rate": 1.0,
@@ -129,6 +130,9 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"federation.server_optimizer.name": "adam", "federation.server_optimizer.learning_rate": 0.1},
     {"federation.server_optimizer.name": "momentum", "federation.server_optimizer.momentum": 0.5},
     {"federation.stall_timeout_s": 5.0},
+    {"federation.min_updates": 2},
+    {"federation.deadline_factor": 3.0},
+    {"faults": [{"client": 2, "round": 7, "at": "upload", "kind": "drop", "value": 360.0}]},
     {"federation.aggregation": "median"},
     {"privacy.clip_norm": 2.0},
     {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6},
@@ -176,10 +180,8 @@ OTHER_VALUES: list[dict[str, Any]] = [
 # Values of the documented surface that this version refuses, and what the refusal has to name.
 NOT_BUILT_YET = {
     "federation.method": "flora",
-    "federation.min_updates": 2,
     "engine.name": "flower",
     "privacy.secure_aggregation": "masked",
-    "faults": [{"client": 2, "round": 7, "at": "train", "kind": "drop"}],
 }
 
 # Built or not, these would change nothing as they stand.
@@ -604,3 +606,47 @@ def test_an_option_that_would_have_no_effect_is_refused(key: str):
     assert section in problem
     assert name in problem
     assert needed in problem
+
+
+# -- faults ---------------------------------------------------------------------------------------------------
+
+WRONG_FAULTS = {
+    "no client": (
+        {"client": 8, "round": 0, "at": "train", "kind": "drop"},
+        "faults.0.client: there is no client 8 of 8",
+    ),
+    "no round": (
+        {"client": 0, "round": 64, "at": "train", "kind": "drop"},
+        "faults.0.round: there is no round 64 of 64",
+    ),
+    "a kind elsewhere": ({"client": 0, "round": 0, "at": "commit", "kind": "nan"}, "there is no nan at commit"),
+    "no value": (
+        {"client": 0, "round": 0, "at": "train", "kind": "delay"},
+        "delay at train needs a value: seconds",
+    ),
+    "a value too many": (
+        {"client": 0, "round": 0, "at": "train", "kind": "nan", "value": 2},
+        "has no effect with nan",
+    ),
+    "no such key": (
+        {"client": 0, "round": 0, "at": "train", "kind": "drop", "vlaue": 2},
+        "faults.0.vlaue: unknown key; known here: client, round, at, kind, value",
+    ),
+    "before it began": (
+        {"client": 0, "round": 0, "at": "train", "kind": "kill", "value": -1},
+        "at least 0, not -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FAULTS)
+def test_a_fault_that_cannot_happen_is_refused(case: str):
+    fault, words = WRONG_FAULTS[case]
+    (problem,) = problems({"faults": [fault]})
+    assert words in problem
+
+
+def test_a_commit_cannot_need_more_updates_than_are_asked_for():
+    (problem,) = problems({"federation.min_updates": 3, "federation.participation": 0.25})
+    assert problem == "federation.min_updates: 3 of 2 updates: so many are asked for in a round"
+    assert parsed(federation__min_updates=8).federation.min_updates == 8

@@ -25,23 +25,11 @@ from torch import Tensor
 
 from parablock.clock import Clock
 from parablock.errors import CodecError, LinkError
+from parablock.fault_section import POISONS
 from parablock.wire.codec import decode
 from parablock.wire.messages import Skip, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
 from parablock.wire.transport import MemoryTransport, Parcel
-
-POISONS = ("nan", "sign_flip", "scale")
-KINDS_AT = {
-    "train": ("kill", "delay", "drop", *POISONS),
-    "upload": ("kill", "delay", "drop", "corrupt", *POISONS),
-    "download": ("kill", "delay", "drop", "corrupt"),
-    "commit": ("kill", "delay"),
-}
-"""Which kinds of fault there are at each point."""
-
-TAKES_VALUE = ("kill", "delay", "scale", ("drop", "upload"), ("drop", "download"))
-NEEDS_VALUE = ("delay", "scale", ("drop", "download"))
-"""Kinds, or (kind, at), whose value means something, and which mean nothing without it."""
 
 
 @dataclass(frozen=True)

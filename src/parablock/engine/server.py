@@ -19,66 +19,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from parablock.algorithm.aggregate import ServerOptimizer, apply_update
-from parablock.algorithm.baselines.fedcybgd import client_in_turn
+from parablock.algorithm.aggregate import apply_update
 from parablock.algorithm.parablock import NEVER, ServerState, commit_nothing, schedule_round, server_commit
-from parablock.algorithm.robust import Normals, RoundAggregation, Rule
-from parablock.algorithm.schedule import cohort, next_block
+from parablock.algorithm.schedule import next_block
 from parablock.engine.downlink import Downlink
 from parablock.engine.folding import Problem, RoundFold
 from parablock.engine.participation import Participation
-from parablock.engine.steps import LocalSteps
+from parablock.engine.plan import ServerPlan
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
-from parablock.wire.quantize import Encoding
 from parablock.wire.transport import ServerEnd
+
+__all__ = ["SERVER", "Server", "ServerPlan"]
 
 SERVER = -1
 """The client_id whose draws round what the server sends."""
-
-
-@dataclass(frozen=True)
-class ServerPlan:
-    """What the server follows; names as in the configuration.
-
-    Attributes:
-        rule: How a round's updates become one.
-        in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
-        aggregation_s: Simulated seconds of folding a chunk; None: as measured.
-        min_updates: Fewest updates that a commit needs.
-        deadline_factor: A round waits so many times the median answer time; None: for all.
-        waits_for_return: Whether clients that are gone may come back from outside; then a round that lacks
-            updates waits for them, however long.
-        normals: (round_index, clients) → the noise that the rule adds; None: it adds none.
-    """
-
-    num_clients: int
-    num_rounds: int
-    delay: int
-    schedule: str
-    participation: float
-    seed: int
-    encoding: Encoding
-    local_steps: LocalSteps
-    stall_timeout_s: float
-    checkpoint_every: int
-    server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
-    aggregation_s: float | None = None
-    rule: Rule = field(default_factory=Rule)
-    in_turn: bool = False
-    min_updates: int = 1
-    deadline_factor: float | None = None
-    waits_for_return: bool = False
-    normals: Callable[[int, tuple[int, ...]], Normals] | None = None
-
-    def aggregation_of(self, round_index: int) -> RoundAggregation:
-        """Give what makes one of a round's updates."""
-        return RoundAggregation(self.rule, self.normals and partial(self.normals, round_index))
 
 
 class Server:
@@ -396,10 +355,4 @@ class Server:
             self._ask(client_id, t, news)
 
     def _cohort(self, round_index: int) -> tuple[int, ...]:
-        plan, history = self._plan, self.state.history
-        if plan.in_turn and round_index >= len(history):
-            return ()  # nobody is known before the round's block is
-        if plan.in_turn:
-            clients, blocks = plan.num_clients, len(self.state.params)
-            return (client_in_turn(history, round_index, num_clients=clients, num_blocks=blocks),)
-        return cohort(round_index, num_clients=plan.num_clients, participation=plan.participation, seed=plan.seed)
+        return self._plan.cohort_of(round_index, self.state.history, len(self.state.params))

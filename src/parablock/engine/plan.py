@@ -1,0 +1,61 @@
+"""What a server follows: the configuration of a run as the engine needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.baselines.fedcybgd import client_in_turn
+from parablock.algorithm.robust import Normals, RoundAggregation, Rule
+from parablock.algorithm.schedule import cohort
+from parablock.engine.steps import LocalSteps
+from parablock.wire.quantize import Encoding
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What the server follows; names as in the configuration.
+
+    Attributes:
+        rule: How a round's updates become one.
+        in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
+        aggregation_s: Simulated seconds of folding a chunk; None: as measured.
+        min_updates: Fewest updates that a commit needs.
+        deadline_factor: A round waits so many times the median answer time; None: for all.
+        waits_for_return: Whether clients that are gone may come back from outside; then a round that lacks
+            updates waits for them, however long.
+        normals: (round_index, clients) → the noise that the rule adds; None: it adds none.
+    """
+
+    num_clients: int
+    num_rounds: int
+    delay: int
+    schedule: str
+    participation: float
+    seed: int
+    encoding: Encoding
+    local_steps: LocalSteps
+    stall_timeout_s: float
+    checkpoint_every: int
+    server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    aggregation_s: float | None = None
+    rule: Rule = field(default_factory=Rule)
+    in_turn: bool = False
+    min_updates: int = 1
+    deadline_factor: float | None = None
+    waits_for_return: bool = False
+    normals: Callable[[int, tuple[int, ...]], Normals] | None = None
+
+    def aggregation_of(self, round_index: int) -> RoundAggregation:
+        """Give what makes one of a round's updates."""
+        return RoundAggregation(self.rule, self.normals and partial(self.normals, round_index))
+
+    def cohort_of(self, round_index: int, history: Sequence[int], num_blocks: int) -> tuple[int, ...]:
+        """Give who is drawn for a round; where clients take turns, nobody before the round's block is known."""
+        if self.in_turn and round_index >= len(history):
+            return ()
+        if self.in_turn:
+            return (client_in_turn(history, round_index, num_clients=self.num_clients, num_blocks=num_blocks),)
+        return cohort(round_index, num_clients=self.num_clients, participation=self.participation, seed=self.seed)
