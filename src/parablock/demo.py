@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ Problem = tuple[str, str, str]
 
 def _addition(draw: np.random.Generator) -> Problem:
     name, fruit = str(draw.choice(_NAMES)), str(draw.choice(_FRUITS))
-    have, more = (int(number) for number in draw.integers(2, 13, size=2))
+    have, more = (int(number) for number in draw.integers(1, 5, size=2))
     total = have + more
     question = f"{name} has {have} {fruit} and picks {more} more. How many {fruit} does {name} have now?"
     return question, f"{name} has {have} + {more} = {total} {fruit}.", str(total)
@@ -53,7 +53,7 @@ def _addition(draw: np.random.Generator) -> Problem:
 
 def _subtraction(draw: np.random.Generator) -> Problem:
     name, thing = str(draw.choice(_NAMES)), str(draw.choice(_THINGS))
-    left, spent = (int(number) for number in draw.integers(2, 13, size=2))
+    left, spent = (int(number) for number in draw.integers(1, 5, size=2))
     money = left + spent
     question = f"{name} has ${money} and pays ${spent} for {thing}. How many dollars are left?"
     return question, f"{name} has {money} - {spent} = {left} dollars left.", str(left)
@@ -61,14 +61,14 @@ def _subtraction(draw: np.random.Generator) -> Problem:
 
 def _multiplication(draw: np.random.Generator) -> Problem:
     thing = str(draw.choice(_THINGS))
-    boxes, each = (int(number) for number in draw.integers(2, 10, size=2))
+    boxes, each = (int(number) for number in draw.integers(2, 6, size=2))
     total = boxes * each
     question = f"There are {boxes} boxes with {each} {thing} in each box. How many {thing} are there?"
     return question, f"There are {boxes} * {each} = {total} {thing}.", str(total)
 
 
 def _comparison(draw: np.random.Generator) -> Problem:
-    first, second = (int(number) for number in draw.choice(40, size=2, replace=False))
+    first, second = (int(number) for number in draw.choice(10, size=2, replace=False))
     larger, smaller = max(first, second), min(first, second)
     return f"Which is larger, {first} or {second}?", f"{larger} is larger than {smaller}.", str(larger)
 
@@ -90,8 +90,9 @@ _TOPICS: dict[str, Callable[[np.random.Generator], Problem]] = {
 def make_word_problems(directory: Path, *, num_clients: int, examples_per_client: int, seed: int) -> list[Path]:
     """Write one JSONL file of word problems for each client, and a common test file.
 
-    A row has `question`, `answer` (one line of reasoning, then `#### N`) and `template` (its topic). Most
-    rows of client i are of topic i modulo the number of topics; the others are of any topic. The test file,
+    A row has `question`, `answer` (one line of reasoning, then `#### N`) and `template` (its topic). There are
+    as many topics as clients, but at least two and at most five. Most rows of client i are of topic i modulo
+    the number of topics; the others are of any topic. The test file,
     `TEST_FILE_NAME`, goes through the topics in turn. Which questions are held out for it is decided by a
     hash of the question, so that none of them is in a client's file.
 
@@ -112,20 +113,21 @@ def make_word_problems(directory: Path, *, num_clients: int, examples_per_client
         if value < 1:
             raise DataError(f"{key} is {value}.", remedy="Ask for at least 1.")
     paths = [directory / f"client_{client_id:03d}.train.jsonl" for client_id in range(num_clients)]
+    topics = list(_TOPICS)[: max(2, num_clients)]
     for client_id, path in enumerate(paths):
-        _write_whole(
-            path, _client_rows(client_id, examples_per_client, generator_for(seed, "demo train", client_id))
-        )
+        draw = generator_for(seed, "demo train", client_id)
+        _write_whole(path, _client_rows(client_id, topics, examples_per_client, draw))
     draw = generator_for(seed, "demo test")
-    num_test = max(4 * len(_TOPICS), num_clients * examples_per_client // HELD_OUT_ONE_IN)
-    topics = itertools.islice(itertools.cycle(_TOPICS), num_test)
-    _write_whole(directory / TEST_FILE_NAME, [_row(topic, draw, held_out=True) for topic in topics])
+    num_test = max(4 * len(topics), num_clients * examples_per_client // HELD_OUT_ONE_IN)
+    tested = itertools.islice(itertools.cycle(topics), num_test)
+    _write_whole(directory / TEST_FILE_NAME, [_row(topic, draw, held_out=True) for topic in tested])
     return paths
 
 
-def _client_rows(client_id: int, num_rows: int, draw: np.random.Generator) -> list[dict[str, str]]:
+def _client_rows(
+    client_id: int, topics: Sequence[str], num_rows: int, draw: np.random.Generator
+) -> list[dict[str, str]]:
     """Draw a client's rows: `OWN_TOPIC_SHARE` of them, on average, of its own topic."""
-    topics = list(_TOPICS)
     own = topics[client_id % len(topics)]
     chosen = [own if draw.random() < OWN_TOPIC_SHARE else str(draw.choice(topics)) for _ in range(num_rows)]
     return [_row(topic, draw, held_out=False) for topic in chosen]
@@ -157,13 +159,14 @@ def _write_whole(path: Path, rows: Iterable[dict[str, str]]) -> None:
         ) from error
 
 
-def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int) -> Path:
+def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int, num_layers: int = 8) -> Path:
     """Write a random Llama of under two million parameters and a tokenizer learned from `texts`.
 
     Args:
         directory: The checkpoint's folder, in the format of Hugging Face.
         texts: What the byte-level BPE tokenizer learns its merges from; it can write any other text too.
         seed: Decides the weights.
+        num_layers: Its decoder layers.
 
     Returns:
         `directory`.
@@ -180,7 +183,7 @@ def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int) -> Path
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=8,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=_MAX_POSITIONS,

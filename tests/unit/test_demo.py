@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import operator
 from collections import Counter
 from pathlib import Path
@@ -98,6 +99,16 @@ def test_every_client_has_a_topic_of_its_own_and_a_few_rows_of_others(problems):
     assert len(set(favourites[:5])) == 5 and favourites[5:] == favourites[:2]
 
 
+@pytest.mark.parametrize(("num_clients", "num_topics"), [(1, 2), (2, 2), (4, 4), (6, 5)])
+def test_nobody_is_tested_on_a_topic_that_no_client_has_of_its_own(
+    num_clients: int, num_topics: int, tmp_path: Path
+):
+    paths = make_word_problems(tmp_path, num_clients=num_clients, examples_per_client=40, seed=0)
+    trained = {row["template"] for path in paths for row in rows_of(path)}
+    assert len(trained) == num_topics
+    assert {row["template"] for row in rows_of(tmp_path / TEST_FILE_NAME)} == trained
+
+
 def test_the_test_file_has_every_topic_equally_often_and_no_question_of_a_client(problems):
     folder, paths = problems
     held_out = rows_of(folder / TEST_FILE_NAME)
@@ -144,13 +155,17 @@ def test_making_a_model_leaves_the_global_generator_alone(tmp_path: Path):
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_checkpoint_loads_as_a_small_llama_of_eight_layers_with_tied_embeddings(checkpoint: Path):
+def test_the_checkpoint_loads_as_a_small_llama_of_eight_layers_or_as_asked_with_tied_embeddings(
+    checkpoint: Path, tmp_path: Path
+):
     loaded = load_model(str(checkpoint), dtype="float32", device="cpu", init="pretrained", seed=0)
     assert loaded.model.config.num_hidden_layers == 8
     assert loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight
     assert 1_000_000 < sum(parameter.numel() for parameter in loaded.model.parameters()) < 3_000_000
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size <= 1024
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["tiny"]
+    flat = make_tiny_llama(tmp_path / "flat", TEXTS, seed=0, num_layers=2)
+    assert json.loads((flat / "config.json").read_text())["num_hidden_layers"] == 2
 
 
 def test_the_tokenizer_spells_any_text_and_numbers_digit_by_digit(checkpoint: Path):
