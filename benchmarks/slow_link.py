@@ -87,7 +87,7 @@ def make_config(
     return parse_config(
         {
             "model": {"name_or_path": material.model},
-            "data": {"train": material.train, "test": material.test, "max_length": 32},
+            "data": {"train": material.train, "test": material.test, "max_length": 64 if options.smoke else 32},
             "federation": {"num_clients": 2, "num_rounds": options.rounds, "delay": delay},
             "train": {"num_local_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
             "wire": {
