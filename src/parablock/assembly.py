@@ -10,7 +10,7 @@ from parablock.config import RunConfig
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
-from parablock.safeguards import aggregation_rule, noise_of_the_server
+from parablock.safeguards import aggregation_rule, fewest_updates, grid_of, noise_of_the_server
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
 
@@ -52,7 +52,8 @@ def server_plan(config: RunConfig, secret: bytes | None = None) -> ServerPlan:
         rule=aggregation_rule(config),
         normals=noise_of_the_server(config, secret),
         in_turn=federation.method == "fedcybgd",
-        min_updates=federation.min_updates,
+        min_updates=fewest_updates(config),
+        grid=grid_of(config),
         deadline_factor=federation.deadline_factor,
     )
 

@@ -14,6 +14,9 @@ from pydantic_core import PydanticCustomError
 Problem = tuple[str, str]
 """The dotted path of a key, and what is wrong with its value."""
 
+NOT_ON_A_GRID = ("kill", "nan", "sign_flip", "scale")
+"""Faults that take a client's keys away, or that words of a grid cannot have."""
+
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 
 
@@ -41,6 +44,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_auto(config),
         *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
         *_noise(config),
+        *_secure(config),
         *_nothing_to_protect(method, chosen.get("privacy", {})),
         *_too_few(config["federation"]),
         *_faults(config),
@@ -139,6 +143,32 @@ def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
             "wire.error_feedback",
             "would send later what privacy.clip_norm bounds now; switch one of them off",
         )
+
+
+def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a sum of which nobody sees a part cannot be combined with."""
+    privacy, federation, wire = config["privacy"], config["federation"], config["wire"]
+    if privacy["secure_aggregation"] == "none" or federation["method"] in (*APART_METHODS, "fedcybgd"):
+        return
+    how = f"privacy.secure_aggregation: {privacy['secure_aggregation']}"
+    if privacy["clip_norm"] is None:
+        yield (
+            "privacy.clip_norm",
+            f"{how} needs it, for the grid's step; give a norm that few updates reach",
+        )
+    if privacy["noise_multiplier"] > 0 and privacy["mode"] == "local":
+        yield "privacy.mode", f"local noise leaves the grid of {how}; choose central"
+    if federation["aggregation"] != "mean":
+        yield "federation.aggregation", f"{federation['aggregation']} looks at single updates; {how} hides them"
+    if wire["streaming"]:
+        yield "wire.streaming", f"with {how} no part of a sum is known before all of it is; set it to false"
+    if wire["format"] != "float32":
+        yield "wire.format", f"{how} sends words of 32 bits in place of {wire['format']}; leave it at float32"
+    if cohort_size(federation) < 3:
+        yield "federation.num_clients", f"{how} needs 3 clients in a round; there are {cohort_size(federation)}"
+    for place, fault in enumerate(config["faults"]):
+        if fault["kind"] in NOT_ON_A_GRID:
+            yield f"faults.{place}.kind", f"{fault['kind']} cannot happen with {how}"
 
 
 def _nothing_to_protect(method: str, privacy: Mapping[str, Any]) -> Iterator[Problem]:

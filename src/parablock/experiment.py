@@ -27,7 +27,14 @@ from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
 from parablock.report.trackers import Trackers, check_trackers, figures_of, open_trackers
 from parablock.report.write import write_report
-from parablock.safeguards import adds_noise, check_privacy_extra, new_secret, privacy_spent, protections
+from parablock.safeguards import (
+    adds_noise,
+    check_privacy_extra,
+    masking_of,
+    new_secret,
+    privacy_spent,
+    protections,
+)
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
@@ -170,6 +177,7 @@ class _Run:
                 resumed=state,
                 faults=faults,
                 protection_of=protections(config, self.secret),
+                masking=masking_of(config),
             )
             self.troubles = _troubles(faults, result)
             summary = self._finish(result, trace, clock)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from parablock.algorithm.grid import Grid
 from parablock.algorithm.robust import Normals, Rule
 from parablock.algorithm.schedule import cohort
 from parablock.config import RunConfig
+from parablock.conflicts import cohort_size
 from parablock.errors import ConfigError
+from parablock.privacy.cohorts import threshold_of
 from parablock.privacy.protection import Protection
 
+if TYPE_CHECKING:
+    from parablock.privacy.agreement import SecureAggregation
+
 EXTRA = ("cryptography", "dp_accounting")
+
+
+def is_secure(config: RunConfig) -> bool:
+    """Tell whether updates travel on a grid, masked or not."""
+    return config.privacy.secure_aggregation != "none"
 
 
 def adds_noise(config: RunConfig) -> bool:
@@ -27,7 +38,7 @@ def check_privacy_extra(config: RunConfig) -> None:
         ConfigError: It says how to install it.
     """
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing and adds_noise(config):
+    if missing and (adds_noise(config) or config.privacy.secure_aggregation == "masked"):
         raise ConfigError(
             [f"privacy: needs {', '.join(missing)}; install it with: pip install 'parablock[privacy]'"]
         )
@@ -50,6 +61,36 @@ def aggregation_rule(config: RunConfig) -> Rule:
         federation.assumed_attackers,
         privacy.clip_norm if is_central else None,
         privacy.noise_multiplier if is_central else 0.0,
+    )
+
+
+def grid_of(config: RunConfig) -> Grid | None:
+    """Give the grid that updates travel on; None where they travel in the wire's format."""
+    if not is_secure(config):
+        return None
+    assert config.privacy.clip_norm is not None
+    return Grid(config.privacy.clip_norm, cohort_size(config.federation.model_dump()))
+
+
+def fewest_updates(config: RunConfig) -> int:
+    """Give how many updates a commit needs; of a cohort whose secrets are shared all but a third."""
+    fewest = config.federation.min_updates
+    return max(fewest, threshold_of(cohort_size(config.federation.model_dump()))) if is_secure(config) else fewest
+
+
+def masking_of(config: RunConfig) -> SecureAggregation | None:
+    """Give what hides single updates from the server; None where it sees them."""
+    if config.privacy.secure_aggregation != "masked":
+        return None
+    from parablock.privacy.agreement import SecureAggregation
+
+    federation = config.federation
+    return SecureAggregation(
+        federation.num_clients,
+        federation.num_rounds,
+        federation.participation,
+        config.seed,
+        federation.stall_timeout_s,
     )
 
 

@@ -306,11 +306,6 @@ class PrivacySection(Section):
     delta: float = Field(1e-5, gt=0, lt=1, description="δ that the reported epsilon belongs to.")
     secure_aggregation: Literal["none", "plain", "masked"] = Field("none", description="What the server may see.")
 
-    @field_validator("secure_aggregation")
-    @classmethod
-    def _secure_aggregation_built(cls, value: str) -> str:
-        return built(value, ("none",))
-
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> PrivacySection:
         if self.noise_multiplier > 0 and self.clip_norm is None:

@@ -388,6 +388,7 @@ ELSEWHERE_IN_THIS_FILE = {
 }
 IN_OTHER_TESTS = {
     *("privacy.clip_norm", "privacy.noise_multiplier", "privacy.mode", "privacy.delta"),  # test_privacy.py
+    "privacy.secure_aggregation",
     *("faults", "federation.min_updates", "federation.deadline_factor"),  # test_faults.py
     "model.device",
     "data.format",
@@ -395,7 +396,7 @@ IN_OTHER_TESTS = {
     "data.partition.alpha",
     "blocks.layers_path",
 }
-ONE_VALUE_SO_FAR = {"privacy.secure_aggregation", "engine.name"}
+ONE_VALUE_SO_FAR = {"engine.name"}
 
 
 def keys_of(override: str) -> set[str]:

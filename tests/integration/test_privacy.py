@@ -128,3 +128,33 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
     ):
         summary(workshop, tmp_path / "run", *CENTRAL)
     assert not (tmp_path / "run").exists()
+
+
+GRID = ("privacy.clip_norm=2.0", "wire.streaming=false")
+
+
+def test_masked_runs_end_as_the_plain_grid_bitwise_also_when_resumed_and_near_the_run_without(
+    workshop: Workshop, tmp_path: Path
+):
+    without = summary(workshop, tmp_path / "without")
+    plain = summary(workshop, tmp_path / "plain", *GRID, "privacy.secure_aggregation=plain")
+    masked = summary(workshop, tmp_path / "masked", *GRID, "privacy.secure_aggregation=masked")
+    assert masked["model_sha256"] == plain["model_sha256"] != without["model_sha256"]
+    assert masked["final_eval_loss"] == pytest.approx(without["final_eval_loss"], rel=0.02)
+    assert masked["uplink_bytes"] > plain["uplink_bytes"]
+    rounds = iter(range(100))
+    stopped = summary(
+        workshop, tmp_path / "run", *GRID, "privacy.secure_aggregation=masked",
+        asked_to_stop=lambda: next(rounds) == 2,
+    )  # fmt: skip
+    assert stopped["status"] == "interrupted"
+    assert resume(tmp_path / "run")["model_sha256"] == masked["model_sha256"]
+
+
+def test_noise_on_a_masked_sum_is_that_on_the_plain_grid(workshop: Workshop, tmp_path: Path, known_key: None):
+    noisy = (*GRID, "privacy.noise_multiplier=0.1")
+    plain = summary(workshop, tmp_path / "plain", *noisy, "privacy.secure_aggregation=plain")
+    masked = summary(workshop, tmp_path / "masked", *noisy, "privacy.secure_aggregation=masked")
+    quiet = summary(workshop, tmp_path / "quiet", *GRID, "privacy.secure_aggregation=plain")
+    assert masked["model_sha256"] == plain["model_sha256"] != quiet["model_sha256"]
+    assert masked["epsilon"] == plain["epsilon"]

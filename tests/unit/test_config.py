@@ -135,6 +135,8 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"faults": [{"client": 2, "round": 7, "at": "upload", "kind": "drop", "value": 360.0}]},
     {"federation.aggregation": "median"},
     {"privacy.clip_norm": 2.0},
+    {"privacy.clip_norm": 2.0, "wire.streaming": False, "privacy.secure_aggregation": "plain"},
+    {"privacy.clip_norm": 2.0, "wire.streaming": False, "privacy.secure_aggregation": "masked"},
     {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6},
     {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.mode": "local"},
     {"federation.aggregation": "trimmed_mean", "federation.trim_fraction": 0.3},
@@ -181,7 +183,6 @@ OTHER_VALUES: list[dict[str, Any]] = [
 NOT_BUILT_YET = {
     "federation.method": "flora",
     "engine.name": "flower",
-    "privacy.secure_aggregation": "masked",
 }
 
 # Built or not, these would change nothing as they stand.
@@ -588,6 +589,26 @@ CONFLICTS = {
     "federation.trim_fraction": ({"federation.aggregation": "trimmed_mean", "federation.num_clients": 4}, "0.25"),
     "federation.assumed_attackers": ({"federation.aggregation": "krum", "federation.num_clients": 4}, "at most 0"),
 }
+
+
+def test_all_that_a_sum_without_parts_cannot_be_combined_with_is_said_at_once():
+    found = problems(
+        {
+            "privacy.secure_aggregation": "masked",
+            "federation.aggregation": "median",
+            "federation.num_clients": 2,
+            "federation.participation": 0.9,
+            "wire.format": "int8",
+        }
+    )
+    assert [problem.partition(":")[0] for problem in found] == [
+        *("federation.aggregation", "privacy.clip_norm", "wire.streaming", "wire.format", "federation.num_clients")
+    ]
+    assert all("privacy.secure_aggregation: masked" in problem for problem in found[1:])
+    works = {"privacy.secure_aggregation": "masked", "privacy.clip_norm": 1.0, "wire.streaming": False}
+    parse_config(nested({**REQUIRED, **works, "privacy.noise_multiplier": 1.0}))
+    (problem,) = problems({**works, "privacy.noise_multiplier": 1.0, "privacy.mode": "local"})
+    assert problem.startswith("privacy.mode: local noise leaves the grid")
 
 
 @pytest.mark.parametrize("key", CONFLICTS)

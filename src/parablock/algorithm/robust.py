@@ -72,7 +72,12 @@ class RoundAggregation:
     Args:
         rule: What to do.
         normals: Gives the noise of the clients that take part; needed where the rule adds some.
+
+    Attributes:
+        on_grid: Whether updates are whole numbers.
     """
+
+    on_grid = False
 
     def __init__(self, rule: Rule = Rule(), normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
         self._rule, self._normals = rule, normals
@@ -137,13 +142,14 @@ class RoundAggregation:
         return replace(joined, rho=min(1.0, squared / typical) if typical > 0 else 1.0)
 
     def _fold_with_noise(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
+        mean = self._noisy(fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean, tuple(updates))
+        return Folded(mean, tuple(_squares(mean)), ())
+
+    def _noisy(self, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
         assert self._normals is not None and self._rule.clip_norm is not None
-        clients = tuple(updates)
         self._draw = self._draw or self._normals(clients)
         self._deviation = self._rule.noise_multiplier * self._rule.clip_norm / len(clients)
-        mean = fold({client_id: (delta, 1) for client_id, (delta, _) in updates.items()}).mean
-        mean += self._deviation * self._draw(mean.numel())
-        return Folded(mean, tuple(_squares(mean)), ())
+        return mean.add_(self._deviation * self._draw(mean.numel()))
 
     def _without_expected_noise(self, joined: Aggregate) -> Aggregate:
         assert self._rule.clip_norm is not None

@@ -7,12 +7,13 @@ delay 1 the next round is already there, and the exchange happens while it train
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from parablock.algorithm.grid import Grid
 from parablock.algorithm.parablock import (
     ClientState,
     Commit,
@@ -96,6 +97,7 @@ class Client:
         rejoins: It was gone while the run went on: it says what it holds before it takes part again.
         faults: What is to go wrong, for tests.
         protection: What its updates go through before they are encoded.
+        grid: Its updates travel on this grid; None: in the wire's format.
         warn: Told, once for each block, when little of an update is left.
     """
 
@@ -115,6 +117,7 @@ class Client:
         rejoins: bool = False,
         faults: Faults = NO_FAULTS,
         protection: Protection | None = None,
+        grid: Grid | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
@@ -122,6 +125,7 @@ class Client:
         self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
         self._residuals = dict(residuals or {})
         self._protection, self._warn, self._warned = protection, warn, set[int]()
+        self._grid = grid
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         self._sent = dict(sent or {})
         self._rejoins, self._faults = rejoins, faults
@@ -209,7 +213,7 @@ class Client:
             )
             for index, chunk in enumerate(chunks)
         ]
-        self.state = put_in_flight(self.state, t, b, joined(chunks))
+        self.state = put_in_flight(self.state, t, b, decoded(chunks, self._grid))
         self._sent[t] = messages
         for message in messages:
             self._pipeline.send(message, t)
@@ -219,6 +223,8 @@ class Client:
         if self._protection is not None:
             delta, factor = self._protection.apply(delta, t)
             self._warn_of_loss(b, 1 - factor, "clipping takes {:.1%} of the length")
+        if self._grid is not None:
+            return [pack(self._grid.encode(delta), "word32")]
         if b in self._residuals:
             delta = delta + self._residuals[b]
         noise = self._encoding.noise(t, self.client_id)
@@ -254,7 +260,14 @@ class Client:
         self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
 
 
-def restore_client(snapshot: ClientSnapshot, server: ServerState) -> tuple[ClientState, dict[int, list[bytes]]]:
+def decoded(chunks: Sequence[Vector], grid: Grid | None) -> Tensor:
+    """Give what the server sees of an update, or would see of it alone: flat, fp32."""
+    return joined(chunks) if grid is None else grid.decode(chunks[0].values)
+
+
+def restore_client(
+    snapshot: ClientSnapshot, server: ServerState, grid: Grid | None = None
+) -> tuple[ClientState, dict[int, list[bytes]]]:
     """Make a client from its snapshot and the server's state at the same round.
 
     Blocks that the client had not seen take the server's value for now: the server sends them, as their
@@ -268,5 +281,5 @@ def restore_client(snapshot: ClientSnapshot, server: ServerState) -> tuple[Clien
     for t, messages in sent.items():
         updates = [from_bytes(message) for message in messages]
         deltas = [update.delta for update in updates if isinstance(update, Update)]
-        state = put_in_flight(state, t, server.history[t], joined(deltas))
+        state = put_in_flight(state, t, server.history[t], decoded(deltas, grid))
     return state, sent

@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from parablock.algorithm.aggregate import Aggregate
+from parablock.algorithm.grid import GridAggregation
 from parablock.algorithm.robust import RoundAggregation
 from parablock.wire.messages import Update
-from parablock.wire.quantize import Encoding, Vector
+from parablock.wire.quantize import WORDS, Encoding, Vector
 
 ABSURD_NORM = 100.0
 """An update so many times longer than the round's median is refused."""
@@ -106,7 +107,7 @@ class RoundFold:
     @property
     def updates(self) -> list[Update]:
         """The first chunk that came of each update that counts, in client order."""
-        return [self._first[client_id] for client_id in self._chunks]
+        return [self._first[client_id] for client_id in self._chunks if client_id in self._first]
 
     def progress_of(self, client_id: int) -> str:
         """Say how much of a client's update is there, in bytes of payload where some of it is."""
@@ -144,6 +145,9 @@ class RoundFold:
         if update.delta.num_elements != size:
             text = f"{update.delta.num_elements} parameters where block {self.block_index} has {size}"
             return Problem("misfit", text)
+        if (update.delta.format in WORDS) != self._aggregation.on_grid:
+            where = "on the grid" if self._aggregation.on_grid else "of floating-point numbers"
+            return Problem("misfit", f"{update.delta.format} where updates are {where}")
         if update.num_local_steps != self._num_local_steps:
             text = f"an update of {update.num_local_steps} local steps where {self._num_local_steps} were asked for"
             return Problem("misfit", text)
@@ -198,14 +202,22 @@ class RoundFold:
         if index == 0 and self._aggregation.needs_whole:
             whole = range(len(self._cuts))
             self._aggregation.look_at(
-                {i: [chunks[k].values.float() for k in whole] for i, chunks in self._chunks.items()}
+                {i: [self._numbers(chunks[k]) for k in whole] for i, chunks in self._chunks.items()}
             )
         deltas = {
-            client_id: (chunks[index].values.float(), self._first[client_id].num_examples)
+            client_id: (self._numbers(chunks[index]), self._first[client_id].num_examples)
             for client_id, chunks in self._chunks.items()
         }
         self._num_folded += 1
         return self._cuts[index], self._aggregation.fold(deltas)
+
+    def unmask(self, masks_of: Callable[[int, Sequence[int], int], Tensor]) -> None:
+        """Get the masks of all that will be folded, before that; see `Collector.masks_of`."""
+        assert isinstance(self._aggregation, GridAggregation)
+        self._aggregation.unmask(masks_of(self.round_index, self.expected, self._cuts[0].stop))
+
+    def _numbers(self, vector: Vector) -> Tensor:
+        return vector.values if self._aggregation.on_grid else vector.values.float()
 
     def aggregate(self) -> Aggregate:
         """Give the aggregate of all chunks."""

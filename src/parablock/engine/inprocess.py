@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,14 +17,14 @@ from parablock.algorithm.parablock import ClientState, ServerState, initial_clie
 from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.client import Client, Trainer, restore_client
 from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
-from parablock.engine.pipeline import Machines, Pipeline
+from parablock.engine.pipeline import Courier, Machines, Pipeline
 from parablock.engine.server import Server, ServerPlan
 from parablock.errors import StallError
 from parablock.privacy.protection import Protection
 from parablock.trace import Span, Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Update
-from parablock.wire.transport import MemoryTransport, Traffic
+from parablock.wire.transport import MemoryTransport, ServerEnd, Traffic
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,23 @@ class EngineResult:
     finished: bool
     last_traffic: Traffic
     refused: dict[str, int] = field(default_factory=dict)
+
+
+class MaskedEnd(ServerEnd, Protocol):
+    """A server's end of a transport over which updates come masked."""
+
+    def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
+        """Give the sum of the masks of these clients' updates; see `Collector.masks_of`."""
+
+
+class Masking(Protocol):
+    """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
+
+    def courier(self, client_id: int, first_round: int) -> Courier:
+        """Make a client's side."""
+
+    def collector(self, inner: ServerEnd, first_round: int) -> MaskedEnd:
+        """Make the server's side, over a transport."""
 
 
 class _Checkpoints:
@@ -170,6 +187,7 @@ def run_in_process(
     resumed: RunState | None = None,
     faults: Faults = NO_FAULTS,
     protection_of: Callable[[int], Protection | None] = lambda _: None,
+    masking: Masking | None = None,
 ) -> EngineResult:
     """Run all rounds, or those that a checkpoint has left.
 
@@ -184,12 +202,15 @@ def run_in_process(
         resumed: Where to go on.
         faults: What is to go wrong.
         protection_of: What the updates of a client_id go through before they are encoded.
+        masking: Hides single updates from the server; None: it sees them.
 
     Raises:
         ParaBlockError: Whatever the server or the first client to fail ended with. No thread is left.
     """
     transport = MemoryTransport(trace.clock, link, len(trainers))
     checkpoints = _Checkpoints(trace, transport, len(trainers), hooks, faults)
+    first_open = 0 if resumed is None else resumed.server.committed + 1
+    collector = masking.collector(transport, first_open) if masking else None
 
     def make_client(client_id: int, state: ClientState | None = None, kept: ClientSnapshot | None = None) -> Client:
         sent, back = dict[int, list[bytes]](), kept is not None
@@ -197,7 +218,7 @@ def run_in_process(
             sent = kept.sent
         elif resumed is not None:
             kept = resumed.clients[client_id]
-            state, sent = restore_client(kept, resumed.server)
+            state, sent = restore_client(kept, resumed.server, plan.grid)
         if kept is not None:
             trainers[client_id].remember(kept.memory)
         end = FaultyEnd(client_id, transport, faults, trace.clock) if faults else transport
@@ -205,7 +226,13 @@ def run_in_process(
             client_id,
             state or initial_client(params),
             trainers[client_id],
-            Pipeline(client_id, end, trace, stall_timeout_s=plan.stall_timeout_s),
+            Pipeline(
+                client_id,
+                end,
+                trace,
+                stall_timeout_s=plan.stall_timeout_s,
+                courier=masking.courier(client_id, first_open) if masking else None,
+            ),
             trace,
             in_flight=in_flight,
             encoding=plan.encoding,
@@ -215,6 +242,7 @@ def run_in_process(
             rejoins=back,
             faults=faults,
             protection=protection_of(client_id),
+            grid=plan.grid,
             warn=hooks.on_event,
         )
 
@@ -227,7 +255,7 @@ def run_in_process(
     server = Server(
         initial_server(params) if resumed is None else resumed.server,
         plan,
-        transport,
+        collector or transport,
         trace,
         on_commit=lambda state, updates: hooks.on_commit(
             state, updates, transport.ledger.of_round(state.committed)
@@ -237,6 +265,7 @@ def run_in_process(
         on_event=hooks.on_event,
         first_round=0 if resumed is None else resumed.round_index,
         held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
+        masks_of=collector.masks_of if collector else None,
         memory=None if resumed is None else _memory_of(resumed),
     )
     bodies = [machine.run for machine in machines]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
+from typing import Protocol
 
 from parablock.clock import Clock, Stopped
 from parablock.errors import LinkError, StallError
@@ -30,6 +31,19 @@ from parablock.wire.transport import ClientEnd, Parcel
 _CLOSE = object()
 
 
+class Courier(Protocol):
+    """What a communication thread says by itself, and does to what it is given to send."""
+
+    def opening(self) -> list[Parcel]:
+        """Give what is sent before anything else."""
+
+    def outgoing(self, parcel: Parcel) -> list[Parcel]:
+        """Give what is sent for a message; nothing where it has to wait for something that comes in."""
+
+    def incoming(self, parcel: Parcel) -> list[Parcel] | None:
+        """Answer a message, or give None where it is meant for the compute thread."""
+
+
 class Pipeline:
     """One client's communication thread.
 
@@ -38,11 +52,20 @@ class Pipeline:
         transport: The client's end; owned by the communication thread from `__enter__` on.
         trace: Where uploads, downloads and waits are recorded; it also knows the clock.
         stall_timeout_s: Patience with a transfer that does not move, seconds.
+        courier: Stands between the threads and the link; None: nobody does.
     """
 
-    def __init__(self, client_id: int, transport: ClientEnd, trace: Trace, *, stall_timeout_s: float) -> None:
+    def __init__(
+        self,
+        client_id: int,
+        transport: ClientEnd,
+        trace: Trace,
+        *,
+        stall_timeout_s: float,
+        courier: Courier | None = None,
+    ) -> None:
         self._client_id, self._transport, self._trace = client_id, transport, trace
-        self._stall_timeout_s = stall_timeout_s
+        self._stall_timeout_s, self._courier = stall_timeout_s, courier
         self._clock = clock = trace.clock
         self._work, self._inbox, self._closed = clock.mailbox(), clock.mailbox(), clock.mailbox()
         self._waiting_for = f"client {client_id}'s next transfer"
@@ -93,6 +116,7 @@ class Pipeline:
         up, down = _Lane("uploading"), _Lane("downloading")
         closing = False
         try:
+            up.queue.extend(self._courier.opening() if self._courier else ())
             while not (closing and up.is_empty and down.is_empty):
                 for lane, seconds_of in ((up, self._transport.upload_s), (down, self._transport.download_s)):
                     self._start_transfer(lane, seconds_of)
@@ -107,12 +131,17 @@ class Pipeline:
                 elif isinstance(item, Parcel):
                     down.queue.append(item)
                 elif item is not None:
-                    up.queue.extend(item)
+                    for parcel in item:
+                        up.queue.extend(self._courier.outgoing(parcel) if self._courier else (parcel,))
                 if self._abandoned:
                     return
                 self._end_transfer(up, self._transport.uploaded)
                 if (arrived := self._end_transfer(down, self._transport.downloaded)) is not None:
-                    self._inbox.put(arrived.message)
+                    answers = self._courier.incoming(arrived) if self._courier else None
+                    if answers is None:
+                        self._inbox.put(arrived.message)
+                    else:
+                        up.queue.extend(answers)
         except Exception as error:
             self._error = error
             self._inbox.put(error)

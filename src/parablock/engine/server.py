@@ -18,9 +18,11 @@ is refused, that is late where there is a deadline, or that has been silent for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from parablock.algorithm.aggregate import apply_update
 from parablock.algorithm.parablock import NEVER, ServerState, commit_nothing, schedule_round, server_commit
@@ -54,6 +56,7 @@ class Server:
         on_event: Told in words what went wrong, and that the run goes on.
         first_round: Where to begin; a checkpoint's round when resuming.
         held: For each client the block versions that it holds.
+        masks_of: Gives the sum of the masks of a round's updates; None: they have none.
         memory: What `on_mark` was told, plain values: who was asked, and the seconds of steps and answers.
     """
 
@@ -70,11 +73,12 @@ class Server:
         on_event: Callable[[str], None] = lambda _: None,
         first_round: int = 0,
         held: dict[int, tuple[int, ...]] | None = None,
+        masks_of: Callable[[int, Sequence[int], int], Tensor] | None = None,
         memory: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self._plan, self._transport, self._trace = state, plan, transport, trace
         self._on_commit, self._on_mark, self._asked_to_stop = on_commit, on_mark, asked_to_stop
-        self._on_event, self._first_round = on_event, first_round
+        self._on_event, self._first_round, self._masks_of = on_event, first_round, masks_of
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(state.params))
         self._downlink = Downlink(transport, plan.encoding, held or never)
         memory = memory or {}
@@ -149,7 +153,7 @@ class Server:
 
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
-        cuts = self._plan.encoding.cut(self.state.params[b].numel())
+        cuts = self._plan.cuts(self.state.params[b].numel())
         begin = partial(self._plan.aggregation_of, t)
         return RoundFold(t, b, self._participation.asked_in(t), cuts, self.state.local_steps[t], begin)
 
@@ -195,6 +199,8 @@ class Server:
             self._refuse(client_id, fold, problem)
         if absurd:
             return
+        if self._masks_of is not None:
+            fold.unmask(self._masks_of)
         t, plan = fold.round_index, self._plan
         with (
             self._trace.span(None, "server", "aggregating", round_index=t),

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from parablock.errors import CodecError
-from parablock.wire.quantize import FORMATS, Vector, payload_bytes
+from parablock.wire.quantize import FORMATS, WORDS, Vector, payload_bytes
 
 MAGIC = b"PBLK"
 PROTOCOL_VERSION = 1
@@ -78,6 +78,17 @@ def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
         vectors.append(Vector(description["format"], description["shape"][0], tensor))
         start += size
     return header, vectors
+
+
+def header_of(message: bytes) -> dict[str, Any]:
+    """Read a message's header alone, before anything is checked; empty where there is none that can be read."""
+    if len(message) < PREFIX.size:
+        return {}
+    end = PREFIX.size + min(PREFIX.unpack_from(message)[2], MAX_HEADER_BYTES)
+    try:
+        return _header(message[PREFIX.size : end])
+    except CodecError:
+        return {}
 
 
 def _checked_lengths(message: bytes) -> tuple[int, int]:
@@ -140,7 +151,7 @@ def _vector_sizes(described: Any) -> list[int]:
             and not isinstance(shape[0], bool)
             and shape[0] >= 0
             and isinstance(entry.get("format"), str)
-            and entry["format"] in FORMATS
+            and entry["format"] in (*FORMATS, *WORDS)
         ):
             raise problem
         sizes.append(payload_bytes(shape[0], entry["format"]))

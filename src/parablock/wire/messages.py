@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from parablock.errors import CodecError
-from parablock.wire.codec import decode, encode
+from parablock.wire.codec import decode, encode, header_of
 from parablock.wire.quantize import Vector
+from parablock.wire.sealing import SEALING_READERS, Sealing
 
 T = TypeVar("T")
 
@@ -154,7 +155,7 @@ class Welcome:
     """The answer to `Join`: what comes after this is meant for what the client holds now."""
 
 
-Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Join | Welcome
+Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Join | Welcome | Sealing
 
 
 def to_bytes(message: Message) -> bytes:
@@ -194,6 +195,11 @@ def from_bytes(raw: bytes) -> Message:
             f"a {fields['kind']} message lacks or misstates a field: {error!r}",
             cause="The sender is not ParaBlock.",
         ) from None
+
+
+def kind_of(raw: bytes) -> str:
+    """Say of which kind a message is, without decoding it; nothing where that cannot be seen."""
+    return str(header_of(raw).get("kind", ""))
 
 
 def describe(raw: bytes) -> str:
@@ -314,6 +320,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], list[Vector]], Message]] = {
     "Skip": _read_skip,
     "Join": _read_join,
     "Welcome": _read_welcome,
+    **SEALING_READERS,
 }
 
 

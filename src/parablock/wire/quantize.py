@@ -49,7 +49,10 @@ class Quantized:
 
 FLOATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZED = {"int8": Quantized(8, 256), "int4": Quantized(4, 64), "int2": Quantized(2, 64)}
+WORDS: dict[str, torch.dtype] = {"word32": torch.int32, "bytes": torch.uint8}
+"""Whole numbers of the grid of secure aggregation, and what is opaque: keys, shares."""
 FORMATS = (*FLOATS, *QUANTIZED)
+"""What `wire.format` can be."""
 CHUNK_PIECE = 1 << 14
 """A chunk is a multiple of so many elements, so that groups and norms do not see where it was cut."""
 PIECE = 1 << 17
@@ -61,7 +64,7 @@ class Vector:
     """A flat vector in the bytes that travel.
 
     Attributes:
-        format: One of `FORMATS`.
+        format: One of `FORMATS` or `WORDS`.
         num_elements: Its length.
         raw: The payload: 1-D uint8, `payload_bytes(num_elements, format)` long.
     """
@@ -72,9 +75,11 @@ class Vector:
 
     @property
     def values(self) -> Tensor:
-        """What the receiver sees: 1-D; bfloat16 for that format and float32 for all others."""
+        """What the receiver sees: 1-D; bfloat16 for that format, int32 and uint8 for `WORDS`, else float32."""
         if self.format in FLOATS:
             return self.raw.view(FLOATS[self.format])
+        if self.format in WORDS:
+            return self.raw.view(WORDS[self.format])
         return _dequantize(self.raw, self.num_elements, QUANTIZED[self.format])
 
 
@@ -116,8 +121,9 @@ class Encoding:
 
 def payload_bytes(num_elements: int, payload_format: str) -> int:
     """Tell how many bytes a vector takes in a format."""
-    if payload_format in FLOATS:
-        return num_elements * FLOATS[payload_format].itemsize
+    exact = FLOATS | WORDS
+    if payload_format in exact:
+        return num_elements * exact[payload_format].itemsize
     kind = QUANTIZED[payload_format]
     return ceil(num_elements * kind.bits / 8) + 2 * ceil(num_elements / kind.group)
 
@@ -127,13 +133,14 @@ def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None 
 
     Args:
         values: 1-D, finite.
-        payload_format: One of `FORMATS`.
+        payload_format: One of `FORMATS` or `WORDS`.
         noise: Rounds stochastically with these draws; None rounds to nearest. Floats are always rounded to
             nearest.
     """
     flat = values.detach().cpu()
-    if payload_format in FLOATS:
-        raw = flat.to(FLOATS[payload_format]).contiguous().view(torch.uint8)
+    exact = FLOATS | WORDS
+    if payload_format in exact:
+        raw = flat.to(exact[payload_format]).contiguous().view(torch.uint8)
     else:
         raw = _quantize(flat.float(), QUANTIZED[payload_format], noise)
     return Vector(payload_format, flat.numel(), raw)

@@ -1,0 +1,175 @@
+"""A client's side of secure aggregation: it lives in the communication thread and masks what goes up.
+
+The compute thread knows nothing of it: it hands over updates in words of the grid and gets whatever is not part of
+the protocol. So masks take no time from training, and a snapshot holds what the client has, not what it sent.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+import numpy as np
+import torch
+from cryptography.exceptions import InvalidTag
+
+from parablock.errors import CodecError
+from parablock.privacy.cohorts import Cohorts, threshold_of
+from parablock.privacy.masking import (
+    agreed,
+    new_private_key,
+    own_mask,
+    pair_mask,
+    public_key,
+    seal,
+    total,
+    unseal,
+)
+from parablock.privacy.shamir import SHARE_BYTES, split
+from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
+from parablock.wire.quantize import pack
+from parablock.wire.sealing import (
+    SEALING_READERS,
+    Advertise,
+    Letters,
+    Reveal,
+    Revealed,
+    Roster,
+    Shares,
+    content_of,
+    opaque,
+)
+from parablock.wire.transport import Parcel
+
+KEY_BYTES = 32
+
+
+class Courier:
+    """One client's secrets, and what it says and keeps to itself.
+
+    Args:
+        client_id: Whose.
+        cohorts: The rounds to come.
+    """
+
+    def __init__(self, client_id: int, cohorts: Cohorts) -> None:
+        self._client_id, self._cohorts = client_id, cohorts
+        self._rounds = cohorts.rounds_of(client_id)
+        self._first = min(cohorts.of_round, default=0)
+        self._letter_key = new_private_key()
+        self._mask_keys = {t: new_private_key() for t in self._rounds}
+        self._seeds = {t: secrets.token_bytes(KEY_BYTES) for t in self._rounds}
+        self._public: list[list[bytes]] = []
+        self._kept: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        """For each (round, client): my shares of its seed and of its key."""
+        self._revealed: dict[int, tuple[int, ...]] = {}
+        self._held: list[Parcel] | None = []
+        """Updates that wait for the keys of the others; None: they are there."""
+
+    def opening(self) -> list[Parcel]:
+        """Give what is said before anything else."""
+        if self._public:  # it was gone and is back
+            return []
+        keys = [self._letter_key, *self._mask_keys.values()]
+        content = b"".join(public_key(key) for key in keys)
+        return [Parcel(to_bytes(Advertise(self._client_id, opaque(content))), self._first)]
+
+    def outgoing(self, parcel: Parcel) -> list[Parcel]:
+        """Mask what is an update, as soon as that can be done."""
+        if self._held is None:
+            return [self._masked(parcel)]
+        self._held.append(parcel)
+        return []
+
+    def incoming(self, parcel: Parcel) -> list[Parcel] | None:
+        """Answer what belongs to the protocol; None for everything else.
+
+        Raises:
+            CodecError: The server asks for what must not be told, or somebody's letter cannot be read.
+        """
+        if kind_of(parcel.message) not in SEALING_READERS:
+            return None
+        message = from_bytes(parcel.message)
+        match message:
+            case Roster():
+                return [Parcel(to_bytes(self._shares(message)), self._first)]
+            case Letters():
+                self._read(message)
+                held, self._held = self._held or [], None
+                return [self._masked(waiting) for waiting in held]
+            case Reveal():
+                return [Parcel(to_bytes(self._reveal(message)), message.round_index)]
+        return None
+
+    def _shares(self, roster: Roster) -> Shares:
+        content, end = content_of(roster.keys), 0
+        for client_id in range(self._cohorts.num_clients):
+            begin, end = end, end + KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
+            self._public.append([content[k : k + KEY_BYTES] for k in range(begin, end, KEY_BYTES)])
+        letters: list[list[bytes]] = [[] for _ in range(self._cohorts.num_clients)]
+        for t in self._rounds:
+            cohort = self._cohorts.of_round[t]
+            threshold = threshold_of(len(cohort))
+            seeds = split(self._seeds[t], len(cohort), threshold)
+            keys = split(self._mask_keys[t], len(cohort), threshold)
+            for other, seed, key in zip(cohort, seeds, keys, strict=True):
+                letters[other] += [seed, key]
+        self._keep(self._client_id, b"".join(letters[self._client_id]))
+        sealed = [
+            seal(self._letter_key_with(other), self._client_id, other, b"".join(letters[other]))
+            for other in range(self._cohorts.num_clients)
+            if other != self._client_id
+        ]
+        return Shares(self._client_id, tuple(map(len, sealed)), opaque(b"".join(sealed)))
+
+    def _read(self, message: Letters) -> None:
+        content, end = content_of(message.letters), 0
+        others = [other for other in range(self._cohorts.num_clients) if other != self._client_id]
+        for other, size in zip(others, message.letter_bytes, strict=True):
+            begin, end = end, end + size
+            try:
+                self._keep(other, unseal(self._letter_key_with(other), other, self._client_id, content[begin:end]))
+            except InvalidTag:
+                raise CodecError(
+                    f"client {self._client_id} cannot read what client {other} sealed for it",
+                    cause="It was changed on its way, or one of them has begun anew with other keys.",
+                    remedy="Start the run again; if it happens again, do not trust the server.",
+                ) from None
+
+    def _keep(self, other: int, content: bytes) -> None:
+        for place, t in enumerate(self._cohorts.rounds_of(self._client_id, other)):
+            begin = 2 * place * SHARE_BYTES
+            seed, key = (content[k : k + SHARE_BYTES] for k in (begin, begin + SHARE_BYTES))
+            self._kept[t, other] = seed, key
+
+    def _letter_key_with(self, other: int) -> bytes:
+        return agreed(self._letter_key, self._public[other][0], "letters")
+
+    def _masked(self, parcel: Parcel) -> Parcel:
+        if kind_of(parcel.message) != "Update":
+            return parcel
+        message = from_bytes(parcel.message)
+        assert isinstance(message, Update)
+        t, size = message.round_index, message.delta.num_elements
+        masks = [own_mask(self._seeds[t], size)]
+        for other in self._cohorts.of_round[t]:
+            if other != self._client_id:
+                public = self._public[other][self._cohorts.place_of(other, t)]
+                masks.append(pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
+        words = message.delta.values.numpy().view(np.uint32)
+        masked = torch.from_numpy(total([words, *masks], size).view(np.int32))
+        return replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))
+
+    def _reveal(self, message: Reveal) -> Revealed:
+        t, clients = message.round_index, message.clients
+        cohort = self._cohorts.of_round.get(t, ())
+        before = self._revealed.setdefault(t, clients)
+        if before != clients or not set(clients) <= set(cohort) or len(clients) < threshold_of(len(cohort)):
+            raise CodecError(
+                f"client {self._client_id} was asked to reveal the sum of clients {clients} in round {t}, after "
+                f"{before}, of {cohort}",
+                cause="The server asks for two sums of one round, or for one of too few.",
+                remedy="Two sums would give a single update away; do not trust this server.",
+            )
+        shares = [self._kept[t, other][0 if other in clients else 1] for other in cohort]
+        return Revealed(t, self._client_id, opaque(b"".join(shares)))

@@ -1,0 +1,86 @@
+r"""Masks that cancel in a sum: the cryptography of secure aggregation.
+
+In round t, client i of a cohort sends, instead of its words x_i on the grid, modulo 2^32
+
+    y_i = x_i + PRG(b_i) + Σ_{j > i} PRG(s_ij) − Σ_{j < i} PRG(s_ij)
+
+where s_ij is the secret that i and j agree upon (X25519 of keys made for this round alone, then HKDF), and b_i is
+its own. In the sum over all clients the s_ij cancel. Where j sent nothing, the others' shares of its key give the
+server every s_ij; where i did send, their shares of b_i let the server take PRG(b_i) off. Nobody gives both for one
+client and round, so that no update is ever without a mask.
+
+Source: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, figure 4 in the
+honest-but-curious model: keys are not signed, and the server is taken to deliver what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from parablock.privacy.keystream import Keystream, derive
+
+Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
+"""Whole numbers modulo 2^32."""
+
+
+def new_private_key() -> bytes:
+    """Draw an X25519 key."""
+    return X25519PrivateKey.generate().private_bytes_raw()
+
+
+def public_key(private: bytes) -> bytes:
+    """Give what may be told of a key."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agreed(private: bytes, public: bytes, *purpose: str | int) -> bytes:
+    """Give the secret that two keys agree upon for a purpose; the same from either side."""
+    exchanged = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    return derive(exchanged, *purpose)
+
+
+def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int, size: int) -> Words:
+    """Give what client_id adds for its pair with another client; what the other adds is its negative.
+
+    Args:
+        private: The key for this round of either of the two.
+        public: That of the other of the two.
+        round_index: The round.
+        client_id: Whose mask.
+        other: With whom.
+        size: How many words.
+    """
+    low, high = sorted((client_id, other))
+    words = Keystream(agreed(private, public, "pair", round_index, low, high)).words(size)
+    return words if client_id == low else np.negative(words)
+
+
+def own_mask(seed: bytes, size: int) -> Words:
+    """Give what a client adds for itself."""
+    return Keystream(derive(seed, "own")).words(size)
+
+
+def seal(key: bytes, sender: int, receiver: int, content: bytes) -> bytes:
+    """Encrypt a letter, of which there is one from one client to another under one key."""
+    return ChaCha20Poly1305(derive(key, sender, receiver)).encrypt(bytes(12), content, None)
+
+
+def unseal(key: bytes, sender: int, receiver: int, letter: bytes) -> bytes:
+    """Decrypt a letter.
+
+    Raises:
+        InvalidTag: It is not what the sender wrote.
+    """
+    return ChaCha20Poly1305(derive(key, sender, receiver)).decrypt(bytes(12), letter, None)
+
+
+def total(parts: Sequence[Words], size: int) -> Words:
+    """Add words modulo 2^32."""
+    sum_ = np.zeros(size, dtype=np.uint32)
+    for part in parts:
+        sum_ += part
+    return sum_
