@@ -3,7 +3,7 @@
 Before the first round:
 
     client ── Advertise: its public keys ──► server ── Roster: those of all ──► client
-    client ── Shares: of its secrets, one sealed letter for each other ──► server ── Letters: those for it ──► client
+    client ── Shares: its secrets', one sealed letter for each other ──► server ── Letters: those for it ──► client
 
 In every round, once all updates are there that will be:
 
