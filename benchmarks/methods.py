@@ -64,6 +64,8 @@ TUNED_ON = {"blocks": "fl_bcd", "all parameters": "fedavg", "adapters": "fedit"}
 TUNING_SEED = 9
 ROUNDS = {"blocks": 1.0, "all parameters": 0.5, "adapters": 1.0, "fedcybgd": 8.0}
 """Of those of a block method; FedCyBGD trains on one of eight clients in a round."""
+SCORED = ("parablock", "fl_bcd", "fedavg", "fedit")
+"""The methods that are scored on each family apart."""
 CHOICES = ("ag_news", "glue_qqp")
 """The families with a fixed set of answers, of which the others hold one only or none."""
 
@@ -171,8 +173,6 @@ def outcome(method: str, rate: float, seed: int, options: argparse.Namespace, co
     curve += [[k + 1, spent[k], row["eval_loss"]] for k, row in enumerate(rows) if row["eval_loss"] is not None]
     console.print(f"{method}, seed {seed}: {curve[0][2]:.4f} → {curve[-1][2]:.4f} in {summary['elapsed_s']:.0f} s")
     folder = directory.path / "model"
-    models = sorted(folder.glob("client_*")) or [folder]
-    scores = [family_scores(str(model), options) for model in models[:1]] if method != "local" else []
     commit = json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"]
     return {
         "method": method,
@@ -180,7 +180,7 @@ def outcome(method: str, rate: float, seed: int, options: argparse.Namespace, co
         "learning_rate": rate,
         "num_rounds": summary["num_rounds"],
         "curve": curve,
-        "scores": scores[0] if scores else {},
+        "scores": family_scores(str(folder), options) if method in SCORED else {},
         "model_sha256": summary["model_sha256"],
         "directory": directory.path.name,
         "commit": commit,

@@ -28,14 +28,13 @@ from torch import Tensor
 from parablock.algorithm.sequential import Problem, Solve, run_sequential
 from parablock.seeding import generator_for
 
-BLOCKS, SIZE, CLIENTS, EXAMPLES, BATCH, STEPS = 5, 8, 10, 60, 12, 2
+BLOCKS, SIZE, CLIENTS, EXAMPLES, BATCH, STEPS = 5, 8, 6, 60, 12, 2
 REGULARISATION = 0.1
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """Of the 95% interval, by the number of seeds."""
 VARIANTS = {
     "FL-BCD": {"delay": 0},
     "ParaBlock": {"delay": 1},
-    "ParaBlock, own": {"delay": 1, "in_flight": "own"},
     "naive": {"delay": 1, "in_flight": "none"},
     "correction off": {"delay": 1},
 }
@@ -79,7 +78,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = make_parser("rate", "Slope of the mean squared gradient norm against T.", "--seeds 0 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="2 to 6, 8 or 10 of them")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[100, 200, 400, 800], help="T")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[80, 160, 320, 640], help="T")
     options = parser.parse_args()
     if options.smoke:
         options.seeds, options.rounds = [0, 1], [10, 20, 40]
