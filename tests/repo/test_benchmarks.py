@@ -164,3 +164,11 @@ def test_a_step_by_hand_ends_with_the_same_block(benchmark: Any) -> None:
     used = {name: each["total"] for name, each in row["training_bytes"].items()}
     assert used["block"] == used["by hand"] < used["full"]
     assert set(row["peak_bytes_beside_the_model"]) == {"block", "by hand", "full", "lora"}
+
+
+def test_the_words_benchmark_reads_both_delays_at_equal_rounds(benchmark: Any) -> None:
+    (row,) = benchmark("words", "--smoke")["results"]
+    assert (row["alpha"], len(row["fl_bcd"]["curve"]), len(row["parablock"]["curve"])) == (0.3, 8, 10)
+    assert row["parablock"]["loss"] == row["parablock"]["curve"][7][1] != row["fl_bcd"]["loss"]
+    # an exchange takes as long as a round computes: FL-BCD's rounds take twice as long
+    assert row["parablock"]["seconds"] / row["fl_bcd"]["seconds"] == pytest.approx(0.5, abs=0.1)
