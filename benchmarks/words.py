@@ -1,7 +1,7 @@
 """Word problems: ParaBlock against FL-BCD by how much clients differ, and how soon it reaches FL-BCD's loss.
 
 Generated word problems with a line of reasoning, which a small model can learn, are dealt to four clients by topic
-with a Dirichlet distribution; a small α gives each client few topics. The small pretrained model is fine-tuned under
+with a Dirichlet distribution; a small α gives each client few topics. The small pretrained model is trained under
 the virtual clock, over a link on which an exchange takes as long as the computation of a round. ParaBlock runs for
 some rounds more than FL-BCD, since it is compared at equal rounds and by when it reaches FL-BCD's last loss. The
 answers are those of the models at the end of each run.

@@ -30,17 +30,22 @@ def page(name: str) -> str:
     return (DOCS / name).read_text()
 
 
+def script(name: str) -> ModuleType:
+    """Load a script that writes a page."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # -- the configuration reference ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
     """The script that writes the reference."""
-    spec = importlib.util.spec_from_file_location("reference", DOCS / "generate_configuration.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("generate_configuration")
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -78,6 +83,28 @@ def test_what_the_reference_calls_built_is_tried_and_not_written_down(reference:
     assert "`parablock`" not in methods
     assert rows["engine.name"][2] == "`inprocess` only"
     assert rows["train.learning_rate"] == ["number > 0", "`0.0001`", "yes", "Peak learning rate of AdamW."]
+
+
+# -- results --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    return script("generate_results")
+
+
+def test_the_results_are_those_of_the_records(results: ModuleType) -> None:
+    assert page("results.md") == results.page(), "stale; run: .venv/bin/python docs/generate_results.py"
+
+
+def test_a_record_that_changed_makes_the_results_stale(results: ModuleType, tmp_path: Path) -> None:
+    for record in results.RESULTS.glob("*.json"):
+        (tmp_path / record.name).write_text(record.read_text())
+    assert results.page(tmp_path) == results.page()
+    changed = json.loads((tmp_path / "rate.json").read_text())
+    changed["results"]["FL-BCD"]["slope"] += 0.01
+    (tmp_path / "rate.json").write_text(json.dumps(changed))
+    assert results.page(tmp_path) != results.page()
 
 
 # -- troubleshooting ------------------------------------------------------------------------------------------

@@ -1,0 +1,272 @@
+"""Write docs/results.md from the records in benchmarks/results, and from nothing else.
+
+.venv/bin/python docs/generate_results.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "results.md"
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+HEAD = """# Results
+
+<!-- Written by docs/generate_results.py from benchmarks/results/*.json; a test fails when this page is stale. -->
+
+Every table comes from a record in `benchmarks/results/`, and carries the command that makes it again. Losses, bytes
+and seconds of the virtual clock are the same at every repetition on the same machine. ± is the standard deviation
+over seeds, unless it says otherwise. A bar that is missed says so.
+"""
+NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
+NAMES |= {"ffa_lora": "FFA-LoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
+Record = dict[str, Any]
+
+
+def page(folder: Path = RESULTS) -> str:
+    """Write the page from the records that are there."""
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
+    return "\n".join(parts)
+
+
+def rate(found: Record) -> str:
+    """Write the section of `benchmarks/rate.py`."""
+    rows = [
+        [
+            name,
+            f"{row['slope']:.3f} ± {row['half_interval']:.3f}",
+            f"{fmean(v[-1] for v in row['squared_gradient']):.4g}",
+        ]
+        for name, row in found["results"].items()
+    ]
+    rounds, seeds = found["options"]["rounds"], len(found["options"]["seeds"])
+    return "\n".join(
+        [
+            "## The same rate\n",
+            "Logistic regression with a non-convex regulariser, on clients whose data differ: the squared norm of",
+            f"the gradient, averaged over T rounds, for T from {rounds[0]} to {rounds[-1]} with a step ∝ 1/√T. The",
+            f"slope is that of its logarithm against log T; ± is its 95% confidence interval over {seeds} seeds.",
+            "`naive` leaves updates in flight out of the working parameters; `correction off` never takes an",
+            "aggregate over.\n",
+            *table(["variant", "slope", f"mean squared gradient at T = {rounds[-1]}"], rows),
+            *foot(found),
+        ]
+    )
+
+
+def quality(title: str, what: str) -> Callable[[Record], str]:
+    """Make the section of one data set, of `benchmarks/quality.py`."""
+
+    def section(found: Record) -> str:
+        rows = []
+        for row in found["results"]:
+            serial, overlapped = row["runs"]
+            losses = [serial["initial_eval_loss"], serial["final_eval_loss"], overlapped["final_eval_loss"]]
+            rows.append([str(row["seed"]), *(f"{loss:.4f}" for loss in losses), f"{losses[2] / losses[1]:.4f}"])
+        columns = list(zip(*((float(cell) for cell in row[1:]) for row in rows), strict=True))
+        rows.append(["mean", *(spread(column) for column in columns)])
+        options = found["options"]
+        facts = f"{options['rounds']} rounds of {options['steps']} local steps of {options['batch_size']} examples."
+        return "\n".join(
+            [
+                f"## {title}\n",
+                f"{what} {facts}\n",
+                *table(["seed", "base model", "FL-BCD", "ParaBlock", "ratio"], rows),
+                *foot(found),
+            ]
+        )
+
+    return section
+
+
+def words(found: Record) -> str:
+    """Write the section of `benchmarks/words.py`."""
+    rows = []
+    for alpha in dict.fromkeys(row["alpha"] for row in found["results"]):
+        group = [row for row in found["results"] if row["alpha"] == alpha]
+        losses = [[row[name][key] for row in group] for name, key in WORD_COLUMNS]
+        matches = [[row[name].get("exact_match", 0.0) for row in group] for name in ("fl_bcd", "parablock")]
+        times = ["never" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}" for row in group]
+        rows.append(
+            [f"{alpha:g}", *(spread(values) for values in losses), spread([row["ratio"] for row in group])]
+            + [spread(values, 2) for values in matches]
+            + [", ".join(times)]
+        )
+    head = ["α", "base model", "FL-BCD", "ParaBlock", "ratio", "exact match, FL-BCD", "ParaBlock"]
+    options = found["options"]
+    return "\n".join(
+        [
+            "## Word problems, by how much clients differ, and how soon\n",
+            "Generated word problems, dealt to four clients by topic with a Dirichlet distribution. Losses at",
+            f"equal rounds ({options['rounds']}). An exchange takes as long as the computation of a round; the",
+            "last column is the time after which ParaBlock has reached FL-BCD's last loss, over FL-BCD's time, for",
+            "each seed. Answers are those at the end of each run, for ParaBlock a quarter of the rounds later.\n",
+            *table([*head, "time to FL-BCD's loss / its time"], rows),
+            *foot(found),
+        ]
+    )
+
+
+WORD_COLUMNS = (("fl_bcd", "initial"), ("fl_bcd", "loss"), ("parablock", "loss"))
+
+
+def methods(found: Record) -> str:
+    """Write the section of `benchmarks/methods.py`."""
+    results, options = found["results"], found["options"]
+    names = list(dict.fromkeys(run["method"] for run in results["runs"]))
+    runs = {name: [run for run in results["runs"] if run["method"] == name] for name in names}
+    base = spread([run["curve"][0][2] for run in runs[names[0]]])
+    rows = [["base model", "", base, "", *[""] * len(options["links"])]]
+    for name in names:
+        final = spread([run["curve"][-1][2] for run in runs[name]])
+        sent = runs[name][0]["curve"][-1][1] / runs[name][0]["num_rounds"] / 1e6
+        seconds = [f"{value:.2f}" for value in results["round_s"][name].values()]
+        rows.append([NAMES[name], str(runs[name][0]["num_rounds"]), final, f"{sent:.2f}", *seconds])
+    speeds = [f"s a round, {mbps:g} Mbit/s" for mbps in options["links"]]
+    rates = ", ".join(f"{kind} {value:g}" for kind, value in results["learning_rates"].items())
+    return "\n".join(
+        [
+            "## All methods on T0\n",
+            f"Eight instruction families, one a client; {options['steps']} local steps of {options['batch_size']}",
+            f"examples a round; seeds {', '.join(map(str, options['seeds']))}. Learning rates, each the best of a",
+            f"grid on another seed: {rates}.",
+            "`local` and `central` send nothing. In FedCyBGD one client trains in a round.\n",
+            *table(["method", "rounds", "eval loss", "MB a client and round", *speeds], rows),
+            *equal(results["equal_seconds"], names),
+            *equal_bytes(results["equal_bytes"], names),
+            *families(results, runs),
+            *foot(found),
+        ]
+    )
+
+
+def equal(tables: Record, names: Sequence[str]) -> list[str]:
+    """Put the losses at equal seconds into one table, the best of each column in bold."""
+    columns = [(mbps, seconds, losses) for mbps, times in tables.items() for seconds, losses in times.items()]
+    head = [f"{float(mbps):g} Mbit/s, {float(seconds):g} s" for mbps, seconds, _ in columns]
+    title = "### At equal seconds\n\nThe last time of each link is when ParaBlock has done all of its rounds; –: beyond the end."
+    return [
+        f"\n{title}\n",
+        *losses_table(head, [c[2] for c in columns], names),
+    ]
+
+
+def equal_bytes(tables: Record, names: Sequence[str]) -> list[str]:
+    """Put the losses at equal bytes into one table."""
+    head = [f"{megabytes} MB" for megabytes in tables]
+    title = "### At equal bytes\n\nBytes that have crossed a client's link, both directions together."
+    return [f"\n{title}\n", *losses_table(head, list(tables.values()), names)]
+
+
+def losses_table(head: list[str], columns: Sequence[Record], names: Sequence[str]) -> list[str]:
+    """Write the means over seeds, the lowest of each column in bold, and name whose they are."""
+    means = [
+        {name: fmean(losses) for name, losses in column.items() if losses and None not in losses}
+        for column in columns
+    ]
+    rows = []
+    for name in names:
+        if any(name in column for column in columns):
+            rows.append([NAMES[name], *(bold_if_lowest(name, mean) for mean in means)])
+    wins = [NAMES[min(mean, key=lambda name: mean[name])] for mean in means if mean]
+    return [*table(["method", *head], rows), f"\nLowest loss, column by column: {', '.join(wins)}."]
+
+
+def bold_if_lowest(name: str, mean: dict[str, float]) -> str:
+    """Write one method's mean of a column."""
+    bold = "**" * (name in mean and mean[name] == min(mean.values()))
+    return f"{bold}{mean[name]:.4f}{bold}" if name in mean else "–"
+
+
+def families(results: Record, runs: dict[str, list[Record]]) -> list[str]:
+    """Put the scores of each family beside each other."""
+    scored = {name: group for name, group in runs.items() if group[0]["scores"]}
+    if not results["base"]:
+        return []
+    rows = []
+    for family, base in results["base"].items():
+        for task, value in base.items():
+            digits = 3 if task == "loss" else 2
+            cells = [spread([run["scores"][family][task] for run in group], digits) for group in scored.values()]
+            rows.append([family, task.replace("_", " "), f"{value:.{digits}f}", *cells])
+    head = ["family", "score", "base model", *(NAMES[name] for name in scored)]
+    title = "### Each family apart\n\nLoss, and where answers are of a fixed set the share of right ones."
+    return [f"\n{title}\n", *table(head, rows)]
+
+
+def formats(found: Record) -> str:
+    """Write the section of `benchmarks/formats.py`."""
+    rows = []
+    for name in found["results"]["seeds"][0]:
+        if name != "seed":
+            runs = [row[name] for row in found["results"]["seeds"]]
+            sent = runs[0]["uplink_bytes"] / 1e6
+            rows.append([name, spread([run["final_eval_loss"] for run in runs]), f"{sent:.1f}"])
+    text = "## Few bits on the wire\n\nParaBlock on T0 with quantised updates.\n"
+    return "\n".join([text, *table(["format", "eval loss", "MB up, all clients"], rows), *foot(found)])
+
+
+def overlap(found: Record) -> str:
+    """Write the section of `benchmarks/overlap.py`."""
+    rows = []
+    for row in found["results"]:
+        seconds = (f"{row[delay]['wall_time_s']:.2f}" for delay in ("delay_0", "delay_1"))
+        hidden = row["delay_1"]["overlap_fraction"]
+        rows.append([f"{row['load']:g}", *seconds, f"{row['ratio']:.3f}", f"{hidden:.0%}"])
+    text = "## Real time\n\nTwo clients over a shaped link, under the real clock.\n"
+    return "\n".join(
+        [
+            text,
+            *table(["exchange / computation", "FL-BCD, s", "ParaBlock, s", "ratio", "hidden"], rows),
+            *foot(found),
+        ]
+    )
+
+
+SECTIONS: dict[str, Callable[[Record], str]] = {
+    "rate": rate,
+    "quality_t0": quality("The same quality: T0", "Eight instruction families, one a client."),
+    "quality_gsm8k": quality("The same quality: GSM8K", "Four clients alike; the loss of the solutions."),
+    "words": words,
+    "methods": methods,
+    "formats": formats,
+    "overlap": overlap,
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Write a Markdown table."""
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def foot(found: Record) -> list[str]:
+    """Say which bars are met, and what makes the table again."""
+    bars = [
+        f"- {bar['name']}: {bar['value']:.4g}, {'at most' if bar['at_most'] else 'at least'} {bar['limit']:g}: "
+        f"{'met' if bar['is_met'] else '**missed**'}"
+        for bar in found["bars"]
+    ]
+    machine, versions = found["machine"], found["versions"]
+    where = f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}"
+    command = found["command"].partition(" --output")[0]
+    return ["", *bars, *[""] * bool(bars), f"`{command}` ({where}; commit {found['commit'][:10]})", ""]
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Write a mean and, of several values, their standard deviation."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
