@@ -153,7 +153,8 @@ def equal(tables: Record, names: Sequence[str]) -> list[str]:
     """Put the losses at equal seconds into one table, the best of each column in bold."""
     columns = [(mbps, seconds, losses) for mbps, times in tables.items() for seconds, losses in times.items()]
     head = [f"{float(mbps):g} Mbit/s, {float(seconds):g} s" for mbps, seconds, _ in columns]
-    title = "### At equal seconds\n\nThe last time of each link is when ParaBlock has done all of its rounds; –: beyond the end."
+    told = "The last time of each link is when ParaBlock has done all of its rounds; –: beyond the end."
+    title = f"### At equal seconds\n\n{told}"
     return [
         f"\n{title}\n",
         *losses_table(head, [c[2] for c in columns], names),
