@@ -1,10 +1,10 @@
-"""Seconds and bytes to a loss on a slow link: ParaBlock, FL-BCD, FedAvg of all parameters, FedAvg of LoRA.
+"""Seconds and bytes to a loss on a slow link: ParaBlock, FL-BCD, and Flower's FedAvg of everything and of LoRA.
 
-The same model, T0 clients, seed, local steps and link for all, under the virtual clock, which gives every client a
-machine and a link of its own. FedAvg is as it stands in the books: all parameters in float32, sent whole, no
-overlap. The others send as they would: FL-BCD and ParaBlock in bfloat16, ParaBlock in int4, LoRA its adapters. A
-local step takes the same time in all of them, which favours those that train everything. The loss is that of
-held-out rows; a method has reached it at the first evaluation that is not above it.
+The same model, T0 clients, seed, local training and link for all. ParaBlock and FL-BCD run under the virtual clock,
+which gives every client a machine and a link of its own; FedAvg is Flower's own strategy on the same simulated link
+(see `_flower.py`): float32, sent whole, no overlap. A local step takes the same time in all of them, which favours
+those that train everything. The loss is that of held-out rows; a method has reached it at the first evaluation that
+is not above it. Memory is a client's, as `parablock plan` estimates it.
 
     .venv/bin/python benchmarks/peers.py
 """
@@ -17,25 +17,26 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from _flower import Point, run_fedavg
 from _record import Bar, generated, make_console, make_parser, record, t0, table
 from quality import finished
 from rich.console import Console
 
 from parablock.config import RunConfig, parse_config
+from parablock.plan.forecast import make_plan
 
 FAMILIES = ("ag_news", "rotten_tomatoes", "dbpedia_14", "glue_qqp")
 PEERS: dict[str, dict[str, Any]] = {
     "ParaBlock, int4": {"federation": {"method": "parablock", "delay": 1}, "wire": {"format": "int4"}},
     "ParaBlock, bf16": {"federation": {"method": "parablock", "delay": 1}, "wire": {"format": "bfloat16"}},
     "FL-BCD, bf16": {"federation": {"method": "fl_bcd", "delay": 0}, "wire": {"format": "bfloat16"}},
-    "FedAvg, all parameters": {"federation": {"method": "fedavg", "delay": 0}, "wire": {"streaming": False}},
-    "FedAvg of LoRA, r = 32": {
+    "Flower's FedAvg": {"federation": {"method": "fedavg", "delay": 0}},
+    "Flower's FedAvg of LoRA, r = 32": {
         "federation": {"method": "fedit", "delay": 0},
-        "wire": {"streaming": False},
         "lora": {"rank": 32, "alpha": 64},
     },
 }
-OURS, STOCK = "ParaBlock, int4", "FedAvg, all parameters"
+OURS, STOCK = "ParaBlock, int4", "Flower's FedAvg"
 Found = dict[str, Any]
 
 
@@ -105,9 +106,29 @@ def make_config(name: str, options: argparse.Namespace) -> RunConfig:
 
 def peer(name: str, options: argparse.Namespace, console: Console) -> Found:
     """Run one of them, and follow seconds, bytes and loss over its rounds."""
-    summary = finished(make_config(name, options), _file_name(name), Path(options.work_dir), console)
-    directory = Path(options.work_dir) / summary["directory"]
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = make_config(name, options)
+    method = config.federation.method
+    if name.startswith("Flower"):
+        before, points = run_fedavg(config)
+        console.print(f"{name}: {before:.4f} → {points[-1]['loss']:.4f}")
+    else:
+        before, points = run_blocks(config, name, options, console)
+    way = {"fedavg": "full", "fedit": "lora"}.get(method, "block")
+    return {
+        "peer": name,
+        "initial_eval_loss": before,
+        "to_loss": next((point for point in points if point["loss"] <= options.loss), None),
+        "points": points,
+        "memory_bytes": make_plan(make_config(OURS, options)).memory_bytes[way],
+    }
+
+
+def run_blocks(
+    config: RunConfig, name: str, options: argparse.Namespace, console: Console
+) -> tuple[float, list[Point]]:
+    summary = finished(config, _file_name(name), Path(options.work_dir), console)
+    metrics = Path(options.work_dir) / summary["directory"] / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     seconds = accumulate(row["round_s"] for row in rows)
     moved = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in rows)
     points = [
@@ -115,16 +136,7 @@ def peer(name: str, options: argparse.Namespace, console: Console) -> Found:
         for row, second, num_bytes in zip(rows, seconds, moved, strict=True)
         if row["eval_loss"] is not None
     ]
-    reached = next((point for point in points if point["loss"] <= options.loss), None)
-    whole = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    return {
-        "peer": name,
-        "initial_eval_loss": summary["initial_eval_loss"],
-        "to_loss": reached,
-        "points": points,
-        "peak_memory_bytes": whole["peak_memory_bytes"],
-        "commit": summary["commit"],
-    }
+    return summary["initial_eval_loss"], points
 
 
 def loss_at(row: Found, num_bytes: float) -> float:
@@ -139,7 +151,7 @@ def _file_name(name: str) -> str:
 
 def show(console: Console, found: list[Found], options: argparse.Namespace) -> None:
     budget = found[0]["points"][-1]["bytes"]
-    columns = ("rounds", "seconds", "MB", f"loss after {budget / 1e6:.0f} MB", "last loss")
+    columns = ("rounds", "seconds", "MB", f"loss after {budget / 1e6:.0f} MB", "last loss", "memory")
     made = table(f"To a held-out loss of {options.loss:g} at {options.mbps:g} Mbit/s", "method", *columns)
     for row in found:
         reached = row["to_loss"]
@@ -148,7 +160,10 @@ def show(console: Console, found: list[Found], options: argparse.Namespace) -> N
             if reached
             else ("never", "", "")
         )
-        made.add_row(row["peer"], *cells, f"{loss_at(row, budget):.4f}", f"{row['points'][-1]['loss']:.4f}")
+        losses = (loss_at(row, budget), row["points"][-1]["loss"])
+        made.add_row(
+            row["peer"], *cells, *(f"{loss:.4f}" for loss in losses), f"{row['memory_bytes'] / 1e6:.0f} MB"
+        )
     console.print(made)
 
 

@@ -140,11 +140,36 @@ def test_a_round_on_a_slow_link_is_its_computation_in_few_bits_and_its_exchange_
 
 def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
     block, whole = benchmark("peers", "--smoke")["results"]
-    assert [row["peer"] for row in (block, whole)] == ["ParaBlock, int4", "FedAvg, all parameters"]
+    assert [row["peer"] for row in (block, whole)] == ["ParaBlock, int4", "Flower's FedAvg"]
     for row in (block, whole):
         assert row["to_loss"]["loss"] <= 8.0 < row["initial_eval_loss"]
         assert row["points"][-1]["bytes"] >= row["to_loss"]["bytes"] > 0
     assert block["to_loss"]["seconds"] < whole["to_loss"]["seconds"]
+    assert block["memory_bytes"] < whole["memory_bytes"]
+
+
+def test_flowers_own_fedavg_ends_where_ours_does(benchmark: Any, tmp_path: Path) -> None:
+    from _flower import run_fedavg
+
+    from parablock.config import parse_config
+    from parablock.demo import make_tiny_llama, make_word_problems
+    from parablock.experiment import run
+
+    train = make_word_problems(tmp_path, num_clients=2, examples_per_client=8, seed=0)
+    make_tiny_llama(tmp_path / "model", train[0].read_text().splitlines(), seed=0)
+    tree = {
+        "model": {"name_or_path": str(tmp_path / "model")},
+        "data": {"train": list(map(str, train)), "max_length": 96, "partition": {"scheme": "by_file"}},
+        "federation": {"method": "fedavg", "delay": 0, "num_clients": 2, "num_rounds": 3},
+        "train": {"num_local_steps": 2, "learning_rate": 0.01},
+        "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": 0.1},
+        "evaluation": {"every_rounds": 1},
+    }
+    before, points = run_fedavg(parse_config(tree))
+    ours = run(parse_config(tree), tmp_path / "run")
+    assert before == pytest.approx(ours["initial_eval_loss"], rel=1e-6)
+    assert points[-1]["loss"] == pytest.approx(ours["final_eval_loss"], rel=1e-4)
+    assert points[-1]["loss"] < points[0]["loss"] < before
 
 
 def test_scale_simulates_full_size_transfers_without_their_memory(benchmark: Any) -> None:
