@@ -80,7 +80,7 @@ def main() -> None:
     }
     found = []
     for attack in options.attacks:
-        for name in options.rules if attack != "none" else ["mean", "median"]:
+        for name in options.rules if attack != "none" else ["mean"]:
             found.append(outcome(attack, name, rules[name], options, console))
     show(console, found)
     record(options, found, bars(found), config=make_config(options).model_dump(mode="json"), console=console)
@@ -93,7 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=10, help="clients of a run")
     parser.add_argument("--attackers", type=int, default=2, help="of them attack")
     parser.add_argument("--trim-fraction", type=float, default=0.2, help="of the trimmed mean")
-    parser.add_argument("--clip-norm", type=float, default=0.5, help="of the clipped mean")
+    parser.add_argument("--clip-norm", type=float, default=2.0, help="of the clipped mean")
     parser.add_argument("--rounds", type=int, default=16, help="rounds of a run; at least 8, one for each block")
     parser.add_argument("--steps", type=int, default=4, help="local steps of a round, K")
     parser.add_argument("--max-examples", type=int, default=256, help="held-out examples that the loss is of")
