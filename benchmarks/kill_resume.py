@@ -1,8 +1,8 @@
 """SIGKILL at random moments, then `parablock resume`: the model must be that of the run that nobody disturbed.
 
-The command line runs as a user would run it, in a process of its own. A moment is a round drawn at random and
-a random part of a round after it, so that it lies in the run's life however fast the machine is just then; a
-run that ends before its kill does not count. Another seed is run too: its model must differ.
+The command line runs in a process of its own, forked from one that has torch loaded. A moment is a round drawn at
+random and a random part of a round after it, so that it lies in the run's life however fast the machine is just
+then; a run that ends before its kill does not count. Another seed is run too: its model must differ.
 
     .venv/bin/python benchmarks/kill_resume.py
 """
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from _record import Bar, fresh_folder, generated, make_console, make_parser, record, t0, table
 from rich.console import Console
 
+from parablock.cli import main as main_of_parablock
 from parablock.config import RunConfig, parse_config
 from parablock.seeding import generator_for
 
@@ -62,12 +65,14 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = make_parser("kill_resume", "SIGKILL at random moments and resume.", "--kills 10 --seed 7")
+    parser = make_parser("kill_resume", "SIGKILL at random moments and resume.", "--kills 50 --toy")
     parser.add_argument("--kills", type=int, default=5, help="runs to kill")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of a run; at least 8, one for each block")
     parser.add_argument("--steps", type=int, default=2, help="local steps of a round, K")
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the moments")
+    parser.add_argument("--toy", action="store_true", help="a generated model and text, not the pretrained one")
     options = parser.parse_args()
+    options.toy = options.toy or options.smoke
     if options.smoke:
         options.kills, options.rounds, options.steps = 1, 8, 1
     return options
@@ -76,7 +81,7 @@ def parse_options() -> argparse.Namespace:
 def make_config(options: argparse.Namespace, folder: Path, *, seed: int | None = None) -> RunConfig:
     material = (
         generated(folder / "material", num_clients=NUM_CLIENTS)
-        if options.smoke
+        if options.toy
         else t0("ag_news", "app_reviews", "glue_qqp")
     )
     return parse_config(
@@ -109,22 +114,23 @@ def run_to_the_end(config: RunConfig, directory: Path) -> float:
     """Run undisturbed; give the seconds from its first file to its end."""
     process = start(config, directory)
     began = time.perf_counter()
-    finish(process)
+    finish(process, directory)
     return time.perf_counter() - began
 
 
 def kill_and_resume(config: RunConfig, directory: Path, after_rounds: int, after_s: float) -> Found:
     """Kill a run so many seconds after so many of its rounds, and resume it."""
     process = start(config, directory)
-    while process.poll() is None and rounds_recorded(directory) < after_rounds:
+    while process.is_alive() and rounds_recorded(directory) < after_rounds:
         time.sleep(POLL_S)
     time.sleep(after_s)
     process.kill()
-    was_running = process.wait() < 0
+    process.join()
+    was_running = process.exitcode != 0
     rounds = rounds_recorded(directory)
     checkpoints = sorted(path.name for path in (directory / "checkpoints").glob("round-*"))
     if was_running:
-        finish(parablock("resume", str(directory)))
+        finish(parablock(directory, "resume", str(directory)), directory)
     return {
         "was_running": was_running,
         "rounds_recorded": rounds,
@@ -137,25 +143,37 @@ def rounds_recorded(directory: Path) -> int:
     return (directory / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
 
 
-def start(config: RunConfig, directory: Path) -> subprocess.Popen[str]:
+def start(config: RunConfig, directory: Path) -> BaseProcess:
     """Start a run and wait until there is something of it to resume."""
     file = directory.with_suffix(".yaml")
     file.write_text(config.to_yaml(), encoding="utf-8")
-    process = parablock("run", str(file), "--output-dir", str(directory))
-    while process.poll() is None and not (directory / "config.yaml").exists():
+    process = parablock(directory, "run", str(file), "--output-dir", str(directory))
+    while process.is_alive() and not (directory / "config.yaml").exists():
         time.sleep(POLL_S)
     return process
 
 
-def parablock(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from parablock.cli import main; main()", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def parablock(directory: Path, *arguments: str) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["parablock.cli", "parablock.experiment"])
+    process = context.Process(target=command_line, args=(arguments, str(directory.with_suffix(".log"))))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    said, _ = process.communicate()
-    if process.returncode:
-        sys.exit(f"parablock ended with {process.returncode}:\n{said}")
+def command_line(arguments: tuple[str, ...], log: str) -> None:
+    """Be the command line: what it says goes into a file."""
+    with Path(log).open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["parablock", *arguments]
+    main_of_parablock()
+
+
+def finish(process: BaseProcess, directory: Path) -> None:
+    process.join()
+    if process.exitcode:
+        sys.exit(f"parablock ended with {process.exitcode}:\n{directory.with_suffix('.log').read_text()}")
 
 
 def sha256(directory: Path) -> str:
