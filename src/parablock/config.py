@@ -18,6 +18,10 @@ from parablock.settings import RunConfig, TrainSection
 __all__ = ["NOT_BUILT", "RunConfig", "TrainSection", "known_keys", "load_config", "overridden", "parse_config"]
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What PyYAML raises: its own, and what Python makes of a date in the 13th month or of nests without end."""
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file, apply `--set key=value` overrides, and validate the whole.
 
@@ -35,7 +39,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise ConfigError([f"it is not YAML: {_yaml_problem(error)}"], source=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
@@ -101,8 +105,8 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         return f"{override!r} is not key=value, such as train.num_local_steps=4"
     try:
         value = yaml.load(text, Loader=_OnceLoader)
-    except yaml.YAMLError as error:
-        return f"{key}: {text!r} is not YAML: {_yaml_problem(error)}"
+    except NOT_YAML as error:
+        return f"{key}: {text!r:.200} is not YAML: {_yaml_problem(error)}"
     *sections, name = key.split(".")
     for section in sections:
         below = tree.setdefault(section, {})
@@ -113,10 +117,10 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     return ""
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: BaseException) -> str:
     """Say in one line what is wrong, and in which line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split())[:500]
     mark = error.problem_mark
     while_doing = f"{error.context}, " if error.context else ""
     return f"{while_doing}{error.problem}, in line {mark.line + 1}, column {mark.column + 1}"

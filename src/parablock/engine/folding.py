@@ -27,6 +27,9 @@ ABSURD_NORM = 100.0
 ABSURD_EXAMPLES = 10_000
 """An update that claims so many times the examples of the round's median is refused."""
 
+MAX_EXAMPLES = 1 << 40
+"""No client has more."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -155,7 +158,7 @@ class RoundFold:
 
     def _false_claim(self, client_id: int, update: Update) -> Problem | None:
         first = self._first.get(client_id, update)
-        if update.num_examples <= 0:
+        if not 0 < update.num_examples <= MAX_EXAMPLES:
             return Problem("num_examples", f"an update of {update.num_examples} examples")
         if update.num_examples != first.num_examples:
             text = f"one update of {first.num_examples} and of {update.num_examples} examples"

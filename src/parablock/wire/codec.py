@@ -31,6 +31,8 @@ PROTOCOL_VERSION = 1
 PREFIX = struct.Struct("<4sHIQ")
 CHECKSUM = struct.Struct("<I")
 MAX_HEADER_BYTES = 1 << 20
+MAX_ELEMENTS = 1 << 48
+"""Of a vector: more than any message has, and few enough to count exactly."""
 
 
 def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
@@ -149,7 +151,7 @@ def _vector_sizes(described: Any) -> list[int]:
             and len(shape) == 1
             and isinstance(shape[0], int)
             and not isinstance(shape[0], bool)
-            and shape[0] >= 0
+            and 0 <= shape[0] <= MAX_ELEMENTS
             and isinstance(entry.get("format"), str)
             and entry["format"] in (*FORMATS, *WORDS)
         ):

@@ -233,10 +233,17 @@ def _no_vectors(vectors: list[Vector]) -> None:
 
 def _news(fields: Mapping[str, Any], vectors: list[Vector]) -> tuple[NewValue, ...]:
     entries = _typed(fields, "news", list)
-    return tuple(
-        NewValue(int(block_index), int(version), float(rho), _kind(kind), vector)
-        for (block_index, version, rho, kind), vector in zip(entries, vectors, strict=True)
-    )
+    return tuple(_new_value(entry, vector) for entry, vector in zip(entries, vectors, strict=True))
+
+
+def _new_value(entry: Sequence[object], vector: Vector) -> NewValue:
+    block_index, version, rho, kind = entry
+    numbers = {"block_index": block_index, "version": version}
+    alignment = _typed({"rho": rho}, "rho", float)
+    if not 0 <= alignment <= 1:
+        raise ValueError(f"rho is {alignment}, not in 0 … 1")
+    block, made_by = (_typed(numbers, name, int) for name in numbers)
+    return NewValue(block, made_by, alignment, _kind(kind), vector)
 
 
 def _kind(kind: object) -> str:

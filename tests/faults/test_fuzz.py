@@ -1,0 +1,174 @@
+"""Whatever bytes or settings come in, the only errors are our own; `benchmarks/fuzz.py` tries very many more."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from parablock.config import load_config, parse_config
+from parablock.errors import CodecError, ConfigError
+from parablock.wire.codec import CHECKSUM, PREFIX, encode
+from parablock.wire.messages import (
+    Chunk,
+    Finish,
+    Join,
+    Mark,
+    NewValue,
+    RoundStart,
+    Skip,
+    Update,
+    Welcome,
+    from_bytes,
+    to_bytes,
+)
+from parablock.wire.quantize import FORMATS, pack
+
+VALUES = torch.linspace(-1, 1, 70)
+NEWS = (
+    NewValue(1, 3, 0.5, "value", pack(VALUES, "float32")),
+    NewValue(0, 2, 1.0, "difference", pack(VALUES, "int4")),
+)
+MESSAGES = [
+    *(to_bytes(Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, 1, 3, pack(VALUES, name))) for name in FORMATS),
+    *map(to_bytes, (RoundStart(5, 2, 8, 40, 3, NEWS), Finish(7, NEWS), Mark(8, stop=True), Skip(4))),
+    *map(to_bytes, (Chunk(2, 7, "value", pack(VALUES, "bfloat16")), Join((3, -1), (4, 5)), Welcome())),
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FUZZ = settings(max_examples=300, deadline=None)
+
+
+def decode_or_refuse(raw: bytes) -> bool:
+    """Decode; tell whether it was a message."""
+    try:
+        from_bytes(raw)
+    except CodecError:
+        return False
+    return True
+
+
+def sealed(header: bytes, payload: bytes) -> bytes:
+    """Put a valid prefix and checksum around anything."""
+    body = PREFIX.pack(b"PBLK", 1, len(header), len(payload)) + header + payload
+    return body + CHECKSUM.pack(zlib.crc32(body))
+
+
+def parts_of(raw: bytes) -> tuple[dict[str, object], bytes]:
+    (length,) = struct.unpack_from("<I", raw, 6)
+    return json.loads(raw[PREFIX.size : PREFIX.size + length]), raw[PREFIX.size + length : -CHECKSUM.size]
+
+
+@FUZZ
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(raw: bytes):
+    assert not decode_or_refuse(raw)
+    assert not decode_or_refuse(b"PBLK" + raw)
+
+
+@FUZZ
+@given(st.sampled_from(MESSAGES), st.data())
+def test_no_changed_byte_goes_unnoticed(raw: bytes, data: st.DataObject):
+    assert decode_or_refuse(raw)
+    changed = bytearray(raw)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    assert decode_or_refuse(bytes(changed)) == (bytes(changed) == raw)
+    assert not decode_or_refuse(raw[: data.draw(st.integers(0, len(raw) - 1))])
+
+
+@FUZZ
+@given(st.sampled_from(MESSAGES), st.data())
+@example(MESSAGES[0], None)
+def test_a_header_that_lies_under_a_right_checksum_is_refused_or_makes_a_message(raw: bytes, data):
+    header, payload = parts_of(raw)
+    if data is not None:
+        for _ in range(data.draw(st.integers(1, 3))):
+            header[data.draw(st.sampled_from([*header, "another"]))] = data.draw(JSON)
+    decode_or_refuse(sealed(json.dumps(header).encode(), payload))
+
+
+LIES = {
+    "more elements than a float can count": {"vectors": [{"format": "int4", "shape": [10**400]}]},
+    "more elements than there is memory": {"vectors": [{"format": "float32", "shape": [2**62]}]},
+    "a negative number": {"vectors": [{"format": "float32", "shape": [-1]}]},
+    "a number that is none": {"vectors": [{"format": "float32", "shape": [True]}]},
+    "a number of too many digits": {"round_index": 10**4000},
+    "a compute time without end": {"compute_s": "inf"},
+    "a nest": {"vectors": json.loads("[" * 400 + "]" * 400)},
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_lies_that_have_brought_decoders_down_are_refused(case: str):
+    header, payload = parts_of(MESSAGES[0])
+    assert decode_or_refuse(sealed(json.dumps(header).encode(), payload))
+    if case == "a number of too many digits":  # json.dumps would not write it either
+        text = json.dumps(header).replace('"round_index": 5', f'"round_index": {"9" * 5000}')
+        assert not decode_or_refuse(sealed(text.encode(), payload))
+        return
+    assert not decode_or_refuse(sealed(json.dumps(header | LIES[case]).encode(), payload))
+
+
+def test_a_header_nested_without_end_is_refused():
+    assert not decode_or_refuse(sealed(b'{"kind":' + b"[" * 200_000, b""))
+    assert decode_or_refuse(encode({"kind": "Skip", "round_index": 3}))
+
+
+# -- configurations -------------------------------------------------------------------------------------------
+
+REQUIRED = {"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}
+SECTIONS = list(parse_config(REQUIRED).model_dump())
+NAMES = st.sampled_from([*SECTIONS, "client", "num_clients", "delay", "format", "value"]) | st.text(max_size=6)
+TEXTS = [
+    "seed: 2020-13-45",
+    "seed: !!bool maybe",
+    "seed: !!timestamp never",
+    "seed: !!int x",
+    "seed: !!python/object/apply:os.system [ls]",
+    f"seed: {'9' * 5000}",
+    "seed: " + "[" * 5000,
+    "? [a, b]\n: c",
+    "a: &a [*a]\nmodel: *a",
+    "model: &m {name_or_path: m}\ndata: {<<: *m, train: [a]}",
+    "\x00",
+    "- 1",
+    f"{'x' * 100_000}: 1",
+]
+
+
+def parse_or_refuse(tree: object) -> bool:
+    try:
+        parse_config(tree)  # type: ignore[arg-type]
+    except ConfigError:
+        return False
+    return True
+
+
+@FUZZ
+@given(st.dictionaries(NAMES, st.dictionaries(NAMES, JSON, max_size=3) | JSON, max_size=4))
+def test_any_tree_is_a_configuration_or_refused_as_one(tree: dict[str, object]):
+    assert parse_or_refuse(REQUIRED)
+    parse_or_refuse(tree)
+    parse_or_refuse(REQUIRED | tree)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:24]))
+def test_yaml_that_has_brought_parsers_down_is_refused(text: str, tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+    path.write_text("model: {name_or_path: m}\ndata: {train: [a.jsonl]}\n")
+    load_config(path, ["seed=3"])
+    with pytest.raises(ConfigError):
+        load_config(path, [text.replace(": ", "=", 1)])
