@@ -3,7 +3,8 @@
 Runs are on the virtual clock: local steps are really taken and timed, one client at a time; links are
 arithmetic. For each link and delay a run is planned right before and right after it, because the speed of a
 machine that does other things as well drifts; the mean of both plans is compared, and medians over repeats.
-With `--cpu-time` both count the processor seconds of this process, which other programs disturb far less.
+With `--cpu-time` both count the processor seconds of this process, which other programs disturb far less. The
+record says how many processors each of the three had: where these differ, it was the machine and not the plan.
 
     .venv/bin/python benchmarks/plan.py
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from _record import (
@@ -52,23 +55,38 @@ def main() -> None:
     material = generated(folder / "material", num_clients=len(FAMILIES)) if options.smoke else t0(*FAMILIES)
     configs = {name: make_config(material, options, case) for name, case in CASES.items()}
     found: dict[str, list[tuple[Figures, Figures]]] = {name: [] for name in configs}
+    shares: dict[str, list[list[float]]] = {name: [] for name in configs}
     for repeat in range(options.repeats):
         for number, (name, config) in enumerate(configs.items()):
-            before = predict(make_plan(config, probe=True), config.wire.format)
-            measured = measure(run_quietly(config, folder / f"{number}-{repeat}"))
-            after = predict(make_plan(config, probe=True), config.wire.format)
+            share: list[float] = []
+            with sharing(share):
+                before = predict(make_plan(config, probe=True), config.wire.format)
+            with sharing(share):
+                measured = measure(run_quietly(config, folder / f"{number}-{repeat}"))
+            with sharing(share):
+                after = predict(make_plan(config, probe=True), config.wire.format)
             predicted = {key: (before[key] + after[key]) / 2 for key in KEYS}
             found[name].append((predicted, measured))
+            shares[name].append(share)
             console.print(f"{name}, repeat {repeat}: " + ", ".join(ratios_in_words(predicted, measured)))
+            console.print("  processors for plan, run, plan: " + ", ".join(f"{value:.2f}" for value in share))
     rows = [row(name, key, pairs) for name, pairs in found.items() for key in KEYS]
     show(console, rows)
     record(
         options,
-        {"medians": rows, "repeats": found},
+        {"medians": rows, "repeats": found, "processors": shares},
         [Bar(f"{r['case']}: |{r['key']} predicted / measured − 1|", abs(r["ratio"] - 1), BAR) for r in rows],
         config={name: config.model_dump(mode="json") for name, config in configs.items()},
         console=console,
     )
+
+
+@contextmanager
+def sharing(shares: list[float]) -> Iterator[None]:
+    """Add how many processors this process had on average: about one, where nobody else wants them."""
+    own_s, elapsed_s = time.process_time(), time.perf_counter()
+    yield
+    shares.append((time.process_time() - own_s) / (time.perf_counter() - elapsed_s))
 
 
 def parse_options() -> argparse.Namespace:
