@@ -1,18 +1,110 @@
-"""What the parts of a run are made with: sections of the configuration as the arguments of the engine."""
+"""What the parts of a run are made with: sections of the configuration as the arguments of the engine, and it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.local import LocalArguments
+from parablock.checkpoint import RunState
 from parablock.config import RunConfig
+from parablock.engine.client import Trainer
 from parablock.engine.faults import Fault, Faults
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
-from parablock.safeguards import aggregation_rule, fewest_updates, grid_of, noise_of_the_server
+from parablock.errors import ConfigError
+from parablock.job import Job
+from parablock.safeguards import (
+    aggregation_rule,
+    fewest_updates,
+    grid_of,
+    masking_of,
+    noise_of_the_server,
+    protections,
+)
+from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
+
+
+class Engine(Protocol):
+    """What brings the server and the clients of a run together.
+
+    Attributes:
+        is_local: Whether the clients train in this process.
+        held_rounds: The rounds of the checkpoints that the clients can go on from; None: of all.
+    """
+
+    is_local: bool
+    held_rounds: frozenset[int] | None
+
+    def run(
+        self,
+        config: RunConfig,
+        secret: bytes | None,
+        params: Sequence[Tensor],
+        trainers: Sequence[Trainer],
+        trace: Trace,
+        hooks: Hooks,
+        resumed: RunState | None,
+        faults: Faults,
+    ) -> EngineResult:
+        """Run all rounds, or those that a checkpoint has left."""
+
+
+class InProcess:
+    """Server and clients in this process, over links that the configuration describes."""
+
+    is_local = True
+    held_rounds: frozenset[int] | None = None
+
+    def __init__(self, job: Job) -> None:
+        del job
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Refuse a run that is configured for sites.
+
+        Raises:
+            ConfigError: It is.
+        """
+        if config.engine.name != "inprocess":
+            raise ConfigError(
+                [
+                    f"engine.name: {config.engine.name} has its clients at sites; start it with "
+                    "`parablock deploy local`, or leave engine.name out to run in this process"
+                ]
+            )
+
+    def run(
+        self,
+        config: RunConfig,
+        secret: bytes | None,
+        params: Sequence[Tensor],
+        trainers: Sequence[Trainer],
+        trace: Trace,
+        hooks: Hooks,
+        resumed: RunState | None,
+        faults: Faults,
+    ) -> EngineResult:
+        """Run all rounds; see `run_in_process`."""
+        return run_in_process(
+            params,
+            trainers,
+            server_plan(config, secret),
+            trace,
+            hooks,
+            link=Link(**config.link.model_dump()),
+            in_flight=config.federation.in_flight,
+            resumed=resumed,
+            faults=faults,
+            protection_of=protections(config, secret),
+            masking=masking_of(config),
+        )
 
 
 def local_arguments(config: RunConfig) -> LocalArguments:
@@ -33,17 +125,22 @@ def local_arguments(config: RunConfig) -> LocalArguments:
     )
 
 
+def clients_of(config: RunConfig) -> int:
+    """Give how many clients there are: `central` puts all data into one."""
+    return 1 if config.federation.method == "central" else config.federation.num_clients
+
+
 def server_plan(config: RunConfig, secret: bytes | None = None) -> ServerPlan:
     """Give what the server follows; `secret` is the key of its noise, where it adds some."""
     federation = config.federation
     return ServerPlan(
-        num_clients=1 if federation.method == "central" else federation.num_clients,
+        num_clients=clients_of(config),
         num_rounds=federation.num_rounds,
         delay=federation.delay,
         schedule=config.blocks.schedule,
         participation=federation.participation,
         seed=config.seed,
-        encoding=_encoding(config),
+        encoding=encoding_of(config),
         local_steps=_local_steps(config),
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
@@ -71,7 +168,8 @@ def _local_steps(config: RunConfig) -> LocalSteps:
     return FixedSteps(train.num_local_steps)
 
 
-def _encoding(config: RunConfig) -> Encoding:
+def encoding_of(config: RunConfig) -> Encoding:
+    """Give how updates and new values become bytes."""
     wire = config.wire
     chunk_bytes = wire.chunk_bytes if wire.streaming else None
     return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)

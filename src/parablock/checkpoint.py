@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -150,8 +150,12 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
     return place
 
 
-def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
+def load_newest(directory: Path, rounds: Collection[int] | None = None) -> tuple[RunState | None, list[str]]:
     """Read the newest undamaged checkpoint.
+
+    Args:
+        directory: Where they are.
+        rounds: Only of these rounds; None: of any.
 
     Returns:
         The state, or None where no checkpoint was ever finished; and why newer ones were passed over.
@@ -161,6 +165,8 @@ def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
     """
     passed_over: list[str] = []
     for place in _checkpoints(directory):
+        if rounds is not None and int(place.name.removeprefix("round-")) not in rounds:
+            continue
         try:
             return _read(place), passed_over
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parablock import __version__
+from parablock.cli_deploy import deploy
 from parablock.errors import ParaBlockError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
 console = Console(markup=False)  # a path may hold brackets
 
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]
@@ -61,9 +63,9 @@ def run(
     settings = load_config(config, overrides or [])  # before torch is loaded: what is wrong is said at once
     from parablock.experiment import run as run_experiment
 
-    with _watched() as (progress, stop):
+    with watched() as (progress, stop):
         summary = run_experiment(settings, output_dir, progress=progress, asked_to_stop=stop)
-    _conclude(summary, output_dir)
+    conclude(summary, output_dir)
 
 
 @app.command()
@@ -72,11 +74,16 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
 
     Example: parablock resume runs/t0
     """
-    from parablock.experiment import resume as resume_experiment
+    from parablock.deploy.local import is_deployed, resume_local
 
-    with _watched() as (progress, stop):
-        summary = resume_experiment(directory, progress=progress, asked_to_stop=stop)
-    _conclude(summary, directory)
+    with watched() as (progress, stop):
+        if is_deployed(directory):
+            summary = resume_local(directory, progress=progress, asked_to_stop=stop)
+        else:
+            from parablock.experiment import resume as resume_experiment
+
+            summary = resume_experiment(directory, progress=progress, asked_to_stop=stop)
+    conclude(summary, directory)
 
 
 @app.command()
@@ -223,7 +230,7 @@ def compare(
 
     runs = plan_comparison(load_config(config, overrides or []), methods.split(","), seeds, particular or [])
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
-    with _watched() as (progress, stop):
+    with watched() as (progress, stop):
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
     console.print(comparison_table(summaries), markup=False, highlight=False, soft_wrap=True)
     console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
@@ -240,7 +247,7 @@ def demo(
     from parablock.quickstart import describe_demo, free_directory, run_demo
 
     directory = output_dir or free_directory(Path("runs"))
-    with _watched() as (progress, stop):
+    with watched() as (progress, stop):
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -268,7 +275,7 @@ def doctor() -> None:
 
 
 @contextmanager
-def _watched() -> Iterator[tuple[Any, Any]]:
+def watched() -> Iterator[tuple[Any, Any]]:
     """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once."""
     from parablock.report.progress import make_progress
 
@@ -301,7 +308,8 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _conclude(summary: dict[str, Any], directory: Path) -> None:
+def conclude(summary: dict[str, Any], directory: Path) -> None:
+    """Say what came of a run, and what to open."""
     _exit_when_interrupted(summary, directory)
     console.print(
         f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "

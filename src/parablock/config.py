@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,7 +15,19 @@ from parablock.fault_section import FaultSection
 from parablock.section import NOT_BUILT
 from parablock.settings import RunConfig, TrainSection
 
-__all__ = ["NOT_BUILT", "RunConfig", "TrainSection", "known_keys", "load_config", "overridden", "parse_config"]
+S = TypeVar("S", bound=BaseModel)
+
+__all__ = [
+    "NOT_BUILT",
+    "RunConfig",
+    "TrainSection",
+    "known_keys",
+    "load_config",
+    "overridden",
+    "parse_config",
+    "read_tree",
+    "validate",
+]
 
 
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -33,18 +45,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every problem: a missing or broken file, unknown keys, wrong values.
     """
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
-    except FileNotFoundError:
-        raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
-    except NOT_YAML as error:
-        raise ConfigError([f"it is not YAML: {_yaml_problem(error)}"], source=str(path)) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
-    tree = {key: value for key, value in tree.items() if value is not None}  # a heading with nothing below it
-    return parse_config(overridden(tree, overrides), source=str(path))
+    return parse_config(overridden(read_tree(path), overrides), source=str(path))
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -65,14 +66,38 @@ def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") 
     Raises:
         ConfigError: With every problem, each with its key path; unknown keys name the nearest known one.
     """
+    return validate(RunConfig, tree, source=source)
+
+
+def validate(section: type[S], tree: Mapping[str, Any], *, source: str) -> S:
+    """Validate a tree of plain values as any section; see `parse_config`."""
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         problems: dict[str, str] = {}  # a key that may be of several types fails once for each of them
         for item in error.errors():
-            key, problem = _problem(item)
+            key, problem = _problem(item, section)
             problems.setdefault(key, f"{key}: {problem}")
         raise ConfigError(list(problems.values()), source=source) from None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections.
+
+    Raises:
+        ConfigError: It is not there, cannot be read, or is something else.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
+    except FileNotFoundError:
+        raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
+    except NOT_YAML as error:
+        raise ConfigError([f"it is not YAML: {_yaml_problem(error)}"], source=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
+    return {key: value for key, value in tree.items() if value is not None}  # a heading with nothing below it
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[str]:
@@ -126,12 +151,12 @@ def _yaml_problem(error: BaseException) -> str:
     return f"{while_doing}{error.problem}, in line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _problem(item: Any) -> tuple[str, str]:
+def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     """Give the key path of a problem and what it is."""
     path = [str(part) for part in item["loc"] if part not in ("int", *_literal_tags(item["loc"]))]
     key = ".".join(path) or "the whole"
     if item["type"] == "extra_forbidden":
-        return key, f"unknown key{_hint(key)}"
+        return key, f"unknown key{_hint(key, root)}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return key, "required and not given"
@@ -140,12 +165,12 @@ def _problem(item: Any) -> tuple[str, str]:
     return key, message
 
 
-def _hint(key: str) -> str:
+def _hint(key: str, root: type[BaseModel]) -> str:
     """Name the known key that an unknown one is meant to be, or all that its section has."""
     section, _, name = key.rpartition(".")
     if section.startswith("faults."):
         return f"; known here: {', '.join(FaultSection.model_fields)}"
-    leaf = {known: known.rpartition(".")[2] for known in known_keys()}
+    leaf = {known: known.rpartition(".")[2] for known in known_keys(root)}
     siblings = {leaf[known]: known for known in leaf if known.rpartition(".")[0] == section}
     siblings = siblings or {known: known for known in leaf if "." not in known}
     near = [

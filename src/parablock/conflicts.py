@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from parablock.section import NOT_BUILT
+
 Problem = tuple[str, str]
 """The dotted path of a key, and what is wrong with its value."""
 
@@ -39,6 +41,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
     """
     method = config["federation"]["method"]
     return [
+        *_sites(config),
         *_aggregation(config["federation"]),
         *_blocks(method, chosen.get("blocks", {})),
         *_auto(config),
@@ -70,6 +73,23 @@ def refuse_conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> No
                 for key, problem in found
             ],
         )
+
+
+def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Clients at sites may bring rows of their own, and have no faults but real ones."""
+    deployed, method = config["engine"]["name"] == "flower", config["federation"]["method"]
+    if not config["data"]["train"] and not (deployed and config["data"]["test"]):
+        yield (
+            "data.train",
+            "names no file; only a server whose sites bring their own rows (engine.name: flower) can do without, "
+            "and then data.test says what it scores the model on",
+        )
+    if deployed and method in APART_METHODS:
+        yield "engine.name", f"flower has nothing to carry with {method}, which sends nothing; use inprocess"
+    if deployed and config["privacy"]["secure_aggregation"] == "masked":
+        yield "privacy.secure_aggregation", f"masked {NOT_BUILT} for engine.name: flower; it works in one process"
+    if deployed and config["faults"]:
+        yield "faults", "are made in one process only; with engine.name: flower pull a real plug"
 
 
 def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from parablock.algorithm.parablock import ServerState
-from parablock.assembly import faults_of, server_plan
+from parablock.assembly import Engine, InProcess, clients_of, faults_of
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
 from parablock.engine.faults import Faults
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.inprocess import EngineResult, Hooks
 from parablock.errors import CheckpointError, InputError, StorageError
 from parablock.fleet import make_fleet
 from parablock.job import Job, prepare
@@ -27,16 +27,8 @@ from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory, time_and_bytes
 from parablock.report.trackers import Trackers, check_trackers, figures_of, open_trackers
 from parablock.report.write import write_report
-from parablock.safeguards import (
-    adds_noise,
-    check_privacy_extra,
-    masking_of,
-    new_secret,
-    privacy_spent,
-    protections,
-)
+from parablock.safeguards import adds_noise, check_privacy_extra, new_secret, privacy_spent
 from parablock.trace import Trace
-from parablock.wire.link import Link
 from parablock.wire.messages import Update
 from parablock.wire.transport import Traffic
 
@@ -53,6 +45,7 @@ def run(
     *,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    connect: Callable[[Job], Engine] = InProcess,
 ) -> Summary:
     """Fine-tune as the configuration says, and leave a run directory.
 
@@ -61,6 +54,7 @@ def run(
         output_dir: A folder that holds no run yet; nothing is written before all input has been checked.
         progress: Who is told how it goes; None: the logger `parablock`, at level INFO.
         asked_to_stop: Asked at every round; when true the run is saved and stops.
+        connect: Makes the engine for the run; None given: all in this process.
 
     Returns:
         What stands in `summary.json`.
@@ -70,6 +64,8 @@ def run(
         ParaBlockError: The run failed.
     """
     began, progress = time.perf_counter(), progress or LoggedProgress()
+    if connect is InProcess:
+        InProcess.check(config)
     directory = RunDirectory(output_dir)
     directory.check_unused()
     check_trackers(config.report_to)
@@ -78,7 +74,7 @@ def run(
     directory.create(job.config.to_yaml(), job.manifest)
     if adds_noise(config):
         directory.write_secret(new_secret())
-    return _Run(job, directory, progress, asked_to_stop, began).execute(None)
+    return _Run(job, directory, progress, asked_to_stop, began, connect(job)).execute(None)
 
 
 def resume(
@@ -86,6 +82,7 @@ def resume(
     *,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    connect: Callable[[Job], Engine] = InProcess,
 ) -> Summary:
     """Go on from the newest checkpoint, bitwise as if the run had never stopped; see `run`.
 
@@ -107,10 +104,11 @@ def resume(
                 cause="The data files or the model folder changed in the meantime.",
                 remedy="Put back what changed, or start a new run.",
             )
-    state, passed_over = load_newest(directory.checkpoints)
+    engine = connect(job)
+    state, passed_over = load_newest(directory.checkpoints, engine.held_rounds)
     for reason in passed_over:
         progress.message(f"passed over a damaged checkpoint: {reason}")
-    return _Run(job, directory, progress, asked_to_stop, began).execute(state)
+    return _Run(job, directory, progress, asked_to_stop, began, engine).execute(state)
 
 
 class _Run:
@@ -123,10 +121,12 @@ class _Run:
         progress: Progress,
         asked_to_stop: Callable[[], bool],
         began: float,
+        engine: Engine,
     ) -> None:
         self.job, self.config, self.directory, self.progress = job, job.config, directory, progress
         self.asked_to_stop, self.began, self.elapsed_before = asked_to_stop, began, 0.0
-        self.fleet = make_fleet(job)
+        self.engine = engine
+        self.fleet = make_fleet(job, None if engine.is_local else ())
         self.rows: list[dict[str, Any]] = []
         self.initial_eval_loss = float("nan")
         self.last_commit_s = 0.0
@@ -158,13 +158,14 @@ class _Run:
         clock = self._clock(state)
         trace = Trace(clock, on_begin=self._begins, on_end=self._ends)
         trace.spans.extend(state.spans if state else [])
-        self.progress.start(config.federation.num_rounds, len(self.fleet.trainers), len(self.rows))
+        self.progress.start(config.federation.num_rounds, clients_of(config), len(self.rows))
         faults = faults_of(config, state.progress["faults"] if state else ())
         try:
-            result = run_in_process(
+            result = self.engine.run(
+                config,
+                self.secret,
                 self.fleet.params,
                 self.fleet.trainers,
-                server_plan(config, self.secret),
                 trace,
                 Hooks(
                     on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
@@ -172,12 +173,8 @@ class _Run:
                     asked_to_stop=self.asked_to_stop,
                     on_event=self.progress.message,
                 ),
-                link=Link(**config.link.model_dump()),
-                in_flight=config.federation.in_flight,
-                resumed=state,
-                faults=faults,
-                protection_of=protections(config, self.secret),
-                masking=masking_of(config),
+                state,
+                faults,
             )
             self.troubles = _troubles(faults, result)
             summary = self._finish(result, trace, clock)

@@ -34,26 +34,30 @@ class Fleet:
 
     Args:
         job: The run's material; its model becomes the fleet's.
+        clients: Whose local training is made; None: everybody's. A single one trains with the model itself.
 
     Attributes:
         params: What the server starts from, one flat vector for each block.
         trainers: Local training of each client, in order of client_id.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
         self._job, self._config = job, job.config
+        clients = range(len(job.train)) if clients is None else clients
         self._replica = Replica(job.loaded.model, job.blocks)
         pad_token_id = job.loaded.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)
         self._pad_token_id = pad_token_id
         self.params = tuple(self._replica.read(block.index) for block in job.blocks)
-        self.trainers: Sequence[Trainer] = [self.trainer(client_id) for client_id in range(len(job.train))]
+        self.trainers: Sequence[Trainer] = [
+            self.trainer(client_id, alone=len(clients) == 1) for client_id in clients
+        ]
 
-    def trainer(self, client_id: int) -> Trainer:
+    def trainer(self, client_id: int, *, alone: bool) -> Trainer:
         """Make the local training of one client."""
         config = self._config
         # Under the virtual clock one client computes at a time, so all can train with one model.
-        shared = config.engine.clock == "virtual"
+        shared = alone or config.engine.clock == "virtual"
         model, blocks = self._job.loaded.model, self._job.blocks
         return LocalTrainer(
             client_id,
@@ -127,6 +131,6 @@ class ApartFleet(Fleet):
         return digest.hexdigest()
 
 
-def make_fleet(job: Job) -> Fleet:
-    """Make the fleet that the configured method asks for."""
-    return ApartFleet(job) if job.config.federation.method in APART_METHODS else Fleet(job)
+def make_fleet(job: Job, clients: Sequence[int] | None = None) -> Fleet:
+    """Make the fleet that the configured method asks for; see `Fleet`."""
+    return ApartFleet(job) if job.config.federation.method in APART_METHODS else Fleet(job, clients)

@@ -51,12 +51,16 @@ class Job:
     manifest: dict[str, Any]
 
 
-def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> Job:
+def prepare(
+    config: RunConfig, tell: Callable[[str], None] = lambda _: None, *, all_rows_of: int | None = None
+) -> Job:
     """Read and check all that a run needs.
 
     Args:
         config: The run.
         tell: Told what is being done, since a large model takes its time.
+        all_rows_of: The client that all training rows belong to, at a site with rows of its own; nothing is
+            held out there.
 
     Raises:
         InputError: For the first thing that is missing or wrong, before anything is written.
@@ -64,7 +68,7 @@ def prepare(config: RunConfig, tell: Callable[[str], None] = lambda _: None) -> 
     config = _resolved(config)
     torch.set_num_threads(config.engine.num_threads or 1)
     tell(f"reading {len(config.data.train) + len(config.data.test)} data sources")
-    parts, held_out = _read_rows(config)
+    parts, held_out = _read_rows(config, all_rows_of)
     model = config.model
     tell(f"loading {model.name_or_path}")
     loaded = load_model(
@@ -129,11 +133,16 @@ def _absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
-def _read_rows(config: RunConfig) -> tuple[list[tuple[Row, ...]], list[Row]]:
+def _read_rows(config: RunConfig, all_rows_of: int | None) -> tuple[list[tuple[Row, ...]], list[Row]]:
     """Read and split the rows; without test files, hold a part of each client's rows out."""
     data, federation = config.data, config.federation
     sources = [load_rows(source, split="train") for source in data.train]
+    if all_rows_of is not None:
+        rows = tuple(row for source in sources for row in source)
+        return [rows if i == all_rows_of else () for i in range(federation.num_clients)], []
     held_out = [row for source in data.test for row in load_rows(source, split="test")]
+    if not data.train:  # every site brings its own
+        return [()] * federation.num_clients, held_out
     parts: list[tuple[Row, ...]] = list(
         partition_rows(
             sources,

@@ -46,7 +46,7 @@ class PartitionSection(Section):
 class DataSection(Section):
     """Training and test rows."""
 
-    train: tuple[str, ...] = Field(min_length=1, description="JSONL or Parquet files, or `datasets` names.")
+    train: tuple[str, ...] = Field(description="JSONL or Parquet files, or `datasets` names.")
     test: tuple[str, ...] = Field((), description="Held-out rows. Empty: a part of each client's rows.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="The part held out where `test` is empty.")
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "gsm8k", "text"] = Field(
@@ -268,15 +268,12 @@ class EngineSection(Section):
         description="Virtual clock: seconds of a local step, and aggregation takes none. Null: as measured.",
     )
 
-    @field_validator("name")
-    @classmethod
-    def _name_built(cls, value: str) -> str:
-        return built(value, ("inprocess",))
-
     @model_validator(mode="after")
     def _step_time_is_virtual(self) -> EngineSection:
         if self.step_time_s is not None and self.clock == "real":
             raise ValueError("step_time_s takes effect under clock: virtual only")
+        if self.name == "flower" and self.clock == "virtual":
+            raise ValueError("name: flower runs in real time; leave clock: real")
         return self
 
 

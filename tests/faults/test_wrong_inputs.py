@@ -102,7 +102,7 @@ WRONG_VALUES = {
     "learning rate is not finite": (["train.learning_rate=.nan"], ["train.learning_rate: ", "finite"]),
     "switch where a number is due": (["federation.num_rounds=true"], ["federation.num_rounds: must not be true"]),
     "no bandwidth": (["link.upload_mbps=0"], ["link.upload_mbps: ", "greater than 0"]),
-    "no train files": (["data.train=[]"], ["data.train: ", "at least 1"]),
+    "no train files": (["data.train=[]"], ["data.train: ", "names no file"]),
     "dirichlet without a field": (["data.partition.scheme=dirichlet"], ["scheme dirichlet needs `field`"]),
     "wrong number of files": (["federation.num_clients=3"], ["data.train has 4", "federation.num_clients is 3"]),
     "max_length too small": (["data.max_length=4"], ["data.max_length: ", "greater than or equal to 8"]),
@@ -119,7 +119,11 @@ WRONG_VALUES = {
         ["federation.method: flora", NOT_BUILT, "parablock, fl_bcd"],
     ),
     "fedavg with a delay": (["federation.method=fedavg"], ["method fedavg has delay 0, not 1", "choose parablock"]),
-    "flower": (["engine.name=flower"], ["engine.name: flower", NOT_BUILT, "inprocess"]),
+    "flower in one process": (
+        ["engine.name=flower", "engine.clock=real", "engine.step_time_s=null"],
+        ["engine.name: flower", "deploy local"],
+    ),
+    "flower in simulated time": (["engine.name=flower"], ["engine: ", "leave clock: real"]),
     "chunks without streaming": (
         ["wire.streaming=false", "wire.chunk_bytes=65536"],
         ["wire: chunk_bytes", "streaming: true"],

@@ -8,6 +8,7 @@ delay 1 the next round is already there, and the exchange happens while it train
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +26,6 @@ from parablock.algorithm.parablock import (
 )
 from parablock.checkpoint import ClientSnapshot
 from parablock.engine.faults import NO_FAULTS, Faults
-from parablock.engine.pipeline import Pipeline
 from parablock.errors import CodecError
 from parablock.privacy.protection import Protection
 from parablock.trace import Trace
@@ -80,6 +80,16 @@ class Trainer(Protocol):
         """Take back what `memory` gave."""
 
 
+class Communication(Protocol):
+    """What the compute thread has of the communication thread."""
+
+    def send(self, message: bytes, round_index: int) -> None:
+        """Hand an update over; returns at once."""
+
+    def receive(self) -> bytes:
+        """Wait for the next message of the server."""
+
+
 class Client:
     """One client of a run.
 
@@ -106,7 +116,7 @@ class Client:
         client_id: int,
         state: ClientState,
         trainer: Trainer,
-        pipeline: Pipeline,
+        pipeline: AbstractContextManager[Communication],
         trace: Trace,
         *,
         in_flight: str,
@@ -121,7 +131,7 @@ class Client:
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
-        self._pipeline, self._trace = pipeline, trace
+        self._entered, self._trace = pipeline, trace
         self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
         self._residuals = dict(residuals or {})
         self._protection, self._warn, self._warned = protection, warn, set[int]()
@@ -134,7 +144,8 @@ class Client:
 
     def run(self) -> None:
         """Serve the server until it finishes or stops the run."""
-        with self._pipeline as pipeline:
+        with self._entered as pipeline:
+            self._pipeline = pipeline
             if self._rejoins:
                 pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
             for round_index, chunks in self._sent.items():
@@ -167,6 +178,11 @@ class Client:
                 kind = type(message).__name__
                 raise CodecError(f"client {self.client_id} received a message of kind {kind}; only a server does")
         return True
+
+    @property
+    def chunks_ahead(self) -> int:
+        """How many messages have brought parts of new values that no commit has spoken of yet."""
+        return sum(len(parts) for _, parts in self._chunks.values())
 
     def snapshot(self) -> ClientSnapshot:
         """Give what a checkpoint keeps of this client."""

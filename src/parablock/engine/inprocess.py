@@ -125,7 +125,7 @@ class _Checkpoints:
                             "server": memory,
                             "faults": self._faults.happened_before(round_index, server.committed),
                         },
-                        [span for span in list(self._trace.spans) if _is_past(span, round_index, server.committed)],
+                        [span for span in list(self._trace.spans) if is_past(span, round_index, server.committed)],
                     )
                 )
 
@@ -266,7 +266,7 @@ def run_in_process(
         first_round=0 if resumed is None else resumed.round_index,
         held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
         masks_of=collector.masks_of if collector else None,
-        memory=None if resumed is None else _memory_of(resumed),
+        memory=None if resumed is None else memory_of(resumed),
     )
     bodies = [machine.run for machine in machines]
     with Machines(trace.clock, bodies, transport.fail, stall_timeout_s=plan.stall_timeout_s):
@@ -282,7 +282,7 @@ def run_in_process(
     )
 
 
-def _memory_of(resumed: RunState) -> dict[str, Any]:
+def memory_of(resumed: RunState) -> dict[str, Any]:
     """Give the server's memory, without the updates of open rounds that nobody has any more."""
     memory = dict(resumed.progress["server"])
     memory["asked"] = {
@@ -291,7 +291,7 @@ def _memory_of(resumed: RunState) -> dict[str, Any]:
     return memory
 
 
-def _is_past(span: Span, round_index: int, committed: int) -> bool:
+def is_past(span: Span, round_index: int, committed: int) -> bool:
     """Tell whether a resumed run will not repeat this span."""
     t = span.facts.get("round_index", -1)
     return t < round_index and not (span.activity == "uploading" and t > committed)

@@ -74,7 +74,7 @@ class Pipeline:
 
     def __enter__(self) -> Pipeline:
         self._transport.attach(self._client_id, self._work.put)
-        self._thread = _start(self._clock, self._communicate, f"client {self._client_id} communication")
+        self._thread = start_thread(self._clock, self._communicate, f"client {self._client_id} communication")
         return self
 
     def __exit__(
@@ -240,7 +240,7 @@ class Machines:
 
     def __enter__(self) -> Machines:
         for number, body in enumerate(self._bodies):
-            _start(self._clock, partial(self._run, body), f"client {number}")
+            start_thread(self._clock, partial(self._run, body), f"client {number}")
         return self
 
     def __exit__(
@@ -269,7 +269,8 @@ class Machines:
             self._done.put(None)
 
 
-def _start(clock: Clock, body: Callable[[], None], name: str) -> threading.Thread:
+def start_thread(clock: Clock, body: Callable[[], None], name: str) -> threading.Thread:
+    """Start a thread that takes part in the clock; `Stopped` ends it quietly."""
     ticket = clock.expect()
 
     def run() -> None:

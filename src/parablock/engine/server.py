@@ -18,7 +18,7 @@ is refused, that is late where there is a deadline, or that has been silent for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -98,6 +98,11 @@ class Server:
         for t in range(state.committed + 1, len(state.history)):
             self._participation.ask(t, asked.get(t, self._cohort(t)), trace.clock.now())
             self._folds[t] = self._new_fold(t)
+
+    @property
+    def held(self) -> dict[int, tuple[int, ...]]:
+        """For each client the block versions that it has been told."""
+        return dict(self._downlink.held)
 
     def run(self) -> bool:
         """Run all rounds; False when it stopped early because it was asked to."""
@@ -233,14 +238,14 @@ class Server:
         waiting_for = f"the update of round {t}, block {fold.block_index}, from {lacking}"
         if deadline_s is None:
             try:
-                self._wait(waiting_for, can_go_on=enough)
+                self._wait(waiting_for, fold.missing, can_go_on=enough)
             except StallError:
                 if not enough:
                     raise
                 self._go_on_without_the_missing(fold, "silent", f"for {self._plan.stall_timeout_s:g} s")
         elif now_s >= deadline_s:
             self._go_on_without_the_missing(fold, "late", f"at {now_s:.1f} s")
-        elif (received := self._transport.receive_until(deadline_s)) is not None:
+        elif (received := self._transport.receive_until(deadline_s, fold.missing)) is not None:
             self._take(*received)
 
     def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
@@ -253,10 +258,12 @@ class Server:
                 if client_id in later.expected and len(later.expected) > self._fewest:
                     self._take_out(client_id, later, Problem(reason, text))
 
-    def _wait(self, waiting_for: str, *, can_go_on: bool = False) -> None:
+    def _wait(
+        self, waiting_for: str, from_clients: Collection[int] | None = None, *, can_go_on: bool = False
+    ) -> None:
         while True:
             try:
-                received = self._transport.receive(self._plan.stall_timeout_s, waiting_for)
+                received = self._transport.receive(self._plan.stall_timeout_s, waiting_for, from_clients)
             except StallError:
                 if can_go_on or not self._plan.waits_for_return:
                     raise

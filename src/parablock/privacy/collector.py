@@ -7,7 +7,7 @@ keys and letters; what belongs to the protocol is answered here, and the server 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -56,18 +56,22 @@ class Collector:
         self._begin()
         self._inner.send(client_id, parcel)
 
-    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+    def receive(
+        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
         """Wait for the next message that is not of the protocol."""
         self._begin()
         while not self._waiting:
-            self._take(*self._inner.receive(timeout_s, waiting_for))
+            self._take(*self._inner.receive(timeout_s, waiting_for, from_clients))
         return self._waiting.popleft()
 
-    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+    def receive_until(
+        self, deadline_s: float, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes] | None:
         """Wait for the next message that is not of the protocol until then."""
         self._begin()
         while not self._waiting:
-            received = self._inner.receive_until(deadline_s)
+            received = self._inner.receive_until(deadline_s, from_clients)
             if received is None:
                 return None
             self._take(*received)

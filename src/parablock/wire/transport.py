@@ -8,7 +8,7 @@ time pass, and then says that it is done. The two directions of a link do not sl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,14 +87,23 @@ class ServerEnd(Protocol):
     def send(self, client_id: int, parcel: Parcel) -> None:
         """Hand a message over for a client; returns at once."""
 
-    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+    def receive(
+        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
         """Wait for the next message of any client.
+
+        Args:
+            timeout_s: Patience, seconds without any progress.
+            waiting_for: What for, in words.
+            from_clients: Whose messages are missed, None: anybody's; a transport that has to ask asks them.
 
         Raises:
             StallError: When nothing has moved for `timeout_s`.
         """
 
-    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+    def receive_until(
+        self, deadline_s: float, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes] | None:
         """Wait for the next message of any client, or give None when the clock reaches `deadline_s` first."""
 
 
@@ -144,12 +153,18 @@ class MemoryTransport:
         else:
             self._early[client_id].append(parcel)
 
-    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
-        """Wait for the next message of any client."""
+    def receive(
+        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
+        """Wait for the next message of any client; they come by themselves."""
+        del from_clients
         return _opened(self._inbox.get(timeout_s, waiting_for))
 
-    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+    def receive_until(
+        self, deadline_s: float, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes] | None:
         """Wait for the next message of any client until then."""
+        del from_clients
         item = self._inbox.get_until(deadline_s)
         return None if item is None else _opened(item)
 

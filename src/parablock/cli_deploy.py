@@ -1,0 +1,104 @@
+"""`parablock deploy`: the server and the sites of a real deployment, on Flower."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parablock.errors import ConfigError
+
+deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
+
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and node keys; for trials on one machine.")]
+
+
+@deploy.command()
+def keys(
+    sites: Annotated[int, typer.Option("--sites", min=1, help="How many sites.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A new folder.")],
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="A name or address of the server, more than once.")
+    ] = None,
+) -> None:
+    """Make the server's certificate and a key pair for each site.
+
+    Example: parablock deploy keys --sites 3 --host fl.example.org --output-dir keys
+    """
+    from parablock.deploy.keys import make_keys
+
+    hosts = host or ["localhost", "127.0.0.1"]
+    make_keys(output_dir, sites, hosts)
+    typer.echo(f"{output_dir}/server stays at the server; its certificate is for {', '.join(hosts)}.")
+    typer.echo(f"{output_dir}/site-0 … site-{sites - 1}: give each to its site alone, over a safe way.")
+
+
+@deploy.command()
+def server(
+    config: Annotated[Path, typer.Argument(help="The run, as YAML.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The run directory.")],
+    keys: Annotated[Path | None, typer.Option("--keys", help="DIR/server of `deploy keys`.")] = None,
+    address: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "0.0.0.0:8000",
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Start the server: Flower's SuperLink, with this run ready to be submitted. Ctrl-C ends it.
+
+    Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
+    """
+    from parablock.config import load_config
+    from parablock.deploy.server import serve
+
+    if (keys is None) != insecure:
+        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy server")
+    settings = load_config(config, ["engine.name=flower"])
+    serve(settings, output_dir, keys=keys, address=address)
+
+
+@deploy.command()
+def client(
+    site: Annotated[Path, typer.Argument(help="The site's own YAML file.")],
+    superlink: Annotated[str, typer.Option("--superlink", help="host:port of the server.")],
+    keys: Annotated[Path | None, typer.Option("--keys", help="This site's folder of `deploy keys`.")] = None,
+    port: Annotated[int, typer.Option("--port", help="A free port of this machine, for its own processes.")] = 9094,
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Start a site: Flower's SuperNode, which reaches out to the server. Ctrl-C ends it.
+
+    Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
+    """
+    from parablock.deploy.processes import environment, supernode_command
+    from parablock.deploy.site import load_site
+
+    if (keys is None) != insecure:
+        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
+    settings = load_site(site)
+    command = supernode_command(superlink, keys and keys.absolute(), site.absolute(), port)
+    os.execve(command[0], command, environment(settings.state_dir / "flower"))
+
+
+@deploy.command()
+def local(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
+    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Bring up a SuperLink, SuperNodes and trainers on this machine, run, and take everything down again.
+
+    Example: parablock deploy local configs/t0.yaml --clients 2 --output-dir runs/deployed
+    """
+    from parablock.cli import conclude, watched
+    from parablock.config import load_config
+    from parablock.deploy.local import deploy_local
+
+    more = [] if clients is None else [f"federation.num_clients={clients}"]
+    settings = load_config(config, [*(overrides or []), *more, "engine.name=flower"])
+    with watched() as (progress, stop):
+        summary = deploy_local(settings, output_dir, insecure=insecure, progress=progress, asked_to_stop=stop)
+    conclude(summary, output_dir)

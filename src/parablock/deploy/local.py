@@ -1,0 +1,308 @@
+"""A whole deployment on this machine: SuperLink, SuperNodes and trainers, brought up, watched, taken down again.
+
+DIR/             the run directory, as after `parablock run`
+DIR/deployment/  keys, the sites' files and state, Flower's folders, the log of every process
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parablock.config import RunConfig, load_config
+from parablock.deploy.keys import make_keys
+from parablock.deploy.processes import (
+    ServerFiles,
+    environment,
+    free_ports,
+    register_sites,
+    run_status,
+    submit,
+    superlink_command,
+    supernode_command,
+    wait_for_port,
+    write_app,
+    write_connection,
+)
+from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE, failure_file, stop_file
+from parablock.errors import ConfigError, InputError, ParaBlockError
+from parablock.report.progress import LoggedProgress, Progress
+from parablock.report.records import RunDirectory
+
+LOOK_S = 0.3
+HOST = "127.0.0.1"
+
+
+class Deployment:
+    """The processes of one deployment; entered, they run, and left, they are gone.
+
+    Args:
+        output_dir: The run directory.
+        num_clients: How many sites.
+        insecure: Without TLS and node keys.
+    """
+
+    def __init__(self, output_dir: Path, num_clients: int, *, insecure: bool = False) -> None:
+        self.output_dir, self.num_clients, self.insecure = output_dir.absolute(), num_clients, insecure
+        self.folder = self.output_dir / "deployment"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._exit = ExitStack()
+
+    @property
+    def config_file(self) -> Path:
+        """The server's configuration."""
+        return self.folder / "config.yaml"
+
+    def prepare(self, config: RunConfig) -> None:
+        """Write all files: the server's configuration, one file for each site, keys."""
+        self.folder.mkdir(parents=True)
+        self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+        (self.folder / "sites").mkdir()
+        for client_id in range(self.num_clients):
+            site = {
+                "client_id": client_id,
+                "state_dir": f"../state/{client_id}",
+                "model": {"name_or_path": config.model.name_or_path, "device": config.model.device},
+                "data": config.data.model_dump(mode="json"),
+                "share": "part",
+            }
+            self.site_file(client_id).write_text(yaml.safe_dump(site, sort_keys=False), encoding="utf-8")
+        if not self.insecure:
+            make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
+        write_app(self.folder / "app")
+
+    def site_file(self, client_id: int) -> Path:
+        """Give the file of a site."""
+        return self.folder / "sites" / f"{client_id}.yaml"
+
+    def log(self, name: str) -> Path:
+        """Give the log of a process."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def __enter__(self) -> Deployment:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        port, *self._site_ports = free_ports(1 + self.num_clients)
+        keys = None if self.insecure else self.folder / "keys" / "server"
+        self.files = ServerFiles(self.folder / "flower", keys, f"{HOST}:{port}")
+        write_connection(self.files)
+        self.start_superlink()
+        for client_id in range(self.num_clients):
+            self.start_supernode(client_id)
+
+    def start_superlink(self) -> None:
+        """Start the server's process and register the sites with it."""
+        more = {CONFIG_VARIABLE: str(self.config_file), OUTPUT_VARIABLE: str(self.output_dir)}
+        process = self._launch("superlink", superlink_command(self.files), environment(self.files.home, more))
+        wait_for_port(self.files.address, process, self.log("superlink"))
+        if not self.insecure:
+            register_sites(self.files)
+
+    def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
+        """Start a site's process, towards the server or towards what stands before it."""
+        keys = None if self.insecure else self.folder / "keys" / f"site-{client_id}"
+        command = supernode_command(
+            superlink or self.files.address, keys, self.site_file(client_id), self._site_ports[client_id]
+        )
+        self._launch(f"supernode-{client_id}", command, environment(self.folder / f"flower-{client_id}"))
+
+    def submit(self) -> str:
+        """Start a Flower run, or the next one of an interrupted run."""
+        for word in (failure_file, stop_file):
+            word(self.output_dir).unlink(missing_ok=True)
+        return submit(self.files, self.folder / "app")
+
+    def trainer_pid(self, client_id: int) -> int | None:
+        """Tell the process of a site's trainer, if there is one."""
+        try:
+            pid = int((self.folder / "state" / str(client_id) / "lock").read_text(encoding="utf-8"))
+            named = Path(f"/proc/{pid}/cmdline").read_bytes() if Path("/proc").exists() else b"parablock"
+        except (OSError, ValueError):
+            return None
+        return pid if b"parablock" in named else None
+
+    def kill(self, name: str) -> None:
+        """End a process at once, as a power cut would; what it has started ends with it or by its own lease."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def _launch(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        self.log(name).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    def _stop(self) -> None:
+        for process in reversed(self.processes.values()):
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+        for client_id in range(self.num_clients):
+            if (pid := self.trainer_pid(client_id)) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+
+def deploy_local(
+    config: RunConfig,
+    output_dir: Path,
+    *,
+    insecure: bool = False,
+    progress: Progress | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run a configuration over real Flower processes on this machine; the run directory is as after `run`.
+
+    Raises:
+        InputError: Something that the user gave is wrong, or Flower is not installed.
+        ParaBlockError: The run failed.
+    """
+    RunDirectory(output_dir).check_unused()
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
+    deployment = Deployment(output_dir, config.federation.num_clients, insecure=insecure)
+    made = not output_dir.exists()
+    deployment.prepare(config)
+    try:
+        with deployment:
+            return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
+    except InputError:
+        if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
+            shutil.rmtree(output_dir if made else deployment.folder, ignore_errors=True)
+        raise
+
+
+def is_deployed(output_dir: Path) -> bool:
+    """Tell whether the run in a folder has its clients at sites."""
+    config = RunDirectory(output_dir).config
+    return config.exists() and load_config(config).engine.name == "flower"
+
+
+def resume_local(
+    output_dir: Path,
+    *,
+    progress: Progress | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Bring an interrupted deployment up again and go on from its last checkpoint."""
+    directory = RunDirectory(output_dir)
+    directory.check_resumable()
+    config = load_config(directory.config)
+    deployment = Deployment(
+        output_dir,
+        config.federation.num_clients,
+        insecure=not (Path(output_dir) / "deployment" / "keys").exists(),
+    )
+    if not deployment.folder.exists():
+        raise ConfigError(
+            [
+                "this run's server and sites are not on this machine; start the SuperLink again with "
+                "`parablock deploy server` and submit the app with `flwr run`: it goes on by itself"
+            ],
+            source=str(output_dir),
+        )
+    with deployment:
+        return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
+
+
+def watch(
+    deployment: Deployment, run_id: str, progress: Progress, asked_to_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Show the rounds as they are written, until the run ends.
+
+    Raises:
+        ParaBlockError: What the server or a process ended with.
+    """
+    directory = RunDirectory(deployment.output_dir)
+    began = time.time_ns()
+    with _rows(deployment, progress) as look:
+        next_status = time.monotonic() + 20
+        while True:
+            look()
+            if asked_to_stop():
+                stop_file(deployment.output_dir).touch()
+            failure = failure_file(deployment.output_dir)
+            if failure.exists():
+                raise _told(json.loads(failure.read_text(encoding="utf-8")))
+            if directory.summary.exists() and directory.summary.stat().st_mtime_ns > began:
+                summary = directory.read_summary()
+                if summary["status"] != "failed":
+                    look()
+                    return summary
+            superlink = deployment.processes.get("superlink")
+            if superlink is None or superlink.poll() is not None:
+                raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
+            if time.monotonic() > next_status:
+                next_status = time.monotonic() + 20
+                if run_status(deployment.files, run_id).startswith("finished") and not failure.exists():
+                    time.sleep(2)  # its last files may be on their way
+                    if not directory.summary.exists():
+                        raise _ended("the ServerApp ended", deployment.log("superlink"), deployment.output_dir)
+            time.sleep(LOOK_S)
+
+
+@contextmanager
+def _rows(deployment: Deployment, progress: Progress) -> Iterator[Callable[[], None]]:
+    directory = RunDirectory(deployment.output_dir)
+    shown = 0
+    started = False
+
+    def look() -> None:
+        nonlocal shown, started
+        if not directory.metrics.exists():
+            return
+        text = directory.metrics.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
+        if not started:
+            federation = load_config(deployment.config_file).federation
+            progress.start(federation.num_rounds, federation.num_clients, len(lines))
+            shown, started = len(lines), True
+        for line in lines[shown:]:
+            progress.round_done(json.loads(line))
+        shown = max(shown, len(lines))
+
+    progress.message(
+        f"SuperLink and {deployment.num_clients} SuperNodes start; logs in {deployment.folder / 'logs'}"
+    )
+    yield look
+
+
+def _told(word: dict[str, Any]) -> ParaBlockError:
+    kind = InputError if word["exit_code"] == 2 else ParaBlockError
+    return kind(word["what"], cause=word["cause"], remedy=word["remedy"])
+
+
+def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
+    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-10:]
+    return ParaBlockError(
+        f"{what}; its log ends with:\n" + "\n".join(tail),
+        cause=f"The whole log is {log}.",
+        remedy=f"Go on from the last checkpoint: parablock resume {output_dir}",
+    )

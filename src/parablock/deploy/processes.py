@@ -1,0 +1,203 @@
+"""Flower's own commands with safe defaults: TLS and node keys on, telemetry and update checks off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from parablock import __version__
+from parablock.deploy.keys import missing_extra
+from parablock.errors import InputError, ParaBlockError
+
+CONNECTION = "parablock"
+"""The name of the server in the Flower configuration that we write."""
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+}
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """What the server needs on disk.
+
+    Attributes:
+        home: Flower's folder of this server.
+        keys: What `make_keys` wrote into `server/`; None: no TLS, any site may connect.
+        address: host:port that it listens at.
+    """
+
+    home: Path
+    keys: Path | None
+    address: str
+
+
+def flower(command: str) -> str:
+    """Find one of Flower's commands beside this Python.
+
+    Raises:
+        InputError: Flower is not installed.
+    """
+    found = shutil.which(command, path=_path())
+    if found is None:
+        raise missing_extra()
+    return found
+
+
+def superlink_command(files: ServerFiles) -> list[str]:
+    """Give the command of the server."""
+    host, _, port = files.address.rpartition(":")
+    command = [flower("flower-superlink"), "--host", host, "--port", port]
+    command.append("--disable-runtime-dependency-installation")
+    if files.keys is None:
+        return [*command, "--insecure"]
+    return [
+        *command,
+        *("--ssl-certfile", str(files.keys / "server.pem")),
+        *("--ssl-keyfile", str(files.keys / "server.key")),
+        *("--ssl-ca-certfile", str(files.keys / "ca.pem")),
+        "--enable-supernode-auth",
+    ]
+
+
+def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: int) -> list[str]:
+    """Give the command of a site.
+
+    Args:
+        superlink: host:port of the server.
+        keys: The site's folder of `make_keys`; None: no TLS.
+        site_file: Its YAML file.
+        port: Local port of the SuperNode, one for each on a machine.
+    """
+    command = [flower("flower-supernode"), "--superlink", superlink, "--port", str(port)]
+    command += ["--node-config", f"site={json.dumps(str(site_file))}"]
+    if keys is None:
+        return [*command, "--insecure"]
+    return [
+        *command,
+        *("--root-certificates", str(keys / "ca.pem")),
+        *("--auth-supernode-private-key", str(keys / "site.key")),
+    ]
+
+
+def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Give the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
+    home.mkdir(parents=True, exist_ok=True)
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
+
+
+def write_app(directory: Path) -> Path:
+    """Write the Flower app, which plain `flwr run` takes: only names, all code is in the installed package."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "pyproject.toml").write_text(
+        f"""[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "parablock-app"
+version = "{__version__}"
+description = "Federated fine-tuning with ParaBlock"
+dependencies = ["parablock[flower]=={__version__}"]
+
+[tool.flwr.app]
+publisher = "parablock"
+
+[tool.flwr.app.components]
+serverapp = "parablock.deploy.server_app:app"
+clientapp = "parablock.deploy.client_app:app"
+
+[tool.flwr.app.config]
+""",
+        encoding="utf-8",
+    )
+    return directory
+
+
+def write_connection(files: ServerFiles) -> None:
+    """Tell `flwr` where the server is."""
+    files.home.mkdir(parents=True, exist_ok=True)
+    safety = "insecure = true" if files.keys is None else f'root-certificates = "{files.keys / "ca.pem"}"'
+    lines = ["[superlink]", f'default = "{CONNECTION}"', "", f"[superlink.{CONNECTION}]"]
+    lines += [f'address = "{files.address}"', safety, ""]
+    (files.home / "config.toml").write_text("\n".join(lines), encoding="utf-8")
+
+
+def register_sites(files: ServerFiles) -> None:
+    """Let every site connect whose public key is in the server's folder."""
+    assert files.keys is not None
+    for public in sorted(files.keys.glob("site-*.pub")):
+        _flwr(files, ["supernode", "register", str(public), CONNECTION])
+
+
+def submit(files: ServerFiles, app: Path) -> str:
+    """Start a run; give its id."""
+    answer = _flwr(files, ["run", str(app), CONNECTION, "--format", "json"])
+    return str(json.loads(answer[answer.index("{") :])["run-id"])
+
+
+def run_status(files: ServerFiles, run_id: str) -> str:
+    """Ask the server how a run stands, in Flower's words."""
+    answer = _flwr(files, ["list", "--run-id", run_id, CONNECTION, "--format", "json"])
+    (run,) = json.loads(answer[answer.index("{") :])["runs"]
+    return str(run["status"])
+
+
+def wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60.0) -> None:
+    """Wait until something listens there.
+
+    Raises:
+        ParaBlockError: The process ended, or does not listen in time.
+    """
+    host, _, port = address.rpartition(":")
+    give_up = time.monotonic() + timeout_s
+    while time.monotonic() < give_up and process.poll() is None:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.1)
+    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:] if log.exists() else []
+    raise ParaBlockError(
+        f"the SuperLink does not listen at {address}:\n" + "\n".join(tail),
+        cause="The port is busy, or its certificate cannot be read.",
+        remedy=f"Look at {log}, or choose another port.",
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Find ports of this machine that nobody listens at."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _flwr(files: ServerFiles, arguments: Sequence[str]) -> str:
+    command = [flower("flwr"), *arguments]
+    done = subprocess.run(command, env=environment(files.home), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InputError(
+            f"`flwr {' '.join(arguments)}` failed: {(done.stdout + done.stderr).strip()[-800:]}",
+            cause="Flower's server at " + files.address + " refused it or cannot be reached.",
+        )
+    return done.stdout
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

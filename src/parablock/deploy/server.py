@@ -1,0 +1,63 @@
+"""The server of a real deployment: a SuperLink that knows the run, and the app that starts it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import typer
+
+from parablock.config import RunConfig
+from parablock.deploy.processes import (
+    ServerFiles,
+    environment,
+    register_sites,
+    superlink_command,
+    wait_for_port,
+    write_app,
+    write_connection,
+)
+from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE
+from parablock.report.records import RunDirectory
+
+
+def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: str) -> None:
+    """Start the SuperLink, let the sites in, and stay until it ends or the user does.
+
+    Args:
+        config: The run.
+        output_dir: Its run directory; a run that is there already is gone on with.
+        keys: The server's folder of keys; None: no TLS, any site may connect.
+        address: host:port to listen at.
+
+    Raises:
+        ParaBlockError: The SuperLink does not start.
+    """
+    output_dir = output_dir.absolute()
+    if RunDirectory(output_dir).config.exists():
+        RunDirectory(output_dir).check_resumable()
+    folder = output_dir / "deployment"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    local = address.replace("0.0.0.0", "127.0.0.1")
+    files = ServerFiles(folder / "flower", keys and keys.absolute(), address)
+    reached = ServerFiles(files.home, files.keys, local)
+    write_connection(reached)
+    app, log = write_app(folder / "app"), folder / "superlink.log"
+    more = {CONFIG_VARIABLE: str(folder / "config.yaml"), OUTPUT_VARIABLE: str(output_dir)}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            superlink_command(files), env=environment(files.home, more), stdout=output, stderr=output
+        )
+    try:
+        wait_for_port(local, process, log)
+        if files.keys is not None:
+            register_sites(reached)
+        typer.echo(f"The SuperLink listens at {address}; its log is {log}.")
+        typer.echo(f"Start the run when you like: FLWR_HOME={files.home} flwr run {app} parablock")
+        process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        process.terminate()
+        process.wait()

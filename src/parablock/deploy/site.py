@@ -1,0 +1,99 @@
+"""A site's own configuration, and what the server tells it of the run's. Nothing here imports torch.
+
+Paths and secrets stay where they are: the server sends the method, never where its files lie; a site says what
+it trains on, and that is not sent at all.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from parablock.config import RunConfig, parse_config, read_tree, validate
+from parablock.errors import ConfigError
+from parablock.section import Section
+
+SITE_VARIABLE = "PARABLOCK_SITE"
+"""The environment variable that names the site's file where the SuperNode's `--node-config` does not."""
+
+
+class SiteModel(Section):
+    """The base model at this site."""
+
+    name_or_path: str = Field(min_length=1, description="Hugging Face id or a folder.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where local training runs.")
+
+
+class SiteConfig(Section):
+    """What a site says of itself, in its own YAML file."""
+
+    client_id: int = Field(ge=0, description="Which client it is, from 0.")
+    state_dir: Path = Field(description="A folder of its own for what has to last.")
+    model: SiteModel
+    data: dict[str, Any] = Field(description="`data` as in a run's configuration; `train` names this site's files.")
+    share: Literal["all", "part"] = Field(
+        "all",
+        description="Train on all rows, or on this client's part of them when they are split over all clients.",
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="Torch threads; null: as the server's configuration says."
+    )
+    lease_s: float = Field(3600.0, gt=0, description="How long the trainer lives without a sign of the server.")
+
+
+def load_site(path: Path | str) -> SiteConfig:
+    """Read a site's file.
+
+    Raises:
+        ConfigError: With every problem.
+    """
+    path = Path(path).absolute()
+    site = validate(SiteConfig, read_tree(path), source=str(path))
+    return site.model_copy(update={"state_dir": (path.parent / site.state_dir).resolve()})
+
+
+def site_file(node_config: dict[str, Any]) -> Path:
+    """Find the file of the site that a SuperNode runs for.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    named = node_config.get("site") or os.environ.get(SITE_VARIABLE)
+    if not named:
+        raise ConfigError(
+            [
+                "the SuperNode does not say whose it is; start it with `parablock deploy client`, or with "
+                f"--node-config 'site=\"/path/site.yaml\"', or set {SITE_VARIABLE}"
+            ],
+            source="the SuperNode",
+        )
+    return Path(str(named))
+
+
+def shared_config(config: RunConfig) -> str:
+    """Give what the sites have to know, as YAML: no path, no tracker, no data source of the server's."""
+    tree = config.model_dump(mode="json")
+    for section, keys in {"model": ("name_or_path", "device"), "data": ("train", "test", "partition")}.items():
+        for key in keys:
+            tree[section].pop(key)
+    for section in ("report_to", "evaluation", "checkpoint", "link"):
+        tree.pop(section)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def configuration_at(site: SiteConfig, shared: str) -> RunConfig:
+    """Put the server's part and the site's own together.
+
+    Raises:
+        ConfigError: With every problem, as one of the site's file.
+    """
+    tree = yaml.safe_load(shared)
+    tree["model"] |= site.model.model_dump()
+    tree["data"] |= site.data
+    if site.num_threads is not None:
+        tree["engine"]["num_threads"] = site.num_threads
+    return parse_config(tree, source=f"the file of client {site.client_id}, with what the server says,")

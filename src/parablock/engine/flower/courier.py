@@ -1,0 +1,122 @@
+"""A site's ClientApp: a short-lived courier between Flower and the trainer, which it starts where there is none.
+
+A SuperNode runs a new process for each message, so nothing here imports torch, and everything that has to
+last stays in the trainer. The courier waits until the trainer has something to send, for as long as the
+server allows.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from parablock.engine.flower.exchange import Reply, Request, header_of, request_of
+from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
+from parablock.engine.flower.session import SessionFolder
+from parablock.errors import ParaBlockError, StallError
+
+ATTEMPTS = 3
+START_S = 120.0
+"""How long a trainer may take to open its socket."""
+
+
+def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> ClientApp:
+    """Make the ClientApp of a site.
+
+    Args:
+        site_of: Gives (client_id, state folder, the command that starts the trainer of a session folder,
+            which is its last argument) for the SuperNode that runs it.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def exchange(message: Message, context: Context) -> Message:
+        request = request_of(*unpack(message.content))
+        try:
+            client_id, state_dir, command = site_of(context)
+            reply = _carry(request, client_id, state_dir, command)
+        except ParaBlockError as error:
+            reply = Reply(client_id=-1, error=str(error))
+        return Message(pack(reply), reply_to=message)
+
+    return app
+
+
+def pack(said: Request | Reply) -> RecordDict:
+    """Put a request or a reply into Flower's records: a line of JSON, and one Array for each frame."""
+    arrays = {
+        f"{place:06d}": Array("uint8", (len(frame.content),), "parablock.bytes", frame.content)
+        for place, frame in enumerate(said.frames)
+    }
+    record = RecordDict({"said": ConfigRecord({"header": header_of(said)})})
+    if arrays:
+        record["frames"] = ArrayRecord(arrays)
+    return record
+
+
+def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
+    """Take apart what `pack` made: the header and the frames' contents."""
+    header = str(record.config_records["said"]["header"])
+    frames = record.array_records.get("frames")
+    return header, [] if frames is None else [frames[name].data for name in sorted(frames)]
+
+
+def _carry(request: Request, client_id: int, state_dir: Path, command: list[str]) -> Reply:
+    folder = SessionFolder(state_dir, request.run_key, request.session)
+    if request.hello:
+        return Reply(client_id, held_rounds=folder.held_rounds())
+    if folder.path.exists() and folder.finished is not None:
+        now = datetime.now(UTC).timestamp()
+        return Reply(client_id, wanted=folder.finished[0], arrived_s=now, left_s=now, idle=True, finished=True)
+    folder.open(request)
+    for _ in range(ATTEMPTS):
+        with closing(_reach_trainer(folder, state_dir, command)) as connection:
+            try:
+                send(connection, request)
+                return receive_reply(connection)
+            except (EOFError, OSError):
+                continue  # it died just now, or it served an earlier session and makes room for this one
+    raise StallError(
+        f"the trainer of {state_dir} ended {ATTEMPTS} times while it was asked",
+        cause="Most often its memory: the system ends a process that asks for too much.",
+        remedy=f"Look at {folder.path / 'trainer.log'} on that site.",
+    )
+
+
+def _reach_trainer(folder: SessionFolder, state_dir: Path, command: list[str]) -> Connection:
+    """Connect to the session's trainer; start it where nobody answers."""
+    address, secret = address_of(state_dir), secret_of(state_dir)
+    started: subprocess.Popen[bytes] | None = None
+    log = folder.path / "trainer.log"
+    give_up = time.monotonic() + START_S
+    while time.monotonic() < give_up:
+        try:
+            return connect(address, secret)
+        except (OSError, EOFError, AuthenticationError):
+            if started is None:
+                with log.open("ab") as output:
+                    started = subprocess.Popen(
+                        [*command, str(folder.path)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,  # it outlives this process and the SuperNode
+                    )
+            elif started.poll() is not None:
+                break
+            time.sleep(0.1)
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
+    raise StallError(
+        f"the trainer of {state_dir} did not start; its log ends with:\n" + "\n".join(last),
+        cause="The site's own configuration, data or model, or its memory.",
+        remedy=f"Look at {log} on that site.",
+    )

@@ -1,0 +1,83 @@
+"""The Flower engine: the server of every engine, with sites behind SuperNodes instead of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from parablock.algorithm.parablock import ServerState, initial_server
+from parablock.checkpoint import ClientSnapshot, RunState
+from parablock.engine.flower.grid import GridTransport
+from parablock.engine.inprocess import EngineResult, Hooks, is_past
+from parablock.engine.server import Server, ServerPlan
+from parablock.trace import Trace
+
+
+def server_app(main: Callable[[Grid, Context], None]) -> ServerApp:
+    """Make the ServerApp that calls `main`."""
+    app = ServerApp()
+    app.main()(main)
+    return app
+
+
+def run_over_flower(
+    params: Sequence[Tensor],
+    plan: ServerPlan,
+    trace: Trace,
+    hooks: Hooks,
+    transport: GridTransport,
+    *,
+    resumed: RunState | None = None,
+) -> EngineResult:
+    """Run all rounds, or those that a checkpoint has left; see `run_in_process`.
+
+    At each checkpoint the server writes its own part before the next round is announced, and every site
+    writes its part at home. A resumed run starts where all of them have one.
+
+    Args:
+        params: The initial parameters, one flat vector for each block.
+        plan: What the server follows.
+        trace: Records the run; its clock is real.
+        hooks: Who keeps the records.
+        transport: Connected to every client.
+        resumed: Where to go on; every client has a snapshot of the same round.
+
+    Raises:
+        ParaBlockError: Whatever the server or a site ended with.
+    """
+    transport.begin(trace, None if resumed is None else resumed.round_index)
+
+    def on_mark(round_index: int, state: ServerState, memory: dict[str, Any]) -> None:
+        clients = tuple(
+            ClientSnapshot(client_id, versions, state.rho, {})
+            for client_id, versions in sorted(server.held.items())
+        )
+        down = {t: dict(transport.ledger.of_round(t).down) for t in range(state.committed + 1, round_index)}
+        spans = [span for span in list(trace.spans) if is_past(span, round_index, state.committed)]
+        hooks.on_checkpoint(RunState(round_index, state, clients, {"downlink": down, "server": memory}, spans))
+
+    if resumed is not None:
+        transport.ledger.restore_downlink(resumed.progress["downlink"])
+    server = Server(
+        initial_server(params) if resumed is None else resumed.server,
+        plan,
+        transport,
+        trace,
+        on_commit=lambda state, updates: hooks.on_commit(
+            state, updates, transport.ledger.of_round(state.committed)
+        ),
+        on_mark=on_mark,
+        asked_to_stop=hooks.asked_to_stop,
+        on_event=hooks.on_event,
+        first_round=0 if resumed is None else resumed.round_index,
+        held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
+        memory=None if resumed is None else resumed.progress["server"],
+    )
+    finished = server.run()
+    transport.close(plan.stall_timeout_s)
+    traffic = transport.ledger.of_round(plan.num_rounds - 1)
+    return EngineResult(server.state, (), finished, traffic, dict(server.refused))

@@ -1,0 +1,149 @@
+"""What one exchange through Flower says: a request of the server to a client, and its reply.
+
+Both are a line of JSON and any number of frames. The same form crosses Flower (a ConfigRecord and one Array for
+each frame) and the socket between a site's ClientApp and its trainer. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from parablock.engine.flower.stream import PART_BYTES, Frame
+from parablock.errors import CodecError
+
+T = TypeVar("T", "Request", "Reply")
+
+PROTOCOL = 1
+HEADER_BYTES = 4 << 20
+"""Bytes of a header at most."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The server's part of an exchange.
+
+    Attributes:
+        run_key: Which run; the same before and after a resume.
+        session: Which Flower run.
+        restore: The round whose snapshot the session starts from; None: from the base model.
+        config: What the clients have to know of the configuration, as YAML.
+        base_sha256: Of the base model that all have to share.
+        wanted: The next frame of the client that the server wants.
+        budget_bytes: How much the reply may carry.
+        wait_s: How long the client may wait for something to reply with.
+        hello: Only say who you are and which snapshots you keep.
+        frames: For the client.
+    """
+
+    run_key: str
+    session: str
+    restore: int | None
+    config: str
+    base_sha256: str
+    wanted: int = 0
+    budget_bytes: int = 0
+    wait_s: float = 0.0
+    hello: bool = False
+    frames: tuple[Frame, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The client's part of an exchange.
+
+    Attributes:
+        client_id: Who.
+        wanted: The next frame of the server that the client wants; the ones before are on its disk.
+        arrived_s: When the request was there, seconds since 1970 by the client's clock.
+        left_s: When the reply was ready, likewise.
+        idle: Whether the client has nothing to do until more is sent to it.
+        finished: Whether it has taken the last message of the run.
+        held_rounds: The rounds whose snapshots it keeps.
+        spans: What it did since the last reply, as `Span` fields with times since 1970.
+        error: Why it has given up; empty: it has not.
+        frames: For the server.
+    """
+
+    client_id: int
+    wanted: int = 0
+    arrived_s: float = 0.0
+    left_s: float = 0.0
+    idle: bool = False
+    finished: bool = False
+    held_rounds: tuple[int, ...] = ()
+    spans: tuple[tuple[Any, ...], ...] = ()
+    error: str = ""
+    frames: tuple[Frame, ...] = field(default=())
+
+
+def header_of(said: Request | Reply) -> str:
+    """Write all but the frames' contents as a line of JSON."""
+    fields = {name: value for name, value in vars(said).items() if name != "frames"}
+    places = [[frame.number, frame.round_index, frame.ends, len(frame.content)] for frame in said.frames]
+    return json.dumps({"protocol": PROTOCOL, "kind": type(said).__name__, **fields, "frames": places})
+
+
+def frame_bytes(header: str) -> list[int]:
+    """Tell the lengths of the frames that a header announces, before any of them is read.
+
+    Raises:
+        CodecError: It is not a header of this protocol.
+    """
+    return [place[3] for place in _fields(header)["frames"]]
+
+
+def request_of(header: str, contents: Sequence[bytes]) -> Request:
+    """Read a request; see `frame_bytes` for errors."""
+    return _read(Request, header, contents)
+
+
+def reply_of(header: str, contents: Sequence[bytes]) -> Reply:
+    """Read a reply; see `frame_bytes` for errors."""
+    return _read(Reply, header, contents)
+
+
+def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
+    fields = _fields(header)
+    del fields["protocol"]
+    if fields.pop("kind") != kind.__name__:
+        raise _foreign(f"it is not a {kind.__name__}")
+    places = fields.pop("frames")
+    if [place[3] for place in places] != [len(content) for content in contents]:
+        raise _foreign("its frames are not of the lengths that it says")
+    frames = tuple(
+        Frame(number, round_index, ends, content)
+        for (number, round_index, ends, _), content in zip(places, contents, strict=True)
+    )
+    if "held_rounds" in fields:
+        fields["held_rounds"] = tuple(fields["held_rounds"])
+        fields["spans"] = tuple(tuple(span) for span in fields["spans"])
+    try:
+        return kind(**fields, frames=frames)
+    except TypeError as error:
+        raise _foreign(str(error)) from None
+
+
+def _fields(header: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(header)
+        if fields["protocol"] != PROTOCOL:
+            raise _foreign(f"it speaks protocol {fields['protocol']}, and this release {PROTOCOL}")
+        for number, round_index, ends, length in fields["frames"]:
+            known = type(number) is int and type(round_index) is int and type(ends) is bool and type(length) is int
+            if not known or number < 0 or not 0 <= length <= PART_BYTES:
+                raise _foreign(f"it announces a frame {[number, round_index, ends, length]}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _foreign(f"its header is broken: {error!r}") from None
+    assert isinstance(fields, dict)
+    return fields
+
+
+def _foreign(what: str) -> CodecError:
+    return CodecError(
+        f"an exchange cannot be read: {what}",
+        cause="The other side is not ParaBlock, or of another release.",
+        remedy="Install the same release of ParaBlock on the server and on every site.",
+    )

@@ -1,0 +1,243 @@
+"""The trainer's communication thread: a mailbox that ClientApps come to with what the server sent.
+
+It stands where `Pipeline` stands in one process, so that the `Client` above it is the same. Each ClientApp
+brings the server's frames and takes back the client's; between two of them, and while Flower carries the
+bytes, the compute thread trains. What came is on the disk before it is confirmed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+
+from parablock.engine.flower.exchange import Reply, Request
+from parablock.engine.flower.local_socket import accept, receive_request, send
+from parablock.engine.flower.session import SessionFolder
+from parablock.engine.flower.stream import Inbox, Outbox, frames_of
+from parablock.engine.pipeline import start_thread
+from parablock.errors import CodecError, ParaBlockError, StallError
+from parablock.trace import Trace
+
+SLICE_S = 0.05
+"""How often a waiting thread looks at both of what it waits for."""
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What the compute thread has to send, at the moment when it asks for its next message."""
+
+    messages: tuple[tuple[bytes, int], ...]
+    consumed: int
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The compute thread is done, or has failed."""
+
+    error: str
+    messages: tuple[tuple[bytes, int], ...] = ()
+
+
+class TrainerMailbox:
+    """One client's communication with its server, by way of ClientApps.
+
+    Args:
+        client_id: Whose.
+        listener: The site's socket.
+        secret: The site's secret.
+        folder: The session on disk.
+        trace: Where waiting is recorded; its clock is the trainer's, which must be real.
+        epoch_s: Seconds since 1970 at which that clock was at zero.
+        lease_s: How long the trainer lives without a sign of the server.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        listener: socket.socket,
+        secret: bytes,
+        folder: SessionFolder,
+        trace: Trace,
+        *,
+        epoch_s: float,
+        lease_s: float,
+    ) -> None:
+        self._client_id, self._listener, self._secret, self._folder = client_id, listener, secret, folder
+        self._trace, self._epoch_s, self._lease_s = trace, epoch_s, lease_s
+        position = folder.position
+        self._places, self._sent_frames = [position.wanted], position.first_sent
+        self._batch: list[tuple[bytes, int]] = []
+        self._consumed = self._delivered = 0
+        self._out, self._in = Outbox(position.first_sent), Inbox(position.wanted)
+        clock = trace.clock
+        self._from_compute, self._to_compute, self._closed = clock.mailbox(), clock.mailbox(), clock.mailbox()
+        self._ended: _Ended | None = None
+        self._busy = True
+        self._spans_told = 0
+
+    # ── the compute thread ──────────────────────────────────────────────────────────────────────────
+
+    def __enter__(self) -> TrainerMailbox:
+        for message, frame in self._in.take(self._folder.kept()):
+            self._deliver(message, frame.number + 1)
+        self._thread = start_thread(self._trace.clock, self._serve, f"client {self._client_id} communication")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._from_compute.put(_Ended("" if error is None else str(error) or repr(error), tuple(self._batch)))
+        self._closed.get(self._lease_s * 2, "the server to take the last reply")
+        self._thread.join()
+
+    def send(self, message: bytes, round_index: int) -> None:
+        """Have an update ready for the next ClientApp. Called by the compute thread."""
+        self._batch.append((message, round_index))
+        self._sent_frames += frames_of(message)
+
+    def receive(self) -> bytes:
+        """Wait for the next message of the server. Called by the compute thread.
+
+        Raises:
+            StallError: The server gave no sign of life for the length of the lease.
+        """
+        self._publish()
+        with self._trace.span(self._client_id, "compute", "waiting"):
+            item = self._to_compute.get(self._lease_s * 2, "the server's next message")
+        if isinstance(item, BaseException):
+            raise item
+        message, place = item
+        self._places.append(place)
+        self._consumed += 1
+        assert isinstance(message, bytes)
+        return message
+
+    def wanted_before(self, messages: int) -> int:
+        """Give the first frame of the last so many messages that were received; of 0: the next one."""
+        return self._places[-1 - messages]
+
+    def first_sent(self, messages: int) -> int:
+        """Give the number of the first of the frames that the last messages to send were cut into.
+
+        Args:
+            messages: How many frames they have together.
+        """
+        return self._sent_frames - messages
+
+    def _publish(self) -> None:
+        self._from_compute.put(_Published(tuple(self._batch), self._consumed))
+        self._batch.clear()
+
+    # ── the communication thread ────────────────────────────────────────────────────────────────────
+
+    def _serve(self) -> None:
+        self._heard_s = self._trace.clock.now()
+        self._listener.settimeout(SLICE_S * 4)
+        try:
+            while not self._is_over():
+                try:
+                    connection = accept(self._listener, self._secret)
+                except TimeoutError:
+                    self._look_at_compute(0.0)
+                    continue
+                if connection is not None:
+                    self._exchange(connection)
+        except (OSError, ParaBlockError) as error:
+            self._to_compute.put(error)
+        finally:
+            self._listener.close()
+            self._closed.put(None)
+
+    def _is_over(self) -> bool:
+        if self._ended is not None and self._told_end:
+            return True
+        if self._trace.clock.now() - self._heard_s < self._lease_s:
+            return False
+        self._to_compute.put(
+            StallError(
+                f"client {self._client_id} heard nothing of the server for {self._lease_s:g} s",
+                cause="The run was stopped, or the SuperNode is down or cannot reach the server.",
+                remedy="Start the SuperNode again; the trainer goes on where it was when the server asks for it.",
+            )
+        )
+        return True
+
+    _told_end = False
+
+    def _exchange(self, connection: Connection) -> None:
+        """Serve one ClientApp; one that goes away in the middle will come again."""
+        try:
+            with connection:
+                request = receive_request(connection)
+                if request.session != self._folder.session:
+                    os.kill(os.getpid(), signal.SIGTERM)  # a new session has begun; all that counts is on the disk
+                self._heard_s = arrived = self._trace.clock.now()
+                try:
+                    self._take(request)
+                except CodecError as error:
+                    send(connection, Reply(self._client_id, self._in.wanted, error=str(error)))
+                    return
+                while self._should_wait(request, arrived):
+                    if connection.poll():
+                        return  # it has nothing more to say: it is gone
+                    self._look_at_compute(SLICE_S)
+                self._heard_s = self._trace.clock.now()
+                send(connection, self._reply(request, arrived))
+                self._told_end = self._ended is not None
+        except (EOFError, OSError):
+            return
+
+    def _take(self, request: Request) -> None:
+        self._out.acknowledge(request.wanted)
+        fresh = [frame for frame in request.frames if frame.number >= self._in.wanted]
+        self._folder.keep(fresh)
+        for message, frame in self._in.take(fresh):
+            self._deliver(message, frame.number + 1)
+
+    def _deliver(self, message: bytes, wanted_after: int) -> None:
+        self._delivered += 1
+        self._busy = True
+        self._to_compute.put((message, wanted_after))
+
+    def _should_wait(self, request: Request, arrived: float) -> bool:
+        self._look_at_compute(0.0)
+        if self._ended is not None or not self._busy or self._out.after(request.wanted, 1):
+            return False
+        return self._trace.clock.now() - arrived < request.wait_s
+
+    def _look_at_compute(self, seconds: float) -> None:
+        """Take what the compute thread has published, waiting for it so long at most."""
+        item = self._from_compute.get_until(self._trace.clock.now() + max(seconds, 1e-3))
+        if item is not None:
+            for message, round_index in item.messages:
+                self._out.put(message, round_index)
+        if isinstance(item, _Published):
+            self._busy = item.consumed < self._delivered
+        elif isinstance(item, _Ended):
+            self._ended, self._busy = item, False
+            if not item.error:
+                self._folder.finish(self._in.wanted, self._out.next_number)
+
+    def _reply(self, request: Request, arrived: float) -> Reply:
+        spans = self._trace.spans[self._spans_told :]
+        self._spans_told += len(spans)
+        return Reply(
+            client_id=self._client_id,
+            wanted=self._in.wanted,
+            arrived_s=self._epoch_s + arrived,
+            left_s=self._epoch_s + self._trace.clock.now(),
+            idle=not self._busy,
+            finished=self._ended is not None and not self._ended.error,
+            held_rounds=self._folder.held_rounds(),
+            spans=tuple(
+                (s.lane, s.activity, s.start_s + self._epoch_s, s.duration_s, s.facts)
+                for s in spans
+                if s.activity != "waiting"
+            ),
+            error=self._ended.error if self._ended else "",
+            frames=tuple(self._out.after(request.wanted, request.budget_bytes)),
+        )

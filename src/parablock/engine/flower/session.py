@@ -1,0 +1,141 @@
+"""What a site keeps on its disk, so that its trainer can die at any moment and find its place again.
+
+    STATE/
+      key                         the secret of the local socket, for this user alone
+      RUN/snapshots/round-000008  the client at the start of a round, as `checkpoint.py` writes it
+      RUN/session-ID/session.json   the request that opened the session: configuration, where to start
+      RUN/session-ID/position.json  the newest snapshot of the session and its places in both streams
+      RUN/session-ID/frames/17      every frame that was received after that snapshot
+      RUN/session-ID/finished       how far both streams came, when the run is over
+
+A frame is on the disk before it is confirmed. A trainer that starts again reads the newest snapshot, takes the
+frames that came after it once more, and so repeats what it did. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from parablock.engine.flower.exchange import Request, header_of, request_of
+from parablock.engine.flower.stream import Frame
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a session is.
+
+    Attributes:
+        round_index: The snapshot; None: the base model.
+        wanted: The first frame of the server after it.
+        first_sent: The number of the first frame of the updates that are in flight at the snapshot.
+    """
+
+    round_index: int | None
+    wanted: int = 0
+    first_sent: int = 0
+
+
+class SessionFolder:
+    """The files of one session of one run.
+
+    Args:
+        state_dir: The site's folder.
+        run_key: The run.
+        session: The Flower run.
+    """
+
+    def __init__(self, state_dir: Path, run_key: str, session: str) -> None:
+        self.session, run = session, state_dir / _safe(run_key)
+        self.snapshots, self.path = run / "snapshots", run / f"session-{_safe(session)}"
+        self._frames, self._position = self.path / "frames", self.path / "position.json"
+
+    def open(self, request: Request) -> None:
+        """Write down what the session is; opening it again changes nothing."""
+        if (self.path / "session.json").exists():
+            return
+        for old in self.path.parent.glob("session-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        self._frames.mkdir(parents=True, mode=0o700)
+        self.move_to(Position(request.restore))
+        header = header_of(Request(**{**vars(request), "frames": ()}))
+        _write(self.path / "session.json", header.encode())
+
+    def opened_by(self) -> Request:
+        """Read the request that opened the session."""
+        return request_of((self.path / "session.json").read_text(encoding="utf-8"), ())
+
+    @property
+    def position(self) -> Position:
+        """Where the session is."""
+        return Position(**json.loads(self._position.read_text(encoding="utf-8")))
+
+    def move_to(self, position: Position) -> None:
+        """Take a snapshot's place: the frames before it are not needed any more."""
+        _write(self._position, json.dumps(asdict(position)).encode())
+        for path in self._frames.iterdir():
+            if path.name.isdecimal() and int(path.name) < position.wanted:
+                path.unlink(missing_ok=True)
+
+    def keep(self, frames: Iterable[Frame]) -> None:
+        """Put received frames on the disk."""
+        for frame in frames:
+            label = json.dumps([frame.number, frame.round_index, frame.ends]).encode()
+            _write(self._frames / str(frame.number), label + b"\n" + frame.content)
+
+    def kept(self) -> list[Frame]:
+        """Read the frames that came after the newest snapshot, in order."""
+        numbers = sorted(int(path.name) for path in self._frames.iterdir() if path.name.isdecimal())
+        first = self.position.wanted
+        return [self._read(self._frames / str(number)) for number in numbers if number >= first]
+
+    def finish(self, wanted: int, sent: int) -> None:
+        """Write down that the run is over for this site, and that nothing of it is needed any more."""
+        _write(self.path / "finished", json.dumps([wanted, sent]).encode())
+
+    @property
+    def finished(self) -> tuple[int, int] | None:
+        """How far the streams came, if the run is over."""
+        try:
+            wanted, sent = json.loads((self.path / "finished").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return wanted, sent
+
+    def secret(self, make: Callable[[], bytes]) -> bytes:
+        """Read the key of this site's noise in this run, or make it; it never leaves the site."""
+        path = self.snapshots.parent / "noise_key"
+        if not path.exists():
+            _write(path, make())
+            path.chmod(0o600)
+        return path.read_bytes()
+
+    def held_rounds(self) -> tuple[int, ...]:
+        """List the rounds whose snapshots are there."""
+        found = self.snapshots.glob("round-*")
+        return tuple(sorted(int(match[1]) for path in found if (match := re.fullmatch(r"round-(\d+)", path.name))))
+
+    def _read(self, path: Path) -> Frame:
+        label, _, content = path.read_bytes().partition(b"\n")
+        number, round_index, ends = json.loads(label)
+        return Frame(number, round_index, ends, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _safe(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name):
+        raise ValueError(f"{name!r} is not the name of a run")
+    return name

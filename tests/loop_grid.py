@@ -1,0 +1,96 @@
+"""Flower's Grid in one process: messages go to sites through the real courier's records and the real socket.
+
+Every exchange may be lost on its way back, or answered twice, as a test says. What Flower itself does is tested
+with real processes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from parablock.engine.flower.courier import pack, unpack
+from parablock.engine.flower.exchange import Reply, request_of
+from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
+from parablock.engine.flower.session import SessionFolder
+
+Fate = Callable[[int, int], str]
+"""Gives carry | lose | refuse for (client_id, the how-manieth exchange with it)."""
+
+
+class LoopGrid(Grid):
+    """One node for each client; node i serves client i."""
+
+    def __init__(self, state_dirs: list[Path], start: Callable[[int, SessionFolder], None], fate: Fate) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+        self._dirs, self._start, self._fate = state_dirs, start, fate
+        self._replies: dict[str, Message | None] = {}
+        self._count = 0
+        self.exchanges = [0] * len(state_dirs)
+        self._started: set[Path] = set()
+
+    def set_run(self, run: object) -> None:
+        """Nothing to set."""
+
+    @property
+    def run(self) -> object:
+        return None
+
+    def create_message(self, *_: object, **__: object) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *_: object, **__: object) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [client_id + 1 for client_id in range(len(self._dirs))]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        (message,) = messages
+        self._count += 1
+        message_id = str(self._count)
+        self._replies[message_id] = None
+        message.metadata.__dict__["_message_id"] = message_id
+        threading.Thread(target=self._serve, args=(message, message_id), daemon=True).start()
+        return [message_id]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [reply for message_id in message_ids if (reply := self._replies.pop(message_id, None)) is not None]
+
+    def _serve(self, message: Message, message_id: str) -> None:
+        client_id = message.metadata.dst_node_id - 1
+        request = request_of(*unpack(message.content))
+        folder = SessionFolder(self._dirs[client_id], request.run_key, request.session)
+        if request.hello:
+            reply = Reply(client_id, held_rounds=folder.held_rounds())
+        else:
+            self.exchanges[client_id] += 1
+            if self._fate(client_id, self.exchanges[client_id]) == "refuse":
+                return
+            if folder.path.exists() and folder.finished is not None:
+                reply = Reply(client_id, wanted=folder.finished[0], idle=True, finished=True)
+            else:
+                reply = self._carry(client_id, folder, request)
+            if self._fate(client_id, self.exchanges[client_id]) == "lose":
+                return
+        self._replies[message_id] = Message(pack(reply), reply_to=message)
+
+    def _carry(self, client_id: int, folder: SessionFolder, request: object) -> Reply:
+        folder.open(request)
+        if folder.path not in self._started:
+            self._started.add(folder.path)
+            self._start(client_id, folder)
+        state_dir = self._dirs[client_id]
+        while True:
+            try:
+                with closing(connect(address_of(state_dir), secret_of(state_dir))) as connection:
+                    send(connection, request)
+                    return receive_reply(connection)
+            except (OSError, EOFError):
+                threading.Event().wait(0.01)
