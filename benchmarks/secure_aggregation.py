@@ -4,7 +4,8 @@ The protocol alone, eight clients of which two drop, on a vector as long as a la
 plain one, does a masked update look like noise (chi-square), how long does masking take beside writing on the grid.
 
 Whole runs on T0, eight families of which two drop in some rounds: masked and plain grid have to end bitwise alike,
-and near the float32 run in which nobody drops.
+and near the float32 run in which nobody drops. A run that is complete is not run again as long as its configuration is
+the same; remove the work folder to begin anew.
 
     .venv/bin/python benchmarks/secure_aggregation.py
 """
@@ -12,6 +13,7 @@ and near the float32 run in which nobody drops.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import time
 from collections import deque
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _record import Bar, fresh_folder, generated, make_console, make_parser, record, run_quietly, t0, table
+from _record import Bar, generated, make_console, make_parser, record, run_quietly, t0, table
 from rich.console import Console
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from parablock.config import RunConfig, parse_config
 from parablock.privacy.cohorts import Cohorts
 from parablock.privacy.collector import Collector
 from parablock.privacy.courier import Courier
+from parablock.report.records import RunDirectory
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
 from parablock.wire.transport import Parcel
@@ -89,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = make_console()
     protocol = measure(options.size, options.num_rounds)
-    runs = {} if options.protocol_only else {grid: outcome(grid, options, console) for grid in GRIDS}
+    runs = {grid: outcome(grid, options, console) for grid in options.grids}
     show(console, protocol, runs)
     example = make_config("masked", options).model_dump(mode="json")
     record(options, {"protocol": protocol, "runs": runs}, bars(protocol, runs), config=example, console=console)
@@ -103,7 +106,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="local steps of a round, K")
     parser.add_argument("--clip-norm", type=float, default=10.0, help="bound of an update's norm")
     parser.add_argument("--max-examples", type=int, default=256, help="held-out examples that the loss is of")
-    parser.add_argument("--protocol-only", action="store_true", help="leave the runs out")
+    parser.add_argument("--grids", nargs="*", choices=GRIDS, default=GRIDS, help="runs that are made")
     options = parser.parse_args()
     if options.smoke:
         options.size, options.num_rounds, options.rounds = 1 << 17, 4, 8
@@ -217,7 +220,11 @@ def make_config(grid: str, options: argparse.Namespace) -> RunConfig:
 
 
 def outcome(grid: str, options: argparse.Namespace, console: Console) -> Found:
-    summary = run_quietly(make_config(grid, options), fresh_folder(options) / grid)
+    """Give what a run ended with: the one that is there, or one that is run now."""
+    config = make_config(grid, options)
+    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
+    directory = RunDirectory(Path(options.work_dir) / f"{grid}-{digest}")
+    summary = directory.read_summary() if directory.summary.exists() else run_quietly(config, directory.path)
     console.print(
         f"{grid}: {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f} "
         f"in {summary['elapsed_s']:.0f} s"
@@ -234,7 +241,7 @@ def bars(protocol: Found, runs: dict[str, Found]) -> list[Bar]:
         Bar("masked update against uniform, deviations", protocol["deviations_of_masked_from_uniform"], 4),
         Bar("plain grid against uniform, deviations", protocol["deviations_of_plain_from_uniform"], 100, False),
     ]
-    if runs:
+    if set(runs) == set(GRIDS):
         alike = int(runs["masked"]["model_sha256"] == runs["plain"]["model_sha256"])
         ratio = runs["masked"]["final_eval_loss"] / runs["none"]["final_eval_loss"]
         made += [
