@@ -4,8 +4,8 @@ The protocol alone, eight clients of which two drop, on a vector as long as a la
 plain one, does a masked update look like noise (chi-square), how long does masking take beside writing on the grid.
 
 Whole runs on T0, eight families of which two drop in some rounds: masked and plain grid have to end bitwise alike,
-and near the float32 run in which nobody drops. A run that is complete is not run again as long as its configuration is
-the same; remove the work folder to begin anew.
+and near the float32 run in which nobody drops. A run that is complete is not run again as long as its configuration
+is the same; remove the work folder to begin anew.
 
     .venv/bin/python benchmarks/secure_aggregation.py
 """

@@ -30,6 +30,8 @@ LINK_PROBE_S = 1.0
 _GIB = 2**30
 _SHOWN_PACKAGES = ("torch", "transformers", "datasets")
 _EXTRAS = {
+    "cryptography": "secure aggregation, noise",
+    "dp_accounting": "epsilon of differential privacy",
     "flwr": "deployments over a network",
     "lm_eval": "standard benchmarks",
     "tensorboard": "curves in TensorBoard",
