@@ -30,7 +30,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_there_are_benchmarks() -> None:
-    assert {"step", "overlap", "clients", "quality", "kill_resume", "peers", "scale", "soak", "fuzz"} <= set(BENCHMARKS)
+    assert {"step", "overlap", "clients", "quality", "kill_resume", "peers", "scale", "soak", "fuzz"} <= set(
+        BENCHMARKS
+    )
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
