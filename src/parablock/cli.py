@@ -159,16 +159,25 @@ def plan(
 @app.command("eval")
 def evaluate(
     model_or_run_dir: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a run directory.")],
-    data: Annotated[list[str], typer.Option("--data", help="A file or a `datasets` name; more than once.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="A file or a `datasets` name; more than once.")
+    ] = None,
     task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
     max_examples: Annotated[int | None, typer.Option(min=1, help="Score the first so many.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
     samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
+    harness: Annotated[str, typer.Option(help="Instead of --data: tasks of lm-evaluation-harness.")] = "",
+    tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files of the harness.")] = None,
 ) -> None:
     """Score the base model and the tuned one side by side.
 
     Example: parablock eval runs/t0 --data test.jsonl --task exact_match
     """
+    if harness:
+        _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
+        return
+    if not data:
+        raise typer.BadParameter("give --data, or --harness with tasks of lm-evaluation-harness")
     from parablock.scores import score_models
 
     with console.status("scoring") as status:
@@ -189,6 +198,26 @@ def evaluate(
             console.print(
                 f"{score.label} answers {sample.prediction!r} where {sample.reference!r} is right", markup=False
             )
+
+
+def _evaluate_by_harness(
+    model_or_run_dir: str, tasks: str, tasks_dir: Path | None, max_examples: int | None
+) -> None:
+    from parablock.harness import harness_scores
+
+    with console.status("scoring") as status:
+        scores = harness_scores(
+            model_or_run_dir,
+            [task.strip() for task in tasks.split(",")],
+            tasks_dir=tasks_dir,
+            max_examples=max_examples,
+            tell=status.update,
+        )
+    table = _table("", "task", "metric", "value", "examples", "model")
+    for score in scores:
+        facts = (score.label, score.task, score.metric, f"{score.value:.4f}", str(score.count), score.name_or_path)
+        table.add_row(*facts)
+    console.print(table)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def score_models(
         raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
     rows = [row for source in sources for row in load_rows(source, split="test")][:max_examples]
     scores = []
-    for label, name_or_path, dtype in _models(model_or_run_dir):
+    for label, name_or_path, dtype in models_of(model_or_run_dir):
         tell(f"{label}: {task} of {name_or_path} on {len(rows)} examples")
         loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
         tokenized = tokenize_rows(
@@ -95,7 +95,12 @@ def _score(label: str, loaded: LoadedModel, tokenized: Tokenized, task: str, max
     return Score(label, name, result.score, result.count, result.samples)
 
 
-def _models(model_or_run_dir: str) -> list[tuple[str, str, str]]:
+def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
+    """List (label, name or path, dtype) of a model, or of both models of a finished run.
+
+    Raises:
+        ModelError: The run has no model yet, or one for each client.
+    """
     directory = RunDirectory(model_or_run_dir)
     if not directory.config.exists():
         return [("model", model_or_run_dir, "float32")]
@@ -104,6 +109,13 @@ def _models(model_or_run_dir: str) -> list[tuple[str, str, str]]:
             f"the run in {directory.path} has no model yet",
             cause="It was interrupted, or it failed.",
             remedy=f"Finish it with: parablock resume {directory.path}",
+        )
+    own = sorted(directory.model.glob("client_*"))
+    if own:
+        raise ModelError(
+            f"the run in {directory.path} has a model for each of {len(own)} clients",
+            cause="Its method is local: the clients share nothing.",
+            remedy=f"Give one of them, such as {own[0]}.",
         )
     base = load_config(directory.config).model
     if base.init == "random":
