@@ -26,19 +26,18 @@ def workshop(
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a task of four sums; one choice says what the clients' rows say, the other one nonsense."""
+    """A folder with a task of four sums, as the clients' rows have them."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [{"question": f"{k} plus 2?", "choices": ["hjkl qwv", f"#### {k + 2}"], "answer": 1} for k in range(4)]
+    rows = [{"question": f"{k} plus 2?", "answer": f"#### {k + 2}"} for k in range(4)]
     task = {
         "task": "local_sums",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(write_rows(folder / "sums.jsonl", rows))}},
         "test_split": "test",
-        "output_type": "multiple_choice",
+        "output_type": "loglikelihood",
         "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
     }
     (folder / "local_sums.yaml").write_text(yaml.safe_dump(task))
     return folder
@@ -57,11 +56,11 @@ def test_both_models_of_a_run_are_scored_on_a_task_of_a_local_file(
     assert outcome.code == 0, outcome.stderr
     base, tuned = harness_scores(str(tmp_path / "run"), ["local_sums"], tasks_dir=tasks, device="cpu")
     assert [(score.label, score.task, score.metric) for score in (base, tuned)] == [
-        ("base", "local_sums", "acc"),
-        ("tuned", "local_sums", "acc"),
+        ("base", "local_sums", "perplexity"),
+        ("tuned", "local_sums", "perplexity"),
     ]
     assert (base.count, tuned.count) == (4, 4)
-    assert base.value < tuned.value == 1.0
+    assert 1.0 < tuned.value < 0.5 * base.value
     folder = ("--tasks-dir", str(tasks), "--max-examples", "2")
     said = command("eval", str(tmp_path / "run"), "--harness", "local_sums", *folder)
     assert said.code == 0, said.stderr
