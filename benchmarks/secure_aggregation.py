@@ -17,7 +17,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,18 @@ class Wires:
         self.wire_bytes += len(parcel.message)
         self.take(client_id, self.couriers[client_id].incoming(parcel) or ())
 
-    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
-        del timeout_s
+    def receive(
+        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
+        del timeout_s, from_clients
         if not self.up:
             raise RuntimeError(f"nobody sends {waiting_for}")
         return self.up.popleft()
 
-    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
-        del deadline_s
+    def receive_until(
+        self, deadline_s: float, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes] | None:
+        del deadline_s, from_clients
         return self.up.popleft() if self.up else None
 
 

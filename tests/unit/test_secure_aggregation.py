@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from parablock.algorithm.grid import Grid, GridAggregation
-from parablock.algorithm.robust import Rule, aggregate_by
+from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
+from parablock.engine.folding import RoundFold
 from parablock.errors import CodecError, StallError
 from parablock.privacy.cohorts import Cohorts, threshold_of
 from parablock.privacy.collector import Collector
@@ -19,7 +22,7 @@ from parablock.privacy.courier import Courier
 from parablock.privacy.shamir import PRIME, SHARE_BYTES, join, split
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
-from parablock.wire.sealing import Reveal, Revealed, content_of, opaque
+from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, content_of, opaque
 from parablock.wire.transport import Parcel
 
 SIZE = 1000
@@ -67,14 +70,18 @@ class Wires:
         else:
             self._take(client_id, answers)
 
-    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+    def receive(
+        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
         if not self._up:
             raise StallError(waiting_for)
         client_id, raw = self._up.popleft()
         self.seen.append(raw)
         return client_id, raw
 
-    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+    def receive_until(
+        self, deadline_s: float, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes] | None:
         return self.receive(0.0, "") if self._up else None
 
     def _take(self, client_id: int, parcels: list[Parcel]) -> None:
@@ -252,6 +259,34 @@ def test_a_letter_that_was_changed_is_not_read():
     wires.send = changed  # type: ignore[method-assign]
     with pytest.raises(CodecError, match="client 0 cannot read what client 1 sealed"):
         wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+
+
+def test_what_is_no_key_or_no_letter_is_a_codec_error():
+    known = Cohorts(3, {0: (0, 1, 2)})
+    zeros = to_bytes(Roster(opaque(bytes(3 * 2 * 32))))  # a point of low order: everybody knows what it agrees upon
+    for roster in (zeros, to_bytes(Roster(opaque(b"short")))):
+        with pytest.raises(CodecError, match="is no public key"):
+            Courier(0, known).incoming(Parcel(roster, 0))
+    with pytest.raises(CodecError, match="got 1 letters, and 2 others write"):
+        Courier(0, known).incoming(Parcel(to_bytes(Letters((2,), opaque(b"hi"))), 0))
+    wires = Wires(3, {0: (0, 1, 2)})
+    wires.upload(0, to_bytes(Revealed(7, 0, opaque(b"nobody asked"))))
+    with pytest.raises(CodecError, match="kind Revealed that does not fit"):
+        for _ in range(9):
+            wires.collector.receive(1.0, "")
+
+
+def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():
+    grid, delta = Grid(1.0, 3), deltas(3)[0]
+    on_grid, words = partial(GridAggregation, grid, Rule()), pack(grid.encode(delta), "word32")
+    for begin, fits, other in (
+        (on_grid, words, pack(torch.cat([delta, delta[:1]]), "float32")),
+        (RoundAggregation, pack(delta, "float32"), pack(grid.encode(delta)[:-1], "word32")),
+    ):
+        fold = RoundFold(0, 0, (0,), [slice(0, fits.num_elements)], 1, begin)
+        problem = fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, other))
+        assert problem is not None and problem.reason == "misfit" and other.format in problem.text
+        assert fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, fits)) is None
 
 
 # -- what the server can see ------------------------------------------------------------------------------------

@@ -125,6 +125,11 @@ class Courier:
     def _read(self, message: Letters) -> None:
         content, end = content_of(message.letters), 0
         others = [other for other in range(self._cohorts.num_clients) if other != self._client_id]
+        if len(message.letter_bytes) != len(others):
+            raise CodecError(
+                f"client {self._client_id} got {len(message.letter_bytes)} letters, and {len(others)} others write",
+                cause="The server runs another configuration.",
+            )
         for other, size in zip(others, message.letter_bytes, strict=True):
             begin, end = end, end + size
             try:

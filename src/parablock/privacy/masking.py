@@ -21,6 +21,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from parablock.errors import CodecError
 from parablock.privacy.keystream import Keystream, derive
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
@@ -38,8 +39,19 @@ def public_key(private: bytes) -> bytes:
 
 
 def agreed(private: bytes, public: bytes, *purpose: str | int) -> bytes:
-    """Give the secret that two keys agree upon for a purpose; the same from either side."""
-    exchanged = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    """Give the secret that two keys agree upon for a purpose; the same from either side.
+
+    Raises:
+        CodecError: The public key is none.
+    """
+    try:
+        exchanged = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise CodecError(
+            f"{public.hex()} is no public key: {error}",
+            cause="It was changed on its way, or somebody wants to know what is masked with it.",
+            remedy="Start the run again; if it happens again, do not trust the server.",
+        ) from None
     return derive(exchanged, *purpose)
 
 
