@@ -293,6 +293,9 @@ def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(works
     assert fast.verdict.startswith("Overlap hides the communication")
     assert "blocks.layers_per_block: auto is 2 here" in fast.assumptions
     assert not any("auto is" in line for line in plan_of(workshop).assumptions)
+    hopeless = plan_of(workshop, *auto, "link={upload_mbps: 0.01, download_mbps: 0.01}")
+    endless = plan_of(workshop, *auto, "link={upload_mbps: 10000, download_mbps: 10000}")
+    assert (hopeless.num_blocks, endless.num_blocks) == (8, 4)  # the smallest there are, and never fewer than four
     few_rounds = plan_of(workshop, auto[0], "federation.num_rounds=4", "link={upload_mbps: 5, download_mbps: 5}")
     assert few_rounds.num_blocks == 4  # smaller ones would not all be visited
 
