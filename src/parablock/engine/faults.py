@@ -150,6 +150,7 @@ class FaultyEnd:
     def __init__(self, client_id: int, inner: MemoryTransport, faults: Faults, clock: Clock) -> None:
         self._client_id, self._inner, self._faults, self._clock = client_id, inner, faults, clock
         self._cut_s: dict[str, float] = {}
+        self._back_s: dict[str, float] = {}
         self._given_up: set[int] = set()
         self._poisons: dict[int, Fault] = {}
 
@@ -161,11 +162,13 @@ class FaultyEnd:
         """Tell how long a message takes up, or until it is cut."""
         if parcel.round_index in self._given_up:
             return 0.0
+        self._check_up("upload")
         seconds = self._inner.upload_s(parcel)
         return self._seconds("upload", parcel, seconds) if self._is_in_the_middle(parcel) else seconds
 
     def download_s(self, parcel: Parcel) -> float:
         """Tell how long a message takes down, or until it is cut."""
+        self._check_up("download")
         return self._seconds("download", parcel, self._inner.download_s(parcel))
 
     def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
@@ -173,7 +176,7 @@ class FaultyEnd:
         t, sent = parcel.round_index, parcel
         if "upload" in self._cut_s:
             self._inner.ledger.count_up(_half(parcel), client_id, seconds)
-            raise LinkError(f"client {client_id}'s link was cut", retry_after_s=self._cut_s.pop("upload"))
+            self._go_down("upload")
         if t in self._given_up:
             return
         if self._is_in_the_middle(parcel):
@@ -189,13 +192,22 @@ class FaultyEnd:
         """Count a message, unless it did not arrive as it was sent."""
         if "download" in self._cut_s:
             self._inner.ledger.count_down(_half(parcel), client_id, seconds)
-            raise LinkError(f"client {client_id}'s link was cut", retry_after_s=self._cut_s.pop("download"))
+            self._go_down("download")
         self._inner.downloaded(client_id, parcel, seconds)
         if self._faults.take(client_id, parcel.round_index, ("download",), ("corrupt",)):
             try:
                 decode(_one_bit_off(parcel.message))
             except CodecError as error:
                 raise LinkError(error.what) from None
+
+    def _go_down(self, way: str) -> None:
+        self._back_s[way] = self._clock.now() + self._cut_s.pop(way)
+        self._check_up(way)
+        raise LinkError(f"client {self._client_id}'s link was cut")
+
+    def _check_up(self, way: str) -> None:
+        if (left_s := self._back_s.get(way, 0.0) - self._clock.now()) > 0:
+            raise LinkError(f"client {self._client_id}'s link was cut", retry_after_s=left_s)
 
     def _seconds(self, at: str, parcel: Parcel, seconds: float) -> float:
         """Let what is due on this way happen; give how long the transfer takes then."""

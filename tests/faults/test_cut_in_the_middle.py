@@ -1,0 +1,139 @@
+"""A transfer of several chunks that is cut, or given up, in its middle: up, down, streamed, with few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from parablock.algorithm.parablock import same
+from parablock.clock import VirtualClock
+from parablock.engine.client import Trained
+from parablock.engine.faults import Fault, Faults
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FixedSteps
+from parablock.seeding import seed_for
+from parablock.trace import Trace
+from parablock.wire.link import Link
+from parablock.wire.messages import RoundStart
+from parablock.wire.quantize import CHUNK_PIECE, Encoding
+
+SIZE, ROUNDS, SIX_MINUTES = 5 * CHUNK_PIECE + 77, 6, 360.0
+CHUNK_BYTES = 4 * CHUNK_PIECE
+WHOLE, STREAMED = Encoding("float32"), Encoding("float32", chunk_bytes=CHUNK_BYTES)
+HEADER_BYTES = 400
+
+
+class Walker:
+    """A trainer whose step depends on where it starts, on the client and on the round."""
+
+    step_time_s = 1.0
+
+    def __init__(self, client_id: int) -> None:
+        self.client_id, self.num_examples = client_id, 3 + client_id
+
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, start.round_index))
+        v = working[start.block_index].float()
+        return Trained(0.9 * v + 0.01 * torch.randn(v.shape, generator=generator), 0.0)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        assert not memory
+
+
+@dataclass
+class Ran:
+    result: EngineResult
+    counted: list[list[int]]
+    uplink_bytes: int
+    downlink_bytes: int
+    seconds: float
+    events: list[str]
+
+
+def run(*faults: Fault, encoding: Encoding = STREAMED, delay: int = 1, stall_timeout_s: float = 600.0) -> Ran:
+    clock = VirtualClock()
+    counted, events, traffic_of = [], [], {}
+    plan = ServerPlan(
+        3, ROUNDS, delay, "shuffled", 1.0, 0, encoding, FixedSteps(1), stall_timeout_s, 0, aggregation_s=0.0
+    )
+
+    def on_commit(state, updates, traffic) -> None:
+        counted.append([update.client_id for update in updates])
+        traffic_of[state.committed] = traffic
+
+    result = run_in_process(
+        [torch.linspace(-1, 1, SIZE) for _ in range(3)],
+        [Walker(i) for i in range(3)],
+        plan,
+        Trace(clock),
+        Hooks(on_commit, lambda _: None, on_event=events.append),
+        link=Link(2.0, 2.0),
+        in_flight="aligned",
+        faults=Faults(faults),
+    )
+    up, down = (
+        sum(getattr(traffic, f"{way}link_bytes") for traffic in traffic_of.values()) for way in ("up", "down")
+    )
+    return Ran(result, counted, up, down, clock.now(), events)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_link_cut_for_six_minutes_costs_six_minutes_and_at_most_one_chunk(way: str, delay: int):
+    undisturbed, cut = run(delay=delay), run(Fault(1, 3, f"{way}load", "drop", SIX_MINUTES), delay=delay)
+    assert same(cut.result.server.params, undisturbed.result.server.params)
+    assert cut.counted == undisturbed.counted == [[0, 1, 2]] * ROUNDS
+    again = getattr(cut, f"{way}link_bytes") - getattr(undisturbed, f"{way}link_bytes")
+    assert 0 < again <= CHUNK_BYTES + HEADER_BYTES < 4 * SIZE / 2
+    assert SIX_MINUTES - 2 < cut.seconds - undisturbed.seconds < SIX_MINUTES + 2
+    assert not cut.events
+
+
+def test_a_link_that_is_down_for_longer_than_the_patience_ends_its_client_by_name_and_the_run_goes_on():
+    ran = run(Fault(1, 3, "upload", "drop", SIX_MINUTES), stall_timeout_s=100.0)
+    assert ran.counted[3:] == [[0, 2]] * 3
+    told = "\n".join(ran.events)
+    assert "client 1 gave up: client 1 was uploading its Update (round 3, block" in told
+    assert "chunk 4 of 6)" in told and "nothing of it has arrived for 100 s" in told
+    assert "round 3 goes on without client 1: 3 of 6 chunks, 196608 bytes" in told
+
+
+LOSSY = {
+    "exact": WHOLE,
+    "int4, rounded at random": Encoding("int4", "stochastic"),
+    "int8, with feedback": Encoding("int8", error_feedback=True),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("delay", [0, 1])
+def test_an_update_given_up_in_its_middle_counts_nowhere_although_chunks_of_it_were_folded(name: str, delay: int):
+    """Its first chunks were folded and the new values streamed; then all begins again without it."""
+    given_up = Fault(1, 3, "upload", "drop")
+    chunk_bytes = CHUNK_PIECE * (4 if name == "exact" else 1)
+    streamed = run(given_up, encoding=replace(LOSSY[name], chunk_bytes=chunk_bytes), delay=delay)
+    whole = run(given_up, encoding=LOSSY[name], delay=delay)
+    assert streamed.counted == whole.counted
+    assert streamed.counted[3] == [0, 2]
+    assert same(streamed.result.server.params, whole.result.server.params)
+    assert same(streamed.result.server.view, whole.result.server.view)
+    assert all(same(client.base, streamed.result.server.view) for client in streamed.result.clients)
+    undisturbed = run(encoding=LOSSY[name], delay=delay)
+    assert not same(streamed.result.server.params, undisturbed.result.server.params)
+
+
+@pytest.mark.parametrize("at", ["train", "upload", "download", "commit"])
+def test_a_machine_that_dies_amid_chunks_and_is_back_changes_nothing_but_time(at: str):
+    undisturbed, ran = run(), run(Fault(1, 3, at, "kill", 30.0))
+    assert "client 1 is back" in "\n".join(ran.events)
+    assert ran.counted == undisturbed.counted
+    assert same(ran.result.server.params, undisturbed.result.server.params)
+    assert all(same(client.base, ran.result.server.view) for client in ran.result.clients)
+    assert 10 < ran.seconds - undisturbed.seconds < 60

@@ -1,0 +1,286 @@
+"""The server against clients that answer from a script: what counts, what is refused and why, and never twice."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parablock.algorithm.parablock import NEVER, initial_server, same
+from parablock.clock import RealClock
+from parablock.engine.server import Server, ServerPlan
+from parablock.engine.steps import FixedSteps
+from parablock.errors import CodecError, StallError
+from parablock.trace import Trace
+from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes, to_bytes
+from parablock.wire.quantize import CHUNK_PIECE, Encoding, pack
+from parablock.wire.transport import Parcel
+
+SIZE = 3 * CHUNK_PIECE
+CHUNKED = Encoding("float32", chunk_bytes=4 * CHUNK_PIECE)
+CLIENTS, ROUNDS = 4, 6
+Answer = Callable[[int, RoundStart, list[bytes]], list[tuple[int, bytes]]]
+"""(client_id, what it was asked, its honest update) → what arrives, from whom."""
+
+
+class Script:
+    """A transport whose clients answer at once; `answer` says what."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self._arrives, self.sent = answer, deque[tuple[int, bytes]](), list[tuple[int, object]]()
+
+    def send(self, client_id: int, parcel: Parcel) -> None:
+        message = from_bytes(parcel.message)
+        self.sent.append((client_id, message))
+        if isinstance(message, RoundStart):
+            self._arrives.extend(self._answer(client_id, message, honest(client_id, message)))
+
+    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+        if not self._arrives:
+            raise StallError(f"nothing moved for {timeout_s} s while waiting for {waiting_for}")
+        return self._arrives.popleft()
+
+    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
+        raise AssertionError(f"no deadline is set: {deadline_s}")
+
+
+def honest(client_id: int, start: RoundStart) -> list[bytes]:
+    generator = torch.Generator().manual_seed(100 * start.round_index + client_id)
+    delta = torch.randn(SIZE, generator=generator)
+    cuts = CHUNKED.cut(SIZE)
+    whole = Update(
+        start.round_index,
+        start.block_index,
+        client_id,
+        client_id + 1,
+        start.committed,
+        1.0,
+        start.num_local_steps,
+        0.5,
+        0,
+        len(cuts),
+        pack(delta, "float32"),
+    )
+    return [
+        to_bytes(replace(whole, chunk_index=k, delta=pack(delta[cut], "float32"))) for k, cut in enumerate(cuts)
+    ]
+
+
+def serve(answer: Answer, *, delay: int = 0, **options) -> tuple[Server, list[list[int]], Script, list[str]]:
+    plan = ServerPlan(CLIENTS, ROUNDS, delay, "cyclic", 1.0, 0, CHUNKED, FixedSteps(2), 5.0, 0, **options)
+    transport, counted, events = Script(answer), [], []
+    server = Server(
+        initial_server([torch.zeros(SIZE), torch.ones(SIZE)]),
+        plan,
+        transport,
+        Trace(RealClock()),
+        on_commit=lambda _, updates: counted.append([update.client_id for update in updates]),
+        on_mark=lambda *_: None,
+        asked_to_stop=lambda: False,
+        on_event=events.append,
+    )
+    assert server.run()
+    return server, counted, transport, events
+
+
+def everybody_honest(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+    del start
+    return [(client_id, chunk) for chunk in update]
+
+
+def with_noise(noise: Callable[[int, RoundStart, list[bytes]], list[tuple[int, bytes]]], *, first: bool) -> Answer:
+    def answer(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        rest = everybody_honest(client_id, start, update)
+        return noise(client_id, start, update) + rest if first else rest + noise(client_id, start, update)
+
+    return answer
+
+
+def changed(raw: bytes, **fields) -> bytes:
+    message = from_bytes(raw)
+    assert isinstance(message, Update)
+    return to_bytes(replace(message, **fields))
+
+
+NOISE = {
+    "each chunk twice": (lambda i, _, update: [(i, chunk) for chunk in update], "duplicate"),
+    "the first chunk with other values": (
+        lambda i, _, update: [(i, changed(update[0], delta=pack(torch.ones(CHUNK_PIECE), "float32")))],
+        "duplicate",
+    ),
+    "an update for a round to come": (
+        lambda i, start, update: [(i, changed(update[-1], round_index=start.round_index + 2))],
+        "unasked",
+    ),
+    "an update in another's name": (lambda i, _, update: [((i + 1) % CLIENTS, update[-1])], None),
+    "a server's message": (lambda i, _, update: [(i, to_bytes(Mark(3, stop=True)))], "misfit"),
+    "noise": (lambda i, _, update: [(i, b"PBLK" + bytes(40))], "corrupt"),
+    "half a chunk": (lambda i, _, update: [(i, update[0][: len(update[0]) // 2])], "corrupt"),
+    "a skip of a round long past": (lambda i, start, update: [(i, to_bytes(Skip(start.round_index - 3)))], None),
+}
+
+
+AFTER = [(case, False) for case in NOISE]
+BEFORE = [(case, True) for case in NOISE if "chunk" not in case or case == "half a chunk"]
+
+
+@pytest.mark.parametrize(("case", "first"), AFTER + BEFORE)
+def test_what_is_no_update_of_the_round_changes_nothing(case: str, first: bool):
+    noise, reason = NOISE[case]
+    clean, noisy = serve(everybody_honest), serve(with_noise(noise, first=first))
+    assert same(clean[0].state.params, noisy[0].state.params)
+    assert clean[1] == noisy[1] == [[0, 1, 2, 3]] * ROUNDS
+    assert not clean[0].refused
+    assert (reason is None) or noisy[0].refused[reason] >= ROUNDS
+
+
+BAD = {
+    "NaN in the last chunk": ({"delta": pack(torch.full((CHUNK_PIECE,), torch.nan), "float32")}, "not_finite"),
+    "infinity": ({"delta": pack(torch.full((CHUNK_PIECE,), torch.inf), "float32")}, "not_finite"),
+    "a loss that is none": ({"train_loss": 123456.0}, "not_finite"),
+    "another block": ({"block_index": 7}, "misfit"),
+    "too few parameters": ({"delta": pack(torch.zeros(5), "float32")}, "misfit"),
+    "more chunks": ({"num_chunks": 9}, "misfit"),
+    "a chunk that there is not": ({"chunk_index": 17}, "misfit"),
+    "another number of steps": ({"num_local_steps": 0}, "misfit"),
+    "no examples": ({"num_examples": 0}, "num_examples"),
+    "other examples than before": ({"num_examples": 5}, "num_examples"),
+    "absurdly long": ({"delta": pack(torch.full((CHUNK_PIECE,), 1e6), "float32")}, "norm"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_bad_last_chunk_takes_the_whole_update_out_although_the_others_were_folded(case: str, delay: int):
+    fields, reason = BAD[case]
+
+    def bad(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        if (client_id, start.round_index) == (2, 3):
+            last = changed(update[-1], **fields)
+            if case == "a loss that is none":  # our own encoder would not write it
+                body = last[:-4].replace(b"123456.0", b"NaN     ")
+                last = body + struct.pack("<I", zlib.crc32(body))
+            update = [*update[:-1], last]
+        return everybody_honest(client_id, start, update)
+
+    def silent(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        left_out = (client_id, start.round_index) == (2, 3)
+        return [(client_id, to_bytes(Skip(3)))] if left_out else everybody_honest(client_id, start, update)
+
+    server, counted, _, events = serve(bad, delay=delay)
+    assert server.refused == {reason: 1}
+    assert counted[3] == [0, 1, 3]
+    assert [counted[t] for t in (0, 1, 2, 4, 5)] == [[0, 1, 2, 3]] * 5
+    assert f"refused ({reason}): client 2 sent" in "\n".join(events)
+    assert same(server.state.params, serve(silent, delay=delay)[0].state.params), "as if it had sent nothing"
+    assert not same(server.state.params, serve(everybody_honest, delay=delay)[0].state.params)
+
+
+def test_absurd_examples_are_seen_beside_the_others_and_by_themselves():
+    for count in (10**6, 10**13):
+
+        def greedy(client_id: int, start: RoundStart, update: list[bytes], count=count) -> list[tuple[int, bytes]]:
+            if client_id == 1:
+                update = [changed(chunk, num_examples=count) for chunk in update]
+            return everybody_honest(client_id, start, update)
+
+        server, counted, _, _ = serve(greedy)
+        assert server.refused == {"num_examples": ROUNDS}
+        assert counted == [[0, 2, 3]] * ROUNDS
+
+
+def test_clients_of_another_model_end_the_run_and_one_alone_does_not():
+    def other(
+        client_id: int, start: RoundStart, update: list[bytes], whose=(0, 1, 2, 3)
+    ) -> list[tuple[int, bytes]]:
+        if client_id in whose:
+            update = [changed(chunk, delta=pack(torch.zeros(7), "float32")) for chunk in update]
+        return everybody_honest(client_id, start, update)
+
+    with pytest.raises(CodecError, match=r"every update of round 0 was refused: .* 7 parameters where block 0 has"):
+        serve(other)
+    server, counted, _, _ = serve(lambda i, start, update: other(i, start, update, whose=(3,)))
+    assert counted == [[0, 1, 2]] * ROUNDS
+    assert server.refused["misfit"] == ROUNDS
+
+
+def test_a_round_that_cannot_have_enough_updates_any_more_is_void():
+    def shy(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        skips = start.round_index == 3 and client_id > 0
+        return [(client_id, to_bytes(Skip(3)))] if skips else everybody_honest(client_id, start, update)
+
+    alone, void = serve(shy), serve(shy, min_updates=2)
+    assert alone[1][3] == [0]
+    assert void[1][3] == []
+    assert void[0].state.versions[1] == 5
+    assert void[0].state.committed == ROUNDS - 1
+    assert "cannot get 2 updates any more" in "\n".join(void[3])
+    assert not same(alone[0].state.params, void[0].state.params)
+
+
+def test_a_client_that_begins_anew_is_welcomed_with_every_block_that_it_lacks():
+    def restarts(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        if (client_id, start.round_index) == (1, 4) and start.news and not restarted:
+            restarted.append(True)
+            return [(1, to_bytes(Join((NEVER, NEVER), ())))]
+        return everybody_honest(client_id, start, update)
+
+    restarted: list[bool] = []
+    server, counted, transport, _ = serve(restarts)
+    assert same(server.state.params, serve(everybody_honest)[0].state.params)
+    assert counted == [[0, 1, 2, 3]] * ROUNDS
+    sent = [message for client_id, message in transport.sent if client_id == 1]
+    welcome = next(k for k, message in enumerate(sent) if isinstance(message, Welcome))
+    again = sent[welcome + 1]
+    assert isinstance(again, RoundStart)
+    assert again.round_index == 4
+    assert [(new.block_index, new.version, new.kind) for new in again.news] == [(0, 2, "value"), (1, 3, "value")]
+    assert isinstance(sent[-1], Finish)
+    with pytest.raises(StallError):  # a model of three blocks is not welcome, and nobody else answers for it
+        serve(
+            lambda i, s, u: [(1, to_bytes(Join((NEVER,) * 3, ())))] if i == 1 else everybody_honest(i, s, u),
+            min_updates=4,
+        )
+
+
+def test_a_server_whose_clients_may_come_back_from_outside_waits_and_says_so():
+    class Patient(Script):
+        stalls = 0
+
+        def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+            try:
+                return super().receive(timeout_s, waiting_for)
+            except StallError:
+                Patient.stalls += 1
+                if Patient.stalls < 3:
+                    raise
+                return 1, to_bytes(Join((NEVER, NEVER), ()))
+
+    def late(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        return [] if client_id == 1 and Patient.stalls == 0 else everybody_honest(client_id, start, update)
+
+    plan = ServerPlan(CLIENTS, ROUNDS, 0, "cyclic", 1.0, 0, CHUNKED, FixedSteps(2), 5.0, 0, min_updates=4)
+    for waits in (True, False):
+        Patient.stalls, events = 0, []
+        server = Server(
+            initial_server([torch.zeros(SIZE), torch.ones(SIZE)]),
+            replace(plan, waits_for_return=waits),
+            Patient(late),
+            Trace(RealClock()),
+            on_commit=lambda *_: None,
+            on_mark=lambda *_: None,
+            asked_to_stop=lambda: False,
+            on_event=events.append,
+        )
+        if not waits:
+            with pytest.raises(StallError, match="client 1: 0 of 3 chunks, 0 bytes"):
+                server.run()
+            continue
+        assert server.run()
+        assert sum("still waiting for the update of round 0" in event for event in events) == 2
+        assert same(server.state.params, serve(everybody_honest)[0].state.params)
