@@ -40,13 +40,13 @@ class Script:
         if isinstance(message, RoundStart):
             self._arrives.extend(self._answer(client_id, message, honest(client_id, message)))
 
-    def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+    def receive(self, timeout_s: float, waiting_for: str, from_clients=None) -> tuple[int, bytes]:
         if not self._arrives:
             raise StallError(f"nothing moved for {timeout_s} s while waiting for {waiting_for}")
         return self._arrives.popleft()
 
-    def receive_until(self, deadline_s: float) -> tuple[int, bytes] | None:
-        raise AssertionError(f"no deadline is set: {deadline_s}")
+    def receive_until(self, deadline_s: float, from_clients=None) -> tuple[int, bytes] | None:
+        raise AssertionError(f"no deadline is set: {deadline_s}, {from_clients}")
 
 
 def honest(client_id: int, start: RoundStart) -> list[bytes]:
@@ -252,9 +252,9 @@ def test_a_server_whose_clients_may_come_back_from_outside_waits_and_says_so():
     class Patient(Script):
         stalls = 0
 
-        def receive(self, timeout_s: float, waiting_for: str) -> tuple[int, bytes]:
+        def receive(self, timeout_s: float, waiting_for: str, from_clients=None) -> tuple[int, bytes]:
             try:
-                return super().receive(timeout_s, waiting_for)
+                return super().receive(timeout_s, waiting_for, from_clients)
             except StallError:
                 Patient.stalls += 1
                 if Patient.stalls < 3:
