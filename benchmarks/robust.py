@@ -120,7 +120,7 @@ def make_config(options: argparse.Namespace) -> RunConfig:
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-3,
             },
-            "engine": {"clock": "virtual", "num_threads": 2},
+            "engine": {"clock": "virtual", "num_threads": 1},
             "evaluation": {"max_examples": options.max_examples},
             "checkpoint": {"every_rounds": 0},
             "seed": options.seed,

@@ -214,7 +214,7 @@ def make_config(grid: str, options: argparse.Namespace) -> RunConfig:
                 "learning_rate": 1e-3,
             },
             "wire": {"streaming": False},
-            "engine": {"clock": "virtual", "num_threads": 2},
+            "engine": {"clock": "virtual", "num_threads": 1},
             "evaluation": {"every_rounds": 0, "max_examples": options.max_examples},
             "checkpoint": {"every_rounds": 0},
             "privacy": {} if grid == "none" else secure,
