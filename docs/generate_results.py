@@ -233,6 +233,64 @@ def overlap(found: Record) -> str:
     )
 
 
+def robust(found: Record) -> str:
+    """Write the section of `benchmarks/robust.py`."""
+    clean = next(row for row in found["results"] if row["attack"] == "none")["final_eval_loss"]
+    rows = [
+        [
+            row["attack"],
+            row["rule"],
+            f"{row['initial_eval_loss']:.4f}",
+            f"{row['final_eval_loss']:.4f}",
+            f"{row['final_eval_loss'] / clean:.4f}",
+        ]
+        for row in found["results"]
+    ]
+    options = found["options"]
+    return "\n".join(
+        [
+            "## Hostile clients\n",
+            f"T0, mixed and dealt evenly to {options['clients']} clients, of which {options['attackers']} attack",
+            f"in every round; {options['rounds']} rounds of {options['steps']} local steps. They turn the sign",
+            "of their update, or send it ten times too long as well. The last column is the loss over that of the",
+            "plain mean when nobody attacks.\n",
+            *table(["attack", "rule", "base model", "loss", "/ clean"], rows),
+            *foot(found),
+        ]
+    )
+
+
+def secure_aggregation(found: Record) -> str:
+    """Write the section of `benchmarks/secure_aggregation.py`."""
+    protocol, runs = found["results"]["protocol"], found["results"]["runs"]
+    seconds = protocol["seconds"]
+    names = {"none": "float32, nobody drops", "plain": "grid, two of eight drop", "masked": "masked, the same drop"}
+    rows = [
+        [
+            names[grid],
+            f"{run['initial_eval_loss']:.4f}",
+            f"{run['final_eval_loss']:.4f}",
+            run["model_sha256"][:12],
+            f"{run['uplink_bytes'] / 1e6:.2f} MB",
+        ]
+        for grid, run in runs.items()
+    ]
+    return "\n".join(
+        [
+            "## Secure aggregation\n",
+            f"Eight clients, of which two drop, with {protocol['elements']:,} elements each: to write six",
+            f"updates on the grid takes {seconds['encode']:.2f} s of a core, to mask them {seconds['mask']:.2f} s,",
+            f"and the server takes {seconds['unmask']:.2f} s to find the masks of their sum. Keys and shares for",
+            f"{found['options']['num_rounds']} rounds are {protocol['setup_bytes_per_client'] / 1e3:.1f} kB a",
+            f"client, once, and taking masks off {protocol['reveal_bytes_per_client'] / 1e3:.1f} kB a client and",
+            f"round, beside updates of {protocol['update_bytes'] / 1e6:.1f} MB, masked or not. Runs on T0, eight",
+            "families:\n",
+            *table(["run", "base model", "loss", "model", "up"], rows),
+            *foot(found),
+        ]
+    )
+
+
 SECTIONS: dict[str, Callable[[Record], str]] = {
     "rate": rate,
     "quality_t0": quality("The same quality: T0", "Eight instruction families, one a client."),
@@ -241,6 +299,8 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "methods": methods,
     "formats": formats,
     "overlap": overlap,
+    "robust": robust,
+    "secure_aggregation": secure_aggregation,
 }
 
 

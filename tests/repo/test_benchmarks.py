@@ -140,6 +140,13 @@ def test_a_round_on_a_slow_link_is_its_computation_in_few_bits_and_its_exchange_
     assert many["round_s"] == pytest.approx(8 * 4 * 218_112_000 / 30e6, rel=0.03)
 
 
+def test_masked_sums_are_plain_ones_and_look_like_noise(benchmark: Any) -> None:
+    record = benchmark("secure_aggregation", "--smoke", "--grids")
+    assert [bar["is_met"] for bar in record["bars"]] == [True, True, True]
+    assert {"encode", "mask", "unmask"} <= set(record["results"]["protocol"]["seconds"])
+    assert record["results"]["runs"] == {}
+
+
 def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
     block, whole = benchmark("peers", "--smoke")["results"]
     assert [row["peer"] for row in (block, whole)] == ["ParaBlock, int4", "Flower's FedAvg"]
