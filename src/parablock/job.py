@@ -197,6 +197,8 @@ def _names(blocks: Sequence[Block], indices: Sequence[int]) -> str:
 
 
 def _tokenize(config: RunConfig, loaded: LoadedModel, rows: Sequence[Row]) -> Tokenized:
+    if not rows:  # they are at another site
+        return Tokenized((), (), config.data.format)
     return tokenize_rows(
         rows,
         loaded.tokenizer,

@@ -52,3 +52,11 @@ def test_sites_with_files_of_different_formats_train_together(workshop: Workshop
     assert [note.split(": ")[1] for note in job.notes if note.startswith("client 1:")] == ["alpaca"]
     assert any(note.startswith("test: mixed formats: 4 examples") for note in job.notes)
     assert job.test[1].completion == job.test[1].row.fields["output"]
+
+
+def test_at_a_site_all_rows_are_its_own_and_nothing_is_held_out(workshop: Workshop):
+    config = load_config(workshop.config, ["data.test=[]"])
+    here, split = prepare(config, all_rows_of=1), prepare(config)
+    assert [len(examples) > 0 for examples in here.train] == [False, True, False, False]
+    assert len(here.train[1]) == sum(map(len, split.train)) + len(split.test)
+    assert here.test == () != split.test
