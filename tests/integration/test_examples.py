@@ -42,7 +42,7 @@ def test_an_example_is_short_enough_to_be_read_at_once(script: Path) -> None:
 def test_every_example_is_run_here_and_listed_in_the_readme() -> None:
     here = Path(__file__).read_text()
     readme = (EXAMPLES / "README.md").read_text()
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5
     assert [script.name for script in SCRIPTS if f'run_example("{script.stem}"' not in here] == []
     assert sorted(re.findall(r"^\| `(\w+\.py)`", readme, flags=re.MULTILINE)) == [path.name for path in SCRIPTS]
 
@@ -88,11 +88,26 @@ def test_a_model_that_nobody_knows_is_partitioned_and_learns(tmp_path: Path) -> 
     assert last < first / 4
 
 
+@pytest.mark.flower
+@pytest.mark.slow
+def test_a_deployment_gives_the_model_of_one_process_and_takes_its_processes_down(tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    printed = run_example("04_deployment", tmp_path / "out", folder=tmp_path)
+    assert "the same model" in printed
+    deployed, here = (summary_of(tmp_path / "out" / name) for name in ("deployed", "here"))
+    assert deployed["model_sha256"] == here["model_sha256"]
+    assert float(str(deployed["final_eval_loss"])) < float(str(deployed["initial_eval_loss"])) - 1
+    logs = tmp_path / "out" / "deployed" / "deployment" / "logs"
+    assert sorted(log.name for log in logs.iterdir()) == ["superlink.log", "supernode-0.log", "supernode-1.log"]
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "out") not in running
+
+
 @pytest.mark.slow
 def test_the_comparison_shows_the_same_bytes_and_less_time(tmp_path: Path) -> None:
     table = run_example("05_compare_methods", tmp_path / "out", folder=tmp_path).splitlines()
     assert [row.split("|")[1].strip() for row in table] == ["method", "---", "fl_bcd", "parablock"]
     serial, overlapped = (summary_of(tmp_path / "out" / f"delay-{delay}") for delay in (0, 1))
     assert float(str(overlapped["wall_time_s"])) < 0.7 * float(str(serial["wall_time_s"]))
-    assert overlapped["uplink_bytes"] == pytest.approx(serial["uplink_bytes"], rel=1e-4)  # headers hold seconds
+    assert overlapped["uplink_bytes"] == pytest.approx(serial["uplink_bytes"], rel=1e-4)  # headers hold the loss
     assert overlapped["model_sha256"] != serial["model_sha256"]
