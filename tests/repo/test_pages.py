@@ -81,7 +81,7 @@ def test_what_the_reference_calls_built_is_tried_and_not_written_down(reference:
     methods = rows["federation.method"][2]
     assert "`flora`" in methods
     assert "`parablock`" not in methods
-    assert rows["engine.name"][2] == "`inprocess` only"
+    assert rows["engine.name"][2] == "yes"
     assert rows["train.learning_rate"] == ["number > 0", "`0.0001`", "yes", "Peak learning rate of AdamW."]
 
 

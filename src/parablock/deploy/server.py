@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: st
     write_connection(reached)
     app, log = write_app(folder / "app"), folder / "superlink.log"
     more = {CONFIG_VARIABLE: str(folder / "config.yaml"), OUTPUT_VARIABLE: str(output_dir)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
     with log.open("ab") as output:
         process = subprocess.Popen(
             superlink_command(files), env=environment(files.home, more), stdout=output, stderr=output
