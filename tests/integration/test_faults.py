@@ -98,3 +98,19 @@ def test_a_run_with_faults_resumes_as_if_it_had_never_stopped(workshop: Workshop
         assert resumed["model_sha256"] == whole["model_sha256"]
         assert resumed["faults"] == whole["faults"] == {"nan": 1, "drop": 1, "sign_flip": 1}
         assert participants(tmp_path / f"{after}") == participants(tmp_path / "whole")
+
+
+def test_who_was_dead_at_a_checkpoint_takes_part_again_after_it(workshop: Workshop, tmp_path: Path):
+    kills = (
+        "{client: 3, round: 1, at: train, kind: kill}",
+        "{client: 2, round: 3, at: upload, kind: kill, value: 900}",
+    )
+    dead = f"faults=[{kills[0]}, {kills[1]}]"
+    config = load_config(workshop.config, [dead, "federation.deadline_factor=2.0", "federation.num_rounds=8"])
+    asked = iter([False, False, False, True])
+    assert run(config, tmp_path / "run", asked_to_stop=lambda: next(asked))["status"] == "interrupted"
+    resumed = resume(tmp_path / "run")
+    assert resumed["status"] == "completed"
+    counted = participants(tmp_path / "run")
+    assert counted[1:3] == [[0, 1, 2]] * 2
+    assert counted[-1] == [0, 1, 3], "client 3 is a new process; client 2 dies again, in the round that is repeated"
