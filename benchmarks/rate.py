@@ -85,14 +85,14 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def make_clients(seed: int) -> Clients:
-    """Draw the data: each client has a centre and a rule of its own for its labels."""
+def make_clients(seed: int, *, spread: float = 1.0) -> Clients:
+    """Draw the data: each client's centre and rule for its labels are its own, `spread` from the common ones."""
     draw = generator_for(seed, "rate data")
     common, own = draw.normal(size=BLOCKS * SIZE), draw.normal(size=(CLIENTS, BLOCKS * SIZE))
     centres = draw.normal(size=(CLIENTS, 1, BLOCKS * SIZE))
     mixing = draw.normal(size=(BLOCKS * SIZE, BLOCKS * SIZE)) / sqrt(BLOCKS * SIZE)  # blocks act on each other
-    features = (draw.normal(size=(CLIENTS, EXAMPLES, BLOCKS * SIZE)) + 0.5 * centres) @ mixing
-    scores = (features * (common + own)[:, None]).sum(axis=2) + draw.normal(size=(CLIENTS, EXAMPLES))
+    features = (draw.normal(size=(CLIENTS, EXAMPLES, BLOCKS * SIZE)) + 0.5 * spread * centres) @ mixing
+    scores = (features * (common + spread * own)[:, None]).sum(axis=2) + draw.normal(size=(CLIENTS, EXAMPLES))
     return Clients(torch.tensor(features).float(), torch.tensor(scores).sign().float())
 
 
@@ -109,12 +109,21 @@ def mean_squared_gradient(name: str, num_rounds: int, seed: int) -> float:
 
 
 def local_steps(
-    clients: Clients, step: float, seed: int, client_id: int, t: int, block: int, working: tuple[Tensor, ...]
+    clients: Clients,
+    step: float,
+    seed: int,
+    client_id: int,
+    t: int,
+    block: int,
+    working: tuple[Tensor, ...],
+    *,
+    num_steps: int = STEPS,
 ) -> Tensor:
-    """K stochastic gradient steps on one block."""
-    x, part = torch.cat(working), slice(block * SIZE, (block + 1) * SIZE)
+    """K stochastic gradient steps on one block; all blocks have one size."""
+    size = working[block].numel()
+    x, part = torch.cat(working), slice(block * size, (block + 1) * size)
     draw = generator_for(seed, "rate batches", t, client_id)
-    for rows in torch.from_numpy(draw.integers(EXAMPLES, size=(STEPS, BATCH))):
+    for rows in torch.from_numpy(draw.integers(EXAMPLES, size=(num_steps, BATCH))):
         x[part] -= step * clients.gradient(client_id, x, rows)[part]
     return x[part].clone()
 

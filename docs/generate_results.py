@@ -204,6 +204,21 @@ def families(results: Record, runs: dict[str, list[Record]]) -> list[str]:
     return [f"\n{title}\n", *table(head, rows)]
 
 
+def ablations(found: Record) -> str:
+    """Write the section of `benchmarks/ablations.py`."""
+    options = found["options"]
+    parts = [
+        "## One knob at a time\n",
+        "The problem of the rate, without a model: the squared norm of the gradient, averaged over the last quarter of",
+        f"{options['rounds']} rounds with a constant step; {len(options['seeds'])} seeds. Small is good.",
+    ]
+    for knob, places in found["results"].items():
+        delays = sorted({delay for values in places.values() for delay in values})
+        rows = [[place, *(spread(v[d]) if d in v else "" for d in delays)] for place, v in places.items()]
+        parts += ["", *table([knob, *(f"delay {delay}" for delay in delays)], rows)]
+    return "\n".join([*parts, *foot(found)])
+
+
 def formats(found: Record) -> str:
     """Write the section of `benchmarks/formats.py`."""
     rows = []
@@ -297,6 +312,7 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "quality_gsm8k": quality("The same quality: GSM8K", "Four clients alike; the loss of the solutions."),
     "words": words,
     "methods": methods,
+    "ablations": ablations,
     "formats": formats,
     "overlap": overlap,
     "robust": robust,

@@ -206,3 +206,13 @@ def test_the_words_benchmark_reads_both_delays_at_equal_rounds(benchmark: Any) -
     assert row["parablock"]["loss"] == row["parablock"]["curve"][7][1] != row["fl_bcd"]["loss"]
     # an exchange takes as long as a round computes: FL-BCD's rounds take twice as long
     assert row["parablock"]["seconds"] / row["fl_bcd"]["seconds"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_ablations_change_one_knob_at_a_time(benchmark: Any) -> None:
+    found = benchmark("ablations", "--smoke")["results"]
+    assert {"delay", "local steps", "participation", "server momentum", "wire"} <= set(found)
+    standard = found["delay"]["1"]["1"]
+    assert found["local steps"]["2"]["1"] == found["wire"]["float32"]["1"] == standard
+    for knob, places in found.items():
+        values = [tuple(map(tuple, place.values())) for place in places.values()]
+        assert len(set(values)) == len(values), f"{knob} changes nothing"
