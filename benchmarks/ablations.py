@@ -1,9 +1,9 @@
 """What each choice of the method does: one knob at a time, FL-BCD beside ParaBlock.
 
 The problem is that of `rate.py`: logistic regression with a non-convex regulariser, in blocks, on clients whose
-data differ, through the functions of the method alone. Printed is the squared norm of the gradient of the clients' mean
-loss, averaged over the last quarter of the rounds: small is good. A knob that has no meaning without delay leaves
-FL-BCD's column empty.
+data differ, through the functions of the method alone. Printed is the squared norm of the gradient of the clients'
+mean loss, averaged over the last quarter of the rounds: small is good. A knob that has no meaning without delay
+leaves FL-BCD's column empty.
 
     .venv/bin/python benchmarks/ablations.py
 """

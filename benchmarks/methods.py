@@ -59,7 +59,7 @@ KINDS = {
     "all parameters": ("fedavg", "fedprox", "local", "central"),
     "adapters": LORA_METHODS,
 }
-GRID = {"blocks": (1e-3, 3e-3, 1e-2), "all parameters": (3e-4, 1e-3, 3e-3), "adapters": (1e-3, 3e-3, 1e-2)}
+GRID = {"blocks": (1e-3, 3e-3, 1e-2), "all parameters": (3e-4, 1e-3, 3e-3), "adapters": (3e-3, 1e-2)}
 TUNED_ON = {"blocks": "fl_bcd", "all parameters": "fedavg", "adapters": "fedit"}
 TUNING_SEED = 9
 ROUNDS = {"blocks": 1.0, "all parameters": 0.5, "adapters": 1.0, "fedcybgd": 8.0}
