@@ -210,7 +210,8 @@ def ablations(found: Record) -> str:
     parts = [
         "## One knob at a time\n",
         "The problem of the rate, without a model: the squared norm of the gradient, averaged over the last",
-        f"quarter of {options['rounds']} rounds; {len(options['seeds'])} seeds. The step is constant. Small is good.",
+        f"quarter of {options['rounds']} rounds, with a constant step; {len(options['seeds'])} seeds.",
+        "Small is good.",
     ]
     for knob, places in found["results"].items():
         delays = sorted({delay for values in places.values() for delay in values})
