@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -70,14 +69,14 @@ def client(
 
     Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
     """
-    from parablock.deploy.processes import environment, supernode_command
+    from parablock.deploy.processes import environment, keep_running, supernode_command
     from parablock.deploy.site import load_site
 
     if (keys is None) != insecure:
         raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
     settings = load_site(site)
     command = supernode_command(superlink, keys and keys.absolute(), site.absolute(), port)
-    os.execve(command[0], command, environment(settings.state_dir / "flower"))
+    keep_running(command, environment(settings.state_dir / "flower"), tell=typer.echo)
 
 
 @deploy.command()

@@ -23,13 +23,13 @@ from parablock.config import RunConfig, load_config
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
     ServerFiles,
+    client_command,
     environment,
     free_ports,
     register_sites,
     run_status,
     submit,
     superlink_command,
-    supernode_command,
     wait_for_port,
     write_app,
     write_connection,
@@ -120,10 +120,10 @@ class Deployment:
     def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
         """Start a site's process, towards the server or towards what stands before it."""
         keys = None if self.insecure else self.folder / "keys" / f"site-{client_id}"
-        command = supernode_command(
+        command = client_command(
             superlink or self.files.address, keys, self.site_file(client_id), self._site_ports[client_id]
         )
-        self._launch(f"supernode-{client_id}", command, environment(self.folder / f"flower-{client_id}"))
+        self._launch(f"supernode-{client_id}", command, dict(os.environ))
 
     def submit(self) -> str:
         """Start a Flower run, or the next one of an interrupted run."""
@@ -143,7 +143,7 @@ class Deployment:
     def kill(self, name: str) -> None:
         """End a process at once, as a power cut would; what it has started ends with it or by its own lease."""
         process = self.processes.pop(name)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def _launch(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -162,7 +162,7 @@ class Deployment:
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self.processes.clear()
         for client_id in range(self.num_clients):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from parablock.errors import InputError, ParaBlockError
 
 CONNECTION = "parablock"
 """The name of the server in the Flower configuration that we write."""
+
+AGAIN_S = 5.0
+"""How long after its end a SuperNode is started again."""
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -91,6 +95,37 @@ def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: 
     ]
 
 
+def client_command(superlink: str, keys: Path | None, site_file: Path, port: int) -> list[str]:
+    """Give the command of a site as its operator types it; see `supernode_command`."""
+    command = [sys.executable, "-m", "parablock", "deploy", "client", str(site_file)]
+    command += ["--superlink", superlink, "--port", str(port)]
+    return [*command, "--insecure"] if keys is None else [*command, "--keys", str(keys)]
+
+
+def keep_running(command: Sequence[str], env: Mapping[str, str], *, tell: Callable[[str], None]) -> None:
+    """Run a command until it ends well or we are told to end; start it again after a while where it fails.
+
+    A SuperNode that lost its power is refused until the server has noticed, which takes it a minute.
+    """
+    process: subprocess.Popen[bytes] | None = None
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        if process is not None:
+            process.terminate()
+            process.wait()
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    while True:
+        process = subprocess.Popen(command, env=dict(env))
+        if process.wait() == 0:
+            return
+        tell(f"the SuperNode ended with code {process.returncode}; it starts again in {AGAIN_S:g} s")
+        time.sleep(AGAIN_S)
+
+
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
     home.mkdir(parents=True, exist_ok=True)
@@ -144,7 +179,10 @@ def register_sites(files: ServerFiles) -> None:
 def submit(files: ServerFiles, app: Path) -> str:
     """Start a run; give its id."""
     answer = _flwr(files, ["run", str(app), CONNECTION, "--format", "json"])
-    return str(json.loads(answer[answer.index("{") :])["run-id"])
+    run_id = json.loads(answer[answer.index("{") :]).get("run-id")
+    if run_id is None:
+        raise ParaBlockError(f"`flwr run` started nothing: {answer.strip()[-800:]}")
+    return str(run_id)
 
 
 def run_status(files: ServerFiles, run_id: str) -> str:

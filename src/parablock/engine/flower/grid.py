@@ -31,6 +31,9 @@ from parablock.trace import Span, Trace
 from parablock.wire.transport import Ledger, Parcel
 
 POLL_S = 0.25
+LOOK_S = 3.0
+"""How often the server looks for SuperNodes that are back."""
+
 WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
@@ -55,6 +58,7 @@ class _Site:
     inbox: Inbox = field(default_factory=Inbox)
     attempt: int = 0
     outstanding: bool = False
+    offline: bool = False
     overdue_s: float = 0.0
     more: bool = False
     finished: bool = False
@@ -135,7 +139,7 @@ class GridTransport:
         new = [node_id for node_id in self._grid.get_node_ids() if node_id not in self._known]
         for node_id in new:
             request = Request(**{**vars(self._opening), "hello": True})
-            reply = self._ask_now(node_id, request, timeout_s=30.0)
+            reply = self._ask_now(node_id, request, timeout_s=15.0)
             if reply is None:
                 continue
             if reply.error:
@@ -146,7 +150,7 @@ class GridTransport:
                     remedy="Give each site a client_id of its own, below federation.num_clients.",
                 )
             site = self._sites[reply.client_id]
-            if site.node_id is not None and site.node_id in set(self._grid.get_node_ids()):
+            if site.node_id is not None and not site.offline:
                 raise SiteError(
                     f"two sites say that they are client {reply.client_id}",
                     remedy="Give each site a client_id of its own.",
@@ -231,18 +235,27 @@ class GridTransport:
 
     def _ask_where_due(self, from_clients: Collection[int]) -> None:
         now = self._clock.now()
-        if any(site.node_id is None for site in self._sites.values()) and now > self._next_look_s:
-            self._next_look_s = now + 3.0
-            for _ in self._greet():
-                pass
+        if any(site.offline for site in self._sites.values()) and now > self._next_look_s:
+            self._next_look_s = now + LOOK_S
+            self._look_for_the_lost()
         for client_id, site in self._sites.items():
             if site.outstanding and now > site.overdue_s:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
                 site.outstanding = False
                 site.more = True
             due = site.more or not site.out.is_empty or client_id in from_clients
-            if site.node_id is not None and not site.outstanding and due:
+            if due and not site.outstanding and not site.offline:
                 self._ask(client_id, site)
+
+    def _look_for_the_lost(self) -> None:
+        """See who is back: a SuperNode with a key under its own number, one without under a new one."""
+        online = set(self._grid.get_node_ids())
+        for site in self._sites.values():
+            if site.offline and site.node_id in online:
+                site.offline = False
+        if any(site.offline for site in self._sites.values()):
+            for client_id, _ in self._greet():
+                self._sites[client_id].offline = False
 
     def _ask(self, client_id: int, site: _Site) -> None:
         frames = tuple(site.out.after(0, site.budget_bytes))
@@ -294,9 +307,7 @@ class GridTransport:
         if reply is None:
             self._tell(f"an exchange with client {item.client_id} failed and is made again: {item.problem}")
             site.more = True
-            if item.node_is_gone and site.node_id is not None:
-                self._known.pop(site.node_id, None)
-                site.node_id = None
+            site.offline = site.offline or item.node_is_gone
             return False
         if reply.error:
             raise SiteError(f"client {item.client_id} has given up: {reply.error}")

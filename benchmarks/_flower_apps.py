@@ -1,0 +1,130 @@
+"""What `flower.py` deploys: the real engine, courier, mailbox and stream, with training that only takes time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SETTINGS = "PARABLOCK_FLOWER_BENCHMARK"
+
+
+def settings() -> dict[str, Any]:
+    """Read what the benchmark wants measured."""
+    found: dict[str, Any] = json.loads(os.environ[SETTINGS])
+    return found
+
+
+def serve(grid: Any, context: Any) -> None:
+    """Run the rounds and write how long each took."""
+    import resource
+
+    import torch
+
+    from parablock.clock import RealClock
+    from parablock.engine.flower.engine import run_over_flower
+    from parablock.engine.flower.exchange import Request
+    from parablock.engine.flower.grid import GridTransport
+    from parablock.engine.inprocess import Hooks
+    from parablock.engine.server import ServerPlan
+    from parablock.engine.steps import FixedSteps
+    from parablock.trace import Trace
+    from parablock.wire.quantize import Encoding
+
+    wanted = settings()
+    params = tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"]))
+    encoding = Encoding("float32", chunk_bytes=wanted["chunk_bytes"])
+    plan = ServerPlan(
+        wanted["clients"], wanted["rounds"], wanted["delay"], "cyclic", 1.0, 0, encoding, FixedSteps(1), 900.0, 0
+    )
+    opening = Request("benchmark", str(context.run_id), None, "", "")
+    transport = GridTransport(
+        grid, wanted["clients"], opening, epoch_s=lambda: datetime.now(UTC).timestamp(), tell=print
+    )
+    transport.gather(300.0)
+    trace, commits = Trace(RealClock()), list[float]()
+    hooks = Hooks(on_commit=lambda *_: commits.append(trace.clock.now()), on_checkpoint=lambda _: None)
+    run_over_flower(params, plan, trace, hooks, transport)
+    spans = [[s.client_id, s.activity, s.start_s, s.duration_s, s.facts.get("round_index")] for s in trace.spans]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(wanted["output"]).write_text(json.dumps({"commits": commits, "spans": spans, "peak_bytes": peak}))
+
+
+def train(client_id: int, state_dir: Path, session: Path) -> None:
+    """Be the trainer of a site: every round takes the seconds that the benchmark says."""
+    import torch
+
+    from parablock.algorithm.parablock import initial_client
+    from parablock.clock import RealClock
+    from parablock.engine.client import Client, Trained
+    from parablock.engine.flower.local_socket import address_of, listen, secret_of
+    from parablock.engine.flower.mailbox import TrainerMailbox
+    from parablock.engine.flower.session import SessionFolder
+    from parablock.trace import Trace
+    from parablock.wire.quantize import Encoding
+
+    torch.set_num_threads(1)
+    wanted = settings()
+
+    class Sleeper:
+        num_examples, step_time_s = 1, None
+
+        def train(self, start: Any, working: Any) -> Trained:
+            time.sleep(wanted["compute_s"])
+            return Trained(working[start.block_index] + 1e-3 * (client_id + 1), 0.0)
+
+        def memory(self) -> dict[str, Any]:
+            return {}
+
+        def remember(self, memory: dict[str, Any]) -> None:
+            assert not memory
+
+    clock = RealClock()
+    trace = Trace(clock)
+    mailbox = TrainerMailbox(
+        client_id,
+        listen(address_of(state_dir)),
+        secret_of(state_dir),
+        SessionFolder(state_dir, session.parent.name, session.name.removeprefix("session-")),
+        trace,
+        epoch_s=datetime.now(UTC).timestamp() - clock.now(),
+        lease_s=600.0,
+    )
+    params = tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"]))
+    with mailbox:
+        Client(
+            client_id,
+            initial_client(params),
+            Sleeper(),
+            nullcontext(mailbox),
+            trace,
+            in_flight="aligned",
+            encoding=Encoding("float32", chunk_bytes=wanted["chunk_bytes"]),
+            hand_in=lambda *_: None,
+        ).run()
+
+
+def _site_of(context: Any) -> tuple[int, Path, list[str]]:
+    state_dir = Path(str(context.node_config["state"]))
+    client_id = int(context.node_config["client-id"])
+    return client_id, state_dir, [sys.executable, __file__, str(client_id), str(state_dir)]
+
+
+if __name__ == "__main__":
+    train(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+else:
+    from parablock.engine.flower.courier import client_app
+
+    client = client_app(_site_of)
+
+    def _server() -> Any:
+        from parablock.engine.flower.engine import server_app
+
+        return server_app(serve)
+
+    server = _server() if os.environ.get("PARABLOCK_FLOWER_ROLE") == "server" else None
