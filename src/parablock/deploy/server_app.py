@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,6 +110,12 @@ def main(grid: Any, context: Any) -> None:
     except ParaBlockError as error:
         word = {"what": error.what, "cause": error.cause, "remedy": error.remedy, "exit_code": error.exit_code}
         write_atomically(failure, json.dumps(word))
+        raise
+    except (
+        Exception
+    ) as error:  # not foreseen: whoever started the run must not have to look for it in Flower's logs
+        cause = traceback.format_exc()
+        write_atomically(failure, json.dumps({"what": repr(error), "cause": cause, "remedy": "", "exit_code": 1}))
         raise
 
 

@@ -58,7 +58,9 @@ def run_over_flower(
         )
         down = {t: dict(transport.ledger.of_round(t).down) for t in range(state.committed + 1, round_index)}
         spans = [span for span in list(trace.spans) if is_past(span, round_index, state.committed)]
-        hooks.on_checkpoint(RunState(round_index, state, clients, {"downlink": down, "server": memory}, spans))
+        hooks.on_checkpoint(
+            RunState(round_index, state, clients, {"downlink": down, "server": memory, "faults": []}, spans)
+        )
 
     if resumed is not None:
         transport.ledger.restore_downlink(resumed.progress["downlink"])
