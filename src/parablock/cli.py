@@ -6,13 +6,10 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C with ev
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +19,7 @@ from rich.text import Text
 from parablock import __version__
 from parablock.cli_deploy import deploy
 from parablock.errors import ParaBlockError
+from parablock.terminal import conclude, console, exit_when_interrupted, watched
 
 app = typer.Typer(
     name="parablock",
@@ -31,10 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(deploy, name="deploy")
-console = Console(markup=False)  # a path may hold brackets
 
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]
-INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -280,7 +276,7 @@ def demo(
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    _exit_when_interrupted(outcome.summary, directory)
+    exit_when_interrupted(outcome.summary, directory)
 
 
 @app.command()
@@ -303,62 +299,12 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def watched() -> Iterator[tuple[Any, Any]]:
-    """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once."""
-    from parablock.report.progress import make_progress
-
-    asked: list[int] = []
-    with make_progress(console=console) as progress:
-
-        def on_signal(number: int, frame: object) -> None:
-            del frame
-            if asked:
-                raise KeyboardInterrupt
-            asked.append(number)
-            progress.message("stopping at the next round and saving; press Ctrl-C again to stop at once")
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield progress, lambda: bool(asked)
-        except KeyboardInterrupt:
-            progress.message("stopped at once; go on from the last checkpoint with: parablock resume DIR")
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def _table(*headings: str) -> Table:
     """Make a table in which a long number or path goes on in the next line, instead of being cut."""
     table = Table()
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
-
-
-def conclude(summary: dict[str, Any], directory: Path) -> None:
-    """Say what came of a run, and what to open."""
-    _exit_when_interrupted(summary, directory)
-    console.print(
-        f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "
-        f"{summary['overlap_fraction']:.0%} of the communication was hidden; "
-        f"{summary['wall_time_s']:.1f} s ({summary['clock']} clock), "
-        f"{summary['sequential_s']:.1f} s one after the other",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
-    )
-
-
-def _exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:
-    if summary["status"] == "interrupted":
-        console.print(
-            f"stopped and saved; go on with: parablock resume {directory}", highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(INTERRUPTED)
 
 
 def main() -> None:

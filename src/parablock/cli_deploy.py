@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from parablock.errors import ConfigError
+from parablock.terminal import conclude, watched
 
 deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
 
@@ -92,7 +93,6 @@ def local(
 
     Example: parablock deploy local configs/t0.yaml --clients 2 --output-dir runs/deployed
     """
-    from parablock.cli import conclude, watched
     from parablock.config import load_config
     from parablock.deploy.local import deploy_local
 
