@@ -65,6 +65,7 @@ def parse_options() -> argparse.Namespace:
     )
     default = str(SHARED / "models" / "tiny-base")
     parser.add_argument("--model", default=default, help="a model folder; left out when absent")
+    parser.add_argument("--only", nargs="+", help="names of models; all when left out")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="precision")
     parser.add_argument("--batch-size", type=int, default=8, help="examples of a step")
     parser.add_argument("--length", type=int, default=48, help="tokens of an example")
@@ -94,7 +95,7 @@ def models(options: argparse.Namespace) -> list[tuple[str, Callable[[], PreTrain
     )
     name = f"llama-{config.num_hidden_layers}x512"
     found.append((name, lambda: AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype])))
-    return found
+    return [(name, make) for name, make in found if name in (options.only or [name])]
 
 
 def measure(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
