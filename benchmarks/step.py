@@ -4,8 +4,9 @@ All take the same batches, the same loss at the same positions, clipping and Ada
 one would write for one block without this package: everything else frozen, forward, backward, clip, step. It is
 checked to end with the same parameters. The time of a block is that of a whole visit (load it, make the optimizer,
 K steps, read the result) divided by K, averaged over blocks from the first to the last. The four take turns, so
-that a slow moment of the machine hits all. Peak memory is that of a process of its own, forked with the model, as
-the operating system counts it; gradients and optimizer state are also read off the tensors of a real step.
+that a slow moment of the machine hits all, and are timed in seconds of the processor, which other processes disturb
+least. Peak memory is that of a process of its own, forked with the model, as the operating system counts it;
+gradients and optimizer state are also read off the tensors of a real step.
 
     .venv/bin/python benchmarks/step.py
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -122,11 +124,11 @@ def measure(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, An
         "full": lambda _: train_by_hand(plain, everything, batches),
         "lora": lambda _: train_by_hand(adapted, adapters, batches),
     }
+    peaks = {name: peak_bytes(way, chosen[0]) for name, way in ways.items()}  # first: nothing is left over yet
     by_hand(chosen[-1])
     found = torch.cat([plain.get_parameter(name).data.view(-1) for name in replica.blocks[last].parameter_names])
     same = torch.allclose(visit(chosen[-1]), found.float(), rtol=1e-4, atol=1e-6)
     used = {name: training_bytes(way, chosen[0]) for name, way in ways.items()}
-    peaks = {name: peak_bytes(way, chosen[0]) for name, way in ways.items()}
     seconds = take_turns(ways, chosen, options)
     step_s = {name: statistics.fmean(map(statistics.median, of_way.values())) for name, of_way in seconds.items()}
     return {
@@ -179,10 +181,10 @@ def take_turns(
             for name, way in ways.items():
                 if b != chosen[0] and name in ("full", "lora"):
                     continue  # they know no blocks
-                began = time.perf_counter()
+                began = time.process_time()
                 way(b)
                 if repeat or options.smoke:  # the first turn warms up
-                    seconds[name][b].append((time.perf_counter() - began) / options.steps)
+                    seconds[name][b].append((time.process_time() - began) / options.steps)
     return {name: {b: samples for b, samples in of_way.items() if samples} for name, of_way in seconds.items()}
 
 
@@ -204,6 +206,7 @@ def peak_bytes(way: Callable[[int], object], block_index: int) -> int:
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
+        ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
         way(block_index)
         sender.send(resident("VmHWM") - before)
