@@ -43,7 +43,7 @@ Found = dict[str, Any]
 def main() -> None:
     options = parse_options()
     console = make_console()
-    found = [peer(name, options, console) for name in (list(PEERS)[::3] if options.smoke else PEERS)]
+    found = [peer(name, options, console) for name in options.only]
     show(console, found, options)
     ours, stock = (next(row for row in found if row["peer"] == name)["to_loss"] for name in (OURS, STOCK))
     bars = []
@@ -55,8 +55,11 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = make_parser("peers", "Seconds and bytes to a loss on a slow link.", "--loss 4.8 --mbps 10")
-    parser.add_argument("--loss", type=float, default=4.9, help="held-out loss that is to be reached")
+    parser = make_parser("peers", "Seconds and bytes to a loss on a slow link.", "--loss 2.5 --mbps 30")
+    parser.add_argument(
+        "--only", nargs="+", choices=PEERS, default=list(PEERS), help="methods; ours and FedAvg at least"
+    )
+    parser.add_argument("--loss", type=float, default=3.0, help="held-out loss that is to be reached")
     parser.add_argument("--mbps", type=float, default=10.0, help="each way")
     parser.add_argument("--rounds", type=int, default=24, help="rounds of the block methods; at least 8")
     parser.add_argument("--full-rounds", type=int, default=8, help="rounds of the methods that train everything")
@@ -69,6 +72,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed")
     options = parser.parse_args()
     if options.smoke:
+        options.only = [OURS, STOCK]
         options.rounds, options.full_rounds, options.steps, options.max_examples, options.loss = 8, 2, 1, 8, 8.0
     return options
 

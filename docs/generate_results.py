@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
 DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS))
+
+from results_of_speed import Record, foot, peers, scale, slow_link, spread, step, table, wire  # noqa: E402
+
 PAGE = DOCS / "results.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 
@@ -25,7 +29,6 @@ over seeds, unless it says otherwise. A bar that is missed says so.
 """
 NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
 NAMES |= {"ffa_lora": "FFA-LoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
-Record = dict[str, Any]
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -241,94 +244,6 @@ def formats(found: Record) -> str:
     return "\n".join([text, *table(["format", "eval loss", "MB up, all clients"], rows), *ways, *foot(found)])
 
 
-def slow_link(found: Record) -> str:
-    """Write the section of `benchmarks/slow_link.py`."""
-    rows = [
-        [f"{row['format']}, {row['delay']}"]
-        + [f"{row[key]:.1f}" for key in ("communication_s", "round_s")]
-        + [f"{row['ratio']:.3f}"]
-        for row in found["results"]["runs"]
-    ]
-    options = found["options"]
-    text = (
-        f"## A layer of Llama-3-8B at {options['mbps']:g} Mbit/s\n\nVirtual clock; a round computes for "
-        f"{options['compute_s']:g} s, and moves a layer of {found['results']['layer_parameters']:,} parameters.\n"
-    )
-    return "\n".join(
-        [text, *table(["format, delay", "up and down, s", "round, s", "round / computation"], rows), *foot(found)]
-    )
-
-
-def scale(found: Record) -> str:
-    """Write the section of `benchmarks/scale.py`."""
-    cohorts, bandwidths = found["results"]["cohorts"], found["results"]["bandwidths"]
-    sizes = [[f"{row['model']}, {row['way']}", *(f"{v:,.1f}" for v in row["mbps"].values())] for row in bandwidths]
-    rows = [
-        [
-            str(row["cohort"]),
-            f"{row['simulated_s']:.0f}",
-            f"{row['planned_s']:.0f}",
-            f"{row['real_s_per_round']:.2f}",
-            f"{row['grown_bytes'] / 1e9:.2f}",
-        ]
-        for row in cohorts
-    ]
-    head = ["cohort", "simulated, s", "planned, s", "real s a round", "GB"]
-    return "\n".join(
-        [
-            "## What a link must carry\n",
-            "Mbit/s each way at which a client computes for a part of the time: one layer a block, eight local",
-            "steps on a GPU of ordinary speed.\n",
-            *table(["model, method", *bandwidths[0]["mbps"]], sizes),
-            f"\nBlocks of Llama-3-8B and {cohorts[0]['clients']:,} clients under the virtual clock, int4:\n",
-            *table(head, rows),
-            *foot(found),
-        ]
-    )
-
-
-def peers(found: Record) -> str:
-    """Write the section of `benchmarks/peers.py`."""
-    rows, options = [], found["options"]
-    for row in found["results"]:
-        reached = row["to_loss"] or {}
-        when = [f"{reached['seconds']:.1f}", f"{reached['bytes'] / 1e6:.1f}"] if reached else ["never", ""]
-        last = row["points"][-1]
-        memory = f"{row['memory_bytes'] / 1e6:.0f}"
-        rows.append([row["peer"], *when, f"{last['loss']:.4f} ({last['round']})", memory])
-    head = ["method", "seconds", "MB, all clients", "last loss (rounds)", "MB of memory"]
-    text = (
-        f"## To a loss of {options['loss']:g} at {options['mbps']:g} Mbit/s\n\nFour T0 clients. FedAvg is Flower's "
-        "own strategy on the same simulated link, float32, sent whole.\n"
-    )
-    return "\n".join([text, *table(head, rows), *foot(found)])
-
-
-def step(found: Record) -> str:
-    """Write the section of `benchmarks/step.py`."""
-    rows = []
-    for row in found["results"]:
-        for name, seconds in row["step_s"].items():
-            ratio = f"{row['ratios'][name]:.3f}" if name in row["ratios"] else ""
-            peak = f"{row['peak_bytes_beside_the_model'][name] / 1e6:.0f}"
-            rows.append([f"{row['model']}, {name}", f"{1e3 * seconds:.1f}", ratio, peak])
-    text = "## A local step\n\nOf a block, of the same loop written by hand, of all parameters, of LoRA (r = 16).\n"
-    head = ["model", "ms", "block / this", "peak MB beside the model"]
-    return "\n".join([text, *table(head, rows), *foot(found)])
-
-
-def wire(found: Record) -> str:
-    """Write the section of `benchmarks/wire.py`."""
-    rows = [
-        [f"{row['format']}, {row['rounding']}", f"{row['bytes_ratio']:.4f}", f"{row['megabytes_per_s']:,.0f}"]
-        for row in found["results"]["formats"]
-        if row["format"].startswith("int")
-    ]
-    text = "## The wire\n\nEncoding and decoding on one core, and the server's fold.\n"
-    head = ["format", "bytes / float32", "MB/s of float32"]
-    return "\n".join([text, *table(head, rows), *foot(found)])
-
-
 def overlap(found: Record) -> str:
     """Write the section of `benchmarks/overlap.py`."""
     rows = []
@@ -421,31 +336,6 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "step": step,
     "wire": wire,
 }
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Write a Markdown table."""
-    lines = [list(head), ["---"] * len(head), *map(list, rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def foot(found: Record) -> list[str]:
-    """Say which bars are met, and what makes the table again."""
-    bars = [
-        f"- {bar['name']}: {bar['value']:.4g}, {'at most' if bar['at_most'] else 'at least'} {bar['limit']:g}: "
-        f"{'met' if bar['is_met'] else '**missed**'}"
-        for bar in found["bars"]
-    ]
-    machine, versions = found["machine"], found["versions"]
-    where = f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}"
-    command = found["command"].partition(" --output")[0]
-    return ["", *bars, *[""] * bool(bars), f"`{command}` ({where}; commit {found['commit'][:10]})", ""]
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Write a mean and, of several values, their standard deviation."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":
