@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from parablock.config import NOT_BUILT, RunConfig, parse_config
+from parablock.deploy.site import SiteConfig
 from parablock.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,9 +229,11 @@ def test_a_hook_with_its_own_version_is_found() -> None:
 
 
 def unknown_sections(text: str) -> list[str]:
-    """List top-level keys of a configuration that are none; broken YAML raises."""
+    """List top-level keys of a configuration, or of a site's file, that are none; broken YAML raises."""
     content = yaml.safe_load(text)
-    return sorted(set(content) - SECTIONS) if isinstance(content, dict) else ["not a mapping"]
+    if not isinstance(content, dict):
+        return ["not a mapping"]
+    return sorted(set(content) - (set(SiteConfig.model_fields) if "client_id" in content else SECTIONS))
 
 
 def configurations() -> list[tuple[str, str]]:
