@@ -101,6 +101,7 @@ class Deployment:
         self._stop()
 
     def _start(self) -> None:
+        self._end_leftovers()
         port, *self._site_ports = free_ports(1 + self.num_clients)
         keys = None if self.insecure else self.folder / "keys" / "server"
         self.files = ServerFiles(self.folder / "flower", keys, f"{HOST}:{port}")
@@ -153,7 +154,20 @@ class Deployment:
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self.processes[name] = process
+        pids = {name: started.pid for name, started in self.processes.items()}
+        (self.folder / "processes.json").write_text(json.dumps(pids), encoding="utf-8")
         return process
+
+    def _end_leftovers(self) -> None:
+        """End what an earlier command left running when it was killed: two servers must not write one folder."""
+        try:
+            pids = json.loads((self.folder / "processes.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        for pid in pids.values():
+            with suppress(OSError):
+                if str(self.folder).encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    os.killpg(pid, signal.SIGKILL)
 
     def _stop(self) -> None:
         for process in reversed(self.processes.values()):
