@@ -100,7 +100,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2, help="examples of a step")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of an example")
     parser.add_argument("--max-examples", type=int, default=96, help="held-out examples that the loss is of")
-    parser.add_argument("--task-examples", type=int, default=24, help="held-out examples of a family")
+    parser.add_argument(
+        "--task-examples", type=int, default=24, help="held-out examples of a family; 0: do not score families"
+    )
     parser.add_argument("--links", type=float, nargs="+", default=[10.0, 30.0, 100.0], help="10^6 bit/s, each way")
     parser.add_argument("--only", nargs="+", help="which methods; all when left out")
     options = parser.parse_args()
@@ -195,14 +197,15 @@ def _cached_scores(model: str, task_examples: int) -> Found:
         (loss,) = score_models(model, [path], max_examples=task_examples, device="cpu")
         scores[family] = {"loss": loss.value}
         if family in CHOICES:
-            (right,) = score_models(model, [path], task="multiple_choice", max_examples=task_examples, device="cpu")
+            (right,) = score_models(model, [path], task="multiple_choice", device="cpu")  # choices need all rows
             scores[family]["multiple_choice"] = right.value
     return scores
 
 
 def family_scores(model: str, options: argparse.Namespace) -> Found:
     """Score a model on each family apart."""
-    return {} if options.smoke else _cached_scores(model, options.task_examples)
+    skipped = options.smoke or not options.task_examples
+    return {} if skipped else _cached_scores(model, options.task_examples)
 
 
 def base_scores(options: argparse.Namespace) -> Found:

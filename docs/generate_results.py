@@ -110,9 +110,11 @@ def words(found: Record) -> str:
         [
             "## Word problems, by how much clients differ, and how soon\n",
             "Generated word problems, dealt to four clients by topic with a Dirichlet distribution. Losses at",
-            f"equal rounds ({options['rounds']}). An exchange takes as long as the computation of a round; the",
-            "last column is the time after which ParaBlock has reached FL-BCD's last loss, over FL-BCD's time, for",
-            "each seed. Answers are those at the end of each run, for ParaBlock a quarter of the rounds later.\n",
+            f"equal rounds: {options['rounds']} of {options['steps']} local steps; seeds",
+            f"{', '.join(map(str, options['seeds']))}. An exchange takes as long as the computation of a round;",
+            "the last column is the time after which ParaBlock has reached FL-BCD's last loss, over FL-BCD's",
+            "time, for each seed; ParaBlock runs for a quarter more rounds, and `never` is: not within these.",
+            "Answers are those at the end of each run.\n",
             *table([*head, "time to FL-BCD's loss / its time"], rows),
             *foot(found),
         ]
