@@ -168,7 +168,17 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
         )
     if len({summary["seed"] for summary in summaries}) > 1:
         rows += [_of_all_seeds(method, group, tasks) for method, group in _by_name(summaries).items()]
-    lines = [[*columns, "MB of memory, predicted"], ["---"] * (len(columns) + 1), *rows]
+    return _aligned([*columns, "MB of memory, predicted"], rows)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay a table out as Markdown that can be read as it stands: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in (header, rule, *rows)
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -81,7 +81,8 @@ def prepare(
     tokenized = [_tokenize(config, loaded, rows) for rows in parts]
     scored = _tokenize(config, loaded, held_out)
     notes = [
-        f"{loaded.name_or_path}: {num_parameters:,} parameters in {config.model.dtype}, {len(blocks)} blocks",
+        f"{loaded.name_or_path}: {num_parameters:,} parameters in {config.model.dtype}, "
+        f"{len(blocks)} block{'s' * (len(blocks) != 1)}",
         *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if asked == "auto" else []),
         *partition_histogram(parts, field=config.data.partition.field),
         *(

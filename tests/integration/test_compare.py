@@ -41,6 +41,7 @@ def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, t
     assert len({summary["model_sha256"] for summary in summaries}) == 6
     table = (directory / "compare.md").read_text().splitlines()
     assert "base model" in table[2]
+    assert len({len(line) for line in table}) == 1  # it can be read as it stands
     assert "parablock-seed0" in table[3]
     assert (directory / "report.html").exists()
     assert [line.split("|")[1].strip() for line in table[-3:]] == [

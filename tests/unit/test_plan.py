@@ -361,6 +361,8 @@ def test_the_text_is_short_and_says_what_to_do(workshop: Workshop) -> None:
     assert len(text.splitlines()) < 60
     assert "layers.0 … layers.3" in text and "float32 (configured)" in text and "LoRA, r = 16" in text
     assert "6 rounds of 4 clients" in text and "Recommended: blocks.layers_per_block: 1" in text
+    assert "wire.format: float32, as configured." in text
+    assert "as configured." not in shown(workshop, "link.upload_mbps=1", "link.download_mbps=1")
     assert "Never trained" not in text
     assert "Never trained in 2 rounds: layers.2, layers.3" in shown(
         workshop, "federation.num_rounds=2", "blocks.schedule=cyclic"

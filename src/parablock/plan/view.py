@@ -32,9 +32,11 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     )
     yield plan.verdict
     advised = plan.recommended
+    chosen = (config.blocks.layers_per_block, config.train.num_local_steps, config.wire.format)
+    unchanged = ", as configured" if tuple(advised.values()) == chosen else ""
     yield (
         f"Recommended: blocks.layers_per_block: {advised['layers_per_block']}, "
-        f"train.num_local_steps: {advised['num_local_steps']}, wire.format: {advised['format']}."
+        f"train.num_local_steps: {advised['num_local_steps']}, wire.format: {advised['format']}{unchanged}."
     )
     if plan.never_visited:
         names = ", ".join(plan.blocks[b]["name"] for b in plan.never_visited)
