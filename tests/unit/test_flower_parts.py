@@ -1,0 +1,254 @@
+"""The parts of the Flower engine alone: streams, headers, the site's disk and socket, configuration, keys."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+from contextlib import closing
+from dataclasses import replace
+from multiprocessing import AuthenticationError
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parablock.config import parse_config
+from parablock.deploy.keys import make_keys
+from parablock.deploy.processes import ServerFiles, superlink_command, supernode_command
+from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
+from parablock.engine.flower import stream
+from parablock.engine.flower.exchange import Reply, Request, frame_bytes, header_of, reply_of, request_of
+from parablock.engine.flower.local_socket import (
+    accept,
+    address_of,
+    connect,
+    listen,
+    receive_request,
+    secret_of,
+    send,
+)
+from parablock.engine.flower.session import Position, SessionFolder
+from parablock.engine.flower.stream import Frame, Inbox, Outbox
+from parablock.errors import CodecError, ConfigError, StorageError
+
+REQUEST = Request("run", "session", None, "train: {}", "abc")
+SERVER = {
+    "model": {"name_or_path": "/server/model"},
+    "data": {"train": [], "test": ["/server/test.jsonl"], "max_length": 64},
+    "engine": {"name": "flower"},
+    "report_to": ["tensorboard"],
+    "seed": 5,
+}
+
+
+@given(
+    messages=st.lists(st.binary(max_size=40), max_size=8),
+    exchanges=st.lists(st.tuples(st.integers(1, 30), st.sampled_from(["carry", "lose", "twice"])), max_size=60),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_message_arrives_once_and_in_order_whatever_is_lost(messages, exchanges):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "PART_BYTES", 7)
+        out, inbox, received = Outbox(), Inbox(), []
+        for message in messages:
+            out.put(message, 0)
+        for budget, fate in [*exchanges, *[(1 << 20, "carry")] * 2]:
+            out.acknowledge(inbox.wanted)
+            frames = out.after(inbox.wanted, budget)
+            for _ in range({"lose": 0, "carry": 1, "twice": 2}[fate]):
+                received += [message for message, _ in inbox.take(frames)]
+        out.acknowledge(inbox.wanted)
+    assert received == messages
+    assert out.is_empty
+
+
+def test_a_missing_frame_is_an_error_and_a_known_one_is_not():
+    inbox = Inbox()
+    first, second = Frame(0, 0, True, b"a"), Frame(1, 0, True, b"b")
+    assert inbox.take([first, first]) == [(b"a", first)]
+    with pytest.raises(CodecError, match="frame 2 came where frame 1"):
+        inbox.take([replace(second, number=2)])
+    assert inbox.take([second]) == [(b"b", second)]
+
+
+def test_a_sender_that_starts_again_keeps_the_numbers_and_does_not_send_what_is_known():
+    out = Outbox(first=3)
+    out.acknowledge(5)
+    for content in (b"3", b"4", b"5"):
+        out.put(content, 0)
+    assert [(frame.number, frame.content) for frame in out.after(0, 100)] == [(5, b"5")]
+
+
+def test_headers_say_all_and_give_it_back():
+    frames = (Frame(4, 2, False, b"xy"), Frame(5, 2, True, b""))
+    request = replace(REQUEST, frames=frames, wanted=7, restore=3)
+    assert frame_bytes(header_of(request)) == [2, 0]
+    assert request_of(header_of(request), [b"xy", b""]) == request
+    reply = Reply(1, wanted=2, held_rounds=(1, 2), spans=(("compute", "computing", 0.5, 1.0, {"a": 1}),))
+    assert reply_of(header_of(reply), []) == reply
+    with pytest.raises(CodecError, match="not a Reply"):
+        reply_of(header_of(request), [b"xy", b""])
+    with pytest.raises(CodecError, match="lengths"):
+        request_of(header_of(request), [b"x", b""])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"protocol": 99, "frames": []}',
+        '{"protocol": 1, "frames": [[0, 0, true, 99999999999]]}',
+        '{"protocol": 1, "frames": [[-1, 0, true, 1]]}',
+        '{"protocol": 1, "frames": [[0, 0, 1, 1]]}',
+        '{"protocol": 1, "kind": "Request", "frames": [], "surprise": 1}',
+    ],
+)
+def test_a_broken_header_is_refused_before_anything_is_allocated(broken: str):
+    with pytest.raises(CodecError, match="cannot be read"):
+        request_of(broken, [])
+
+
+def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path):
+    folder = SessionFolder(tmp_path, "run", "1")
+    folder.open(REQUEST)
+    folder.keep(Frame(number, 0, True, b"%d" % number) for number in range(5))
+    assert folder.opened_by() == REQUEST
+    assert [frame.number for frame in folder.kept()] == [0, 1, 2, 3, 4]
+    folder.move_to(Position(2, wanted=3, first_sent=1))
+    again = SessionFolder(tmp_path, "run", "1")
+    again.open(replace(REQUEST, config="another"))
+    assert again.opened_by() == REQUEST
+    assert again.position == Position(2, 3, 1)
+    assert [(frame.number, frame.content) for frame in again.kept()] == [(3, b"3"), (4, b"4")]
+    assert again.finished is None
+    again.finish(9, 4)
+    assert again.finished == (9, 4)
+
+
+def test_a_new_session_starts_where_the_server_says_and_forgets_the_old_one(tmp_path: Path):
+    SessionFolder(tmp_path, "run", "1").open(REQUEST)
+    new = SessionFolder(tmp_path, "run", "2")
+    new.open(replace(REQUEST, session="2", restore=8))
+    assert new.position == Position(8)
+    assert not SessionFolder(tmp_path, "run", "1").path.exists()
+    with pytest.raises(ValueError, match="not the name of a run"):
+        SessionFolder(tmp_path, "../run", "1")
+
+
+def test_only_who_knows_the_secret_reaches_the_trainer(tmp_path: Path):
+    secret, address = secret_of(tmp_path), address_of(tmp_path)
+    served: list[object] = []
+    with closing(listen(address)) as listener:
+
+        def serve() -> None:
+            for _ in range(3):
+                connection = accept(listener, secret)
+                served.append(None if connection is None else receive_request(connection))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(AuthenticationError):
+            connect(address, b"another secret")
+        socket.socket(socket.AF_UNIX).close()
+        with closing(socket.socket(socket.AF_UNIX)) as silent:
+            silent.connect(address)
+            silent.shutdown(socket.SHUT_RDWR)
+        with closing(connect(address, secret)) as connection:
+            send(connection, REQUEST)
+            thread.join()
+    assert served == [None, None, REQUEST]
+    assert (tmp_path / "key").stat().st_mode & 0o077 == 0
+    assert Path(address).parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_secret_that_others_can_read_is_refused(tmp_path: Path):
+    secret_of(tmp_path)
+    (tmp_path / "key").chmod(0o644)
+    with pytest.raises(StorageError, match="can be read by others"):
+        secret_of(tmp_path)
+
+
+def test_the_server_tells_no_path_and_a_site_brings_its_own(tmp_path: Path):
+    shared = shared_config(parse_config(SERVER))
+    assert "/server" not in shared and "tensorboard" not in shared
+    file = tmp_path / "site.yaml"
+    site = {"client_id": 1, "state_dir": "state", "model": {"name_or_path": "/site/model"}, "num_threads": 3}
+    file.write_text(yaml.safe_dump({**site, "data": {"train": ["/site/rows.jsonl"]}}))
+    loaded = load_site(file)
+    config = configuration_at(loaded, shared)
+    assert loaded.state_dir == tmp_path / "state"
+    assert (config.model.name_or_path, config.data.train) == ("/site/model", ("/site/rows.jsonl",))
+    assert (config.seed, config.data.max_length, config.engine.num_threads) == (5, 64, 3)
+
+
+def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):
+    file = tmp_path / "site.yaml"
+    file.write_text("client_id: -1\nstate_dirr: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_site(file)
+    said = str(caught.value)
+    assert "client_id" in said and "did you mean `state_dir`" in said and "model: required" in said
+
+
+def test_a_supernode_without_a_site_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PARABLOCK_SITE", raising=False)
+    with pytest.raises(ConfigError, match="deploy client"):
+        site_file({})
+    monkeypatch.setenv("PARABLOCK_SITE", "/a.yaml")
+    assert site_file({}) == Path("/a.yaml")
+    assert site_file({"site": "/b.yaml"}) == Path("/b.yaml")
+
+
+def test_keys_make_a_connection_that_only_their_authority_vouches_for(tmp_path: Path):
+    make_keys(tmp_path / "keys", 2, ["localhost", "127.0.0.1"])
+    make_keys(tmp_path / "other", 1, ["localhost"])
+    assert sorted(path.name for path in (tmp_path / "keys" / "server").iterdir()) == [
+        "ca.pem",
+        "server.key",
+        "server.pem",
+        "site-0.pub",
+        "site-1.pub",
+    ]
+    for secret in (tmp_path / "keys").rglob("*.key"):
+        assert secret.stat().st_mode & 0o077 == 0
+    assert _handshake(tmp_path / "keys", tmp_path / "keys" / "site-0" / "ca.pem") == ""
+    assert "certificate verify failed" in _handshake(tmp_path / "keys", tmp_path / "other" / "ca.pem")
+    with pytest.raises(StorageError, match="not empty"):
+        make_keys(tmp_path / "keys", 1, ["localhost"])
+
+
+def test_the_defaults_are_the_safe_ones(tmp_path: Path):
+    server = superlink_command(ServerFiles(tmp_path, tmp_path, "127.0.0.1:8000"))
+    site = supernode_command("host:8000", tmp_path, tmp_path / "site.yaml", 9094)
+    assert "--enable-supernode-auth" in server and "--ssl-certfile" in server
+    assert "--root-certificates" in site and "--auth-supernode-private-key" in site
+    assert "--insecure" not in server + site
+    assert "--insecure" in superlink_command(ServerFiles(tmp_path, None, "127.0.0.1:8000"))
+    assert json.loads(site[site.index("--node-config") + 1].removeprefix("site=")) == str(tmp_path / "site.yaml")
+
+
+def _handshake(keys: Path, authority: Path) -> str:
+    """Shake hands in memory; give why it fails."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(keys / "server" / "server.pem", keys / "server" / "server.key")
+    client = ssl.create_default_context(cafile=str(authority))
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname="localhost"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(4):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                return str(error)
+    return ""
