@@ -144,7 +144,8 @@ build-backend = "hatchling.build"
 name = "parablock-app"
 version = "{__version__}"
 description = "Federated fine-tuning with ParaBlock"
-license = "Apache-2.0"
+license = {{text = "Apache-2.0"}}
+license = {{text = "Apache-2.0"}}
 dependencies = ["parablock[flower]=={__version__}"]
 
 [tool.flwr.app]
