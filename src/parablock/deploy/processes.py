@@ -145,7 +145,6 @@ name = "parablock-app"
 version = "{__version__}"
 description = "Federated fine-tuning with ParaBlock"
 license = {{text = "Apache-2.0"}}
-license = {{text = "Apache-2.0"}}
 dependencies = ["parablock[flower]=={__version__}"]
 
 [tool.flwr.app]
