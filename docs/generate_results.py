@@ -29,6 +29,7 @@ over seeds, unless it says otherwise. A bar that is missed says so.
 """
 NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
 NAMES |= {"ffa_lora": "FFA-LoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
+ENDED = "†: the last loss of a run that ended before."
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -130,6 +131,7 @@ def methods(found: Record) -> str:
     names = list(dict.fromkeys(run["method"] for run in results["runs"]))
     runs = {name: [run for run in results["runs"] if run["method"] == name] for name in names}
     base = spread([run["curve"][0][2] for run in runs[names[0]]])
+    ends = {name: fmean(run["curve"][-1][2] for run in group) for name, group in runs.items()}
     rows = [["base model", "", base, "", *[""] * len(options["links"])]]
     for name in names:
         final = spread([run["curve"][-1][2] for run in runs[name]])
@@ -146,51 +148,49 @@ def methods(found: Record) -> str:
             f"grid on another seed: {rates}.",
             "`local` and `central` send nothing. In FedCyBGD one client trains in a round.\n",
             *table(["method", "rounds", "eval loss", "MB a client and round", *speeds], rows),
-            *equal(results["equal_seconds"], names),
-            *equal_bytes(results["equal_bytes"], names),
+            *equal(results["equal_seconds"], ends),
+            *equal_bytes(results["equal_bytes"], ends),
             *families(results, runs),
             *foot(found),
         ]
     )
 
 
-def equal(tables: Record, names: Sequence[str]) -> list[str]:
+def equal(tables: Record, ends: dict[str, float]) -> list[str]:
     """Put the losses at equal seconds into one table, the best of each column in bold."""
     columns = [(mbps, seconds, losses) for mbps, times in tables.items() for seconds, losses in times.items()]
     head = [f"{float(mbps):g} Mbit/s, {float(seconds):g} s" for mbps, seconds, _ in columns]
-    told = "The last time of each link is when ParaBlock has done all of its rounds; –: beyond the end."
+    told = "The last time of each link is when ParaBlock has done all of its rounds. " + ENDED
     title = f"### At equal seconds\n\n{told}"
     return [
         f"\n{title}\n",
-        *losses_table(head, [c[2] for c in columns], names),
+        *losses_table(head, [losses for _, _, losses in columns], ends),
     ]
 
 
-def equal_bytes(tables: Record, names: Sequence[str]) -> list[str]:
+def equal_bytes(tables: Record, ends: dict[str, float]) -> list[str]:
     """Put the losses at equal bytes into one table."""
     head = [f"{megabytes} MB" for megabytes in tables]
-    title = "### At equal bytes\n\nBytes that have crossed a client's link, both directions together."
-    return [f"\n{title}\n", *losses_table(head, list(tables.values()), names)]
+    title = f"### At equal bytes\n\nBytes that have crossed a client's link, both directions together. {ENDED}"
+    return [f"\n{title}\n", *losses_table(head, list(tables.values()), ends)]
 
 
-def losses_table(head: list[str], columns: Sequence[Record], names: Sequence[str]) -> list[str]:
+def losses_table(head: list[str], columns: Sequence[Record], ends: dict[str, float]) -> list[str]:
     """Write the means over seeds, the lowest of each column in bold, and name whose they are."""
-    means = [
-        {name: fmean(losses) for name, losses in column.items() if losses and None not in losses}
-        for column in columns
-    ]
+    means, marks = [], []
+    for column in columns:
+        has_ended = {name for name, losses in column.items() if None in losses}
+        means.append({name: ends[name] if name in has_ended else fmean(v) for name, v in column.items()})
+        marks.append(has_ended)
     rows = []
-    for name in names:
-        if any(name in column for column in columns):
-            rows.append([NAMES[name], *(bold_if_lowest(name, mean) for mean in means)])
-    wins = [NAMES[min(mean, key=lambda name: mean[name])] for mean in means if mean]
+    for name in means[0]:
+        cells = []
+        for mean, has_ended in zip(means, marks, strict=True):
+            bold = "**" * (mean[name] == min(mean.values()))
+            cells.append(f"{bold}{mean[name]:.4f}{bold}{'†' * (name in has_ended)}")
+        rows.append([NAMES[name], *cells])
+    wins = [NAMES[min(mean, key=lambda name: mean[name])] for mean in means]
     return [*table(["method", *head], rows), f"\nLowest loss, column by column: {', '.join(wins)}."]
-
-
-def bold_if_lowest(name: str, mean: dict[str, float]) -> str:
-    """Write one method's mean of a column."""
-    bold = "**" * (name in mean and mean[name] == min(mean.values()))
-    return f"{bold}{mean[name]:.4f}{bold}" if name in mean else "–"
 
 
 def families(results: Record, runs: dict[str, list[Record]]) -> list[str]:
