@@ -48,13 +48,11 @@ def server(
 
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
-    from parablock.config import load_config
-    from parablock.deploy.server import serve
+    from parablock.deploy.server import serve, server_config
 
     if (keys is None) != insecure:
         raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy server")
-    settings = load_config(config, ["engine.name=flower"])
-    serve(settings, output_dir, keys=keys, address=address)
+    serve(server_config(config), output_dir, keys=keys, address=address)
 
 
 @deploy.command()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from parablock.config import parse_config
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import ServerFiles, superlink_command, supernode_command
+from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
 from parablock.engine.flower import stream
 from parablock.engine.flower.exchange import Reply, Request, frame_bytes, header_of, reply_of, request_of
@@ -185,6 +186,16 @@ def test_the_server_tells_no_path_and_a_site_brings_its_own(tmp_path: Path):
     assert loaded.state_dir == tmp_path / "state"
     assert (config.model.name_or_path, config.data.train) == ("/site/model", ("/site/rows.jsonl",))
     assert (config.seed, config.data.max_length, config.engine.num_threads) == (5, 64, 3)
+
+
+def test_a_server_without_rows_of_its_own_needs_some_to_score_on(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name_or_path: m}\ndata: {test: [t.jsonl]}\n")
+    config = server_config(file)
+    assert (config.data.train, config.engine.name) == ((), "flower")
+    file.write_text("model: {name_or_path: m}\ndata: {max_length: 64}\n")
+    with pytest.raises(ConfigError, match=r"data\.train: names no file"):
+        server_config(file)
 
 
 def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from parablock.config import RunConfig
+from parablock.config import RunConfig, overridden, parse_config, read_tree
 from parablock.deploy.processes import (
     ServerFiles,
     environment,
@@ -20,6 +20,18 @@ from parablock.deploy.processes import (
 )
 from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE
 from parablock.report.records import RunDirectory
+
+
+def server_config(path: Path) -> RunConfig:
+    """Read the server's configuration, in which `data.train` may be left out: the sites bring their rows.
+
+    Raises:
+        ConfigError: With every problem.
+    """
+    tree = read_tree(path)
+    if isinstance(tree.get("data"), dict):
+        tree["data"].setdefault("train", [])
+    return parse_config(overridden(tree, ["engine.name=flower"]), source=str(path))
 
 
 def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: str) -> None:
