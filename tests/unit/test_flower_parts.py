@@ -22,7 +22,16 @@ from parablock.deploy.processes import ServerFiles, superlink_command, supernode
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
 from parablock.engine.flower import stream
-from parablock.engine.flower.exchange import Reply, Request, frame_bytes, header_of, reply_of, request_of
+from parablock.engine.flower.exchange import (
+    Reply,
+    Request,
+    error_of,
+    frame_bytes,
+    header_of,
+    reply_of,
+    request_of,
+    word_of,
+)
 from parablock.engine.flower.local_socket import (
     accept,
     address_of,
@@ -34,7 +43,7 @@ from parablock.engine.flower.local_socket import (
 )
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.engine.flower.stream import Frame, Inbox, Outbox
-from parablock.errors import CodecError, ConfigError, StorageError
+from parablock.errors import CodecError, ConfigError, InputError, StorageError
 
 REQUEST = Request("run", "session", None, "train: {}", "abc")
 SERVER = {
@@ -113,6 +122,35 @@ def test_headers_say_all_and_give_it_back():
 def test_a_broken_header_is_refused_before_anything_is_allocated(broken: str):
     with pytest.raises(CodecError, match="cannot be read"):
         request_of(broken, [])
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(name=st.sampled_from(sorted(vars(Reply(0)))), value=ANYTHING)
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_site_says_is_taken_as_it_is_meant_or_refused(name: str, value: object):
+    said = json.loads(header_of(Reply(0, error=("what", "", "", 2))))
+    said[name] = value
+    try:
+        reply = reply_of(json.dumps(said), [])
+    except CodecError:
+        return
+    assert isinstance(reply.wanted, int)
+    assert all(len(span) == 5 for span in reply.spans)
+    assert len(reply.error) in (0, 4)
+
+
+def test_a_sites_error_keeps_its_words_and_its_fault():
+    told = reply_of(header_of(Reply(1, error=word_of(StorageError("full", cause="c", remedy="r")))), [])
+    error = error_of("client 1", told.error)
+    assert isinstance(error, InputError)
+    assert (error.what, error.cause, error.remedy) == ("client 1: full", "c", "r")
+    assert error_of("client 1", word_of(KeyError("x"))).exit_code == 1
 
 
 def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from parablock.engine.flower.exchange import Reply, Request, header_of, request_of
+from parablock.engine.flower.exchange import Reply, Request, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.errors import ParaBlockError, StallError
@@ -45,7 +45,7 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
             client_id, state_dir, command = site_of(context)
             reply = _carry(request, client_id, state_dir, command)
         except ParaBlockError as error:
-            reply = Reply(client_id=-1, error=str(error))
+            reply = Reply(client_id=-1, error=word_of(error))
         return Message(pack(reply), reply_to=message)
 
     return app

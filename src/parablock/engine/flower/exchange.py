@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeVar
 
 from parablock.engine.flower.stream import PART_BYTES, Frame
-from parablock.errors import CodecError
+from parablock.errors import CodecError, InputError, ParaBlockError
 
 T = TypeVar("T", "Request", "Reply")
 
@@ -63,7 +64,7 @@ class Reply:
         finished: Whether it has taken the last message of the run.
         held_rounds: The rounds whose snapshots it keeps.
         spans: What it did since the last reply, as `Span` fields with times since 1970.
-        error: Why it has given up; empty: it has not.
+        error: Why it has given up, as `word_of` says it; empty: it has not.
         frames: For the server.
     """
 
@@ -75,8 +76,22 @@ class Reply:
     finished: bool = False
     held_rounds: tuple[int, ...] = ()
     spans: tuple[tuple[Any, ...], ...] = ()
-    error: str = ""
+    error: tuple[str, str, str, int] | tuple[()] = ()
     frames: tuple[Frame, ...] = field(default=())
+
+
+def word_of(error: BaseException) -> tuple[str, str, str, int]:
+    """Give what an error says, as plain values: what, cause, remedy, exit code."""
+    if isinstance(error, ParaBlockError):
+        return error.what, error.cause, error.remedy, error.exit_code
+    return repr(error), "", "", 1
+
+
+def error_of(who: str, word: Sequence[Any]) -> ParaBlockError:
+    """Make the error that a site has ended with, in its own words."""
+    what, cause, remedy, exit_code = word
+    kind = InputError if exit_code == InputError.exit_code else ParaBlockError
+    return kind(f"{who}: {what}", cause=cause, remedy=remedy)
 
 
 def header_of(said: Request | Reply) -> str:
@@ -117,13 +132,49 @@ def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
         Frame(number, round_index, ends, content)
         for (number, round_index, ends, _), content in zip(places, contents, strict=True)
     )
+    wrong = [name for name, value in fields.items() if not _fits(name, value)]
+    if wrong:
+        raise _foreign(f"its {', '.join(wrong)} cannot be")
     if "held_rounds" in fields:
         fields["held_rounds"] = tuple(fields["held_rounds"])
         fields["spans"] = tuple(tuple(span) for span in fields["spans"])
+        fields["error"] = tuple(fields["error"])
     try:
         return kind(**fields, frames=frames)
     except TypeError as error:
         raise _foreign(str(error)) from None
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Tell whether a field of a header can have this value."""
+    if name in ("held_rounds", "spans", "error"):
+        return isinstance(value, list) and _list_fits(name, value)
+    if name == "restore":
+        return value is None or type(value) is int
+    number = int | float
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(("client_id", "wanted", "budget_bytes"), int),
+        **dict.fromkeys(("arrived_s", "left_s", "wait_s"), number),
+        **dict.fromkeys(("idle", "finished", "hello"), bool),
+    }
+    fits = isinstance(value, kinds.get(name, str)) and isinstance(value, bool) == (kinds.get(name) is bool)
+    return fits and (not isinstance(value, float) or isfinite(value))
+
+
+def _list_fits(name: str, items: list[Any]) -> bool:
+    if name == "held_rounds":
+        return all(type(item) is int for item in items)
+    if name == "error":
+        return not items or [type(item) for item in items] == [str, str, str, int]
+    return all(
+        isinstance(item, list)
+        and len(item) == 5
+        and isinstance(item[0], str)
+        and isinstance(item[1], str)
+        and all(isinstance(number, int | float) and isfinite(number) for number in item[2:4])
+        and isinstance(item[4], dict)
+        for item in items
+    )
 
 
 def _fields(header: str) -> dict[str, Any]:
@@ -135,7 +186,7 @@ def _fields(header: str) -> dict[str, Any]:
             known = type(number) is int and type(round_index) is int and type(ends) is bool and type(length) is int
             if not known or number < 0 or not 0 <= length <= PART_BYTES:
                 raise _foreign(f"it announces a frame {[number, round_index, ends, length]}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _foreign(f"its header is broken: {error!r}") from None
     assert isinstance(fields, dict)
     return fields

@@ -23,10 +23,10 @@ from flwr.serverapp import Grid
 
 from parablock.clock import RealClock
 from parablock.engine.flower.courier import pack, unpack
-from parablock.engine.flower.exchange import Reply, Request, reply_of
+from parablock.engine.flower.exchange import Reply, Request, error_of, reply_of
 from parablock.engine.flower.stream import Frame, Inbox, Outbox
 from parablock.engine.pipeline import start_thread
-from parablock.errors import ParaBlockError, StallError, WireError
+from parablock.errors import InputError, StallError, WireError
 from parablock.trace import Span, Trace
 from parablock.wire.transport import Ledger, Parcel
 
@@ -43,10 +43,6 @@ PUSH_S = 60.0
 
 SLACK_S = 45.0
 """What an exchange may take beyond its bytes and its waiting before it is made again."""
-
-
-class SiteError(ParaBlockError):
-    """A site has given up; its own words."""
 
 
 @dataclass
@@ -143,15 +139,15 @@ class GridTransport:
             if reply is None:
                 continue
             if reply.error:
-                raise SiteError(f"a site cannot take part: {reply.error}")
+                raise error_of("a site cannot take part", reply.error)
             if reply.client_id not in self._sites:
-                raise SiteError(
+                raise InputError(
                     f"a site says that it is client {reply.client_id}; the last one is {len(self._sites) - 1}",
                     remedy="Give each site a client_id of its own, below federation.num_clients.",
                 )
             site = self._sites[reply.client_id]
             if site.node_id is not None and not site.offline:
-                raise SiteError(
+                raise InputError(
                     f"two sites say that they are client {reply.client_id}",
                     remedy="Give each site a client_id of its own.",
                 )
@@ -310,7 +306,7 @@ class GridTransport:
             site.offline = site.offline or item.node_is_gone
             return False
         if reply.error:
-            raise SiteError(f"client {item.client_id} has given up: {reply.error}")
+            raise error_of(f"client {item.client_id} has given up", reply.error)
         if reply.client_id != item.client_id:
             raise WireError(f"client {item.client_id} answered as client {reply.client_id}")
         before = site.inbox.wanted

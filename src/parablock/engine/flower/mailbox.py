@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from parablock.engine.flower.exchange import Reply, Request
+from parablock.engine.flower.exchange import Reply, Request, word_of
 from parablock.engine.flower.local_socket import accept, receive_request, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Inbox, Outbox, frames_of
@@ -38,7 +38,7 @@ class _Published:
 class _Ended:
     """The compute thread is done, or has failed."""
 
-    error: str
+    error: tuple[str, str, str, int] | tuple[()]
     messages: tuple[tuple[bytes, int], ...] = ()
 
 
@@ -90,7 +90,7 @@ class TrainerMailbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._from_compute.put(_Ended("" if error is None else str(error) or repr(error), tuple(self._batch)))
+        self._from_compute.put(_Ended(() if error is None else word_of(error), tuple(self._batch)))
         self._closed.get(self._lease_s * 2, "the server to take the last reply")
         self._thread.join()
 
@@ -179,7 +179,7 @@ class TrainerMailbox:
                 try:
                     self._take(request)
                 except CodecError as error:
-                    send(connection, Reply(self._client_id, self._in.wanted, error=str(error)))
+                    send(connection, Reply(self._client_id, self._in.wanted, error=word_of(error)))
                     return
                 while self._should_wait(request, arrived):
                     if connection.poll():
@@ -238,6 +238,6 @@ class TrainerMailbox:
                 for s in spans
                 if s.activity != "waiting"
             ),
-            error=self._ended.error if self._ended else "",
+            error=self._ended.error if self._ended else (),
             frames=tuple(self._out.after(request.wanted, request.budget_bytes)),
         )
