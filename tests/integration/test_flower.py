@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cuttable_proxy import CuttableProxy
 from parablock.config import RunConfig, load_config
 from parablock.deploy.local import Deployment, resume_local, watch
 from parablock.errors import ParaBlockError
@@ -102,6 +104,42 @@ def test_killed_trainers_supernodes_and_superlink_change_nothing(config: RunConf
     assert not deployment.trainer_pid(0)
     for client_id in range(SITES):
         assert (deployment.folder / "keys" / f"site-{client_id}" / "site.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_slow_link_that_breaks_up_and_down_and_a_site_that_is_late_change_nothing(
+    config: RunConfig, workshop: Workshop, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+):
+    tiny_llama(num_layers=4, hidden_size=128, vocab_size=300).save_pretrained(workshop.model)
+    expected = in_one_process(config, tmp_path / "one")
+    payload = json.loads((tmp_path / "one" / "manifest.json").read_text())["blocks"][0]["parameters"] * 4
+    output_dir = tmp_path / "deployed"
+    deployment = Deployment(output_dir, SITES)
+    deployment.prepare(config)
+    with deployment:
+        deployment.kill("supernode-0")
+        proxy = CuttableProxy(int(deployment.files.address.rpartition(":")[2]), bytes_per_s=payload / 3)
+        finished: list[dict[str, object]] = []
+        watching = threading.Thread(
+            target=lambda run_id: finished.append(watch(deployment, run_id, LoggedProgress())),
+            args=(deployment.submit(),),
+        )
+        watching.start()
+        time.sleep(5)  # site 0 is late
+        deployment.start_supernode(0, superlink=f"127.0.0.1:{proxy.port}")
+        wait_for(lambda: rounds_done(output_dir) >= 1, deployment)
+        for direction in ("up", "down"):
+            before = getattr(proxy, direction)
+            wait_for(lambda d=direction, n=before: getattr(proxy, d) > n + payload / 2, deployment)
+            proxy.cut(8)
+        proxy.swallow_next = True
+        wait_for(lambda: proxy.swallowed == 1, deployment)
+        watching.join()
+        proxy.close()
+    (summary,) = finished
+    assert summary["model_sha256"] == expected
+    assert (proxy.cuts, proxy.swallowed) == (3, 1)
+    assert proxy.up < (config.federation.num_rounds + 3) * payload * 1.2 + 500_000
+    assert summary["uplink_bytes"] < SITES * config.federation.num_rounds * payload * 1.1
 
 
 def test_what_is_wrong_at_a_site_is_said_where_the_run_was_started(

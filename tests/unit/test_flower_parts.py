@@ -206,6 +206,17 @@ def test_only_who_knows_the_secret_reaches_the_trainer(tmp_path: Path):
     assert Path(address).parent.stat().st_mode & 0o077 == 0
 
 
+def test_all_who_ask_for_the_secret_at_once_get_the_same_whole_one(tmp_path: Path):
+    found: set[bytes] = set()
+    threads = [threading.Thread(target=lambda: found.add(secret_of(tmp_path))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(secret) for secret in found] == [32]
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 def test_a_secret_that_others_can_read_is_refused(tmp_path: Path):
     secret_of(tmp_path)
     (tmp_path / "key").chmod(0o644)

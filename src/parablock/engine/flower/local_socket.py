@@ -34,10 +34,14 @@ def secret_of(state_dir: Path) -> bytes:
     """Read the site's secret, or make it."""
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = state_dir / "key"
-    with suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    if not path.exists():  # written beside and linked: nobody ever reads half of it, and the first one wins
+        beside = state_dir / f".key-{secrets.token_hex(8)}"
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(secrets.token_bytes(32))
+        with suppress(FileExistsError):
+            os.link(beside, path)
+        beside.unlink()
     mode = path.stat()
     if mode.st_uid != os.getuid() or stat.S_IMODE(mode.st_mode) & 0o077:
         raise StorageError(
