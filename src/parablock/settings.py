@@ -350,7 +350,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _files_are_clients(self) -> RunConfig:
         files, clients = len(self.data.train), self.federation.num_clients
-        if self.data.partition.scheme == "by_file" and files != clients:
+        if self.data.partition.scheme == "by_file" and files and files != clients:
             raise ValueError(
                 f"data.partition.scheme by_file makes one client of each file: data.train has {files} and "
                 f"federation.num_clients is {clients}; make them equal"
