@@ -87,10 +87,11 @@ class LoopGrid(Grid):
             self._started.add(folder.path)
             self._start(client_id, folder)
         state_dir = self._dirs[client_id]
-        while True:
+        while folder.finished is None:
             try:
                 with closing(connect(address_of(state_dir), secret_of(state_dir))) as connection:
                     send(connection, request)
                     return receive_reply(connection)
             except (OSError, EOFError):
                 threading.Event().wait(0.01)
+        return Reply(client_id, wanted=folder.finished[0], idle=True, finished=True)

@@ -79,7 +79,10 @@ def run_over_flower(
         held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
         memory=None if resumed is None else resumed.progress["server"],
     )
-    finished = server.run()
-    transport.close(plan.stall_timeout_s)
+    try:
+        finished = server.run()
+        transport.close(plan.stall_timeout_s)
+    finally:
+        transport.leave()
     traffic = transport.ledger.of_round(plan.num_rounds - 1)
     return EngineResult(server.state, (), finished, traffic, dict(server.refused))

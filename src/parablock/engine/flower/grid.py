@@ -38,10 +38,13 @@ WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
 LEAST_BYTES, MOST_BYTES = 8 << 20, 512 << 20
+WORTH_MEASURING = 64 << 10
+"""Bytes of a reply from which on its time tells the speed of the link."""
+
 PUSH_S = 60.0
 """How long the upload of one reply should take: a third of Flower's push session."""
 
-SLACK_S = 45.0
+SLACK_S = 20.0
 """What an exchange may take beyond its bytes and its waiting before it is made again."""
 
 
@@ -59,12 +62,20 @@ class _Site:
     more: bool = False
     finished: bool = False
     bytes_per_s: float = 0.0
+    largest: int = 0
+    held_s: float = inf
     sent_before: int = 0
 
     @property
     def budget_bytes(self) -> int:
         """How much one reply may carry, from the speed that was measured."""
         return int(min(MOST_BYTES, max(LEAST_BYTES, self.bytes_per_s * PUSH_S)))
+
+    def patience_s(self, request_bytes: int) -> float:
+        """How long an exchange may take, from what earlier ones took; at first, from what it may carry."""
+        speed = (self.bytes_per_s or LEAST_BYTES / PUSH_S) / 2
+        held_s = min(WAIT_S, 1.5 * self.held_s + 10.0)
+        return held_s + SLACK_S + (request_bytes + (self.largest or LEAST_BYTES)) / speed
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,7 @@ class GridTransport:
         self._known: dict[int, int] = {}
         self._whole: deque[tuple[int, bytes]] = deque()
         self._trace: Trace | None = None
+        self._is_over = False
         self.ledger = Ledger()
 
     # ── before the run ──────────────────────────────────────────────────────────────────────────────
@@ -201,6 +213,10 @@ class GridTransport:
         found = self._wait(lambda: bool(self._whole), from_clients, deadline_s=deadline_s)
         return self._whole.popleft() if found else None
 
+    def leave(self) -> None:
+        """Stop waiting for whatever has not been answered."""
+        self._is_over = True
+
     def close(self, timeout_s: float) -> None:
         """Wait until every client has taken the last message of the run; one that does not come is left."""
         while left := [client_id for client_id, site in self._sites.items() if not site.finished]:
@@ -267,8 +283,7 @@ class GridTransport:
         size = sum(len(frame.content) for frame in frames)
         site.attempt += 1
         site.outstanding, site.more = True, False
-        slowest = max(site.bytes_per_s, LEAST_BYTES / PUSH_S) / 2
-        site.overdue_s = self._clock.now() + WAIT_S + SLACK_S + (size + site.budget_bytes) / slowest
+        site.overdue_s = self._clock.now() + site.patience_s(size)
         assert site.node_id is not None
         message, attempt, pushed_s = _message(request, site.node_id), site.attempt, self._clock.now()
 
@@ -284,7 +299,7 @@ class GridTransport:
         """Push one request and wait for its reply; in the thread of the exchange."""
         try:
             (message_id,) = self._grid.push_messages([message])
-            while not self._clock.stopped:
+            while not self._is_over:
                 for answer in self._grid.pull_messages([message_id]):
                     if answer.has_error():
                         return None, f"{answer.error.reason} (code {answer.error.code})", answer.error.code == 5
@@ -329,7 +344,8 @@ class GridTransport:
         self._transfer(item.client_id, "downloading", down, item.pushed_s, arrived)
         self._transfer(item.client_id, "uploading", fresh, left, item.ended_s)
         size = sum(len(frame.content) for frame in fresh)
-        if size > LEAST_BYTES / 2 and item.ended_s > left:
+        site.largest, site.held_s = max(site.largest, size), left - arrived
+        if size > WORTH_MEASURING and item.ended_s > left:
             site.bytes_per_s = size / (item.ended_s - left)
         for lane, activity, start_s, duration_s, facts in reply.spans:
             self._trace.spans.append(
