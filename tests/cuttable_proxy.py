@@ -31,7 +31,7 @@ class CuttableProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self, seconds: float) -> None:
-        """Break all connections and refuse new ones for so long."""
+        """Break all connections and leave new ones without an answer for so long."""
         self.cuts += 1
         self._until = time.monotonic() + seconds
         for end in list(self._open):
@@ -40,7 +40,7 @@ class CuttableProxy:
     def close(self) -> None:
         """Stop for good."""
         self._listener.close()
-        self.cut(1e9)
+        self.cut(0.0)
 
     def _accept(self) -> None:
         while True:
@@ -48,9 +48,8 @@ class CuttableProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if time.monotonic() < self._until:
-                client.close()
-                continue
+            while time.monotonic() < self._until:
+                time.sleep(0.05)  # as in a hole: nobody answers
             try:
                 server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
