@@ -125,6 +125,15 @@ def local_arguments(config: RunConfig) -> LocalArguments:
     )
 
 
+def checkpoints_kept(config: RunConfig) -> int:
+    """Give how many checkpoints the server keeps.
+
+    A site may be d + 1 rounds behind the server when both die; the run goes on from what all of them keep.
+    """
+    keep, behind = config.checkpoint.keep, config.federation.delay + 2
+    return max(keep, behind) if config.engine.name == "flower" else keep
+
+
 def clients_of(config: RunConfig) -> int:
     """Give how many clients there are: `central` puts all data into one."""
     return 1 if config.federation.method == "central" else config.federation.num_clients

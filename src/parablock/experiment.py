@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from parablock.algorithm.parablock import ServerState
-from parablock.assembly import Engine, InProcess, clients_of, faults_of
+from parablock.assembly import Engine, InProcess, checkpoints_kept, clients_of, faults_of
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
@@ -108,6 +108,8 @@ def resume(
     state, passed_over = load_newest(directory.checkpoints, engine.held_rounds)
     for reason in passed_over:
         progress.message(f"passed over a damaged checkpoint: {reason}")
+    if state is None:
+        progress.message("there is no checkpoint that server and clients share; the run begins anew")
     return _Run(job, directory, progress, asked_to_stop, began, engine).execute(state)
 
 
@@ -235,7 +237,7 @@ class _Run:
         }
         state = replace(state, progress=progress)
         try:
-            save_checkpoint(self.directory.checkpoints, state, keep=self.config.checkpoint.keep)
+            save_checkpoint(self.directory.checkpoints, state, keep=checkpoints_kept(self.config))
         except StorageError as error:
             self.unsaved = error
             raise

@@ -97,7 +97,9 @@ def test_killed_trainers_supernodes_and_superlink_change_nothing(config: RunConf
     assert "parablock resume" in ended[0].remedy
     assert rounds_done(output_dir) < config.federation.num_rounds
 
+    before = metrics_of(output_dir)[0]
     summary = resume_local(output_dir)
+    assert metrics_of(output_dir)[0] == before  # with its seconds: the run went on, it did not begin anew
     assert summary["status"] == "completed"
     assert summary["model_sha256"] == expected
     assert summary["model_sha256"] != in_one_process(config, tmp_path / "other", delay=0)

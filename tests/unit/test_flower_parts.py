@@ -173,8 +173,11 @@ def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path)
 def test_a_new_session_starts_where_the_server_says_and_forgets_the_old_one(tmp_path: Path):
     SessionFolder(tmp_path, "run", "1").open(REQUEST)
     new = SessionFolder(tmp_path, "run", "2")
+    for t in (7, 8, 9):
+        (new.snapshots / f"round-{t:06d}").mkdir(parents=True)
     new.open(replace(REQUEST, session="2", restore=8))
     assert new.position == Position(8)
+    assert new.held_rounds() == (7, 8)
     assert not SessionFolder(tmp_path, "run", "1").path.exists()
     with pytest.raises(ValueError, match="not the name of a run"):
         SessionFolder(tmp_path, "../run", "1")

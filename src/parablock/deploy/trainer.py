@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parablock.algorithm.grid import Grid
 from parablock.algorithm.parablock import NEVER, ClientState, ServerState, initial_client, initial_server
-from parablock.assembly import encoding_of
+from parablock.assembly import checkpoints_kept, encoding_of
 from parablock.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.clock import RealClock
 from parablock.deploy.site import SiteConfig, configuration_at, load_site
@@ -33,16 +33,14 @@ from parablock.job import prepare
 from parablock.safeguards import adds_noise, grid_of, new_secret, protections
 from parablock.trace import Trace
 
-KEEP = 3
-"""Snapshots that a site keeps: the server may have to go back by one or two."""
-
 
 def main(site_file: Path, session: Path) -> None:
     """Serve one session of one run."""
     site = load_site(site_file)
     folder = SessionFolder(site.state_dir, session.parent.name, session.name.removeprefix("session-"))
-    with (site.state_dir / "lock").open("w") as lock:
+    with (site.state_dir / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one copy of the model at a site: an earlier trainer goes first
+        lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         _serve(site, folder)
@@ -89,7 +87,7 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
         trainer.remember(snapshot.memory)
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
-        save_checkpoint(folder.snapshots, _stored(round_index, taken, client.state), keep=KEEP)
+        save_checkpoint(folder.snapshots, _stored(round_index, taken, client.state), keep=checkpoints_kept(config))
         frames = sum(frames_of(message) for messages in taken.sent.values() for message in messages)
         # what has come ahead of its commit is taken again, and with it this very mark
         again = client.chunks_ahead + 1 if client.chunks_ahead else 0

@@ -59,7 +59,9 @@ class SessionFolder:
         """Write down what the session is; opening it again changes nothing."""
         if (self.path / "session.json").exists():
             return
-        for old in self.path.parent.glob("session-*"):
+        newer = [t for t in self.held_rounds() if request.restore is None or t > request.restore]
+        outdated = [*self.path.parent.glob("session-*"), *(self.snapshots / f"round-{t:06d}" for t in newer)]
+        for old in outdated:  # they belong to a past that the server has gone back behind
             shutil.rmtree(old, ignore_errors=True)
         self._frames.mkdir(parents=True, mode=0o700)
         self.move_to(Position(request.restore))
