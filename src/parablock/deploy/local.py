@@ -13,10 +13,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from parablock.config import RunConfig, load_config
@@ -56,7 +57,6 @@ class Deployment:
         self.output_dir, self.num_clients, self.insecure = output_dir.absolute(), num_clients, insecure
         self.folder = self.output_dir / "deployment"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._exit = ExitStack()
 
     @property
     def config_file(self) -> Path:
@@ -136,10 +136,9 @@ class Deployment:
         """Tell the process of a site's trainer, if there is one."""
         try:
             pid = int((self.folder / "state" / str(client_id) / "lock").read_text(encoding="utf-8"))
-            named = Path(f"/proc/{pid}/cmdline").read_bytes() if Path("/proc").exists() else b"parablock"
         except (OSError, ValueError):
             return None
-        return pid if b"parablock" in named else None
+        return pid if self._is_ours(pid) else None
 
     def kill(self, name: str) -> None:
         """End a process at once, as a power cut would; what it has started ends with it or by its own lease."""
@@ -164,10 +163,18 @@ class Deployment:
             pids = json.loads((self.folder / "processes.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        for pid in pids.values():
+        for pid in filter(self._is_ours, pids.values()):
             with suppress(OSError):
-                if str(self.folder).encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                    os.killpg(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Tell whether a process was started for this deployment: a number may have been given away again."""
+        try:
+            known = psutil.Process(pid)
+            words = [*known.cmdline(), *known.environ().values()]
+        except psutil.Error:
+            return False
+        return any(word.startswith(f"{self.folder}/") for word in words)
 
     def _stop(self) -> None:
         for process in reversed(self.processes.values()):
@@ -234,7 +241,7 @@ def resume_local(
         config.federation.num_clients,
         insecure=not (Path(output_dir) / "deployment" / "keys").exists(),
     )
-    if not deployment.folder.exists():
+    if not (deployment.folder / "sites").exists():
         raise ConfigError(
             [
                 "this run's server and sites are not on this machine; start the SuperLink again with "
@@ -264,12 +271,13 @@ def watch(
                 stop_file(deployment.output_dir).touch()
             failure = failure_file(deployment.output_dir)
             if failure.exists():
-                raise _told(json.loads(failure.read_text(encoding="utf-8")))
-            if directory.summary.exists() and directory.summary.stat().st_mtime_ns > began:
-                summary = directory.read_summary()
-                if summary["status"] != "failed":
-                    look()
-                    return summary
+                word = json.loads(failure.read_text(encoding="utf-8"))
+                failure.unlink()
+                raise _told(word)
+            is_over = directory.summary.exists() and directory.summary.stat().st_mtime_ns > began
+            if is_over and (summary := directory.read_summary())["status"] != "failed":
+                look()
+                return summary
             superlink = deployment.processes.get("superlink")
             if superlink is None or superlink.poll() is not None:
                 raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
@@ -277,7 +285,7 @@ def watch(
                 next_status = time.monotonic() + 20
                 if run_status(deployment.files, run_id).startswith("finished") and not failure.exists():
                     time.sleep(2)  # its last files may be on their way
-                    if not directory.summary.exists():
+                    if not is_over and not failure.exists():
                         raise _ended("the ServerApp ended", deployment.log("superlink"), deployment.output_dir)
             time.sleep(LOOK_S)
 

@@ -60,6 +60,7 @@ class _Site:
     offline: bool = False
     overdue_s: float = 0.0
     more: bool = False
+    problem: str = ""
     finished: bool = False
     bytes_per_s: float = 0.0
     largest: int = 0
@@ -201,7 +202,8 @@ class GridTransport:
             raise StallError(
                 f"nothing moved for {timeout_s:g} s while waiting for {waiting_for}; "
                 f"asked and not answered: {_clients(i for i, s in self._sites.items() if s.outstanding)}",
-                cause="A site, or the way to it, is down.",
+                cause="A site, or the way to it, is down. "
+                + " ".join(f"Client {i} at last: {s.problem}." for i, s in self._sites.items() if s.problem),
                 remedy="Bring it back and run `parablock resume`; nothing that was committed is lost.",
             )
         return self._whole.popleft()
@@ -310,14 +312,14 @@ class GridTransport:
         return None, "stopped", False
 
     def _take(self, item: _Arrived) -> bool:
-        """Take the end of an attempt; tell whether anything moved."""
+        """Take the end of an attempt; tell whether the site gave a sign of life."""
         site = self._sites[item.client_id]
         if item.attempt == site.attempt:
             site.outstanding = False
         reply = item.reply
         if reply is None:
             self._tell(f"an exchange with client {item.client_id} failed and is made again: {item.problem}")
-            site.more = True
+            site.more, site.problem = True, item.problem
             site.offline = site.offline or item.node_is_gone
             return False
         if reply.error:
@@ -332,7 +334,7 @@ class GridTransport:
         for message, _ in site.inbox.take(fresh):
             self._whole.append((item.client_id, message))
         site.finished = site.finished or reply.finished
-        return bool(fresh) or reply.wanted > 0
+        return True
 
     def _record(self, item: _Arrived, reply: Reply, site: _Site, fresh: Sequence[Frame]) -> None:
         """Count the bytes, and put the client's spans and the two transfers on the record."""

@@ -19,7 +19,7 @@ from parablock.engine.flower.local_socket import accept, receive_request, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Inbox, Outbox, frames_of
 from parablock.engine.pipeline import start_thread
-from parablock.errors import CodecError, ParaBlockError, StallError
+from parablock.errors import CodecError, ParaBlockError, StallError, StorageError
 from parablock.trace import Trace
 
 SLICE_S = 0.05
@@ -172,13 +172,13 @@ class TrainerMailbox:
         """Serve one ClientApp; one that goes away in the middle will come again."""
         try:
             with connection:
-                request = receive_request(connection)
-                if request.session != self._folder.session:
-                    os.kill(os.getpid(), signal.SIGTERM)  # a new session has begun; all that counts is on the disk
-                self._heard_s = arrived = self._trace.clock.now()
                 try:
+                    request = receive_request(connection)
+                    if request.session != self._folder.session:
+                        os.kill(os.getpid(), signal.SIGTERM)  # a new session; all that counts is on the disk
+                    self._heard_s = arrived = self._trace.clock.now()
                     self._take(request)
-                except CodecError as error:
+                except (CodecError, StorageError) as error:
                     send(connection, Reply(self._client_id, self._in.wanted, error=word_of(error)))
                     return
                 while self._should_wait(request, arrived):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from parablock.engine.flower.exchange import Request, header_of, request_of
 from parablock.engine.flower.stream import Frame
+from parablock.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,18 @@ class SessionFolder:
 
 def _write(path: Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error}",
+            cause="The disk of this site is full, or its state folder is not writable any more.",
+            remedy="Make room there, and go on with the run: parablock resume, or `flwr run` again.",
+        ) from None
 
 
 def _safe(name: str) -> str:
