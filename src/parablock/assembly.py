@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -31,6 +32,31 @@ from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
 
 
+@dataclass(frozen=True)
+class EngineInput:
+    """What an engine runs.
+
+    Attributes:
+        config: The run.
+        secret: The key of the noise, where some is added.
+        params: The initial parameters, one flat vector for each block.
+        trainers: Of the clients that train in this process, in order of client_id.
+        trace: Records the run; its clock is the run's.
+        hooks: Who keeps the records.
+        resumed: Where to go on; None: at the beginning.
+        faults: What is to go wrong.
+    """
+
+    config: RunConfig
+    secret: bytes | None
+    params: Sequence[Tensor]
+    trainers: Sequence[Trainer]
+    trace: Trace
+    hooks: Hooks
+    resumed: RunState | None
+    faults: Faults
+
+
 class Engine(Protocol):
     """What brings the server and the clients of a run together.
 
@@ -42,17 +68,7 @@ class Engine(Protocol):
     is_local: bool
     held_rounds: frozenset[int] | None
 
-    def run(
-        self,
-        config: RunConfig,
-        secret: bytes | None,
-        params: Sequence[Tensor],
-        trainers: Sequence[Trainer],
-        trace: Trace,
-        hooks: Hooks,
-        resumed: RunState | None,
-        faults: Faults,
-    ) -> EngineResult:
+    def run(self, given: EngineInput) -> EngineResult:
         """Run all rounds, or those that a checkpoint has left."""
 
 
@@ -80,29 +96,20 @@ class InProcess:
                 ]
             )
 
-    def run(
-        self,
-        config: RunConfig,
-        secret: bytes | None,
-        params: Sequence[Tensor],
-        trainers: Sequence[Trainer],
-        trace: Trace,
-        hooks: Hooks,
-        resumed: RunState | None,
-        faults: Faults,
-    ) -> EngineResult:
+    def run(self, given: EngineInput) -> EngineResult:
         """Run all rounds; see `run_in_process`."""
+        config = given.config
         return run_in_process(
-            params,
-            trainers,
-            server_plan(config, secret),
-            trace,
-            hooks,
+            given.params,
+            given.trainers,
+            server_plan(config, given.secret),
+            given.trace,
+            given.hooks,
             link=Link(**config.link.model_dump()),
             in_flight=config.federation.in_flight,
-            resumed=resumed,
-            faults=faults,
-            protection_of=protections(config, secret),
+            resumed=given.resumed,
+            faults=given.faults,
+            protection_of=protections(config, given.secret),
             masking=masking_of(config),
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from parablock.algorithm.parablock import ServerState
-from parablock.assembly import Engine, InProcess, checkpoints_kept, clients_of, faults_of
+from parablock.assembly import Engine, EngineInput, InProcess, checkpoints_kept, clients_of, faults_of
 from parablock.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config import RunConfig, load_config
@@ -163,21 +163,22 @@ class _Run:
         self.progress.start(config.federation.num_rounds, clients_of(config), len(self.rows))
         faults = faults_of(config, state.progress["faults"] if state else ())
         try:
-            result = self.engine.run(
-                config,
-                self.secret,
-                self.fleet.params,
-                self.fleet.trainers,
-                trace,
-                Hooks(
+            given = EngineInput(
+                config=config,
+                secret=self.secret,
+                params=self.fleet.params,
+                trainers=self.fleet.trainers,
+                trace=trace,
+                hooks=Hooks(
                     on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
                     on_checkpoint=lambda checkpoint: self._on_checkpoint(clock, checkpoint),
                     asked_to_stop=self.asked_to_stop,
                     on_event=self.progress.message,
                 ),
-                state,
-                faults,
+                resumed=state,
+                faults=faults,
             )
+            result = self.engine.run(given)
             self.troubles = _troubles(faults, result)
             summary = self._finish(result, trace, clock)
         except Exception:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from loop_grid import Fate, LoopGrid
 from parablock.algorithm.parablock import initial_client, same
 from parablock.clock import RealClock
-from parablock.engine.client import Client
+from parablock.engine.client import Client, Trained
 from parablock.engine.flower import grid as grid_module
 from parablock.engine.flower.engine import run_over_flower
 from parablock.engine.flower.exchange import Request
@@ -24,22 +28,30 @@ from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FixedSteps
 from parablock.trace import Trace
 from parablock.wire.link import Link
+from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from toy import ToyTrainer, initial
 
 EXAMPLES = [3, 1, 2]
 ROUNDS = 7
+CHUNKED = Encoding("float32", chunk_bytes=8)
 HOOKS = Hooks(on_commit=lambda *_: None, on_checkpoint=lambda _: None)
 
 
-def plan(delay: int, encoding: Encoding) -> ServerPlan:
-    return ServerPlan(len(EXAMPLES), ROUNDS, delay, "shuffled", 1.0, 0, encoding, FixedSteps(1), 20.0, 0)
+def plan(delay: int, encoding: Encoding, examples: Sequence[int] = EXAMPLES) -> ServerPlan:
+    return ServerPlan(len(examples), ROUNDS, delay, "shuffled", 1.0, 0, encoding, FixedSteps(1), 20.0, 0)
 
 
 def over_flower(
-    tmp_path: Path, delay: int, encoding: Encoding, fate: Fate = lambda *_: "carry"
+    tmp_path: Path,
+    plan: ServerPlan,
+    fate: Fate = lambda *_: "carry",
+    *,
+    examples: Sequence[int] = EXAMPLES,
+    make_trainer: Callable[[int, int, None], ToyTrainer] = ToyTrainer,
+    on_event: Callable[[str], None] = lambda _: None,
 ) -> tuple[EngineResult, LoopGrid]:
-    params, dirs = initial(4), [tmp_path / str(i) for i in range(len(EXAMPLES))]
+    params, dirs = initial(4), [tmp_path / str(i) for i in range(len(examples))]
 
     def start(client_id: int, folder: SessionFolder) -> None:
         def serve() -> None:
@@ -50,11 +62,11 @@ def over_flower(
                 Client(
                     client_id,
                     initial_client(params),
-                    ToyTrainer(client_id, EXAMPLES[client_id], None),
+                    make_trainer(client_id, examples[client_id], None),
                     nullcontext(mailbox),
                     trace,
                     in_flight="aligned",
-                    encoding=encoding,
+                    encoding=plan.encoding,
                     hand_in=lambda *_: None,
                 ).run()
 
@@ -62,17 +74,15 @@ def over_flower(
 
     grid = LoopGrid(dirs, start, fate)
     opening = Request("run", "session", None, "", "")
-    transport = GridTransport(grid, len(EXAMPLES), opening, epoch_s=lambda: 0.0, tell=lambda _: None)
+    transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=lambda _: None)
     transport.gather(10.0)
-    return run_over_flower(params, plan(delay, encoding), Trace(RealClock()), HOOKS, transport), grid
+    hooks = replace(HOOKS, on_event=on_event)
+    return run_over_flower(params, plan, Trace(RealClock()), hooks, transport), grid
 
 
-def in_process(delay: int, encoding: Encoding) -> EngineResult:
-    trainers = [ToyTrainer(i, examples, None) for i, examples in enumerate(EXAMPLES)]
-    trace = Trace(RealClock())
-    return run_in_process(
-        initial(4), trainers, plan(delay, encoding), trace, HOOKS, link=Link(), in_flight="aligned"
-    )
+def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES) -> EngineResult:
+    trainers = [ToyTrainer(i, count, None) for i, count in enumerate(examples)]
+    return run_in_process(initial(4), trainers, plan, Trace(RealClock()), HOOKS, link=Link(), in_flight="aligned")
 
 
 @pytest.fixture(autouse=True)
@@ -86,24 +96,58 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
-@pytest.mark.parametrize(
-    "encoding", [Encoding("float32"), Encoding("float32", chunk_bytes=8), Encoding("int8", chunk_bytes=8)], ids=repr
-)
+@pytest.mark.parametrize("encoding", [Encoding("float32"), CHUNKED, Encoding("int8", chunk_bytes=8)], ids=repr)
 def test_flower_gives_what_one_process_gives(tmp_path: Path, delay: int, encoding: Encoding):
-    result, _ = over_flower(tmp_path, delay, encoding)
+    result, _ = over_flower(tmp_path, plan(delay, encoding))
     assert result.finished
-    assert same(result.server.params, in_process(delay, encoding).server.params)
+    assert same(result.server.params, in_process(plan(delay, encoding)).server.params)
     if delay:
-        assert not same(result.server.params, in_process(0, encoding).server.params)
+        assert not same(result.server.params, in_process(plan(0, encoding)).server.params)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("examples", [(3, 1), (3, 1, 2, 5)], ids=["two clients", "four clients"])
+def test_two_clients_and_four_give_what_one_process_gives(tmp_path: Path, delay: int, examples: tuple[int, ...]):
+    method = plan(delay, CHUNKED, examples)
+    result, _ = over_flower(tmp_path, method, examples=examples)
+    assert same(result.server.params, in_process(method, examples).server.params)
+    weighted = (*examples[:-1], examples[-1] + 1)
+    assert not same(result.server.params, in_process(method, weighted).server.params)
 
 
 @pytest.mark.parametrize("what", ["lose", "refuse"])
 def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str):
-    encoding = Encoding("float32", chunk_bytes=8)
-    undisturbed, quiet = over_flower(tmp_path / "quiet", 1, encoding)
+    method = plan(1, CHUNKED)
+    undisturbed, quiet = over_flower(tmp_path / "quiet", method)
     result, grid = over_flower(
-        tmp_path / "lossy", 1, encoding, fate=lambda client_id, count: what if count % 3 == client_id else "carry"
+        tmp_path / "lossy", method, fate=lambda client_id, count: what if count % 3 == client_id else "carry"
     )
     assert same(result.server.params, undisturbed.server.params)
     assert sum(grid.exchanges) > sum(quiet.exchanges)
     assert result.last_traffic.uplink_bytes == undisturbed.last_traffic.uplink_bytes
+
+
+def test_a_site_four_times_slower_is_asked_again_and_changes_nothing(tmp_path: Path):
+    class Slow(ToyTrainer):
+        def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+            time.sleep(0.4 if self.client_id == 0 else 0.1)  # a site may wait 0.3 s for its trainer
+            return super().train(start, working)
+
+    method = replace(plan(1, CHUNKED), num_rounds=4)
+    result, grid = over_flower(tmp_path, method, make_trainer=Slow)
+    assert same(result.server.params, in_process(method).server.params)
+    assert grid.exchanges[0] > max(grid.exchanges[1:])
+    assert not same(result.server.params, in_process(replace(method, num_rounds=3)).server.params)
+
+
+def test_a_round_that_lacks_a_site_waits_until_it_is_back_and_says_so(tmp_path: Path):
+    method = replace(plan(1, CHUNKED), min_updates=len(EXAMPLES), stall_timeout_s=0.4)
+    told: list[str] = []
+    result, _ = over_flower(
+        tmp_path,
+        method,
+        fate=lambda client_id, count: "refuse" if client_id == 1 and told == [] else "carry",
+        on_event=told.append,
+    )
+    assert any("still waiting for the update of round 0" in event and "client 1" in event for event in told)
+    assert same(result.server.params, in_process(method).server.params)

@@ -11,29 +11,24 @@ import logging
 import os
 import secrets
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from parablock.assembly import clients_of, server_plan
-from parablock.checkpoint import RunState, write_atomically
-from parablock.config import RunConfig, load_config
+from parablock.assembly import EngineInput, clients_of, server_plan
+from parablock.checkpoint import write_atomically
+from parablock.config import load_config
 from parablock.deploy.site import shared_config
 from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE, failure_file, stop_file
-from parablock.engine.client import Trainer
-from parablock.engine.faults import Faults
 from parablock.engine.flower.engine import run_over_flower, server_app
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
-from parablock.engine.inprocess import EngineResult, Hooks
+from parablock.engine.inprocess import EngineResult
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.experiment import resume, run
 from parablock.job import Job
 from parablock.report.progress import LoggedProgress
-from parablock.trace import Trace
 
 
 class FlowerEngine:
@@ -68,20 +63,10 @@ class FlowerEngine:
         tell(f"waiting for {num_clients} sites")
         self.held_rounds: frozenset[int] | None = self._transport.gather(config.federation.stall_timeout_s)
 
-    def run(
-        self,
-        config: RunConfig,
-        secret: bytes | None,
-        params: Sequence[Tensor],
-        trainers: Sequence[Trainer],
-        trace: Trace,
-        hooks: Hooks,
-        resumed: RunState | None,
-        faults: Faults,
-    ) -> EngineResult:
+    def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
-        del trainers, faults
-        return run_over_flower(params, server_plan(config, secret), trace, hooks, self._transport, resumed=resumed)
+        plan = server_plan(given.config, given.secret)
+        return run_over_flower(given.params, plan, given.trace, given.hooks, self._transport, resumed=given.resumed)
 
 
 def main(grid: Any, context: Any) -> None:

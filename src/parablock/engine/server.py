@@ -264,10 +264,10 @@ class Server:
         while True:
             try:
                 received = self._transport.receive(self._plan.stall_timeout_s, waiting_for, from_clients)
-            except StallError:
+            except StallError as error:
                 if can_go_on or not self._plan.waits_for_return:
                     raise
-                self._on_event(f"still waiting for {waiting_for}")
+                self._on_event(f"still waiting for {waiting_for}. {error.cause}")
                 continue
             self._take(*received)
             return

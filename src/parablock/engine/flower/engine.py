@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import Context
@@ -35,8 +36,9 @@ def run_over_flower(
 ) -> EngineResult:
     """Run all rounds, or those that a checkpoint has left; see `run_in_process`.
 
-    At each checkpoint the server writes its own part before the next round is announced, and every site
-    writes its part at home. A resumed run starts where all of them have one.
+    A site that is gone may be started again, so a round that lacks updates waits for it, and says so. At each
+    checkpoint the server writes its own part before the next round is announced, and every site writes its part
+    at home. A resumed run starts where all of them have one.
 
     Args:
         params: The initial parameters, one flat vector for each block.
@@ -66,7 +68,7 @@ def run_over_flower(
         transport.ledger.restore_downlink(resumed.progress["downlink"])
     server = Server(
         initial_server(params) if resumed is None else resumed.server,
-        plan,
+        replace(plan, waits_for_return=True),
         transport,
         trace,
         on_commit=lambda state, updates: hooks.on_commit(
