@@ -28,7 +28,7 @@ and seconds of the virtual clock are the same at every repetition on the same ma
 over seeds, unless it says otherwise. A bar that is missed says so.
 """
 NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
-NAMES |= {"ffa_lora": "FFA-LoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
+NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
 ENDED = "†: the last loss of a run that ended before."
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.baselines.flora import Factors, factors_of
 from parablock.algorithm.local import LocalArguments
 from parablock.checkpoint import RunState
 from parablock.config import RunConfig
@@ -79,7 +80,8 @@ class InProcess:
     held_rounds: frozenset[int] | None = None
 
     def __init__(self, job: Job) -> None:
-        del job
+        stacks = job.config.federation.method == "flora"
+        self._factors = factors_of(job.loaded.model, job.config) if stacks else None
 
     @staticmethod
     def check(config: RunConfig) -> None:
@@ -102,7 +104,7 @@ class InProcess:
         return run_in_process(
             given.params,
             given.trainers,
-            server_plan(config, given.secret),
+            server_plan(config, given.secret, self._factors),
             given.trace,
             given.hooks,
             link=Link(**config.link.model_dump()),
@@ -146,8 +148,14 @@ def clients_of(config: RunConfig) -> int:
     return 1 if config.federation.method == "central" else config.federation.num_clients
 
 
-def server_plan(config: RunConfig, secret: bytes | None = None) -> ServerPlan:
-    """Give what the server follows; `secret` is the key of its noise, where it adds some."""
+def server_plan(config: RunConfig, secret: bytes | None = None, factors: Factors | None = None) -> ServerPlan:
+    """Give what the server follows.
+
+    Args:
+        config: The run.
+        secret: The key of its noise, where it adds some.
+        factors: What adapters mean that it stacks, where it does.
+    """
     federation = config.federation
     return ServerPlan(
         num_clients=clients_of(config),
@@ -167,6 +175,7 @@ def server_plan(config: RunConfig, secret: bytes | None = None) -> ServerPlan:
         in_turn=federation.method == "fedcybgd",
         min_updates=fewest_updates(config),
         grid=grid_of(config),
+        factors=factors,
         deadline_factor=federation.deadline_factor,
     )
 
@@ -185,7 +194,7 @@ def _local_steps(config: RunConfig) -> LocalSteps:
 
 
 def encoding_of(config: RunConfig) -> Encoding:
-    """Give how updates and new values become bytes."""
+    """Give how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
     wire = config.wire
-    chunk_bytes = wire.chunk_bytes if wire.streaming else None
+    chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.method != "flora" else None
     return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)

@@ -25,7 +25,7 @@ MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 BLOCK_METHODS = ("parablock", "fl_bcd", "fedcybgd")
 """Those that train one block at a time; to the others the section `blocks` says nothing."""
 
-LORA_METHODS = ("fedit", "ffa_lora")
+LORA_METHODS = ("fedit", "ffa_lora", "flora")
 """Those that train adapters, which are merged into the model at the end."""
 
 APART_METHODS = ("local", "central")
@@ -46,6 +46,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_blocks(method, chosen.get("blocks", {})),
         *_auto(config),
         *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
+        *_stacked(config, chosen),
         *_noise(config),
         *_secure(config),
         *_nothing_to_protect(method, chosen.get("privacy", {})),
@@ -147,6 +148,30 @@ def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any])
                 yield f"federation.{key}", f"has no effect with {method}, whose updates never meet; leave it out"
     if method in APART_METHODS and "server_optimizer" in federation:
         yield "federation.server_optimizer", f"has no effect with {method}, which sends nothing; leave it out"
+
+
+def _stacked(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[Problem]:
+    """What stacked adapters, of which no mean is made and which nobody keeps, leave no room for."""
+    if config["federation"]["method"] != "flora":
+        return
+    stacks = "flora, which stacks the adapters of all clients and makes no mean of them; leave it out"
+    for key in ("aggregation", "server_optimizer"):
+        if key in chosen.get("federation", {}):
+            yield f"federation.{key}", f"has no effect with {stacks}"
+    for key in chosen.get("privacy", {}):
+        yield f"privacy.{key}", f"protects a mean of updates, not those of {stacks}"
+    if config["wire"]["format"] != "float32":
+        yield "wire.format", f"{config['wire']['format']} {NOT_BUILT} for flora, whose adapters travel as float32"
+    if "chunk_bytes" in chosen.get("wire", {}):
+        yield "wire.chunk_bytes", "has no effect with flora: a stack goes down whole; leave it out"
+    if config["train"]["optimizer_state"] == "keep":
+        yield "train.optimizer_state", "keep has nothing to keep with flora, whose adapters are new in each round"
+    if config["engine"]["name"] == "flower":
+        yield (
+            "engine.name",
+            f"flower {NOT_BUILT} for flora: every site would multiply the stack itself, and another processor may "
+            "round it differently; use inprocess",
+        )
 
 
 def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """What the method makes of a job: the parameters that travel, every client's local training, and the model.
 
 Most methods differ in what they train and in nothing else. Those that train adapters merge them into the
-model before it is scored for the last time and written, so that it is a plain checkpoint. `local` and
-`central` have no common model: each client keeps its own.
+model before it is scored for the last time and written, so that it is a plain checkpoint; `flora` merges them in
+every round. `local` and `central` have no common model: each client keeps its own.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from parablock.algorithm.baselines.flora import matrices_block
 from parablock.assembly import local_arguments
 from parablock.conflicts import APART_METHODS
 from parablock.data.prompts import stop_token_ids
 from parablock.engine.apart import ApartTrainer
 from parablock.engine.client import Trainer
+from parablock.engine.stacked import StackedTrainer
 from parablock.engine.trainer import LocalTrainer
 from parablock.evaluation.loss import evaluate_loss
 from parablock.job import Job
 from parablock.model.adapters import merge_adapters
+from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
 
@@ -44,25 +47,35 @@ class Fleet:
     def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
         self._job, self._config = job, job.config
         clients = range(len(job.train)) if clients is None else clients
-        self._replica = Replica(job.loaded.model, job.blocks)
+        self._replica = Replica(job.loaded.model, self.committed_blocks())
         pad_token_id = job.loaded.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)
         self._pad_token_id = pad_token_id
-        self.params = tuple(self._replica.read(block.index) for block in job.blocks)
+        self.params = tuple(self._replica.read(block.index) for block in self._replica.blocks)
         self.trainers: Sequence[Trainer] = [
             self.trainer(client_id, alone=len(clients) == 1) for client_id in clients
         ]
 
+    def committed_blocks(self) -> tuple[Block, ...]:
+        """Give the blocks that the server holds: those that are trained, unless the method commits others."""
+        return self._job.blocks
+
     def trainer(self, client_id: int, *, alone: bool) -> Trainer:
         """Make the local training of one client."""
-        config = self._config
+        model = self._job.loaded.model
+        replica = self._replica if self._is_shared(alone) else Replica(copy.deepcopy(model), self._job.blocks)
+        return self._local_trainer(client_id, replica)
+
+    def _is_shared(self, alone: bool) -> bool:
         # Under the virtual clock one client computes at a time, so all can train with one model.
-        shared = alone or config.engine.clock == "virtual"
-        model, blocks = self._job.loaded.model, self._job.blocks
+        return alone or self._config.engine.clock == "virtual"
+
+    def _local_trainer(self, client_id: int, replica: Replica) -> LocalTrainer:
+        config = self._config
         return LocalTrainer(
             client_id,
             self._job.train[client_id],
-            self._replica if shared else Replica(copy.deepcopy(model), blocks),
+            replica,
             train=config.train,
             arguments=local_arguments(config),
             num_rounds=config.federation.num_rounds,
@@ -131,6 +144,47 @@ class ApartFleet(Fleet):
         return digest.hexdigest()
 
 
+class StackedFleet(Fleet):
+    """Clients that train new adapters in each round, on matrices to which everybody adds those of the last.
+
+    What the server holds are the matrices; the model itself carries adapters, which add nothing outside training.
+    """
+
+    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
+        self._adapters = Replica(job.loaded.model, job.blocks)
+        super().__init__(job, clients)
+
+    def committed_blocks(self) -> tuple[Block, ...]:
+        """Give one block of all matrices with adapters."""
+        return (matrices_block(self._job.loaded.model, self._config),)
+
+    def trainer(self, client_id: int, *, alone: bool) -> Trainer:
+        """Make the local training of one client, on a model of two parts: matrices and adapters."""
+        matrices, adapters = self._replica, self._adapters
+        if not self._is_shared(alone):
+            model = copy.deepcopy(self._job.loaded.model)
+            matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._job.blocks)
+        return StackedTrainer(
+            client_id, self._local_trainer(client_id, adapters), matrices, adapters, seed=self._config.seed
+        )
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score the committed matrices, without adapters."""
+        self._without_adapters()
+        return super().evaluate(params)
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Make the model of the last matrices, and score it."""
+        self._without_adapters()
+        return super().conclude(params)
+
+    def _without_adapters(self) -> None:
+        self._adapters.load(0, torch.zeros_like(self._adapters.read(0)))
+
+
 def make_fleet(job: Job, clients: Sequence[int] | None = None) -> Fleet:
     """Make the fleet that the configured method asks for; see `Fleet`."""
-    return ApartFleet(job) if job.config.federation.method in APART_METHODS else Fleet(job, clients)
+    method = job.config.federation.method
+    if method in APART_METHODS:
+        return ApartFleet(job)
+    return StackedFleet(job, clients) if method == "flora" else Fleet(job, clients)

@@ -23,17 +23,6 @@ class Section(BaseModel):
         return value
 
 
-def built(value: str, choices: tuple[str, ...], *, key: str = "") -> str:
-    """Refuse a value that is documented and not built yet.
-
-    Raises:
-        ValueError: It is none of `choices`.
-    """
-    if value not in choices:
-        raise ValueError(f"{key + ' ' if key else ''}{value} {NOT_BUILT}; it has {', '.join(choices)}")
-    return value
-
-
 def default_of(section: Section, key: str) -> Any:
     """Give the default of a key."""
     return type(section).model_fields[key].default

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from parablock.conflicts import refuse_conflicts
 from parablock.fault_section import FaultSection
-from parablock.section import Section, built, default_of
+from parablock.section import Section, default_of
 
 
 class ModelSection(Section):
@@ -128,7 +128,7 @@ Method = Literal[
 
 
 class LoraSection(Section):
-    """The adapters of the methods that train some (fedit, ffa_lora)."""
+    """The adapters of the methods that train some (fedit, ffa_lora, flora)."""
 
     rank: int = Field(8, ge=1, description="Rank of an adapter.")
     alpha: float = Field(16.0, gt=0, description="An adapter counts alpha / rank times.")
@@ -172,11 +172,6 @@ class FederationSection(Section):
         elif value.get("delay") == 0 and method == "parablock":
             value["method"] = "fl_bcd"
         return value
-
-    @field_validator("method")
-    @classmethod
-    def _method_built(cls, value: str) -> str:
-        return built(value, tuple(name for name in get_args(Method) if name != "flora"))
 
     @model_validator(mode="after")
     def _rules_take_their_own(self) -> FederationSection:

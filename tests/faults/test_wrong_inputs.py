@@ -115,8 +115,8 @@ WRONG_VALUES = {
     "faults": (["faults=[{client: 1, kind: drop}]"], ["faults.0.round: required", "faults.0.at: required"]),
     "unknown tracker": (["report_to=[abacus]"], ["report_to.0: ", "'tensorboard'", "'abacus'"]),
     "LoRA": (
-        ["federation.method=flora", "federation.delay=0"],
-        ["federation.method: flora", NOT_BUILT, "parablock, fl_bcd"],
+        ["federation.method=flora", "federation.delay=0", "wire.format=int8", "train.optimizer_state=keep"],
+        ["wire.format: int8", NOT_BUILT, "train.optimizer_state: keep", "new in each round"],
     ),
     "fedavg with a delay": (["federation.method=fedavg"], ["method fedavg has delay 0, not 1", "choose parablock"]),
     "flower in one process": (

@@ -19,7 +19,7 @@ from parablock.model.adapters import adapted_layers
 from parablock.scores import score_models
 from tiny_runs import NUM_CLIENTS, NUM_LAYERS, Outcome, Workshop, make_workshop, metrics_of, summary_of
 
-LORA = ("fedit", "ffa_lora")
+LORA = ("fedit", "ffa_lora", "flora")
 APART = ("local", "central")
 BASELINES = ("fedavg", "fedprox", *LORA, "fedcybgd", *APART)
 HIDDEN, RANK = 32, 8
@@ -100,8 +100,9 @@ def test_the_adapters_are_merged_into_the_model_that_is_written(
     changed = {name for name in base if not torch.equal(base[name], tuned[name])}
     matrices = {name for name in base if ".layers." in name and base[name].ndim == 2}
     assert changed == matrices
-    for name in changed:  # a mean of A and B is of their rank: no more directions than that have changed
-        assert torch.linalg.matrix_rank(tuned[name] - base[name], rtol=1e-3) <= RANK
+    for name in changed:  # a mean of A and B is of their rank, a stack of more, as is what several rounds add
+        rank = torch.linalg.matrix_rank(tuned[name] - base[name], rtol=1e-3)
+        assert rank > RANK if method == "flora" else rank <= RANK
 
 
 @pytest.mark.parametrize("method", LORA)

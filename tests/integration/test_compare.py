@@ -117,7 +117,7 @@ def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_pat
     [
         (["--methods", "parablock,parablock"], "once"),
         (["--methods", "parablock,gossip"], "gossip"),
-        (["--methods", "flora"], "not built"),
+        (["--methods", "flora", "--set", "wire.format=int8"], "not built"),
         (["--seeds", "0,x"], "whole numbers"),
         (["--for", "fedit:train.learning_rate=1"], "for one of parablock, fl_bcd"),
         (["--for", "fl_bcd"], "method:key=value"),

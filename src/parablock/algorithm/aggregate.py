@@ -34,11 +34,13 @@ class Aggregate:
         rho: ‖Δ̄‖² / Σ w_i‖Δ_i‖² in [0, 1], with the w_i divided by their sum: 1 where the clients agree, 0
             where they cancel. 1 by definition where no client moved.
         squared_delta: Mean squared element of Δ̄.
+        stack: The factors that Δ̄ is the product of, where it travels as those; else None.
     """
 
     mean_delta: Tensor
     rho: float
     squared_delta: float
+    stack: Tensor | None = None
 
 
 @dataclass(frozen=True)

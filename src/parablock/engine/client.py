@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from parablock.algorithm.baselines.flora import Factors
 from parablock.algorithm.grid import Grid
 from parablock.algorithm.parablock import (
     ClientState,
@@ -55,7 +56,7 @@ class Trained:
     """What K local steps gave.
 
     Attributes:
-        trained: y^b, flat, fp32.
+        trained: y^b, flat, fp32; of a client that sends adapters, these.
         train_loss: Mean loss over the steps.
     """
 
@@ -108,6 +109,7 @@ class Client:
         faults: What is to go wrong, for tests.
         protection: What its updates go through before they are encoded.
         grid: Its updates travel on this grid; None: in the wire's format.
+        factors: Its updates are adapters, and news may be stacks of them; None: they are differences.
         warn: Told, once for each block, when little of an update is left.
     """
 
@@ -128,6 +130,7 @@ class Client:
         faults: Faults = NO_FAULTS,
         protection: Protection | None = None,
         grid: Grid | None = None,
+        factors: Factors | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client_id, self.state, self._trainer = client_id, state, trainer
@@ -135,7 +138,7 @@ class Client:
         self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
         self._residuals = dict(residuals or {})
         self._protection, self._warn, self._warned = protection, warn, set[int]()
-        self._grid = grid
+        self._grid, self._factors = grid, factors
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         self._sent = dict(sent or {})
         self._rejoins, self._faults = rejoins, faults
@@ -209,7 +212,8 @@ class Client:
             with self._trace.clock.working(modelled_s):
                 v = working_parameters(self.state, self._in_flight)
                 result = self._trainer.train(start, v)
-                chunks = self._encode(delta_of(result.trained, v[b]), t, b)
+                delta = delta_of(result.trained, v[b]) if self._factors is None else result.trained
+                chunks = self._encode(delta, t, b)
             compute_s = self._trace.clock.now() - began
         messages = [
             to_bytes(
@@ -270,10 +274,22 @@ class Client:
             self._chunks = {
                 place: parts for place, parts in self._chunks.items() if place[0] != b or place[1] > new.version
             }
+            if kind == "stack":
+                kind, vectors = "difference", [self._product(new.vector)]
             value = new_block_value(self.state.base[b], b, kind, vectors)
             commits.append(Commit(b, new.version, value, new.rho))
         self.state = commit(self.state, commits, committed)
         self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
+
+    def _product(self, stack: Vector) -> Vector:
+        """Give the difference that a stack of adapters stands for."""
+        if self._factors is None:
+            raise CodecError(
+                f"client {self.client_id} received a stack of adapters, and it trains none",
+                cause="The server runs another method.",
+                remedy="Give both the same configuration.",
+            )
+        return pack(self._factors.product(stack.values), "float32")
 
 
 def decoded(chunks: Sequence[Vector], grid: Grid | None) -> Tensor:

@@ -1,7 +1,8 @@
 """What the server tells each client: the commits that it lacks, ahead of time in chunks where streaming.
 
 A new value goes down as the difference from what the client holds where the wire format is narrower than the
-model, and exactly otherwise. Whoever has missed a version gets the whole value instead.
+model, and exactly otherwise; where adapters are stacked, as the stack. Whoever has missed a version gets the whole
+value instead.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Downlink:
         self.held = dict(held)
         self._announced: dict[int, list[Vector]] = {}
         self._streamed_to: dict[int, set[int]] = {}
+        self._stacks: dict[int, Vector] = {}
 
     def send(self, client_id: int, round_index: int, message: RoundStart | Mark | Finish | Welcome) -> None:
         """Send a message whose bytes count for a round."""
@@ -82,6 +84,11 @@ class Downlink:
         assert value.shape == view.shape
         return (view.float() + joined(self._announced[block_index])).to(view.dtype)
 
+    def announce_stack(self, block_index: int, stack: Tensor | None) -> None:
+        """Note the factors that the coming commit is the product of, where there are some."""
+        if stack is not None:
+            self._stacks[block_index] = _exact(stack)
+
     def joins(self, client_id: int, versions: tuple[int, ...]) -> None:
         """Note what a client holds that has begun anew; nothing that was sent to it before counts."""
         self.held[client_id] = versions
@@ -96,6 +103,8 @@ class Downlink:
             if client_id in self._streamed_to.get(b, ()):
                 self._streamed_to[b].discard(client_id)
                 kind, vector = "streamed", _exact(new.value[:0])
+            elif b in self._stacks and held[b] == _version_before(state, b):
+                kind, vector = "stack", self._stacks[b]
             elif len(self._announced.get(b, ())) == 1 and held[b] == _version_before(state, b):
                 kind, vector = "difference", self._announced[b][0]
             else:

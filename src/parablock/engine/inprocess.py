@@ -243,6 +243,7 @@ def run_in_process(
             faults=faults,
             protection=protection_of(client_id),
             grid=plan.grid,
+            factors=plan.factors,
             warn=hooks.on_event,
         )
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.baselines.fedcybgd import client_in_turn
+from parablock.algorithm.baselines.flora import Factors, StackAggregation
 from parablock.algorithm.grid import EXTRA_WORDS, Grid, GridAggregation
 from parablock.algorithm.robust import Normals, RoundAggregation, Rule
 from parablock.algorithm.schedule import cohort
@@ -29,6 +30,7 @@ class ServerPlan:
             updates waits for them, however long.
         normals: (round_index, clients) → the noise that the rule adds; None: it adds none.
         grid: Updates travel on this grid; None: in the wire's format.
+        factors: Updates are adapters, which are stacked; None: they are differences, of which a mean is made.
     """
 
     num_clients: int
@@ -50,19 +52,26 @@ class ServerPlan:
     waits_for_return: bool = False
     normals: Callable[[int, tuple[int, ...]], Normals] | None = None
     grid: Grid | None = None
+    factors: Factors | None = None
 
     def aggregation_of(self, round_index: int) -> RoundAggregation:
         """Give what makes one of a round's updates."""
         normals = self.normals and partial(self.normals, round_index)
         if self.grid is not None:
             return GridAggregation(self.grid, self.rule, normals)
+        if self.factors is not None:
+            return StackAggregation(self.factors)
         return RoundAggregation(self.rule, normals)
 
     def cuts(self, num_parameters: int) -> list[slice]:
         """Cut an update into the chunks that it travels in; on the grid it is one, with what it says beside Δ."""
         if self.grid is not None:
             return [slice(0, num_parameters + EXTRA_WORDS)]
-        return self.encoding.cut(num_parameters)
+        return self.encoding.cut(self.sent_elements(num_parameters))
+
+    def sent_elements(self, num_parameters: int) -> int:
+        """Tell how many elements an update of a block has."""
+        return num_parameters if self.factors is None else self.factors.num_elements
 
     def cohort_of(self, round_index: int, history: Sequence[int], num_blocks: int) -> tuple[int, ...]:
         """Give who is drawn for a round; where clients take turns, nobody before the round's block is known."""

@@ -132,7 +132,8 @@ class Server:
             seed=self._plan.seed,
             squared_delta=self.state.squared_delta,
         )
-        size, encoding = self.state.params[block_index].numel(), self._plan.encoding
+        size = self._plan.sent_elements(self.state.params[block_index].numel())
+        encoding = self._plan.encoding
         num_local_steps = self._plan.local_steps.of_round(
             self.step_s, encoding.payload_bytes(size), streamed=len(encoding.cut(size)) > 1
         )
@@ -191,7 +192,9 @@ class Server:
         else:
             lossy = self._downlink.is_lossy(self.state)
             announce = partial(self._downlink.announce, b) if lossy else None
-            self.state = server_commit(self.state, fold.aggregate(), self._plan.server_optimizer, announce)
+            aggregate = fold.aggregate()
+            self._downlink.announce_stack(b, aggregate.stack)
+            self.state = server_commit(self.state, aggregate, self._plan.server_optimizer, announce)
         self._counted[t] = tuple(update.client_id for update in updates)
         for update in updates:
             self.step_s[update.client_id] = update.compute_s / update.num_local_steps

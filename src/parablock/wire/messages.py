@@ -247,8 +247,8 @@ def _new_value(entry: Sequence[object], vector: Vector) -> NewValue:
 
 
 def _kind(kind: object) -> str:
-    if kind not in ("value", "difference", "streamed"):
-        raise ValueError(f"a new value is {kind!r}, not value, difference or streamed")
+    if kind not in ("value", "difference", "stack", "streamed"):
+        raise ValueError(f"a new value is {kind!r}, not value, difference, stack or streamed")
     return str(kind)
 
 

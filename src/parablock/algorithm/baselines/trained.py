@@ -51,4 +51,5 @@ _BLOCKS: dict[str, Callable[[PreTrainedModel, RunConfig], tuple[Block, ...]]] = 
     **dict.fromkeys(("fedavg", "fedprox", "local", "central"), _everything),
     "fedit": fedit.trained,
     "ffa_lora": ffa_lora.trained,
+    "flora": fedit.trained,
 }

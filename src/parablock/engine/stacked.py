@@ -1,0 +1,46 @@
+"""Local training of a client whose adapters are new in every round: FLoRA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from parablock.algorithm.baselines.flora import fresh_adapters
+from parablock.engine.client import Trained
+from parablock.engine.trainer import LocalTrainer
+from parablock.model.params import Replica
+from parablock.wire.messages import RoundStart
+
+
+class StackedTrainer:
+    """Trains adapters on the matrices as they are now.
+
+    Args:
+        client_id: Whose adapters are drawn.
+        trainer: The local training of the adapters, one block.
+        matrices: The part of the model that the server commits.
+        adapters: The part of the same model that is trained.
+        seed: The run's seed.
+    """
+
+    def __init__(
+        self, client_id: int, trainer: LocalTrainer, matrices: Replica, adapters: Replica, *, seed: int
+    ) -> None:
+        self._client_id, self._trainer, self._seed = client_id, trainer, seed
+        self._matrices, self._adapters = matrices, adapters
+        self.num_examples, self.step_time_s = trainer.num_examples, trainer.step_time_s
+
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        """Take the round's local steps on new adapters; give these."""
+        self._matrices.load_all(working)
+        fresh = fresh_adapters(
+            self._adapters.model, seed=self._seed, round_index=start.round_index, client_id=self._client_id
+        )
+        return self._trainer.train(start, (fresh,))
+
+    def memory(self) -> dict[str, Tensor]:
+        """Nothing outlives a round."""
+        return {}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Nothing to take back."""
+        assert not memory
