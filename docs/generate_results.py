@@ -225,6 +225,22 @@ def ablations(found: Record) -> str:
     return "\n".join([*parts, *foot(found)])
 
 
+def model_ablations(found: Record) -> str:
+    """Write the section of `benchmarks/model_ablations.py`."""
+    options = found["options"]
+    parts = [
+        "## One setting at a time, on a model\n",
+        f"A small random Llama of four layers on generated word problems, dealt to {options['clients']} clients",
+        f"by topic (Dirichlet, α = 1); {options['rounds']} rounds of {options['steps']} local steps, ParaBlock",
+        f"unless a row says otherwise; {len(options['seeds'])} seeds. An exchange takes as long as the computation",
+        "of a round. Each table is what `parablock report` makes of the run directories.",
+    ]
+    for setting, made in found["results"].items():
+        parts += [f"\n### {setting.replace('_', ' ').capitalize()}\n", *table(made["header"], made["rows"])]
+        parts.append(f"\n`{made['command']}`")
+    return "\n".join([*parts, *foot(found)])
+
+
 def formats(found: Record) -> str:
     """Write the section of `benchmarks/formats.py`."""
     seeds, cells = found["results"]["seeds"], found["results"]["cells"]
@@ -328,6 +344,7 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "words": words,
     "methods": methods,
     "ablations": ablations,
+    "model_ablations": model_ablations,
     "formats": formats,
     "overlap": overlap,
     "robust": robust,

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from parablock.report.write import write_report
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
 
@@ -104,6 +106,16 @@ def test_the_rate_benchmark_finds_the_slopes_of_every_variant(benchmark: Any) ->
     assert len(set(slopes)) == len(slopes)
     assert all(row["half_interval"] > 0 for row in record["results"].values())
     assert len(record["bars"]) == 3
+
+
+def test_model_ablations_make_the_tables_of_the_report_command(benchmark: Any, tmp_path: Path) -> None:
+    found = benchmark("model_ablations", "--smoke")["results"]["delay"]
+    assert [row[1] for row in found["rows"]] == ["0", "1", "2", "4"]
+    seconds = [float(row[found["header"].index("time, s")]) for row in found["rows"]]
+    assert seconds[1] < seconds[0]
+    write_report([tmp_path / "runs" / "delay"])
+    for row in found["rows"]:
+        assert f"| {' | '.join(row)} |" in (tmp_path / "runs" / "delay" / "report.md").read_text()
 
 
 def test_the_methods_benchmark_tunes_and_runs_what_it_is_asked_for(benchmark: Any) -> None:

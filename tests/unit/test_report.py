@@ -14,6 +14,7 @@ import pytest
 
 from made_runs import make_run
 from parablock.errors import InputError
+from parablock.report.ablation import ablation_table
 from parablock.report.reading import RunRecord, read_runs
 from parablock.report.tables import (
     UNKNOWN,
@@ -107,6 +108,31 @@ def test_a_comparison_shows_results_and_the_settings_that_differ(tmp_path: Path)
     assert different == {"federation.delay": ("1", "0"), "federation.method": ("parablock", "fl_bcd")}
 
 
+def test_settings_that_differ_stand_beside_results_with_a_mean_over_seeds(tmp_path: Path):
+    runs = [make_run(tmp_path / f"{delay}-{seed}", delay=delay, seed=seed) for delay in (1, 0) for seed in (0, 1)]
+    losses = [4.0, 5.0, 3.0, 3.0]
+    for run, loss in zip(runs, losses, strict=True):
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"final_eval_loss": loss}))
+    table = ablation_table(read_runs(runs))
+    assert table.header[:3] == ("federation.method", "federation.delay", "seeds")
+    assert cells(table, "federation.delay") == ["1", "0"]
+    assert cells(table, "seeds") == ["2", "2"]
+    assert cells(table, "eval loss") == ["4.5000 ± 0.7071", "3.0000 ± 0.0000"]
+    seconds = [float(cell) for cell in cells(table, "time, s")]
+    assert seconds[0] < seconds[1]
+    alone = ablation_table(read_runs(runs[:2]))  # nothing but the seed differs
+    assert alone.rows == ()
+    one, other = read_runs([runs[0], runs[2]])
+    assert cells(ablation_table([one, other]), "eval loss") == ["4.0000", "3.0000"]
+
+
+def test_a_setting_whose_run_was_stopped_has_no_loss(tmp_path: Path):
+    whole, stopped = make_run(tmp_path / "whole"), make_run(tmp_path / "stopped", delay=0, status="interrupted")
+    assert cells(ablation_table(read_runs([whole, stopped])), "eval loss")[1] == UNKNOWN
+    assert cells(ablation_table(read_runs([whole, stopped])), "eval loss")[0] != UNKNOWN
+
+
 def test_markdown_puts_figures_to_the_right_and_keeps_a_bar_inside_its_cell():
     table = Table(("name", "n"), (("a|b", "1"),))
     assert to_markdown(table) == "| name | n |\n| --- | ---: |\n| a\\|b | 1 |\n"
@@ -178,7 +204,14 @@ def test_further_runs_are_compared_with_the_first_and_keep_their_own_reports(tmp
     assert page == first / "report.html" and (second / "report.html").read_bytes() == before
     assert list(figures_in(page.read_text())) == ["compared", "loss", "blocks", "gantt", "clients"]
     assert '<a href="../b/report.html">b</a>' in page.read_text()
-    assert "## What differs" in (first / "report.md").read_text()
+    for text in ((first / "report.md").read_text(), page.read_text()):
+        assert "What differs" in text and "What each setting does" in text
+
+
+def test_a_report_on_repetitions_does_not_speak_of_settings(tmp_path: Path):
+    first, second = (make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    write_report([first, second])
+    assert "What each setting does" not in (first / "report.md").read_text() + (first / "report.html").read_text()
 
 
 def test_a_folder_of_runs_gets_a_comparison_without_details(tmp_path: Path):

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from parablock import __version__
+from parablock.report.ablation import ablation_table
 from parablock.report.figures import Figure, blocks_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
 from parablock.report.reading import RunRecord
@@ -71,6 +72,9 @@ def _comparison(runs: Sequence[RunRecord], figures: dict[str, Figure], folder: P
         parts.append(
             _section("What differs", "Settings that are not the same in all runs.", _table(differences_table(runs)))
         )
+    if (settings := ablation_table(runs)).rows:
+        told = "A row for each setting; runs that differ in their seed alone share one, with mean ± deviation."
+        parts.append(_section("What each setting does", told, _table(settings)))
     return parts
 
 

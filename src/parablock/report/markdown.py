@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from parablock.report.ablation import ablation_table
 from parablock.report.reading import RunRecord
 from parablock.report.tables import (
     blocks_table,
@@ -29,6 +30,8 @@ def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> st
         parts += ["# Comparison", to_markdown(comparison_table(runs))]
         if len(runs) > 1:
             parts += ["## What differs", to_markdown(differences_table(runs))]
+        if (settings := ablation_table(runs)).rows:
+            parts += ["## What each setting does", to_markdown(settings)]
     if detailed is not None:
         parts += [f"# {detailed.name}", _headline(detailed)]
         parts += ["## Clients", to_markdown(clients_table(detailed))]

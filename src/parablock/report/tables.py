@@ -121,7 +121,7 @@ def settings_table(run: RunRecord) -> Table:
     """Show the settings that differ from their defaults."""
     defaults = _default_settings()
     own = flatten(run.config)
-    rows = [(key, _short(value)) for key, value in own.items() if key not in defaults or value != defaults[key]]
+    rows = [(key, short(value)) for key, value in own.items() if key not in defaults or value != defaults[key]]
     return Table(("setting", "value"), tuple(rows), num_words=2)
 
 
@@ -180,7 +180,7 @@ def differences_table(runs: Sequence[RunRecord]) -> Table:
     settings = [flatten(run.config) for run in runs]
     keys = {key: None for own in settings for key in own}
     rows = [
-        (key, *(_short(own.get(key)) for own in settings))
+        (key, *(short(own.get(key)) for own in settings))
         for key in keys
         if any(own.get(key) != settings[0].get(key) for own in settings)
     ]
@@ -211,7 +211,8 @@ def _default_settings() -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if key not in ("model.name_or_path", "data.train")}
 
 
-def _short(value: Any, *, most: int = 3) -> str:
+def short(value: Any, *, most: int = 3) -> str:
+    """Write a setting in the width of a cell."""
     if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
         return str(value)
     items = [str(item) for item in value]
