@@ -2,7 +2,8 @@
 
 The command line runs in a process of its own, forked from one that has torch loaded. A moment is a round drawn at
 random and a random part of a round after it, so that it lies in the run's life however fast the machine is just
-then; a run that ends before its kill does not count. Another seed is run too: its model must differ.
+then. A run that ends before its kill does not count, and another moment is drawn for it. Another seed is run too:
+its model must differ.
 
     .venv/bin/python benchmarks/kill_resume.py
 """
@@ -41,14 +42,7 @@ def main() -> None:
     other = make_config(options, folder, seed=options.seed + 1)
     run_to_the_end(other, folder / "another-seed")
     console.print(f"undisturbed: {undisturbed_s:.1f} s after its first file, {expected}")
-    draw = generator_for(options.seed, "kill")
-    rounds = sorted(draw.integers(0, options.rounds, size=options.kills).tolist())
-    parts = draw.uniform(size=options.kills).tolist()
-    round_s = undisturbed_s / options.rounds
-    trials = [
-        kill_and_resume(config, folder / f"killed-{number}", after_rounds, part * round_s)
-        for number, (after_rounds, part) in enumerate(zip(rounds, parts, strict=True))
-    ]
+    trials = kill_until(options, config, folder, undisturbed_s / options.rounds, console)
     show(console, trials, expected, sha256(folder / "another-seed"))
     results = {
         "undisturbed": expected,
@@ -56,7 +50,7 @@ def main() -> None:
         "undisturbed_s": undisturbed_s,
         "trials": trials,
     }
-    equal = sum(trial["was_running"] and trial["model_sha256"] == expected for trial in trials)
+    equal = sum(counts(trial) and trial["model_sha256"] == expected for trial in trials)
     bars = [
         Bar("killed runs that end with the undisturbed model", equal, options.kills, at_most=False),
         Bar("runs of another seed that do", float(results["another_seed"] == expected), 0),
@@ -108,6 +102,24 @@ def make_config(options: argparse.Namespace, folder: Path, *, seed: int | None =
             "seed": options.seed if seed is None else seed,
         }
     )
+
+
+def kill_until(
+    options: argparse.Namespace, config: RunConfig, folder: Path, round_s: float, console: Console
+) -> list[Found]:
+    """Draw moments until so many runs were killed; twice as many moments are enough on any machine."""
+    draw = generator_for(options.seed, "kill")
+    trials: list[Found] = []
+    while sum(map(counts, trials)) < options.kills and len(trials) < 2 * options.kills:
+        after_rounds, part = int(draw.integers(0, options.rounds)), float(draw.uniform())
+        directory = folder / f"killed-{len(trials)}"
+        trials.append(kill_and_resume(config, directory, after_rounds, part * round_s))
+        console.print(f"{len(trials)}: {json.dumps(trials[-1])}")
+    return trials
+
+
+def counts(trial: Found) -> bool:
+    return bool(trial["was_running"])
 
 
 def run_to_the_end(config: RunConfig, directory: Path) -> float:
