@@ -189,7 +189,12 @@ def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
 def _local_steps(config: RunConfig) -> LocalSteps:
     train = config.train
     if train.num_local_steps == "auto":
-        return FillTheWait(Link(**config.link.model_dump()), train.min_local_steps, train.max_local_steps)
+        return FillTheWait(
+            Link(**config.link.model_dump()),
+            train.min_local_steps,
+            train.max_local_steps,
+            alike=config.privacy.secure_aggregation != "none",  # a sum of words cannot be evened out
+        )
     return FixedSteps(train.num_local_steps)
 
 

@@ -34,7 +34,7 @@ from parablock.algorithm.parablock import ServerState
 from parablock.errors import CheckpointError, StorageError
 from parablock.trace import Span
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,8 @@ def _read(place: Path) -> RunState:
         view=tuple(tensors.get(f"view.{b}", params[b]) for b in blocks),
         moments=tuple(_numbered(tensors, f"moments.{b}.") for b in blocks),
         committed=meta["server"]["committed"],
-        **{
-            name: tuple(meta["server"][name])
-            for name in ("versions", "rho", "squared_delta", "history", "local_steps")
-        },
+        **{name: tuple(meta["server"][name]) for name in ("versions", "rho", "squared_delta", "history")},
+        local_steps=tuple(map(tuple, meta["server"]["local_steps"])),
     )
     clients = tuple(_read_client(place, i, client) for i, client in enumerate(meta["clients"]))
     spans = [Span(*row) for row in json.loads((place / "trace.json").read_text())]

@@ -322,7 +322,8 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "participants": [update.client_id for update in updates],
         "rho": server.rho[b],
         "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
-        "num_local_steps": server.local_steps[t],
+        "num_local_steps": max(server.local_steps[t]),
+        "participant_steps": [update.num_local_steps for update in updates],
     }
 
 

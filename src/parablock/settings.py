@@ -184,7 +184,9 @@ class FederationSection(Section):
 class TrainSection(Section):
     """Local training; names as in Hugging Face `TrainingArguments` and TRL."""
 
-    num_local_steps: int | Literal["auto"] = Field(8, description="Optimizer steps of a round (K).")
+    num_local_steps: int | Literal["auto"] = Field(
+        8, description="Optimizer steps of a round (K); `auto`: for each client what fills the round."
+    )
     min_local_steps: int = Field(1, ge=1, description="Lower bound of `num_local_steps: auto`.")
     max_local_steps: int = Field(64, ge=1, description="Upper bound of `num_local_steps: auto`.")
     per_device_train_batch_size: int = Field(8, ge=1, description="Examples of a micro-batch.")

@@ -15,7 +15,7 @@ from parablock.trace import Span
 
 def state(round_index: int = 8, dtype: torch.dtype = torch.bfloat16) -> RunState:
     server = initial_server([torch.randn(4).to(dtype), torch.randn(6).to(dtype)])
-    server = schedule_round(server, 1, 8)
+    server = schedule_round(server, 1, (8, 3))
     aggregate = Aggregate(torch.randn(6), 0.25, 0.5)
     announce = lambda new, view: (view + 1).to(view.dtype)  # noqa: E731
     server = server_commit(server, aggregate, ServerOptimizer("adam", 0.1), announce)

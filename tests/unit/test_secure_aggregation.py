@@ -283,7 +283,7 @@ def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():
         (on_grid, words, pack(torch.cat([delta, delta[:1]]), "float32")),
         (RoundAggregation, pack(delta, "float32"), pack(grid.encode(delta)[:-1], "word32")),
     ):
-        fold = RoundFold(0, 0, (0,), [slice(0, fits.num_elements)], 1, begin)
+        fold = RoundFold(0, 0, {0: 1}, [slice(0, fits.num_elements)], begin)
         problem = fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, other))
         assert problem is not None and problem.reason == "misfit" and other.format in problem.text
         assert fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, fits)) is None

@@ -99,7 +99,7 @@ class ServerState:
         moments: The server optimizer's state for each block.
         committed: The newest committed round; all rounds up to it are committed.
         history: The block of every round that has been scheduled, b_0 … b_t.
-        local_steps: The local steps K of each of these rounds.
+        local_steps: The local steps K of each of these rounds, as `steps_of` reads them.
     """
 
     params: tuple[Tensor, ...]
@@ -110,7 +110,7 @@ class ServerState:
     moments: tuple[tuple[Tensor, ...], ...]
     committed: int = NEVER
     history: tuple[int, ...] = ()
-    local_steps: tuple[int, ...] = ()
+    local_steps: tuple[tuple[int, ...], ...] = ()
 
 
 def initial_client(params: Sequence[Tensor]) -> ClientState:
@@ -196,9 +196,14 @@ def put_in_flight(state: ClientState, round_index: int, block_index: int, delta:
 # ── server: one commit ──────────────────────────────────────────────────────────────────────────────
 
 
-def schedule_round(state: ServerState, block_index: int, num_local_steps: int) -> ServerState:
+def schedule_round(state: ServerState, block_index: int, local_steps: tuple[int, ...]) -> ServerState:
     """Write down the block and the local steps of the next round."""
-    return replace(state, history=(*state.history, block_index), local_steps=(*state.local_steps, num_local_steps))
+    return replace(state, history=(*state.history, block_index), local_steps=(*state.local_steps, local_steps))
+
+
+def steps_of(local_steps: tuple[int, ...], client_id: int) -> int:
+    """Give a client's K of a round: there is a number for each client, or one where all have the same."""
+    return local_steps[client_id] if len(local_steps) > 1 else local_steps[0]
 
 
 def server_commit(

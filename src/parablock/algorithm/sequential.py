@@ -104,7 +104,7 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
     for t in range(problem.num_rounds):
         commit_through(t - 1 - problem.delay)
         b = _block_of_round(problem, server)
-        server = schedule_round(server, b, 1)  # what K is, `solve` knows
+        server = schedule_round(server, b, (1,))  # what K is, `solve` knows
         updates.append({})
         for i in _cohort_of_round(problem, server, t):
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)

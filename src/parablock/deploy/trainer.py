@@ -138,7 +138,7 @@ def _stored(round_index: int, snapshot: ClientSnapshot, state: ClientState) -> R
         rho=state.rho,
         committed=min(blocks, default=round_index) - 1 if blocks else NEVER,
         history=tuple(blocks.get(t, 0) for t in range(round_index)),
-        local_steps=(0,) * round_index,
+        local_steps=((0,),) * round_index,
     )
     return RunState(round_index, base, (replace(snapshot, client_id=0),), {}, [])
 

@@ -7,7 +7,7 @@ without it; the chunks of the others are kept for that until the round is commit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import median_high
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parablock.algorithm.aggregate import Aggregate
 from parablock.algorithm.grid import GridAggregation
-from parablock.algorithm.robust import RoundAggregation
+from parablock.algorithm.robust import RoundAggregation, scaled
 from parablock.wire.messages import Update
 from parablock.wire.quantize import WORDS, Encoding, Vector
 
@@ -50,9 +50,8 @@ class RoundFold:
     Args:
         round_index: The round.
         block_index: Its block.
-        asked: Who was asked, ascending.
+        asked: Who was asked, ascending, each for how many local steps K.
         cuts: Where the block is cut into chunks.
-        num_local_steps: K.
         begin: Makes what makes one of the updates.
     """
 
@@ -60,13 +59,12 @@ class RoundFold:
         self,
         round_index: int,
         block_index: int,
-        asked: Sequence[int],
+        asked: Mapping[int, int],
         cuts: Sequence[slice],
-        num_local_steps: int,
         begin: Callable[[], RoundAggregation],
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
-        self._cuts, self._num_local_steps = tuple(cuts), num_local_steps
+        self._cuts, self._asked = tuple(cuts), dict(asked)
         self._chunks: dict[int, dict[int, Vector]] = {client_id: {} for client_id in asked}
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
@@ -151,8 +149,9 @@ class RoundFold:
         if (update.delta.format in WORDS) != self._aggregation.on_grid:
             where = "on the grid" if self._aggregation.on_grid else "of floating-point numbers"
             return Problem("misfit", f"{update.delta.format} where updates are {where}")
-        if update.num_local_steps != self._num_local_steps:
-            text = f"an update of {update.num_local_steps} local steps where {self._num_local_steps} were asked for"
+        if update.num_local_steps != self._asked[client_id]:
+            steps = self._asked[client_id]
+            text = f"an update of {update.num_local_steps} local steps where {steps} were asked for"
             return Problem("misfit", text)
         return None
 
@@ -186,7 +185,7 @@ class RoundFold:
         """
         if self._aggregation.bounds_updates:
             return {}
-        norms = {client_id: sqrt(self._squared_norms[client_id]) for client_id in self._chunks}
+        norms = {i: factor * sqrt(self._squared_norms[i]) for i, factor in self._evening().items()}
         examples = {client_id: self._first[client_id].num_examples for client_id in self._chunks}
         norm, most = median_high(norms.values()), median_high(examples.values())
         found = {}
@@ -201,15 +200,15 @@ class RoundFold:
 
     def fold_next(self) -> tuple[slice, Tensor]:
         """Fold the next chunk of all clients; gives where it lies, and Δ̄ there."""
-        index = self._num_folded
+        index, factors = self._num_folded, self._evening()
         if index == 0 and self._aggregation.needs_whole:
             whole = range(len(self._cuts))
             self._aggregation.look_at(
-                {i: [self._numbers(chunks[k]) for k in whole] for i, chunks in self._chunks.items()}
+                {i: [self._numbers(chunks[k], factors[i]) for k in whole] for i, chunks in self._chunks.items()}
             )
         deltas = {
-            client_id: (self._numbers(chunks[index]), self._first[client_id].num_examples)
-            for client_id, chunks in self._chunks.items()
+            i: (self._numbers(chunks[index], factors[i]), self._first[i].num_examples)
+            for i, chunks in self._chunks.items()
         }
         self._num_folded += 1
         return self._cuts[index], self._aggregation.fold(deltas)
@@ -219,8 +218,21 @@ class RoundFold:
         assert isinstance(self._aggregation, GridAggregation)
         self._aggregation.unmask(masks_of(self.round_index, self.expected, self._cuts[0].stop))
 
-    def _numbers(self, vector: Vector) -> Tensor:
-        return vector.values if self._aggregation.on_grid else vector.values.float()
+    def _numbers(self, vector: Vector, factor: float) -> Tensor:
+        return vector.values if self._aggregation.on_grid else scaled(vector.values.float(), factor)
+
+    def _evening(self) -> dict[int, float]:
+        """Give K̄ / K_i for everybody who is folded, so that nobody has more say for more steps.
+
+        K̄ is the mean of the K_i with the weights of the mean of the updates. All factors are 1 where all take
+        as many steps.
+
+        Source: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+        Optimization, 2020 (FedNova).
+        """
+        examples = {i: self._first[i].num_examples for i in self._chunks}
+        mean = sum(n * self._asked[i] for i, n in examples.items()) / sum(examples.values())
+        return {i: mean / self._asked[i] for i in examples}
 
     def aggregate(self) -> Aggregate:
         """Give the aggregate of all chunks."""

@@ -25,7 +25,14 @@ from typing import Any
 from torch import Tensor
 
 from parablock.algorithm.aggregate import apply_update
-from parablock.algorithm.parablock import NEVER, ServerState, commit_nothing, schedule_round, server_commit
+from parablock.algorithm.parablock import (
+    NEVER,
+    ServerState,
+    commit_nothing,
+    schedule_round,
+    server_commit,
+    steps_of,
+)
 from parablock.algorithm.schedule import next_block
 from parablock.engine.downlink import Downlink
 from parablock.engine.folding import Problem, RoundFold
@@ -132,16 +139,19 @@ class Server:
             seed=self._plan.seed,
             squared_delta=self.state.squared_delta,
         )
-        size = self._plan.sent_elements(self.state.params[block_index].numel())
-        encoding = self._plan.encoding
-        num_local_steps = self._plan.local_steps.of_round(
-            self.step_s, encoding.payload_bytes(size), streamed=len(encoding.cut(size)) > 1
-        )
-        self.state = schedule_round(self.state, block_index, num_local_steps)
+        self.state = schedule_round(self.state, block_index, self._local_steps(t, block_index))
         self._participation.ask(t, self._enough_of(self._cohort(t), t), self._trace.clock.now())
         self._folds[t] = self._new_fold(t)
         for client_id in self._participation.asked_in(t):
             self._ask(client_id, t, self._downlink.news_for(self.state, client_id))
+
+    def _local_steps(self, t: int, block_index: int) -> tuple[int, ...]:
+        """Choose K from the speed of those who can be asked."""
+        plan, size = self._plan, self._plan.sent_elements(self.state.params[block_index].numel())
+        drawn = plan.cohort_of(t, (*self.state.history, block_index), len(self.state.params))
+        step_s = {i: self.step_s[i] for i in self._participation.candidates(drawn) if i in self.step_s}
+        payload_bytes, streamed = plan.encoding.payload_bytes(size), len(plan.encoding.cut(size)) > 1
+        return plan.local_steps.of_round(step_s, plan.num_clients, payload_bytes, streamed=streamed)
 
     def _enough_of(self, drawn: tuple[int, ...], t: int) -> tuple[int, ...]:
         """Give who is asked, once there are enough."""
@@ -151,7 +161,8 @@ class Server:
 
     def _ask(self, client_id: int, t: int, news: tuple[NewValue, ...]) -> None:
         state, committed = self.state, self._committed_before(t)
-        start = RoundStart(t, state.history[t], state.local_steps[t], sum(state.local_steps[:t]), committed, news)
+        *before, steps = (steps_of(row, client_id) for row in state.local_steps[: t + 1])
+        start = RoundStart(t, state.history[t], steps, sum(before), committed, news)
         self._downlink.send(client_id, t, start)
 
     def _committed_before(self, t: int) -> int:
@@ -160,8 +171,8 @@ class Server:
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
         cuts = self._plan.cuts(self.state.params[b].numel())
-        begin = partial(self._plan.aggregation_of, t)
-        return RoundFold(t, b, self._participation.asked_in(t), cuts, self.state.local_steps[t], begin)
+        asked = {i: steps_of(self.state.local_steps[t], i) for i in self._participation.asked_in(t)}
+        return RoundFold(t, b, asked, cuts, partial(self._plan.aggregation_of, t))
 
     def _mark(self, t: int, *, stop: bool) -> None:
         memory = self._participation.memory(self.state.committed + 1)

@@ -6,6 +6,7 @@ from functools import cache, partial
 from statistics import fmean
 
 from parablock.algorithm.baselines.trained import layer_blocks
+from parablock.algorithm.parablock import steps_of
 from parablock.config import RunConfig
 from parablock.engine.steps import FillTheWait
 from parablock.estimate.compute import Compute
@@ -36,7 +37,9 @@ class Scenario:
         flops: Operations of a step.
         compute: Seconds of a round's computation.
         link: As configured.
-        num_local_steps: K; where it is left to the run, what the run chooses for a block of ordinary size.
+        local_steps: K of each client, or of all; where it is left to the run, what the run chooses for a block of
+            ordinary size.
+        num_local_steps: The smallest of them, that of the slowest client.
         walk: Of (number of blocks, delay): its rounds.
     """
 
@@ -56,7 +59,8 @@ class Scenario:
         self.flops = flops_of(config, self.outline)
         self.compute = self._compute(probe=probe)
         self.link = Link(**config.link.model_dump())
-        self.num_local_steps = self._num_local_steps()
+        self.local_steps = self._local_steps()
+        self.num_local_steps = min(self.local_steps)
         self.walk = cache(partial(walk, config))
 
     def partition(self, layers_per_block: int) -> tuple[Block, ...]:
@@ -82,7 +86,7 @@ class Scenario:
         itinerary = self.walk(len(blocks), delay)
 
         def compute_s(b: int, round_index: int, client_id: int) -> float:
-            return self.compute.round_s(blocks[b], round_index, client_id, self.num_local_steps)
+            return self.compute.round_s(blocks[b], round_index, client_id, steps_of(self.local_steps, client_id))
 
         return time_rounds(itinerary, self.sizes(blocks, wire_format), compute_s, link, delay=delay)
 
@@ -91,16 +95,17 @@ class Scenario:
             return probed_compute(self.config)
         return estimated_compute(self.config, self.flops)
 
-    def _num_local_steps(self) -> int:
+    def _local_steps(self) -> tuple[int, ...]:
         train, wire = self.config.train, self.config.wire
         if train.num_local_steps != "auto":
-            return train.num_local_steps
+            return (train.num_local_steps,)
         step_s = {
             client_id: fmean(self.compute.round_s(block, 0, client_id, 1) for block in self.blocks)
             for client_id in range(self.config.federation.num_clients)
         }
         elements = round(fmean(block.num_parameters for block in self.blocks))
-        fill = FillTheWait(self.link, train.min_local_steps, train.max_local_steps)
+        alike = self.config.privacy.secure_aggregation != "none"
+        fill = FillTheWait(self.link, train.min_local_steps, train.max_local_steps, alike=alike)
         encoding = Encoding(wire.format, chunk_bytes=wire.chunk_bytes if wire.streaming else None)
         streamed = len(encoding.cut(elements)) > 1
-        return fill.of_round(step_s, encoding.payload_bytes(elements), streamed=streamed)
+        return fill.of_round(step_s, len(step_s), encoding.payload_bytes(elements), streamed=streamed)

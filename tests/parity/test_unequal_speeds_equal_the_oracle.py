@@ -1,0 +1,108 @@
+"""Clients that take as many local steps as their speed allows: same bits as the oracle told the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from parablock.algorithm.aggregate import Aggregate, average
+from parablock.algorithm.parablock import same, steps_of
+from parablock.algorithm.robust import Rule, aggregate_by
+from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.clock import VirtualClock
+from parablock.engine.client import Trained
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.server import ServerPlan
+from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
+from parablock.trace import Trace
+from parablock.wire.link import Link
+from parablock.wire.messages import RoundStart
+from parablock.wire.quantize import Encoding
+from toy import ToyTrainer, initial, solve
+
+EXAMPLES, ROUNDS = [3, 1, 2, 5], 12
+STEP_S = (1.0, 0.3, 4.0, 2.0)
+LINK = Link(32e-6, 64e-6)
+Updates = Mapping[int, tuple[Tensor, int]]
+
+
+class PacedTrainer(ToyTrainer):
+    """Takes the steps that it is asked for, from the place in its data that belongs to them."""
+
+    def __init__(self, client_id: int, num_examples: int, step_time_s: float) -> None:
+        super().__init__(client_id, num_examples, step_time_s)
+        self.taken = 0
+
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        assert start.steps_before == self.taken
+        self.taken += start.num_local_steps
+        steps = start.num_local_steps
+        return Trained(
+            solve(self.client_id, start.round_index, start.block_index, working, num_local_steps=steps), 0.0
+        )
+
+
+def threaded(delay: int, rule: Rule, local_steps: LocalSteps) -> EngineResult:
+    plan = ServerPlan(4, ROUNDS, delay, "shuffled", 1.0, 0, Encoding("float32"), local_steps, 60.0, 0, rule=rule)
+    trainers = [PacedTrainer(i, n, STEP_S[i]) for i, n in enumerate(EXAMPLES)]
+    hooks = Hooks(lambda *_: None, lambda _: None)
+    return run_in_process(initial(4), trainers, plan, Trace(VirtualClock()), hooks, link=LINK, in_flight="aligned")
+
+
+def sequential(
+    delay: int, steps: tuple[tuple[int, ...], ...], aggregate: Callable[[Updates], Aggregate], *, evened: bool
+) -> tuple[Tensor, ...]:
+    def fold(updates: Updates, t: int) -> Aggregate:
+        if not evened:
+            return aggregate(updates)
+        mean = sum(n * steps_of(steps[t], i) for i, (_, n) in updates.items()) / sum(EXAMPLES)
+        factors = {i: mean / steps_of(steps[t], i) for i in updates}
+        return aggregate({i: (delta * factors[i], n) for i, (delta, n) in updates.items()})
+
+    problem = Problem(EXAMPLES, ROUNDS, delay, schedule="shuffled", aggregate=fold)
+    paced = lambda i, t, b, v: solve(i, t, b, v, num_local_steps=steps_of(steps[t], i))  # noqa: E731
+    return run_sequential(initial(4), problem, paced).server.params
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("rule", [Rule(), Rule("median"), Rule(clip_norm=0.3)], ids=["mean", "median", "clipped"])
+def test_unequal_steps_are_evened_out_as_in_the_oracle(delay: int, rule: Rule):
+    result = threaded(delay, rule, FillTheWait(LINK, 1, 40))
+    steps = result.server.local_steps
+    assert len(set(steps[-1])) == 4, f"every client has a number of its own: {steps[-1]}"
+    aggregate = average if rule == Rule() else lambda updates: aggregate_by(rule, updates)
+    expected = sequential(delay, steps, aggregate, evened=True)
+    assert same(result.server.params, expected)
+    assert not same(expected, sequential(delay, steps, aggregate, evened=False))
+    assert not same(expected, sequential(delay, ((5,),) * ROUNDS, aggregate, evened=True))
+
+
+def test_steps_that_are_equal_change_no_bit():
+    result = threaded(1, Rule(), FixedSteps(3))
+    steps = result.server.local_steps
+    assert steps == ((3,),) * ROUNDS
+    assert same(result.server.params, sequential(1, steps, average, evened=False))
+
+
+def test_more_steps_give_a_client_no_more_say():
+    # One walks up and one down, by 1/8 a step: together they stay where they are, whoever is fast. The mean of the
+    # updates themselves, +K_0 / 8 and −K_1 / 8, would follow the fast one.
+    class Walker(ToyTrainer):
+        def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+            step = (0.125, -0.125)[self.client_id]
+            return Trained(working[start.block_index] + start.num_local_steps * step, 0.0)
+
+    def end_of(step_s: tuple[float, float]) -> float:
+        plan = ServerPlan(2, 4, 0, "cyclic", 1.0, 0, Encoding("float32"), FillTheWait(Link(), 1, 16), 60.0, 0)
+        hooks = Hooks(lambda *_: None, lambda _: None)
+        trainers = [Walker(i, 1, each_s) for i, each_s in enumerate(step_s)]
+        start = (torch.zeros(3),)
+        clock = VirtualClock()
+        result = run_in_process(start, trainers, plan, Trace(clock), hooks, link=Link(), in_flight="aligned")
+        assert result.server.local_steps[-1] == tuple(round(max(step_s) / each_s) for each_s in step_s)
+        return float(result.server.params[0][0])
+
+    assert end_of((1.0, 8.0)) == end_of((1.0, 1.0)) == 0.0
