@@ -5,6 +5,8 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Two files of tests at a time: those that start processes mostly wait. The long ones come first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
@@ -55,10 +57,10 @@ check: $(STAMP)  ## formatter, linter, types, direction of the imports
 	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile  # there is none for some machines
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP)  ## the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: check test  ## what CI runs: check and test
 

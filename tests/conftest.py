@@ -19,6 +19,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first, so that no worker is left with one of them at the end."""
+    first = {"test_flower.py": 0, "test_examples.py": 1, "test_readme.py": 2}
+    items.sort(key=lambda item: (first.get(item.path.name, 3), "integration" not in item.path.parts))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
