@@ -161,6 +161,10 @@ def evaluate(
     task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
     max_examples: Annotated[int | None, typer.Option(min=1, help="Score the first so many.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
+    data_format: Annotated[
+        str | None,
+        typer.Option("--format", help="How a row becomes an example; as in the run, where one is given."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
     harness: Annotated[str, typer.Option(help="Instead of --data: tasks of lm-evaluation-harness.")] = "",
     tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files of the harness.")] = None,
@@ -183,6 +187,7 @@ def evaluate(
             task=task,
             max_examples=max_examples,
             max_new_tokens=max_new_tokens,
+            data_format=data_format,
             tell=status.update,
         )
     table = _table("", task, "examples", "model")

@@ -231,6 +231,7 @@ def _scores(models: Sequence[str], config: RunConfig, tasks: Sequence[str], prog
             config.data.test,
             task=task,
             max_examples=config.evaluation.max_examples,
+            config=config,
             device=config.model.device,
             tell=progress.message,
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parablock.config import load_config
+from parablock.config import RunConfig, load_config
 from parablock.data.prompts import Tokenized, tokenize_rows
 from parablock.data.sources import load_rows
 from parablock.errors import DataError, ModelError
@@ -46,6 +46,8 @@ def score_models(
     task: str = "loss",
     max_examples: int | None = None,
     max_new_tokens: int = 256,
+    data_format: str | None = None,
+    config: RunConfig | None = None,
     device: str = "auto",
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Score]:
@@ -57,6 +59,9 @@ def score_models(
         task: loss | exact_match | multiple_choice.
         max_examples: The first so many; None is all.
         max_new_tokens: Longest answer of exact_match.
+        data_format: A value of `data.format`; None: that of the run, or `auto` without one.
+        config: Rows are cut, and their loss is masked, as in this run; None: as in the run whose directory is
+            given. Without a run they are as long as the model takes, and completions count alone.
         device: auto | cpu | cuda.
         tell: Told what is being done.
 
@@ -65,6 +70,7 @@ def score_models(
     """
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
+    config = config or _config_of(model_or_run_dir)
     rows = [row for source in sources for row in load_rows(source, split="test")][:max_examples]
     scores = []
     for label, name_or_path, dtype in models_of(model_or_run_dir):
@@ -73,9 +79,9 @@ def score_models(
         tokenized = tokenize_rows(
             rows,
             loaded.tokenizer,
-            data_format="auto",
-            max_length=_longest(loaded),
-            completion_only_loss=True,
+            data_format=data_format or (config.data.format if config else "auto"),
+            max_length=config.data.max_length if config else _longest(loaded),
+            completion_only_loss=config.train.completion_only_loss if config else True,
         )
         scores.append(_score(label, loaded, tokenized, task, max_new_tokens))
     return scores
@@ -101,8 +107,8 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     Raises:
         ModelError: The run has no model yet, or one for each client.
     """
-    directory = RunDirectory(model_or_run_dir)
-    if not directory.config.exists():
+    directory, config = RunDirectory(model_or_run_dir), _config_of(model_or_run_dir)
+    if config is None:
         return [("model", model_or_run_dir, "float32")]
     if not directory.model.is_dir():
         raise ModelError(
@@ -117,10 +123,15 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
             cause="Its method is local: the clients share nothing.",
             remedy=f"Give one of them, such as {own[0]}.",
         )
-    base = load_config(directory.config).model
+    base = config.model
     if base.init == "random":
         return [("tuned", str(directory.model), base.dtype)]
     return [("base", base.name_or_path, base.dtype), ("tuned", str(Path(directory.model)), base.dtype)]
+
+
+def _config_of(model_or_run_dir: str) -> RunConfig | None:
+    written = RunDirectory(model_or_run_dir).config
+    return load_config(written) if written.exists() else None
 
 
 def _longest(loaded: LoadedModel) -> int:

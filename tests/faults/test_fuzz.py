@@ -121,7 +121,9 @@ def test_lies_that_have_brought_decoders_down_are_refused(case: str):
 
 def test_a_header_nested_without_end_is_refused():
     assert not decode_or_refuse(sealed(b'{"kind":' + b"[" * 200_000, b""))
-    assert decode_or_refuse(encode({"kind": "Skip", "round_index": 3}))
+    assert decode_or_refuse(encode({"kind": "Skip", "round_index": 3, "problem": "the loss is not finite"}))
+    for said in ("x" * 1001, "two\nlines", 3):
+        assert not decode_or_refuse(encode({"kind": "Skip", "round_index": 3, "problem": said}))
 
 
 # -- configurations -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ links, deadlines or deaths.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,7 +19,7 @@ from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FixedSteps
-from parablock.errors import StallError
+from parablock.errors import StallError, TrainingError
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
@@ -27,6 +28,19 @@ from toy import ToyTrainer, initial, solve
 EXAMPLES = [3, 1, 2, 5]
 ROUNDS = 12
 LINK = Link(0.01, 0.01)
+
+
+class Diverging(ToyTrainer):
+    """Its loss is not finite in some rounds."""
+
+    def __init__(self, client_id: int, num_examples: int, step_s: float, rounds: Collection[int]) -> None:
+        super().__init__(client_id, num_examples, step_s)
+        self.rounds = rounds
+
+    def train(self, start, working):
+        if start.round_index in self.rounds:
+            raise TrainingError("The training loss is not finite")
+        return super().train(start, working)
 
 
 @dataclass
@@ -55,6 +69,7 @@ def run(
     participation: float = 1.0,
     encoding: Encoding = Encoding("float32"),  # noqa: B008
     step_s: float = 1.0,
+    diverging: Mapping[int, Collection[int]] = {},  # noqa: B006
 ) -> Ran:
     clock, injected = clock or VirtualClock(), Faults(faults)
     trajectory, counted, events, up = [], [], [], []
@@ -73,7 +88,7 @@ def run(
     trace = Trace(clock)
     result = run_in_process(
         initial(4),
-        [ToyTrainer(i, n, step_s) for i, n in enumerate(EXAMPLES)],
+        [Diverging(i, n, step_s, diverging.get(i, ())) for i, n in enumerate(EXAMPLES)],
         plan,
         trace,
         Hooks(on_commit, lambda _: None, on_event=events.append),
@@ -86,7 +101,7 @@ def run(
         activity: {(s.client_id, s.facts["round_index"]) for s in trace.spans if s.activity == activity}
         for activity in ("computing", "uploading")
     }
-    done = doing["computing"] & doing["uploading"]
+    done = doing["computing"] & doing["uploading"] - {(i, t) for i, rounds in diverging.items() for t in rounds}
     trained = [sorted(i for i, t in done if t == round_index) for round_index in range(ROUNDS)]
     return Ran(result, trajectory, counted, trained, injected, clock.now(), events, sum(up))
 
@@ -224,6 +239,23 @@ def test_poison_that_no_honest_client_sends_is_refused_and_counted(case):
     assert ran.counted[4] == ([0, 1, 3] if reason else [0, 1, 2, 3])
     assert ran.counted[5] == [0, 1, 2, 3], "it takes part again"
     assert not equal(ran.trajectory, run().trajectory)
+
+
+@pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("float32", chunk_bytes=8)])
+def test_a_client_whose_training_fails_gives_its_round_up_and_says_why(encoding):
+    ran = run(diverging={2: {4, 5}}, min_updates=3, encoding=encoding)
+    assert [i for i, counted in enumerate(ran.counted) if 2 not in counted] == [4, 5]
+    assert ran.result.refused == {"failed": 2}
+    assert "round 4 goes on without client 2: The training loss is not finite" in ran.events
+    assert equal(ran.trajectory, replay(ran, min_updates=3))
+    assert not equal(ran.trajectory, run(encoding=encoding).trajectory)
+
+
+@pytest.mark.parametrize(("min_updates", "diverging"), [(4, {2: {4}}), (1, dict.fromkeys(range(4), {4}))])
+def test_where_too_few_can_train_the_run_ends_and_says_so(min_updates, diverging):
+    with pytest.raises(TrainingError, match=r"could not train round 4: The training loss is not finite") as failed:
+        run(diverging=diverging, min_updates=min_updates)
+    assert f"federation.min_updates is {min_updates}" in failed.value.cause
 
 
 @pytest.mark.parametrize("at", ["upload", "download"])

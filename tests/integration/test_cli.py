@@ -585,6 +585,21 @@ def test_eval_scores_the_base_and_the_tuned_model_side_by_side(finished: Path, w
     }
 
 
+def test_eval_reads_rows_as_the_run_did_unless_it_is_told_otherwise(tmp_path: Path, workshop: Workshop):
+    rows = [json.loads(line) for line in workshop.test_file.read_text(encoding="utf-8").splitlines()]
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps({"text": json.dumps(row), **row}) + "\n" for row in rows), encoding="utf-8")
+    changes = [f"data.train={both}", f"data.test={both}", "data.format=text", "data.max_length=40"]
+    assert workshop.run(tmp_path / "run", *changes, "data.partition.scheme=iid").code == 0
+    summary = summary_of(tmp_path / "run")
+    as_the_run = scores(command("eval", str(tmp_path / "run"), "--data", str(both)).stdout)
+    assert as_the_run["base"][0] == pytest.approx(summary["initial_eval_loss"], abs=1e-4)
+    otherwise = command("eval", str(tmp_path / "run"), "--data", str(both), "--format", "prompt_completion")
+    assert scores(otherwise.stdout)["base"][0] != as_the_run["base"][0]
+    unknown = command("eval", str(tmp_path / "run"), "--data", str(both), "--format", "alpacca")
+    assert unknown.code == 2 and "alpacca" in unknown.stderr + unknown.stdout
+
+
 def test_eval_scores_a_model_alone(finished: Path, workshop: Workshop):
     outcome = command("eval", str(finished / "model"), "--data", str(workshop.test_file), "--max-examples", "3")
     assert list(scores(outcome.stdout)) == ["model"]

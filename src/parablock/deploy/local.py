@@ -264,7 +264,7 @@ def watch(
     directory = RunDirectory(deployment.output_dir)
     began = time.time_ns()
     with _rows(deployment, progress) as look:
-        next_status = time.monotonic() + 20
+        next_status, has_ended = time.monotonic() + 20, False
         while True:
             look()
             if asked_to_stop():
@@ -281,12 +281,12 @@ def watch(
             superlink = deployment.processes.get("superlink")
             if superlink is None or superlink.poll() is not None:
                 raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
+            if has_ended:
+                raise _ended("the ServerApp ended", deployment.log("superlink"), deployment.output_dir)
             if time.monotonic() > next_status:
                 next_status = time.monotonic() + 20
-                if run_status(deployment.files, run_id).startswith("finished") and not failure.exists():
-                    time.sleep(2)  # its last files may be on their way
-                    if not is_over and not failure.exists():
-                        raise _ended("the ServerApp ended", deployment.log("superlink"), deployment.output_dir)
+                has_ended = run_status(deployment.files, run_id).startswith("finished")
+                time.sleep(2 * has_ended)  # its last files may be on their way
             time.sleep(LOOK_S)
 
 

@@ -187,10 +187,13 @@ def submit(files: ServerFiles, app: Path) -> str:
 
 
 def run_status(files: ServerFiles, run_id: str) -> str:
-    """Ask the server how a run stands, in Flower's words."""
-    answer = _flwr(files, ["list", "--run-id", run_id, CONNECTION, "--format", "json"])
-    (run,) = json.loads(answer[answer.index("{") :])["runs"]
-    return str(run["status"])
+    """Ask the server how a run stands, in Flower's words; `unknown` where it does not answer."""
+    try:
+        answer = _flwr(files, ["list", "--run-id", run_id, CONNECTION, "--format", "json"])
+    except InputError:
+        return "unknown"
+    runs = json.loads(answer[answer.index("{") :]).get("runs", [{"status": "unknown"}])
+    return str(runs[0]["status"])
 
 
 def wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60.0) -> None:

@@ -27,7 +27,7 @@ from parablock.algorithm.parablock import (
 )
 from parablock.checkpoint import ClientSnapshot
 from parablock.engine.faults import NO_FAULTS, Faults
-from parablock.errors import CodecError
+from parablock.errors import CodecError, TrainingError
 from parablock.privacy.protection import Protection
 from parablock.trace import Trace
 from parablock.wire.messages import (
@@ -211,7 +211,11 @@ class Client:
             began = self._trace.clock.now()
             with self._trace.clock.working(modelled_s):
                 v = working_parameters(self.state, self._in_flight)
-                result = self._trainer.train(start, v)
+                try:
+                    result = self._trainer.train(start, v)
+                except TrainingError as error:  # the server knows whether the others are enough
+                    self._pipeline.send(to_bytes(Skip(t, error.what)), t)
+                    return
                 delta = delta_of(result.trained, v[b]) if self._factors is None else result.trained
                 chunks = self._encode(delta, t, b)
             compute_s = self._trace.clock.now() - began

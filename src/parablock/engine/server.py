@@ -38,7 +38,7 @@ from parablock.engine.downlink import Downlink
 from parablock.engine.folding import Problem, RoundFold
 from parablock.engine.participation import Participation
 from parablock.engine.plan import ServerPlan
-from parablock.errors import CodecError, StallError
+from parablock.errors import CodecError, StallError, TrainingError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
 from parablock.wire.transport import ServerEnd
@@ -296,13 +296,30 @@ class Server:
             case Update():
                 self._take_update(client_id, message)
             case Skip():
-                self._participation.answered(client_id, message.round_index, self._trace.clock.now())
-                if (fold := self._folds.get(message.round_index)) and client_id in fold.expected:
-                    self._take_out(client_id, fold, Problem("skipped", "its word that it gives the round up"))
+                self._take_skip(client_id, message)
             case Join():
                 self._welcome(client_id, message)
             case _:
                 self._count(client_id, Problem("misfit", f"a {type(message).__name__} instead of an update"))
+
+    def _take_skip(self, client_id: int, skip: Skip) -> None:
+        t = skip.round_index
+        self._participation.answered(client_id, t, self._trace.clock.now())
+        fold = self._folds.get(t)
+        if fold is None or client_id not in fold.expected:
+            return
+        self._take_out(client_id, fold, Problem("skipped", "its word that it gives the round up"))
+        if not skip.problem:
+            return
+        self.refused["failed"] += 1
+        if len(fold.expected) < self._fewest:
+            raise TrainingError(
+                f"client {client_id} could not train round {t}: {skip.problem}",
+                cause=f"{len(fold.expected)} clients are left, federation.min_updates is {self._plan.min_updates}. "
+                "Most often the learning rate is too high; or the client's data or weights are broken.",
+                remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
+            )
+        self._on_event(f"round {t} goes on without client {client_id}: {skip.problem}")
 
     def _take_update(self, client_id: int, update: Update) -> None:
         t = update.round_index

@@ -31,6 +31,9 @@ from parablock.wire.sealing import SEALING_READERS, Sealing
 
 T = TypeVar("T")
 
+MOST_WORDS = 1000
+"""Longest problem that a client may tell, in characters."""
+
 
 @dataclass(frozen=True)
 class NewValue:
@@ -132,9 +135,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Skip:
-    """A client gives round t up: its update will not come."""
+    """A client gives round t up: its update will not come; `problem` says why, where its training failed."""
 
     round_index: int
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -298,7 +302,10 @@ def _read_welcome(fields: Mapping[str, Any], vectors: list[Vector]) -> Welcome:
 
 def _read_skip(fields: Mapping[str, Any], vectors: list[Vector]) -> Skip:
     _no_vectors(vectors)
-    return Skip(_typed(fields, "round_index", int))
+    problem = _typed(fields, "problem", str)
+    if len(problem) > MOST_WORDS or not problem.isprintable():
+        raise ValueError(f"a problem in {len(problem)} characters, of at most {MOST_WORDS} on one line")
+    return Skip(_typed(fields, "round_index", int), problem)
 
 
 def _read_join(fields: Mapping[str, Any], vectors: list[Vector]) -> Join:
