@@ -69,7 +69,7 @@ def run(
     participation: float = 1.0,
     encoding: Encoding = Encoding("float32"),  # noqa: B008
     step_s: float = 1.0,
-    diverging: Mapping[int, Collection[int]] = {},  # noqa: B006
+    diverging: Mapping[int, Collection[int]] = {},
 ) -> Ran:
     clock, injected = clock or VirtualClock(), Faults(faults)
     trajectory, counted, events, up = [], [], [], []
@@ -251,7 +251,7 @@ def test_a_client_whose_training_fails_gives_its_round_up_and_says_why(encoding)
     assert not equal(ran.trajectory, run(encoding=encoding).trajectory)
 
 
-@pytest.mark.parametrize(("min_updates", "diverging"), [(4, {2: {4}}), (1, dict.fromkeys(range(4), {4}))])
+@pytest.mark.parametrize(("min_updates", "diverging"), [(4, {2: {4}}), (1, {i: {4} for i in range(4)})])
 def test_where_too_few_can_train_the_run_ends_and_says_so(min_updates, diverging):
     with pytest.raises(TrainingError, match=r"could not train round 4: The training loss is not finite") as failed:
         run(diverging=diverging, min_updates=min_updates)

@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 
 from parablock.config import parse_config
 from parablock.deploy.keys import make_keys
-from parablock.deploy.processes import ServerFiles, superlink_command, supernode_command
+from parablock.deploy.processes import (
+    ServerFiles,
+    run_status,
+    superlink_command,
+    supernode_command,
+    write_connection,
+)
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
 from parablock.engine.flower import stream
@@ -284,6 +290,12 @@ def test_keys_make_a_connection_that_only_their_authority_vouches_for(tmp_path: 
     assert "certificate verify failed" in _handshake(tmp_path / "keys", tmp_path / "other" / "ca.pem")
     with pytest.raises(StorageError, match="not empty"):
         make_keys(tmp_path / "keys", 1, ["localhost"])
+
+
+def test_a_server_that_does_not_answer_leaves_the_status_unknown(tmp_path: Path):
+    files = ServerFiles(tmp_path, None, "127.0.0.1:9")
+    write_connection(files)
+    assert run_status(files, "1") == "unknown"
 
 
 def test_the_defaults_are_the_safe_ones(tmp_path: Path):
