@@ -37,6 +37,7 @@ from _record import (
 from rich.console import Console
 from torch import Tensor
 
+from parablock.algorithm.baselines.flora import Factors, factors_of, matrices_block
 from parablock.algorithm.baselines.trained import trained_blocks
 from parablock.assembly import server_plan
 from parablock.clock import VirtualClock
@@ -75,19 +76,18 @@ def main() -> None:
     torch.set_num_threads(1)
     console = make_console()
     rates = tuned_rates(options, console)
-    runs = [
-        outcome(method, rates[kind], seed, options, console)
-        for seed in options.seeds
-        for kind, methods in KINDS.items()
-        for method in methods
-        if method in (options.only or methods)
-    ]
-    found = {"learning_rates": rates, "runs": runs, "base": base_scores(options)}
-    found["round_s"] = {m: {str(u): round_s(m, u, options) for u in options.links} for m in names(runs)}
-    found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
-    show(console, found, options)
     example = make_config("parablock", rates["blocks"], 0, options).model_dump(mode="json")
-    record(options, found, bars(found), config=example, console=console)
+    found: Found = {"learning_rates": rates, "runs": [], "base": base_scores(options)}
+    for seed in options.seeds:
+        for kind, methods in KINDS.items():
+            wanted = [method for method in methods if method in (options.only or methods)]
+            found["runs"] += [outcome(method, rates[kind], seed, options, console) for method in wanted]
+        found["round_s"] = {
+            m: {str(u): round_s(m, u, options) for u in options.links} for m in names(found["runs"])
+        }
+        found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
+        show(console, found, options)
+        record(options, found, bars(found), config=example, console=console)  # in case the rest is not reached
 
 
 def parse_options() -> argparse.Namespace:
@@ -216,7 +216,8 @@ def base_scores(options: argparse.Namespace) -> Found:
 
 
 @cache
-def _blocks(method: str, model: str) -> tuple[tuple[Block, ...], FlopModel]:
+def _blocks(method: str, model: str) -> tuple[tuple[Block, ...], FlopModel, Factors | None]:
+    """Give what a method trains, the operations of the model, and for FLoRA what is stacked."""
     loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
     flops = FlopModel(loaded.model)
     config = parse_config(
@@ -226,12 +227,15 @@ def _blocks(method: str, model: str) -> tuple[tuple[Block, ...], FlopModel]:
             "federation": {"method": method} | ({} if method == "parablock" else {"delay": 0}),
         }
     )
-    return trained_blocks(loaded.model, config), flops
+    blocks = trained_blocks(loaded.model, config)
+    if method != "flora":
+        return blocks, flops, None
+    return (matrices_block(loaded.model, config),), flops, factors_of(loaded.model, config)
 
 
 def step_s(kind: str, options: argparse.Namespace) -> float:
     """Give the seconds of a local step on one assumed core, by its operations; for blocks their mean."""
-    blocks, flops = _blocks(TUNED_ON[kind], model_of(options))
+    blocks, flops, _ = _blocks(TUNED_ON[kind], model_of(options))
     if kind == "adapters":  # the matrices themselves need no gradient
         blocks = tuple(replace(block, layers=()) for block in blocks)
     tokens = Tokens.at_most(num_examples=options.batch_size, max_length=options.max_length)
@@ -249,11 +253,12 @@ class Idle:
 
     num_examples = 1
 
-    def __init__(self, step_time_s: float) -> None:
-        self.step_time_s = step_time_s
+    def __init__(self, step_time_s: float, sends: int | None) -> None:
+        self.step_time_s, self._sends = step_time_s, sends
 
     def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(working[start.block_index].float(), 0.0)
+        own = working[start.block_index].float() if self._sends is None else torch.zeros(self._sends)
+        return Trained(own, 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}
@@ -266,14 +271,14 @@ def round_s(method: str, mbps: float, options: argparse.Namespace) -> float:
     """Let the engine tell how long a round takes over a link, on average over some rounds."""
     config = make_config(method, 1e-3, 0, options)
     sent = method not in ("local", "central")
-    blocks, _ = _blocks(method if sent else "fedavg", model_of(options))
+    blocks, _, factors = _blocks(method if sent else "fedavg", model_of(options))
     rounds = 2 * len(blocks) if method != "fedcybgd" else 4 * len(blocks)
-    plan = replace(server_plan(config), num_rounds=rounds)
+    plan = replace(server_plan(config, factors=factors), num_rounds=rounds)
     assert config.engine.step_time_s is not None
     clock = VirtualClock()
     run_in_process(
         [torch.zeros(block.num_parameters if sent else 0) for block in blocks],
-        [Idle(config.engine.step_time_s) for _ in range(plan.num_clients)],
+        [Idle(config.engine.step_time_s, factors and factors.num_elements) for _ in range(plan.num_clients)],
         plan,
         Trace(clock),
         Hooks(lambda *_: None, lambda _: None),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,10 +42,12 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
     console = make_console()
-    found = [outcome(alpha, seed, options, console) for alpha in options.alphas for seed in options.seeds]
-    show(console, found)
     example = make_config(options.alphas[0], "parablock", options.seeds[0], options).model_dump(mode="json")
-    record(options, found, bars(found), config=example, console=console)
+    found: list[Found] = []
+    for alpha, seed in product(options.alphas, options.seeds):
+        found.append(outcome(alpha, seed, options, console))
+        show(console, found)
+        record(options, found, bars(found), config=example, console=console)  # in case the rest is not reached
 
 
 def parse_options() -> argparse.Namespace:
@@ -59,7 +61,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--schedule", default="cosine", help="how the learning rate goes on: constant, linear, cosine"
     )
-    parser.add_argument("--max-examples", type=int, default=125, help="held-out examples that the loss is of")
+    parser.add_argument("--max-examples", type=int, default=64, help="held-out examples that the loss is of")
     options = parser.parse_args()
     if options.smoke:
         options.seeds, options.alphas, options.rounds, options.steps = options.seeds[:1], [0.3], 8, 1
@@ -96,7 +98,7 @@ def make_config(alpha: float, name: str, seed: int, options: argparse.Namespace)
             },
             "link": {"upload_mbps": mbps, "download_mbps": mbps},
             "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": STEP_S},
-            "evaluation": {"every_rounds": 4, "max_examples": options.max_examples},
+            "evaluation": {"every_rounds": 8, "max_examples": options.max_examples},
             "checkpoint": {"every_rounds": 0},
             "seed": seed,
         }
