@@ -69,7 +69,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def make_config(alpha: float, name: str, seed: int, options: argparse.Namespace) -> RunConfig:
-    more = options.rounds // MORE_ROUNDS_ONE_IN if "more" in name else 0
+    more = max(1, options.rounds // MORE_ROUNDS_ONE_IN) if "more" in name else 0
     folder = Path(options.work_dir) / "material"
     train = make_word_problems(folder / "problems", num_clients=CLIENTS, examples_per_client=250, seed=0)
     model = generated(folder, num_clients=2).model if options.smoke else t0().model
