@@ -75,7 +75,7 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
     console = make_console()
-    rates = tuned_rates(options, console)
+    rates = dict(zip(KINDS, options.rates, strict=True)) if options.rates else tuned_rates(options, console)
     example = make_config("parablock", rates["blocks"], 0, options).model_dump(mode="json")
     found: Found = {"learning_rates": rates, "runs": [], "base": base_scores(options)}
     for seed in options.seeds:
@@ -105,6 +105,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--links", type=float, nargs="+", default=[10.0, 30.0, 100.0], help="10^6 bit/s, each way")
     parser.add_argument("--only", nargs="+", help="which methods; all when left out")
+    parser.add_argument(
+        "--rates", type=float, nargs=len(KINDS), help=f"learning rates of {', '.join(KINDS)}; left out: tuned first"
+    )
     options = parser.parse_args()
     if options.smoke:
         options.seeds, options.rounds, options.steps, options.max_examples = options.seeds[:1], 8, 1, 8
