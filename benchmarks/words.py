@@ -124,7 +124,7 @@ def outcome(alpha: float, seed: int, options: argparse.Namespace, console: Conso
             "rounds": rounds,
             "initial": summary["initial_eval_loss"],
             "loss": summary["final_eval_loss"],
-            "seconds": summary["wall_time_s"],
+            "seconds": scored[-1][0],
             "curve": scored,
             "model_sha256": summary["model_sha256"],
             "commit": json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"],

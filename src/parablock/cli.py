@@ -229,6 +229,8 @@ def report(
 ) -> None:
     """Write report.html, which needs no network, and report.md into the first folder, from the files of runs.
 
+    Several runs get a table of the settings in which they differ, beside loss, time and bytes.
+
     Example: parablock report runs/overlapped runs/serial
     """
     from parablock.report.write import write_report
