@@ -54,7 +54,7 @@ def parse_options() -> argparse.Namespace:
     parser = make_parser("words", "Loss at equal rounds and time to the same loss.", "--alphas 0.3 --seeds 0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.3, 0.1], help="Dirichlet α")
-    parser.add_argument("--rounds", type=int, default=128, help="rounds of a run; at least 8, one for each block")
+    parser.add_argument("--rounds", type=int, default=96, help="rounds of a run; at least 8, one for each block")
     parser.add_argument("--steps", type=int, default=2, help="local steps of a round, K")
     parser.add_argument("--batch-size", type=int, default=2, help="examples of a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW")
