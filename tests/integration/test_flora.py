@@ -148,9 +148,9 @@ def test_every_client_draws_its_own_adapters_anew_in_each_round(workshop: Worksh
         assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("participation", [1.0, 0.5])
-def test_all_clients_end_with_the_bits_of_the_server(workshop: Workshop, participation: float) -> None:
-    job = job_of(workshop, f"federation.participation={participation}")
+@pytest.mark.parametrize("setting", ["seed=0", "federation.participation=0.5", "model.dtype=bfloat16"])
+def test_all_clients_end_with_the_bits_of_the_server(workshop: Workshop, setting: str) -> None:
+    job = job_of(workshop, setting)
     fleet = make_fleet(job)
     result = run(job, fleet)
     assert len(result.clients) == NUM_CLIENTS
