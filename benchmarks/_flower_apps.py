@@ -22,8 +22,6 @@ def settings() -> dict[str, Any]:
 
 def serve(grid: Any, context: Any) -> None:
     """Run the rounds and write how long each took."""
-    import resource
-
     import torch
 
     from parablock.clock import RealClock
@@ -50,9 +48,11 @@ def serve(grid: Any, context: Any) -> None:
     trace, commits = Trace(RealClock()), list[float]()
     hooks = Hooks(on_commit=lambda *_: commits.append(trace.clock.now()), on_checkpoint=lambda _: None)
     run_over_flower(params, plan, trace, hooks, transport)
-    spans = [[s.client_id, s.activity, s.start_s, s.duration_s, s.facts.get("round_index")] for s in trace.spans]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(wanted["output"]).write_text(json.dumps({"commits": commits, "spans": spans, "peak_bytes": peak}))
+    spans = [[s.client_id, s.activity, s.start_s, s.duration_s, dict(s.facts)] for s in trace.spans]
+    epoch_s = datetime.now(UTC).timestamp() - trace.clock.now()
+    beside = Path(wanted["output"] + ".partial")
+    beside.write_text(json.dumps({"commits": commits, "spans": spans, "epoch_s": epoch_s}))
+    beside.rename(wanted["output"])
 
 
 def train(client_id: int, state_dir: Path, session: Path) -> None:
@@ -71,12 +71,15 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
     torch.set_num_threads(1)
     wanted = settings()
 
+    # numbers that differ: Flower stores and sends what is alike only once
+    noise = torch.randn(wanted["elements"], generator=torch.Generator().manual_seed(client_id))
+
     class Sleeper:
         num_examples, step_time_s = 1, None
 
         def train(self, start: Any, working: Any) -> Trained:
             time.sleep(wanted["compute_s"])
-            return Trained(working[start.block_index] + 1e-3 * (client_id + 1), 0.0)
+            return Trained(working[start.block_index] + noise, 0.0)
 
         def memory(self) -> dict[str, Any]:
             return {}
@@ -115,16 +118,42 @@ def _site_of(context: Any) -> tuple[int, Path, list[str]]:
     return client_id, state_dir, [sys.executable, __file__, str(client_id), str(state_dir)]
 
 
+def _started_s() -> float:
+    """Give when this process was started, seconds since 1970."""
+    now = datetime.now(UTC).timestamp()
+    up_s = float(Path("/proc/uptime").read_text().split()[0])
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(") ")[2].split()[19])
+    return now - up_s + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _client() -> Any:
+    """Make the ClientApp, which notes when its process began, had the request, and had the reply."""
+    from flwr.clientapp import ClientApp
+
+    from parablock.engine.flower.courier import client_app
+
+    app, courier = ClientApp(), client_app(_site_of)
+
+    @app.train()
+    def exchange(message: Any, context: Any) -> Any:
+        entered_s = datetime.now(UTC).timestamp()
+        reply = courier(message, context)
+        stamps = {"started_s": _started_s(), "entered_s": entered_s, "left_s": datetime.now(UTC).timestamp()}
+        with (Path(str(context.node_config["state"])) / "couriers.jsonl").open("a") as file:
+            file.write(json.dumps(stamps) + "\n")
+        return reply
+
+    return app
+
+
+def _server() -> Any:
+    from parablock.engine.flower.engine import server_app
+
+    return server_app(serve)
+
+
 if __name__ == "__main__":
     train(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 else:
-    from parablock.engine.flower.courier import client_app
-
-    client = client_app(_site_of)
-
-    def _server() -> Any:
-        from parablock.engine.flower.engine import server_app
-
-        return server_app(serve)
-
+    client = _client()
     server = _server() if os.environ.get("PARABLOCK_FLOWER_ROLE") == "server" else None

@@ -3,6 +3,7 @@
 Each site stands in a network namespace of its own, behind a link that `tc tbf` shapes in both directions; what
 trains only takes time (a sleep), so that two cores can hold everything. "Exchange" is everything that is not
 computation: Flower's polls, processes and copies, and the bytes. The wire alone is computed from the link.
+Scenarios that are named with --only are measured anew; the rows of the others stay in the record.
 
 Needs root, `ip` and `tc`, and the extra `flower`.
 
@@ -14,229 +15,318 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _flower_apps import SETTINGS
-from _record import REPOSITORY, Bar, fresh_folder, make_console, make_parser, record, table
+from _flower_chain import chain_of
+from _flower_deployment import Deployment, Wanted, python_path
+from _record import REPOSITORY, Bar, commit, fresh_folder, make_console, make_parser, record, table
+from rich.console import Console
 
-from parablock.deploy.keys import make_keys
-from parablock.deploy.processes import (
-    ServerFiles,
-    environment,
-    flower,
-    register_sites,
-    submit,
-    superlink_command,
-    wait_for_port,
-    write_connection,
-)
+EMPTY_MB = 0.004
+SLOW_MBPS, LAYER_MB = 4.0, 116.0
+"""A slow link, and a layer of Llama-3-8B in int4."""
 
-PORT = 8765
-SCENARIOS = ("empty", "wire = compute", "covered")
-Found = dict[str, Any]
+OUTAGE_S = 60.0
+LARGE_MB, MANY_SITES = 400.0, 4
+DISTURBANCES = ("nothing", f"an outage of {OUTAGE_S:g} s", "an answer lost")
+Row = dict[str, Any]
+Scenario = Callable[[argparse.Namespace, Path, list[Row]], Iterator[Row]]
 
 
 def main() -> None:
     options = parse_options()
-    os.environ["PYTHONPATH"] = python_path()  # Flower's commands look for the app in `_flower_apps.py`
-    console = make_console()
-    folder = fresh_folder(options)
-    found = []
-    for name, mega, compute_s, delay in scenarios(options):
-        result = measure(folder / f"{len(found)}", options, mega=mega, compute_s=compute_s, delay=delay)
-        found.append({"scenario": name, "megabytes": mega, "compute_s": compute_s, "delay": delay, **result})
-        console.print(f"{name}, delay {delay}: {result['round_s']:.1f} s a round")
-    shown = table("rounds over Flower", "scenario", "MB each way", "compute s", "delay", "round s", "exchange s")
-    for row in found:
-        shown.add_row(
-            row["scenario"],
-            f"{row['megabytes']:g}",
-            f"{row['compute_s']:g}",
-            str(row["delay"]),
-            f"{row['round_s']:.1f}",
-            f"{row['round_s'] - row['compute_s']:.1f}",
-        )
-    console.print(shown)
-    record(
-        options, found, bars(found, options), config={"mbps": options.mbps, "sites": options.sites}, console=console
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # take everything down
+    os.environ["PYTHONPATH"] = python_path(REPOSITORY / "benchmarks", REPOSITORY / "src")  # Flower looks there
+    console, folder = make_console(), fresh_folder(options)
+    rows = [row for row in recorded(Path(options.output)) if row["scenario"] not in options.only]
+    for scenario in options.only:
+        for row in SCENARIOS[scenario](options, folder / scenario.replace(" ", "-"), rows):
+            rows.append({"scenario": scenario, **row, "commit": commit()})
+            console.print(f"{scenario}: {told(row)}")
+            write(options, rows, Console(quiet=True))
+    for shown in (rounds_table, chain_table, slow_table, memory_table):
+        console.print(shown(rows))
+    write(options, rows, console)
+
+
+def recorded(path: Path) -> list[Row]:
+    """Read the rows that are on record."""
+    if not path.exists():
+        return []
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return rows
+
+
+def write(options: argparse.Namespace, rows: list[Row], console: Console) -> None:
+    config = {name: getattr(options, name) for name in ("mbps", "megabytes", "sites")}
+    record(options, rows, bars(rows, options), config=config, console=console)
+
+
+def told(row: Row) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, int | float))
+
+
+# ── scenarios ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def empty(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+    """A block of a few bytes: what an exchange costs whatever it carries."""
+    del rows
+    yield timed(folder, replace(usual(options), megabytes=EMPTY_MB, rounds=3 if options.smoke else 10))
+
+
+def wire_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn, in between without TLS and keys."""
+    del rows
+    wanted = replace(usual(options), compute_s=wire_s(options))
+    overlapped = replace(wanted, delay=1, rounds=wanted.rounds + 1)
+    for repeat in range(options.repeats):
+        variants = [wanted, overlapped]
+        if repeat % 2 == 0:
+            variants.append(replace(overlapped, secure=False))
+        for variant in variants:
+            name = f"{repeat}-{variant.delay}{'' if variant.secure else '-insecure'}"
+            yield {"repeat": repeat, **timed(folder / name, variant)}
+
+
+def covered(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+    """Computation that is longer than an exchange through Flower."""
+    del rows
+    wanted = replace(usual(options), compute_s=2.5 * wire_s(options))
+    for delay in (0, 1):
+        yield timed(folder / f"{delay}", replace(wanted, delay=delay, rounds=wanted.rounds + delay))
+
+
+def exchange_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+    """Computation as long as an exchange through Flower was, where the wire took as long as the computation."""
+    serial = [seconds for row in of(rows, "wire = compute", delay=0) for seconds in row["rounds"]]
+    compute_s = statistics.median(serial) - wire_s(options) if serial else 1.5 * wire_s(options)
+    for delay in (0, 1):
+        wanted = replace(usual(options), compute_s=round(compute_s, 1), delay=delay)
+        yield timed(folder / f"{delay}", replace(wanted, rounds=wanted.rounds + delay))
+
+
+def slow(direction: str) -> Scenario:
+    """Make the scenario of a link that is slow in one direction, left alone and disturbed, side by side."""
+
+    def measure(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+        del rows
+        speed = {f"{direction}_mbps": SLOW_MBPS}
+        wanted = Wanted(4.0 if options.smoke else LAYER_MB, rounds=1, sites=1, blocks=1, **speed)
+
+        def run(lane: int) -> Row:
+            variant = replace(wanted, lane=lane + 1, swallows=DISTURBANCES[lane] == DISTURBANCES[2])
+            return disturbed(folder / f"{lane}", variant, direction, DISTURBANCES[lane])
+
+        with ThreadPoolExecutor(len(DISTURBANCES)) as pool:
+            yield from pool.map(run, range(len(DISTURBANCES)))
+
+    return measure
+
+
+def memory(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+    """Large blocks and several sites, on links as fast as this machine."""
+    del rows
+    mega = 8.0 if options.smoke else LARGE_MB
+    yield timed(folder, Wanted(mega, rounds=2, sites=MANY_SITES, blocks=1, up_mbps=0, down_mbps=0))
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "empty": empty,
+    "wire = compute": wire_is_compute,
+    "covered": covered,
+    "exchange = compute": exchange_is_compute,
+    "slow link, up": slow("up"),
+    "slow link, down": slow("down"),
+    "memory": memory,
+}
+
+
+def usual(options: argparse.Namespace) -> Wanted:
+    return Wanted(
+        options.megabytes,
+        rounds=options.rounds,
+        sites=options.sites,
+        chunk_mib=options.chunk_mib,
+        up_mbps=options.mbps,
+        down_mbps=options.mbps,
     )
 
 
-def scenarios(options: argparse.Namespace) -> list[tuple[str, float, float, int]]:
-    if options.smoke:
-        return [("empty", 0.004, 0.0, 0)]
-    wire_s = 2 * options.megabytes * 8 / options.mbps
-    chosen = [("empty", 0.004, 0.0, 0)]
-    for _ in range(options.repeats):
-        chosen += [("wire = compute", options.megabytes, wire_s, delay) for delay in (0, 1)]
-    chosen += [("covered", options.megabytes, 2.5 * wire_s, delay) for delay in (0, 1)]
-    return [scenario for scenario in chosen if scenario[0] in options.only]
+def wire_s(options: argparse.Namespace) -> float:
+    """Seconds that a block takes on the wire, up and down."""
+    return float(2 * options.megabytes * 8 / options.mbps)
 
 
-def bars(found: list[Found], options: argparse.Namespace) -> list[Bar]:
-    def rounds(scenario: str, delay: int) -> list[float]:
-        return [row["round_s"] for row in found if row["scenario"] == scenario and row["delay"] == delay]
+def timed(folder: Path, wanted: Wanted) -> Row:
+    """Run the rounds; give how long each took without the first, where each second went, and who used memory."""
+    with ExitStack() as stack:
+        deployment = Deployment(stack, folder, wanted)
+        result = deployment.result()
+    between = [after - before for before, after in pairwise(result["commits"])]
+    steady = between[1 : len(between) - wanted.delay] or between  # at the end nothing is left to overlap with
+    chain = {} if wanted.delay else chain_of(result)
+    figures = {"round_s": statistics.median(steady) if steady else 0.0, "rounds": steady}
+    return {**asdict(wanted), **figures, "chain": chain, "peak_bytes": deployment.peaks}
 
-    made, wire_s = list[Bar](), 2 * options.megabytes * 8 / options.mbps
-    if rounds("empty", 0):
-        made.append(Bar("seconds of an empty exchange", statistics.median(rounds("empty", 0)), 5.0))
-    if rounds("wire = compute", 1):
-        serial, overlapped = (statistics.median(rounds("wire = compute", delay)) for delay in (0, 1))
-        made.append(Bar("wire = compute: delay 1 / delay 0", overlapped / serial, 0.65))
-        made.append(Bar("an exchange / its time on the wire", (serial - wire_s) / wire_s, 1.6))
-    if rounds("covered", 1):
-        serial, overlapped = (statistics.median(rounds("covered", delay)) for delay in (0, 1))
-        made.append(Bar("covered: round / compute at delay 1", overlapped / (2.5 * wire_s), 1.06))
-        made.append(Bar("covered: delay 1 / delay 0", overlapped / serial, 0.60))
+
+def disturbed(folder: Path, wanted: Wanted, direction: str, disturbance: str) -> Row:
+    """Run one round and disturb it when half of the block has passed; give what the slow direction moved."""
+    done = [disturbance == DISTURBANCES[0]]
+    place = ("up", "down").index(direction)
+
+    def disturb(deployment: Deployment) -> None:
+        if done[0] or deployment.links[0].moved()[place] < wanted.megabytes * 5e5:
+            return
+        done[0] = True
+        if deployment.swallower is not None:
+            deployment.swallower.swallow_next(direction)
+        else:
+            deployment.links[0].cut(OUTAGE_S)
+
+    with ExitStack() as stack:
+        deployment = Deployment(stack, folder, wanted)
+        result = deployment.result(disturb)
+        moved = deployment.links[0].moved()[place]
+        happened = done[0] and (deployment.swallower is None or deployment.swallower.swallowed == 1)
+    activity = {"up": "uploading", "down": "downloading"}[direction]
+    parts = [facts["payload_bytes"] for _, name, _, _, facts in result["spans"] if name == activity]
+    begin, end = (pick(result["spans"], key=lambda s: s[2]) for pick in (min, max))
+    return {
+        "direction": direction,
+        "disturbance": disturbance,
+        "happened": happened,
+        "megabytes": wanted.megabytes,
+        "mbps": SLOW_MBPS,
+        "seconds": end[2] + end[3] - begin[2],
+        "wire_bytes": moved,
+        "part_bytes": max(parts),
+        "parts": len(parts),
+    }
+
+
+# ── what was found ──────────────────────────────────────────────────────────────────────────────────
+
+
+def of(rows: Iterable[Row], scenario: str, **wanted: Any) -> list[Row]:
+    return [row for row in rows if row["scenario"] == scenario and all(row[k] == v for k, v in wanted.items())]
+
+
+def round_s(rows: Iterable[Row], scenario: str, **wanted: Any) -> float | None:
+    """Give the median round, over the repeats of a scenario."""
+    found = [seconds for row in of(rows, scenario, **wanted) for seconds in row["rounds"]]
+    return statistics.median(found) if found else None
+
+
+def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
+    wire, made = wire_s(options), list[Bar]()
+
+    def add(name: str, limit: float, value: Callable[[], float]) -> None:
+        try:
+            made.append(Bar(name, float(value()), limit))
+        except (TypeError, ValueError):  # not all of it has been measured
+            return
+
+    def median(scenario: str, delay: int, *, secure: bool = True) -> Any:
+        return round_s(rows, scenario, delay=delay, secure=secure)
+
+    equal, long, balanced = "wire = compute", "covered", "exchange = compute"
+    add("seconds of an empty exchange", 5.0, lambda: median("empty", 0))
+    add("wire = compute: delay 1 / delay 0", 0.65, lambda: median(equal, 1) / median(equal, 0))
+    add("an exchange / its time on the wire", 1.6, lambda: (median(equal, 0) - wire) / wire)
+    add("covered: round / compute at delay 1", 1.06, lambda: median(long, 1) / (2.5 * wire))
+    add("covered: delay 1 / delay 0", 0.60, lambda: median(long, 1) / median(long, 0))
+    compute = max((row["compute_s"] for row in of(rows, balanced)), default=0.0)
+    add(
+        "exchange = compute: round at delay 1 / max(compute, exchange through Flower)",
+        1.05,
+        lambda: median(balanced, 1) / max(compute, median(balanced, 0) - compute),
+    )
+    add("TLS and node keys / insecure", 1.10, lambda: median(equal, 1) / median(equal, 1, secure=False))
+    for direction in ("up", "down"):
+        add(f"slow link, {direction}: bytes sent again / a part", 1.0, lambda d=direction: again(rows, d))
+    for role, limit in (("ServerApp", 4.0), ("ClientApp", 3.0)):
+        add(f"peak memory of the {role}, in blocks", limit, lambda r=role: blocks(of(rows, "memory"), r))
     return made
 
 
-def measure(folder: Path, options: argparse.Namespace, *, mega: float, compute_s: float, delay: int) -> Found:
-    """Bring everything up, run the rounds, take everything down."""
-    folder.mkdir(parents=True)
-    wanted = {
-        "elements": max(1, int(mega * 1e6 / 4)),
-        "blocks": 3,
-        "clients": options.sites,
-        "rounds": options.rounds,
-        "delay": delay,
-        "compute_s": compute_s,
-        "chunk_bytes": options.chunk_mib << 20,
-        "output": str(folder / "result.json"),
-    }
-    more = {SETTINGS: json.dumps(wanted)}
-    keys = None
-    if not options.insecure:
-        make_keys(
-            folder / "keys", options.sites, ["127.0.0.1", *(gateway_of(site) for site in range(options.sites))]
-        )
-        keys = folder / "keys"
-    files = ServerFiles(folder / "home", keys and keys / "server", f"127.0.0.1:{PORT}")
-    write_connection(files)
-    app = write_app(folder / "app")
-    with ExitStack() as stack:
-        gateways = [namespace(stack, site, options.mbps) for site in range(options.sites)]
-        listening = ServerFiles(files.home, files.keys, f"0.0.0.0:{PORT}")
-        env = environment(files.home, {**more, "PARABLOCK_FLOWER_ROLE": "server"})
-        superlink = launch(stack, folder / "superlink.log", superlink_command(listening), env)
-        wait_for_port(files.address, superlink, folder / "superlink.log")
-        if keys is not None:
-            register_sites(files)
-        for site, gateway in enumerate(gateways):
-            node = f'state="{folder / f"site-{site}"}" client-id={site}'
-            command = ["ip", "netns", "exec", name_of(site), flower("flower-supernode")]
-            command += ["--superlink", f"{gateway}:{PORT}", "--port", str(9100 + site), "--node-config", node]
-            if keys is None:
-                command.append("--insecure")
-            else:
-                command += ["--root-certificates", str(keys / f"site-{site}" / "ca.pem")]
-                command += ["--auth-supernode-private-key", str(keys / f"site-{site}" / "site.key")]
-            launch(stack, folder / f"site-{site}.log", command, environment(folder / f"home-{site}", more))
-        submit(files, app)
-        output = Path(wanted["output"])
-        give_up = time.monotonic() + 120 + options.rounds * 8 * (compute_s + 40 * (mega > 1) + 20)
-        while not output.exists():
-            if time.monotonic() > give_up:
-                sys.exit(f"no result in time; look at {folder}")
-            time.sleep(0.5)
-        time.sleep(0.5)
-        result = json.loads(output.read_text())
-    commits = result["commits"]
-    between = [after - before for before, after in pairwise(commits)]
-    return {"round_s": statistics.median(between[1:-1] or between), "rounds": between, "peak": result["peak_bytes"]}
+def again(rows: list[Row], direction: str) -> float:
+    """Give the most that a disturbance made be sent again, in parts."""
+    found = {row["disturbance"]: row for row in of(rows, f"slow link, {direction}")}
+    plain = found.pop(DISTURBANCES[0], {"wire_bytes": None})
+    return max((row["wire_bytes"] - plain["wire_bytes"]) / row["part_bytes"] for row in found.values())
 
 
-def write_app(directory: Path) -> Path:
-    """Write the Flower app whose parts stand in `_flower_apps.py`."""
-    directory.mkdir()
-    (directory / "pyproject.toml").write_text(
-        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-        '[project]\nname = "parablock-benchmark"\nversion = "1.0.0"\n'
-        '[tool.flwr.app]\npublisher = "parablock"\n'
-        '[tool.flwr.app.components]\nserverapp = "_flower_apps:server"\nclientapp = "_flower_apps:client"\n'
-        "[tool.flwr.app.config]\n"
+def blocks(rows: list[Row], role: str) -> float:
+    return max(float(row["peak_bytes"][role] / (row["megabytes"] * 1e6)) for row in rows)
+
+
+def rounds_table(rows: list[Row]) -> Any:
+    shown = table(
+        "rounds over Flower", "scenario", "MB each way", "compute s", "delay", "TLS", "round s", "exchange s"
     )
-    return directory
+    for row in rows:
+        if "round_s" in row and row["scenario"] != "memory":
+            cells = [f"{row['megabytes']:g}", f"{row['compute_s']:g}", str(row["delay"])]
+            cells += ["yes" if row["secure"] else "no", f"{row['round_s']:.1f}"]
+            shown.add_row(row["scenario"], *cells, f"{row['round_s'] - row['compute_s']:.1f}")
+    return shown
 
 
-def namespace(stack: ExitStack, site: int, mbps: float) -> str:
-    """Make a site's network with a shaped link; give the server's address on it."""
-    name, outer, inner = name_of(site), f"pbo{site}", f"pbi{site}"
-    gateway, address = gateway_of(site), f"10.77.{site}.2"
-    ip("netns", "add", name)
-    stack.callback(lambda: ip("netns", "del", name))
-    ip("link", "add", outer, "type", "veth", "peer", "name", inner)
-    stack.callback(lambda: ip("link", "del", outer))  # at once; with the namespace alone it goes when it likes
-    ip("link", "set", inner, "netns", name)
-    ip("addr", "add", f"{gateway}/24", "dev", outer)
-    ip("link", "set", outer, "up")
-    inside = ["ip", "netns", "exec", name]
-    for command in (
-        [*inside, "ip", "addr", "add", f"{address}/24", "dev", inner],
-        [*inside, "ip", "link", "set", inner, "up"],
-        [*inside, "ip", "link", "set", "lo", "up"],
-        ["tc", "qdisc", "add", "dev", outer, *shape(mbps)],
-        [*inside, "tc", "qdisc", "add", "dev", inner, *shape(mbps)],
-    ):
-        subprocess.run(command, check=True)
-    return gateway
+def chain_table(rows: list[Row]) -> Any:
+    shown = table("where each second of a round goes, delay 0", "", "empty", "wire = compute")
+    columns = [chain(rows, scenario) for scenario in ("empty", "wire = compute")]
+    for name in {name: None for column in columns for name in column}:
+        shown.add_row(name, *(f"{column[name]:.2f}" if name in column else "" for column in columns))
+    return shown
 
 
-def shape(mbps: float) -> list[str]:
-    return ["root", "tbf", "rate", f"{mbps:g}mbit", "burst", "256kb", "latency", "200ms"]
+def chain(rows: list[Row], scenario: str) -> Mapping[str, float]:
+    """Give the median seconds of each stage, over repeats."""
+    found = [row["chain"] for row in of(rows, scenario, delay=0) if row["chain"]]
+    return {name: statistics.median(each[name] for each in found) for name in found[0]} if found else {}
 
 
-def gateway_of(site: int) -> str:
-    return f"10.77.{site}.1"
+def slow_table(rows: list[Row]) -> Any:
+    title = f"{LAYER_MB:g} MB at {SLOW_MBPS:g} Mbit/s, in one direction"
+    shown = table(
+        title, "disturbed by", "direction", "completed", "seconds", "MB on the wire", "parts", "MB of a part"
+    )
+    for row in [row for row in rows if "disturbance" in row]:
+        cells = [row["direction"], "yes" if row["happened"] else "UNDISTURBED", f"{row['seconds']:.0f}"]
+        cells += [f"{row['wire_bytes'] / 1e6:.1f}", str(row["parts"]), f"{row['part_bytes'] / 1e6:.1f}"]
+        shown.add_row(row["disturbance"], *cells)
+    return shown
 
 
-def name_of(site: int) -> str:
-    return f"parablock{site}"
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def launch(stack: ExitStack, log: Path, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-    output = stack.enter_context(log.open("ab"))
-    process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
-
-    def end() -> None:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-    stack.callback(end)
-    return process
-
-
-def python_path() -> str:
-    parts = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(part for part in parts if part)
+def memory_table(rows: list[Row]) -> Any:
+    shown = table(f"peak memory, {MANY_SITES} sites, a block of {LARGE_MB:g} MB", "process", "GB", "blocks")
+    for row in of(rows, "memory"):
+        for role, peak in sorted(row["peak_bytes"].items()):
+            shown.add_row(role, f"{peak / 1e9:.2f}", f"{peak / row['megabytes'] / 1e6:.1f}")
+    return shown
 
 
 def parse_options() -> argparse.Namespace:
-    parser = make_parser("flower", "Rounds over real Flower processes and shaped links.", "--repeats 1")
+    parser = make_parser("flower", "Rounds over real Flower processes and shaped links.", "--only empty")
     parser.add_argument("--sites", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4, help="at delay 0; one more at delay 1")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=100.0, help="of a block, each way")
     parser.add_argument("--mbps", type=float, default=200.0)
     parser.add_argument("--chunk-mib", type=int, default=4)
-    parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=SCENARIOS, help="these scenarios")
-    parser.add_argument("--insecure", action="store_true", help="without TLS and node keys")
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, help="these scenarios; the others stay on record")
     options = parser.parse_args()
+    options.only = options.only or (["empty"] if options.smoke else list(SCENARIOS))
     if os.geteuid() != 0:
         sys.exit("network namespaces need root")
     return options

@@ -14,7 +14,7 @@ from statistics import fmean
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
-from results_of_speed import Record, foot, peers, scale, slow_link, spread, step, table, wire  # noqa: E402
+from results_of_speed import Record, flower, foot, peers, scale, slow_link, spread, step, table, wire  # noqa: E402
 
 PAGE = DOCS / "results.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -354,6 +354,7 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "peers": peers,
     "step": step,
     "wire": wire,
+    "flower": flower,
 }
 
 

@@ -6,7 +6,7 @@ Used by docs/generate_results.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 Record = dict[str, Any]
@@ -98,6 +98,68 @@ def wire(found: Record) -> str:
     text = "## The wire\n\nEncoding and decoding on one core, and the server's fold.\n"
     head = ["format", "bytes / float32", "MB/s of float32"]
     return "\n".join([text, *table(head, rows), *foot(found)])
+
+
+def flower(found: Record) -> str:
+    """Write the section of `benchmarks/flower.py`."""
+    rows = found["results"]
+    text = (
+        "## Over Flower\n\nReal SuperLink, SuperNodes and trainers on one machine, two sites behind shaped links "
+        f"of {found['config']['mbps']:g} Mbit/s each way, TLS and node keys on where it does not say otherwise. "
+        "Training is a sleep. An exchange is a round without its computation: the wire and all of Flower's chain.\n"
+    )
+    parts = [text, *_flower_rounds(rows), *_flower_chain(rows), *_flower_slow_link(rows), *_flower_memory(rows)]
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    return "\n".join([*parts, f"\nThe rows are of commit {commits}.", *foot(found)])
+
+
+def _flower_rounds(rows: Sequence[Record]) -> list[str]:
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if "round_s" in row and row["scenario"] != "memory":
+            way = f"{row['scenario']}: delay {row['delay']}{'' if row['secure'] else ', without TLS'}"
+            groups.setdefault((way, row["megabytes"], row["compute_s"]), []).extend(row["rounds"])
+    lines = []
+    for (way, mega, compute_s), found in groups.items():
+        middle, spread = median(found), f"{min(found):.1f} … {max(found):.1f} ({len(found)})"
+        lines.append([way, f"{mega:g}", f"{compute_s:g}", f"{middle:.1f}", f"{middle - compute_s:.1f}", spread])
+    head = ["scenario", "MB each way", "computation, s", "round, s (median)", "exchange, s", "from … to (rounds)"]
+    return table(head, lines)
+
+
+def _flower_chain(rows: Sequence[Record]) -> list[str]:
+    columns = []
+    for scenario in ("empty", "wire = compute"):
+        chains = [row["chain"] for row in rows if row["scenario"] == scenario and row.get("chain")]
+        columns.append({name: median(chain[name] for chain in chains) for name in chains[0]} if chains else {})
+    if not any(columns):
+        return []
+    names = dict.fromkeys(name for column in columns for name in column)
+    lines = [[name, *(f"{column[name]:.2f}" if name in column else "" for column in columns)] for name in names]
+    return ["\nWhere each second of a round goes, at delay 0:\n", *table(["", "empty", "wire = compute"], lines)]
+
+
+def _flower_slow_link(rows: Sequence[Record]) -> list[str]:
+    lines = []
+    for row in rows:
+        if "disturbance" in row:
+            sizes = (f"{row[key] / 1e6:.1f}" for key in ("wire_bytes", "part_bytes"))
+            lines.append([f"{row['direction']}, {row['disturbance']}", f"{row['seconds']:.0f}", *sizes])
+    if not lines:
+        return []
+    some = next(row for row in rows if "disturbance" in row)
+    text = f"\nOne round of {some['megabytes']:g} MB, {some['mbps']:g} Mbit/s in one direction, 200 in the other:\n"
+    return [text, *table(["direction, disturbed by", "seconds", "MB on the wire", "MB of a part"], lines)]
+
+
+def _flower_memory(rows: Sequence[Record]) -> list[str]:
+    for row in rows:
+        if row["scenario"] == "memory":
+            size = row["megabytes"] * 1e6
+            lines = [[role, f"{v / 1e9:.2f}", f"{v / size:.1f}"] for role, v in sorted(row["peak_bytes"].items())]
+            text = f"\nMost memory of a process, {row['sites']} sites and a block of {row['megabytes']:g} MB:\n"
+            return [text, *table(["process", "GB", "blocks"], lines)]
+    return []
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -40,12 +40,12 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
 
     @app.train()
     def exchange(message: Message, context: Context) -> Message:
-        request = request_of(*unpack(message.content))
         try:
             client_id, state_dir, command = site_of(context)
-            reply = _carry(request, client_id, state_dir, command)
+            reply = _carry(request_of(*unpack(message.content)), client_id, state_dir, command)
         except ParaBlockError as error:
             reply = Reply(client_id=-1, error=word_of(error))
+        message.content = RecordDict()  # Flower holds the message to the end; a reply may be as large
         return Message(pack(reply), reply_to=message)
 
     return app

@@ -194,9 +194,9 @@ class TrainerMailbox:
     def _take(self, request: Request) -> None:
         self._out.acknowledge(request.wanted)
         fresh = [frame for frame in request.frames if frame.number >= self._in.wanted]
-        self._folder.keep(fresh)
         for message, frame in self._in.take(fresh):
             self._deliver(message, frame.number + 1)
+        self._folder.keep(fresh)  # while the compute thread goes on; the reply, which confirms them, waits for it
 
     def _deliver(self, message: bytes, wanted_after: int) -> None:
         self._delivered += 1
