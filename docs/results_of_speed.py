@@ -110,7 +110,9 @@ def flower(found: Record) -> str:
     )
     parts = [text, *_flower_rounds(rows), *_flower_chain(rows), *_flower_slow_link(rows), *_flower_memory(rows)]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
-    return "\n".join([*parts, f"\nThe rows are of commit {commits}.", *foot(found)])
+    return "\n".join(
+        [*parts, f"\nThe rows are of commit {commits}.", *foot(found | {"command": "python benchmarks/flower.py"})]
+    )
 
 
 def _flower_rounds(rows: Sequence[Record]) -> list[str]:
