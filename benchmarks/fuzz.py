@@ -4,6 +4,9 @@ Messages: valid ones of every kind and format with bytes flipped, cut, doubled, 
 a right checksum. Configurations: valid YAML with lines, values and characters changed. Whatever is not refused must
 be a message or a configuration; every other exception counts as foreign and is shown.
 
+`--engine atheris` has the mutations chosen by what they reach in the code (`pip install atheris`), from the same
+valid messages and configurations.
+
     .venv/bin/python benchmarks/fuzz.py
 """
 
@@ -13,10 +16,13 @@ import argparse
 import json
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +102,20 @@ Random = np.random.Generator
 def main() -> None:
     options = parse_options()
     console, place = make_console(), fresh_folder(options) / "run.yaml"
-    found = {
-        "messages": fuzz(mutated_messages(options), from_bytes, CodecError),
-        "configurations": fuzz(mutated_texts(options), lambda text: read_configuration(text, place), ConfigError),
-    }
+    if options.engine == "atheris":
+        found = {
+            "messages": guided("messages", valid_messages(), options.messages, options.seed, place.parent),
+            "configurations": guided(
+                "configurations", map(str.encode, valid_texts()), options.configs, options.seed, place.parent
+            ),
+        }
+    else:
+        found = {
+            "messages": fuzz(mutated_messages(options), from_bytes, CodecError),
+            "configurations": fuzz(
+                mutated_texts(options), lambda text: read_configuration(text, place), ConfigError
+            ),
+        }
     foreign = sum(part["foreign"] for part in found.values())
     bars = [
         Bar("messages", found["messages"]["tried"], options.messages, at_most=False),
@@ -120,6 +136,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--messages", type=int, default=1_000_000, help="mutated messages")
     parser.add_argument("--configs", type=int, default=10_000, help="mutated configurations")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
+    parser.add_argument("--engine", choices=("drawn", "atheris"), default="drawn", help="who chooses mutations")
     options = parser.parse_args()
     if options.smoke:
         options.messages, options.configs = 2000, 50
@@ -150,6 +167,23 @@ def fuzz(inputs: Iterator[Any], read: Callable[[Any], object], own: type[Excepti
         "slowest_s": slowest_s,
         "memory_growth_mib": (after - before) / MIB,
     }
+
+
+def guided(what: str, valid: Iterator[bytes], number: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Let atheris choose so many mutations, in a process of its own; give what it counted."""
+    if find_spec("atheris") is None:
+        sys.exit("--engine atheris needs atheris, which is no part of the extras: pip install atheris")
+    corpus, output = folder / what, folder / f"{what}.json"
+    corpus.mkdir()
+    for place, raw in enumerate(valid):
+        (corpus / f"valid-{place}").write_bytes(raw)
+    script = Path(__file__).with_name("_guided.py")
+    arguments = [what, str(corpus), str(number), str(seed), str(output)]
+    with output.with_suffix(".log").open("wb") as log:
+        done = subprocess.run([sys.executable, str(script), *arguments], stdout=log, stderr=log, check=False)
+    if done.returncode != 0:
+        sys.exit(f"atheris ended with {done.returncode}:\n{output.with_suffix('.log').read_text()[-3000:]}")
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def mutated_messages(options: argparse.Namespace) -> Iterator[bytes]:
@@ -228,14 +262,17 @@ def sealed_anew(raw: bytes) -> bytes:
 
 
 def mutated_texts(options: argparse.Namespace) -> Iterator[str]:
-    draw = generator_for(options.seed, "fuzz configurations")
-    whole = parse_config({"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}).to_yaml()
-    named = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "configs").glob("*.yaml"))]
+    draw, texts = generator_for(options.seed, "fuzz configurations"), valid_texts()
     for _ in range(options.configs):
-        lines = [whole, *named][int(draw.integers(1 + len(named)))].splitlines()
+        lines = texts[int(draw.integers(len(texts)))].splitlines()
         for _ in range(int(draw.integers(1, 4))):
             change(lines, draw)
         yield "\n".join(lines)
+
+
+def valid_texts() -> list[str]:
+    whole = parse_config({"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}).to_yaml()
+    return [whole, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "configs").glob("*.yaml")))]
 
 
 def change(lines: list[str], draw: Random) -> None:

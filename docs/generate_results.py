@@ -15,6 +15,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 from results_of_speed import Record, flower, foot, peers, scale, slow_link, spread, step, table, wire  # noqa: E402
+from results_of_survival import cut_link, drops, fuzz, kill_resume, kill_sites, soak  # noqa: E402
 
 PAGE = DOCS / "results.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -349,6 +350,13 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "overlap": overlap,
     "robust": robust,
     "secure_aggregation": secure_aggregation,
+    "kill_resume": kill_resume,
+    "kill_sites": kill_sites,
+    "soak": soak,
+    "soak_drops": drops,
+    "cut_link": cut_link,
+    "fuzz": fuzz,
+    "fuzz_guided": fuzz,
     "slow_link": slow_link,
     "scale": scale,
     "peers": peers,

@@ -17,7 +17,7 @@ from parablock.engine.client import Trainer
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
+from parablock.engine.steps import local_steps_of
 from parablock.errors import ConfigError
 from parablock.job import Job
 from parablock.safeguards import (
@@ -165,7 +165,7 @@ def server_plan(config: RunConfig, secret: bytes | None = None, factors: Factors
         participation=federation.participation,
         seed=config.seed,
         encoding=encoding_of(config),
-        local_steps=_local_steps(config),
+        local_steps=local_steps_of(config),
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
@@ -184,18 +184,6 @@ def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
     """Give what is to go wrong, without what had `happened` before an interruption."""
     faults = (Fault(fault.client, fault.round, fault.at, fault.kind, fault.value) for fault in config.faults)
     return Faults(faults, happened=happened)
-
-
-def _local_steps(config: RunConfig) -> LocalSteps:
-    train = config.train
-    if train.num_local_steps == "auto":
-        return FillTheWait(
-            Link(**config.link.model_dump()),
-            train.min_local_steps,
-            train.max_local_steps,
-            alike=config.privacy.secure_aggregation != "none",  # a sum of words cannot be evened out
-        )
-    return FixedSteps(train.num_local_steps)
 
 
 def encoding_of(config: RunConfig) -> Encoding:

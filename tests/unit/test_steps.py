@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from parablock.clock import VirtualClock
+from parablock.config import parse_config
 from parablock.engine.inprocess import Hooks, run_in_process
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
+from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps, local_steps_of
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
@@ -48,6 +49,18 @@ def test_k_keeps_its_bounds_and_begins_at_the_lower_one():
     assert chosen(FillTheWait(Link(), 3, 5), 0.01) == (3,), "an unlimited link"
     assert rule.of_round({1: 0.5}, 3, MEGABYTE, streamed=False) == (3, 4, 3), "only client 1 has been measured"
     assert chosen(FixedSteps(7), 0.01, 5.0) == (7,)
+
+
+def test_where_updates_cannot_be_evened_out_all_take_as_many_steps():
+    def rule_of(**changes: object) -> LocalSteps:
+        tree: dict[str, object] = {"model": {"name_or_path": "m"}, "data": {"train": "rows"}}
+        return local_steps_of(parse_config({**tree, "train": {"num_local_steps": "auto"}, **changes}))
+
+    assert chosen(rule_of(), 1.0, 2.0) == (2, 1)
+    sums = {"secure_aggregation": "plain", "clip_norm": 1.0}
+    masked = {"privacy": sums, "wire": {"streaming": False}}
+    for changes in (masked, {"federation": {"method": "flora"}}):
+        assert chosen(rule_of(**changes), 1.0, 2.0) == (1,)
 
 
 def rounds_of(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Protocol
 
+from parablock.config import RunConfig
 from parablock.wire.link import Link
 
 ROUNDING = 1e-9
@@ -81,6 +82,20 @@ class FillTheWait:
 
     def _bounded(self, steps: int) -> int:
         return min(self.most, max(self.least, steps))
+
+
+def local_steps_of(config: RunConfig) -> LocalSteps:
+    """Give the rule of a configuration.
+
+    A masked sum cannot be evened out update by update, and a stack of adapters is no mean: there all clients take
+    as many steps.
+    """
+    train = config.train
+    if train.num_local_steps != "auto":
+        return FixedSteps(train.num_local_steps)
+    alike = config.privacy.secure_aggregation != "none" or config.federation.method == "flora"
+    link = Link(**config.link.model_dump())
+    return FillTheWait(link, train.min_local_steps, train.max_local_steps, alike=alike)
 
 
 def exchange_s(link: Link, payload_bytes: int, *, streamed: bool) -> float:

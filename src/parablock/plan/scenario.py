@@ -8,7 +8,7 @@ from statistics import fmean
 from parablock.algorithm.baselines.trained import layer_blocks
 from parablock.algorithm.parablock import steps_of
 from parablock.config import RunConfig
-from parablock.engine.steps import FillTheWait
+from parablock.engine.steps import local_steps_of
 from parablock.estimate.compute import Compute
 from parablock.estimate.fit import estimated_compute, fitted, flops_of, never_visited
 from parablock.model.blocks import Block, whole_model
@@ -96,16 +96,12 @@ class Scenario:
         return estimated_compute(self.config, self.flops)
 
     def _local_steps(self) -> tuple[int, ...]:
-        train, wire = self.config.train, self.config.wire
-        if train.num_local_steps != "auto":
-            return (train.num_local_steps,)
+        wire = self.config.wire
         step_s = {
             client_id: fmean(self.compute.round_s(block, 0, client_id, 1) for block in self.blocks)
             for client_id in range(self.config.federation.num_clients)
         }
         elements = round(fmean(block.num_parameters for block in self.blocks))
-        alike = self.config.privacy.secure_aggregation != "none"
-        fill = FillTheWait(self.link, train.min_local_steps, train.max_local_steps, alike=alike)
         encoding = Encoding(wire.format, chunk_bytes=wire.chunk_bytes if wire.streaming else None)
-        streamed = len(encoding.cut(elements)) > 1
-        return fill.of_round(step_s, len(step_s), encoding.payload_bytes(elements), streamed=streamed)
+        payload_bytes, streamed = encoding.payload_bytes(elements), len(encoding.cut(elements)) > 1
+        return local_steps_of(self.config).of_round(step_s, len(step_s), payload_bytes, streamed=streamed)
