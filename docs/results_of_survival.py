@@ -122,8 +122,8 @@ def cut_link(found: Record) -> str:
             "## A link that breaks\n",
             f"Real processes over Flower; a block of {results['block_bytes'] / 1e6:.2f} MB takes",
             f"{options['transfer_s']:g} s each way in chunks of {options['chunk_bytes'] / 1e3:.0f} kB. A cut ends",
-            f"all connections of one site in the middle of a transfer, for {options['outage_s']:g} s. Sent again is",
-            "what crosses the link beyond the run without a cut, with Flower's own words for the new connections.\n",
+            f"all connections of one site in the middle of a transfer, for {options['outage_s']:g} s. Sent again",
+            "is what crosses the link beyond the run without a cut, with what Flower says to connect anew.\n",
             *table(
                 ["cut", "cuts", "MB up", "MB down", "sent again for a cut, kB", "same model as one process"], rows
             ),
