@@ -87,8 +87,6 @@ def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
         )
     if deployed and method in APART_METHODS:
         yield "engine.name", f"flower has nothing to carry with {method}, which sends nothing; use inprocess"
-    if deployed and config["privacy"]["secure_aggregation"] == "masked":
-        yield "privacy.secure_aggregation", f"masked {NOT_BUILT} for engine.name: flower; it works in one process"
     if deployed and config["faults"]:
         yield "faults", "are made in one process only; with engine.name: flower pull a real plug"
 

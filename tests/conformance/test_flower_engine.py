@@ -13,19 +13,25 @@ import pytest
 from torch import Tensor
 
 from loop_grid import Fate, LoopGrid
+from parablock.algorithm.grid import Grid
 from parablock.algorithm.parablock import initial_client, same
+from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
 from parablock.engine.client import Client, Trained
+from parablock.engine.faults import Fault, Faults
 from parablock.engine.flower import grid as grid_module
 from parablock.engine.flower.engine import run_over_flower
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
 from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
+from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FixedSteps
+from parablock.privacy.agreement import SecureAggregation
+from parablock.privacy.protection import Protection
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart
@@ -50,6 +56,8 @@ def over_flower(
     examples: Sequence[int] = EXAMPLES,
     make_trainer: Callable[[int, int, None], ToyTrainer] = ToyTrainer,
     on_event: Callable[[str], None] = lambda _: None,
+    masking: SecureAggregation | None = None,
+    faults: Sequence[Fault] = (),
 ) -> tuple[EngineResult, LoopGrid]:
     params, dirs = initial(4), [tmp_path / str(i) for i in range(len(examples))]
 
@@ -59,15 +67,19 @@ def over_flower(
             secret, listener = secret_of(dirs[client_id]), listen(address_of(dirs[client_id]))
             mailbox = TrainerMailbox(client_id, listener, secret, folder, trace, epoch_s=0.0, lease_s=20.0)
             with mailbox:
+                courier = masking and masking.courier(client_id, 0)
                 Client(
                     client_id,
                     initial_client(params),
                     make_trainer(client_id, examples[client_id], None),
-                    nullcontext(mailbox),
+                    MaskedMailbox(mailbox, courier) if courier else nullcontext(mailbox),
                     trace,
                     in_flight="aligned",
                     encoding=plan.encoding,
                     hand_in=lambda *_: None,
+                    faults=Faults(faults),
+                    protection=protection_of(plan),
+                    grid=plan.grid,
                 ).run()
 
         threading.Thread(target=serve, daemon=True).start()
@@ -77,12 +89,25 @@ def over_flower(
     transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=lambda _: None)
     transport.gather(10.0)
     hooks = replace(HOOKS, on_event=on_event)
-    return run_over_flower(params, plan, Trace(RealClock()), hooks, transport), grid
+    return run_over_flower(params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
 
 
-def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES) -> EngineResult:
-    trainers = [ToyTrainer(i, count, None) for i, count in enumerate(examples)]
-    return run_in_process(initial(4), trainers, plan, Trace(RealClock()), HOOKS, link=Link(), in_flight="aligned")
+def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, faults: Sequence[Fault] = ()) -> EngineResult:
+    return run_in_process(
+        initial(4),
+        [ToyTrainer(i, count, None) for i, count in enumerate(examples)],
+        plan,
+        Trace(RealClock()),
+        HOOKS,
+        link=Link(),
+        in_flight="aligned",
+        faults=Faults(faults),
+        protection_of=lambda _: protection_of(plan),
+    )
+
+
+def protection_of(plan: ServerPlan) -> Protection | None:
+    return Protection(plan.grid.clip_norm) if plan.grid else None
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +176,34 @@ def test_a_round_that_lacks_a_site_waits_until_it_is_back_and_says_so(tmp_path: 
     )
     assert any("still waiting for the update of round 0" in event and "client 1" in event for event in told)
     assert same(result.server.params, in_process(method).server.params)
+
+
+MASKED = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
+
+
+def on_the_grid(delay: int) -> ServerPlan:
+    grid = Grid(2.0, len(EXAMPLES))
+    return replace(plan(delay, Encoding("float32")), grid=grid, rule=Rule(clip_norm=2.0), min_updates=2)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_masked_over_flower_is_bitwise_the_plain_grid_of_one_process(tmp_path: Path, delay: int):
+    result, _ = over_flower(tmp_path, on_the_grid(delay), masking=MASKED)
+    plain = in_process(on_the_grid(delay))
+    assert same(result.server.params, plain.server.params)
+    assert result.server.rho == plain.server.rho
+    assert not same(result.server.params, in_process(plan(delay, Encoding("float32"))).server.params)
+
+
+def test_masked_over_flower_where_a_client_drops_and_answers_are_lost(tmp_path: Path):
+    drop = [Fault(1, 3, "train", "drop")]
+    result, grid = over_flower(
+        tmp_path,
+        on_the_grid(1),
+        lambda client_id, count: "lose" if count % 3 == client_id else "carry",
+        masking=MASKED,
+        faults=drop,
+    )
+    assert max(grid.exchanges) > ROUNDS
+    assert same(result.server.params, in_process(on_the_grid(1), faults=drop).server.params)
+    assert not same(result.server.params, in_process(on_the_grid(1)).server.params)

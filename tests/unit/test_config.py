@@ -172,6 +172,12 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"engine.clock": "virtual", "engine.step_time_s": 0.1},
     {"engine.num_threads": 2},
     {"engine.name": "flower"},
+    {
+        "engine.name": "flower",
+        "privacy.clip_norm": 2.0,
+        "wire.streaming": False,
+        "privacy.secure_aggregation": "masked",
+    },
     {"evaluation.every_rounds": 0},
     {"evaluation.max_examples": 10},
     {"evaluation.per_device_eval_batch_size": 4},
@@ -183,12 +189,6 @@ OTHER_VALUES: list[dict[str, Any]] = [
 
 # What this version refuses together, by the key that the refusal names.
 NOT_BUILT_YET = {
-    "privacy.secure_aggregation": {
-        "engine.name": "flower",
-        "privacy.clip_norm": 1.0,
-        "privacy.secure_aggregation": "masked",
-        "wire.streaming": False,
-    },
     "engine.name": {"federation.method": "flora", "federation.delay": 0, "engine.name": "flower"},
     "wire.format": {"federation.method": "flora", "federation.delay": 0, "wire.format": "bfloat16"},
 }

@@ -49,7 +49,7 @@ from parablock.engine.flower.local_socket import (
 )
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.engine.flower.stream import Frame, Inbox, Outbox
-from parablock.errors import CodecError, ConfigError, InputError, StorageError
+from parablock.errors import CodecError, ConfigError, InputError, ParaBlockError, StorageError
 
 REQUEST = Request("run", "session", None, "train: {}", "abc")
 SERVER = {
@@ -187,6 +187,18 @@ def test_a_new_session_starts_where_the_server_says_and_forgets_the_old_one(tmp_
     assert not SessionFolder(tmp_path, "run", "1").path.exists()
     with pytest.raises(ValueError, match="not the name of a run"):
         SessionFolder(tmp_path, "../run", "1")
+
+
+def test_a_trainer_that_lost_the_secrets_of_its_masks_says_so_and_a_new_session_has_new_ones(tmp_path: Path):
+    folder = SessionFolder(tmp_path, "run", "1")
+    folder.open(REQUEST)
+    folder.begin_secrets()
+    with pytest.raises(ParaBlockError, match="its secrets with it") as refused:
+        SessionFolder(tmp_path, "run", "1").begin_secrets()
+    assert "parablock resume" in refused.value.remedy
+    resumed = SessionFolder(tmp_path, "run", "2")
+    resumed.open(replace(REQUEST, session="2"))
+    resumed.begin_secrets()
 
 
 def test_only_who_knows_the_secret_reaches_the_trainer(tmp_path: Path):

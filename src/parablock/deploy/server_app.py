@@ -29,6 +29,7 @@ from parablock.errors import ConfigError, ParaBlockError
 from parablock.experiment import resume, run
 from parablock.job import Job
 from parablock.report.progress import LoggedProgress
+from parablock.safeguards import masking_of
 
 
 class FlowerEngine:
@@ -65,8 +66,15 @@ class FlowerEngine:
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
-        plan = server_plan(given.config, given.secret)
-        return run_over_flower(given.params, plan, given.trace, given.hooks, self._transport, resumed=given.resumed)
+        return run_over_flower(
+            given.params,
+            server_plan(given.config, given.secret),
+            given.trace,
+            given.hooks,
+            self._transport,
+            resumed=given.resumed,
+            masking=masking_of(given.config),
+        )
 
 
 def main(grid: Any, context: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,16 +21,18 @@ from parablock.algorithm.parablock import NEVER, ClientState, ServerState, initi
 from parablock.assembly import checkpoints_kept, encoding_of
 from parablock.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.clock import RealClock
+from parablock.config import RunConfig
 from parablock.deploy.site import SiteConfig, configuration_at, load_site
-from parablock.engine.client import Client, restore_client
+from parablock.engine.client import Client, Communication, restore_client
 from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
+from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.engine.flower.stream import frames_of
 from parablock.errors import CheckpointError, DataError, ModelError
 from parablock.fleet import make_fleet
 from parablock.job import prepare
-from parablock.safeguards import adds_noise, grid_of, new_secret, protections
+from parablock.safeguards import adds_noise, grid_of, masking_of, new_secret, protections
 from parablock.trace import Trace
 
 
@@ -97,7 +99,7 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
         site.client_id,
         state,
         trainer,
-        nullcontext(mailbox),
+        _sealed(mailbox, folder, config, site.client_id),
         trace,
         in_flight=config.federation.in_flight,
         encoding=encoding_of(config),
@@ -108,6 +110,19 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
         grid=grid,
     )
     client.run()
+
+
+def _sealed(
+    mailbox: TrainerMailbox, folder: SessionFolder, config: RunConfig, client_id: int
+) -> AbstractContextManager[Communication]:
+    """Give what the client sends through: the mailbox itself, or where updates are masked what masks them."""
+    masking = masking_of(config)
+    if masking is None:
+        return nullcontext(mailbox)
+    folder.begin_secrets()
+    restored = folder.position.round_index
+    first_open = 0 if restored is None else max(0, restored - config.federation.delay)
+    return MaskedMailbox(mailbox, masking.courier(client_id, first_open))
 
 
 def _where(

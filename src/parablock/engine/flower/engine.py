@@ -13,7 +13,7 @@ from torch import Tensor
 from parablock.algorithm.parablock import ServerState, initial_server
 from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.flower.grid import GridTransport
-from parablock.engine.inprocess import EngineResult, Hooks, is_past
+from parablock.engine.inprocess import EngineResult, Hooks, Masking, is_past
 from parablock.engine.server import Server, ServerPlan
 from parablock.trace import Trace
 
@@ -33,6 +33,7 @@ def run_over_flower(
     transport: GridTransport,
     *,
     resumed: RunState | None = None,
+    masking: Masking | None = None,
 ) -> EngineResult:
     """Run all rounds, or those that a checkpoint has left; see `run_in_process`.
 
@@ -47,11 +48,14 @@ def run_over_flower(
         hooks: Who keeps the records.
         transport: Connected to every client.
         resumed: Where to go on; every client has a snapshot of the same round.
+        masking: Hides single updates from the server; None: it sees them.
 
     Raises:
         ParaBlockError: Whatever the server or a site ended with.
     """
     transport.begin(trace, None if resumed is None else resumed.round_index)
+    first_open = 0 if resumed is None else resumed.server.committed + 1
+    collector = masking.collector(transport, first_open) if masking else None
 
     def on_mark(round_index: int, state: ServerState, memory: dict[str, Any]) -> None:
         clients = tuple(
@@ -69,7 +73,7 @@ def run_over_flower(
     server = Server(
         initial_server(params) if resumed is None else resumed.server,
         replace(plan, waits_for_return=True),
-        transport,
+        collector or transport,
         trace,
         on_commit=lambda state, updates: hooks.on_commit(
             state, updates, transport.ledger.of_round(state.committed)
@@ -79,6 +83,7 @@ def run_over_flower(
         on_event=hooks.on_event,
         first_round=0 if resumed is None else resumed.round_index,
         held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
+        masks_of=collector.masks_of if collector else None,
         memory=None if resumed is None else resumed.progress["server"],
     )
     try:

@@ -7,6 +7,7 @@
       RUN/session-ID/position.json  the newest snapshot of the session and its places in both streams
       RUN/session-ID/frames/17      every frame that was received after that snapshot
       RUN/session-ID/finished       how far both streams came, when the run is over
+      RUN/session-ID/masked         there where updates are masked, with secrets that no file holds
 
 A frame is on the disk before it is confirmed. A trainer that starts again reads the newest snapshot, takes the
 frames that came after it once more, and so repeats what it did. Nothing here imports torch.
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from parablock.engine.flower.exchange import Request, header_of, request_of
 from parablock.engine.flower.stream import Frame
-from parablock.errors import StorageError
+from parablock.errors import ParaBlockError, StorageError
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,20 @@ class SessionFolder:
             _write(path, make())
             path.chmod(0o600)
         return path.read_bytes()
+
+    def begin_secrets(self) -> None:
+        """Note that this trainer is about to make secrets of the session, which it keeps to itself.
+
+        Raises:
+            ParaBlockError: An earlier trainer had made some: what it sent cannot be unmasked by those of another.
+        """
+        if (self.path / "masked").exists():
+            raise ParaBlockError(
+                "the trainer of this site ended while updates were masked, and its secrets with it",
+                cause="Secrets are in memory alone; most often its memory ran out, or the machine was restarted.",
+                remedy="Go on from the last checkpoint, with new secrets for everybody: parablock resume.",
+            )
+        _write(self.path / "masked", b"")
 
     def held_rounds(self) -> tuple[int, ...]:
         """List the rounds whose snapshots are there."""
