@@ -83,17 +83,29 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+class BehindAProxy(Deployment):
+    """A deployment whose site 0 reaches the server through a proxy of so many bytes per second."""
+
+    def __init__(self, directory: Path, bytes_per_s: float) -> None:
+        super().__init__(directory, SITES)
+        self._bytes_per_s = bytes_per_s
+
+    def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
+        """Start a site's process, that of site 0 towards the proxy."""
+        if client_id == 0:
+            self.proxy = CuttableProxy(int(self.files.address.rpartition(":")[2]), self._bytes_per_s)
+            superlink = f"127.0.0.1:{self.proxy.port}"
+        super().start_supernode(client_id, superlink)
+
+
 def over_a_proxy(
     config: RunConfig, directory: Path, options: argparse.Namespace, direction: str, block_bytes: int
 ) -> Found:
     """Run with one site behind the proxy; cut it in the middle of transfers in this direction."""
-    deployment = Deployment(directory, SITES)
+    deployment = BehindAProxy(directory, block_bytes / options.transfer_s)
     deployment.prepare(config)
     with deployment:
-        deployment.kill("supernode-0")
-        port = int(deployment.files.address.rpartition(":")[2])
-        proxy = CuttableProxy(port, bytes_per_s=block_bytes / options.transfer_s)
-        deployment.start_supernode(0, superlink=f"127.0.0.1:{proxy.port}")
+        proxy = deployment.proxy
         began = time.monotonic()
         with Watched(deployment) as watched:
             for _ in range(options.cuts if direction else 0):

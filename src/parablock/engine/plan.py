@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,6 +72,12 @@ class ServerPlan:
     def sent_elements(self, num_parameters: int) -> int:
         """Tell how many elements an update of a block has."""
         return num_parameters if self.factors is None else self.factors.num_elements
+
+    def local_steps_for(self, step_s: Mapping[int, float], num_parameters: int) -> tuple[int, ...]:
+        """Choose K for a block of so many parameters; see `LocalSteps.of_round`."""
+        size = self.sent_elements(num_parameters)
+        payload_bytes, streamed = self.encoding.payload_bytes(size), len(self.encoding.cut(size)) > 1
+        return self.local_steps.of_round(step_s, self.num_clients, payload_bytes, streamed=streamed)
 
     def cohort_of(self, round_index: int, history: Sequence[int], num_blocks: int) -> tuple[int, ...]:
         """Give who is drawn for a round; where clients take turns, nobody before the round's block is known."""

@@ -147,11 +147,9 @@ class Server:
 
     def _local_steps(self, t: int, block_index: int) -> tuple[int, ...]:
         """Choose K from the speed of those who can be asked."""
-        plan, size = self._plan, self._plan.sent_elements(self.state.params[block_index].numel())
-        drawn = plan.cohort_of(t, (*self.state.history, block_index), len(self.state.params))
+        drawn = self._plan.cohort_of(t, (*self.state.history, block_index), len(self.state.params))
         step_s = {i: self.step_s[i] for i in self._participation.candidates(drawn) if i in self.step_s}
-        payload_bytes, streamed = plan.encoding.payload_bytes(size), len(plan.encoding.cut(size)) > 1
-        return plan.local_steps.of_round(step_s, plan.num_clients, payload_bytes, streamed=streamed)
+        return self._plan.local_steps_for(step_s, self.state.params[block_index].numel())
 
     def _enough_of(self, drawn: tuple[int, ...], t: int) -> tuple[int, ...]:
         """Give who is asked, once there are enough."""
