@@ -5,6 +5,7 @@ Used by docs/generate_results.py.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from results_of_speed import Record, foot, spread, table
@@ -18,7 +19,7 @@ def kill_resume(found: Record) -> str:
     for trial in trials:
         by_origin.setdefault(trial["resumed_from"], Counter())[trial["model_sha256"] == expected] += 1
     rows = [
-        [origin.replace("round-0000", "checkpoint of round "), str(same.total()), str(same[True])]
+        [re.sub(r"round-0*", "the checkpoint of round ", origin), str(same.total()), str(same[True])]
         for origin, same in sorted(by_origin.items(), key=lambda item: (item[0] != "the start", item[0]))
     ]
     return "\n".join(
@@ -148,8 +149,8 @@ def fuzz(found: Record) -> str:
     return "\n".join(
         [
             f"## Broken input{', guided' if guided else ''}\n",
-            f"Valid messages and configurations, changed by {who}. Foreign is any exception but the one that says",
-            "what is wrong with the input.\n",
+            f"Valid messages and configurations, changed by {who}.",
+            "Foreign is any exception but the one that says what is wrong with the input.\n",
             *table(["what", "tried", "refused", "read", "foreign", "slowest, s", "memory, MiB"], rows),
             *foot(found),
         ]
