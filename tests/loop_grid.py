@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -21,7 +21,7 @@ from parablock.engine.flower.local_socket import address_of, connect, receive_re
 from parablock.engine.flower.session import SessionFolder
 
 Fate = Callable[[int, int], str]
-"""Gives carry | lose | refuse for (client_id, the how-manieth exchange with it)."""
+"""Gives carry | lose | refuse for (client_id, the how-manieth exchange with it); fail for a greeting, the 0th."""
 
 
 class LoopGrid(Grid):
@@ -67,6 +67,9 @@ class LoopGrid(Grid):
         client_id = message.metadata.dst_node_id - 1
         request = request_of(*unpack(message.content))
         folder = SessionFolder(self._dirs[client_id], request.run_key, request.session)
+        if request.hello and self._fate(client_id, 0) == "fail":
+            self._replies[message_id] = Message(Error(code=1, reason="there is no such app"), reply_to=message)
+            return
         if request.hello:
             reply = Reply(client_id, held_rounds=folder.held_rounds())
         else:

@@ -68,11 +68,13 @@ def client(
 
     Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
     """
-    from parablock.deploy.processes import environment, keep_running, supernode_command
+    from parablock.deploy.processes import check_site_keys, environment, keep_running, supernode_command
     from parablock.deploy.site import load_site
 
     if (keys is None) != insecure:
         raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
+    if keys is not None:
+        check_site_keys(keys)
     settings = load_site(site)
     command = supernode_command(superlink, keys and keys.absolute(), site.absolute(), port)
     keep_running(command, environment(settings.state_dir / "flower"), tell=typer.echo)
@@ -99,3 +101,26 @@ def local(
     with watched() as (progress, stop):
         summary = deploy_local(settings, output_dir, insecure=insecure, progress=progress, asked_to_stop=stop)
     conclude(summary, output_dir)
+
+
+@deploy.command()
+def app(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
+    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+) -> None:
+    """Write a run as a Flower app, which `flwr run` takes: in Flower's simulation, on this machine.
+
+    Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/simulated
+    """
+    from parablock.config import load_config
+    from parablock.deploy.local import prepare_app
+    from parablock.deploy.processes import SIMULATION, run_command
+
+    more = [] if clients is None else [f"federation.num_clients={clients}"]
+    folder, num_sites = prepare_app(
+        load_config(config, [*(overrides or []), *more, "engine.name=flower"]), output_dir
+    )
+    sizes = f"num-supernodes={num_sites} client-resources-num-cpus=1"
+    typer.echo(f"{run_command(folder, SIMULATION)} --federation-config '{sizes}'")

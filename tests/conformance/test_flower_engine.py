@@ -86,7 +86,7 @@ def over_flower(
 
     grid = LoopGrid(dirs, start, fate)
     opening = Request("run", "session", None, "", "")
-    transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=lambda _: None)
+    transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=on_event)
     transport.gather(10.0)
     hooks = replace(HOOKS, on_event=on_event)
     return run_over_flower(params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
@@ -168,13 +168,17 @@ def test_a_site_four_times_slower_is_asked_again_and_changes_nothing(tmp_path: P
 def test_a_round_that_lacks_a_site_waits_until_it_is_back_and_says_so(tmp_path: Path):
     method = replace(plan(1, CHUNKED), min_updates=len(EXAMPLES), stall_timeout_s=0.4)
     told: list[str] = []
+
+    def is_said() -> bool:
+        return any("still waiting for the update of round 0" in event and "client 1" in event for event in told)
+
     result, _ = over_flower(
         tmp_path,
         method,
-        fate=lambda client_id, count: "refuse" if client_id == 1 and told == [] else "carry",
+        fate=lambda client_id, _: "refuse" if client_id == 1 and not is_said() else "carry",
         on_event=told.append,
     )
-    assert any("still waiting for the update of round 0" in event and "client 1" in event for event in told)
+    assert is_said()
     assert same(result.server.params, in_process(method).server.params)
 
 
@@ -207,3 +211,17 @@ def test_masked_over_flower_where_a_client_drops_and_answers_are_lost(tmp_path: 
     assert max(grid.exchanges) > ROUNDS
     assert same(result.server.params, in_process(on_the_grid(1), faults=drop).server.params)
     assert not same(result.server.params, in_process(on_the_grid(1)).server.params)
+
+
+def test_a_site_that_cannot_answer_a_greeting_is_told_of_and_greeted_again(tmp_path: Path):
+    told: list[str] = []
+    fates = iter(["fail", "fail"])
+    result, _ = over_flower(
+        tmp_path,
+        plan(0, CHUNKED),
+        fate=lambda client_id, count: next(fates, "carry") if (client_id, count) == (2, 0) else "carry",
+        on_event=told.append,
+    )
+    assert result.finished
+    assert told.count("a new SuperNode cannot answer: there is no such app (code 1)") == 2
+    assert told.index("client 2 has connected") > 2

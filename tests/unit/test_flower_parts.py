@@ -279,11 +279,12 @@ def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):
 
 def test_a_supernode_without_a_site_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PARABLOCK_SITE", raising=False)
-    with pytest.raises(ConfigError, match="deploy client"):
-        site_file({})
+    for node_config, run_config in (({}, {"output-dir": "/run"}), ({"partition-id": 1}, {"output-dir": ""})):
+        with pytest.raises(ConfigError, match="deploy client"):
+            site_file(node_config, run_config)
     monkeypatch.setenv("PARABLOCK_SITE", "/a.yaml")
-    assert site_file({}) == Path("/a.yaml")
-    assert site_file({"site": "/b.yaml"}) == Path("/b.yaml")
+    assert site_file({}, {}) == Path("/a.yaml")
+    assert site_file({"site": "/b.yaml", "partition-id": 1}, {"output-dir": "/run"}) == Path("/b.yaml")
 
 
 def test_keys_make_a_connection_that_only_their_authority_vouches_for(tmp_path: Path):

@@ -35,12 +35,22 @@ from parablock.deploy.processes import (
     write_app,
     write_connection,
 )
-from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE, failure_file, stop_file
+from parablock.deploy.variables import (
+    OUTPUT_VARIABLE,
+    config_file,
+    failure_file,
+    server_log,
+    site_file_of,
+    stop_file,
+)
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.report.progress import LoggedProgress, Progress
 from parablock.report.records import RunDirectory
 
 LOOK_S = 0.3
+STATUS_S = 20.0
+"""How long nothing may move before Flower is asked whether the run still lives; each time costs a process."""
+
 HOST = "127.0.0.1"
 
 
@@ -58,15 +68,10 @@ class Deployment:
         self.folder = self.output_dir / "deployment"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    @property
-    def config_file(self) -> Path:
-        """The server's configuration."""
-        return self.folder / "config.yaml"
-
     def prepare(self, config: RunConfig) -> None:
         """Write all files: the server's configuration, one file for each site, keys."""
         self.folder.mkdir(parents=True)
-        self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+        config_file(self.output_dir).write_text(config.to_yaml(), encoding="utf-8")
         (self.folder / "sites").mkdir()
         for client_id in range(self.num_clients):
             site = {
@@ -79,11 +84,11 @@ class Deployment:
             self.site_file(client_id).write_text(yaml.safe_dump(site, sort_keys=False), encoding="utf-8")
         if not self.insecure:
             make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
-        write_app(self.folder / "app")
+        write_app(self.folder / "app", self.output_dir)
 
     def site_file(self, client_id: int) -> Path:
         """Give the file of a site."""
-        return self.folder / "sites" / f"{client_id}.yaml"
+        return site_file_of(self.output_dir, client_id)
 
     def log(self, name: str) -> Path:
         """Give the log of a process."""
@@ -112,8 +117,8 @@ class Deployment:
 
     def start_superlink(self) -> None:
         """Start the server's process and register the sites with it."""
-        more = {CONFIG_VARIABLE: str(self.config_file), OUTPUT_VARIABLE: str(self.output_dir)}
-        process = self._launch("superlink", superlink_command(self.files), environment(self.files.home, more))
+        env = environment(self.files.home, {OUTPUT_VARIABLE: str(self.output_dir)})
+        process = self._launch("superlink", superlink_command(self.files), env)
         wait_for_port(self.files.address, process, self.log("superlink"))
         if not self.insecure:
             register_sites(self.files)
@@ -220,6 +225,18 @@ def deploy_local(
         raise
 
 
+def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
+    """Write a run as a Flower app that finds it on this machine; give the app's folder and the number of sites.
+
+    Raises:
+        InputError: The folder holds a run already.
+    """
+    RunDirectory(output_dir).check_unused()
+    deployment = Deployment(output_dir, config.federation.num_clients, insecure=True)
+    deployment.prepare(config)
+    return deployment.folder / "app", deployment.num_clients
+
+
 def is_deployed(output_dir: Path) -> bool:
     """Tell whether the run in a folder has its clients at sites."""
     config = RunDirectory(output_dir).config
@@ -264,9 +281,10 @@ def watch(
     directory = RunDirectory(deployment.output_dir)
     began = time.time_ns()
     with _rows(deployment, progress) as look:
-        next_status, has_ended = time.monotonic() + 20, False
+        next_status, shown, ended = time.monotonic() + STATUS_S, 0, False
         while True:
-            look()
+            if (rounds := look()) > shown:
+                next_status, shown = time.monotonic() + STATUS_S, rounds
             if asked_to_stop():
                 stop_file(deployment.output_dir).touch()
             failure = failure_file(deployment.output_dir)
@@ -281,34 +299,35 @@ def watch(
             superlink = deployment.processes.get("superlink")
             if superlink is None or superlink.poll() is not None:
                 raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
-            if has_ended:
-                raise _ended("the ServerApp ended", deployment.log("superlink"), deployment.output_dir)
+            if ended:
+                raise _ended("the ServerApp ended", server_log(deployment.output_dir), deployment.output_dir)
             if time.monotonic() > next_status:
-                next_status = time.monotonic() + 20
-                has_ended = run_status(deployment.files, run_id).startswith("finished")
-                time.sleep(2 * has_ended)  # its last files may be on their way
+                next_status = time.monotonic() + STATUS_S
+                if ended := run_status(deployment.files, run_id).startswith("finished"):
+                    time.sleep(2)  # its last files may be on their way; it is looked for them once more
             time.sleep(LOOK_S)
 
 
 @contextmanager
-def _rows(deployment: Deployment, progress: Progress) -> Iterator[Callable[[], None]]:
+def _rows(deployment: Deployment, progress: Progress) -> Iterator[Callable[[], int]]:
     directory = RunDirectory(deployment.output_dir)
     shown = 0
     started = False
 
-    def look() -> None:
+    def look() -> int:
         nonlocal shown, started
         if not directory.metrics.exists():
-            return
+            return 0
         text = directory.metrics.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
         if not started:
-            federation = load_config(deployment.config_file).federation
+            federation = load_config(config_file(deployment.output_dir)).federation
             progress.start(federation.num_rounds, federation.num_clients, len(lines))
             shown, started = len(lines), True
         for line in lines[shown:]:
             progress.round_done(json.loads(line))
         shown = max(shown, len(lines))
+        return shown
 
     progress.message(
         f"SuperLink and {deployment.num_clients} SuperNodes start; logs in {deployment.folder / 'logs'}"
@@ -322,7 +341,7 @@ def _told(word: dict[str, Any]) -> ParaBlockError:
 
 
 def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
-    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-10:]
+    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-10:] if log.exists() else []
     return ParaBlockError(
         f"{what}; its log ends with:\n" + "\n".join(tail),
         cause=f"The whole log is {log}.",

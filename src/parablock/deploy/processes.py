@@ -16,7 +16,8 @@ from pathlib import Path
 
 from parablock import __version__
 from parablock.deploy.keys import missing_extra
-from parablock.errors import InputError, ParaBlockError
+from parablock.deploy.variables import OUTPUT_KEY
+from parablock.errors import ConfigError, InputError, ParaBlockError
 
 CONNECTION = "parablock"
 """The name of the server in the Flower configuration that we write."""
@@ -24,12 +25,18 @@ CONNECTION = "parablock"
 AGAIN_S = 5.0
 """How long after its end a SuperNode is started again."""
 
+END_S = 5.0
+"""How long a SuperNode may take to end when it is told to."""
+
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
 }
+
+SIMULATION = {"RAY_USAGE_STATS_ENABLED": "0"}
+"""For Ray, which Flower's simulation starts: no report to its makers."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,11 @@ def flower(command: str) -> str:
     if found is None:
         raise missing_extra()
     return found
+
+
+def run_command(app: Path, more: Mapping[str, str]) -> str:
+    """Give the line by which a user starts a run, to go on with the name of a connection or with options."""
+    return " ".join([*(f"{name}={value}" for name, value in {**QUIET, **more}.items()), "flwr", "run", str(app)])
 
 
 def superlink_command(files: ServerFiles) -> list[str]:
@@ -95,6 +107,20 @@ def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: 
     ]
 
 
+def check_site_keys(keys: Path) -> None:
+    """Refuse a folder that is not one of a site.
+
+    Raises:
+        ConfigError: It lacks something.
+    """
+    missing = [name for name in ("ca.pem", "site.key") if not (keys / name).is_file()]
+    if missing:
+        raise ConfigError(
+            [f"--keys: {keys} has no {' and no '.join(missing)}; give a folder site-N of `deploy keys`"],
+            source="deploy client",
+        )
+
+
 def client_command(superlink: str, keys: Path | None, site_file: Path, port: int) -> list[str]:
     """Give the command of a site as its operator types it; see `supernode_command`."""
     command = [sys.executable, "-m", "parablock", "deploy", "client", str(site_file)]
@@ -107,23 +133,35 @@ def keep_running(command: Sequence[str], env: Mapping[str, str], *, tell: Callab
 
     A SuperNode that lost its power is refused until the server has noticed, which takes it a minute.
     """
-    process: subprocess.Popen[bytes] | None = None
 
     def end(number: int, frame: object) -> None:
         del frame
-        if process is not None:
-            process.terminate()
-            process.wait()
-        sys.exit(128 + number)
+        sys.exit(128 + number)  # out of whatever waits below; the handler itself must not wait for the process
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     while True:
         process = subprocess.Popen(command, env=dict(env))
-        if process.wait() == 0:
-            return
-        tell(f"the SuperNode ended with code {process.returncode}; it starts again in {AGAIN_S:g} s")
+        try:
+            if process.wait() == 0:
+                return
+        finally:
+            _end(process)
+        tell(
+            f"the SuperNode ended with code {process.returncode} and starts again in {AGAIN_S:g} s. If the server "
+            "refused it, then either the server does not know this site's key: give --keys the folder made "
+            "for this site. Or it has not noticed yet that the site was gone, which takes it a minute."
+        )
         time.sleep(AGAIN_S)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:  # as long as it tries to reach a server, it does not listen
+        process.kill()
+        process.wait()
 
 
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -132,8 +170,13 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
 
 
-def write_app(directory: Path) -> Path:
-    """Write the Flower app, which plain `flwr run` takes: only names, all code is in the installed package."""
+def write_app(directory: Path, output_dir: Path | str = "") -> Path:
+    """Write the Flower app, which plain `flwr run` takes: only names, all code is in the installed package.
+
+    Args:
+        directory: Where.
+        output_dir: The run directory, for a SuperLink whose environment names none.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "pyproject.toml").write_text(
         f"""[build-system]
@@ -155,6 +198,7 @@ serverapp = "parablock.deploy.server_app:app"
 clientapp = "parablock.deploy.client_app:app"
 
 [tool.flwr.app.config]
+{OUTPUT_KEY} = {json.dumps(str(output_dir))}
 """,
         encoding="utf-8",
     )

@@ -10,15 +10,17 @@ import typer
 
 from parablock.config import RunConfig, overridden, parse_config, read_tree
 from parablock.deploy.processes import (
+    CONNECTION,
     ServerFiles,
     environment,
     register_sites,
+    run_command,
     superlink_command,
     wait_for_port,
     write_app,
     write_connection,
 )
-from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE
+from parablock.deploy.variables import OUTPUT_VARIABLE, config_file
 from parablock.report.records import RunDirectory
 
 
@@ -51,13 +53,13 @@ def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: st
         RunDirectory(output_dir).check_resumable()
     folder = output_dir / "deployment"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    config_file(output_dir).write_text(config.to_yaml(), encoding="utf-8")
     local = address.replace("0.0.0.0", "127.0.0.1")
     files = ServerFiles(folder / "flower", keys and keys.absolute(), address)
     reached = ServerFiles(files.home, files.keys, local)
     write_connection(reached)
     app, log = write_app(folder / "app"), folder / "superlink.log"
-    more = {CONFIG_VARIABLE: str(folder / "config.yaml"), OUTPUT_VARIABLE: str(output_dir)}
+    more = {OUTPUT_VARIABLE: str(output_dir)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -69,7 +71,8 @@ def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: st
         if files.keys is not None:
             register_sites(reached)
         typer.echo(f"The SuperLink listens at {address}; its log is {log}.")
-        typer.echo(f"Start the run when you like: FLWR_HOME={files.home} flwr run {app} parablock")
+        line = run_command(app, {"FLWR_HOME": str(files.home)})
+        typer.echo(f"Start the run when you like: {line} {CONNECTION}")
         process.wait()
     except KeyboardInterrupt:
         pass

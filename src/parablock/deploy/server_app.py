@@ -1,17 +1,19 @@
-"""The ServerApp, as Flower loads it: one run of the configuration that the SuperLink was started with.
+"""The ServerApp, as Flower loads it: one run of the configuration that a deployment was prepared with.
 
-`parablock deploy server` puts the two paths into the environment of the SuperLink, which is inherited. A run
-directory that is there already is gone on with.
+`parablock deploy server` puts the run directory into the environment of the SuperLink, which is inherited; the app
+that `parablock deploy app` writes names it itself. A run that is there already is gone on with.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import secrets
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from parablock.assembly import EngineInput, clients_of, server_plan
 from parablock.checkpoint import write_atomically
 from parablock.config import load_config
 from parablock.deploy.site import shared_config
-from parablock.deploy.variables import CONFIG_VARIABLE, OUTPUT_VARIABLE, failure_file, stop_file
+from parablock.deploy.variables import config_file, failure_file, output_dir_of, server_log, stop_file
 from parablock.engine.flower.engine import run_over_flower, server_app
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
@@ -79,37 +81,71 @@ class FlowerEngine:
 
 def main(grid: Any, context: Any) -> None:
     """Run or go on, and leave a word where it fails."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output_dir = Path(os.environ.get(OUTPUT_VARIABLE, "")).absolute()
+    output_dir = output_dir_of(os.environ, context.run_config)
     failure = failure_file(output_dir)
-    failure.unlink(missing_ok=True)
+    with only_one(output_dir), _logged(output_dir):
+        failure.unlink(missing_ok=True)
+        try:
+            _run(grid, str(context.run_id), output_dir)
+        except ParaBlockError as error:
+            word = {"what": error.what, "cause": error.cause, "remedy": error.remedy, "exit_code": error.exit_code}
+            write_atomically(failure, json.dumps(word))
+            raise
+        except (
+            Exception
+        ) as error:  # not foreseen: whoever started the run must not have to look for it in Flower's logs
+            cause = traceback.format_exc()
+            write_atomically(
+                failure, json.dumps({"what": repr(error), "cause": cause, "remedy": "", "exit_code": 1})
+            )
+            raise
+
+
+@contextmanager
+def only_one(output_dir: Path) -> Iterator[None]:
+    """Keep a run directory for one Flower run at a time.
+
+    Raises:
+        ConfigError: Another one has it.
+    """
+    folder = output_dir / "deployment"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                ["another Flower run is at work here; wait for its end, or end it with `flwr stop`"],
+                source=str(output_dir),
+            ) from None
+        yield
+
+
+@contextmanager
+def _logged(output_dir: Path) -> Iterator[None]:
+    """Write what the run says into a file: Flower keeps the output of its processes to itself."""
+    logger, handler = logging.getLogger("parablock"), logging.FileHandler(server_log(output_dir))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
-        for name in (CONFIG_VARIABLE, OUTPUT_VARIABLE):
-            if name not in os.environ:
-                raise ConfigError(
-                    [f"{name} is not set; start the SuperLink with `parablock deploy server`"],
-                    source="the SuperLink",
-                )
-        progress = LoggedProgress()
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
-        def connect(job: Job) -> FlowerEngine:
-            return FlowerEngine(grid, str(context.run_id), output_dir, job, progress.message)
 
-        if (output_dir / "config.yaml").exists():
-            resume(output_dir, progress=progress, connect=connect, asked_to_stop=stop_file(output_dir).exists)
-        else:
-            config = load_config(os.environ[CONFIG_VARIABLE])
-            run(config, output_dir, progress=progress, connect=connect, asked_to_stop=stop_file(output_dir).exists)
-    except ParaBlockError as error:
-        word = {"what": error.what, "cause": error.cause, "remedy": error.remedy, "exit_code": error.exit_code}
-        write_atomically(failure, json.dumps(word))
-        raise
-    except (
-        Exception
-    ) as error:  # not foreseen: whoever started the run must not have to look for it in Flower's logs
-        cause = traceback.format_exc()
-        write_atomically(failure, json.dumps({"what": repr(error), "cause": cause, "remedy": "", "exit_code": 1}))
-        raise
+def _run(grid: Any, session: str, output_dir: Path) -> None:
+    progress, asked_to_stop = LoggedProgress(), stop_file(output_dir).exists
+
+    def connect(job: Job) -> FlowerEngine:
+        return FlowerEngine(grid, session, output_dir, job, progress.message)
+
+    if (output_dir / "config.yaml").exists():
+        resume(output_dir, progress=progress, connect=connect, asked_to_stop=asked_to_stop)
+    else:
+        config = load_config(config_file(output_dir))
+        run(config, output_dir, progress=progress, connect=connect, asked_to_stop=asked_to_stop)
 
 
 def _run_key(output_dir: Path) -> str:

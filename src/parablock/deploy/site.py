@@ -7,6 +7,7 @@ it trains on, and that is not sent at all.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from parablock.config import RunConfig, parse_config, read_tree, validate
+from parablock.deploy.variables import OUTPUT_KEY, site_file_of
 from parablock.errors import ConfigError
 from parablock.section import Section
 
@@ -56,13 +58,15 @@ def load_site(path: Path | str) -> SiteConfig:
     return site.model_copy(update={"state_dir": (path.parent / site.state_dir).resolve()})
 
 
-def site_file(node_config: dict[str, Any]) -> Path:
-    """Find the file of the site that a SuperNode runs for.
+def site_file(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Path:
+    """Find the file of the site that a SuperNode runs for; a simulated one is named by the app.
 
     Raises:
         ConfigError: It names none.
     """
     named = node_config.get("site") or os.environ.get(SITE_VARIABLE)
+    if not named and "partition-id" in node_config and run_config.get(OUTPUT_KEY):
+        return site_file_of(Path(str(run_config[OUTPUT_KEY])), node_config["partition-id"])
     if not named:
         raise ConfigError(
             [

@@ -1,10 +1,51 @@
-"""How the SuperLink's environment tells the ServerApp what to run. Nothing here imports torch."""
+"""How the ServerApp is told what to run: its run directory, and what lies there. Nothing here imports torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-CONFIG_VARIABLE, OUTPUT_VARIABLE = "PARABLOCK_CONFIG", "PARABLOCK_OUTPUT_DIR"
+from parablock.errors import ConfigError
+
+OUTPUT_VARIABLE = "PARABLOCK_OUTPUT_DIR"
+"""The environment variable of the SuperLink that names the run directory."""
+
+OUTPUT_KEY = "output-dir"
+"""The key of the Flower app's configuration that names it where the environment does not."""
+
+
+def output_dir_of(environment: Mapping[str, str], run_config: Mapping[str, Any]) -> Path:
+    """Find the run directory.
+
+    Raises:
+        ConfigError: Nobody names one.
+    """
+    named = environment.get(OUTPUT_VARIABLE) or run_config.get(OUTPUT_KEY)
+    if not named:
+        raise ConfigError(
+            [
+                "the app does not say which run it is; start the SuperLink with `parablock deploy server`, "
+                "or make the app with `parablock deploy app`"
+            ],
+            source="the Flower app",
+        )
+    return Path(str(named)).absolute()
+
+
+def config_file(output_dir: Path) -> Path:
+    """Give the server's configuration, as the deployment was prepared with it."""
+    return output_dir / "deployment" / "config.yaml"
+
+
+def server_log(output_dir: Path) -> Path:
+    """Give the file in which the server says what it does and waits for."""
+    return output_dir / "deployment" / "server.log"
+
+
+def site_file_of(output_dir: Path, client_id: object) -> Path:
+    """Give the file of a site that is on this machine."""
+    return output_dir / "deployment" / "sites" / f"{client_id}.yaml"
 
 
 def failure_file(output_dir: Path) -> Path:

@@ -34,6 +34,9 @@ POLL_S = 0.25
 LOOK_S = 3.0
 """How often the server looks for SuperNodes that are back."""
 
+HELLO_S = 60.0
+"""How long after its greeting a new SuperNode that has not answered is greeted again."""
+
 WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
@@ -115,6 +118,8 @@ class GridTransport:
         self._grid, self._opening, self._epoch_s, self._tell = grid, opening, epoch_s, tell
         self._sites = {client_id: _Site() for client_id in range(num_clients)}
         self._known: dict[int, int] = {}
+        self._greetings: dict[str, int] = {}
+        self._greeted_s: dict[int, float] = {}
         self._whole: deque[tuple[int, bytes]] = deque()
         self._trace: Trace | None = None
         self._is_over = False
@@ -140,45 +145,44 @@ class GridTransport:
                     remedy="Start them with `parablock deploy client`, or raise federation.stall_timeout_s.",
                 )
             if missing:
-                time.sleep(1.0)
+                time.sleep(POLL_S)
         return frozenset.intersection(*held.values())
 
     def _greet(self) -> Iterator[tuple[int, Reply]]:
-        """Ask SuperNodes that are new who they are."""
-        new = [node_id for node_id in self._grid.get_node_ids() if node_id not in self._known]
-        for node_id in new:
-            request = Request(**{**vars(self._opening), "hello": True})
-            reply = self._ask_now(node_id, request, timeout_s=15.0)
-            if reply is None:
-                continue
-            if reply.error:
-                raise error_of("a site cannot take part", reply.error)
-            if reply.client_id not in self._sites:
-                raise InputError(
-                    f"a site says that it is client {reply.client_id}; the last one is {len(self._sites) - 1}",
-                    remedy="Give each site a client_id of its own, below federation.num_clients.",
-                )
-            site = self._sites[reply.client_id]
-            if site.node_id is not None and not site.offline:
-                raise InputError(
-                    f"two sites say that they are client {reply.client_id}",
-                    remedy="Give each site a client_id of its own.",
-                )
-            self._known[node_id] = reply.client_id
-            site.node_id = node_id
-            self._tell(f"client {reply.client_id} has connected")
-            yield reply.client_id, reply
+        """Ask SuperNodes that are new who they are, and give what has been answered; waits for nothing."""
+        now, hello = time.monotonic(), Request(**{**vars(self._opening), "hello": True})
+        for node_id in self._grid.get_node_ids():
+            if node_id not in self._known and now - self._greeted_s.get(node_id, -inf) > HELLO_S:
+                (message_id,) = self._grid.push_messages([_message(hello, node_id)])
+                self._greetings[message_id], self._greeted_s[node_id] = node_id, now
+        for message in self._grid.pull_messages(list(self._greetings)) if self._greetings else ():
+            node_id = self._greetings.pop(message.metadata.reply_to_message_id)
+            if message.has_error():
+                self._tell(f"a new SuperNode cannot answer: {message.error.reason} (code {message.error.code})")
+                self._greeted_s.pop(node_id, None)
+            elif node_id not in self._known:  # not the answer to an earlier greeting
+                reply = reply_of(*unpack(message.content))
+                self._welcome(node_id, reply)
+                yield reply.client_id, reply
 
-    def _ask_now(self, node_id: int, request: Request, *, timeout_s: float) -> Reply | None:
-        (message_id,) = self._grid.push_messages([_message(request, node_id)])
-        give_up = time.monotonic() + timeout_s
-        while time.monotonic() < give_up:
-            for message in self._grid.pull_messages([message_id]):
-                if message.has_error():
-                    return None
-                return reply_of(*unpack(message.content))
-            time.sleep(POLL_S)
-        return None
+    def _welcome(self, node_id: int, reply: Reply) -> None:
+        """Note whose SuperNode it is."""
+        if reply.error:
+            raise error_of("a site cannot take part", reply.error)
+        if reply.client_id not in self._sites:
+            raise InputError(
+                f"a site says that it is client {reply.client_id}; the last one is {len(self._sites) - 1}",
+                remedy="Give each site a client_id of its own, below federation.num_clients.",
+            )
+        site = self._sites[reply.client_id]
+        if site.node_id is not None and not site.offline:
+            raise InputError(
+                f"two sites say that they are client {reply.client_id}",
+                remedy="Give each site a client_id of its own.",
+            )
+        self._known[node_id] = reply.client_id
+        site.node_id = node_id
+        self._tell(f"client {reply.client_id} has connected")
 
     # ── the run ─────────────────────────────────────────────────────────────────────────────────────
 
