@@ -36,7 +36,7 @@ SLOW_MBPS, LAYER_MB = 4.0, 116.0
 """A slow link, and a layer of Llama-3-8B in int4."""
 
 OUTAGE_S = 60.0
-LARGE_MB, MANY_SITES = 400.0, 4
+MANY_SITES = 4
 DISTURBANCES = ("nothing", f"an outage of {OUTAGE_S:g} s", "an answer lost")
 Row = dict[str, Any]
 Scenario = Callable[[argparse.Namespace, Path, list[Row]], Iterator[Row]]
@@ -124,7 +124,9 @@ def slow(direction: str) -> Scenario:
         wanted = Wanted(4.0 if options.smoke else LAYER_MB, rounds=1, sites=1, blocks=1, **speed)
 
         def run(lane: int) -> Row:
-            variant = replace(wanted, lane=lane + 1, swallows=DISTURBANCES[lane] == DISTURBANCES[2])
+            variant = replace(
+                wanted, lane=lane + (1 if direction == "up" else 4), swallows=DISTURBANCES[lane] == DISTURBANCES[2]
+            )
             return disturbed(folder / f"{lane}", variant, direction, DISTURBANCES[lane])
 
         with ThreadPoolExecutor(len(DISTURBANCES)) as pool:
@@ -136,7 +138,7 @@ def slow(direction: str) -> Scenario:
 def memory(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
     """Large blocks and several sites, on links as fast as this machine."""
     del rows
-    mega = 8.0 if options.smoke else LARGE_MB
+    mega = 8.0 if options.smoke else options.large_megabytes
     yield timed(folder, Wanted(mega, rounds=2, sites=MANY_SITES, blocks=1, up_mbps=0, down_mbps=0))
 
 
@@ -309,7 +311,7 @@ def slow_table(rows: list[Row]) -> Any:
 
 
 def memory_table(rows: list[Row]) -> Any:
-    shown = table(f"peak memory, {MANY_SITES} sites, a block of {LARGE_MB:g} MB", "process", "GB", "blocks")
+    shown = table(f"peak memory, {MANY_SITES} sites", "process", "GB", "blocks")
     for row in of(rows, "memory"):
         for role, peak in sorted(row["peak_bytes"].items()):
             shown.add_row(role, f"{peak / 1e9:.2f}", f"{peak / row['megabytes'] / 1e6:.1f}")
@@ -322,6 +324,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="at delay 0; one more at delay 1")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=100.0, help="of a block, each way")
+    parser.add_argument(
+        "--large-megabytes", type=float, default=400.0, help="of a block, where memory is looked at"
+    )
     parser.add_argument("--mbps", type=float, default=200.0)
     parser.add_argument("--chunk-mib", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, help="these scenarios; the others stay on record")

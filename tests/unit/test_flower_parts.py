@@ -27,7 +27,7 @@ from parablock.deploy.processes import (
 )
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
-from parablock.engine.flower import stream
+from parablock.engine.flower import grid, stream
 from parablock.engine.flower.exchange import (
     Reply,
     Request,
@@ -340,3 +340,12 @@ def _handshake(keys: Path, authority: Path) -> str:
             except ssl.SSLError as error:
                 return str(error)
     return ""
+
+
+def test_where_a_reply_filled_what_it_may_carry_the_next_may_take_as_long_as_that_much_does():
+    site = grid._Site(bytes_per_s=0.5e6, largest=8 << 20, held_s=0.0)
+    # 30 MB at half of 0.5 MB/s are 120 s; 8 MiB, the most that came so far, are 33.6 s; 30 s for all else
+    site.was_full = True
+    assert site.patience_s(0) == pytest.approx(30 + 120)
+    site.was_full = False
+    assert site.patience_s(0) == pytest.approx(30 + (8 << 20) / 0.25e6)

@@ -34,6 +34,8 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
 }
+LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+"""Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
 
 SIMULATION = {"RAY_USAGE_STATS_ENABLED": "0"}
 """For Ray, which Flower's simulation starts: no report to its makers."""
@@ -167,7 +169,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
     home.mkdir(parents=True, exist_ok=True)
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
+    return {**os.environ, **QUIET, **LEAN, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
 
 
 def write_app(directory: Path, output_dir: Path | str = "") -> Path:

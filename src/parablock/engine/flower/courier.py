@@ -7,6 +7,7 @@ server allows.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def _reach_trainer(folder: SessionFolder, state_dir: Path, command: list[str]) -
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
+                        env={name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
                         start_new_session=True,  # it outlives this process and the SuperNode
                     )
             elif started.poll() is not None:

@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from parablock.clock import RealClock
 from parablock.engine.flower.courier import pack, unpack
 from parablock.engine.flower.exchange import Reply, Request, error_of, reply_of
-from parablock.engine.flower.stream import Frame, Inbox, Outbox
+from parablock.engine.flower.stream import PART_BYTES, Frame, Inbox, Outbox
 from parablock.engine.pipeline import start_thread
 from parablock.errors import InputError, StallError, WireError
 from parablock.trace import Span, Trace
@@ -67,6 +67,8 @@ class _Site:
     finished: bool = False
     bytes_per_s: float = 0.0
     largest: int = 0
+    asked_bytes: int = 0
+    was_full: bool = False
     held_s: float = inf
     sent_before: int = 0
 
@@ -76,10 +78,11 @@ class _Site:
         return int(min(MOST_BYTES, max(LEAST_BYTES, self.bytes_per_s * PUSH_S)))
 
     def patience_s(self, request_bytes: int) -> float:
-        """How long an exchange may take, from what earlier ones took; at first, from what it may carry."""
+        """How long an exchange may take: what earlier ones took, or all that it may carry where more may come."""
         speed = (self.bytes_per_s or LEAST_BYTES / PUSH_S) / 2
         held_s = min(WAIT_S, 1.5 * self.held_s + 10.0)
-        return held_s + SLACK_S + (request_bytes + (self.largest or LEAST_BYTES)) / speed
+        reply_bytes = self.budget_bytes if self.was_full else self.largest or LEAST_BYTES
+        return held_s + SLACK_S + (request_bytes + reply_bytes) / speed
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,7 @@ class GridTransport:
         )
         size = sum(len(frame.content) for frame in frames)
         site.attempt += 1
-        site.outstanding, site.more = True, False
+        site.outstanding, site.more, site.asked_bytes = True, False, site.budget_bytes
         site.overdue_s = self._clock.now() + site.patience_s(size)
         assert site.node_id is not None
         message, attempt, pushed_s = _message(request, site.node_id), site.attempt, self._clock.now()
@@ -351,6 +354,7 @@ class GridTransport:
         self._transfer(item.client_id, "uploading", fresh, left, item.ended_s)
         size = sum(len(frame.content) for frame in fresh)
         site.largest, site.held_s = max(site.largest, size), left - arrived
+        site.was_full = size + PART_BYTES > site.asked_bytes
         if size > WORTH_MEASURING and item.ended_s > left:
             site.bytes_per_s = size / (item.ended_s - left)
         for lane, activity, start_s, duration_s, facts in reply.spans:
