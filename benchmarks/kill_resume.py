@@ -138,7 +138,7 @@ def kill_and_resume(config: RunConfig, directory: Path, after_rounds: int, after
     time.sleep(after_s)
     process.kill()
     process.join()
-    was_running = process.exitcode != 0
+    was_running = process.exitcode != 0 and not is_complete(directory)
     rounds = rounds_recorded(directory)
     checkpoints = sorted(path.name for path in (directory / "checkpoints").glob("round-*"))
     if was_running:
@@ -186,6 +186,12 @@ def finish(process: BaseProcess, directory: Path) -> None:
     process.join()
     if process.exitcode:
         sys.exit(f"parablock ended with {process.exitcode}:\n{directory.with_suffix('.log').read_text()}")
+
+
+def is_complete(directory: Path) -> bool:
+    """Tell whether a run has written its last file, though its process may not have ended yet."""
+    summary = directory / "summary.json"
+    return summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "completed"
 
 
 def sha256(directory: Path) -> str:
