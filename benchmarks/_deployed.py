@@ -89,7 +89,7 @@ def deployed_config(material: Material, *, sites: int, rounds: int, seed: int, c
                 "partition": {"scheme": "by_file"},
             },
             "blocks": {"layers_per_block": 2},
-            "federation": {"num_clients": sites, "num_rounds": rounds, "stall_timeout_s": 300},
+            "federation": {"num_clients": sites, "num_rounds": rounds, "min_updates": sites},
             "train": {"num_local_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
             "wire": {"chunk_bytes": chunk_bytes},
             "engine": {"name": "flower", "num_threads": 1},
