@@ -76,7 +76,7 @@ def plays(
 def deployed(workshop: Workshop, num_rounds: int) -> RunConfig:
     tree = yaml.safe_load(workshop.config.read_text())
     tree["engine"], tree["link"] = {"num_threads": 1, "name": "flower"}, {}
-    tree["federation"] |= {"num_clients": SITES, "num_rounds": num_rounds, "stall_timeout_s": 200}
+    tree["federation"] |= {"num_clients": SITES, "num_rounds": num_rounds, "stall_timeout_s": 400}
     tree["data"]["train"] = tree["data"]["train"][:SITES]
     tree["checkpoint"] = {"every_rounds": 1}
     path = workshop.path / "deployed.yaml"
