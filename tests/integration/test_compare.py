@@ -62,14 +62,14 @@ def test_tasks_memory_and_the_picture_stand_beside_the_losses(workshop, tmp_path
             "--output-dir",
             str(directory),
             "--methods",
-            "fl_bcd,fedit,fedavg,local",
+            "fl_bcd,fedit,fedavg,local,flora",
         ),
         *("--tasks", "multiple_choice", "--set", "federation.num_rounds=4", "--set", f"data.test={rows}"),
         *("--for", "fedit:train.learning_rate=0.03", "--for", "fedit:lora.rank=2"),
     )
     assert outcome.code == 0, outcome.stderr
-    blocks, adapters, everything, apart = json.loads((directory / "compare.json").read_text())
-    for summary in (blocks, adapters, everything, apart):
+    blocks, adapters, everything, apart, stacked = json.loads((directory / "compare.json").read_text())
+    for summary in (blocks, adapters, everything, apart, stacked):
         assert 0 <= summary["final_scores"]["multiple_choice"] <= 1
     memory = [summary["predicted_memory_bytes"] for summary in (adapters, blocks, everything, apart)]
     assert memory[0] != memory[1] and max(memory[:2]) < memory[2] == memory[3]
@@ -78,8 +78,8 @@ def test_tasks_memory_and_the_picture_stand_beside_the_losses(workshop, tmp_path
     assert len({line.count("|") for line in table}) == 1
     picture = ElementTree.parse(directory / "compare.svg").getroot()
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"rounds", "seconds", "fl_bcd", "fedit", "fedavg", "local"} <= set(texts)
-    assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 3 * 4
+    assert {"rounds", "seconds", "fl_bcd", "fedit", "fedavg", "local", "flora"} <= set(texts)
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 3 * 5
     config = yaml.safe_load((directory / "fedit" / "config.yaml").read_text())
     assert (config["lora"]["rank"], config["train"]["learning_rate"]) == (2, 0.03)
     assert yaml.safe_load((directory / "fedavg" / "config.yaml").read_text())["train"]["learning_rate"] == 0.01

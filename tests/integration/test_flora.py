@@ -13,9 +13,16 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import load_config
 from parablock.algorithm.aggregate import average
-from parablock.algorithm.baselines.flora import Factors, StackAggregation, factors_of, fresh_adapters
+from parablock.algorithm.baselines.flora import (
+    Factors,
+    StackAggregation,
+    factors_of,
+    fresh_adapters,
+    matrices_block,
+)
 from parablock.assembly import EngineInput, InProcess
 from parablock.clock import VirtualClock
+from parablock.compare import predicted_memory_bytes
 from parablock.engine.faults import NO_FAULTS
 from parablock.engine.inprocess import EngineResult, Hooks
 from parablock.errors import CodecError
@@ -172,6 +179,16 @@ def test_the_way_down_grows_with_the_clients_and_the_way_up_does_not(workshop: W
     for clients, (up, down) in per_client.items():
         assert 0 < up - 4 * elements < 600
         assert 0 < down - 4 * elements * clients < 600
+
+
+def test_a_client_keeps_the_matrices_where_one_of_fedit_keeps_adapters(workshop: Workshop) -> None:
+    flora, fedit = (
+        predicted_memory_bytes(load_config(workshop.config, [f"federation.method={method}", "federation.delay=0"]))
+        for method in ("flora", "fedit")
+    )
+    job = job_of(workshop)
+    matrices = matrices_block(job.loaded.model, job.config).num_parameters
+    assert flora - fedit == 4 * (matrices - factors_of(job.loaded.model, job.config).num_elements) > 0
 
 
 def test_outside_training_the_adapters_add_nothing(workshop: Workshop) -> None:

@@ -8,6 +8,7 @@ multiples are measured on Llama, Qwen, Gemma and Phi layers; others differ (GPT-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,13 @@ def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config:
     ]
     return {
         "block": max(of_blocks, key=lambda memory: memory.total),
-        "lora": memory(adapters, base_copy=adapters * FP32, item=FP32, extra=adapters * FP32, kept=all_trained),
+        "lora": memory(
+            adapters,
+            base_copy=_base_of_adapters(model, config, adapters),
+            item=FP32,
+            extra=adapters * FP32,
+            kept=all_trained,
+        ),
         "full": memory(parameters, base_copy=parameters * itemsize, item=itemsize, kept=all_trained),
     }
 
@@ -132,6 +139,14 @@ def _adapter_parameters(model: PreTrainedModel, config: RunConfig) -> int:
     _, layers = find_layers(model, config.blocks.layers_path)
     rank = config.lora.rank if config.federation.method in LORA_METHODS else LORA_RANK
     return rank * sum(sum(_shape(module)) for module in layers.modules())
+
+
+def _base_of_adapters(model: PreTrainedModel, config: RunConfig, adapters: int) -> int:
+    """Give the bytes of what was committed last: the adapters, or the matrices that FLoRA adds them to."""
+    if config.federation.method != "flora":
+        return adapters * FP32
+    _, layers = find_layers(model, config.blocks.layers_path)
+    return model.dtype.itemsize * sum(math.prod(_shape(module)) for module in layers.modules())
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
