@@ -218,7 +218,8 @@ def test_the_words_benchmark_reads_both_delays_at_equal_rounds(benchmark: Any) -
     assert (row["alpha"], *(row[name]["rounds"] for name in names)) == (0.3, 8, 8, 9)
     assert row["ratio"] == row["parablock"]["loss"] / row["fl_bcd"]["loss"] > 1
     assert row["parablock, more rounds"]["loss"] <= row["fl_bcd"]["loss"]
-    assert row["time_ratio"] == row["parablock, more rounds"]["seconds"] / row["fl_bcd"]["seconds"] < 0.6
+    reached_at = [s / row["fl_bcd"]["seconds"] for s, _ in row["parablock, more rounds"]["curve"]]
+    assert row["time_ratio"] in reached_at and 0.5 < row["time_ratio"] < 0.65
     assert all(row[name]["curve"][-1] == [row[name]["seconds"], row[name]["loss"]] for name in names)
     # an exchange takes as long as a round computes: FL-BCD's rounds take twice as long
     assert row["parablock"]["seconds"] / row["fl_bcd"]["seconds"] == pytest.approx(0.5, abs=0.1)
