@@ -146,7 +146,8 @@ def _base_of_adapters(model: PreTrainedModel, config: RunConfig, adapters: int) 
     if config.federation.method != "flora":
         return adapters * FP32
     _, layers = find_layers(model, config.blocks.layers_path)
-    return model.dtype.itemsize * sum(math.prod(_shape(module)) for module in layers.modules())
+    elements = sum(math.prod(_shape(module)) for module in layers.modules())
+    return int(model.dtype.itemsize * elements)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
