@@ -150,7 +150,9 @@ def _flower_slow_link(rows: Sequence[Record]) -> list[str]:
     if not lines:
         return []
     some = next(row for row in rows if "disturbance" in row)
-    text = f"\nOne round of {some['megabytes']:g} MB, {some['mbps']:g} Mbit/s in one direction, 200 in the other:\n"
+    text = (
+        f"\nOne round of {some['megabytes']:g} MB, {some['mbps']:g} Mbit/s in one direction, on a busy machine:\n"
+    )
     return [text, *table(["direction, disturbed by", "seconds", "MB on the wire", "MB of a part"], lines)]
 
 
