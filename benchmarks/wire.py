@@ -169,7 +169,10 @@ def plain_pass(sources: list[Tensor], options: argparse.Namespace) -> float:
 
 
 def fold_pass(sources: list[Tensor], cuts: list[slice], options: argparse.Namespace) -> tuple[float, int]:
-    """Fold the updates as the server does; seconds, and how many bytes of memory that took at the most."""
+    """Fold the updates piece by piece; seconds, and the most memory in bytes.
+
+    It is the arithmetic alone: the server also keeps the updates of a round, in their bytes, until it is committed.
+    """
     process = psutil.Process()
     before, peak, parts = process.memory_info().rss, 0, []
     began = time.perf_counter()
