@@ -71,11 +71,13 @@ def honest(client_id: int, start: RoundStart) -> list[bytes]:
     ]
 
 
-def serve(answer: Answer, *, delay: int = 0, **options) -> tuple[Server, list[list[int]], Script, list[str]]:
-    plan = ServerPlan(CLIENTS, ROUNDS, delay, "cyclic", 1.0, 0, CHUNKED, FixedSteps(2), 5.0, 0, **options)
+def serve(
+    answer: Answer, *, delay: int = 0, rounds: int = ROUNDS, resumed: Server | None = None, **options
+) -> tuple[Server, list[list[int]], Script, list[str]]:
+    plan = ServerPlan(CLIENTS, rounds, delay, "cyclic", 1.0, 0, CHUNKED, FixedSteps(2), 5.0, 0, **options)
     transport, counted, events = Script(answer), [], []
     server = Server(
-        initial_server([torch.zeros(SIZE), torch.ones(SIZE)]),
+        resumed.state if resumed else initial_server([torch.zeros(SIZE), torch.ones(SIZE)]),
         plan,
         transport,
         Trace(RealClock()),
@@ -83,6 +85,8 @@ def serve(answer: Answer, *, delay: int = 0, **options) -> tuple[Server, list[li
         on_mark=lambda *_: None,
         asked_to_stop=lambda: False,
         on_event=events.append,
+        first_round=resumed.state.committed + 1 if resumed else 0,
+        held=resumed.held if resumed else None,
     )
     assert server.run()
     return server, counted, transport, events
@@ -137,6 +141,20 @@ def test_what_is_no_update_of_the_round_changes_nothing(case: str, first: bool):
     assert clean[1] == noisy[1] == [[0, 1, 2, 3]] * ROUNDS
     assert not clean[0].refused
     assert (reason is None) or noisy[0].refused[reason] >= ROUNDS
+
+
+def test_what_a_site_sends_again_after_a_resume_is_no_offence():
+    first, whole = serve(everybody_honest, rounds=3)[0], serve(everybody_honest)[0]
+
+    def again(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        old = honest(client_id, replace(start, round_index=2, block_index=0, committed=1))
+        return everybody_honest(client_id, start, old + update)
+
+    server, counted, _, events = serve(again, resumed=first)
+    assert same(server.state.params, whole.state.params)
+    assert counted == [[0, 1, 2, 3]] * 3
+    assert not server.refused and not events
+    assert serve(again)[0].refused["duplicate"], "without a resume it is one"
 
 
 BAD = {

@@ -98,7 +98,7 @@ class Server:
         )
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
-        self._fewest = max(1, min(plan.min_updates, plan.num_clients))
+        self._fewest, self._committed_at_start = max(1, min(plan.min_updates, plan.num_clients)), state.committed
         self._counted: dict[int, tuple[int, ...]] = {}
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
@@ -336,8 +336,8 @@ class Server:
     def _take_stray(self, client_id: int, update: Update, fold: RoundFold | None) -> None:
         """Count an update that no round waits for, once, with its last chunk."""
         t = update.round_index
-        if update.chunk_index != update.num_chunks - 1:
-            return
+        if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
+            return  # not the last chunk; or of before a resume: who sends it cannot know that it has counted
         if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
             self._count(client_id, Problem("unasked", f"an update of round {t}, which it was not asked for"))
             return
