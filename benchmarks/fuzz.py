@@ -143,30 +143,51 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def fuzz(inputs: Iterator[Any], read: Callable[[Any], object], own: type[Exception]) -> dict[str, Any]:
-    """Read every input; count what came of it."""
-    counts, foreign, slowest_s = Counter[str](), Counter[str](), 0.0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for raw in inputs:
+class Tally:
+    """Reads inputs, and counts what came of them: read, refused with an error of ours, a foreign exception."""
+
+    def __init__(self, read: Callable[[Any], object], own: type[Exception]) -> None:
+        self._read, self._own = read, own
+        self._counts, self._foreign, self._slowest_s = Counter[str](), Counter[str](), 0.0
+        self._before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @property
+    def tried(self) -> int:
+        """How many inputs there were."""
+        return self._counts.total() + self._foreign.total()
+
+    def read(self, raw: Any) -> None:
+        """Read one input."""
         began = time.perf_counter()
         try:
-            read(raw)
-        except own:
-            counts["refused"] += 1
+            self._read(raw)
+        except self._own:
+            self._counts["refused"] += 1
         except Exception as error:
-            foreign[repr(error)[:80]] += 1
+            self._foreign[repr(error)[:80]] += 1
         else:
-            counts["read"] += 1
-        slowest_s = max(slowest_s, time.perf_counter() - began)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "tried": counts.total() + foreign.total(),
-        **counts,
-        "foreign": foreign.total(),
-        "examples": dict(foreign.most_common(5)),
-        "slowest_s": slowest_s,
-        "memory_growth_mib": (after - before) / MIB,
-    }
+            self._counts["read"] += 1
+        self._slowest_s = max(self._slowest_s, time.perf_counter() - began)
+
+    def result(self) -> dict[str, Any]:
+        """Give what was counted, the slowest input and how much the process has grown."""
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "tried": self.tried,
+            **self._counts,
+            "foreign": self._foreign.total(),
+            "examples": dict(self._foreign.most_common(5)),
+            "slowest_s": self._slowest_s,
+            "memory_growth_mib": (after - self._before) / MIB,
+        }
+
+
+def fuzz(inputs: Iterator[Any], read: Callable[[Any], object], own: type[Exception]) -> dict[str, Any]:
+    """Read every input; count what came of it."""
+    tally = Tally(read, own)
+    for raw in inputs:
+        tally.read(raw)
+    return tally.result()
 
 
 def guided(what: str, valid: Iterator[bytes], number: int, seed: int, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import ssl
 import threading
@@ -174,6 +175,21 @@ def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path)
     assert again.finished is None
     again.finish(9, 4)
     assert again.finished == (9, 4)
+
+
+def test_a_sites_disk_that_takes_no_more_is_said_and_leaves_nothing_half_written(tmp_path: Path):
+    folder = SessionFolder(tmp_path, "run", "1")
+    folder.open(REQUEST)
+    folder.keep([Frame(0, 0, True, b"there is room")])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot be written") as full:
+            folder.keep([Frame(1, 0, True, bytes(200_000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "Make room there" in full.value.remedy
+    assert [frame.content for frame in folder.kept()] == [b"there is room"]
 
 
 def test_a_new_session_starts_where_the_server_says_and_forgets_the_old_one(tmp_path: Path):
