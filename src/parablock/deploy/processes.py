@@ -234,10 +234,7 @@ def submit(files: ServerFiles, app: Path) -> str:
 
 def run_status(files: ServerFiles, run_id: str) -> str:
     """Ask the server how a run stands, in Flower's words; `unknown` where it does not answer."""
-    try:
-        answer = _flwr(files, ["list", "--run-id", run_id, CONNECTION, "--format", "json"])
-    except InputError:
-        return "unknown"
+    answer = _flwr(files, ["list", "--run-id", run_id, CONNECTION, "--format", "json"])
     runs = json.loads(answer[answer.index("{") :]).get("runs", [{"status": "unknown"}])
     return str(runs[0]["status"])
 
