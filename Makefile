@@ -73,7 +73,7 @@ bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/formats.py --seeds 0 --no-table --output runs/formats-short.json
-	$(BIN)/python benchmarks/quality.py --only t0 --seeds 0 --rounds 16 --output runs/quality-short.json
+	$(BIN)/python benchmarks/quality.py --only t0 --seeds 0 --rounds 16 --task-examples 0 --output runs/quality-short.json
 
 bench-all: $(STAMP)  ## every benchmark at full size (many hours; some need root and the extras); each says where it writes its JSON
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done

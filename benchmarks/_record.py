@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import parablock
 from parablock.config import RunConfig
 from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.experiment import resume, run
+from parablock.model.blocks import partition_blocks
+from parablock.model.outline import outline_model
 from parablock.report.progress import PlainProgress
 from parablock.report.records import RunDirectory
 
@@ -176,6 +179,25 @@ def kept_run(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
     elif not complete:
         run_quietly(config, directory.path)
     return directory
+
+
+def curve_of(directory: RunDirectory) -> list[list[float]]:
+    """Read off [seconds, loss] of the committed model, at each round after which it was scored."""
+    rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
+    seconds = accumulate(row["round_s"] for row in rows)
+    return [[s, row["eval_loss"]] for s, row in zip(seconds, rows, strict=True) if row["eval_loss"] is not None]
+
+
+def commit_of(directory: RunDirectory) -> str:
+    """Give the commit of the package that made a run."""
+    return str(json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"])
+
+
+def balanced_mbps(model: str, round_s: float) -> float:
+    """Find the speed at which a block goes up and comes down in so many seconds."""
+    blocks = partition_blocks(outline_model(model, dtype="float32"), layers_per_block=1)
+    block_bytes = 4 * max(block.num_parameters for block in blocks)
+    return 2 * (block_bytes + 600) * 8e-6 / round_s
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 4) -> str:

@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from _families import family_scores
 from _record import (
     Bar,
     generated,
@@ -49,7 +50,6 @@ from parablock.estimate.compute import ASSUMED_FLOPS
 from parablock.estimate.flops import FlopModel, Tokens
 from parablock.model.blocks import Block
 from parablock.model.load import load_model
-from parablock.scores import score_models
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart
@@ -67,8 +67,6 @@ ROUNDS = {"blocks": 1.0, "all parameters": 0.5, "adapters": 1.0, "fedcybgd": 8.0
 """Of those of a block method; FedCyBGD trains on one of eight clients in a round."""
 SCORED = ("parablock", "fl_bcd", "fedavg", "fedit")
 """The methods that are scored on each family apart."""
-CHOICES = ("ag_news", "glue_qqp")
-"""The families with a fixed set of answers, of which the others hold one only or none."""
 
 
 def main() -> None:
@@ -185,34 +183,21 @@ def outcome(method: str, rate: float, seed: int, options: argparse.Namespace, co
         "learning_rate": rate,
         "num_rounds": summary["num_rounds"],
         "curve": curve,
-        "scores": family_scores(str(folder), options) if method in SCORED else {},
+        "scores": scores_of(str(folder), options) if method in SCORED else {},
         "model_sha256": summary["model_sha256"],
         "directory": directory.path.name,
         "commit": commit,
     }
 
 
-@cache
-def _cached_scores(model: str, task_examples: int) -> Found:
-    material, scores = t0(), {}
-    for path in material.test:
-        family = Path(path).name.removesuffix(".test.jsonl")
-        (loss,) = score_models(model, [path], max_examples=task_examples, device="cpu")
-        scores[family] = {"loss": loss.value}
-        if family in CHOICES:
-            (right,) = score_models(model, [path], task="multiple_choice", device="cpu")  # choices need all rows
-            scores[family]["multiple_choice"] = right.value
-    return scores
-
-
-def family_scores(model: str, options: argparse.Namespace) -> Found:
+def scores_of(model: str, options: argparse.Namespace) -> Found:
     """Score a model on each family apart."""
     skipped = options.smoke or not options.task_examples
-    return {} if skipped else _cached_scores(model, options.task_examples)
+    return {} if skipped else family_scores(model, options.task_examples, Path(options.work_dir) / "choices")
 
 
 def base_scores(options: argparse.Namespace) -> Found:
-    return family_scores(model_of(options), options)
+    return scores_of(model_of(options), options)
 
 
 # -- time -----------------------------------------------------------------------------------------------------

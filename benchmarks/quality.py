@@ -1,8 +1,11 @@
 """What overlap costs in quality: ParaBlock (delay 1) against FL-BCD (delay 0) at equal rounds, on real text.
 
 T0: eight instruction families, one a client, which is as uneven as real sites. GSM8K: four clients alike.
-Both fine-tune the small pretrained model under the virtual clock, which gives the numbers of real machines.
-The loss is that of held-out rows, the same ones for either delay.
+Both fine-tune the small pretrained model under the virtual clock, over a link on which an exchange takes as long as
+the computation of a round. The loss is that of held-out rows, the same ones for either delay. Where ParaBlock has
+not reached FL-BCD's last loss after as many rounds, a third run, a quarter longer, tells how soon it does; the
+learning rate is constant, so its first rounds are those of the shorter run. On T0 the models at the end of equal
+rounds are also scored on each family apart: its loss and its share of right answers.
 
 A run that is complete is not run again and one that was stopped is resumed, as long as its configuration is
 the same; remove the work folder to begin anew.
@@ -13,13 +16,18 @@ the same; remove the work folder to begin anew.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
+from _families import family_scores
 from _record import (
     Bar,
+    balanced_mbps,
+    commit_of,
+    curve_of,
     generated,
     gsm8k,
     kept_run,
@@ -36,21 +44,20 @@ from parablock.config import RunConfig, parse_config
 
 SETS = ("t0", "gsm8k")
 DELAYS = (0, 1)
+STEP_S, MORE_ROUNDS_ONE_IN = 0.25, 4
 Found = dict[str, Any]
 
 
 def main() -> None:
     options = parse_options()
+    torch.set_num_threads(1)
     console = make_console()
-    found = []
-    for schedule in options.schedules:
-        for name in options.only or SETS:
-            for seed in options.seeds:
-                losses = [outcome(name, schedule, delay, seed, options, console) for delay in DELAYS]
-                found.append({"data": name, "schedule": schedule, "seed": seed, "runs": losses})
-    show(console, found)
-    example = make_config(name, schedule, DELAYS[1], seed, options).model_dump(mode="json")
-    record(options, found, bars(found), config=example, console=console)
+    found: list[Found] = []
+    for schedule, name, seed in product(options.schedules, options.only or SETS, options.seeds):
+        found.append(outcome(name, schedule, seed, options, console))
+        show(console, found)
+        example = make_config(name, schedule, DELAYS[1], seed, options).model_dump(mode="json")
+        record(options, found, bars(found), config=example, console=console)  # in case the rest is not reached
 
 
 def parse_options() -> argparse.Namespace:
@@ -64,18 +71,25 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SETS, help="which data; all when left out")
     parser.add_argument("--schedules", nargs="+", default=["shuffled"], help="orders of the blocks")
     parser.add_argument("--max-examples", type=int, default=384, help="held-out examples that the loss is of")
+    parser.add_argument(
+        "--task-examples", type=int, default=120, help="held-out examples of a family; 0: do not score families"
+    )
     options = parser.parse_args()
     if options.smoke:
         options.seeds, options.rounds, options.steps, options.max_examples = options.seeds[:1], 8, 1, 16
     return options
 
 
-def make_config(name: str, schedule: str, delay: int, seed: int, options: argparse.Namespace) -> RunConfig:
+def make_config(
+    name: str, schedule: str, delay: int, seed: int, options: argparse.Namespace, *, longer: bool = False
+) -> RunConfig:
     num_clients = 2 if options.smoke else {"t0": 8, "gsm8k": 4}[name]
     if options.smoke:
         material = generated(Path(options.work_dir) / "material", num_clients=num_clients)
     else:
         material = {"t0": t0, "gsm8k": gsm8k}[name]()
+    mbps = balanced_mbps(material.model, STEP_S * options.steps)
+    more = options.rounds // MORE_ROUNDS_ONE_IN if longer else 0
     return parse_config(
         {
             "model": {"name_or_path": material.model},
@@ -86,37 +100,75 @@ def make_config(name: str, schedule: str, delay: int, seed: int, options: argpar
                 "partition": {"scheme": "by_file" if name == "t0" else "iid"},
             },
             "blocks": {"schedule": schedule},
-            "federation": {"num_clients": num_clients, "num_rounds": options.rounds, "delay": delay},
+            "federation": {"num_clients": num_clients, "num_rounds": options.rounds + more, "delay": delay},
             "train": {
                 "num_local_steps": options.steps,
                 "per_device_train_batch_size": options.batch_size,
                 "learning_rate": options.learning_rate,
             },
-            "engine": {"clock": "virtual", "num_threads": 2},
-            "evaluation": {"every_rounds": 0, "max_examples": options.max_examples},
+            "link": {"upload_mbps": mbps, "download_mbps": mbps},
+            "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": STEP_S},
+            "evaluation": {"every_rounds": 2 if longer else 4, "max_examples": options.max_examples},
             "checkpoint": {"every_rounds": 8, "keep": 1},
             "seed": seed,
         }
     )
 
 
-def outcome(
-    name: str, schedule: str, delay: int, seed: int, options: argparse.Namespace, console: Console
-) -> Found:
-    """Give the losses of a run."""
-    config = make_config(name, schedule, delay, seed, options)
-    return finished(config, f"{name}-{schedule}-delay-{delay}-seed-{seed}", Path(options.work_dir), console)
+def outcome(name: str, schedule: str, seed: int, options: argparse.Namespace, console: Console) -> Found:
+    """Run both, and ParaBlock for longer where it needs it, and put its curve beside FL-BCD's end."""
+    runs = [
+        finished(make_config(name, schedule, delay, seed, options), name, schedule, options, console)
+        for delay in DELAYS
+    ]
+    found: Found = {"data": name, "schedule": schedule, "seed": seed, "runs": runs}
+    serial, overlapped = runs
+    reached = first_time(overlapped, serial)
+    if reached is None:
+        config = make_config(name, schedule, DELAYS[1], seed, options, longer=True)
+        found["longer"] = finished(config, name, schedule, options, console)
+        reached = first_time(found["longer"], serial)
+    found["time_ratio"] = None if reached is None else reached / serial["seconds"]
+    if name == "t0" and options.task_examples and not options.smoke:
+        for run in runs:
+            run["scores"] = scores_of(str(Path(options.work_dir) / run["directory"] / "model"), options)
+        found["base_scores"] = scores_of(t0().model, options)
+    return found
 
 
-def finished(config: RunConfig, name: str, work_dir: Path, console: Console) -> Found:
+def first_time(run: Found, reference: Found) -> float | None:
+    """Tell after how many seconds a run is first scored no worse than another at its end."""
+    return next((s for s, loss in run["curve"] if loss <= reference["final_eval_loss"]), None)
+
+
+def scores_of(model: str, options: argparse.Namespace) -> Found:
+    return family_scores(model, options.task_examples, Path(options.work_dir) / "choices")
+
+
+def finished(config: RunConfig, name: str, schedule: str, options: argparse.Namespace, console: Console) -> Found:
     """Give what a run ended with: one that is there, or one that is run or resumed now."""
-    directory = kept_run(config, str(work_dir), name)
+    delay, rounds = config.federation.delay, config.federation.num_rounds
+    label = f"{name}-{schedule}-delay-{delay}-rounds-{rounds}-seed-{config.seed}"
+    directory = kept_run(config, options.work_dir, label)
     summary = directory.read_summary()
     first, last = summary["initial_eval_loss"], summary["final_eval_loss"]
-    console.print(f"{name}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
-    kept = ("delay", "initial_eval_loss", "final_eval_loss", "uplink_bytes", "model_sha256", "elapsed_s")
-    commit = json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"]
-    return {key: summary[key] for key in kept} | {"directory": directory.path.name, "commit": commit}
+    console.print(f"{label}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
+    kept = (
+        "delay",
+        "num_rounds",
+        "initial_eval_loss",
+        "final_eval_loss",
+        "uplink_bytes",
+        "model_sha256",
+        "elapsed_s",
+    )
+    curve = curve_of(directory)
+    return {key: summary[key] for key in kept} | {
+        "seconds": curve[-1][0],
+        "curve": curve,
+        "directory": directory.path.name,
+        "commit": commit_of(directory),
+    }
 
 
 def final(rows: list[Found], delay: int) -> list[float]:
@@ -142,22 +194,33 @@ def groups(found: list[Found]) -> dict[tuple[str, str], list[Found]]:
 def bars(found: list[Found]) -> list[Bar]:
     made = []
     for (name, schedule), rows in groups(found).items():
-        serial, overlapped = (statistics.fmean(final(rows, delay)) for delay in DELAYS)
+        serial, overlapped = (fmean(final(rows, delay)) for delay in DELAYS)
         made.append(Bar(f"{name}, {schedule}: loss of ParaBlock / FL-BCD, means", overlapped / serial, 1.02))
-        worse = max(serial, overlapped) / statistics.fmean(base(rows))
+        worse = max(serial, overlapped) / fmean(base(rows))
         made.append(Bar(f"{name}, {schedule}: loss of the worse of both / base model", worse, 0.9))
+        times = [9.99 if row["time_ratio"] is None else row["time_ratio"] for row in rows]
+        made.append(Bar(f"{name}, {schedule}: seconds to FL-BCD's last loss, mean ratio", fmean(times), 0.55))
     return made
 
 
 def show(console: Console, found: list[Found]) -> None:
-    made = table(
-        "Held-out loss at equal rounds", "data", "schedule", "seed", "base", "FL-BCD", "ParaBlock", "ratio"
+    columns = (
+        "data",
+        "schedule",
+        "seed",
+        "base",
+        "FL-BCD",
+        "ParaBlock",
+        "ratio",
+        "time to FL-BCD's loss / its time",
     )
+    made = table("Held-out loss at equal rounds", *columns)
     for (name, schedule), rows in groups(found).items():
-        columns = (base(rows), final(rows, 0), final(rows, 1), ratios(rows))
-        for row, *values in zip(rows, *columns, strict=True):
-            made.add_row(name, schedule, str(row["seed"]), *(f"{value:.4f}" for value in values))
-        made.add_row("", "", "mean ± std", *(mean_and_deviation(values) for values in columns), end_section=True)
+        values = (base(rows), final(rows, 0), final(rows, 1), ratios(rows))
+        times = ["never" if row["time_ratio"] is None else f"{row['time_ratio']:.3f}" for row in rows]
+        for row, time, *losses in zip(rows, times, *values, strict=True):
+            made.add_row(name, schedule, str(row["seed"]), *(f"{loss:.4f}" for loss in losses), time)
+        made.add_row("", "", "mean ± std", *(mean_and_deviation(v) for v in values), "", end_section=True)
     console.print(made)
 
 

@@ -16,20 +16,30 @@ A run that is complete is not run again, as long as its configuration is the sam
 from __future__ import annotations
 
 import argparse
-import json
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from _record import Bar, generated, kept_run, make_console, make_parser, mean_and_deviation, record, t0, table
+from _record import (
+    Bar,
+    balanced_mbps,
+    commit_of,
+    curve_of,
+    generated,
+    kept_run,
+    make_console,
+    make_parser,
+    mean_and_deviation,
+    record,
+    t0,
+    table,
+)
 from rich.console import Console
 
 from parablock.config import RunConfig, parse_config
 from parablock.demo import TEST_FILE_NAME, make_word_problems
-from parablock.model.blocks import partition_blocks
-from parablock.model.outline import outline_model
 from parablock.scores import score_models
 
 CLIENTS, STEP_S, MORE_ROUNDS_ONE_IN = 4, 0.25, 12
@@ -73,9 +83,7 @@ def make_config(alpha: float, name: str, seed: int, options: argparse.Namespace)
     folder = Path(options.work_dir) / "material"
     train = make_word_problems(folder / "problems", num_clients=CLIENTS, examples_per_client=250, seed=0)
     model = generated(folder, num_clients=2).model if options.smoke else t0().model
-    outline = outline_model(model, dtype="float32")
-    block_bytes = 4 * max(block.num_parameters for block in partition_blocks(outline, layers_per_block=1))
-    mbps = 2 * (block_bytes + 600) * 8e-6 / (STEP_S * options.steps)  # both ways together take as long as K steps
+    mbps = balanced_mbps(model, STEP_S * options.steps)  # both ways together take as long as K steps
     return parse_config(
         {
             "model": {"name_or_path": model},
@@ -118,11 +126,7 @@ def outcome(alpha: float, seed: int, options: argparse.Namespace, console: Conso
             config, options.work_dir, f"alpha-{alpha:g}-{config.federation.method}-{rounds}-seed-{seed}"
         )
         summary = directory.read_summary()
-        rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
-        seconds = accumulate(row["round_s"] for row in rows)
-        scored = [
-            [s, row["eval_loss"]] for s, row in zip(seconds, rows, strict=True) if row["eval_loss"] is not None
-        ]
+        scored = curve_of(directory)
         found[name] = {
             "rounds": rounds,
             "initial": summary["initial_eval_loss"],
@@ -130,7 +134,7 @@ def outcome(alpha: float, seed: int, options: argparse.Namespace, console: Conso
             "seconds": scored[-1][0],
             "curve": scored,
             "model_sha256": summary["model_sha256"],
-            "commit": json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"],
+            "commit": commit_of(directory),
         }
         if not options.smoke:
             found[name]["exact_match"] = exact_match(str(directory.path / "model"), options)

@@ -14,6 +14,7 @@ from statistics import fmean
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
+from results_of_quality import family_table, quality, words, words_apart  # noqa: E402
 from results_of_speed import Record, flower, foot, peers, scale, slow_link, spread, step, table, wire  # noqa: E402
 from results_of_survival import cut_link, drops, fuzz, kill_resume, kill_sites, soak  # noqa: E402
 
@@ -66,78 +67,6 @@ def rate(found: Record) -> str:
             *foot(found),
         ]
     )
-
-
-def quality(title: str, what: str) -> Callable[[Record], str]:
-    """Make the section of one data set, of `benchmarks/quality.py`."""
-
-    def section(found: Record) -> str:
-        rows = []
-        for row in found["results"]:
-            serial, overlapped = row["runs"]
-            losses = [serial["initial_eval_loss"], serial["final_eval_loss"], overlapped["final_eval_loss"]]
-            rows.append([str(row["seed"]), *(f"{loss:.4f}" for loss in losses), f"{losses[2] / losses[1]:.4f}"])
-        columns = list(zip(*((float(cell) for cell in row[1:]) for row in rows), strict=True))
-        rows.append(["mean", *(spread(column) for column in columns)])
-        options = found["options"]
-        facts = f"{options['rounds']} rounds of {options['steps']} local steps of {options['batch_size']} examples."
-        return "\n".join(
-            [
-                f"## {title}\n",
-                f"{what} {facts}\n",
-                *table(["seed", "base model", "FL-BCD", "ParaBlock", "ratio"], rows),
-                *foot(found),
-            ]
-        )
-
-    return section
-
-
-def word_table(found: Record) -> list[str]:
-    """Write a row for each α of `benchmarks/words.py`."""
-    rows = []
-    for alpha in dict.fromkeys(row["alpha"] for row in found["results"]):
-        group = [row for row in found["results"] if row["alpha"] == alpha]
-        losses = [[row[name][key] for row in group] for name, key in WORD_COLUMNS]
-        matches = [[row[name].get("exact_match", 0.0) for row in group] for name in ("fl_bcd", "parablock")]
-        times = ["never" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}" for row in group]
-        rows.append(
-            [f"{alpha:g}", str(len(group)), *(spread(v) for v in losses), spread([row["ratio"] for row in group])]
-            + [spread(values, 2) for values in matches]
-            + [", ".join(times)]
-        )
-    head = ["α", "seeds", "base model", "FL-BCD", "ParaBlock", "ratio", "exact match, FL-BCD", "ParaBlock"]
-    return table([*head, "time to FL-BCD's loss / its time"], rows)
-
-
-def words(found: Record) -> str:
-    """Write the section of `benchmarks/words.py`."""
-    options = found["options"]
-    return "\n".join(
-        [
-            "## Word problems, by how much clients differ, and how soon\n",
-            "Generated word problems, dealt to four clients by topic with a Dirichlet distribution. Losses at",
-            f"equal rounds: {options['rounds']} of {options['steps']} local steps of {options['batch_size']}",
-            f"examples, learning rate {options['learning_rate']:g}, {options['schedule']}. An exchange takes as",
-            "long as the computation of a round. The last column is the time after which ParaBlock has reached",
-            "FL-BCD's last loss, over FL-BCD's time, for each seed; where equal rounds are too few, in a run with",
-            "one more for every twelve; `never` is: not within these. Answers are those at the end of each run.",
-            "Longer rounds do worse: 48 rounds of 4 local steps of 8 examples had a ratio of 1.053 on seed 7,",
-            "so this setting has more and smaller ones (`--seeds 7 --alphas 0.3 --rounds 48 --steps 4",
-            "--batch-size 8 --max-examples 125`); 16 rounds at a constant rate had 1.095 on seed 0.\n",
-            *word_table(found),
-            *foot(found),
-        ]
-    )
-
-
-def words_apart(found: Record) -> str:
-    """Write the section of the smallest α."""
-    said = "The same where each client has few topics. This is shown, and nothing is promised of it.\n"
-    return "\n".join(["## Word problems, clients far apart\n", said, *word_table(found), *foot(found)])
-
-
-WORD_COLUMNS = (("fl_bcd", "initial"), ("fl_bcd", "loss"), ("parablock", "loss"))
 
 
 def methods(found: Record) -> str:
@@ -209,19 +138,9 @@ def losses_table(head: list[str], columns: Sequence[Record], ends: dict[str, flo
 
 
 def families(results: Record, runs: dict[str, list[Record]]) -> list[str]:
-    """Put the scores of each family beside each other."""
-    scored = {name: group for name, group in runs.items() if group[0]["scores"]}
-    if not results["base"]:
-        return []
-    rows = []
-    for family, base in results["base"].items():
-        for task, value in base.items():
-            digits = 3 if task == "loss" else 2
-            cells = [spread([run["scores"][family][task] for run in group], digits) for group in scored.values()]
-            rows.append([family, task.replace("_", " "), f"{value:.{digits}f}", *cells])
-    head = ["family", "score", "base model", *(NAMES[name] for name in scored)]
-    title = "### Each family apart\n\nLoss, and where answers are of a fixed set the share of right ones."
-    return [f"\n{title}\n", *table(head, rows)]
+    """Put the scores of some methods beside each other, for each family."""
+    scored = {NAMES[name]: [run["scores"] for run in group] for name, group in runs.items() if group[0]["scores"]}
+    return family_table(results["base"], scored) if results["base"] else []
 
 
 def ablations(found: Record) -> str:

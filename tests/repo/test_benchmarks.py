@@ -92,11 +92,37 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
 
     first = benchmark("quality", "--smoke", "--only", "gsm8k")["results"]
     kept = summaries()
-    assert len(kept) == 2
+    assert len(kept) == 3  # the third, since ParaBlock is not as low after as many rounds
     assert benchmark("quality", "--smoke", "--only", "gsm8k")["results"] == first
     assert summaries() == kept
     assert benchmark("quality", "--smoke", "--only", "gsm8k", "--seeds", "1")["results"] != first
-    assert len(summaries()) == 4 and summaries().items() >= kept.items()
+    assert len(summaries()) >= 5 and summaries().items() >= kept.items()
+    (row,) = first
+    (serial, overlapped), longer = row["runs"], row["longer"]
+    # eight of the ten rounds of the longer run, which is scored after every second, are those of the shorter one
+    assert longer["curve"][3] == [overlapped["seconds"], overlapped["final_eval_loss"]] != longer["curve"][4]
+    # an exchange takes as long as the computation of a round, and the last exchange is hidden by nothing
+    assert overlapped["seconds"] / serial["seconds"] == pytest.approx(9 / 16, abs=0.05)
+    reached = [seconds for seconds, loss in longer["curve"] if loss <= serial["final_eval_loss"]]
+    assert row["time_ratio"] == (reached[0] / serial["seconds"] if reached else None)
+
+
+def test_the_few_answers_of_a_template_are_its_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from _families import write_choices
+
+    def write(name: str, *rows: tuple[str, str]) -> Path:
+        lines = [json.dumps({"prompt": "?", "completion": right, "template": kind}) for kind, right in rows]
+        (tmp_path / name).write_text("\n".join(lines))
+        return tmp_path / name
+
+    free = [("free", str(number)) for number in range(17)]
+    train = write("train", ("two", "yes"), ("two", " no "), ("one", "positive"), *free)
+    test = write("test", ("two", "no"), ("one", "positive"), ("free", "3"))
+    assert write_choices(train, test, tmp_path / "made" / "rows") == 1
+    (row,) = map(json.loads, (tmp_path / "made" / "rows").read_text().splitlines())
+    assert row == {"prompt": "?", "completion": "no", "template": "two", "choices": ["no", "yes"]}
+    assert write_choices(write("single", ("two", "no")), test, tmp_path / "rows") == 0
 
 
 def test_the_rate_benchmark_finds_the_slopes_of_every_variant(benchmark: Any) -> None:

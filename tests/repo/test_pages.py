@@ -109,6 +109,27 @@ def test_a_record_that_changed_makes_the_results_stale(results: ModuleType, tmp_
     assert results.page(tmp_path) != results.page()
 
 
+def test_the_results_show_seconds_and_families_where_a_record_has_them(results: ModuleType) -> None:
+    def run(delay: int, loss: float, right: float) -> dict[str, Any]:
+        scores = {"ag_news": {"loss": {"value": loss, "rows": 9}, "exact_match": {"value": right, "rows": 7}}}
+        curve = [[2.0 - delay, 5.0], [4.0 / (1 + delay), loss]]
+        losses = {"initial_eval_loss": 6.0, "final_eval_loss": loss, "seconds": curve[-1][0], "num_rounds": 2}
+        return losses | {"curve": curve, "scores": scores}
+
+    record = json.loads((results.RESULTS / "quality_gsm8k.json").read_text())
+    row = {"seed": 7, "runs": [run(0, 4.0, 0.25), run(1, 3.5, 0.75)], "time_ratio": 0.5}
+    plain = results.SECTIONS["quality_gsm8k"](record | {"results": [row]})
+    assert "| 7 | 4.0000 | 4.0 | 2.0 | 0.500 | 3.5000 (2) |" in plain
+    assert "| 2 | 5.0000 | 3.5000 |" in plain  # the last losses by then
+    assert "ag_news" not in plain
+    base = {"ag_news": {"loss": {"value": 6.0, "rows": 9}, "exact_match": {"value": 0.0, "rows": 7}}}
+    scored = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"base_scores": base}]})
+    assert "| ag_news | loss, 9 rows | 6.000 | 4.000 | 3.500 |" in scored
+    assert "| ag_news | exact match, 7 rows | 0.00 | 0.25 | 0.75 |" in scored
+    never = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"time_ratio": None}]})
+    assert "| 7 | 4.0000 | 4.0 | never |  | 3.5000 (2) |" in never
+
+
 # -- troubleshooting ------------------------------------------------------------------------------------------
 
 
