@@ -31,6 +31,7 @@ over seeds, unless it says otherwise. A bar that is missed says so.
 """
 NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
 NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
+LORA_METHODS = ("fedit", "ffa_lora", "flora")
 ENDED = "†: the last loss of a run that ended before."
 
 
@@ -133,8 +134,10 @@ def losses_table(head: list[str], columns: Sequence[Record], ends: dict[str, flo
             bold = "**" * (mean[name] == min(mean.values()))
             cells.append(f"{bold}{mean[name]:.4f}{bold}{'†' * (name in has_ended)}")
         rows.append([NAMES[name], *cells])
-    wins = [NAMES[min(mean, key=lambda name: mean[name])] for mean in means]
-    return [*table(["method", *head], rows), f"\nLowest loss, column by column: {', '.join(wins)}."]
+    wins = [min(mean, key=lambda name: mean[name]) for mean in means]
+    told = f"Lowest loss, column by column: {', '.join(NAMES[name] for name in wins)}."
+    by_lora = sum(name in LORA_METHODS for name in wins)
+    return [*table(["method", *head], rows), f"\n{told}\nA LoRA method wins {by_lora} of {len(wins)} columns."]
 
 
 def families(results: Record, runs: dict[str, list[Record]]) -> list[str]:

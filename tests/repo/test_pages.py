@@ -109,6 +109,15 @@ def test_a_record_that_changed_makes_the_results_stale(results: ModuleType, tmp_
     assert results.page(tmp_path) != results.page()
 
 
+def test_the_results_say_where_lora_wins(results: ModuleType) -> None:
+    ends = {"parablock": 4.0, "fedit": 4.5}
+    columns = [{"parablock": [4.0, 5.0], "fedit": [4.0, 4.5]}, {"parablock": [4.0], "fedit": [None]}]
+    *rows, told = results.losses_table(["10 s", "20 s"], columns, ends)
+    assert "| FedIT | **4.2500** | 4.5000† |" in rows
+    assert told.endswith("column by column: FedIT, ParaBlock.\nA LoRA method wins 1 of 2 columns.")
+    assert "wins 0 of 1 columns" in results.losses_table(["20 s"], columns[1:], ends)[-1]
+
+
 def test_the_results_show_seconds_and_families_where_a_record_has_them(results: ModuleType) -> None:
     def run(delay: int, loss: float, right: float) -> dict[str, Any]:
         scores = {"ag_news": {"loss": {"value": loss, "rows": 9}, "exact_match": {"value": right, "rows": 7}}}
