@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -171,8 +172,7 @@ def fresh_folder(options: argparse.Namespace) -> Path:
 
 def kept_run(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
     """Give a complete run of this configuration: the one that is there, or one that is run or resumed now."""
-    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
-    directory = RunDirectory(Path(work_dir) / f"{name}-{digest}")
+    directory = place_of(config, work_dir, name)
     complete = directory.summary.exists() and directory.read_summary().get("status") == "completed"
     if not complete and directory.config.exists():
         resume(directory.path, progress=PlainProgress(console=Console(quiet=True)))
@@ -181,11 +181,42 @@ def kept_run(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
     return directory
 
 
-def curve_of(directory: RunDirectory) -> list[list[float]]:
-    """Read off [seconds, loss] of the committed model, at each round after which it was scored."""
-    rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
-    seconds = accumulate(row["round_s"] for row in rows)
+def place_of(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
+    """Tell where a run of this configuration lies."""
+    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
+    return RunDirectory(Path(work_dir) / f"{name}-{digest}")
+
+
+def lengthened_run(config: RunConfig, shorter: RunDirectory, work_dir: str, name: str) -> RunDirectory:
+    """Give a complete run of a configuration that goes on where the last checkpoint of a shorter run was.
+
+    The two may differ in the number of rounds and in what does not change the model, and their learning rate must
+    not depend on the number of rounds.
+    """
+    assert config.train.lr_scheduler_type == "constant" and not config.train.warmup_ratio
+    directory = place_of(config, work_dir, name)
+    if not directory.config.exists():
+        directory.create(config.to_yaml(), shorter.read_manifest())
+        shutil.copyfile(shorter.metrics, directory.metrics)
+        shutil.copytree(shorter.checkpoints, directory.checkpoints, dirs_exist_ok=True)
+    return kept_run(config, work_dir, name)
+
+
+def curve_of(directory: RunDirectory, shorter: RunDirectory | None = None) -> list[list[float]]:
+    """Read off [seconds, loss] of the committed model, at each round after which it was scored.
+
+    A run that went on where a shorter one was had to make the exchange in flight again, so the rounds that both
+    have count for what they took in the shorter one.
+    """
+    rows = metrics_of(directory)
+    taken = [row["round_s"] for row in (metrics_of(shorter) if shorter else [])]
+    seconds = accumulate(taken + [row["round_s"] for row in rows[len(taken) :]])
     return [[s, row["eval_loss"]] for s, row in zip(seconds, rows, strict=True) if row["eval_loss"] is not None]
+
+
+def metrics_of(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Read the rounds of a run."""
+    return [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def commit_of(directory: RunDirectory) -> str:

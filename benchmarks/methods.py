@@ -14,7 +14,6 @@ A run that is complete is not run again, as long as its configuration is the sam
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -26,11 +25,13 @@ import torch
 from _families import family_scores
 from _record import (
     Bar,
+    commit_of,
     generated,
     kept_run,
     make_console,
     make_parser,
     mean_and_deviation,
+    metrics_of,
     record,
     t0,
     table,
@@ -169,14 +170,13 @@ def outcome(method: str, rate: float, seed: int, options: argparse.Namespace, co
     """Give the curve and the scores of a run."""
     directory = kept_run(make_config(method, rate, seed, options), options.work_dir, f"{method}-seed-{seed}")
     summary = directory.read_summary()
-    rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = metrics_of(directory)
     clients = 1 if method == "central" else summary["num_clients"]
     spent = list(accumulate((row["uplink_bytes"] + row["downlink_bytes"]) / clients for row in rows))
     curve = [[0, 0.0, summary["initial_eval_loss"]]]
     curve += [[k + 1, spent[k], row["eval_loss"]] for k, row in enumerate(rows) if row["eval_loss"] is not None]
     console.print(f"{method}, seed {seed}: {curve[0][2]:.4f} → {curve[-1][2]:.4f} in {summary['elapsed_s']:.0f} s")
     folder = directory.path / "model"
-    commit = json.loads(directory.manifest.read_text(encoding="utf-8"))["commit"]
     return {
         "method": method,
         "seed": seed,
@@ -186,7 +186,7 @@ def outcome(method: str, rate: float, seed: int, options: argparse.Namespace, co
         "scores": scores_of(str(folder), options) if method in SCORED else {},
         "model_sha256": summary["model_sha256"],
         "directory": directory.path.name,
-        "commit": commit,
+        "commit": commit_of(directory),
     }
 
 

@@ -3,9 +3,9 @@
 T0: eight instruction families, one a client, which is as uneven as real sites. GSM8K: four clients alike.
 Both fine-tune the small pretrained model under the virtual clock, over a link on which an exchange takes as long as
 the computation of a round. The loss is that of held-out rows, the same ones for either delay. Where ParaBlock has
-not reached FL-BCD's last loss after as many rounds, a third run, a quarter longer, tells how soon it does; the
-learning rate is constant, so its first rounds are those of the shorter run. On T0 the models at the end of equal
-rounds are also scored on each family apart: its loss and its share of right answers.
+not reached FL-BCD's last loss after as many rounds, a run that is a quarter longer tells how soon it does; the
+learning rate is constant, so it goes on from the last checkpoint of the shorter run. On T0 the models at the end
+of equal rounds are also scored on each family apart: its loss and its share of right answers.
 
 A run that is complete is not run again and one that was stopped is resumed, as long as its configuration is
 the same; remove the work folder to begin anew.
@@ -31,6 +31,7 @@ from _record import (
     generated,
     gsm8k,
     kept_run,
+    lengthened_run,
     make_console,
     make_parser,
     mean_and_deviation,
@@ -41,6 +42,7 @@ from _record import (
 from rich.console import Console
 
 from parablock.config import RunConfig, parse_config
+from parablock.report.records import RunDirectory
 
 SETS = ("t0", "gsm8k")
 DELAYS = (0, 1)
@@ -109,7 +111,7 @@ def make_config(
             "link": {"upload_mbps": mbps, "download_mbps": mbps},
             "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": STEP_S},
             "evaluation": {"every_rounds": 2 if longer else 4, "max_examples": options.max_examples},
-            "checkpoint": {"every_rounds": 8, "keep": 1},
+            "checkpoint": {"every_rounds": max(1, options.rounds // 4), "keep": 1},
             "seed": seed,
         }
     )
@@ -117,16 +119,16 @@ def make_config(
 
 def outcome(name: str, schedule: str, seed: int, options: argparse.Namespace, console: Console) -> Found:
     """Run both, and ParaBlock for longer where it needs it, and put its curve beside FL-BCD's end."""
-    runs = [
-        finished(make_config(name, schedule, delay, seed, options), name, schedule, options, console)
-        for delay in DELAYS
-    ]
+    configs = [make_config(name, schedule, delay, seed, options) for delay in DELAYS]
+    directories = [kept_run(config, options.work_dir, label_of(name, config)) for config in configs]
+    runs = [ended(directory, console) for directory in directories]
     found: Found = {"data": name, "schedule": schedule, "seed": seed, "runs": runs}
     serial, overlapped = runs
     reached = first_time(overlapped, serial)
     if reached is None:
         config = make_config(name, schedule, DELAYS[1], seed, options, longer=True)
-        found["longer"] = finished(config, name, schedule, options, console)
+        longer = lengthened_run(config, directories[1], options.work_dir, label_of(name, config))
+        found["longer"] = ended(longer, console, shorter=directories[1])
         reached = first_time(found["longer"], serial)
     found["time_ratio"] = None if reached is None else reached / serial["seconds"]
     if name == "t0" and options.task_examples and not options.smoke:
@@ -145,14 +147,17 @@ def scores_of(model: str, options: argparse.Namespace) -> Found:
     return family_scores(model, options.task_examples, Path(options.work_dir) / "choices")
 
 
-def finished(config: RunConfig, name: str, schedule: str, options: argparse.Namespace, console: Console) -> Found:
-    """Give what a run ended with: one that is there, or one that is run or resumed now."""
-    delay, rounds = config.federation.delay, config.federation.num_rounds
-    label = f"{name}-{schedule}-delay-{delay}-rounds-{rounds}-seed-{config.seed}"
-    directory = kept_run(config, options.work_dir, label)
+def label_of(name: str, config: RunConfig) -> str:
+    federation = config.federation
+    told = f"delay-{federation.delay}-rounds-{federation.num_rounds}-seed-{config.seed}"
+    return f"{name}-{config.blocks.schedule}-{told}"
+
+
+def ended(directory: RunDirectory, console: Console, shorter: RunDirectory | None = None) -> Found:
+    """Give what a run ended with."""
     summary = directory.read_summary()
     first, last = summary["initial_eval_loss"], summary["final_eval_loss"]
-    console.print(f"{label}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
+    console.print(f"{directory.path.name}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
     kept = (
         "delay",
         "num_rounds",
@@ -162,7 +167,7 @@ def finished(config: RunConfig, name: str, schedule: str, options: argparse.Name
         "model_sha256",
         "elapsed_s",
     )
-    curve = curve_of(directory)
+    curve = curve_of(directory, shorter)
     return {key: summary[key] for key in kept} | {
         "seconds": curve[-1][0],
         "curve": curve,

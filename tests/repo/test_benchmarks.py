@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from parablock.config import load_config, parse_config
+from parablock.experiment import run
 from parablock.report.write import write_report
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -99,8 +101,12 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     assert len(summaries()) >= 5 and summaries().items() >= kept.items()
     (row,) = first
     (serial, overlapped), longer = row["runs"], row["longer"]
-    # eight of the ten rounds of the longer run, which is scored after every second, are those of the shorter one
-    assert longer["curve"][3] == [overlapped["seconds"], overlapped["final_eval_loss"]] != longer["curve"][4]
+    # eight of the ten rounds of the longer run are those of the shorter one, from whose checkpoint it went on
+    assert longer["curve"][-2] == [overlapped["seconds"], overlapped["final_eval_loss"]] != longer["curve"][-1]
+    anew = run(load_config(tmp_path / "runs" / longer["directory"] / "config.yaml"), tmp_path / "anew")
+    assert anew["model_sha256"] == longer["model_sha256"] != overlapped["model_sha256"]
+    metrics = (tmp_path / "anew" / "metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["round_s"] for line in metrics) == pytest.approx(longer["seconds"], rel=1e-6)
     # an exchange takes as long as the computation of a round, and the last exchange is hidden by nothing
     assert overlapped["seconds"] / serial["seconds"] == pytest.approx(9 / 16, abs=0.05)
     reached = [seconds for seconds, loss in longer["curve"] if loss <= serial["final_eval_loss"]]
@@ -198,9 +204,7 @@ def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
 def test_flowers_own_fedavg_ends_where_ours_does(benchmark: Any, tmp_path: Path) -> None:
     from _flower import run_fedavg
 
-    from parablock.config import parse_config
     from parablock.demo import make_tiny_llama, make_word_problems
-    from parablock.experiment import run
 
     train = make_word_problems(tmp_path, num_clients=2, examples_per_client=8, seed=0)
     make_tiny_llama(tmp_path / "model", train[0].read_text().splitlines(), seed=0)
