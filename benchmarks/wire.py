@@ -10,13 +10,12 @@ import statistics
 import time
 from typing import Any
 
-import psutil
 import torch
+from _folding import bars_of, measure_aggregation
 from _record import Bar, make_console, make_parser, record, table
 from rich.console import Console
 from torch import Tensor
 
-from parablock.algorithm.aggregate import fold, join
 from parablock.clock import RealClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
@@ -41,8 +40,7 @@ def main() -> None:
         Bar("int4 bytes / float32 bytes", payload_bytes(10**6, "int4") / payload_bytes(10**6, "float32"), 0.14),
         Bar("encode and decode of the slowest quantised format, MB/s of float32", slowest, 400, at_most=False),
         Bar("streamed exchange / (upload + download)", streaming["ratio"], 0.58),
-        Bar("peak memory of aggregation, blocks", aggregation["peak_blocks"], 3),
-        Bar("aggregation / plain add_, throughput", aggregation["relative_throughput"], 0.5, at_most=False),
+        *bars_of(aggregation),
     ]
     found = {"formats": formats, "streaming": streaming, "aggregation": aggregation}
     record(options, found, bars, config=None, console=console)
@@ -54,6 +52,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="repeats; medians are shown")
     parser.add_argument("--updates", type=int, default=64, help="updates that are aggregated")
     parser.add_argument("--block", type=int, default=50_000_000, help="parameters of the aggregated block")
+    parser.add_argument("--formats", nargs="*", default=["float32", "int8", "int4"], help="of aggregated updates")
+    parser.add_argument("--fold-repeats", type=int, default=1, help="repeats of what goes through a file")
     options = parser.parse_args()
     if options.smoke:
         options.elements, options.repeats, options.updates, options.block = 200_000, 1, 4, 400_000
@@ -129,60 +129,6 @@ def measure_streaming(console: Console, options: argparse.Namespace) -> dict[str
         shown.add_row(name, f"{value:.3f}", f"{value / up_and_down:.3f}")
     console.print(shown)
     return {"up_and_down_s": up_and_down, **found, "ratio": found["streamed"] / up_and_down}
-
-
-def measure_aggregation(console: Console, options: argparse.Namespace) -> dict[str, Any]:
-    """Fold updates chunk by chunk, as the server does, against `add_` of the same vectors one after another."""
-    cuts = Encoding("float32", chunk_bytes=4_194_304).cut(options.block)
-    sources = [torch.randn(options.block) for _ in range(3)]  # no update is in the cache when its turn comes
-    plain_s, fold_s, peaks = [], [], []
-    for _ in range(options.repeats):  # in turns, so that a slow moment of the machine hits both
-        plain_s.append(plain_pass(sources, options))
-        seconds, peak = fold_pass(sources, cuts, options)
-        fold_s.append(seconds)
-        peaks.append(peak)
-    gigabytes = 4e-9 * options.block * options.updates
-    found = {
-        "updates": options.updates,
-        "parameters": options.block,
-        "fold_gigabytes_per_s": gigabytes / statistics.median(fold_s),
-        "plain_gigabytes_per_s": gigabytes / statistics.median(plain_s),
-        "relative_throughput": statistics.median(p / f for p, f in zip(plain_s, fold_s, strict=True)),
-        "peak_blocks": max(peaks) / (4 * options.block),
-        "fold_s": fold_s,
-        "plain_s": plain_s,
-    }
-    shown = table("aggregation", "", "GB/s of updates", "peak memory, blocks")
-    shown.add_row("plain add_", f"{found['plain_gigabytes_per_s']:.2f}", "1")
-    shown.add_row("fold (mean and norms)", f"{found['fold_gigabytes_per_s']:.2f}", f"{found['peak_blocks']:.2f}")
-    console.print(shown)
-    return found
-
-
-def plain_pass(sources: list[Tensor], options: argparse.Namespace) -> float:
-    """Add the updates to a vector one after another; seconds."""
-    total = torch.zeros(options.block)
-    began = time.perf_counter()
-    for k in range(options.updates):
-        total.add_(sources[k % len(sources)])
-    return time.perf_counter() - began
-
-
-def fold_pass(sources: list[Tensor], cuts: list[slice], options: argparse.Namespace) -> tuple[float, int]:
-    """Fold the updates piece by piece; seconds, and the most memory in bytes.
-
-    It is the arithmetic alone: the server also keeps the updates of a round, in their bytes, until it is committed.
-    """
-    process = psutil.Process()
-    before, peak, parts = process.memory_info().rss, 0, []
-    began = time.perf_counter()
-    for part in cuts:
-        parts.append(fold({k: (sources[k % len(sources)][part], 1) for k in range(options.updates)}))
-        peak = max(peak, process.memory_info().rss)
-    aggregate = join(parts)
-    seconds = time.perf_counter() - began
-    assert 0.2 < aggregate.rho < 0.5
-    return seconds, max(peak, process.memory_info().rss) - before
 
 
 if __name__ == "__main__":

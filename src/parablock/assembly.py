@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -46,6 +47,7 @@ class EngineInput:
         hooks: Who keeps the records.
         resumed: Where to go on; None: at the beginning.
         faults: What is to go wrong.
+        folder: The run directory.
     """
 
     config: RunConfig
@@ -56,6 +58,7 @@ class EngineInput:
     hooks: Hooks
     resumed: RunState | None
     faults: Faults
+    folder: Path
 
 
 class Engine(Protocol):
@@ -104,7 +107,7 @@ class InProcess:
         return run_in_process(
             given.params,
             given.trainers,
-            server_plan(config, given.secret, self._factors),
+            server_plan(config, given.secret, self._factors, given.folder),
             given.trace,
             given.hooks,
             link=Link(**config.link.model_dump()),
@@ -148,13 +151,16 @@ def clients_of(config: RunConfig) -> int:
     return 1 if config.federation.method == "central" else config.federation.num_clients
 
 
-def server_plan(config: RunConfig, secret: bytes | None = None, factors: Factors | None = None) -> ServerPlan:
+def server_plan(
+    config: RunConfig, secret: bytes | None = None, factors: Factors | None = None, folder: Path | None = None
+) -> ServerPlan:
     """Give what the server follows.
 
     Args:
         config: The run.
         secret: The key of its noise, where it adds some.
         factors: What adapters mean that it stacks, where it does.
+        folder: The run directory, where there is one.
     """
     federation = config.federation
     return ServerPlan(
@@ -177,6 +183,7 @@ def server_plan(config: RunConfig, secret: bytes | None = None, factors: Factors
         grid=grid_of(config),
         factors=factors,
         deadline_factor=federation.deadline_factor,
+        folder=folder,
     )
 
 

@@ -177,6 +177,7 @@ class _Run:
                 ),
                 resumed=state,
                 faults=faults,
+                folder=self.directory.path,
             )
             result = self.engine.run(given)
             self.troubles = _troubles(faults, result)

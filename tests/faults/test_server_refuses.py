@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from parablock.algorithm.parablock import NEVER, initial_server, same
 from parablock.clock import RealClock
 from parablock.engine.server import Server, ServerPlan
+from parablock.engine.spool import Spool
 from parablock.engine.steps import FixedSteps
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
@@ -197,6 +199,39 @@ def test_a_bad_last_chunk_takes_the_whole_update_out_although_the_others_were_fo
     assert f"refused ({reason}): client 2 sent" in "\n".join(events)
     assert same(server.state.params, serve(silent, delay=delay)[0].state.params), "as if it had sent nothing"
     assert not same(server.state.params, serve(everybody_honest, delay=delay)[0].state.params)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_what_was_folded_from_a_file_is_folded_anew_from_it_and_no_file_is_left_open(
+    delay: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def bad(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        if client_id == start.round_index % CLIENTS:
+            update = [*update[:-1], changed(update[-1], train_loss=0.0, num_examples=9)]
+        return everybody_honest(client_id, start, update)
+
+    def open_files() -> list[str]:
+        links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return [name for name in links if name.startswith(str(tmp_path))]
+
+    def mute(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        return [] if start.round_index == 4 and client_id else bad(client_id, start, update)
+
+    closed, close = list[bool](), Spool.close
+    monkeypatch.setattr(Spool, "close", lambda self: (closed.append(self._file is not None), close(self)))
+    in_memory = serve(bad, delay=delay)
+    assert not any(closed)
+    monkeypatch.setattr("parablock.engine.folding.in_memory_bytes", lambda num_elements: 0)
+    in_file = serve(bad, delay=delay, folder=tmp_path)
+    assert same(in_memory[0].state.params, in_file[0].state.params)
+    assert in_memory[1] == in_file[1]
+    assert all(t % CLIENTS not in counted for t, counted in enumerate(in_file[1]))
+    assert not same(in_file[0].state.params, serve(everybody_honest, delay=delay)[0].state.params)
+    assert any(closed) and open_files() == []
+    closed.clear()
+    with pytest.raises(StallError):
+        serve(mute, delay=delay, folder=tmp_path, min_updates=3)
+    assert closed[-1] and open_files() == []
 
 
 def test_absurd_examples_are_seen_beside_the_others_and_by_themselves():

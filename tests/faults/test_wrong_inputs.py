@@ -6,7 +6,9 @@ says what to do; there is no traceback, and nothing half-written is left.
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import resource
 import shutil
 import subprocess
@@ -478,6 +480,30 @@ def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_
     assert "resuming at round 2" in resumed.stdout
     assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop, keep)["model_sha256"]
     assert [row["round_index"] for row in metrics_of(run_dir)] == list(range(6))
+
+
+def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_dir, write, writes = tmp_path / "out", os.pwrite, list[int]()
+
+    def full(descriptor: int, content: memoryview, offset: int) -> int:
+        writes.append(offset)
+        if len(writes) > 2 * 4 + 1:  # four clients; the third round
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("parablock.engine.folding.in_memory_bytes", lambda num_elements: 0)
+        patched.setattr("parablock.engine.spool.os.pwrite", full)
+        assert_refused(workshop.run(run_dir), str(run_dir), "the disk is full", "parablock resume")
+    assert summary_of(run_dir)["status"] == "failed"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["round-000002"]
+    assert half_written(run_dir) == []
+    resumed = command("resume", str(run_dir))
+    assert resumed.code == 0
+    assert "resuming at round 2" in resumed.stdout
+    assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop)["model_sha256"]
 
 
 def test_a_run_that_cannot_be_saved_when_it_is_stopped_says_so(workshop: Workshop, tmp_path: Path):

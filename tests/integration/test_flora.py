@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -54,7 +55,9 @@ def run(job: Job, fleet: Fleet) -> EngineResult:
     hooks = Hooks(lambda *_: None, lambda _: None)
     trace = Trace(VirtualClock())
     return InProcess(job).run(
-        EngineInput(job.config, None, fleet.params, fleet.trainers, trace, hooks, None, NO_FAULTS)
+        EngineInput(
+            job.config, None, fleet.params, fleet.trainers, trace, hooks, None, NO_FAULTS, Path(gettempdir())
+        )
     )
 
 

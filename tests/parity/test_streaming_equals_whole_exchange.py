@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from parablock.clock import RealClock, VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
+from parablock.engine.spool import Spool
 from parablock.engine.steps import FixedSteps
 from parablock.seeding import seed_for
 from parablock.trace import Trace
@@ -57,12 +59,14 @@ def run(
     optimizer: ServerOptimizer = ServerOptimizer(),  # noqa: B008
     dtype: torch.dtype = torch.float32,
     rule: Rule = Rule(),  # noqa: B008
+    folder: Path | None = None,
 ) -> tuple[EngineResult, float, int]:
     clock = clock or VirtualClock()
     params = [torch.linspace(-1, 1, SIZE + k).to(dtype) for k in range(3)]
     plan = ServerPlan(
         4, ROUNDS, delay, "shuffled", participation, 0, encoding, FixedSteps(1), 30.0, 0, optimizer, rule=rule
     )
+    plan = replace(plan, folder=folder)
     down: list[int] = []
     hooks = Hooks(lambda state, updates, traffic: down.append(traffic.downlink_bytes), lambda state: None)
     # blocks of different sizes cannot feed each other here, so they share one
@@ -101,6 +105,30 @@ def test_streamed_is_whole_bitwise(case, delay):
     assert not same(
         whole.server.params, run(replace(encoding, **STREAMED), delay=delay + 1, **options)[0].server.params
     )
+
+
+@pytest.mark.parametrize(
+    "case", ["float32", "int4 stochastic", "median, int8", "krum, which waits for whole updates"]
+)
+@pytest.mark.parametrize("wire", [{}, STREAMED], ids=["whole", "streamed"])
+def test_updates_that_are_kept_in_a_file_end_with_bitwise_the_numbers_of_those_in_memory(
+    case: str, wire: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own, options = CASES[case]
+    encoding = Encoding(**{"format": "float32", **own, **wire})
+    in_memory = run(encoding, **options)[0]
+    written: list[int] = []
+    write = Spool._write
+    monkeypatch.setattr(
+        Spool, "_write", lambda self, vector, offset: (written.append(offset), write(self, vector, offset))
+    )
+    monkeypatch.setattr("parablock.engine.folding.in_memory_bytes", lambda num_elements: 0)
+    in_file = run(encoding, folder=tmp_path, **options)[0]
+    assert same(in_memory.server.params, in_file.server.params)
+    assert in_memory.server.rho == in_file.server.rho
+    assert len(written) == ROUNDS * 4 * len(encoding.cut(SIZE))
+    assert list(tmp_path.iterdir()) == []
+    assert not same(in_file.server.params, run(encoding, delay=0, **options)[0].server.params)
 
 
 def test_streaming_under_the_real_clock_is_the_same_too():

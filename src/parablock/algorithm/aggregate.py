@@ -105,9 +105,15 @@ def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
     return Folded(mean, tuple(squared_mean), tuple(squared_norms))
 
 
-def join(parts: Sequence[Folded]) -> Aggregate:
-    """Make one aggregate of the parts of a block, in order; the same however the block was cut."""
-    mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])
+def join(parts: Sequence[Folded], mean: Tensor | None = None) -> Aggregate:
+    """Make one aggregate of the parts of a block, in order; the same however the block was cut.
+
+    Args:
+        parts: All of them.
+        mean: Their means one after the other, where they lie so already.
+    """
+    if mean is None:
+        mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])
     squared_mean = fsum(square for part in parts for square in part.squared_mean)
     squared_norms = fsum(square for part in parts for square in part.squared_norms)
     rho = min(1.0, squared_mean / squared_norms) if squared_norms > 0 else 1.0

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import Folded
+from parablock.algorithm.aggregate import SLICE, Folded
 from parablock.algorithm.robust import Normals, RoundAggregation, Rule, squared_norm
 
 EXTRA_WORDS = 1
@@ -67,7 +68,10 @@ class Grid:
 
     def mean(self, total: Tensor, num_updates: int) -> tuple[Tensor, float]:
         """Give Δ̄ (flat, fp32) and the mean of ‖Δ_i‖², of a sum of words."""
-        mean = (total[:-EXTRA_WORDS].double() * (self.step / num_updates)).float()
+        mean = torch.empty(total.numel() - EXTRA_WORDS)
+        for first in range(0, mean.numel(), SLICE):
+            part = slice(first, min(first + SLICE, mean.numel()))
+            mean[part] = total[part].double() * (self.step / num_updates)
         return mean, float(total[-1]) / self.levels * self.clip_norm**2 / num_updates
 
 
@@ -81,6 +85,7 @@ class GridAggregation(RoundAggregation):
     """
 
     on_grid = True
+    folds_parts = False
 
     def __init__(self, grid: Grid, rule: Rule, normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
         super().__init__(rule, normals)
@@ -101,15 +106,20 @@ class GridAggregation(RoundAggregation):
         """Take the sum of the masks of all updates, which is what hides theirs: 1-D, int32."""
         self._masks = masks
 
-    def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
-        """Add up the words of every update, take the masks off, and give Δ̄."""
-        total = torch.stack([words for words, _ in updates.values()]).sum(dim=0, dtype=torch.int64)
+    def _folded(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
+        """Add up the words of every update, take the masks off, and make Δ̄."""
+        numbers = np.zeros(0, np.uint32)
+        for words, _ in updates.values():  # one after the other: they need not be in memory together
+            numbers = np.add(numbers, _modulo(words), out=numbers) if len(numbers) else _modulo(words).copy()
         if self._masks is not None:
-            total -= self._masks
-        # modulo 2^32, as a number of either sign
-        total = ((total + 2**31) & (2**32 - 1)) - 2**31
+            numbers -= _modulo(self._masks)
+        total = torch.from_numpy(numbers.view(np.int32))  # a number of either sign
         mean, mean_squared_norm = self._grid.mean(total, len(updates))
         if self._normals is not None:
             mean = self._noisy(mean, tuple(sorted(updates)))
-        self._parts.append(Folded(mean, (squared_norm([mean]),), (mean_squared_norm,)))
-        return mean
+        return Folded(mean, (squared_norm([mean]),), (mean_squared_norm,))
+
+
+def _modulo(words: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    """Give words as numbers modulo 2^32, which add up without leaving them."""
+    return words.numpy().view(np.uint32)

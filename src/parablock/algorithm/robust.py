@@ -25,8 +25,10 @@ Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Real
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import fsum, sqrt
 from statistics import median
 
@@ -35,8 +37,9 @@ from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate, Folded, fold, join
 
-Parts = Sequence[Tensor]
-"""A client's whole update as it came: consecutive parts, each beginning at a multiple of `PIECE` elements."""
+Parts = Iterable[Tensor]
+"""A client's whole update: consecutive parts, each beginning at a multiple of `PIECE` elements and of a length that
+is the same for all clients. It may be gone through more than once, and need not be in memory at once."""
 
 Normals = Callable[[int], Tensor]
 """Gives the next so many standard normal numbers, fp32."""
@@ -75,9 +78,12 @@ class RoundAggregation:
 
     Attributes:
         on_grid: Whether updates are whole numbers.
+        folds_parts: Whether a chunk may be folded part by part, as the updates' elements have nothing to do with
+            each other.
     """
 
     on_grid = False
+    folds_parts = True
 
     def __init__(self, rule: Rule = Rule(), normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
         self._rule, self._normals = rule, normals
@@ -85,6 +91,8 @@ class RoundAggregation:
         self._factors: dict[int, float] = {}
         self._chosen: int | None = None
         self._parts: list[Folded] = []
+        self._mean: Tensor | None = None
+        self._num_folded = 0
         self._squares: list[tuple[float, ...]] = []
 
     @property
@@ -102,8 +110,16 @@ class RoundAggregation:
         if self._rule.clip_norm is not None:
             self._factors = {i: clip_factor(parts, self._rule.clip_norm) for i, parts in updates.items()}
         if self._rule.name == "krum":
-            shortened = {i: [scaled(part, self._factor(i)) for part in parts] for i, parts in updates.items()}
+            shortened = {i: _shortened(parts, self._factor(i)) for i, parts in updates.items()}
             self._chosen = krum(shortened, self._rule.assumed_attackers)
+
+    def fold_into(self, mean: Tensor) -> None:
+        """Say where Δ̄ of all parts goes, one after the other; they then need not be joined at the end.
+
+        Args:
+            mean: As long as all parts together, flat, fp32; it belongs to the aggregate from then on.
+        """
+        self._mean, self._num_folded = mean, 0
 
     def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
         """Fold the next part of every update.
@@ -114,25 +130,17 @@ class RoundAggregation:
         Returns:
             Δ̄ there, flat, fp32.
         """
-        updates = {i: (scaled(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
-        if self._normals is not None:
-            self._parts.append(self._fold_with_noise(updates))
-            return self._parts[-1].mean
-        if self._rule.name == "mean":
-            self._parts.append(fold(updates))
-            return self._parts[-1].mean
-        if self._chosen is not None:
-            mean = updates[self._chosen][0]
-        else:
-            deltas = [delta for delta, _ in updates.values()]
-            mean = sorted_mean(deltas, _num_cut(self._rule, len(deltas)))
-        self._parts.append(Folded(mean, tuple(_squares(mean)), ()))
-        self._squares += zip(*(_squares(delta) for delta, _ in updates.values()), strict=True)
-        return mean
+        folded = self._folded(updates)
+        if self._mean is not None:
+            place = self._mean[self._num_folded : self._num_folded + folded.mean.numel()]
+            folded = replace(folded, mean=place.copy_(folded.mean))
+            self._num_folded += place.numel()
+        self._parts.append(folded)
+        return folded.mean
 
     def aggregate(self) -> Aggregate:
         """Give the aggregate of all parts."""
-        joined = join(self._parts)
+        joined = join(self._parts, self._mean)
         if self._normals is not None:
             return self._without_expected_noise(joined)
         if self._rule.name == "mean":
@@ -140,6 +148,21 @@ class RoundAggregation:
         typical = median(fsum(squares) for squares in zip(*self._squares, strict=True))
         squared = fsum(square for part in self._parts for square in part.squared_mean)
         return replace(joined, rho=min(1.0, squared / typical) if typical > 0 else 1.0)
+
+    def _folded(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
+        """Fold a part."""
+        updates = {i: (scaled(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
+        if self._normals is not None:
+            return self._fold_with_noise(updates)
+        if self._rule.name == "mean":
+            return fold(updates)
+        if self._chosen is not None:
+            mean = updates[self._chosen][0]
+        else:
+            deltas = [delta for delta, _ in updates.values()]
+            mean = sorted_mean(deltas, _num_cut(self._rule, len(deltas)))
+        self._squares += zip(*(_squares(delta) for delta, _ in updates.values()), strict=True)
+        return Folded(mean, tuple(_squares(mean)), ())
 
     def _fold_with_noise(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
         mean = self._noisy(fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean, tuple(updates))
@@ -214,13 +237,16 @@ def krum(updates: Mapping[int, Parts], assumed_attackers: int) -> int:
         The client_id; the smallest where several are alike.
     """
     clients = sorted(updates)
+    squares = {pair: array("d") for pair in combinations(clients, 2)}
+    for parts in zip(*(updates[client_id] for client_id in clients), strict=True):
+        part_of = dict(zip(clients, parts, strict=True))
+        for one, other in squares:
+            squares[one, other].extend(_squares(part_of[other] - part_of[one]))
     distances: dict[int, list[float]] = {client_id: [] for client_id in clients}
-    for position, one in enumerate(clients):
-        for other in clients[:position]:
-            difference = [a - b for a, b in zip(updates[one], updates[other], strict=True)]
-            distance = squared_norm(difference)
-            distances[one].append(distance)
-            distances[other].append(distance)
+    for (one, other), summands in squares.items():
+        distance = fsum(summands)
+        distances[one].append(distance)
+        distances[other].append(distance)
     num_neighbours = max(1, len(clients) - assumed_attackers - 2)
     return min(clients, key=lambda i: (fsum(sorted(distances[i])[:num_neighbours]), i))
 
@@ -230,6 +256,10 @@ def _num_cut(rule: Rule, num_updates: int) -> int:
     if rule.name == "median":
         return (num_updates - 1) // 2
     return min(int(rule.trim_fraction * num_updates), (num_updates - 1) // 2)
+
+
+def _shortened(parts: Parts, factor: float) -> Iterator[Tensor]:
+    return (scaled(part, factor) for part in parts)
 
 
 def _squares(vector: Tensor) -> list[float]:

@@ -70,7 +70,7 @@ class FlowerEngine:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
         return run_over_flower(
             given.params,
-            server_plan(given.config, given.secret),
+            server_plan(given.config, given.secret, folder=given.folder),
             given.trace,
             given.hooks,
             self._transport,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.baselines.fedcybgd import client_in_turn
@@ -31,6 +32,7 @@ class ServerPlan:
         normals: (round_index, clients) → the noise that the rule adds; None: it adds none.
         grid: Updates travel on this grid; None: in the wire's format.
         factors: Updates are adapters, which are stacked; None: they are differences, of which a mean is made.
+        folder: Where updates of open rounds are kept that memory is not to hold; None: with temporary files.
     """
 
     num_clients: int
@@ -53,6 +55,7 @@ class ServerPlan:
     normals: Callable[[int, tuple[int, ...]], Normals] | None = None
     grid: Grid | None = None
     factors: Factors | None = None
+    folder: Path | None = None
 
     def aggregation_of(self, round_index: int) -> RoundAggregation:
         """Give what makes one of a round's updates."""

@@ -57,7 +57,7 @@ class Server:
         plan: What to follow.
         transport: The server's end.
         trace: Where aggregation is recorded.
-        on_commit: Told the new state and the first chunk of each update, right after each commit.
+        on_commit: Told the new state and what each update says beside its elements, right after each commit.
         on_mark: Told (round_index, state, memory) at every checkpoint, before the clients are asked for theirs.
         asked_to_stop: Whether the user wants the run to stop at the next round.
         on_event: Told in words what went wrong, and that the run goes on.
@@ -113,6 +113,13 @@ class Server:
 
     def run(self) -> bool:
         """Run all rounds; False when it stopped early because it was asked to."""
+        try:
+            return self._run()
+        finally:
+            for fold in self._folds.values():
+                fold.close()
+
+    def _run(self) -> bool:
         plan = self._plan
         for t in range(self._first_round, plan.num_rounds):
             self._commit_through(t - 1 - plan.delay)
@@ -170,12 +177,11 @@ class Server:
         b = self.state.history[t]
         cuts = self._plan.cuts(self.state.params[b].numel())
         asked = {i: steps_of(self.state.local_steps[t], i) for i in self._participation.asked_in(t)}
-        return RoundFold(t, b, asked, cuts, partial(self._plan.aggregation_of, t))
+        return RoundFold(t, b, asked, cuts, partial(self._plan.aggregation_of, t), self._plan.folder)
 
     def _mark(self, t: int, *, stop: bool) -> None:
         memory = self._participation.memory(self.state.committed + 1)
-        memory |= {"step_s": dict(self.step_s), "refused": dict(self.refused)}
-        self._on_mark(t, self.state, memory)
+        self._on_mark(t, self.state, memory | {"step_s": dict(self.step_s), "refused": dict(self.refused)})
         for client_id in range(self._plan.num_clients):
             self._downlink.send(client_id, t, Mark(t, stop))
 
@@ -189,8 +195,8 @@ class Server:
                     self._fold_chunk(fold)
                 else:
                     self._wait_for(fold)
-            del self._folds[fold.round_index]
             self._commit(fold)
+            self._folds.pop(fold.round_index).close()
 
     def _commit(self, fold: RoundFold) -> None:
         t, b, updates = fold.round_index, fold.block_index, fold.updates
@@ -351,13 +357,7 @@ class Server:
         self._count(client_id, problem)
         self._participation.answered(client_id, fold.round_index, self._trace.clock.now())
         self._take_out(client_id, fold, problem)
-        misfits = [problem for problem in fold.out.values() if problem.reason == "misfit"]
-        if not fold.expected and len(misfits) == len(fold.out):
-            raise CodecError(
-                f"every update of round {fold.round_index} was refused: client {client_id} sent {problem.text}",
-                cause="The clients run another configuration or another model than the server.",
-                remedy="Give all clients the same configuration and the same base model.",
-            )
+        fold.check_that_somebody_fits()
 
     def _take_out(self, client_id: int, fold: RoundFold, problem: Problem) -> None:
         fold.take_out(client_id, problem)

@@ -82,6 +82,11 @@ class Vector:
             return self.raw.view(WORDS[self.format])
         return _dequantize(self.raw, self.num_elements, QUANTIZED[self.format])
 
+    def part(self, part: slice) -> Vector:
+        """Give some of the elements, as they are in the whole; the first is at a multiple of `CHUNK_PIECE`."""
+        raws = [self.raw[place] for place in payload_ranges(self.num_elements, self.format, part)]
+        return Vector(self.format, part.stop - part.start, raws[0] if len(raws) == 1 else torch.cat(raws))
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -126,6 +131,26 @@ def payload_bytes(num_elements: int, payload_format: str) -> int:
         return num_elements * exact[payload_format].itemsize
     kind = QUANTIZED[payload_format]
     return ceil(num_elements * kind.bits / 8) + 2 * ceil(num_elements / kind.group)
+
+
+def payload_ranges(num_elements: int, payload_format: str, part: slice) -> list[slice]:
+    """Tell where in a vector's payload that of some of its elements lies, in order.
+
+    Args:
+        num_elements: The length of the vector.
+        payload_format: One of `FORMATS` or `WORDS`.
+        part: Those elements; the first is at a multiple of `CHUNK_PIECE`.
+    """
+    exact = FLOATS | WORDS
+    if payload_format in exact:
+        size = exact[payload_format].itemsize
+        return [slice(part.start * size, part.stop * size)]
+    kind = QUANTIZED[payload_format]
+    levels = 2 * ceil(num_elements / kind.group)
+    return [
+        slice(2 * (part.start // kind.group), 2 * ceil(part.stop / kind.group)),
+        slice(levels + part.start * kind.bits // 8, levels + ceil(part.stop * kind.bits / 8)),
+    ]
 
 
 def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None = None) -> Vector:

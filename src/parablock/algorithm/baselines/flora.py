@@ -102,6 +102,8 @@ class Factors:
 class StackAggregation(RoundAggregation):
     """One round's adapters on their way into an aggregate, which has the stack beside ΔW."""
 
+    folds_parts = False
+
     def __init__(self, factors: Factors) -> None:
         super().__init__()
         self._factors_of, self._stack, self._mean_square = factors, torch.empty(0), 0.0

@@ -1,0 +1,298 @@
+"""A round's updates at the server: what is kept outside memory is folded to the same numbers, and then gone."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parablock.algorithm.aggregate import PIECE, Aggregate
+from parablock.algorithm.grid import Grid, GridAggregation
+from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
+from parablock.engine import folding
+from parablock.engine.folding import Problem, RoundFold, in_memory_bytes
+from parablock.engine.spool import Spool
+from parablock.errors import StorageError
+from parablock.privacy.keystream import Keystream
+from parablock.seeding import generator_for
+from parablock.wire.messages import Update
+from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, Vector, pack
+
+CLIENTS = 4
+SIZE = 9 * PIECE + 77
+CUTS = [slice(0, 5 * PIECE), slice(5 * PIECE, 6 * PIECE), slice(6 * PIECE, SIZE)]
+Order = Sequence[tuple[int, int]]
+ORDERS: dict[str, Order] = {
+    "in turns": [(i, k) for k in range(3) for i in range(CLIENTS)],
+    "one after the other": [(i, k) for i in range(CLIENTS) for k in range(3)],
+    "the first one late": [(i, k) for i in (3, 2, 1, 0) for k in range(3)],
+    "backwards": [(i, k) for k in (2, 1, 0) for i in (2, 0, 3, 1)],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces of each update are read at a time, so that a chunk is read in several parts."""
+    monkeypatch.setattr(folding, "AT_A_TIME", 2 * PIECE * CLIENTS)
+
+
+@pytest.fixture
+def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "in_memory_bytes", lambda num_elements: 0)
+
+
+def deltas(size: int = SIZE) -> list[Tensor]:
+    return [
+        torch.from_numpy(generator_for(0, "test", i).normal(size=size)).float() + 0.2 * i for i in range(CLIENTS)
+    ]
+
+
+def update(client_id: int, index: int, vector: Vector, count: int = 3) -> Update:
+    return Update(0, 0, client_id, 5 + client_id, -1, 1.0, 1, 0.5, index, count, vector)
+
+
+def fold_all(fold: RoundFold, chunks: Sequence[Sequence[Vector]], order: Order) -> Aggregate:
+    for client_id, k in order:
+        assert fold.take(client_id, update(client_id, k, chunks[client_id][k])) is None
+        while not fold.is_complete and fold.is_next_ready:
+            fold.fold_next()
+    return fold.aggregate()
+
+
+def new_fold(
+    begin: Callable[[], RoundAggregation] = RoundAggregation, folder: Path | None = None, clients: int = CLIENTS
+) -> RoundFold:
+    return RoundFold(0, 0, dict.fromkeys(range(clients), 1), CUTS, begin, folder)
+
+
+def alike(one: Aggregate, other: Aggregate) -> bool:
+    return torch.equal(one.mean_delta, other.mean_delta) and (one.rho, one.squared_delta) == (
+        other.rho,
+        other.squared_delta,
+    )
+
+
+# -- the bytes of a part --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload_format", [*FORMATS, "word32"])
+def test_a_part_of_a_vector_has_the_elements_of_the_whole_in_memory_and_from_the_file(
+    payload_format: str, tmp_path: Path
+):
+    values = 1000 * deltas()[0] if payload_format == "word32" else deltas()[0]
+    whole, spool = pack(values, payload_format), Spool(tmp_path, 0)
+    spool.put(3, 1, whole)
+    for part in (slice(0, SIZE), slice(0, CHUNK_PIECE), slice(3 * CHUNK_PIECE, SIZE), slice(PIECE, 4 * PIECE)):
+        expected = whole.values[part]
+        assert torch.equal(whole.part(part).values, expected)
+        read = spool.read(3, 1, part)
+        assert torch.equal(read.values, expected)
+        assert (read.format, read.num_elements) == (payload_format, len(expected))
+        other = slice(part.start + CHUNK_PIECE, part.stop + CHUNK_PIECE)
+        assert other.stop > SIZE or not torch.equal(whole.part(other).values, expected)
+    assert spool.file_bytes == whole.raw.numel()
+    spool.close()
+
+
+def test_what_a_client_sends_anew_takes_the_place_of_what_it_had_sent(tmp_path: Path):
+    first, second = (pack(delta[:PIECE], "float32") for delta in deltas()[:2])
+    spool = Spool(tmp_path, 0)
+    for vector in (first, second, first, second):
+        spool.put(0, 0, vector)
+        spool.put(1, 0, first)
+        assert torch.equal(spool.read(0, 0, slice(0, PIECE)).values, vector.values)
+        spool.drop(0)
+        assert torch.equal(spool.read(1, 0, slice(0, PIECE)).values, first.values), "another client's stays"
+        spool.drop(1)
+    assert spool.file_bytes == 8 * PIECE
+    spool.put(0, 0, pack(deltas()[0][:PIECE], "int8"))
+    assert spool.file_bytes > 8 * PIECE, "what is of another size needs a place of its own"
+    spool.close()
+
+
+def test_memory_holds_what_the_block_takes_and_the_file_the_rest_however_many_clients_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert in_memory_bytes(50_000_000) == 200_000_000
+    assert in_memory_bytes(10) == 64 << 20
+    monkeypatch.setattr(folding, "in_memory_bytes", lambda num_elements: 4 * num_elements)
+    for clients in (1, 2, 4):
+        fold = new_fold(folder=tmp_path, clients=clients)
+        for client_id in range(clients):
+            for k, cut in enumerate(CUTS):
+                fold.take(client_id, update(client_id, k, pack(deltas()[client_id][cut], "float32")))
+        assert fold.file_bytes == 4 * SIZE * (clients - 1)
+        assert list(tmp_path.iterdir()) == [], "the file has no name"
+        fold.close()
+
+
+# -- the fold -------------------------------------------------------------------------------------------------
+
+
+def noise(clients: tuple[int, ...]) -> Callable[[int], Tensor]:
+    return Keystream(bytes([*clients, *bytes(32 - len(clients))])).normals
+
+
+RULES: dict[str, Callable[[], RoundAggregation]] = {
+    "mean": RoundAggregation,
+    "median": partial(RoundAggregation, Rule("median")),
+    "trimmed mean, clipped": partial(RoundAggregation, Rule("trimmed_mean", trim_fraction=0.3, clip_norm=400.0)),
+    "krum, clipped": partial(RoundAggregation, Rule("krum", assumed_attackers=0, clip_norm=395.0)),
+    "mean with noise": partial(RoundAggregation, Rule(clip_norm=50.0, noise_multiplier=0.1), noise),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("payload_format", ["float32", "int4"])
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_from_the_file_in_any_order_comes_bitwise_the_aggregate_of_whole_updates_in_memory(
+    rule: str, payload_format: str, tmp_path: Path
+):
+    vectors = [pack(delta, payload_format) for delta in deltas()]
+    chunks = [[vector.part(cut) for cut in CUTS] for vector in vectors]
+    made = RULES[rule]()
+    whole = aggregate_by(made._rule, {i: (vector.values, 5 + i) for i, vector in enumerate(vectors)}, made._normals)
+    for order in ORDERS.values():
+        fold = new_fold(RULES[rule], tmp_path)
+        assert alike(fold_all(fold, chunks, order), whole)
+        assert fold.file_bytes == sum(vector.raw.numel() for vector in vectors)
+    lost = [[pack(0 * own[0].values, payload_format), *own[1:]] for own in chunks]
+    assert not alike(fold_all(new_fold(RULES[rule]), lost, ORDERS["in turns"]), whole)
+
+
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(tmp_path: Path):
+    grid = Grid(500.0, CLIENTS)
+    words = [grid.encode(delta) for delta in deltas()]
+    masks = torch.randint(-(2**31), 2**31, (CLIENTS, SIZE + 1), generator=torch.Generator().manual_seed(1))
+    masked = [((w + m + 2**31) % 2**32 - 2**31).int() for w, m in zip(words, masks, strict=True)]
+    assert any((m.long() != w.long() + mask).any() for m, w, mask in zip(masked, words, masks, strict=True))
+    fold = RoundFold(
+        0,
+        0,
+        dict.fromkeys(range(CLIENTS), 1),
+        [slice(0, SIZE + 1)],
+        partial(GridAggregation, grid, Rule()),
+        tmp_path,
+    )
+    for client_id, vector in enumerate(masked):
+        assert fold.take(client_id, update(client_id, 0, pack(vector, "word32"), 1)) is None
+    hidden = (masks.sum(0) + 2**31) % 2**32 - 2**31
+    fold.unmask(lambda *_: hidden.int())
+    fold.fold_next()
+    mean, _ = grid.mean(torch.stack(words).sum(0), CLIENTS)
+    assert torch.equal(fold.aggregate().mean_delta, mean)
+    assert torch.allclose(mean, torch.stack(deltas()).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_a_client_that_is_taken_out_late_leaves_bitwise_what_would_have_come_without_it(rule: str, tmp_path: Path):
+    chunks = [[pack(delta[cut], "float32") for cut in CUTS] for delta in deltas()]
+    everybody = fold_all(new_fold(RULES[rule]), chunks, ORDERS["in turns"])
+    without = new_fold(RULES[rule])
+    without.take_out(1, Problem("late", "nothing"))
+    others = [(i, k) for i, k in ORDERS["in turns"] if i != 1]
+    expected = fold_all(without, chunks, others)
+
+    fold = new_fold(RULES[rule], tmp_path)
+    for client_id, k in ORDERS["in turns"][:-2]:  # two of the three chunks are folded where the rule allows it
+        fold.take(client_id, update(client_id, k, chunks[client_id][k]))
+        while fold.is_next_ready:
+            fold.fold_next()
+    fold.take_out(1, Problem("late", "two chunks"))
+    assert fold.began_again == (rule in ("mean", "median"))
+    aggregate = fold_all(fold, chunks, [(3, 2)] if fold.take(2, update(2, 2, chunks[2][2])) is None else [])
+    assert alike(aggregate, expected)
+    assert not torch.equal(aggregate.mean_delta, everybody.mean_delta) or rule == "krum, clipped"
+    assert [told.client_id for told in fold.updates] == [0, 2, 3]
+
+
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_what_is_told_of_an_update_does_not_keep_its_elements():
+    fold = new_fold()
+    fold.take(0, update(0, 0, pack(deltas()[0][CUTS[0]], "float32")))
+    (told,) = fold.updates
+    assert (told.client_id, told.num_examples, told.train_loss) == (0, 5, 1.0)
+    assert told.delta.num_elements == 0
+    fold.close()
+
+
+# -- the end, and the full disk -------------------------------------------------------------------------------
+
+
+def open_files() -> set[str]:
+    return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+
+
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_the_file_is_gone_when_the_round_is_committed_and_when_it_is_given_up(tmp_path: Path):
+    ours = lambda: {name for name in open_files() if name.startswith(str(tmp_path))}  # noqa: E731
+    chunks = [[pack(delta[cut], "float32") for cut in CUTS] for delta in deltas()]
+    fold = new_fold(folder=tmp_path)
+    fold.take(0, update(0, 0, chunks[0][0]))
+    assert ours()
+    fold.close()
+    assert not ours()
+    fold_all(new_fold(folder=tmp_path), chunks, ORDERS["in turns"])
+    assert not ours()
+
+
+@pytest.fixture
+def full_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    written, write = [0], os.pwrite
+
+    def limit(num_bytes: int) -> None:
+        def pwrite(descriptor: int, content: memoryview, offset: int) -> int:
+            if written[0] >= num_bytes:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            some = min(len(content), num_bytes - written[0])  # as a disk does: a part, and then no more
+            written[0] += some
+            return write(descriptor, content[:some], offset)
+
+        monkeypatch.setattr("parablock.engine.spool.os.pwrite", pwrite)
+
+    yield limit
+
+
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_a_full_disk_says_so_with_the_run_directory_and_what_to_do(
+    full_after: Callable[[int], None], tmp_path: Path
+):
+    full_after(4 * SIZE + 1000)
+    fold = new_fold(folder=tmp_path)
+    for k, cut in enumerate(CUTS):
+        assert fold.take(0, update(0, k, pack(deltas()[0][cut], "float32"))) is None
+    with pytest.raises(StorageError, match="the disk is full") as full:
+        fold.take(1, update(1, 0, pack(deltas()[1][CUTS[0]], "float32")))
+    assert str(tmp_path) in full.value.what and "parablock resume" in full.value.remedy
+    fold.close()
+    missing = new_fold(folder=tmp_path / "nowhere")
+    with pytest.raises(StorageError, match="nowhere cannot be written"):
+        missing.take(0, update(0, 0, pack(deltas()[0][CUTS[0]], "float32")))
+
+
+@pytest.mark.usefixtures("nothing_in_memory")
+def test_a_file_that_has_lost_its_end_is_a_storage_error(tmp_path: Path):
+    fold = new_fold(folder=tmp_path)
+    for client_id in range(CLIENTS):
+        fold.take(client_id, update(client_id, 0, pack(deltas()[client_id][CUTS[0]], "float32")))
+    file = fold._spool._file
+    assert file is not None
+    file.truncate(100)
+    with pytest.raises(StorageError, match="cannot be read back"):
+        fold.fold_next()
+    fold.close()
+
+
+def test_encodings_are_cut_where_parts_can_be_read():
+    for payload_format in FORMATS:
+        cuts = Encoding(payload_format, chunk_bytes=100_000).cut(10 * SIZE)
+        assert len(cuts) > 2 and all(cut.start % CHUNK_PIECE == 0 for cut in cuts)
+    assert CHUNK_PIECE % PIECE == 0
