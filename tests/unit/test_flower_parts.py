@@ -365,3 +365,14 @@ def test_where_a_reply_filled_what_it_may_carry_the_next_may_take_as_long_as_tha
     assert site.patience_s(0) == pytest.approx(30 + 120)
     site.was_full = False
     assert site.patience_s(0) == pytest.approx(30 + (8 << 20) / 0.25e6)
+
+
+def test_what_all_replies_together_may_carry_does_not_grow_with_the_sites():
+    for num_sites, together in ((2, 2 * 512 << 20), (4, 2 << 30), (64, 2 << 30), (1000, 1000 * (8 << 20))):
+        transport = grid.GridTransport(None, num_sites, REQUEST, epoch_s=lambda: 0.0, tell=print)
+        budgets = []
+        for site in transport._sites.values():
+            assert site.budget_bytes == 8 << 20, "its speed is not known yet"
+            site.bytes_per_s = 1e9
+            budgets.append(site.budget_bytes)
+        assert sum(budgets) == together

@@ -41,6 +41,9 @@ WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
 LEAST_BYTES, MOST_BYTES = 8 << 20, 512 << 20
+TOGETHER_BYTES = 2 << 30
+"""What the replies of all sites may carry at once, so that memory does not grow with the sites."""
+
 WORTH_MEASURING = 64 << 10
 """Bytes of a reply from which on its time tells the speed of the link."""
 
@@ -56,6 +59,7 @@ class _Site:
     """One client, seen from the server."""
 
     node_id: int | None = None
+    most_bytes: int = MOST_BYTES
     out: Outbox = field(default_factory=Outbox)
     inbox: Inbox = field(default_factory=Inbox)
     attempt: int = 0
@@ -75,7 +79,7 @@ class _Site:
     @property
     def budget_bytes(self) -> int:
         """How much one reply may carry, from the speed that was measured."""
-        return int(min(MOST_BYTES, max(LEAST_BYTES, self.bytes_per_s * PUSH_S)))
+        return int(max(LEAST_BYTES, min(self.most_bytes, self.bytes_per_s * PUSH_S)))
 
     def patience_s(self, request_bytes: int) -> float:
         """How long an exchange may take: what earlier ones took, or all that it may carry where more may come."""
@@ -119,7 +123,8 @@ class GridTransport:
         tell: Callable[[str], None],
     ) -> None:
         self._grid, self._opening, self._epoch_s, self._tell = grid, opening, epoch_s, tell
-        self._sites = {client_id: _Site() for client_id in range(num_clients)}
+        share = min(MOST_BYTES, TOGETHER_BYTES // num_clients)
+        self._sites = {client_id: _Site(most_bytes=share) for client_id in range(num_clients)}
         self._known: dict[int, int] = {}
         self._greetings: dict[str, int] = {}
         self._greeted_s: dict[int, float] = {}
