@@ -310,6 +310,21 @@ SETTINGS = {
         *("blocks.schedule=random", "blocks.allow_unvisited=true", "seed=3"),
     ),
     "all parameters": ("federation.method=fedavg", "federation.delay=0"),
+    "adapters": ("federation.method=fedit", "federation.delay=0", "lora.rank=4"),
+    "adapters, half a cohort, int8, whole": (
+        *("federation.method=fedit", "federation.delay=0", "federation.participation=0.5"),
+        *("wire.format=int8", "wire.streaming=false", "federation.num_rounds=12"),
+    ),
+    "adapters of some matrices, bfloat16 model": (
+        *("federation.method=fedit", "federation.delay=0", "model.dtype=bfloat16"),
+        "lora.target_modules=[q_proj,down_proj]",
+    ),
+    "half of the adapters": ("federation.method=ffa_lora", "federation.delay=0", "lora.rank=4"),
+    "stacked adapters": ("federation.method=flora", "federation.delay=0", "lora.rank=4"),
+    "stacked adapters, half a cohort": (
+        *("federation.method=flora", "federation.delay=0", "lora.rank=4"),
+        *("federation.participation=0.5", "federation.num_rounds=12"),
+    ),
 }
 
 

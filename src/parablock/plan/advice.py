@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from parablock.config import RunConfig
+from parablock.conflicts import BLOCK_METHODS
 from parablock.plan.timing import Timing
 from parablock.report.units import format_duration
 
@@ -99,7 +100,7 @@ def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *
     facts = f"an exchange takes {exchange} and a round computes for {compute}"
     changes = _changes(config, advice, num_local_steps)
     if config.federation.delay == 0:
-        overlap = "method: parablock" if config.federation.method == "fedavg" else "delay: 1"
+        overlap = "delay: 1" if config.federation.method in BLOCK_METHODS else "method: parablock"
         aim = "to hide the exchange" if advice.hides else "to hide what can be hidden of the exchange"
         changes = [f"federation.{overlap}", *changes]
         return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."

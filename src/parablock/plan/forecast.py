@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parablock.config import RunConfig
+from parablock.conflicts import LORA_METHODS
 from parablock.errors import ConfigError
 from parablock.model.blocks import Block
 from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
@@ -17,7 +18,7 @@ from parablock.wire.link import Link
 from parablock.wire.quantize import payload_bytes
 
 SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
-METHODS = ("parablock", "fl_bcd", "fedavg")
+METHODS = ("parablock", "fl_bcd", "fedavg", *LORA_METHODS)
 ASSUMPTIONS = (
     "the link is as configured, the same for every client; aggregation, evaluation and checkpoints take no time",
     "activations are estimated for the longest examples that data.max_length allows",
@@ -29,9 +30,9 @@ class Plan:
     """What a run will take. Times are seconds, those of a round means over all rounds.
 
     Attributes:
-        num_blocks: B; with fedavg all parameters are one block.
+        num_blocks: B; with fedavg all parameters are one block, with LoRA all adapters are.
         blocks: index, name, layers, parameters, and bytes of an update's payload, for each block.
-        bytes_per_client_round: Up and down of one client in one round, for each wire format.
+        bytes_per_client_round: Up and down of one client in one round, for each wire format that the method has.
         total_bytes: All clients, whole run, in the configured format.
         compute_s: Of the slowest client.
         communication_s: Of the client whose link is busy longest, both directions added up.
@@ -96,7 +97,7 @@ def _plan(scenario: Scenario) -> Plan:
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format
     itinerary = scenario.walk(len(blocks), delay)
-    formats = dict.fromkeys((*WIRE_FORMATS, wire_format))
+    formats = dict.fromkeys((*WIRE_FORMATS, wire_format) if config.federation.method != "flora" else (wire_format,))
     traffic = {name: total_bytes(itinerary, scenario.sizes(blocks, name)) for name in formats}
     timing, serial = (
         scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)
@@ -150,7 +151,7 @@ def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
     speeds: list[tuple[float | None, float | None]] = [(mbps, mbps) for mbps in SHOWN_MBPS]
     if (own.upload_mbps, own.download_mbps) not in [(None, None), *speeds]:
         speeds.insert(0, (own.upload_mbps, own.download_mbps))
-    overlapping = 0 if scenario.sends_everything else max(1, scenario.config.federation.delay)
+    overlapping = max(1, scenario.config.federation.delay) if scenario.overlaps else 0
     rows: list[dict[str, float | None]] = []
     for upload_mbps, download_mbps in speeds:
         link = Link(upload_mbps, download_mbps, own.latency_s)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from parablock.algorithm.parablock import NEVER
 from parablock.algorithm.schedule import cohort, next_block
+from parablock.assembly import encoding_of
 from parablock.config import RunConfig
 
 News = tuple[tuple[int, Literal["streamed", "fresh", "missed"]], ...]
@@ -78,7 +79,7 @@ class _Walk:
         for t in range(len(self._streams), last + 1):
             b, needed_in = self._history[t], t + 1 + self._delay
             wanted = self._cohort(needed_in) if needed_in < self._num_rounds else tuple(self._held)
-            streaming = self._config.wire.streaming
+            streaming = encoding_of(self._config).chunk_bytes is not None
             self._streams.append(tuple(i for i in wanted if streaming and self._held[i][b] == self._versions[b]))
             self._before[b] = self._versions[b]
             self._versions = (*self._versions[:b], t, *self._versions[b + 1 :])

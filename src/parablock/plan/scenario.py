@@ -5,20 +5,22 @@ from __future__ import annotations
 from functools import cache, partial
 from statistics import fmean
 
-from parablock.algorithm.baselines.trained import layer_blocks
+from parablock.algorithm.baselines.flora import matrices_block
+from parablock.algorithm.baselines.trained import layer_blocks, trained_blocks
 from parablock.algorithm.parablock import steps_of
+from parablock.assembly import encoding_of
 from parablock.config import RunConfig
+from parablock.conflicts import BLOCK_METHODS, LORA_METHODS, cohort_size
 from parablock.engine.steps import local_steps_of
 from parablock.estimate.compute import Compute
 from parablock.estimate.fit import estimated_compute, fitted, flops_of, never_visited
-from parablock.model.blocks import Block, whole_model
+from parablock.model.blocks import Block
 from parablock.model.outline import outline_model
 from parablock.plan.itinerary import walk
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
-from parablock.plan.traffic import Sizes
+from parablock.plan.traffic import Sizes, Stacked
 from parablock.wire.link import Link
-from parablock.wire.quantize import Encoding
 
 
 class Scenario:
@@ -30,10 +32,11 @@ class Scenario:
 
     Attributes:
         config: With a number of layers in a block, also where it is left to the link.
-        outline: The model without values.
+        outline: The model without values, and without adapters.
         layers_per_block: As configured, or chosen for the link.
         notes: What was left to the plan.
-        blocks: What the configured method trains.
+        overlaps: Whether the configured method can have a delay.
+        blocks: What the configured method trains and sends: blocks, all parameters, or adapters.
         flops: Operations of a step.
         compute: Seconds of a round's computation.
         link: As configured.
@@ -50,13 +53,18 @@ class Scenario:
         assert isinstance(config.blocks.layers_per_block, int)
         self.layers_per_block = config.blocks.layers_per_block
         self.notes = [f"blocks.layers_per_block: auto is {self.layers_per_block} here"] if asked == "auto" else []
-        self.sends_everything = config.federation.method == "fedavg"
-        self.blocks: tuple[Block, ...] = (
-            whole_model(self.outline, config.blocks.layers_path)
-            if self.sends_everything
-            else self.partition(self.layers_per_block)
-        )
-        self.flops = flops_of(config, self.outline)
+        method = config.federation.method
+        self.overlaps = method in BLOCK_METHODS
+        own = self.outline  # methods of adapters put them into the model
+        if method in LORA_METHODS:
+            own = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+        self.blocks: tuple[Block, ...] = trained_blocks(own, config)
+        self._dtype = str(own.get_parameter(self.blocks[0].parameter_names[0]).dtype).removeprefix("torch.")
+        self._stacked = None
+        if method == "flora":
+            matrices, size = matrices_block(own, config), cohort_size(config.federation.model_dump())
+            self._stacked = Stacked(matrices.num_parameters, size)
+        self.flops = flops_of(config, own)
         self.compute = self._compute(probe=probe)
         self.link = Link(**config.link.model_dump())
         self.local_steps = self._local_steps()
@@ -73,12 +81,13 @@ class Scenario:
 
     def sizes(self, blocks: tuple[Block, ...], wire_format: str) -> Sizes:
         """Measure the messages."""
-        wire = self.config.wire
+        own = blocks is self.blocks
         return Sizes(
             [block.num_parameters for block in blocks],
-            dtype=self.config.model.dtype,
+            dtype=self._dtype if own and self._stacked is None else self.config.model.dtype,
             wire_format=wire_format,
-            chunk_bytes=wire.chunk_bytes if wire.streaming else None,
+            chunk_bytes=encoding_of(self.config).chunk_bytes,
+            stacked=self._stacked if own else None,
         )
 
     def time(self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int) -> Timing:
@@ -96,12 +105,10 @@ class Scenario:
         return estimated_compute(self.config, self.flops)
 
     def _local_steps(self) -> tuple[int, ...]:
-        wire = self.config.wire
         step_s = {
             client_id: fmean(self.compute.round_s(block, 0, client_id, 1) for block in self.blocks)
             for client_id in range(self.config.federation.num_clients)
         }
-        elements = round(fmean(block.num_parameters for block in self.blocks))
-        encoding = Encoding(wire.format, chunk_bytes=wire.chunk_bytes if wire.streaming else None)
+        elements, encoding = round(fmean(block.num_parameters for block in self.blocks)), encoding_of(self.config)
         payload_bytes, streamed = encoding.payload_bytes(elements), len(encoding.cut(elements)) > 1
         return local_steps_of(self.config).of_round(step_s, len(step_s), payload_bytes, streamed=streamed)

@@ -22,6 +22,19 @@ TYPICAL_FRACTION = 0.1234567890123456
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """What travels down where adapters are stacked and not averaged.
+
+    Attributes:
+        num_elements: Of the matrices that the product of the stack is added to; who missed one gets them whole.
+        num_updates: How many adapters a stack is of.
+    """
+
+    num_elements: int
+    num_updates: int
+
+
+@dataclass(frozen=True)
 class Shipment:
     """A vector on its way, in chunks of which the last may be smaller.
 
@@ -49,12 +62,20 @@ class Sizes:
         dtype: Precision of the model, in which values travel exactly.
         wire_format: Of updates, and of differences where it is narrower than the model.
         chunk_bytes: About the payload of a chunk; None sends vectors whole.
+        stacked: What goes down in place of the one block's new value; None: new values do.
     """
 
     def __init__(
-        self, num_elements: Sequence[int], *, dtype: str, wire_format: str, chunk_bytes: int | None
+        self,
+        num_elements: Sequence[int],
+        *,
+        dtype: str,
+        wire_format: str,
+        chunk_bytes: int | None,
+        stacked: Stacked | None = None,
     ) -> None:
         self._num_elements, self._dtype, self._format = num_elements, dtype, wire_format
+        self._stacked = stacked
         self._encoding = Encoding(wire_format, chunk_bytes=chunk_bytes)
         self._is_lossy = bytes_per_element(dtype) > bytes_per_element(wire_format)
         self.update, self.new_value = cache(self._update), cache(self._new_value)
@@ -93,7 +114,11 @@ class Sizes:
         values = []
         for b, kind in news:
             size, told, name = self._num_elements[b], "value", self._dtype
-            if kind == "streamed":
+            if self._stacked is not None and kind == "fresh":
+                size, told, name = size * self._stacked.num_updates, "stack", self._format
+            elif self._stacked is not None:
+                size = self._stacked.num_elements
+            elif kind == "streamed":
                 size, told = 0, "streamed"
             elif kind == "fresh" and self._is_lossy and len(self._encoding.cut(size)) == 1:
                 told, name = "difference", self._format

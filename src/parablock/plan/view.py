@@ -10,11 +10,12 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from parablock.config import RunConfig
+from parablock.conflicts import LORA_METHODS
 from parablock.plan.forecast import Plan
 from parablock.plan.memory import LORA_RANK
 from parablock.report.units import format_bytes, format_duration
 
-MEMORY_ROWS = {"block": "blocks", "lora": f"LoRA, r = {LORA_RANK}", "full": "all at once"}
+MEMORY_ROWS = {"block": "blocks", "lora": "LoRA, r = {}", "full": "all at once"}
 
 
 def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
@@ -22,7 +23,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     yield _blocks(plan, config)
     yield _bytes(plan, config)
     yield _speeds(plan)
-    yield _memory(plan)
+    yield _memory(plan, config)
     federation = config.federation
     yield (
         f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
@@ -85,11 +86,12 @@ def _speeds(plan: Plan) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: Plan, config: RunConfig) -> Table:
+    rank = config.lora.rank if config.federation.method in LORA_METHODS else LORA_RANK
     table = _table("Memory of a client", "training", "all", "model", "gradients, AdamW", "copies", "activations")
     for name, parts in plan.memory_parts.items():
         table.add_row(
-            MEMORY_ROWS[name],
+            MEMORY_ROWS[name].format(rank),
             format_bytes(plan.memory_bytes[name]),
             format_bytes(parts["parameters"]),
             format_bytes(parts["gradients"] + parts["optimizer_state"]),
