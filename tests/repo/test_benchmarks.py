@@ -79,6 +79,19 @@ def test_overlap_measures_two_delays_over_one_link_and_says_where(
     assert "wall time of delay 1 / delay 0" in said and ("met" in said or "MISSED" in said)
 
 
+def test_the_wire_folds_every_format_and_order_beside_the_arithmetic_alone(benchmark: Any) -> None:
+    record = benchmark("wire", "--smoke")
+    alone, *folds = record["results"]["aggregation"]["rows"]
+    assert alone["what"] == "the arithmetic alone"
+    orders = ("in turns", "one client late")
+    assert [row["what"] for row in folds] == [f"{f}, {o}" for f in ("float32", "int8", "int4") for o in orders]
+    assert all(row["seconds"] and row["relative_throughput"] > 0 for row in (alone, *folds))
+    assert all(row["file_gigabytes"] == 0 for row in folds), "all of it is less than what memory is for"
+    names = [bar["name"] for bar in record["bars"]]
+    assert sum("aggregation / plain add_" in name for name in names) == 4
+    assert "peak memory of aggregation, blocks" in names
+
+
 def test_many_simulated_clients_take_the_time_of_few_and_two_threads_each(benchmark: Any) -> None:
     few, many, *_ = benchmark("clients", "--smoke")["results"]
     assert (few["num_clients"], many["num_clients"]) == (2, 5)
