@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from parablock.errors import StallError
 
 REAL_SLEEP_SLICE_S = 0.05
+LOOK_S = 0.5
+"""How often somebody who waits looks at something else."""
 
 
 class Thread(Protocol):
@@ -40,8 +42,13 @@ class Mailbox(Protocol):
     def put(self, item: Any) -> None:
         """Add an item; never waits."""
 
-    def get(self, timeout_s: float, waiting_for: str) -> Any:
+    def get(self, timeout_s: float, waiting_for: str, look: Callable[[], None] | None = None) -> Any:
         """Take the oldest item, waiting for it.
+
+        Args:
+            timeout_s: Patience, seconds.
+            waiting_for: What for, in words.
+            look: Called now and then while real time passes; what it raises ends the wait.
 
         Raises:
             StallError: When nothing at all has moved for `timeout_s`; it names what was waited for. Where
@@ -170,15 +177,17 @@ class _RealMailbox:
         self._clock.progress()
         self._items.put(item)
 
-    def get(self, timeout_s: float, waiting_for: str) -> Any:
+    def get(self, timeout_s: float, waiting_for: str, look: Callable[[], None] | None = None) -> Any:
         self._clock.progress()
         while True:
             patience = timeout_s if self._clock._working else timeout_s - (self._clock.now() - self._clock.moved_s)
             if patience <= 0:
                 raise _stalled(timeout_s, waiting_for)
             try:
-                item = self._items.get(timeout=patience)
+                item = self._items.get(timeout=min(patience, LOOK_S) if look else patience)
             except Empty:
+                if look:
+                    look()
                 continue
             if self._clock.stopped:
                 raise Stopped
@@ -316,7 +325,8 @@ class _VirtualMailbox:
         if self._waiting is not None:
             self._clock._wake_at(self._clock.now(), self._waiting)
 
-    def get(self, timeout_s: float, waiting_for: str) -> Any:
+    def get(self, timeout_s: float, waiting_for: str, look: Callable[[], None] | None = None) -> Any:
+        del look  # simulated time passes at once
         if not self._items:
             self._waiting = _actor.get()
             self._waiting.patience_s = timeout_s

@@ -53,7 +53,8 @@ def run(
         config: The run.
         output_dir: A folder that holds no run yet; nothing is written before all input has been checked.
         progress: Who is told how it goes; None: the logger `parablock`, at level INFO.
-        asked_to_stop: Asked at every round; when true the run is saved and stops.
+        asked_to_stop: Asked at every round; when true the run is saved and stops. Also asked while a round waits
+            for a client that is gone; then it stops at once, and goes on from its last checkpoint.
         connect: Makes the engine for the run; None given: all in this process.
 
     Returns:

@@ -17,7 +17,10 @@ INTERRUPTED = 130
 
 @contextmanager
 def watched() -> Iterator[tuple[Any, Any]]:
-    """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once."""
+    """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once.
+
+    A run whose round waits for a client that is gone stops without it; see `engine.stopping`.
+    """
     from parablock.report.progress import make_progress
 
     asked: list[int] = []

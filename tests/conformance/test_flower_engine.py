@@ -16,6 +16,7 @@ from loop_grid import Fate, LoopGrid
 from parablock.algorithm.grid import Grid
 from parablock.algorithm.parablock import initial_client, same
 from parablock.algorithm.robust import Rule
+from parablock.checkpoint import RunState
 from parablock.clock import RealClock
 from parablock.engine.client import Client, Trained
 from parablock.engine.faults import Fault, Faults
@@ -58,6 +59,7 @@ def over_flower(
     on_event: Callable[[str], None] = lambda _: None,
     masking: SecureAggregation | None = None,
     faults: Sequence[Fault] = (),
+    hooks: Hooks = HOOKS,
 ) -> tuple[EngineResult, LoopGrid]:
     params, dirs = initial(4), [tmp_path / str(i) for i in range(len(examples))]
 
@@ -88,7 +90,7 @@ def over_flower(
     opening = Request("run", "session", None, "", "")
     transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=on_event)
     transport.gather(10.0)
-    hooks = replace(HOOKS, on_event=on_event)
+    hooks = replace(hooks, on_event=on_event)
     return run_over_flower(params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
 
 
@@ -180,6 +182,30 @@ def test_a_round_that_lacks_a_site_waits_until_it_is_back_and_says_so(tmp_path: 
     )
     assert is_said()
     assert same(result.server.params, in_process(method).server.params)
+
+
+def test_a_stop_does_not_wait_for_a_site_that_is_silent_and_keeps_the_last_checkpoint(tmp_path: Path):
+    method = replace(plan(0, CHUNKED), min_updates=len(EXAMPLES), stall_timeout_s=300.0, checkpoint_every=2)
+    told, states, silent = list[str](), list[RunState](), list[bool]()
+
+    def fate(client_id: int, count: int) -> str:
+        if client_id == 1 and len(states) == 2:
+            silent.append(True)
+            return "refuse"
+        return "carry"
+
+    result, _ = over_flower(
+        tmp_path,
+        method,
+        fate,
+        on_event=told.append,
+        hooks=replace(HOOKS, on_checkpoint=states.append, asked_to_stop=lambda: bool(silent)),
+    )
+    assert not result.finished
+    assert any("no longer waiting for client 1" in event for event in told)
+    assert [state.round_index for state in states] == [2, 4]
+    assert result.server.committed == 3, "round 4 lacks the site's update"
+    assert not same(result.server.params, in_process(method).server.params)
 
 
 MASKED = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)

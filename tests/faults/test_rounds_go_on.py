@@ -14,6 +14,7 @@ import torch
 
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.checkpoint import RunState
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
@@ -104,6 +105,56 @@ def run(
     done = doing["computing"] & doing["uploading"] - {(i, t) for i, rounds in diverging.items() for t in rounds}
     trained = [sorted(i for i, t in done if t == round_index) for round_index in range(ROUNDS)]
     return Ran(result, trajectory, counted, trained, injected, clock.now(), events, sum(up))
+
+
+def stopped_or_whole(
+    *faults: Fault, asked_to_stop=lambda events: False, resumed: RunState | None = None
+) -> tuple[EngineResult, list[RunState], list[str]]:
+    """Run in real time, with a checkpoint every other round; `asked_to_stop` sees what was told."""
+    states, events = list[RunState](), list[str]()
+    plan = ServerPlan(
+        len(EXAMPLES), ROUNDS, 0, "shuffled", 1.0, 0, Encoding("float32"), FixedSteps(1), 500.0, 2, min_updates=4
+    )
+    result = run_in_process(
+        initial(4),
+        [ToyTrainer(i, n, None) for i, n in enumerate(EXAMPLES)],
+        plan,
+        Trace(RealClock()),
+        Hooks(lambda *_: None, states.append, lambda: asked_to_stop(events), events.append),
+        link=Link(),
+        in_flight="aligned",
+        faults=Faults(faults),
+        resumed=resumed,
+    )
+    return result, states, events
+
+
+def test_a_stop_does_not_wait_for_a_client_that_is_gone_and_the_run_goes_on_bitwise():
+    dead = Fault(2, 5, "upload", "kill")
+    stopped, states, events = stopped_or_whole(
+        dead, asked_to_stop=lambda events: "client 2 was killed" in events
+    )  # without a stop it would wait for 500 seconds
+    assert not stopped.finished
+    assert any("no longer waiting for client 2" in event for event in events)
+    assert [state.round_index for state in states] == [2, 4]
+    resumed, _, _ = stopped_or_whole(resumed=states[-1])
+    whole, _, _ = stopped_or_whole()
+    assert resumed.finished and whole.finished
+    assert same(resumed.server.params, whole.server.params)
+    assert not same(stopped.server.params, whole.server.params)
+
+
+def test_a_stop_waits_for_clients_that_only_take_their_time_and_is_saved():
+    asked: list[int] = []
+
+    def in_the_sixth_round(events: list[str]) -> bool:
+        asked.append(len(asked))
+        return len(asked) >= 5  # before rounds 1, 2, 3, 4, 5
+
+    stopped, states, events = stopped_or_whole(asked_to_stop=in_the_sixth_round)
+    assert not stopped.finished and not events
+    assert [state.round_index for state in states] == [2, 4, 5]
+    assert len(asked) == 5, "not while it waits for clients that are there"
 
 
 def replay(ran: Ran, *, delay: int = 1, min_updates: int = 1, **changes) -> list[tuple[torch.Tensor, ...]]:

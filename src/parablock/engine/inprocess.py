@@ -19,12 +19,13 @@ from parablock.engine.client import Client, Trainer, restore_client
 from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
 from parablock.engine.pipeline import Courier, Machines, Pipeline
 from parablock.engine.server import Server, ServerPlan
+from parablock.engine.stopping import StopAsked, look_for_a_stop
 from parablock.errors import StallError
 from parablock.privacy.protection import Protection
 from parablock.trace import Span, Trace
 from parablock.wire.link import Link
-from parablock.wire.messages import Update
-from parablock.wire.transport import MemoryTransport, ServerEnd, Traffic
+from parablock.wire.messages import Mark, Update, to_bytes
+from parablock.wire.transport import MemoryTransport, Parcel, ServerEnd, Traffic
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Hooks:
     Attributes:
         on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
         on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
-        asked_to_stop: Whether the user wants the run to stop at the next round.
+        asked_to_stop: Whether the user wants the run to stop at the next round, or at once where a client is gone.
         on_event: Told in words what went wrong, and that the run goes on, from any thread.
     """
 
@@ -270,8 +271,14 @@ def run_in_process(
         memory=None if resumed is None else memory_of(resumed),
     )
     bodies = [machine.run for machine in machines]
+    transport.look = look_for_a_stop(transport, len(trainers), hooks.asked_to_stop)
     with Machines(trace.clock, bodies, transport.fail, stall_timeout_s=plan.stall_timeout_s):
-        finished = server.run()
+        try:
+            finished = server.run()
+        except StopAsked as stop:
+            finished = False
+            hooks.on_event(str(stop))
+            _dismiss(transport, len(trainers), len(server.state.history))
         for machine in machines:
             machine.stop_waiting()
     return EngineResult(
@@ -281,6 +288,12 @@ def run_in_process(
         transport.ledger.of_round(plan.num_rounds - 1),
         dict(server.refused),
     )
+
+
+def _dismiss(transport: MemoryTransport, num_clients: int, round_index: int) -> None:
+    """Send the clients home in the middle of a round; what they hand in belongs to no checkpoint."""
+    for client_id in range(num_clients):
+        transport.send(client_id, Parcel(to_bytes(Mark(round_index, stop=True)), round_index))
 
 
 def memory_of(resumed: RunState) -> dict[str, Any]:

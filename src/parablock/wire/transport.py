@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from parablock.clock import Clock
@@ -137,6 +138,9 @@ class MemoryTransport:
         clock: Whose time the links take.
         link: The link of each client.
         num_clients: How many there are.
+
+    Attributes:
+        look: What the server's end does now and then while it waits for some clients.
     """
 
     def __init__(self, clock: Clock, link: Link, num_clients: int) -> None:
@@ -144,6 +148,8 @@ class MemoryTransport:
         self._inbox = clock.mailbox()
         self._deliver: dict[int, Callable[[Parcel], None]] = {}
         self._early = {client_id: deque[Parcel]() for client_id in range(num_clients)}
+        self._gone: set[int] = set()
+        self.look: Callable[[Collection[int] | None], None] = lambda _: None
         self.ledger = Ledger()
 
     def send(self, client_id: int, parcel: Parcel) -> None:
@@ -157,8 +163,7 @@ class MemoryTransport:
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
         """Wait for the next message of any client; they come by themselves."""
-        del from_clients
-        return _opened(self._inbox.get(timeout_s, waiting_for))
+        return _opened(self._inbox.get(timeout_s, waiting_for, partial(self.look, from_clients)))
 
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
@@ -177,11 +182,17 @@ class MemoryTransport:
         for parcel in self._early.pop(client_id, ()):
             deliver(parcel)
         self._deliver[client_id] = deliver
+        self._gone.discard(client_id)
 
     def detach(self, client_id: int) -> None:
         """Deliver nothing more to a client that is gone; should it come back, it finds the newest message."""
         del self._deliver[client_id]
         self._early[client_id] = deque(maxlen=1)
+        self._gone.add(client_id)
+
+    def is_there(self, client_id: int) -> bool:
+        """Tell whether a client has not gone, or is back."""
+        return client_id not in self._gone
 
     def upload_s(self, parcel: Parcel) -> float:
         """Tell how long a message takes up."""

@@ -15,6 +15,7 @@ from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.flower.grid import GridTransport
 from parablock.engine.inprocess import EngineResult, Hooks, Masking, is_past
 from parablock.engine.server import Server, ServerPlan
+from parablock.engine.stopping import StopAsked, look_for_a_stop
 from parablock.trace import Trace
 
 
@@ -86,9 +87,13 @@ def run_over_flower(
         masks_of=collector.masks_of if collector else None,
         memory=None if resumed is None else resumed.progress["server"],
     )
+    transport.look = look_for_a_stop(transport, plan.num_clients, hooks.asked_to_stop)
+    finished = False
     try:
         finished = server.run()
         transport.close(plan.stall_timeout_s)
+    except StopAsked as stop:  # the sites learn of it when they are asked to go on from their snapshots
+        hooks.on_event(str(stop))
     finally:
         transport.leave()
     traffic = transport.ledger.of_round(plan.num_rounds - 1)

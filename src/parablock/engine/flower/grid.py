@@ -65,6 +65,7 @@ class _Site:
     attempt: int = 0
     outstanding: bool = False
     offline: bool = False
+    silent: bool = False
     overdue_s: float = 0.0
     more: bool = False
     problem: str = ""
@@ -131,6 +132,7 @@ class GridTransport:
         self._whole: deque[tuple[int, bytes]] = deque()
         self._trace: Trace | None = None
         self._is_over = False
+        self.look: Callable[[Collection[int] | None], None] = lambda _: None
         self.ledger = Ledger()
 
     # ── before the run ──────────────────────────────────────────────────────────────────────────────
@@ -227,6 +229,10 @@ class GridTransport:
         found = self._wait(lambda: bool(self._whole), from_clients, deadline_s=deadline_s)
         return self._whole.popleft() if found else None
 
+    def is_there(self, client_id: int) -> bool:
+        """Tell whether a site has a SuperNode, and has answered the last time in its time."""
+        return not (self._sites[client_id].offline or self._sites[client_id].silent)
+
     def leave(self) -> None:
         """Stop waiting for whatever has not been answered."""
         self._is_over = True
@@ -254,6 +260,7 @@ class GridTransport:
             now = self._clock.now()
             if now >= deadline_s or now - moved_s > timeout_s:
                 return False
+            self.look(from_clients)
             item = self._arrived.get_until(min(now + 1.0, deadline_s))
             if isinstance(item, _Arrived) and self._take(item):
                 moved_s = self._clock.now()
@@ -268,7 +275,7 @@ class GridTransport:
             if site.outstanding and now > site.overdue_s:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
                 site.outstanding = False
-                site.more = True
+                site.more = site.silent = True
             due = site.more or not site.out.is_empty or client_id in from_clients
             if due and not site.outstanding and not site.offline:
                 self._ask(client_id, site)
@@ -331,13 +338,15 @@ class GridTransport:
         reply = item.reply
         if reply is None:
             self._tell(f"an exchange with client {item.client_id} failed and is made again: {item.problem}")
-            site.more, site.problem = True, item.problem
+            site.more = site.silent = True
+            site.problem = item.problem
             site.offline = site.offline or item.node_is_gone
             return False
         if reply.error:
             raise error_of(f"client {item.client_id} has given up", reply.error)
         if reply.client_id != item.client_id:
             raise WireError(f"client {item.client_id} answered as client {reply.client_id}")
+        site.silent = False
         before = site.inbox.wanted
         fresh = [frame for frame in reply.frames if frame.number >= before]
         self._record(item, reply, site, fresh)
