@@ -16,6 +16,7 @@ the same; remove the work folder to begin anew.
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -74,7 +75,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--schedules", nargs="+", default=["shuffled"], help="orders of the blocks")
     parser.add_argument("--max-examples", type=int, default=384, help="held-out examples that the loss is of")
     parser.add_argument(
-        "--task-examples", type=int, default=120, help="held-out examples of a family; 0: do not score families"
+        "--task-examples", type=int, default=48, help="held-out examples of a family; 0: do not score families"
     )
     options = parser.parse_args()
     if options.smoke:
@@ -132,9 +133,9 @@ def outcome(name: str, schedule: str, seed: int, options: argparse.Namespace, co
         reached = first_time(found["longer"], serial)
     found["time_ratio"] = None if reached is None else reached / serial["seconds"]
     if name == "t0" and options.task_examples and not options.smoke:
-        for run in runs:
-            run["scores"] = scores_of(str(Path(options.work_dir) / run["directory"] / "model"), options)
-        found["base_scores"] = scores_of(t0().model, options)
+        for run, directory in zip(runs, directories, strict=True):
+            run["scores"] = kept_scores(directory.path.name, str(directory.model), options)
+        found["base_scores"] = kept_scores("base", t0().model, options)
     return found
 
 
@@ -143,8 +144,15 @@ def first_time(run: Found, reference: Found) -> float | None:
     return next((s for s, loss in run["curve"] if loss <= reference["final_eval_loss"]), None)
 
 
-def scores_of(model: str, options: argparse.Namespace) -> Found:
-    return family_scores(model, options.task_examples, Path(options.work_dir) / "choices")
+def kept_scores(name: str, model: str, options: argparse.Namespace) -> Found:
+    """Give the scores of a model on each family: those that are kept under a name, or new ones."""
+    folder = Path(options.work_dir) / "scores"
+    path = folder / f"{name}-{options.task_examples}.json"
+    if not path.exists():
+        made = family_scores(model, options.task_examples, folder / "choices")
+        path.write_text(json.dumps(made), encoding="utf-8")
+    kept: Found = json.loads(path.read_text(encoding="utf-8"))
+    return kept
 
 
 def label_of(name: str, config: RunConfig) -> str:
