@@ -129,7 +129,7 @@ def test_the_results_show_seconds_and_families_where_a_record_has_them(results: 
     row = {"seed": 7, "runs": [run(0, 4.0, 0.25), run(1, 3.5, 0.75)], "time_ratio": 0.5}
     plain = results.SECTIONS["quality_gsm8k"](record | {"results": [row]})
     assert "| 7 | 4.0000 | 4.0 | 2.0 | 0.500 | 3.5000 (2) |" in plain
-    assert "| 2 | 5.0000 | 3.5000 |" in plain  # the last losses by then
+    assert "| 2.0 | 5.0000 | 3.5000 |" in plain  # the last losses by then
     assert "ag_news" not in plain
     base = {"ag_news": {"loss": {"value": 6.0, "rows": 9}, "exact_match": {"value": 0.0, "rows": 7}}}
     scored = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"base_scores": base}]})
