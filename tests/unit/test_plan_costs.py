@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForC
 from parablock.config import RunConfig, load_config, parse_config
 from parablock.data.batches import Batch
 from parablock.estimate.flops import FlopModel, Tokens
-from parablock.model.blocks import Block, partition_blocks, whole_model
+from parablock.model.blocks import Block, find_layers, partition_blocks, whole_model
 from parablock.model.loss import summed_loss
 from parablock.model.outline import outline_model
 from parablock.model.params import Replica
@@ -348,6 +348,30 @@ def test_bytes_and_times_are_those_of_the_run(name: str, workshop: Workshop, tmp
     assert plan.communication_s * rounds == pytest.approx(summary["communication_s"], rel=2e-3)
     assert plan.hours * 3600 == pytest.approx(summary["wall_time_s"], rel=2e-3)
     assert plan.round_s * rounds == pytest.approx(plan.hours * 3600)
+
+
+def test_lora_methods_send_adapters_half_of_them_or_stacks_of_them(workshop: Workshop) -> None:
+    plans = {
+        method: make_plan(
+            load_config(workshop.config, [f"federation.method={method}", "federation.delay=0", "lora.rank=4"])
+        )
+        for method in ("fedit", "ffa_lora", "flora")
+    }
+    _, layers = find_layers(outline_model(str(workshop.model), dtype="float32"), None)
+    matrices = [module.weight.shape for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    both = 4 * sum(outputs + inputs for outputs, inputs in matrices)
+    parameters = {method: plan.blocks[0]["parameters"] for method, plan in plans.items()}
+    b_alone = 4 * sum(outputs for outputs, _ in matrices)
+    assert parameters == {"fedit": both, "ffa_lora": b_alone, "flora": both}
+    for method, plan in plans.items():  # six rounds of four clients; a new value goes down after each
+        traffic, header = plan.traffic["float32"], 24 * 500
+        payload = 24 * 4 * parameters[method]
+        assert 0 < traffic["uplink_bytes"] - payload < header
+        down = payload * 4 if method == "flora" else payload  # the stack of four
+        assert 0 < traffic["downlink_bytes"] - down < 3 * header
+    with_blocks = make_plan(load_config(workshop.config, ["federation.delay=0"]))
+    assert with_blocks.blocks[0]["parameters"] not in parameters.values()
+    assert list(plans["flora"].traffic) == ["float32"], "adapters that are stacked have no other format"
 
 
 def test_another_delay_is_another_time(workshop: Workshop) -> None:
