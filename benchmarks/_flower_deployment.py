@@ -24,12 +24,13 @@ from _links import Link, Swallower
 
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
+    LANES,
     ServerFiles,
     environment,
-    flower,
     register_sites,
     submit,
     superlink_command,
+    supernode_command,
     wait_for_port,
     write_connection,
 )
@@ -61,6 +62,7 @@ class Wanted:
         secure: With TLS and node keys.
         lane: Which of several deployments at once.
         swallows: Whether a proxy that can lose an answer stands before the server.
+        supernodes: Of a site: one for both directions, or one for each.
     """
 
     megabytes: float
@@ -75,6 +77,7 @@ class Wanted:
     secure: bool = True
     lane: int = 0
     swallows: bool = False
+    supernodes: int = 2
 
     @property
     def patience_s(self) -> float:
@@ -131,7 +134,9 @@ class Deployment:
         found: dict[str, Any] = json.loads(self.output.read_text())
         found["sites"] = [
             {
-                "supernode": (self._folder / f"site-{link.site}.log").read_text(errors="replace"),
+                "supernode": "".join(
+                    log.read_text(errors="replace") for log in self._folder.glob(f"site-{link.site}-*.log")
+                ),
                 "couriers": (self._folder / f"site-{link.site}" / "couriers.jsonl").read_text(),
             }
             for link in self.links
@@ -163,14 +168,14 @@ class Deployment:
     def _start_site(self, link: Link, keys: Path | None, port: int) -> None:
         state = self._folder / f"site-{link.site}"
         state.mkdir()
-        command = [*link.inside, flower("flower-supernode"), "--superlink", f"{link.gateway}:{port}"]
-        command += ["--port", str(9100 + link.site), "--node-config", f'state="{state}" client-id={link.site}']
-        if keys is None:
-            command.append("--insecure")
-        else:
-            command += ["--root-certificates", str(keys / f"site-{link.site}" / "ca.pem")]
-            command += ["--auth-supernode-private-key", str(keys / f"site-{link.site}" / "site.key")]
-        self._launch(state.name, command, environment(self._folder / f"home-{link.site}", self._settings()))
+        own_keys = keys and keys / state.name
+        for place, carries in enumerate(LANES[self._wanted.supernodes]):
+            superlink, own_port = f"{link.gateway}:{port}", 9100 + 10 * place + link.site
+            command = [*link.inside, *supernode_command(superlink, own_keys, state, own_port, carries)]
+            config = command.index("--node-config") + 1
+            command[config] += f' state="{state}" client-id={link.site}'
+            home = self._folder / f"home-{link.site}-{carries}"
+            self._launch(f"{state.name}-{carries}", command, environment(home, self._settings()))
 
     def _launch(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

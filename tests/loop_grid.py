@@ -25,9 +25,16 @@ Fate = Callable[[int, int], str]
 
 
 class LoopGrid(Grid):
-    """One node for each client; node i serves client i."""
+    """For each client a node, or two of them, one for each direction."""
 
-    def __init__(self, state_dirs: list[Path], start: Callable[[int, SessionFolder], None], fate: Fate) -> None:
+    def __init__(
+        self,
+        state_dirs: list[Path],
+        start: Callable[[int, SessionFolder], None],
+        fate: Fate,
+        carries: tuple[str, ...] = ("both",),
+    ) -> None:
+        self._carries, self._starting = carries, threading.Lock()
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
         self._dirs, self._start, self._fate = state_dirs, start, fate
         self._replies: dict[str, Message | None] = {}
@@ -49,7 +56,7 @@ class LoopGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return [client_id + 1 for client_id in range(len(self._dirs))]
+        return range(1, 1 + len(self._dirs) * len(self._carries))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         (message,) = messages
@@ -64,14 +71,14 @@ class LoopGrid(Grid):
         return [reply for message_id in message_ids if (reply := self._replies.pop(message_id, None)) is not None]
 
     def _serve(self, message: Message, message_id: str) -> None:
-        client_id = message.metadata.dst_node_id - 1
+        client_id, lane = divmod(message.metadata.dst_node_id - 1, len(self._carries))
         request = request_of(*unpack(message.content))
         folder = SessionFolder(self._dirs[client_id], request.run_key, request.session)
         if request.hello and self._fate(client_id, 0) == "fail":
             self._replies[message_id] = Message(Error(code=1, reason="there is no such app"), reply_to=message)
             return
         if request.hello:
-            reply = Reply(client_id, held_rounds=folder.held_rounds())
+            reply = Reply(client_id, held_rounds=folder.held_rounds(), carries=self._carries[lane])
         else:
             self.exchanges[client_id] += 1
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
@@ -85,10 +92,11 @@ class LoopGrid(Grid):
         self._replies[message_id] = Message(pack(reply), reply_to=message)
 
     def _carry(self, client_id: int, folder: SessionFolder, request: object) -> Reply:
-        folder.open(request)
-        if folder.path not in self._started:
-            self._started.add(folder.path)
-            self._start(client_id, folder)
+        with self._starting:
+            folder.open(request)
+            if folder.path not in self._started:
+                self._started.add(folder.path)
+                self._start(client_id, folder)
         state_dir = self._dirs[client_id]
         while folder.finished is None:
             try:

@@ -14,6 +14,11 @@ deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over
 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and node keys; for trials on one machine.")]
 
+Lanes = Annotated[
+    int,
+    typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: one for both directions, or one for each."),
+]
+
 
 @deploy.command()
 def keys(
@@ -61,23 +66,24 @@ def client(
     superlink: Annotated[str, typer.Option("--superlink", help="host:port of the server.")],
     keys: Annotated[Path | None, typer.Option("--keys", help="This site's folder of `deploy keys`.")] = None,
     port: Annotated[int, typer.Option("--port", help="A free port of this machine, for its own processes.")] = 9094,
+    lanes: Lanes = 2,
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Start a site: Flower's SuperNode, which reaches out to the server. Ctrl-C ends it.
+    """Start a site: Flower's SuperNodes, which reach out to the server. Ctrl-C ends them.
 
     Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
     """
-    from parablock.deploy.processes import check_site_keys, environment, keep_running, supernode_command
+    from parablock.deploy.processes import check_site_keys, keep_running, supernodes_of
     from parablock.deploy.site import load_site
 
     if (keys is None) != insecure:
         raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
     if keys is not None:
-        check_site_keys(keys)
-    settings = load_site(site)
-    command = supernode_command(superlink, keys and keys.absolute(), site.absolute(), port)
-    keep_running(command, environment(settings.state_dir / "flower"), tell=typer.echo)
+        check_site_keys(keys, lanes)
+    home = load_site(site).state_dir / "flower"
+    supernodes = supernodes_of(home, superlink, keys and keys.absolute(), site.absolute(), port, lanes)
+    keep_running(supernodes, tell=typer.echo)
 
 
 @deploy.command()
@@ -86,6 +92,7 @@ def local(
     output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
     clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    lanes: Lanes = 2,
     *,
     insecure: Insecure = False,
 ) -> None:
@@ -99,7 +106,9 @@ def local(
     more = [] if clients is None else [f"federation.num_clients={clients}"]
     settings = load_config(config, [*(overrides or []), *more, "engine.name=flower"])
     with watched() as (progress, stop):
-        summary = deploy_local(settings, output_dir, insecure=insecure, progress=progress, asked_to_stop=stop)
+        summary = deploy_local(
+            settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
+        )
     conclude(summary, output_dir)
 
 

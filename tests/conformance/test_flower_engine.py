@@ -21,6 +21,7 @@ from parablock.clock import RealClock
 from parablock.engine.client import Client, Trained
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.flower import grid as grid_module
+from parablock.engine.flower import lanes
 from parablock.engine.flower.engine import run_over_flower
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
@@ -39,6 +40,7 @@ from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from toy import ToyTrainer, initial
 
+LANES = ("up", "down")
 EXAMPLES = [3, 1, 2]
 ROUNDS = 7
 CHUNKED = Encoding("float32", chunk_bytes=8)
@@ -60,6 +62,7 @@ def over_flower(
     masking: SecureAggregation | None = None,
     faults: Sequence[Fault] = (),
     hooks: Hooks = HOOKS,
+    carries: tuple[str, ...] = ("both",),
 ) -> tuple[EngineResult, LoopGrid]:
     params, dirs = initial(4), [tmp_path / str(i) for i in range(len(examples))]
 
@@ -86,7 +89,7 @@ def over_flower(
 
         threading.Thread(target=serve, daemon=True).start()
 
-    grid = LoopGrid(dirs, start, fate)
+    grid = LoopGrid(dirs, start, fate, carries)
     opening = Request("run", "session", None, "", "")
     transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=on_event)
     transport.gather(10.0)
@@ -115,17 +118,21 @@ def protection_of(plan: ServerPlan) -> Protection | None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """An exchange that is overdue is made again after a moment, as it is after a minute in earnest."""
-    monkeypatch.setattr(grid_module, "WAIT_S", 0.3)
-    monkeypatch.setattr(grid_module, "SLACK_S", 0.2)
+    monkeypatch.setattr(lanes, "WAIT_S", 0.3)
+    monkeypatch.setattr(lanes, "SLACK_S", 0.2)
     monkeypatch.setattr(grid_module, "POLL_S", 0.005)
-    monkeypatch.setattr(grid_module, "LEAST_BYTES", 1 << 10)
-    monkeypatch.setattr(grid_module, "PUSH_S", 0.1)
+    monkeypatch.setattr(lanes, "LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(lanes, "PUSH_S", 0.1)
+    monkeypatch.setattr(lanes, "STREAM_S", 0.1)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize("encoding", [Encoding("float32"), CHUNKED, Encoding("int8", chunk_bytes=8)], ids=repr)
-def test_flower_gives_what_one_process_gives(tmp_path: Path, delay: int, encoding: Encoding):
-    result, _ = over_flower(tmp_path, plan(delay, encoding))
+@pytest.mark.parametrize("carries", [("both",), LANES], ids=["one lane", "two lanes"])
+def test_flower_gives_what_one_process_gives(
+    tmp_path: Path, delay: int, encoding: Encoding, carries: tuple[str, ...]
+):
+    result, _ = over_flower(tmp_path, plan(delay, encoding), carries=carries)
     assert result.finished
     assert same(result.server.params, in_process(plan(delay, encoding)).server.params)
     if delay:
@@ -142,12 +149,16 @@ def test_two_clients_and_four_give_what_one_process_gives(tmp_path: Path, delay:
     assert not same(result.server.params, in_process(method, weighted).server.params)
 
 
+@pytest.mark.parametrize("carries", [("both",), LANES], ids=["one lane", "two lanes"])
 @pytest.mark.parametrize("what", ["lose", "refuse"])
-def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str):
+def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, carries: tuple[str, ...]):
     method = plan(1, CHUNKED)
     undisturbed, quiet = over_flower(tmp_path / "quiet", method)
     result, grid = over_flower(
-        tmp_path / "lossy", method, fate=lambda client_id, count: what if count % 3 == client_id else "carry"
+        tmp_path / "lossy",
+        method,
+        fate=lambda client_id, count: what if count % 3 == client_id else "carry",
+        carries=carries,
     )
     assert same(result.server.params, undisturbed.server.params)
     assert sum(grid.exchanges) > sum(quiet.exchanges)

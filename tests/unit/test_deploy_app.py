@@ -109,10 +109,10 @@ def test_a_site_that_is_told_to_end_ends_with_its_process():
     program = (
         "import os, sys; from parablock.deploy.processes import keep_running; "
         "waits = 'print(flush=True); import time; time.sleep(60)'; "
-        "keep_running([sys.executable, '-c', waits], os.environ, tell=print)"
+        "keep_running([([sys.executable, '-c', waits], os.environ)] * 2, tell=print)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=PIPE) as site:
-        site.stdout.readline()
+        assert site.stdout.readline() + site.stdout.readline() == b"\n\n"
         site.terminate()
         assert site.wait(10) == 128 + signal.SIGTERM
         assert site.stdout.read() == b""  # closed: nobody is left who could write
@@ -121,6 +121,10 @@ def test_a_site_that_is_told_to_end_ends_with_its_process():
 def test_a_folder_without_a_sites_keys_is_refused(tmp_path: Path):
     (tmp_path / "ca.pem").touch()
     with pytest.raises(ConfigError, match=r"has no site\.key; give a folder site-N"):
-        check_site_keys(tmp_path)
+        check_site_keys(tmp_path, 1)
     (tmp_path / "site.key").touch()
-    check_site_keys(tmp_path)
+    check_site_keys(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"has no down\.key"):
+        check_site_keys(tmp_path, 2)
+    (tmp_path / "down.key").touch()
+    check_site_keys(tmp_path, 2)

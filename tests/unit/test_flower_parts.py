@@ -24,11 +24,12 @@ from parablock.deploy.processes import (
     run_status,
     superlink_command,
     supernode_command,
+    supernodes_of,
     write_connection,
 )
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
-from parablock.engine.flower import grid, stream
+from parablock.engine.flower import stream
 from parablock.engine.flower.exchange import (
     Reply,
     Request,
@@ -39,6 +40,7 @@ from parablock.engine.flower.exchange import (
     request_of,
     word_of,
 )
+from parablock.engine.flower.lanes import Lane, Site, Speed, site_among
 from parablock.engine.flower.local_socket import (
     accept,
     address_of,
@@ -120,10 +122,10 @@ def test_headers_say_all_and_give_it_back():
         "[]",
         "{}",
         '{"protocol": 99, "frames": []}',
-        '{"protocol": 1, "frames": [[0, 0, true, 99999999999]]}',
-        '{"protocol": 1, "frames": [[-1, 0, true, 1]]}',
-        '{"protocol": 1, "frames": [[0, 0, 1, 1]]}',
-        '{"protocol": 1, "kind": "Request", "frames": [], "surprise": 1}',
+        '{"protocol": 2, "frames": [[0, 0, true, 99999999999]]}',
+        '{"protocol": 2, "frames": [[-1, 0, true, 1]]}',
+        '{"protocol": 2, "frames": [[0, 0, 1, 1]]}',
+        '{"protocol": 2, "kind": "Request", "frames": [], "surprise": 1}',
     ],
 )
 def test_a_broken_header_is_refused_before_anything_is_allocated(broken: str):
@@ -310,7 +312,9 @@ def test_keys_make_a_connection_that_only_their_authority_vouches_for(tmp_path: 
         "ca.pem",
         "server.key",
         "server.pem",
+        "site-0-down.pub",
         "site-0.pub",
+        "site-1-down.pub",
         "site-1.pub",
     ]
     for secret in (tmp_path / "keys").rglob("*.key"):
@@ -334,7 +338,17 @@ def test_the_defaults_are_the_safe_ones(tmp_path: Path):
     assert "--root-certificates" in site and "--auth-supernode-private-key" in site
     assert "--insecure" not in server + site
     assert "--insecure" in superlink_command(ServerFiles(tmp_path, None, "127.0.0.1:8000"))
-    assert json.loads(site[site.index("--node-config") + 1].removeprefix("site=")) == str(tmp_path / "site.yaml")
+    assert site[site.index("--node-config") + 1] == f'site="{tmp_path / "site.yaml"}" carries="both"'
+
+
+def test_each_supernode_of_a_site_has_a_key_a_folder_and_a_port_of_its_own(tmp_path: Path):
+    (up, up_env), (down, down_env) = supernodes_of(tmp_path / "home", "host:8000", tmp_path, tmp_path, 9094, 2)
+    for option in ("--port", "--auth-supernode-private-key", "--node-config"):
+        assert up[up.index(option) + 1] != down[down.index(option) + 1]
+    assert up_env["FLWR_HOME"] != down_env["FLWR_HOME"]
+    assert [words[-1] for words in (up, down)] == [str(tmp_path / "site.key"), str(tmp_path / "down.key")]
+    ((both, _),) = supernodes_of(tmp_path / "home", "host:8000", None, tmp_path, 9094, 1)
+    assert 'carries="both"' in both[both.index("--node-config") + 1]
 
 
 def _handshake(keys: Path, authority: Path) -> str:
@@ -358,21 +372,64 @@ def _handshake(keys: Path, authority: Path) -> str:
     return ""
 
 
+OPENING = Request("run", "session", None, "", "")
+
+
 def test_where_a_reply_filled_what_it_may_carry_the_next_may_take_as_long_as_that_much_does():
-    site = grid._Site(bytes_per_s=0.5e6, largest=8 << 20, held_s=0.0)
+    site, lane = Site(up=Speed(bytes_per_s=0.5e6, largest=8 << 20)), Lane("both", 1, held_s=0.0)
     # 30 MB at half of 0.5 MB/s are 120 s; 8 MiB, the most that came so far, are 33.6 s; 30 s for all else
-    site.was_full = True
-    assert site.patience_s(0) == pytest.approx(30 + 120)
-    site.was_full = False
-    assert site.patience_s(0) == pytest.approx(30 + (8 << 20) / 0.25e6)
+    lane.was_full = True
+    site.ask(lane, OPENING, 0.0)
+    assert lane.overdue_s == pytest.approx(30 + 120)
+    lane.was_full = False
+    site.ask(lane, OPENING, 0.0)
+    assert lane.overdue_s == pytest.approx(30 + (8 << 20) / 0.25e6)
+
+
+def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_where_the_other_way_goes_on():
+    sizes = {}
+    for carries in ("both", "down"):
+        site, lane = Site(), Lane(carries, 1)
+        site.out.put(bytes(400 << 20), 0)
+        first = site.ask(lane, OPENING, 0.0)
+        assert sum(len(frame.content) for frame in first.frames) == 8 << 20  # nothing is known of the link
+        reply = Reply(0, wanted=first.frames[-1].number + 1)
+        site.note(lane, reply, [], (0.0, 13.0, 13.0, 13.1))  # 1 MiB/s, and 5 s for all else
+        site.out.acknowledge(reply.wanted)
+        sizes[carries] = sum(len(frame.content) for frame in site.ask(lane, OPENING, 0.0).frames) >> 20
+    assert sizes == {"both": 56, "down": 8}
+    assert Site(up=Speed(1 << 20)).ask(Lane("up", 1), OPENING, 0.0).budget_bytes == 15 << 20
+
+
+def test_an_upward_lane_brings_nothing_and_is_asked_when_it_is_missed():
+    site, up, down = Site(), Lane("up", 1), Lane("down", 2)
+    site.out.put(b"x", 0)
+    assert [site.is_due(lane, is_missed=False) for lane in (up, down)] == [False, True]
+    assert [site.is_due(lane, is_missed=True) for lane in (up, down)] == [True, True]
+    assert [len(site.ask(lane, OPENING, 0.0).frames) for lane in (up, down)] == [0, 1]
+    assert [site.is_due(lane, is_missed=True) for lane in (up, down)] == [False, False]  # they are on their way
+
+
+def test_a_supernode_that_comes_back_takes_its_place_and_a_second_one_does_not():
+    site = Site()
+    assert site.take_lane("up", 1) and not site.is_complete
+    assert site.take_lane("down", 2) and site.is_complete
+    assert not site.take_lane("up", 3)
+    assert not site.take_lane("both", 3)
+    site.lanes["up"].offline = True
+    assert not site.take_lane("both", 3)  # the other direction still has one
+    assert site.take_lane("up", 3) and site.lanes["up"].node_id == 3
+    for lane in site.lanes.values():
+        lane.offline = True
+    assert site.take_lane("both", 4) and list(site.lanes) == ["both"]
 
 
 def test_what_all_replies_together_may_carry_does_not_grow_with_the_sites():
     for num_sites, together in ((2, 2 * 512 << 20), (4, 2 << 30), (64, 2 << 30), (1000, 1000 * (8 << 20))):
-        transport = grid.GridTransport(None, num_sites, REQUEST, epoch_s=lambda: 0.0, tell=print)
+        sites = [site_among(num_sites) for _ in range(num_sites)]
         budgets = []
-        for site in transport._sites.values():
-            assert site.budget_bytes == 8 << 20, "its speed is not known yet"
-            site.bytes_per_s = 1e9
-            budgets.append(site.budget_bytes)
+        for site in sites:
+            assert site.ask(Lane("up", 1), OPENING, 0.0).budget_bytes == 8 << 20, "its speed is not known yet"
+            site.up.note(1 << 30, 1.0)
+            budgets.append(site.ask(Lane("up", 1), OPENING, 0.0).budget_bytes)
         assert sum(budgets) == together

@@ -2,8 +2,8 @@
 
 DIR/ca.pem               for every site: who the server is
 DIR/server/server.pem, server.key   for the server
-DIR/server/site-0.pub …  for the server: who may connect
-DIR/site-0/site.key, ca.pem         for that site alone
+DIR/server/site-0.pub, site-0-down.pub …   for the server: who may connect
+DIR/site-0/site.key, down.key, ca.pem      for that site alone: a key for each of its SuperNodes
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VALID_DAYS = 825
 
 
 def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
-    """Write a certificate authority, the server's certificate, and a key pair for each site.
+    """Write a certificate authority, the server's certificate, and two key pairs for each site.
 
     Args:
         directory: A new folder.
@@ -89,13 +89,14 @@ def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
     _write(directory / "server" / "server.pem", signed.public_bytes(pem), secret=False)
     key = server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
     _write(directory / "server" / "server.key", key, secret=True)
-    for site in range(num_sites):
-        pair = ec.generate_private_key(ec.SECP384R1())
-        private = pair.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain)
-        public = pair.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        _write(directory / f"site-{site}" / "site.key", private, secret=True)
-        _write(directory / f"site-{site}" / "ca.pem", ca.public_bytes(pem), secret=False)
-        _write(directory / "server" / f"site-{site}.pub", public, secret=False)
+    for site in (f"site-{number}" for number in range(num_sites)):
+        _write(directory / site / "ca.pem", ca.public_bytes(pem), secret=False)
+        for key_file, name in (("site.key", site), ("down.key", f"{site}-down")):
+            pair = ec.generate_private_key(ec.SECP384R1())
+            openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            private = pair.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain)
+            _write(directory / site / key_file, private, secret=True)
+            _write(directory / "server" / f"{name}.pub", pair.public_key().public_bytes(*openssh), secret=False)
 
 
 def missing_extra() -> InputError:

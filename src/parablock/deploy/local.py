@@ -39,6 +39,7 @@ from parablock.deploy.variables import (
     OUTPUT_VARIABLE,
     config_file,
     failure_file,
+    lanes_file,
     server_log,
     site_file_of,
     stop_file,
@@ -60,11 +61,13 @@ class Deployment:
     Args:
         output_dir: The run directory.
         num_clients: How many sites.
+        lanes: How many SuperNodes each of them has.
         insecure: Without TLS and node keys.
     """
 
-    def __init__(self, output_dir: Path, num_clients: int, *, insecure: bool = False) -> None:
-        self.output_dir, self.num_clients, self.insecure = output_dir.absolute(), num_clients, insecure
+    def __init__(self, output_dir: Path, num_clients: int, *, lanes: int = 2, insecure: bool = False) -> None:
+        self.output_dir, self.num_clients = output_dir.absolute(), num_clients
+        self.lanes, self.insecure = lanes, insecure
         self.folder = self.output_dir / "deployment"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -85,6 +88,7 @@ class Deployment:
         if not self.insecure:
             make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
         write_app(self.folder / "app", self.output_dir)
+        lanes_file(self.output_dir).write_text(str(self.lanes), encoding="utf-8")
 
     def site_file(self, client_id: int) -> Path:
         """Give the file of a site."""
@@ -126,9 +130,8 @@ class Deployment:
     def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
         """Start a site's process, towards the server or towards what stands before it."""
         keys = None if self.insecure else self.folder / "keys" / f"site-{client_id}"
-        command = client_command(
-            superlink or self.files.address, keys, self.site_file(client_id), self._site_ports[client_id]
-        )
+        port, site_file = self._site_ports[client_id], self.site_file(client_id)
+        command = client_command(superlink or self.files.address, keys, site_file, port, self.lanes)
         self._launch(f"supernode-{client_id}", command, dict(os.environ))
 
     def submit(self) -> str:
@@ -201,6 +204,7 @@ def deploy_local(
     config: RunConfig,
     output_dir: Path,
     *,
+    lanes: int = 2,
     insecure: bool = False,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
@@ -213,7 +217,7 @@ def deploy_local(
     """
     RunDirectory(output_dir).check_unused()
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
-    deployment = Deployment(output_dir, config.federation.num_clients, insecure=insecure)
+    deployment = Deployment(output_dir, config.federation.num_clients, lanes=lanes, insecure=insecure)
     made = not output_dir.exists()
     deployment.prepare(config)
     try:
@@ -253,12 +257,8 @@ def resume_local(
     directory = RunDirectory(output_dir)
     directory.check_resumable()
     config = load_config(directory.config)
-    deployment = Deployment(
-        output_dir,
-        config.federation.num_clients,
-        insecure=not (Path(output_dir) / "deployment" / "keys").exists(),
-    )
-    if not (deployment.folder / "sites").exists():
+    folder = Path(output_dir) / "deployment"
+    if not (folder / "sites").exists():
         raise ConfigError(
             [
                 "this run's server and sites are not on this machine; start the SuperLink again with "
@@ -266,6 +266,12 @@ def resume_local(
             ],
             source=str(output_dir),
         )
+    deployment = Deployment(
+        output_dir,
+        config.federation.num_clients,
+        lanes=int(lanes_file(output_dir).read_text(encoding="utf-8")),
+        insecure=not (folder / "keys").exists(),
+    )
     with deployment:
         return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from parablock import __version__
 from parablock.deploy.keys import missing_extra
 from parablock.deploy.variables import OUTPUT_KEY
+from parablock.engine.flower.exchange import BOTH, DOWN, UP
 from parablock.errors import ConfigError, InputError, ParaBlockError
 
 CONNECTION = "parablock"
@@ -24,6 +25,9 @@ CONNECTION = "parablock"
 
 AGAIN_S = 5.0
 """How long after its end a SuperNode is started again."""
+
+LOOK_S = 0.2
+"""How often SuperNodes are looked after."""
 
 END_S = 5.0
 """How long a SuperNode may take to end when it is told to."""
@@ -36,6 +40,15 @@ QUIET = {
 }
 LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
+
+LANES = {1: (BOTH,), 2: (UP, DOWN)}
+"""What each SuperNode of a site carries, by how many it has."""
+
+KEY_FILES = {BOTH: "site.key", UP: "site.key", DOWN: "down.key"}
+"""Each SuperNode's private key in the site's folder of `make_keys`."""
+
+Process = tuple[list[str], Mapping[str, str]]
+"""A command and its environment."""
 
 SIMULATION = {"RAY_USAGE_STATS_ENABLED": "0"}
 """For Ray, which Flower's simulation starts: no report to its makers."""
@@ -89,33 +102,37 @@ def superlink_command(files: ServerFiles) -> list[str]:
     ]
 
 
-def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: int) -> list[str]:
-    """Give the command of a site.
+def supernode_command(
+    superlink: str, keys: Path | None, site_file: Path, port: int, carries: str = BOTH
+) -> list[str]:
+    """Give the command of a SuperNode of a site.
 
     Args:
         superlink: host:port of the server.
         keys: The site's folder of `make_keys`; None: no TLS.
         site_file: Its YAML file.
         port: Local port of the SuperNode, one for each on a machine.
+        carries: both, or up or down where the site has another one.
     """
     command = [flower("flower-supernode"), "--superlink", superlink, "--port", str(port)]
-    command += ["--node-config", f"site={json.dumps(str(site_file))}"]
+    command += ["--node-config", f"site={json.dumps(str(site_file))} carries={json.dumps(carries)}"]
     if keys is None:
         return [*command, "--insecure"]
     return [
         *command,
         *("--root-certificates", str(keys / "ca.pem")),
-        *("--auth-supernode-private-key", str(keys / "site.key")),
+        *("--auth-supernode-private-key", str(keys / KEY_FILES[carries])),
     ]
 
 
-def check_site_keys(keys: Path) -> None:
-    """Refuse a folder that is not one of a site.
+def check_site_keys(keys: Path, lanes: int) -> None:
+    """Refuse a folder that is not one of a site with so many SuperNodes.
 
     Raises:
         ConfigError: It lacks something.
     """
-    missing = [name for name in ("ca.pem", "site.key") if not (keys / name).is_file()]
+    needed = ["ca.pem", *(KEY_FILES[carries] for carries in LANES[lanes])]
+    missing = [name for name in needed if not (keys / name).is_file()]
     if missing:
         raise ConfigError(
             [f"--keys: {keys} has no {' and no '.join(missing)}; give a folder site-N of `deploy keys`"],
@@ -123,15 +140,27 @@ def check_site_keys(keys: Path) -> None:
         )
 
 
-def client_command(superlink: str, keys: Path | None, site_file: Path, port: int) -> list[str]:
-    """Give the command of a site as its operator types it; see `supernode_command`."""
+def client_command(superlink: str, keys: Path | None, site_file: Path, port: int, lanes: int) -> list[str]:
+    """Give the command of a site as its operator types it, with so many SuperNodes; see `supernode_command`."""
     command = [sys.executable, "-m", "parablock", "deploy", "client", str(site_file)]
-    command += ["--superlink", superlink, "--port", str(port)]
+    command += ["--superlink", superlink, "--port", str(port), "--lanes", str(lanes)]
     return [*command, "--insecure"] if keys is None else [*command, "--keys", str(keys)]
 
 
-def keep_running(command: Sequence[str], env: Mapping[str, str], *, tell: Callable[[str], None]) -> None:
-    """Run a command until it ends well or we are told to end; start it again after a while where it fails.
+def supernodes_of(
+    home: Path, superlink: str, keys: Path | None, site_file: Path, port: int, lanes: int
+) -> list[Process]:
+    """Give the SuperNodes of a site, each with a folder and a port of its own; see `supernode_command`."""
+    found: list[Process] = []
+    for carries, own_port in zip(LANES[lanes], [port, *free_ports(lanes - 1)], strict=True):
+        own_home = home.with_name(f"{home.name}-{carries}") if carries == DOWN else home
+        command = supernode_command(superlink, keys, site_file, own_port, carries)
+        found.append((command, environment(own_home)))
+    return found
+
+
+def keep_running(commands: Sequence[Process], *, tell: Callable[[str], None]) -> None:
+    """Run commands until they end well or we are told to end; start one again after a while where it fails.
 
     A SuperNode that lost its power is refused until the server has noticed, which takes it a minute.
     """
@@ -142,19 +171,28 @@ def keep_running(command: Sequence[str], env: Mapping[str, str], *, tell: Callab
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    while True:
-        process = subprocess.Popen(command, env=dict(env))
-        try:
-            if process.wait() == 0:
-                return
-        finally:
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, env in commands:
+            processes.append(subprocess.Popen(command, env=env))
+        while any(process.poll() != 0 for process in processes):
+            for place, (command, env) in enumerate(commands):
+                if code := processes[place].poll():
+                    _tell_of_the_end(code, tell)
+                    time.sleep(AGAIN_S)
+                    processes[place] = subprocess.Popen(command, env=env)
+            time.sleep(LOOK_S)
+    finally:
+        for process in processes:
             _end(process)
-        tell(
-            f"the SuperNode ended with code {process.returncode} and starts again in {AGAIN_S:g} s. If the server "
-            "refused it, then either the server does not know this site's key: give --keys the folder made "
-            "for this site. Or it has not noticed yet that the site was gone, which takes it a minute."
-        )
-        time.sleep(AGAIN_S)
+
+
+def _tell_of_the_end(code: int, tell: Callable[[str], None]) -> None:
+    tell(
+        f"a SuperNode ended with code {code} and starts again in {AGAIN_S:g} s. If the server "
+        "refused it, then either the server does not know this site's key: give --keys the folder made "
+        "for this site. Or it has not noticed yet that the site was gone, which takes it a minute."
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

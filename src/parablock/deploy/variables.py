@@ -38,6 +38,11 @@ def config_file(output_dir: Path) -> Path:
     return output_dir / "deployment" / "config.yaml"
 
 
+def lanes_file(output_dir: Path) -> Path:
+    """Give the file that says how many SuperNodes each site on this machine has."""
+    return output_dir / "deployment" / "lanes"
+
+
 def server_log(output_dir: Path) -> Path:
     """Give the file in which the server says what it does and waits for."""
     return output_dir / "deployment" / "server.log"

@@ -7,11 +7,13 @@ server allows.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
@@ -20,7 +22,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from parablock.engine.flower.exchange import Reply, Request, header_of, request_of, word_of
+from parablock.engine.flower.exchange import BOTH, Reply, Request, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.errors import ParaBlockError, StallError
@@ -43,7 +45,10 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
     def exchange(message: Message, context: Context) -> Message:
         try:
             client_id, state_dir, command = site_of(context)
-            reply = _carry(request_of(*unpack(message.content)), client_id, state_dir, command)
+            request = request_of(*unpack(message.content))
+            reply = _carry(request, client_id, state_dir, command)
+            if request.hello:
+                reply = replace(reply, carries=str(context.node_config.get("carries", BOTH)))
         except ParaBlockError as error:
             reply = Reply(client_id=-1, error=word_of(error))
         message.content = RecordDict()  # Flower holds the message to the end; a reply may be as large
@@ -75,12 +80,15 @@ def _carry(request: Request, client_id: int, state_dir: Path, command: list[str]
     folder = SessionFolder(state_dir, request.run_key, request.session)
     if request.hello:
         return Reply(client_id, held_rounds=folder.held_rounds())
-    if folder.path.exists() and folder.finished is not None:
-        now = datetime.now(UTC).timestamp()
-        return Reply(client_id, wanted=folder.finished[0], arrived_s=now, left_s=now, idle=True, finished=True)
-    folder.open(request)
     for _ in range(ATTEMPTS):
-        with closing(_reach_trainer(folder, state_dir, command)) as connection:
+        with _alone(state_dir):
+            folder.open(request)
+            if folder.finished is not None:
+                now = datetime.now(UTC).timestamp()
+                wanted = folder.finished[0]
+                return Reply(client_id, wanted, arrived_s=now, left_s=now, idle=True, finished=True)
+            trainer = _reach_trainer(folder, state_dir, command)
+        with closing(trainer) as connection:
             try:
                 send(connection, request)
                 return receive_reply(connection)
@@ -91,6 +99,15 @@ def _carry(request: Request, client_id: int, state_dir: Path, command: list[str]
         cause="Most often its memory: the system ends a process that asks for too much.",
         remedy=f"Look at {folder.path / 'trainer.log'} on that site.",
     )
+
+
+@contextmanager
+def _alone(state_dir: Path) -> Iterator[None]:
+    """Keep the ClientApp of the site's other SuperNode out: a session is opened, and a trainer started, once."""
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (state_dir / "couriers").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _reach_trainer(folder: SessionFolder, state_dir: Path, command: list[str]) -> Connection:

@@ -17,9 +17,12 @@ from parablock.errors import CodecError, InputError, ParaBlockError
 
 T = TypeVar("T", "Request", "Reply")
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER_BYTES = 4 << 20
 """Bytes of a header at most."""
+
+BOTH, UP, DOWN = DIRECTIONS = ("both", "up", "down")
+"""What a SuperNode carries: to the server is up."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Request:
         config: What the clients have to know of the configuration, as YAML.
         base_sha256: Of the base model that all have to share.
         wanted: The next frame of the client that the server wants.
+        carries: Whether frames may come with the request, go with the reply, or both: down | up | both.
         budget_bytes: How much the reply may carry.
         wait_s: How long the client may wait for something to reply with.
         hello: Only say who you are and which snapshots you keep.
@@ -44,6 +48,7 @@ class Request:
     restore: int | None
     config: str
     base_sha256: str
+    carries: str = BOTH
     wanted: int = 0
     budget_bytes: int = 0
     wait_s: float = 0.0
@@ -63,6 +68,7 @@ class Reply:
         idle: Whether the client has nothing to do until more is sent to it.
         finished: Whether it has taken the last message of the run.
         held_rounds: The rounds whose snapshots it keeps.
+        carries: What its SuperNode is for, likewise; in the answer to a greeting.
         spans: What it did since the last reply, as `Span` fields with times since 1970.
         error: Why it has given up, as `word_of` says it; empty: it has not.
         frames: For the server.
@@ -75,6 +81,7 @@ class Reply:
     idle: bool = False
     finished: bool = False
     held_rounds: tuple[int, ...] = ()
+    carries: str = BOTH
     spans: tuple[tuple[Any, ...], ...] = ()
     error: tuple[str, str, str, int] | tuple[()] = ()
     frames: tuple[Frame, ...] = field(default=())

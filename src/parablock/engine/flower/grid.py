@@ -1,4 +1,4 @@
-"""The server's end of the transport over Flower: one exchange at a time with each site, in a thread of its own.
+"""The server's end of the transport over Flower: one exchange at a time with each SuperNode, each in a thread.
 
     Server.send ──► Outbox of the client ──► exchange (a Flower message) ──► ClientApp ──► trainer
     Server.receive ◄── Inbox of the client ◄── its reply ◄──
@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -23,8 +23,9 @@ from flwr.serverapp import Grid
 
 from parablock.clock import RealClock
 from parablock.engine.flower.courier import pack, unpack
-from parablock.engine.flower.exchange import Reply, Request, error_of, reply_of
-from parablock.engine.flower.stream import PART_BYTES, Frame, Inbox, Outbox
+from parablock.engine.flower.exchange import DIRECTIONS, UP, Reply, Request, error_of, reply_of
+from parablock.engine.flower.lanes import Lane, Site, site_among
+from parablock.engine.flower.stream import Frame
 from parablock.engine.pipeline import start_thread
 from parablock.errors import InputError, StallError, WireError
 from parablock.trace import Span, Trace
@@ -37,64 +38,13 @@ LOOK_S = 3.0
 HELLO_S = 60.0
 """How long after its greeting a new SuperNode that has not answered is greeted again."""
 
-WAIT_S = 60.0
-"""How long a site may wait for its trainer before it replies that there is nothing yet."""
-
-LEAST_BYTES, MOST_BYTES = 8 << 20, 512 << 20
-TOGETHER_BYTES = 2 << 30
-"""What the replies of all sites may carry at once, so that memory does not grow with the sites."""
-
-WORTH_MEASURING = 64 << 10
-"""Bytes of a reply from which on its time tells the speed of the link."""
-
-PUSH_S = 60.0
-"""How long the upload of one reply should take: a third of Flower's push session."""
-
-SLACK_S = 20.0
-"""What an exchange may take beyond its bytes and its waiting before it is made again."""
-
-
-@dataclass
-class _Site:
-    """One client, seen from the server."""
-
-    node_id: int | None = None
-    most_bytes: int = MOST_BYTES
-    out: Outbox = field(default_factory=Outbox)
-    inbox: Inbox = field(default_factory=Inbox)
-    attempt: int = 0
-    outstanding: bool = False
-    offline: bool = False
-    silent: bool = False
-    overdue_s: float = 0.0
-    more: bool = False
-    problem: str = ""
-    finished: bool = False
-    bytes_per_s: float = 0.0
-    largest: int = 0
-    asked_bytes: int = 0
-    was_full: bool = False
-    held_s: float = inf
-    sent_before: int = 0
-
-    @property
-    def budget_bytes(self) -> int:
-        """How much one reply may carry, from the speed that was measured."""
-        return int(max(LEAST_BYTES, min(self.most_bytes, self.bytes_per_s * PUSH_S)))
-
-    def patience_s(self, request_bytes: int) -> float:
-        """How long an exchange may take: what earlier ones took, or all that it may carry where more may come."""
-        speed = (self.bytes_per_s or LEAST_BYTES / PUSH_S) / 2
-        held_s = min(WAIT_S, 1.5 * self.held_s + 10.0)
-        reply_bytes = self.budget_bytes if self.was_full else self.largest or LEAST_BYTES
-        return held_s + SLACK_S + (request_bytes + reply_bytes) / speed
-
 
 @dataclass(frozen=True)
 class _Arrived:
     """The end of one attempt: a reply, or why there is none."""
 
     client_id: int
+    lane: Lane
     attempt: int
     pushed_s: float
     ended_s: float
@@ -124,8 +74,7 @@ class GridTransport:
         tell: Callable[[str], None],
     ) -> None:
         self._grid, self._opening, self._epoch_s, self._tell = grid, opening, epoch_s, tell
-        share = min(MOST_BYTES, TOGETHER_BYTES // num_clients)
-        self._sites = {client_id: _Site(most_bytes=share) for client_id in range(num_clients)}
+        self._sites = {client_id: site_among(num_clients) for client_id in range(num_clients)}
         self._known: dict[int, int] = {}
         self._greetings: dict[str, int] = {}
         self._greeted_s: dict[int, float] = {}
@@ -145,22 +94,23 @@ class GridTransport:
         """
         held: dict[int, frozenset[int]] = {}
         give_up = time.monotonic() + timeout_s
-        while len(held) < len(self._sites):
+        while True:
             held |= {client_id: frozenset(reply.held_rounds) for client_id, reply in self._greet()}
-            missing = [client_id for client_id in self._sites if client_id not in held]
-            if missing and time.monotonic() > give_up:
+            missing = [client_id for client_id, site in self._sites.items() if not site.is_complete]
+            if not missing:
+                break
+            if time.monotonic() > give_up:
                 raise StallError(
                     f"no SuperNode came for {_clients(missing)} within {timeout_s:g} s",
-                    cause=f"{len(held)} of {len(self._sites)} sites have connected.",
+                    cause=f"{len(self._sites) - len(missing)} of {len(self._sites)} sites have connected.",
                     remedy="Start them with `parablock deploy client`, or raise federation.stall_timeout_s.",
                 )
-            if missing:
-                time.sleep(POLL_S)
+            time.sleep(POLL_S)
         return frozenset.intersection(*held.values())
 
     def _greet(self) -> Iterator[tuple[int, Reply]]:
         """Ask SuperNodes that are new who they are, and give what has been answered; waits for nothing."""
-        now, hello = time.monotonic(), Request(**{**vars(self._opening), "hello": True})
+        now, hello = time.monotonic(), replace(self._opening, hello=True)
         for node_id in self._grid.get_node_ids():
             if node_id not in self._known and now - self._greeted_s.get(node_id, -inf) > HELLO_S:
                 (message_id,) = self._grid.push_messages([_message(hello, node_id)])
@@ -184,15 +134,20 @@ class GridTransport:
                 f"a site says that it is client {reply.client_id}; the last one is {len(self._sites) - 1}",
                 remedy="Give each site a client_id of its own, below federation.num_clients.",
             )
+        if reply.carries not in DIRECTIONS:
+            raise InputError(
+                f"a SuperNode of client {reply.client_id} says that it carries {reply.carries!r}",
+                remedy=f"Its `carries` is one of {', '.join(DIRECTIONS)}; `parablock deploy client` sets it.",
+            )
         site = self._sites[reply.client_id]
-        if site.node_id is not None and not site.offline:
+        if not site.take_lane(reply.carries, node_id):
             raise InputError(
                 f"two sites say that they are client {reply.client_id}",
                 remedy="Give each site a client_id of its own.",
             )
         self._known[node_id] = reply.client_id
-        site.node_id = node_id
-        self._tell(f"client {reply.client_id} has connected")
+        if site.is_complete:
+            self._tell(f"client {reply.client_id} has connected")
 
     # ── the run ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -201,7 +156,7 @@ class GridTransport:
         assert isinstance(trace.clock, RealClock)
         self._trace, self._clock = trace, trace.clock
         self._arrived = trace.clock.mailbox()
-        self._opening = Request(**{**vars(self._opening), "restore": restore})
+        self._opening = replace(self._opening, restore=restore)
         self._next_look_s = 0.0
 
     def send(self, client_id: int, parcel: Parcel) -> None:
@@ -215,7 +170,7 @@ class GridTransport:
         if not self._wait(lambda: bool(self._whole), from_clients, timeout_s=timeout_s):
             raise StallError(
                 f"nothing moved for {timeout_s:g} s while waiting for {waiting_for}; "
-                f"asked and not answered: {_clients(i for i, s in self._sites.items() if s.outstanding)}",
+                f"asked and not answered: {_clients(i for i, s in self._sites.items() if s.is_asked)}",
                 cause="A site, or the way to it, is down. "
                 + " ".join(f"Client {i} at last: {s.problem}." for i, s in self._sites.items() if s.problem),
                 remedy="Bring it back and run `parablock resume`; nothing that was committed is lost.",
@@ -230,8 +185,8 @@ class GridTransport:
         return self._whole.popleft() if found else None
 
     def is_there(self, client_id: int) -> bool:
-        """Tell whether a site has a SuperNode, and has answered the last time in its time."""
-        return not (self._sites[client_id].offline or self._sites[client_id].silent)
+        """Tell whether a site has its SuperNodes, and has answered the last time in its time."""
+        return self._sites[client_id].is_answering
 
     def leave(self) -> None:
         """Stop waiting for whatever has not been answered."""
@@ -268,53 +223,40 @@ class GridTransport:
 
     def _ask_where_due(self, from_clients: Collection[int]) -> None:
         now = self._clock.now()
-        if any(site.offline for site in self._sites.values()) and now > self._next_look_s:
+        if now > self._next_look_s and any(lane.offline for _, _, lane in self._lanes()):
             self._next_look_s = now + LOOK_S
             self._look_for_the_lost()
-        for client_id, site in self._sites.items():
-            if site.outstanding and now > site.overdue_s:
+        for client_id, site, lane in self._lanes():
+            if lane.outstanding and now > lane.overdue_s:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
-                site.outstanding = False
-                site.more = site.silent = True
-            due = site.more or not site.out.is_empty or client_id in from_clients
-            if due and not site.outstanding and not site.offline:
-                self._ask(client_id, site)
+                lane.outstanding, lane.more, lane.silent = False, True, True
+            if site.is_due(lane, is_missed=client_id in from_clients):
+                self._ask(client_id, site, lane)
+
+    def _lanes(self) -> list[tuple[int, Site, Lane]]:
+        return [(i, site, lane) for i, site in self._sites.items() for lane in site.lanes.values()]
 
     def _look_for_the_lost(self) -> None:
         """See who is back: a SuperNode with a key under its own number, one without under a new one."""
         online = set(self._grid.get_node_ids())
-        for site in self._sites.values():
-            if site.offline and site.node_id in online:
-                site.offline = False
-        if any(site.offline for site in self._sites.values()):
-            for client_id, _ in self._greet():
-                self._sites[client_id].offline = False
+        for _, _, lane in self._lanes():
+            lane.offline = lane.offline and lane.node_id not in online
+        if any(lane.offline for _, _, lane in self._lanes()):
+            for _ in self._greet():
+                pass
 
-    def _ask(self, client_id: int, site: _Site) -> None:
-        frames = tuple(site.out.after(0, site.budget_bytes))
-        request = Request(
-            **{
-                **vars(self._opening),
-                "wanted": site.inbox.wanted,
-                "budget_bytes": site.budget_bytes,
-                "wait_s": WAIT_S,
-                "frames": frames,
-            }
-        )
-        size = sum(len(frame.content) for frame in frames)
-        site.attempt += 1
-        site.outstanding, site.more, site.asked_bytes = True, False, site.budget_bytes
-        site.overdue_s = self._clock.now() + site.patience_s(size)
-        assert site.node_id is not None
-        message, attempt, pushed_s = _message(request, site.node_id), site.attempt, self._clock.now()
+    def _ask(self, client_id: int, site: Site, lane: Lane) -> None:
+        pushed_s = self._clock.now()
+        request = site.ask(lane, self._opening, pushed_s)
+        message, attempt = _message(request, lane.node_id), lane.attempt
 
         def attend() -> None:
             reply, problem, gone = self._attend(message)
             self._arrived.put(
-                _Arrived(client_id, attempt, pushed_s, self._clock.now(), reply, problem, node_is_gone=gone)
+                _Arrived(client_id, lane, attempt, pushed_s, self._clock.now(), reply, problem, node_is_gone=gone)
             )
 
-        start_thread(self._clock, attend, f"exchange {attempt} with client {client_id}")
+        start_thread(self._clock, attend, f"exchange {attempt} with client {client_id}, {lane.carries}")
 
     def _attend(self, message: Message) -> tuple[Reply | None, str, bool]:
         """Push one request and wait for its reply; in the thread of the exchange."""
@@ -332,45 +274,38 @@ class GridTransport:
 
     def _take(self, item: _Arrived) -> bool:
         """Take the end of an attempt; tell whether the site gave a sign of life."""
-        site = self._sites[item.client_id]
-        if item.attempt == site.attempt:
-            site.outstanding = False
-        reply = item.reply
+        site, lane, reply = self._sites[item.client_id], item.lane, item.reply
+        if item.attempt == lane.attempt:
+            lane.outstanding = False
         if reply is None:
             self._tell(f"an exchange with client {item.client_id} failed and is made again: {item.problem}")
-            site.more = site.silent = True
-            site.problem = item.problem
-            site.offline = site.offline or item.node_is_gone
+            lane.more, lane.silent, site.problem = True, True, item.problem
+            lane.offline = lane.offline or item.node_is_gone
             return False
         if reply.error:
             raise error_of(f"client {item.client_id} has given up", reply.error)
         if reply.client_id != item.client_id:
             raise WireError(f"client {item.client_id} answered as client {reply.client_id}")
-        site.silent = False
-        before = site.inbox.wanted
-        fresh = [frame for frame in reply.frames if frame.number >= before]
+        lane.silent = False
+        fresh = [frame for frame in reply.frames if frame.number >= site.inbox.wanted]
         self._record(item, reply, site, fresh)
-        site.out.acknowledge(reply.wanted)
-        site.sent_before = max(reply.wanted, site.sent_before)
+        if lane.carries != UP:  # the other one knows of them too, but not when they came
+            site.out.acknowledge(reply.wanted)
+            site.sent_before = max(reply.wanted, site.sent_before)
         for message, _ in site.inbox.take(fresh):
             self._whole.append((item.client_id, message))
         site.finished = site.finished or reply.finished
         return True
 
-    def _record(self, item: _Arrived, reply: Reply, site: _Site, fresh: Sequence[Frame]) -> None:
+    def _record(self, item: _Arrived, reply: Reply, site: Site, fresh: list[Frame]) -> None:
         """Count the bytes, and put the client's spans and the two transfers on the record."""
         assert self._trace is not None
         origin = self._epoch_s() - self._clock.now()
-        down = [frame for frame in site.out.after(site.sent_before, 1 << 62) if frame.number < reply.wanted]
         arrived = min(max(reply.arrived_s - origin, item.pushed_s), item.ended_s)
         left = min(max(reply.left_s - origin, arrived), item.ended_s)
-        self._transfer(item.client_id, "downloading", down, item.pushed_s, arrived)
+        self._transfer(item.client_id, "downloading", site.brought(item.lane, reply), item.pushed_s, arrived)
         self._transfer(item.client_id, "uploading", fresh, left, item.ended_s)
-        size = sum(len(frame.content) for frame in fresh)
-        site.largest, site.held_s = max(site.largest, size), left - arrived
-        site.was_full = size + PART_BYTES > site.asked_bytes
-        if size > WORTH_MEASURING and item.ended_s > left:
-            site.bytes_per_s = size / (item.ended_s - left)
+        site.note(item.lane, reply, fresh, (item.pushed_s, arrived, left, item.ended_s))
         for lane, activity, start_s, duration_s, facts in reply.spans:
             self._trace.spans.append(
                 Span(item.client_id, str(lane), str(activity), start_s - origin, duration_s, dict(facts))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from parablock.engine.flower.exchange import Reply, Request, word_of
+from parablock.engine.flower.exchange import BOTH, DOWN, Reply, Request, word_of
 from parablock.engine.flower.local_socket import accept, receive_request, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Inbox, Outbox, frames_of
@@ -40,6 +40,15 @@ class _Ended:
 
     error: tuple[str, str, str, int] | tuple[()]
     messages: tuple[tuple[bytes, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A ClientApp that waits for its reply."""
+
+    connection: Connection
+    request: Request
+    arrived_s: float
 
 
 class TrainerMailbox:
@@ -136,19 +145,20 @@ class TrainerMailbox:
 
     def _serve(self) -> None:
         self._heard_s = self._trace.clock.now()
-        self._listener.settimeout(SLICE_S * 4)
+        waiting: list[_Visit] = []
         try:
             while not self._is_over():
-                try:
-                    connection = accept(self._listener, self._secret)
-                except TimeoutError:
-                    self._look_at_compute(0.0)
-                    continue
-                if connection is not None:
-                    self._exchange(connection)
+                self._listener.settimeout(1e-3 if waiting else SLICE_S * 4)
+                visit = self._receive_courier()
+                if visit is not None:
+                    waiting.append(visit)
+                self._look_at_compute(SLICE_S if waiting and visit is None else 0.0)
+                waiting = [visit for visit in waiting if not self._answer(visit)]
         except (OSError, ParaBlockError) as error:
             self._to_compute.put(error)
         finally:
+            for visit in waiting:
+                visit.connection.close()
             self._listener.close()
             self._closed.put(None)
 
@@ -168,28 +178,44 @@ class TrainerMailbox:
 
     _told_end = False
 
-    def _exchange(self, connection: Connection) -> None:
-        """Serve one ClientApp; one that goes away in the middle will come again."""
+    def _receive_courier(self) -> _Visit | None:
+        """Take the next ClientApp and what it brings; one that goes away in the middle will come again."""
         try:
-            with connection:
-                try:
-                    request = receive_request(connection)
-                    if request.session != self._folder.session:
-                        os.kill(os.getpid(), signal.SIGTERM)  # a new session; all that counts is on the disk
-                    self._heard_s = arrived = self._trace.clock.now()
-                    self._take(request)
-                except (CodecError, StorageError) as error:
-                    send(connection, Reply(self._client_id, self._in.wanted, error=word_of(error)))
-                    return
-                while self._should_wait(request, arrived):
-                    if connection.poll():
-                        return  # it has nothing more to say: it is gone
-                    self._look_at_compute(SLICE_S)
-                self._heard_s = self._trace.clock.now()
-                send(connection, self._reply(request, arrived))
-                self._told_end = self._ended is not None
+            connection = accept(self._listener, self._secret)
+        except TimeoutError:
+            return None
+        if connection is None:
+            return None
+        try:
+            try:
+                request = receive_request(connection)
+                if request.session != self._folder.session:
+                    os.kill(os.getpid(), signal.SIGTERM)  # a new session; all that counts is on the disk
+                self._heard_s = arrived = self._trace.clock.now()
+                self._take(request)
+                return _Visit(connection, request, arrived)
+            except (CodecError, StorageError) as error:
+                send(connection, Reply(self._client_id, self._in.wanted, error=word_of(error)))
         except (EOFError, OSError):
-            return
+            pass
+        connection.close()
+        return None
+
+    def _answer(self, visit: _Visit) -> bool:
+        """Reply if there is something to reply with; tell whether a ClientApp needs no more attention."""
+        try:
+            if visit.connection.poll():  # it has nothing more to say: it is gone
+                visit.connection.close()
+                return True
+            if self._should_wait(visit.request, visit.arrived_s):
+                return False
+            self._heard_s = self._trace.clock.now()
+            with visit.connection:
+                send(visit.connection, self._reply(visit.request, visit.arrived_s))
+            self._told_end = self._ended is not None
+        except (EOFError, OSError):
+            visit.connection.close()
+        return True
 
     def _take(self, request: Request) -> None:
         self._out.acknowledge(request.wanted)
@@ -204,9 +230,10 @@ class TrainerMailbox:
         self._to_compute.put((message, wanted_after))
 
     def _should_wait(self, request: Request, arrived: float) -> bool:
-        self._look_at_compute(0.0)
-        if self._ended is not None or not self._busy or self._out.after(request.wanted, 1):
+        if self._ended is not None or request.carries == DOWN or self._out.after(request.wanted, 1):
             return False
+        if not self._busy and request.carries == BOTH:
+            return False  # nothing comes of it before the server sends more, and this is how it does
         return self._trace.clock.now() - arrived < request.wait_s
 
     def _look_at_compute(self, seconds: float) -> None:
@@ -239,5 +266,5 @@ class TrainerMailbox:
                 if s.activity != "waiting"
             ),
             error=self._ended.error if self._ended else (),
-            frames=tuple(self._out.after(request.wanted, request.budget_bytes)),
+            frames=() if request.carries == DOWN else tuple(self._out.after(request.wanted, request.budget_bytes)),
         )
