@@ -138,7 +138,8 @@ def _client() -> Any:
     def exchange(message: Any, context: Any) -> Any:
         entered_s = datetime.now(UTC).timestamp()
         reply = courier(message, context)
-        stamps = {"started_s": _started_s(), "entered_s": entered_s, "left_s": datetime.now(UTC).timestamp()}
+        stamps = {"carries": context.node_config["carries"]}
+        stamps |= {"started_s": _started_s(), "entered_s": entered_s, "left_s": datetime.now(UTC).timestamp()}
         with (Path(str(context.node_config["state"])) / "couriers.jsonl").open("a") as file:
             file.write(json.dumps(stamps) + "\n")
         return reply

@@ -58,10 +58,13 @@ class _Site:
 
     def __init__(self, result: dict[str, Any], client_id: int) -> None:
         site, epoch_s = result["sites"][client_id], result["epoch_s"]
-        log = site["supernode"]
-        self._announced, self._downloaded = _stamps(log, "Receiving: train"), _stamps(log, "Received successfully")
-        self._sending, self._sent = _stamps(log, "Sending: train"), _stamps(log, "Sent successfully")
-        self._couriers = [json.loads(line) for line in site["couriers"].splitlines()]
+        logs, couriers = site["supernodes"], [json.loads(line) for line in site["couriers"].splitlines()]
+        down, up = ("both", "both") if "both" in logs else ("down", "up")
+        self._announced = _stamps(logs[down], "Receiving: train")
+        self._downloaded = _stamps(logs[down], "Received successfully")
+        self._sending, self._sent = _stamps(logs[up], "Sending: train"), _stamps(logs[up], "Sent successfully")
+        self._entered = [stamp for stamp in couriers if stamp["carries"] == down]
+        self._left = [stamp["left_s"] for stamp in couriers if stamp["carries"] == up]
         spans = [span for span in result["spans"] if span[0] == client_id]
         self._down, self._computing, self._up = (
             [
@@ -82,7 +85,8 @@ class _Site:
             only(self._down, lambda span: span[0]),
             only(self._announced),
             only(self._downloaded),
-            only(self._couriers, lambda stamp: stamp["entered_s"]),
+            only(self._entered, lambda stamp: stamp["entered_s"]),
+            only(self._left),
             only(self._computing, lambda span: span[0]),
             only(self._sending),
             only(self._sent),
@@ -90,7 +94,7 @@ class _Site:
         ]
         if any(len(times) != 1 for times in kinds):
             return None
-        (down,), (announced,), (downloaded,), (courier,), (computing,), (sending,), (sent,), (up,) = kinds
+        (down,), (announced,), (downloaded,), (courier,), (left,), (computing,), (sending,), (sent,), (up,) = kinds
         return {
             "pushed": down[0],
             "announced": announced,
@@ -99,7 +103,7 @@ class _Site:
             "start": courier["entered_s"] - courier["started_s"],
             "computing": computing[0],
             "computed": computing[1],
-            "packed": courier["left_s"],
+            "packed": left,
             "announced back": sending,
             "uploaded": sent,
             "replied": up[1],

@@ -134,9 +134,10 @@ class Deployment:
         found: dict[str, Any] = json.loads(self.output.read_text())
         found["sites"] = [
             {
-                "supernode": "".join(
-                    log.read_text(errors="replace") for log in self._folder.glob(f"site-{link.site}-*.log")
-                ),
+                "supernodes": {
+                    carries: (self._folder / f"site-{link.site}-{carries}.log").read_text(errors="replace")
+                    for carries in LANES[self._wanted.supernodes]
+                },
                 "couriers": (self._folder / f"site-{link.site}" / "couriers.jsonl").read_text(),
             }
             for link in self.links

@@ -85,17 +85,17 @@ def empty(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterato
 
 
 def wire_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
-    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn, in between without TLS and keys."""
+    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn.
+
+    In between delay 1 without TLS and keys, and with a single SuperNode for both directions.
+    """
     del rows
     wanted = replace(usual(options), compute_s=wire_s(options))
     overlapped = replace(wanted, delay=1, rounds=wanted.rounds + 1)
     for repeat in range(options.repeats):
-        variants = [wanted, overlapped]
-        if repeat % 2 == 0:
-            variants.append(replace(overlapped, secure=False))
-        for variant in variants:
-            name = f"{repeat}-{variant.delay}{'' if variant.secure else '-insecure'}"
-            yield {"repeat": repeat, **timed(folder / name, variant)}
+        beside = replace(overlapped, secure=False) if repeat % 2 == 0 else replace(overlapped, supernodes=1)
+        for place, variant in enumerate((wanted, overlapped, beside)):
+            yield {"repeat": repeat, **timed(folder / f"{repeat}-{place}", variant)}
 
 
 def covered(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
@@ -161,6 +161,7 @@ def usual(options: argparse.Namespace) -> Wanted:
         chunk_mib=options.chunk_mib,
         up_mbps=options.mbps,
         down_mbps=options.mbps,
+        supernodes=options.supernodes,
     )
 
 
@@ -239,7 +240,7 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
             return
 
     def median(scenario: str, delay: int, *, secure: bool = True) -> Any:
-        return round_s(rows, scenario, delay=delay, secure=secure)
+        return round_s(rows, scenario, delay=delay, secure=secure, supernodes=options.supernodes)
 
     equal, long, balanced = "wire = compute", "covered", "exchange = compute"
     add("seconds of an empty exchange", 5.0, lambda: median("empty", 0))
@@ -283,12 +284,13 @@ def blocks(rows: list[Row], role: str) -> float:
 
 def rounds_table(rows: list[Row]) -> Any:
     shown = table(
-        "rounds over Flower", "scenario", "MB each way", "compute s", "delay", "TLS", "round s", "exchange s"
+        "rounds over Flower",
+        *("scenario", "MB each way", "compute s", "delay", "SuperNodes", "TLS", "round s", "exchange s"),
     )
     for row in rows:
         if "round_s" in row and row["scenario"] != "memory":
             cells = [f"{row['megabytes']:g}", f"{row['compute_s']:g}", str(row["delay"])]
-            cells += ["yes" if row["secure"] else "no", f"{row['round_s']:.1f}"]
+            cells += [str(row["supernodes"]), "yes" if row["secure"] else "no", f"{row['round_s']:.1f}"]
             shown.add_row(row["scenario"], *cells, f"{row['round_s'] - row['compute_s']:.1f}")
     return shown
 
@@ -331,6 +333,7 @@ def parse_options() -> argparse.Namespace:
     parser = make_parser("flower", "Rounds over real Flower processes and shaped links.", "--only empty")
     parser.add_argument("--sites", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4, help="at delay 0; one more at delay 1")
+    parser.add_argument("--supernodes", type=int, default=2, help="of a site; 1: both directions take turns")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=100.0, help="of a block, each way")
     parser.add_argument(

@@ -26,7 +26,7 @@ WORTH_MEASURING = 64 << 10
 PUSH_S = 60.0
 """How long the transfer of a part should take: a third of Flower's push session."""
 
-STREAM_S = 15.0
+STREAM_S = 30.0
 """The same where the other direction can go on with a part that is through; each part costs some seconds more."""
 
 SLACK_S = 20.0
