@@ -78,17 +78,19 @@ def quiet() -> PlainProgress:
     return PlainProgress(console=Console(quiet=True))
 
 
-def deployed_config(material: Material, *, sites: int, rounds: int, seed: int, chunk_bytes: int) -> RunConfig:
+def deployed_config(
+    material: Material, *, sites: int, rounds: int, seed: int, chunk_bytes: int, layers_per_block: int = 2
+) -> RunConfig:
     return parse_config(
         {
             "model": {"name_or_path": str(Path(material.model).absolute())},
             "data": {
-                "train": [str(Path(file).absolute()) for file in material.train],
+                "train": [str(Path(file).absolute()) for file in material.train[:sites]],
                 "test": [str(Path(file).absolute()) for file in material.test],
                 "max_length": 96,
                 "partition": {"scheme": "by_file"},
             },
-            "blocks": {"layers_per_block": 2},
+            "blocks": {"layers_per_block": layers_per_block},
             "federation": {"num_clients": sites, "num_rounds": rounds, "min_updates": sites},
             "train": {"num_local_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
             "wire": {"chunk_bytes": chunk_bytes},

@@ -35,6 +35,7 @@ EMPTY_MB = 0.004
 SLOW_MBPS, LAYER_MB = 4.0, 116.0
 """A slow link, and a layer of Llama-3-8B in int4."""
 
+HOSPITAL_MBPS, HOSPITAL_MB = 30.0, 40.0
 OUTAGE_S = 60.0
 MANY_SITES = 4
 DISTURBANCES = ("nothing", f"an outage of {OUTAGE_S:g} s", "an answer lost")
@@ -63,7 +64,7 @@ def recorded(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return rows
+    return [{"supernodes": 1, **row} for row in rows]  # as many as there were before it was asked for
 
 
 def write(options: argparse.Namespace, rows: list[Row], console: Console) -> None:
@@ -104,6 +105,15 @@ def covered(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Itera
     wanted = replace(usual(options), compute_s=2.5 * wire_s(options))
     for delay in (0, 1):
         yield timed(folder / f"{delay}", replace(wanted, delay=delay, rounds=wanted.rounds + delay))
+
+
+def hospital(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
+    """A link of 30 Mbit/s both ways: one SuperNode a site, and two."""
+    del rows
+    slower = {"megabytes": HOSPITAL_MB, "up_mbps": HOSPITAL_MBPS, "down_mbps": HOSPITAL_MBPS}
+    wanted = replace(usual(options), **slower, compute_s=8.0, delay=1, rounds=options.rounds + 3)
+    for supernodes in (1, 2):
+        yield timed(folder / f"{supernodes}", replace(wanted, supernodes=supernodes))
 
 
 def exchange_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
@@ -147,6 +157,7 @@ SCENARIOS: dict[str, Scenario] = {
     "wire = compute": wire_is_compute,
     "covered": covered,
     "exchange = compute": exchange_is_compute,
+    "30 Mbit/s": hospital,
     "slow link, up": slow("up"),
     "slow link, down": slow("down"),
     "memory": memory,
@@ -254,6 +265,9 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
         1.05,
         lambda: median(balanced, 1) / max(compute, median(balanced, 0) - compute),
     )
+    one, two = (round_s(rows, "30 Mbit/s", supernodes=supernodes) for supernodes in (1, 2))
+    if one and two:
+        made.append(Bar("30 Mbit/s, delay 1: a round with two SuperNodes a site / with one", two / one, 0.75))
     add("TLS and node keys / insecure, in turn", 1.10, lambda: tls(rows))
     for direction in ("up", "down"):
         add(f"slow link, {direction}: bytes sent again / a part", 1.0, lambda d=direction: again(rows, d))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from parablock.errors import CodecError
 
-PART_BYTES = 8 << 20
-"""Bytes of a frame at most."""
+PART_BYTES = 2 << 20
+"""Bytes of a frame at most. Flower moves two at once, and a link that breaks loses those: half a default chunk each."""
 
 
 @dataclass(frozen=True)
