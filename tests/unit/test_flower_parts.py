@@ -377,13 +377,13 @@ OPENING = Request("run", "session", None, "", "")
 
 def test_where_a_reply_filled_what_it_may_carry_the_next_may_take_as_long_as_that_much_does():
     site, lane = Site(up=Speed(bytes_per_s=0.5e6, largest=8 << 20)), Lane("both", 1, held_s=0.0)
-    # 30 MB at half of 0.5 MB/s are 120 s; 8 MiB, the most that came so far, are 33.6 s; 30 s for all else
+    # 30 MB at a third of 0.5 MB/s are 180 s; 8 MiB, the most that came so far, are 50.3 s; 30 s for all else
     lane.was_full = True
     site.ask(lane, OPENING, 0.0)
-    assert lane.overdue_s == pytest.approx(30 + 120)
+    assert lane.overdue_s == pytest.approx(30 + 180)
     lane.was_full = False
     site.ask(lane, OPENING, 0.0)
-    assert lane.overdue_s == pytest.approx(30 + (8 << 20) / 0.25e6)
+    assert lane.overdue_s == pytest.approx(30 + 3 * (8 << 20) / 0.5e6)
 
 
 def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_where_the_other_way_goes_on():

@@ -61,8 +61,8 @@ class Speed:
         return int(max(LEAST_BYTES, min(self.most_bytes, self.bytes_per_s * seconds)))
 
     def patience_s(self, size: int) -> float:
-        """Tell how long a transfer may take: twice what it should."""
-        return 2 * size / (self.bytes_per_s or LEAST_BYTES / PUSH_S)
+        """Tell how long a transfer may take: three times what it should, so that one may break and go on."""
+        return 3 * size / (self.bytes_per_s or LEAST_BYTES / PUSH_S)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from parablock.errors import CodecError
 
 PART_BYTES = 2 << 20
-"""Bytes of a frame at most. Flower moves two at once, and a link that breaks loses those: half a default chunk each."""
+"""Bytes of a frame at most: half a default chunk, as Flower moves two at once and a broken link loses those."""
 
 
 @dataclass(frozen=True)
