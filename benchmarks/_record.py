@@ -181,6 +181,23 @@ def kept_run(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
     return directory
 
 
+def ended_with(directory: RunDirectory, console: Console) -> dict[str, Any]:
+    """Tell, and give, what a run ended with: what is kept of its summary, and where it lies."""
+    summary = directory.read_summary()
+    first, last = summary["initial_eval_loss"], summary["final_eval_loss"]
+    console.print(f"{directory.path.name}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
+    kept = (
+        "delay",
+        "num_rounds",
+        "initial_eval_loss",
+        "final_eval_loss",
+        "uplink_bytes",
+        "model_sha256",
+        "elapsed_s",
+    )
+    return {key: summary[key] for key in kept} | {"directory": directory.path.name, "commit": commit_of(directory)}
+
+
 def place_of(config: RunConfig, work_dir: str, name: str) -> RunDirectory:
     """Tell where a run of this configuration lies."""
     digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]

@@ -15,8 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from _record import Bar, generated, make_console, make_parser, record, t0, table
-from quality import finished
+from _record import Bar, ended_with, generated, kept_run, make_console, make_parser, record, t0, table
 from rich.console import Console
 
 from parablock.config import RunConfig, parse_config
@@ -93,7 +92,8 @@ def ended(wire: Found, seed: int, options: argparse.Namespace, console: Console)
     name = "-".join(
         [wire["format"], wire.get("rounding", "stochastic"), "feedback" * wire.get("error_feedback", False)]
     )
-    return finished(make_config(wire, seed, options), f"{name}-seed-{seed}", Path(options.work_dir), console)
+    directory = kept_run(make_config(wire, seed, options), options.work_dir, f"{name}-seed-{seed}")
+    return ended_with(directory, console)
 
 
 def mean_loss(seeds: list[Found], name: str) -> float:

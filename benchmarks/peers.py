@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _flower import Point, run_fedavg
-from _record import Bar, generated, make_console, make_parser, record, t0, table
-from quality import finished
+from _record import Bar, ended_with, generated, kept_run, make_console, make_parser, record, t0, table
 from rich.console import Console
 
 from parablock.config import RunConfig, parse_config
@@ -130,9 +129,8 @@ def peer(name: str, options: argparse.Namespace, console: Console) -> Found:
 def run_blocks(
     config: RunConfig, name: str, options: argparse.Namespace, console: Console
 ) -> tuple[float, list[Point]]:
-    summary = finished(config, _file_name(name), Path(options.work_dir), console)
-    metrics = Path(options.work_dir) / summary["directory"] / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    directory = kept_run(config, options.work_dir, _file_name(name))
+    rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
     seconds = accumulate(row["round_s"] for row in rows)
     moved = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in rows)
     points = [
@@ -140,7 +138,7 @@ def run_blocks(
         for row, second, num_bytes in zip(rows, seconds, moved, strict=True)
         if row["eval_loss"] is not None
     ]
-    return summary["initial_eval_loss"], points
+    return ended_with(directory, console)["initial_eval_loss"], points
 
 
 def loss_at(row: Found, num_bytes: float) -> float:

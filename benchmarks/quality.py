@@ -27,8 +27,8 @@ from _families import family_scores
 from _record import (
     Bar,
     balanced_mbps,
-    commit_of,
     curve_of,
+    ended_with,
     generated,
     gsm8k,
     kept_run,
@@ -163,25 +163,8 @@ def label_of(name: str, config: RunConfig) -> str:
 
 def ended(directory: RunDirectory, console: Console, shorter: RunDirectory | None = None) -> Found:
     """Give what a run ended with."""
-    summary = directory.read_summary()
-    first, last = summary["initial_eval_loss"], summary["final_eval_loss"]
-    console.print(f"{directory.path.name}: {first:.4f} → {last:.4f} in {summary['elapsed_s']:.0f} s")
-    kept = (
-        "delay",
-        "num_rounds",
-        "initial_eval_loss",
-        "final_eval_loss",
-        "uplink_bytes",
-        "model_sha256",
-        "elapsed_s",
-    )
     curve = curve_of(directory, shorter)
-    return {key: summary[key] for key in kept} | {
-        "seconds": curve[-1][0],
-        "curve": curve,
-        "directory": directory.path.name,
-        "commit": commit_of(directory),
-    }
+    return ended_with(directory, console) | {"seconds": curve[-1][0], "curve": curve}
 
 
 def final(rows: list[Found], delay: int) -> list[float]:
