@@ -204,7 +204,7 @@ def test_kills_of_trainer_clientapp_supernode_and_superlink_change_nothing(
 
 
 def bad_link(workshop: Workshop, config: RunConfig) -> Facts:
-    """Let a site with a single SuperNode come late, over a slow link that is cut on the way up and down and loses an answer."""
+    """Let a site come late, with one SuperNode, over a slow link that is cut up and down and loses an answer."""
     payload = json.loads((workshop.path / "one" / "manifest.json").read_text())["blocks"][0]["parameters"] * 4
     output_dir, patience = workshop.path / "deployed", Patience()
     deployment = Deployment(output_dir, SITES, lanes=1)
