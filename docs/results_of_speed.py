@@ -120,7 +120,7 @@ def _flower_rounds(rows: Sequence[Record]) -> list[str]:
     for row in rows:
         if "round_s" in row and row["scenario"] != "memory":
             way = f"{row['scenario']}: delay {row['delay']}{'' if row['secure'] else ', without TLS'}"
-            way += ", one SuperNode" if row["supernodes"] == 1 else ""
+            way += ", one SuperNode" if row.get("supernodes", 1) == 1 else ""
             groups.setdefault((way, row["megabytes"], row["compute_s"]), []).extend(row["rounds"])
     lines = []
     for (way, mega, compute_s), found in groups.items():
