@@ -97,7 +97,37 @@ def wire(found: Record) -> str:
     ]
     text = "## The wire\n\nEncoding and decoding on one core, and the server's fold.\n"
     head = ["format", "bytes / float32", "MB/s of float32"]
-    return "\n".join([text, *table(head, rows), *foot(found)])
+    return "\n".join([text, *table(head, rows), *_folds(found["results"]["aggregation"]), *foot(found)])
+
+
+def _folds(found: Record) -> list[str]:
+    if "rows" not in found:  # a record of the arithmetic alone
+        return []
+    rows = [
+        [
+            row["what"],
+            f"{row['gigabytes_per_s']:.2f}",
+            f"{row['relative_throughput']:.3f}",
+            f"{row['peak_blocks']:.2f}",
+            f"{row['file_gigabytes']:.1f}",
+            f"{row['disk_gigabytes_per_s']:.2f}" if row["file_gigabytes"] else "",
+        ]
+        for row in found["rows"]
+    ]
+    size = f"{found['updates']} updates of {found['parameters'] / 1e6:g} M parameters"
+    text = (
+        f"\n{size}, through the server's fold: what memory has no room for is in a file until the round is "
+        "committed. Beside it a plain `add_` of the same vectors, and a plain write of the same bytes.\n"
+    )
+    head = [
+        "updates",
+        "GB/s of float32",
+        "/ plain `add_`",
+        "peak memory, blocks",
+        "GB in a file",
+        "GB/s of the disk",
+    ]
+    return [text, *table(head, rows)]
 
 
 def flower(found: Record) -> str:
