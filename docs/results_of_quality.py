@@ -79,7 +79,7 @@ def at_equal_seconds(results: Sequence[Record]) -> list[str]:
         if all(losses for group in seen for losses in group) and at <= min(c[-1][0] for c in curves[1]) + 1:
             rows.append([f"{at:.1f}", *(spread([losses[-1] for losses in group]) for group in seen)])
     return [
-        "\nThe last loss that was looked at by then; the first 24 rounds were every four:\n",
+        "\nThe last loss by then, of those that were computed (in the first rounds, after every fourth):\n",
         *table(["seconds", *RIVALS], rows),
     ]
 
