@@ -433,3 +433,11 @@ def test_what_all_replies_together_may_carry_does_not_grow_with_the_sites():
             site.up.note(1 << 30, 1.0)
             budgets.append(site.ask(Lane("up", 1), OPENING, 0.0).budget_bytes)
         assert sum(budgets) == together
+
+
+def test_an_exchange_that_was_made_again_tells_nothing_of_the_link():
+    frame = Frame(0, 0, True, bytes(1 << 20))
+    for silent, speed in ((False, 1 << 20), (True, 0.0)):
+        site, lane = Site(), Lane("both", 1, silent=silent)
+        site.note(lane, Reply(0), [frame], (0.0, 1.0, 1.0, 2.0))
+        assert site.up.bytes_per_s == speed

@@ -171,6 +171,8 @@ class Site:
     def note(self, lane: Lane, reply: Reply, fresh: list[Frame], times: tuple[float, float, float, float]) -> None:
         """Learn from an exchange how fast the link is and how long the site waits for its trainer.
 
+        Nothing of the link from one that was made again: what Flower has of the first is not sent twice.
+
         Args:
             lane: Whose exchange.
             reply: How it ended.
@@ -180,10 +182,11 @@ class Site:
         pushed, arrived, left, ended = times
         brought = sum(len(frame.content) for frame in self.brought(lane, reply))
         came = sum(len(frame.content) for frame in fresh)
-        if brought:
+        if brought and not lane.silent:
             self.down.note(brought, max((arrived - pushed) / 4, arrived - pushed - FIXED_S))
         if lane.carries != DOWN:
-            self.up.note(came, ended - left)
+            if not lane.silent:
+                self.up.note(came, ended - left)
             lane.was_full = came + PART_BYTES > lane.asked_bytes
         lane.held_s = left - arrived
 
