@@ -397,7 +397,7 @@ def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_whe
         site.note(lane, reply, [], (0.0, 13.0, 13.0, 13.1))  # 1 MiB/s, and 5 s for all else
         site.out.acknowledge(reply.wanted)
         sizes[carries] = sum(len(frame.content) for frame in site.ask(lane, OPENING, 0.0).frames) >> 20
-    assert sizes == {"both": 60, "down": 30}
+    assert sizes == {"both": 56, "down": 24}
     assert Site(up=Speed(1 << 20)).ask(Lane("up", 1), OPENING, 0.0).budget_bytes == 30 << 20
 
 
