@@ -251,7 +251,8 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
             return
 
     def median(scenario: str, delay: int, *, secure: bool = True) -> Any:
-        return round_s(rows, scenario, delay=delay, secure=secure, supernodes=options.supernodes)
+        found = (round_s(rows, scenario, delay=delay, secure=secure, supernodes=many) for many in (2, 1))
+        return next((seconds for seconds in found if seconds), None)  # of one SuperNode where two are not on record
 
     equal, long, balanced = "wire = compute", "covered", "exchange = compute"
     add("seconds of an empty exchange", 5.0, lambda: median("empty", 0))
