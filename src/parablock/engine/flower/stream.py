@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from parablock.errors import CodecError
 
 PART_BYTES = 8 << 20
-"""Bytes of a frame at most. Each is a request of its own: 2 MiB made it slower by a third at 200 Mbit/s."""
+"""Bytes of a frame at most. Each is a request of its own through Flower."""
 
 
 @dataclass(frozen=True)
