@@ -17,6 +17,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loop_grid import LoopGrid
+from parablock.clock import RealClock
 from parablock.config import parse_config
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
@@ -29,7 +31,7 @@ from parablock.deploy.processes import (
 )
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
-from parablock.engine.flower import stream
+from parablock.engine.flower import grid, stream
 from parablock.engine.flower.exchange import (
     Reply,
     Request,
@@ -53,6 +55,7 @@ from parablock.engine.flower.local_socket import (
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.engine.flower.stream import Frame, Inbox, Outbox
 from parablock.errors import CodecError, ConfigError, InputError, ParaBlockError, StorageError
+from parablock.trace import Trace
 
 REQUEST = Request("run", "session", None, "train: {}", "abc")
 SERVER = {
@@ -442,3 +445,48 @@ def test_an_exchange_that_was_made_again_tells_nothing_of_the_link():
         site, lane = Site(), Lane("both", 1, silent=silent)
         site.note(lane, Reply(0), [frame], (0.0, 1.0, 1.0, 2.0))
         assert site.up.bytes_per_s == speed
+
+
+def test_a_small_reply_does_not_make_the_next_large_one_overdue():
+    site, lane = Site(up=Speed(1 << 20)), Lane("up", 1)
+    site.ask(lane, OPENING, 0.0)
+    patience = []
+    for size in (4 << 20, 10):
+        site.note(lane, Reply(0), [Frame(0, 0, True, bytes(size))], (0.0, 1.0, 1.0, 5.0))
+        site.ask(lane, OPENING, 0.0)
+        patience.append(lane.overdue_s)
+    assert patience == [patience[0]] * 2
+    site.note(lane, Reply(0), [Frame(0, 0, True, bytes(6 << 20))], (0.0, 1.0, 1.0, 7.0))  # as fast, and more
+    site.ask(lane, OPENING, 0.0)
+    assert lane.overdue_s > patience[0]
+
+
+class Online(LoopGrid):
+    """A Grid that only says who is online."""
+
+    def __init__(self) -> None:
+        super().__init__([], lambda *_: None, lambda *_: "carry")
+        self.nodes: set[int] = set()
+
+    def get_node_ids(self) -> set[int]:
+        return self.nodes
+
+
+def test_a_site_that_starts_again_without_keys_does_not_end_the_run():
+    told, online = list[str](), Online()
+    transport = grid.GridTransport(online, 1, OPENING, epoch_s=lambda: 0.0, tell=told.append)
+    transport._welcome(1, Reply(0, carries="up"))
+    transport._welcome(2, Reply(0, carries="down"))
+    with pytest.raises(InputError, match="two sites say that they are client 0"):
+        transport._welcome(3, Reply(0, carries="down"))  # before the run somebody has made a mistake
+    transport.begin(Trace(RealClock()), None)
+    site = transport._sites[0]
+    transport._welcome(3, Reply(0, carries="down"))  # number 2 is gone, and nobody knows it yet
+    assert site.lanes["down"].node_id == 2
+    assert told == ["client 0 has connected", "another SuperNode says that it is client 0; its place is taken"]
+    site.lanes["up"].offline = True
+    online.nodes = {1}
+    transport._look_for_the_lost()
+    assert [site.lanes[carries].offline for carries in ("up", "down")] == [False, True]
+    transport._welcome(3, Reply(0, carries="down"))
+    assert site.lanes["down"].node_id == 3 and transport.is_there(0)

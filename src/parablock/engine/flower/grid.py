@@ -141,6 +141,9 @@ class GridTransport:
             )
         site = self._sites[reply.client_id]
         if not site.take_lane(reply.carries, node_id):
+            if self._trace is not None:  # whose place it would take may be gone, without that being known yet
+                self._tell(f"another SuperNode says that it is client {reply.client_id}; its place is taken")
+                return
             raise InputError(
                 f"two sites say that they are client {reply.client_id}",
                 remedy="Give each site a client_id of its own.",
@@ -240,7 +243,7 @@ class GridTransport:
         """See who is back: a SuperNode with a key under its own number, one without under a new one."""
         online = set(self._grid.get_node_ids())
         for _, _, lane in self._lanes():
-            lane.offline = lane.offline and lane.node_id not in online
+            lane.offline = lane.node_id not in online
         if any(lane.offline for _, _, lane in self._lanes()):
             for _ in self._greet():
                 pass

@@ -42,7 +42,7 @@ class Speed:
 
     Attributes:
         bytes_per_s: Of the last transfer that was worth measuring; 0: none yet.
-        largest: Bytes of the last transfer.
+        largest: Bytes of the largest transfer.
         most_bytes: What may go at once however fast it is.
     """
 
@@ -52,7 +52,7 @@ class Speed:
 
     def note(self, size: int, seconds: float) -> None:
         """Take a transfer as the measure of the next ones."""
-        self.largest = size
+        self.largest = max(self.largest, size)
         if size > WORTH_MEASURING and seconds > 0:
             self.bytes_per_s = size / seconds
 
