@@ -16,12 +16,16 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from parablock.engine.flower.courier import pack, unpack
-from parablock.engine.flower.exchange import Reply, request_of
+from parablock.engine.flower.exchange import Reply, Request, request_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
+from parablock.engine.flower.stream import Place
 
 Fate = Callable[[int, int], str]
-"""Gives carry | lose | refuse for (client_id, the how-manieth exchange with it); fail for a greeting, the 0th."""
+"""Gives carry | lose | refuse | die for (client_id, which exchange with it), fail for a greeting, the 0th.
+
+At `die` the site's trainer makes room for another if it is asked for the rest of a message.
+"""
 
 
 class LoopGrid(Grid):
@@ -41,6 +45,7 @@ class LoopGrid(Grid):
         self._count = 0
         self.exchanges = [0] * len(state_dirs)
         self._started: set[Path] = set()
+        self.deaths = 0
 
     def set_run(self, run: object) -> None:
         """Nothing to set."""
@@ -84,16 +89,19 @@ class LoopGrid(Grid):
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
                 return
             if folder.path.exists() and folder.finished is not None:
-                reply = Reply(client_id, wanted=folder.finished[0], idle=True, finished=True)
+                reply = Reply(client_id, wanted=Place(folder.finished), idle=True, finished=True)
             else:
                 reply = self._carry(client_id, folder, request)
             if self._fate(client_id, self.exchanges[client_id]) == "lose":
                 return
         self._replies[message_id] = Message(pack(reply), reply_to=message)
 
-    def _carry(self, client_id: int, folder: SessionFolder, request: object) -> Reply:
+    def _carry(self, client_id: int, folder: SessionFolder, request: Request) -> Reply:
         with self._starting:
             folder.open(request)
+            if request.wanted.offset and self._fate(client_id, self.exchanges[client_id]) == "die":
+                self._started.discard(folder.path)
+                self.deaths += 1
             if folder.path not in self._started:
                 self._started.add(folder.path)
                 self._start(client_id, folder)
@@ -105,4 +113,4 @@ class LoopGrid(Grid):
                     return receive_reply(connection)
             except (OSError, EOFError):
                 threading.Event().wait(0.01)
-        return Reply(client_id, wanted=folder.finished[0], idle=True, finished=True)
+        return Reply(client_id, wanted=Place(folder.finished), idle=True, finished=True)

@@ -123,6 +123,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(lanes, "SLACK_S", 0.2)
     monkeypatch.setattr(grid_module, "POLL_S", 0.005)
     monkeypatch.setattr(lanes, "LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(lanes, "LEAST_FRAME_BYTES", 100)  # messages are cut into several
     monkeypatch.setattr(lanes, "PUSH_S", 0.1)
     monkeypatch.setattr(lanes, "STREAM_S", 0.1)
 
@@ -164,6 +165,17 @@ def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, c
     assert same(result.server.params, undisturbed.server.params)
     assert sum(grid.exchanges) > sum(quiet.exchanges)
     assert result.last_traffic.uplink_bytes == undisturbed.last_traffic.uplink_bytes
+
+
+def test_a_trainer_that_dies_in_the_middle_of_an_update_sends_it_whole_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(lanes, "LEAST_BYTES", 150)  # an update takes several exchanges
+    encoding = Encoding("float32")
+    result, grid = over_flower(
+        tmp_path, plan(1, encoding), lambda i, n: "die" if i == 1 and n % 9 == 0 else "carry"
+    )
+    assert grid.deaths > 0
+    assert same(result.server.params, in_process(plan(1, encoding)).server.params)
+    assert not same(result.server.params, in_process(plan(0, encoding)).server.params)
 
 
 def test_a_site_four_times_slower_is_asked_again_and_changes_nothing(tmp_path: Path):

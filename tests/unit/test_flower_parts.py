@@ -31,7 +31,7 @@ from parablock.deploy.processes import (
 )
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
-from parablock.engine.flower import grid, stream
+from parablock.engine.flower import grid
 from parablock.engine.flower.exchange import (
     Reply,
     Request,
@@ -53,7 +53,7 @@ from parablock.engine.flower.local_socket import (
     send,
 )
 from parablock.engine.flower.session import Position, SessionFolder
-from parablock.engine.flower.stream import Frame, Inbox, Outbox
+from parablock.engine.flower.stream import START, Frame, Inbox, Outbox, Place
 from parablock.errors import CodecError, ConfigError, InputError, ParaBlockError, StorageError
 from parablock.trace import Trace
 
@@ -67,50 +67,97 @@ SERVER = {
 }
 
 
+def frame(message: int, content: bytes, offset: int = 0, size: int | None = None, checksum: int = 7) -> Frame:
+    return Frame(message, offset, offset + len(content) if size is None else size, checksum, 0, content)
+
+
 @given(
     messages=st.lists(st.binary(max_size=40), max_size=8),
-    exchanges=st.lists(st.tuples(st.integers(1, 30), st.sampled_from(["carry", "lose", "twice"])), max_size=60),
+    exchanges=st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 9), st.sampled_from(["carry", "lose", "twice", "late"])),
+        max_size=60,
+    ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_message_arrives_once_and_in_order_whatever_is_lost(messages, exchanges):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "PART_BYTES", 7)
-        out, inbox, received = Outbox(), Inbox(), []
-        for message in messages:
-            out.put(message, 0)
-        for budget, fate in [*exchanges, *[(1 << 20, "carry")] * 2]:
-            out.acknowledge(inbox.wanted)
-            frames = out.after(inbox.wanted, budget)
-            for _ in range({"lose": 0, "carry": 1, "twice": 2}[fate]):
-                received += [message for message, _ in inbox.take(frames)]
+    out, inbox, received, late = Outbox(), Inbox(), [], []
+    for message in messages:
+        out.put(message, 0)
+    for budget, longest, fate in [*exchanges, *[(1 << 20, 1 << 20, "carry")] * 2]:
         out.acknowledge(inbox.wanted)
+        frames = out.after(inbox.wanted, budget, longest)
+        assert frames == out.unconfirmed(budget, longest)
+        assert all(len(frame.content) <= longest for frame in frames)
+        before, brought = inbox.wanted, len(received)
+        for _ in range({"lose": 0, "late": 0, "carry": 1, "twice": 2}[fate]):
+            received += [message for message, _ in inbox.take(frames)]
+        between = out.between(before, inbox.wanted)
+        assert b"".join(f.content for f in between) == b"".join(
+            f.content for f in frames if fate in ("carry", "twice")
+        )
+        assert len(received) - brought == sum(f.next_place.offset == 0 for f in between)
+        received += [message for message, _ in inbox.take(late)]  # overtaken by a request of another cut
+        late = frames if fate == "late" else []
+    out.acknowledge(inbox.wanted)
     assert received == messages
     assert out.is_empty
 
 
 def test_a_missing_frame_is_an_error_and_a_known_one_is_not():
     inbox = Inbox()
-    first, second = Frame(0, 0, True, b"a"), Frame(1, 0, True, b"b")
+    first, second = frame(0, b"a"), frame(1, b"bcd")
     assert inbox.take([first, first]) == [(b"a", first)]
-    with pytest.raises(CodecError, match="frame 2 came where frame 1"):
-        inbox.take([replace(second, number=2)])
-    assert inbox.take([second]) == [(b"b", second)]
+    with pytest.raises(CodecError, match="byte 0 of message 2 came where byte 0 of message 1"):
+        inbox.take([frame(2, b"b")])
+    with pytest.raises(CodecError, match="byte 2 of message 1 came where byte 0 of message 1"):
+        inbox.take([frame(1, b"d", offset=2)])
+    assert inbox.take([frame(1, b"bc", size=3)]) == []
+    assert inbox.fresh([second]) == [frame(1, b"d", offset=2)]
+    assert inbox.take([second]) == [(b"bcd", frame(1, b"d", offset=2))]
+
+
+def test_a_message_that_was_made_again_is_taken_from_its_beginning():
+    """The sender died in the middle of it, and a measured time stands in it."""
+    out, inbox = Outbox(), Inbox()
+    out.put(b"1 s, and a delta", 0)
+    inbox.take(out.after(inbox.wanted, 6, 6))
+    assert inbox.wanted[:2] == (0, 6)
+    same, other = Outbox(), Outbox()
+    same.put(b"1 s, and a delta", 0)
+    other.put(b"2 s, and a delta", 0)
+    assert [f.offset for f in same.after(inbox.wanted, 100, 100)] == [6]
+    assert [f.offset for f in other.after(inbox.wanted, 100, 100)] == [0]
+    inbox.take(other.after(inbox.wanted, 4, 4))
+    with pytest.raises(CodecError, match="byte 6 of message 0 came where byte 0"):
+        inbox.take(same.after(Place(0, 6, same.after(START, 1)[0].checksum), 100))
+    assert [message for message, _ in inbox.take(other.after(inbox.wanted, 100))] == [b"2 s, and a delta"]
 
 
 def test_a_sender_that_starts_again_keeps_the_numbers_and_does_not_send_what_is_known():
     out = Outbox(first=3)
-    out.acknowledge(5)
+    out.acknowledge(Place(5))
     for content in (b"3", b"4", b"5"):
         out.put(content, 0)
-    assert [(frame.number, frame.content) for frame in out.after(0, 100)] == [(5, b"5")]
+    assert [(frame.message, frame.content) for frame in out.unconfirmed(100)] == [(5, b"5")]
+    assert not out.has(Place(6)) and out.has(Place(5))
+
+
+def test_frames_are_as_long_as_the_link_is_worth():
+    sizes = [Speed(bytes_per_s).frame_bytes for bytes_per_s in (0, 0.5e6, 4e6, 25e6)]
+    assert sizes == [1 << 20, 1 << 20, 2_000_000, 8 << 20]
+    site, lane = Site(up=Speed(4e6), down=Speed(3e6)), Lane("both", 1)
+    site.out.put(bytes(7_000_000), 0)
+    request = site.ask(lane, OPENING, 0.0)
+    assert request.frame_bytes == 2_000_000
+    assert [len(frame.content) for frame in request.frames] == [1_400_000] * 5
 
 
 def test_headers_say_all_and_give_it_back():
-    frames = (Frame(4, 2, False, b"xy"), Frame(5, 2, True, b""))
-    request = replace(REQUEST, frames=frames, wanted=7, restore=3)
+    frames = (Frame(4, 3, 5, 99, 2, b"xy"), Frame(5, 0, 0, 1, 2, b""))
+    request = replace(REQUEST, frames=frames, wanted=Place(7, 2, 9), restore=3)
     assert frame_bytes(header_of(request)) == [2, 0]
     assert request_of(header_of(request), [b"xy", b""]) == request
-    reply = Reply(1, wanted=2, held_rounds=(1, 2), spans=(("compute", "computing", 0.5, 1.0, {"a": 1}),))
+    reply = Reply(1, wanted=Place(2), held_rounds=(1, 2), spans=(("compute", "computing", 0.5, 1.0, {"a": 1}),))
     assert reply_of(header_of(reply), []) == reply
     with pytest.raises(CodecError, match="not a Reply"):
         reply_of(header_of(request), [b"xy", b""])
@@ -125,10 +172,14 @@ def test_headers_say_all_and_give_it_back():
         "[]",
         "{}",
         '{"protocol": 99, "frames": []}',
-        '{"protocol": 2, "frames": [[0, 0, true, 99999999999]]}',
-        '{"protocol": 2, "frames": [[-1, 0, true, 1]]}',
-        '{"protocol": 2, "frames": [[0, 0, 1, 1]]}',
-        '{"protocol": 2, "kind": "Request", "frames": [], "surprise": 1}',
+        '{"protocol": 3, "frames": [[0, 0, 99999999999, 1, 0, 99999999999]]}',
+        '{"protocol": 3, "frames": [[-1, 0, 1, 1, 0, 1]]}',
+        '{"protocol": 3, "frames": [[0, true, 1, 1, 0, 1]]}',
+        '{"protocol": 3, "frames": [[0, 1, 1, 1, 0, 1]]}',
+        '{"protocol": 3, "frames": [[0, 1, 1, 1, 0, 0]]}',
+        '{"protocol": 3, "frames": [[0, 0, 1, 1, 0, -1]]}',
+        '{"protocol": 3, "frames": [[0, 0, 1, 1, 1]]}',
+        '{"protocol": 3, "kind": "Request", "frames": [], "surprise": 1}',
     ],
 )
 def test_a_broken_header_is_refused_before_anything_is_allocated(broken: str):
@@ -152,7 +203,7 @@ def test_whatever_a_site_says_is_taken_as_it_is_meant_or_refused(name: str, valu
         reply = reply_of(json.dumps(said), [])
     except CodecError:
         return
-    assert isinstance(reply.wanted, int)
+    assert len(reply.wanted) == 3 and all(type(number) is int for number in reply.wanted)
     assert all(len(span) == 5 for span in reply.spans)
     assert len(reply.error) in (0, 4)
 
@@ -168,29 +219,31 @@ def test_a_sites_error_keeps_its_words_and_its_fault():
 def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path):
     folder = SessionFolder(tmp_path, "run", "1")
     folder.open(REQUEST)
-    folder.keep(Frame(number, 0, True, b"%d" % number) for number in range(5))
+    frames = [frame(number, b"%d" % number) for number in range(11)]
+    halves = [frame(11, b"ab", size=4), frame(11, b"cd", offset=2)]
+    folder.keep(reversed([*frames, *halves]))
     assert folder.opened_by() == REQUEST
-    assert [frame.number for frame in folder.kept()] == [0, 1, 2, 3, 4]
-    folder.move_to(Position(2, wanted=3, first_sent=1))
+    assert folder.kept() == [*frames, *halves]
+    folder.move_to(Position(2, wanted=10, first_sent=1))
     again = SessionFolder(tmp_path, "run", "1")
     again.open(replace(REQUEST, config="another"))
     assert again.opened_by() == REQUEST
-    assert again.position == Position(2, 3, 1)
-    assert [(frame.number, frame.content) for frame in again.kept()] == [(3, b"3"), (4, b"4")]
+    assert again.position == Position(2, 10, 1)
+    assert again.kept() == [frames[10], *halves]
     assert again.finished is None
-    again.finish(9, 4)
-    assert again.finished == (9, 4)
+    again.finish(9)
+    assert again.finished == 9
 
 
 def test_a_sites_disk_that_takes_no_more_is_said_and_leaves_nothing_half_written(tmp_path: Path):
     folder = SessionFolder(tmp_path, "run", "1")
     folder.open(REQUEST)
-    folder.keep([Frame(0, 0, True, b"there is room")])
+    folder.keep([frame(0, b"there is room")])
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
         with pytest.raises(StorageError, match="cannot be written") as full:
-            folder.keep([Frame(1, 0, True, bytes(200_000))])
+            folder.keep([frame(1, bytes(200_000))])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "Make room there" in full.value.remedy
@@ -397,11 +450,11 @@ def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_whe
         first = site.ask(lane, OPENING, 0.0)
         brought = sum(len(frame.content) for frame in first.frames)
         assert brought == 8 << 20  # nothing is known of the link
-        reply = Reply(0, wanted=first.frames[-1].number + 1)
+        reply = Reply(0, wanted=first.frames[-1].next_place)
         site.note(lane, reply, [], (0.0, arrived := 5.0 + brought / 2**20, arrived, arrived))  # 1 MiB/s
         site.out.acknowledge(reply.wanted)
         sizes[carries] = sum(len(frame.content) for frame in site.ask(lane, OPENING, 0.0).frames) >> 20
-    assert sizes == {"both": 56, "down": 24}
+    assert sizes == {"both": 60, "down": 30}
     assert Site(up=Speed(1 << 20)).ask(Lane("up", 1), OPENING, 0.0).budget_bytes == 30 << 20
 
 
@@ -440,10 +493,10 @@ def test_what_all_replies_together_may_carry_does_not_grow_with_the_sites():
 
 
 def test_an_exchange_that_was_made_again_tells_nothing_of_the_link():
-    frame = Frame(0, 0, True, bytes(1 << 20))
+    part = frame(0, bytes(1 << 20))
     for silent, speed in ((False, 1 << 20), (True, 0.0)):
         site, lane = Site(), Lane("both", 1, silent=silent)
-        site.note(lane, Reply(0), [frame], (0.0, 1.0, 1.0, 2.0))
+        site.note(lane, Reply(0), [part], (0.0, 1.0, 1.0, 2.0))
         assert site.up.bytes_per_s == speed
 
 
@@ -452,11 +505,11 @@ def test_a_small_reply_does_not_make_the_next_large_one_overdue():
     site.ask(lane, OPENING, 0.0)
     patience = []
     for size in (4 << 20, 10):
-        site.note(lane, Reply(0), [Frame(0, 0, True, bytes(size))], (0.0, 1.0, 1.0, 5.0))
+        site.note(lane, Reply(0), [frame(0, bytes(size))], (0.0, 1.0, 1.0, 5.0))
         site.ask(lane, OPENING, 0.0)
         patience.append(lane.overdue_s)
     assert patience == [patience[0]] * 2
-    site.note(lane, Reply(0), [Frame(0, 0, True, bytes(6 << 20))], (0.0, 1.0, 1.0, 7.0))  # as fast, and more
+    site.note(lane, Reply(0), [frame(0, bytes(6 << 20))], (0.0, 1.0, 1.0, 7.0))  # as fast, and more
     site.ask(lane, OPENING, 0.0)
     assert lane.overdue_s > patience[0]
 

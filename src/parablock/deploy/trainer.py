@@ -28,7 +28,6 @@ from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import Position, SessionFolder
-from parablock.engine.flower.stream import frames_of
 from parablock.errors import CheckpointError, DataError, ModelError
 from parablock.fleet import make_fleet
 from parablock.job import prepare
@@ -90,10 +89,10 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
         save_checkpoint(folder.snapshots, _stored(round_index, taken, client.state), keep=checkpoints_kept(config))
-        frames = sum(frames_of(message) for messages in taken.sent.values() for message in messages)
+        in_flight = sum(map(len, taken.sent.values()))
         # what has come ahead of its commit is taken again, and with it this very mark
         again = client.chunks_ahead + 1 if client.chunks_ahead else 0
-        folder.move_to(Position(round_index, mailbox.wanted_before(again), mailbox.first_sent(frames)))
+        folder.move_to(Position(round_index, mailbox.wanted_before(again), mailbox.first_sent(in_flight)))
 
     client = Client(
         site.client_id,

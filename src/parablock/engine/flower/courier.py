@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from parablock.engine.flower.exchange import BOTH, Reply, Request, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
+from parablock.engine.flower.stream import Place
 from parablock.errors import ParaBlockError, StallError
 
 ATTEMPTS = 3
@@ -85,7 +86,7 @@ def _carry(request: Request, client_id: int, state_dir: Path, command: list[str]
             folder.open(request)
             if folder.finished is not None:
                 now = datetime.now(UTC).timestamp()
-                wanted = folder.finished[0]
+                wanted = Place(folder.finished)
                 return Reply(client_id, wanted, arrived_s=now, left_s=now, idle=True, finished=True)
             trainer = _reach_trainer(folder, state_dir, command)
         with closing(trainer) as connection:

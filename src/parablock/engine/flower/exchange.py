@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, TypeVar
 
-from parablock.engine.flower.stream import PART_BYTES, Frame
+from parablock.engine.flower.stream import PART_BYTES, START, Frame, Place
 from parablock.errors import CodecError, InputError, ParaBlockError
 
 T = TypeVar("T", "Request", "Reply")
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEADER_BYTES = 4 << 20
 """Bytes of a header at most."""
 
@@ -35,9 +35,10 @@ class Request:
         restore: The round whose snapshot the session starts from; None: from the base model.
         config: What the clients have to know of the configuration, as YAML.
         base_sha256: Of the base model that all have to share.
-        wanted: The next frame of the client that the server wants.
+        wanted: What the server wants next of the client.
         carries: Whether frames may come with the request, go with the reply, or both: down | up | both.
         budget_bytes: How much the reply may carry.
+        frame_bytes: How long its frames may be.
         wait_s: How long the client may wait for something to reply with.
         hello: Only say who you are and which snapshots you keep.
         frames: For the client.
@@ -49,8 +50,9 @@ class Request:
     config: str
     base_sha256: str
     carries: str = BOTH
-    wanted: int = 0
+    wanted: Place = START
     budget_bytes: int = 0
+    frame_bytes: int = PART_BYTES
     wait_s: float = 0.0
     hello: bool = False
     frames: tuple[Frame, ...] = ()
@@ -62,7 +64,7 @@ class Reply:
 
     Attributes:
         client_id: Who.
-        wanted: The next frame of the server that the client wants; the ones before are on its disk.
+        wanted: What the client wants next of the server; all before that is on its disk.
         arrived_s: When the request was there, seconds since 1970 by the client's clock.
         left_s: When the reply was ready, likewise.
         idle: Whether the client has nothing to do until more is sent to it.
@@ -75,7 +77,7 @@ class Reply:
     """
 
     client_id: int
-    wanted: int = 0
+    wanted: Place = START
     arrived_s: float = 0.0
     left_s: float = 0.0
     idle: bool = False
@@ -104,7 +106,7 @@ def error_of(who: str, word: Sequence[Any]) -> ParaBlockError:
 def header_of(said: Request | Reply) -> str:
     """Write all but the frames' contents as a line of JSON."""
     fields = {name: value for name, value in vars(said).items() if name != "frames"}
-    places = [[frame.number, frame.round_index, frame.ends, len(frame.content)] for frame in said.frames]
+    places = [[f.message, f.offset, f.size, f.checksum, f.round_index, len(f.content)] for f in said.frames]
     return json.dumps({"protocol": PROTOCOL, "kind": type(said).__name__, **fields, "frames": places})
 
 
@@ -114,7 +116,7 @@ def frame_bytes(header: str) -> list[int]:
     Raises:
         CodecError: It is not a header of this protocol.
     """
-    return [place[3] for place in _fields(header)["frames"]]
+    return [place[-1] for place in _fields(header)["frames"]]
 
 
 def request_of(header: str, contents: Sequence[bytes]) -> Request:
@@ -133,15 +135,17 @@ def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
     if fields.pop("kind") != kind.__name__:
         raise _foreign(f"it is not a {kind.__name__}")
     places = fields.pop("frames")
-    if [place[3] for place in places] != [len(content) for content in contents]:
+    if [place[-1] for place in places] != [len(content) for content in contents]:
         raise _foreign("its frames are not of the lengths that it says")
     frames = tuple(
-        Frame(number, round_index, ends, content)
-        for (number, round_index, ends, _), content in zip(places, contents, strict=True)
+        Frame(message, offset, size, checksum, round_index, content)
+        for (message, offset, size, checksum, round_index, _), content in zip(places, contents, strict=True)
     )
     wrong = [name for name, value in fields.items() if not _fits(name, value)]
     if wrong:
         raise _foreign(f"its {', '.join(wrong)} cannot be")
+    if "wanted" in fields:
+        fields["wanted"] = Place(*fields["wanted"])
     if "held_rounds" in fields:
         fields["held_rounds"] = tuple(fields["held_rounds"])
         fields["spans"] = tuple(tuple(span) for span in fields["spans"])
@@ -154,13 +158,13 @@ def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
 
 def _fits(name: str, value: Any) -> bool:
     """Tell whether a field of a header can have this value."""
-    if name in ("held_rounds", "spans", "error"):
+    if name in ("wanted", "held_rounds", "spans", "error"):
         return isinstance(value, list) and _list_fits(name, value)
     if name == "restore":
         return value is None or type(value) is int
     number = int | float
     kinds: dict[str, Any] = {
-        **dict.fromkeys(("client_id", "wanted", "budget_bytes"), int),
+        **dict.fromkeys(("client_id", "budget_bytes", "frame_bytes"), int),
         **dict.fromkeys(("arrived_s", "left_s", "wait_s"), number),
         **dict.fromkeys(("idle", "finished", "hello"), bool),
     }
@@ -169,6 +173,8 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _list_fits(name: str, items: list[Any]) -> bool:
+    if name == "wanted":
+        return len(items) == len(START) and all(type(item) is int and item >= 0 for item in items)
     if name == "held_rounds":
         return all(type(item) is int for item in items)
     if name == "error":
@@ -184,15 +190,22 @@ def _list_fits(name: str, items: list[Any]) -> bool:
     )
 
 
+def _is_frame(message: Any, offset: Any, size: Any, checksum: Any, round_index: Any, length: Any) -> bool:
+    """Tell whether a frame can be as its header says."""
+    if any(type(value) is not int for value in (message, offset, size, checksum, round_index, length)):
+        return False
+    is_somewhere = min(message, offset, checksum) >= 0 and length <= min(PART_BYTES, size - offset)
+    return is_somewhere and bool(length > 0 or length == size == 0)
+
+
 def _fields(header: str) -> dict[str, Any]:
     try:
         fields = json.loads(header)
         if fields["protocol"] != PROTOCOL:
             raise _foreign(f"it speaks protocol {fields['protocol']}, and this release {PROTOCOL}")
-        for number, round_index, ends, length in fields["frames"]:
-            known = type(number) is int and type(round_index) is int and type(ends) is bool and type(length) is int
-            if not known or number < 0 or not 0 <= length <= PART_BYTES:
-                raise _foreign(f"it announces a frame {[number, round_index, ends, length]}")
+        for place in fields["frames"]:
+            if not _is_frame(*place):
+                raise _foreign(f"it announces a frame {place}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _foreign(f"its header is broken: {error!r}") from None
     assert isinstance(fields, dict)

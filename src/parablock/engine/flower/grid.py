@@ -289,7 +289,7 @@ class GridTransport:
             raise error_of(f"client {item.client_id} has given up", reply.error)
         if reply.client_id != item.client_id:
             raise WireError(f"client {item.client_id} answered as client {reply.client_id}")
-        fresh = [frame for frame in reply.frames if frame.number >= site.inbox.wanted]
+        fresh = site.inbox.fresh(reply.frames)
         self._record(item, reply, site, fresh)
         lane.silent = False
         if lane.carries != UP:  # the other one knows of them too, but not when they came

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from parablock.engine.flower.exchange import BOTH, DOWN, UP, Reply, Request
-from parablock.engine.flower.stream import PART_BYTES, Frame, Inbox, Outbox
+from parablock.engine.flower.stream import PART_BYTES, START, Frame, Inbox, Outbox, Place
 
 WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
@@ -31,6 +31,12 @@ STREAM_S = 30.0
 
 SLACK_S = 20.0
 """What an exchange may take beyond its bytes and its waiting before it is made again."""
+
+FRAME_S = 0.5
+"""How long a frame should be on its way: Flower moves two at once, and a link that breaks loses them."""
+
+LEAST_FRAME_BYTES = 1 << 20
+"""What each frame costs beside its bytes is not worth shorter ones."""
 
 FIXED_S = 5.0
 """What an exchange takes on the way to a site whatever it carries: a poll, and the start of a process."""
@@ -59,6 +65,11 @@ class Speed:
     def budget_bytes(self, seconds: float) -> int:
         """Tell how much may go at once."""
         return int(max(LEAST_BYTES, min(self.most_bytes, self.bytes_per_s * seconds)))
+
+    @property
+    def frame_bytes(self) -> int:
+        """How long a frame should be."""
+        return int(max(LEAST_FRAME_BYTES, min(PART_BYTES, self.bytes_per_s * FRAME_S)))
 
     def patience_s(self, size: int) -> float:
         """Tell how long a transfer may take: three times what it should, so that one may break and go on."""
@@ -111,7 +122,7 @@ class Site:
     down: Speed = field(default_factory=Speed)
     problem: str = ""
     finished: bool = False
-    sent_before: int = 0
+    sent_before: Place = START
 
     @property
     def is_complete(self) -> bool:
@@ -147,7 +158,8 @@ class Site:
 
     def ask(self, lane: Lane, opening: Request, now_s: float) -> Request:
         """Begin an exchange, whose request says of the run what `opening` does."""
-        frames = () if lane.carries == UP else tuple(self.out.after(0, self.down.budget_bytes(lane.part_s)))
+        budget_bytes = self.down.budget_bytes(lane.part_s)
+        frames = () if lane.carries == UP else tuple(self.out.unconfirmed(budget_bytes, self.down.frame_bytes))
         lane.asked_bytes = self.up.budget_bytes(lane.part_s)
         lane.attempt += 1
         lane.outstanding, lane.more = True, False
@@ -157,6 +169,7 @@ class Site:
             carries=lane.carries,
             wanted=self.inbox.wanted,
             budget_bytes=lane.asked_bytes,
+            frame_bytes=self.up.frame_bytes,
             wait_s=WAIT_S,
             frames=frames,
         )
@@ -191,11 +204,8 @@ class Site:
         lane.held_s = left - arrived
 
     def brought(self, lane: Lane, reply: Reply) -> list[Frame]:
-        """Give the frames that an exchange has brought to the site, and none before it."""
-        if lane.carries == UP:
-            return []
-        sent = self.out.after(self.sent_before, 1 << 62)
-        return [frame for frame in sent if frame.number < reply.wanted]
+        """Give what an exchange has brought to the site, and none before it."""
+        return [] if lane.carries == UP else self.out.between(self.sent_before, reply.wanted)
 
 
 def site_among(num_sites: int) -> Site:

@@ -17,7 +17,7 @@ from types import TracebackType
 from parablock.engine.flower.exchange import BOTH, DOWN, Reply, Request, word_of
 from parablock.engine.flower.local_socket import accept, receive_request, send
 from parablock.engine.flower.session import SessionFolder
-from parablock.engine.flower.stream import Inbox, Outbox, frames_of
+from parablock.engine.flower.stream import Frame, Inbox, Outbox
 from parablock.engine.pipeline import start_thread
 from parablock.errors import CodecError, ParaBlockError, StallError, StorageError
 from parablock.trace import Trace
@@ -78,7 +78,7 @@ class TrainerMailbox:
         self._client_id, self._listener, self._secret, self._folder = client_id, listener, secret, folder
         self._trace, self._epoch_s, self._lease_s = trace, epoch_s, lease_s
         position = folder.position
-        self._places, self._sent_frames = [position.wanted], position.first_sent
+        self._next_received, self._next_sent = position.wanted, position.first_sent
         self._batch: list[tuple[bytes, int]] = []
         self._consumed = self._delivered = 0
         self._out, self._in = Outbox(position.first_sent), Inbox(position.wanted)
@@ -91,8 +91,8 @@ class TrainerMailbox:
     # ── the compute thread ──────────────────────────────────────────────────────────────────────────
 
     def __enter__(self) -> TrainerMailbox:
-        for message, frame in self._in.take(self._folder.kept()):
-            self._deliver(message, frame.number + 1)
+        for message, _ in self._in.take(self._folder.kept()):
+            self._deliver(message)
         self._thread = start_thread(self._trace.clock, self._serve, f"client {self._client_id} communication")
         return self
 
@@ -106,7 +106,7 @@ class TrainerMailbox:
     def send(self, message: bytes, round_index: int) -> None:
         """Have an update ready for the next ClientApp. Called by the compute thread."""
         self._batch.append((message, round_index))
-        self._sent_frames += frames_of(message)
+        self._next_sent += 1
 
     def receive(self) -> bytes:
         """Wait for the next message of the server. Called by the compute thread.
@@ -119,23 +119,18 @@ class TrainerMailbox:
             item = self._to_compute.get(self._lease_s * 2, "the server's next message")
         if isinstance(item, BaseException):
             raise item
-        message, place = item
-        self._places.append(place)
+        assert isinstance(item, bytes)
+        self._next_received += 1
         self._consumed += 1
-        assert isinstance(message, bytes)
-        return message
+        return item
 
     def wanted_before(self, messages: int) -> int:
-        """Give the first frame of the last so many messages that were received; of 0: the next one."""
-        return self._places[-1 - messages]
+        """Give the number of the first of the last so many messages that were received; of 0: the next one."""
+        return self._next_received - messages
 
     def first_sent(self, messages: int) -> int:
-        """Give the number of the first of the frames that the last messages to send were cut into.
-
-        Args:
-            messages: How many frames they have together.
-        """
-        return self._sent_frames - messages
+        """Give the number of the first of the last so many messages to send."""
+        return self._next_sent - messages
 
     def _publish(self) -> None:
         self._from_compute.put(_Published(tuple(self._batch), self._consumed))
@@ -219,18 +214,18 @@ class TrainerMailbox:
 
     def _take(self, request: Request) -> None:
         self._out.acknowledge(request.wanted)
-        fresh = [frame for frame in request.frames if frame.number >= self._in.wanted]
-        for message, frame in self._in.take(fresh):
-            self._deliver(message, frame.number + 1)
+        fresh = self._in.fresh(request.frames)
+        for message, _ in self._in.take(fresh):
+            self._deliver(message)
         self._folder.keep(fresh)  # while the compute thread goes on; the reply, which confirms them, waits for it
 
-    def _deliver(self, message: bytes, wanted_after: int) -> None:
+    def _deliver(self, message: bytes) -> None:
         self._delivered += 1
         self._busy = True
-        self._to_compute.put((message, wanted_after))
+        self._to_compute.put(message)
 
     def _should_wait(self, request: Request, arrived: float) -> bool:
-        if self._ended is not None or request.carries == DOWN or self._out.after(request.wanted, 1):
+        if self._ended is not None or request.carries == DOWN or self._out.has(request.wanted):
             return False
         if not self._busy and request.carries == BOTH:
             return False  # nothing comes of it before the server sends more, and this is how it does
@@ -247,7 +242,7 @@ class TrainerMailbox:
         elif isinstance(item, _Ended):
             self._ended, self._busy = item, False
             if not item.error:
-                self._folder.finish(self._in.wanted, self._out.next_number)
+                self._folder.finish(self._in.wanted.message)
 
     def _reply(self, request: Request, arrived: float) -> Reply:
         spans = self._trace.spans[self._spans_told :]
@@ -266,5 +261,8 @@ class TrainerMailbox:
                 if s.activity != "waiting"
             ),
             error=self._ended.error if self._ended else (),
-            frames=() if request.carries == DOWN else tuple(self._out.after(request.wanted, request.budget_bytes)),
+            frames=() if request.carries == DOWN else self._next_frames(request),
         )
+
+    def _next_frames(self, request: Request) -> tuple[Frame, ...]:
+        return tuple(self._out.after(request.wanted, request.budget_bytes, request.frame_bytes))

@@ -5,8 +5,8 @@
       RUN/snapshots/round-000008  the client at the start of a round, as `checkpoint.py` writes it
       RUN/session-ID/session.json   the request that opened the session: configuration, where to start
       RUN/session-ID/position.json  the newest snapshot of the session and its places in both streams
-      RUN/session-ID/frames/17      every frame that was received after that snapshot
-      RUN/session-ID/finished       how far both streams came, when the run is over
+      RUN/session-ID/frames/17-4096 what was received after that snapshot: of message 17, from byte 4096 on
+      RUN/session-ID/finished       how far the server's stream came, when the run is over
       RUN/session-ID/masked         there where updates are masked, with secrets that no file holds
 
 A frame is on the disk before it is confirmed. A trainer that starts again reads the newest snapshot, takes the
@@ -34,8 +34,8 @@ class Position:
 
     Attributes:
         round_index: The snapshot; None: the base model.
-        wanted: The first frame of the server after it.
-        first_sent: The number of the first frame of the updates that are in flight at the snapshot.
+        wanted: The first message of the server after it.
+        first_sent: The number of the first message of the updates that are in flight at the snapshot.
     """
 
     round_index: int | None
@@ -82,34 +82,37 @@ class SessionFolder:
     def move_to(self, position: Position) -> None:
         """Take a snapshot's place: the frames before it are not needed any more."""
         _write(self._position, json.dumps(asdict(position)).encode())
-        for path in self._frames.iterdir():
-            if path.name.isdecimal() and int(path.name) < position.wanted:
+        for (message, _), path in self._kept():
+            if message < position.wanted:
                 path.unlink(missing_ok=True)
 
     def keep(self, frames: Iterable[Frame]) -> None:
         """Put received frames on the disk."""
         for frame in frames:
-            label = json.dumps([frame.number, frame.round_index, frame.ends]).encode()
-            _write(self._frames / str(frame.number), label + b"\n" + frame.content)
+            label = json.dumps({name: value for name, value in vars(frame).items() if name != "content"}).encode()
+            _write(self._frames / f"{frame.message}-{frame.offset}", label + b"\n" + frame.content)
 
     def kept(self) -> list[Frame]:
         """Read the frames that came after the newest snapshot, in order."""
-        numbers = sorted(int(path.name) for path in self._frames.iterdir() if path.name.isdecimal())
         first = self.position.wanted
-        return [self._read(self._frames / str(number)) for number in numbers if number >= first]
+        return [_read(path) for (message, _), path in self._kept() if message >= first]
 
-    def finish(self, wanted: int, sent: int) -> None:
-        """Write down that the run is over for this site, and that nothing of it is needed any more."""
-        _write(self.path / "finished", json.dumps([wanted, sent]).encode())
+    def _kept(self) -> list[tuple[tuple[int, int], Path]]:
+        """List message, offset and file of what is kept, in order."""
+        found = [(re.fullmatch(r"(\d+)-(\d+)", path.name), path) for path in self._frames.iterdir()]
+        return sorted(((int(match[1]), int(match[2])), path) for match, path in found if match)
+
+    def finish(self, wanted: int) -> None:
+        """Write down that the run is over for this site, and how far the server's stream came."""
+        _write(self.path / "finished", json.dumps(wanted).encode())
 
     @property
-    def finished(self) -> tuple[int, int] | None:
-        """How far the streams came, if the run is over."""
+    def finished(self) -> int | None:
+        """The message after the last of the server's, if the run is over."""
         try:
-            wanted, sent = json.loads((self.path / "finished").read_text(encoding="utf-8"))
+            return int(json.loads((self.path / "finished").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        return wanted, sent
 
     def secret(self, make: Callable[[], bytes]) -> bytes:
         """Read the key of this site's noise in this run, or make it; it never leaves the site."""
@@ -138,10 +141,10 @@ class SessionFolder:
         found = self.snapshots.glob("round-*")
         return tuple(sorted(int(match[1]) for path in found if (match := re.fullmatch(r"round-(\d+)", path.name))))
 
-    def _read(self, path: Path) -> Frame:
-        label, _, content = path.read_bytes().partition(b"\n")
-        number, round_index, ends = json.loads(label)
-        return Frame(number, round_index, ends, content)
+
+def _read(path: Path) -> Frame:
+    label, _, content = path.read_bytes().partition(b"\n")
+    return Frame(**json.loads(label), content=content)
 
 
 def _write(path: Path, content: bytes) -> None:

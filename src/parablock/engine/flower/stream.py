@@ -1,18 +1,22 @@
 """Two ordered streams of messages over exchanges that may be lost, repeated or cut short.
 
-    sender: Outbox ── frames n, n+1, … ──► receiver: Inbox
-                   ◄──────── next wanted ──
+    sender: Outbox ── frames from a place on ──► receiver: Inbox
+                   ◄──── the place it wants ────
 
-A message is cut into frames, each with a number; the receiver says which number it wants next, and the
-sender keeps a frame until that number has passed it. So a lost exchange costs the frames that it carried, a
-repeated one costs nothing, and no message is taken twice. Nothing here imports torch.
+A place is a byte of a message. The receiver says which one it wants next, and the sender cuts frames from there
+on, as long as the link is worth, and keeps a message until that place has passed it. So a lost exchange costs the
+frames that it carried, a repeated one costs nothing, and no message is taken twice. A sender that has died may make
+a message again with other bytes, for a time that was measured stands in it. Then the receiver drops the part that
+it has and takes the message from its beginning. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from parablock.errors import CodecError
 
@@ -20,104 +24,187 @@ PART_BYTES = 8 << 20
 """Bytes of a frame at most. Each is a request of its own through Flower."""
 
 
+class Place(NamedTuple):
+    """A byte of a stream.
+
+    Attributes:
+        message: The number of its message, from 0.
+        offset: The byte of the message; what comes before it is there.
+        checksum: Adler-32 of the message, where some of it is there already; else 0.
+    """
+
+    message: int
+    offset: int = 0
+    checksum: int = 0
+
+
+START = Place(0)
+
+
 @dataclass(frozen=True)
 class Frame:
     """A part of a message.
 
     Attributes:
-        number: Its place in the stream, from 0.
+        message: The number of the message.
+        offset: The first of its bytes.
+        size: Bytes of the whole message.
+        checksum: Adler-32 of the whole message.
         round_index: The round that its bytes are counted for.
-        ends: Whether it is the last part of its message.
         content: The bytes.
     """
 
-    number: int
+    message: int
+    offset: int
+    size: int
+    checksum: int
     round_index: int
-    ends: bool
     content: bytes
 
+    @property
+    def next_place(self) -> Place:
+        """The place behind it."""
+        end = self.offset + len(self.content)
+        return Place(self.message + 1) if end == self.size else Place(self.message, end, self.checksum)
 
-def frames_of(message: bytes) -> int:
-    """Tell how many frames a message is cut into."""
-    return max(1, -(-len(message) // PART_BYTES))
+
+@dataclass(frozen=True)
+class _Kept:
+    message: bytes
+    checksum: int
+    round_index: int
 
 
 class Outbox:
     """The sending end of a stream.
 
     Args:
-        first: The number of the next frame.
+        first: The number of the next message.
     """
 
     def __init__(self, first: int = 0) -> None:
-        self.next_number = self._wanted = first
-        self._frames: deque[Frame] = deque()
+        self.next_number, self._wanted = first, Place(first)
+        self._kept: deque[_Kept] = deque()
 
     def put(self, message: bytes, round_index: int) -> None:
-        """Append a message; one that fits into a frame is not copied."""
-        count = frames_of(message)
-        for part in range(count):
-            content = message if count == 1 else message[part * PART_BYTES : (part + 1) * PART_BYTES]
-            if self.next_number >= self._wanted:
-                self._frames.append(Frame(self.next_number, round_index, part == count - 1, content))
-            self.next_number += 1
+        """Append a message."""
+        if self.next_number >= self._wanted.message:
+            self._kept.append(_Kept(message, zlib.adler32(message), round_index))
+        self.next_number += 1
 
-    def after(self, wanted: int, budget_bytes: int) -> list[Frame]:
-        """Give the frames from `wanted` on: at least one where there is any, and no more than the budget."""
+    def has(self, place: Place) -> bool:
+        """Tell whether there is anything at this place."""
+        return place.message < self.next_number
+
+    def after(self, place: Place, budget_bytes: int, frame_bytes: int = PART_BYTES) -> list[Frame]:
+        """Give frames from a place on: at least one where there is any, and no more than the budget.
+
+        Args:
+            place: Where the other side is.
+            budget_bytes: For all together.
+            frame_bytes: Of one at most.
+        """
         chosen: list[Frame] = []
-        for frame in self._frames:
-            if frame.number < wanted:
-                continue
+        for frame in self._cut(place, max(1, min(frame_bytes, PART_BYTES))):
             if chosen and len(frame.content) > budget_bytes:
                 break
             budget_bytes -= len(frame.content)
             chosen.append(frame)
         return chosen
 
-    def acknowledge(self, wanted: int) -> None:
-        """Forget the frames before `wanted`, which the other side has; those still to be made will not be kept.
+    def unconfirmed(self, budget_bytes: int, frame_bytes: int = PART_BYTES) -> list[Frame]:
+        """Give frames likewise, from the newest place on that the other side has confirmed."""
+        return self.after(self._wanted, budget_bytes, frame_bytes)
+
+    def between(self, first: Place, until: Place) -> list[Frame]:
+        """Give what lies between two places, a frame of any length for each message."""
+        found = []
+        for frame in self._cut(first, None):
+            if frame.message < until.message:
+                found.append(frame)
+            elif frame.message == until.message and frame.offset < until.offset:
+                found.append(replace(frame, content=frame.content[: until.offset - frame.offset]))
+        return found
+
+    def acknowledge(self, place: Place) -> None:
+        """Forget the messages before this place, which the other side has; those still to be made will not be kept.
 
         An older word than the newest changes nothing: exchanges may overtake each other.
         """
-        self._wanted = max(self._wanted, wanted)
-        while self._frames and self._frames[0].number < self._wanted:
-            self._frames.popleft()
+        self._wanted = max(self._wanted, place)
+        while self._kept and self.next_number - len(self._kept) < self._wanted.message:
+            self._kept.popleft()
 
     @property
     def is_empty(self) -> bool:
         """Whether the other side has everything."""
-        return not self._frames
+        return not self._kept
+
+    def _cut(self, place: Place, frame_bytes: int | None) -> Iterator[Frame]:
+        """Cut what is kept from a place on into frames of about the same length; None: one for each message."""
+        for number, kept in enumerate(self._kept, self.next_number - len(self._kept)):
+            size = len(kept.message)
+            is_begun = number == place.message and kept.checksum == place.checksum
+            first = place.offset if is_begun else 0
+            if number < place.message:
+                continue
+            count = 1 if frame_bytes is None else max(1, -(-(size - first) // frame_bytes))
+            step = -(-(size - first) // count)
+            for part in range(count):
+                begin = first + part * step
+                content = kept.message[begin : begin + step]  # of a whole message, no copy
+                yield Frame(number, begin, size, kept.checksum, kept.round_index, content)
 
 
 class Inbox:
     """The receiving end of a stream.
 
     Args:
-        first: The number of the first frame that is wanted.
+        first: The number of the first message that is wanted.
     """
 
     def __init__(self, first: int = 0) -> None:
-        self.wanted = first
+        self.wanted = Place(first)
         self._parts: list[bytes] = []
 
-    def take(self, frames: Iterable[Frame]) -> list[tuple[bytes, Frame]]:
-        """Take frames, skipping those that are known; give each message that became whole, and its last frame.
+    def fresh(self, frames: Iterable[Frame]) -> list[Frame]:
+        """Give what of frames is not there yet, in order.
 
         Raises:
-            CodecError: One is missing in between.
+            CodecError: Something is missing in between.
         """
-        whole: list[tuple[bytes, Frame]] = []
+        wanted, found = self.wanted, []
         for frame in frames:
-            if frame.number < self.wanted:
+            if frame.message < wanted.message:
                 continue
-            if frame.number > self.wanted:
+            known = wanted.offset if (frame.message, frame.checksum) == (wanted.message, wanted.checksum) else 0
+            skipped = known - frame.offset
+            if frame.message > wanted.message or skipped < 0:
                 raise CodecError(
-                    f"frame {frame.number} came where frame {self.wanted} was wanted",
+                    f"byte {frame.offset} of message {frame.message} came where byte {known} of message "
+                    f"{wanted.message} was wanted",
                     cause="The other side has forgotten what was never received.",
                 )
-            self.wanted += 1
+            if known and skipped >= len(frame.content):
+                continue
+            rest = replace(frame, offset=known, content=frame.content[skipped:]) if skipped else frame
+            found.append(rest)
+            wanted = rest.next_place
+        return found
+
+    def take(self, frames: Iterable[Frame]) -> list[tuple[bytes, Frame]]:
+        """Take frames, skipping what is known; give each message that became whole, and its last frame.
+
+        Raises:
+            CodecError: Something is missing in between.
+        """
+        whole: list[tuple[bytes, Frame]] = []
+        for frame in self.fresh(frames):
+            if frame.offset == 0:
+                self._parts = []
             self._parts.append(frame.content)
-            if frame.ends:
+            self.wanted = frame.next_place
+            if self.wanted.message > frame.message:
                 whole.append((self._parts[0] if len(self._parts) == 1 else b"".join(self._parts), frame))
                 self._parts = []
         return whole
