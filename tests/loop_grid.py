@@ -94,7 +94,7 @@ class LoopGrid(Grid):
                 reply = self._carry(client_id, folder, request)
             if self._fate(client_id, self.exchanges[client_id]) == "lose":
                 return
-        self._replies[message_id] = Message(pack(reply), reply_to=message)
+        self._replies[message_id] = Message(pack(reply, request.frame_bytes), reply_to=message)
 
     def _carry(self, client_id: int, folder: SessionFolder, request: Request) -> Reply:
         with self._starting:

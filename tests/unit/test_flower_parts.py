@@ -9,11 +9,13 @@ import ssl
 import threading
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import AuthenticationError
 from pathlib import Path
 
 import pytest
 import yaml
+from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +34,7 @@ from parablock.deploy.processes import (
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
 from parablock.engine.flower import grid
+from parablock.engine.flower.courier import pack, unpack
 from parablock.engine.flower.exchange import (
     Reply,
     Request,
@@ -163,6 +166,28 @@ def test_headers_say_all_and_give_it_back():
         reply_of(header_of(request), [b"xy", b""])
     with pytest.raises(CodecError, match="lengths"):
         request_of(header_of(request), [b"x", b""])
+
+
+@given(contents=st.lists(st.binary(max_size=9), max_size=12), array_bytes=st.integers(1, 20))
+@settings(max_examples=100, deadline=None)
+def test_frames_travel_in_arrays_that_are_as_long_as_wanted(contents: list[bytes], array_bytes: int):
+    frames = tuple(frame(message, content) for message, content in enumerate(contents))
+    record = pack(replace(REQUEST, frames=frames), array_bytes)
+    lengths = [len(array.data) for array in record.array_records.get("frames", {}).values()]
+    longest = max([array_bytes, *map(len, contents)])
+    assert all(0 < length <= longest for length in lengths)
+    assert all(sum(pair) > array_bytes for pair in pairwise(lengths))
+    assert unpack(record) == (header_of(replace(REQUEST, frames=frames)), contents)
+
+
+def test_arrays_that_are_not_as_the_header_says_are_refused():
+    record = pack(replace(REQUEST, frames=(frame(0, b"abc"), frame(1, b"de"))), 100)
+    short = ArrayRecord({"000000": Array("uint8", (4,), "parablock.bytes", b"abcd")})
+    with pytest.raises(CodecError, match="not of the lengths"):
+        request_of(*unpack(RecordDict({**record, "frames": short})))
+    del record["frames"]
+    with pytest.raises(CodecError, match="not of the lengths"):
+        request_of(*unpack(record))
 
 
 @pytest.mark.parametrize(

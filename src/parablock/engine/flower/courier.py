@@ -11,7 +11,7 @@ import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from parablock.engine.flower.exchange import BOTH, Reply, Request, header_of, request_of, word_of
+from parablock.engine.flower.exchange import BOTH, Reply, Request, frame_bytes, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Place
@@ -53,16 +53,21 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
         except ParaBlockError as error:
             reply = Reply(client_id=-1, error=word_of(error))
         message.content = RecordDict()  # Flower holds the message to the end; a reply may be as large
-        return Message(pack(reply), reply_to=message)
+        return Message(pack(reply, request.frame_bytes), reply_to=message)
 
     return app
 
 
-def pack(said: Request | Reply) -> RecordDict:
-    """Put a request or a reply into Flower's records: a line of JSON, and one Array for each frame."""
+def pack(said: Request | Reply, array_bytes: int) -> RecordDict:
+    """Put a request or a reply into Flower's records: a line of JSON, and Arrays with the frames one after another.
+
+    Args:
+        said: It.
+        array_bytes: What an Array should take; it is a request of its own through Flower.
+    """
     arrays = {
-        f"{place:06d}": Array("uint8", (len(frame.content),), "parablock.bytes", frame.content)
-        for place, frame in enumerate(said.frames)
+        f"{place:06d}": Array("uint8", (len(content),), "parablock.bytes", content)
+        for place, content in enumerate(_together((frame.content for frame in said.frames), array_bytes))
     }
     record = RecordDict({"said": ConfigRecord({"header": header_of(said)})})
     if arrays:
@@ -73,8 +78,30 @@ def pack(said: Request | Reply) -> RecordDict:
 def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
     """Take apart what `pack` made: the header and the frames' contents."""
     header = str(record.config_records["said"]["header"])
-    frames = record.array_records.get("frames")
-    return header, [] if frames is None else [frames[name].data for name in sorted(frames)]
+    arrays = record.array_records.get("frames", ArrayRecord())
+    return header, list(_apart((arrays[name].data for name in sorted(arrays)), frame_bytes(header)))
+
+
+def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:
+    """Join what follows each other, up to so many bytes; what is longer alone is not copied."""
+    group: list[bytes] = []
+    for content in filter(None, contents):
+        if group and sum(map(len, group)) + len(content) > most_bytes:
+            yield b"".join(group)
+            group = []
+        group.append(content)
+    if group:
+        yield b"".join(group)
+
+
+def _apart(arrays: Iterator[bytes], lengths: Iterable[int]) -> Iterator[bytes]:
+    """Cut what was joined into what it was; shorter where it is not as long as it should be."""
+    joined, first = b"", 0
+    for length in lengths:
+        if length and first == len(joined):
+            joined, first = next(arrays, b""), 0
+        yield joined[first : first + length]
+        first += length
 
 
 def _carry(request: Request, client_id: int, state_dir: Path, command: list[str]) -> Reply:

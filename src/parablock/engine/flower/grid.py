@@ -25,7 +25,7 @@ from parablock.clock import RealClock
 from parablock.engine.flower.courier import pack, unpack
 from parablock.engine.flower.exchange import DIRECTIONS, UP, Reply, Request, error_of, reply_of
 from parablock.engine.flower.lanes import Lane, Site, site_among
-from parablock.engine.flower.stream import Frame
+from parablock.engine.flower.stream import PART_BYTES, Frame
 from parablock.engine.pipeline import start_thread
 from parablock.errors import InputError, StallError, WireError
 from parablock.trace import Span, Trace
@@ -251,7 +251,7 @@ class GridTransport:
     def _ask(self, client_id: int, site: Site, lane: Lane) -> None:
         pushed_s = self._clock.now()
         request = site.ask(lane, self._opening, pushed_s)
-        message, attempt = _message(request, lane.node_id), lane.attempt
+        message, attempt = _message(request, lane.node_id, site.down.frame_bytes), lane.attempt
 
         def attend() -> None:
             reply, problem, gone = self._attend(message)
@@ -329,8 +329,8 @@ class GridTransport:
             count(Parcel(frame.content, frame.round_index), client_id, share)
 
 
-def _message(request: Request, node_id: int) -> Message:
-    return Message(pack(request), node_id, MessageType.TRAIN)
+def _message(request: Request, node_id: int, array_bytes: int = PART_BYTES) -> Message:
+    return Message(pack(request, array_bytes), node_id, MessageType.TRAIN)
 
 
 def _clients(client_ids: Any) -> str:
