@@ -525,6 +525,16 @@ def test_an_exchange_that_was_made_again_tells_nothing_of_the_link():
         assert site.up.bytes_per_s == speed
 
 
+def test_an_exchange_that_is_made_again_in_doubt_carries_a_frame_each_way():
+    site, lane = Site(up=Speed(4e6), down=Speed(6e6)), Lane("both", 1)
+    site.out.put(bytes(30_000_000), 0)
+    carried = []
+    for lane.doubted in (False, True, False):
+        request = site.ask(lane, OPENING, 0.0)
+        carried.append((sum(len(part.content) for part in request.frames), request.budget_bytes))
+    assert carried == [(30_000_000, 240_000_000), (3_000_000, 2_000_000), (30_000_000, 240_000_000)]
+
+
 def test_a_small_reply_does_not_make_the_next_large_one_overdue():
     site, lane = Site(up=Speed(1 << 20)), Lane("up", 1)
     site.ask(lane, OPENING, 0.0)

@@ -232,7 +232,7 @@ class GridTransport:
         for client_id, site, lane in self._lanes():
             if lane.outstanding and now > lane.overdue_s:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
-                lane.outstanding, lane.more, lane.silent = False, True, True
+                lane.outstanding, lane.more, lane.silent, lane.doubted = False, True, True, True
             if site.is_due(lane, is_missed=client_id in from_clients):
                 self._ask(client_id, site, lane)
 
@@ -291,7 +291,7 @@ class GridTransport:
             raise WireError(f"client {item.client_id} answered as client {reply.client_id}")
         fresh = site.inbox.fresh(reply.frames)
         self._record(item, reply, site, fresh)
-        lane.silent = False
+        lane.silent = lane.doubted = False
         if lane.carries != UP:  # the other one knows of them too, but not when they came
             site.out.acknowledge(reply.wanted)
             site.sent_before = max(reply.wanted, site.sent_before)

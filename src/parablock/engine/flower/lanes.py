@@ -83,6 +83,8 @@ class Lane:
     Attributes:
         carries: both | up | down.
         node_id: Flower's number of it.
+        silent: Whether the last exchange failed or is overdue.
+        doubted: Whether it is overdue: what it carries may still be on its way.
     """
 
     carries: str
@@ -91,6 +93,7 @@ class Lane:
     outstanding: bool = False
     offline: bool = False
     silent: bool = False
+    doubted: bool = False
     overdue_s: float = 0.0
     more: bool = False
     asked_bytes: int = 0
@@ -157,10 +160,15 @@ class Site:
         return lane.more or brings or (lane.carries != DOWN and is_missed)
 
     def ask(self, lane: Lane, opening: Request, now_s: float) -> Request:
-        """Begin an exchange, whose request says of the run what `opening` does."""
-        budget_bytes = self.down.budget_bytes(lane.part_s)
-        frames = () if lane.carries == UP else tuple(self.out.unconfirmed(budget_bytes, self.down.frame_bytes))
-        lane.asked_bytes = self.up.budget_bytes(lane.part_s)
+        """Begin an exchange, whose request says of the run what `opening` does.
+
+        One that is made again although the other may still arrive carries a frame each way, so that no more than
+        that is sent twice.
+        """
+        bring_bytes, lane.asked_bytes = (
+            speed.frame_bytes if lane.doubted else speed.budget_bytes(lane.part_s) for speed in (self.down, self.up)
+        )
+        frames = () if lane.carries == UP else tuple(self.out.unconfirmed(bring_bytes, self.down.frame_bytes))
         lane.attempt += 1
         lane.outstanding, lane.more = True, False
         lane.overdue_s = now_s + self._patience_s(lane, sum(len(frame.content) for frame in frames))
