@@ -63,11 +63,11 @@ def pack(said: Request | Reply, array_bytes: int) -> RecordDict:
 
     Args:
         said: It.
-        array_bytes: What an Array should take; it is a request of its own through Flower.
+        array_bytes: About what an Array should take; it is a request of its own through Flower.
     """
     arrays = {
         f"{place:06d}": Array("uint8", (len(content),), "parablock.bytes", content)
-        for place, content in enumerate(_together((frame.content for frame in said.frames), array_bytes))
+        for place, content in enumerate(_together((frame.content for frame in said.frames), array_bytes * 5 // 4))
     }
     record = RecordDict({"said": ConfigRecord({"header": header_of(said)})})
     if arrays:
