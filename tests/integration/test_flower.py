@@ -26,7 +26,7 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cuttable_proxy import CuttableProxy
-from parablock.config import RunConfig, load_config
+from parablock.config import RunConfig, load_config, parse_config
 from parablock.deploy.keys import make_keys
 from parablock.deploy.local import Deployment, resume_local, watch
 from parablock.deploy.processes import environment, flower, free_ports
@@ -39,6 +39,8 @@ from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
 pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SITES = 2
+LEAST_MASKED = 3
+"""Of two clients a sum would tell each what the other sent."""
 PATIENCE_S = 800.0
 """When a deployment is given up; on a free machine the longest takes three minutes."""
 
@@ -59,25 +61,27 @@ def plays(
     chosen = {item.originalname for item in request.session.items if item.module is request.module}
     folder = tmp_path_factory.mktemp("plays")
     begun: dict[str, Callable[[], Facts]] = {}
-    for play, num_rounds in ((kills, 5), (bad_link, 5), (operators, 4)):
+    for play, num_rounds in ((kills, 5), (bad_link, 5), (operators, 4), (masked, 2)):
         if f"test_{play.__name__}" in {name[: len(play.__name__) + 5] for name in chosen}:
             workshop_dir = folder / play.__name__
             workshop_dir.mkdir()
             workshop = make_workshop(workshop_dir, tiny_llama, tiny_tokenizer)
             if play is bad_link:
                 tiny_llama(num_layers=4, hidden_size=128, vocab_size=300).save_pretrained(workshop.model)
-            config = deployed(workshop, num_rounds)
+            if play is masked:
+                tiny_llama(num_layers=2, vocab_size=300).save_pretrained(workshop.model)
+            config = deployed(workshop, num_rounds, sites=LEAST_MASKED if play is masked else SITES)
             expected = in_one_process(config, workshop_dir / "one")
             begun[play.__name__] = lambda p=play, w=workshop, c=config, e=expected: p(w, c) | {"expected": e}
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield {name: pool.submit(play) for name, play in begun.items()}
 
 
-def deployed(workshop: Workshop, num_rounds: int) -> RunConfig:
+def deployed(workshop: Workshop, num_rounds: int, sites: int) -> RunConfig:
     tree = yaml.safe_load(workshop.config.read_text())
     tree["engine"], tree["link"] = {"num_threads": 1, "name": "flower"}, {}
-    tree["federation"] |= {"num_clients": SITES, "num_rounds": num_rounds, "stall_timeout_s": 400}
-    tree["data"]["train"] = tree["data"]["train"][:SITES]
+    tree["federation"] |= {"num_clients": sites, "num_rounds": num_rounds, "stall_timeout_s": 400}
+    tree["data"]["train"] = tree["data"]["train"][:sites]
     tree["checkpoint"] = {"every_rounds": 1}
     path = workshop.path / "deployed.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -368,3 +372,30 @@ def test_operators_get_a_model_and_strangers_are_refused(plays: Mapping[str, Fut
     assert facts["summary"]["model_sha256"] == facts["expected"]  # each site's rows are its own, as by_file has it
     assert {facts["codes"][name] for name in ("site-0", "site-1", "no-tls")} == {128 + signal.SIGTERM}
     assert facts["codes"]["server"] == 0
+
+
+# ── masked updates ──────────────────────────────────────────────────────────────────────────────────
+
+
+def masked(workshop: Workshop, config: RunConfig) -> Facts:
+    """Mask the updates, and do the same in one process without masks."""
+    plain, hidden = (on_the_grid(config, grid) for grid in ("plain", "masked"))
+    facts: Facts = {"plain": in_one_process(plain, workshop.path / "plain")}
+    deployment = Deployment(workshop.path / "deployed", LEAST_MASKED, lanes=1)
+    deployment.prepare(hidden)
+    with deployment, watching(deployment, Patience()) as ended:
+        pass
+    return facts | {"ended": ended}
+
+
+def on_the_grid(config: RunConfig, grid: str) -> RunConfig:
+    tree = config.model_dump(mode="json")
+    tree |= {"privacy": {"clip_norm": 10.0, "secure_aggregation": grid}, "wire": {"streaming": False}}
+    return parse_config(tree)
+
+
+def test_masked_updates_give_what_the_plain_grid_gives_in_one_process(plays: Mapping[str, Future[Facts]]):
+    facts = plays["masked"].result()
+    (summary,) = facts["ended"]
+    assert summary["model_sha256"] == facts["plain"]
+    assert facts["plain"] != facts["expected"]  # without the grid another model comes out
