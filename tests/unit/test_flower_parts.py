@@ -534,6 +534,13 @@ def test_an_exchange_that_is_made_again_in_doubt_carries_a_frame_each_way():
         request = site.ask(lane, OPENING, 0.0)
         carried.append((sum(len(part.content) for part in request.frames), request.budget_bytes))
     assert carried == [(30_000_000, 240_000_000), (3_000_000, 2_000_000), (30_000_000, 240_000_000)]
+    lane.doubted = True
+    site.ask(lane, OPENING, 0.0)
+    site.note(lane, Reply(0), [frame(0, bytes(2_000_000))], (0.0, 1.0, 1.0, 2.0))
+    assert not lane.was_full  # it brought all that was asked for, which tells nothing of what is left
+    lane.doubted = False
+    site.note(lane, Reply(0), [frame(0, bytes(2_000_000))], (0.0, 1.0, 1.0, 2.0))
+    assert lane.was_full
 
 
 def test_a_small_reply_does_not_make_the_next_large_one_overdue():

@@ -208,7 +208,8 @@ class Site:
         if lane.carries != DOWN:
             if not lane.silent:
                 self.up.note(came, ended - left)
-            lane.was_full = came + PART_BYTES > lane.asked_bytes
+            if not lane.doubted:
+                lane.was_full = came + PART_BYTES > lane.asked_bytes
         lane.held_s = left - arrived
 
     def brought(self, lane: Lane, reply: Reply) -> list[Frame]:
