@@ -39,7 +39,7 @@ from parablock.engine.flower.exchange import (
     Reply,
     Request,
     error_of,
-    frame_bytes,
+    frame_lengths,
     header_of,
     reply_of,
     request_of,
@@ -158,7 +158,7 @@ def test_frames_are_as_long_as_the_link_is_worth():
 def test_headers_say_all_and_give_it_back():
     frames = (Frame(4, 3, 5, 99, 2, b"xy"), Frame(5, 0, 0, 1, 2, b""))
     request = replace(REQUEST, frames=frames, wanted=Place(7, 2, 9), restore=3)
-    assert frame_bytes(header_of(request)) == [2, 0]
+    assert frame_lengths(header_of(request)) == [2, 0]
     assert request_of(header_of(request), [b"xy", b""]) == request
     reply = Reply(1, wanted=Place(2), held_rounds=(1, 2), spans=(("compute", "computing", 0.5, 1.0, {"a": 1}),))
     assert reply_of(header_of(reply), []) == reply

@@ -22,7 +22,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from parablock.engine.flower.exchange import BOTH, Reply, Request, frame_bytes, header_of, request_of, word_of
+from parablock.engine.flower.exchange import BOTH, Reply, Request, frame_lengths, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Place
@@ -79,7 +79,7 @@ def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
     """Take apart what `pack` made: the header and the frames' contents."""
     header = str(record.config_records["said"]["header"])
     arrays = record.array_records.get("frames", ArrayRecord())
-    return header, list(_apart((arrays[name].data for name in sorted(arrays)), frame_bytes(header)))
+    return header, list(_apart((arrays[name].data for name in sorted(arrays)), frame_lengths(header)))
 
 
 def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:

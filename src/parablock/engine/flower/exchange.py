@@ -1,7 +1,7 @@
 """What one exchange through Flower says: a request of the server to a client, and its reply.
 
-Both are a line of JSON and any number of frames. The same form crosses Flower (a ConfigRecord and one Array for
-each frame) and the socket between a site's ClientApp and its trainer. Nothing here imports torch.
+Both are a line of JSON and any number of frames. The same form crosses Flower (a ConfigRecord, and Arrays
+with the frames one after another) and the socket between a site's ClientApp and its trainer. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def header_of(said: Request | Reply) -> str:
     return json.dumps({"protocol": PROTOCOL, "kind": type(said).__name__, **fields, "frames": places})
 
 
-def frame_bytes(header: str) -> list[int]:
+def frame_lengths(header: str) -> list[int]:
     """Tell the lengths of the frames that a header announces, before any of them is read.
 
     Raises:
@@ -120,12 +120,12 @@ def frame_bytes(header: str) -> list[int]:
 
 
 def request_of(header: str, contents: Sequence[bytes]) -> Request:
-    """Read a request; see `frame_bytes` for errors."""
+    """Read a request; see `frame_lengths` for errors."""
     return _read(Request, header, contents)
 
 
 def reply_of(header: str, contents: Sequence[bytes]) -> Reply:
-    """Read a reply; see `frame_bytes` for errors."""
+    """Read a reply; see `frame_lengths` for errors."""
     return _read(Reply, header, contents)
 
 

@@ -5,7 +5,7 @@
 
 Nothing leaves before the server has nothing else to do: what it sends between two waits travels together,
 because each Flower message costs a process at the site. A site is asked when something is there for it, or
-when the server waits for something of it. An exchange that is overdue is made again; its frames have numbers,
+when the server waits for something of it. An exchange that is overdue is made again; its frames say their places,
 so nothing is taken twice, and what was lost is sent again.
 """
 

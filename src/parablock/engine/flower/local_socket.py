@@ -22,7 +22,7 @@ from parablock.engine.flower.exchange import (
     HEADER_BYTES,
     Reply,
     Request,
-    frame_bytes,
+    frame_lengths,
     header_of,
     reply_of,
     request_of,
@@ -132,4 +132,4 @@ def receive_reply(connection: Connection) -> Reply:
 def _receive(connection: Connection) -> tuple[str, list[bytes]]:
     header = connection.recv_bytes(HEADER_BYTES).decode()
     read: Callable[[int], bytes] = lambda length: connection.recv_bytes(max(1, length))[:length]  # noqa: E731
-    return header, [read(length) for length in frame_bytes(header)]
+    return header, [read(length) for length in frame_lengths(header)]
