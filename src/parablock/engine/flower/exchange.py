@@ -1,7 +1,7 @@
 """What one exchange through Flower says: a request of the server to a client, and its reply.
 
-Both are a line of JSON and any number of frames. The same form crosses Flower (a ConfigRecord, and Arrays
-with the frames one after another) and the socket between a site's ClientApp and its trainer. Nothing here imports torch.
+Both are a line of JSON and any number of frames. The same form crosses Flower (a ConfigRecord, and Arrays with the
+frames one after another) and the socket between a site's ClientApp and its trainer. Nothing here imports torch.
 """
 
 from __future__ import annotations
