@@ -72,14 +72,14 @@ def demo_config(shared: Path | None, made: Path) -> RunConfig:
     if shared is not None:
         train = [str(shared / f"data/t0/{family}.train.jsonl") for family in FAMILIES]
         test = [str(shared / f"data/t0/{family}.test.jsonl") for family in FAMILIES]
-        model, mbps, num_threads = shared / "models/tiny-base", 50, 2
+        model, num_threads = shared / "models/tiny-base", 2
         num_rounds, learning_rate, schedule = 24, 1e-3, "constant"
     else:
         paths = make_word_problems(made, num_clients=NUM_CLIENTS, examples_per_client=600, seed=0)
         train, test = [str(path) for path in paths], [str(made / TEST_FILE_NAME)]
         texts = [line for path in paths for line in _texts(path)]
         # A random model has more to learn than one that is fine-tuned: few layers, each of them often.
-        model, mbps, num_threads = make_tiny_llama(made / "model", texts, seed=0, num_layers=4), 15, 1
+        model, num_threads = make_tiny_llama(made / "model", texts, seed=0, num_layers=4), 1
         num_rounds, learning_rate, schedule = 128, 4e-3, "cosine"
     return parse_config(
         {
@@ -93,7 +93,7 @@ def demo_config(shared: Path | None, made: Path) -> RunConfig:
                 "lr_scheduler_type": schedule,
             },
             "wire": {"format": "bfloat16"},
-            "link": {"upload_mbps": mbps, "download_mbps": mbps, "latency_s": 0.01},
+            "link": {"upload_mbps": 50, "download_mbps": 50, "latency_s": 0.01},
             "engine": {"clock": "virtual", "num_threads": num_threads},
             "evaluation": {"every_rounds": 8, "max_examples": NUM_SCORED},
         }
