@@ -33,6 +33,7 @@ NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedp
 NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
 LORA_METHODS = ("fedit", "ffa_lora", "flora")
 T0_AGAIN = "Two seeds of the table above on one thread instead of two, which changes the losses by about 1e-5."
+T0_LONGER = "The longer the run, the less a round of lag weighs in its last loss."
 ENDED = "†: the last loss of a run that ended before."
 
 
@@ -281,6 +282,7 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "rate": rate,
     "quality_t0": quality("The same quality: T0", "Eight instruction families, one a client."),
     "quality_t0_families": quality("T0 again: how soon, and each family", T0_AGAIN),
+    "quality_t0_long": quality("T0 for twice as long", T0_LONGER),
     "quality_gsm8k": quality("The same quality: GSM8K", "Four clients alike; the loss of the solutions."),
     "words": words,
     "words_alpha01": words_apart,
