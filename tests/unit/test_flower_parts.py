@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ from parablock.deploy.processes import (
 from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
 from parablock.engine.flower import grid
-from parablock.engine.flower.courier import pack, unpack
+from parablock.engine.flower.courier import client_app, pack, unpack
 from parablock.engine.flower.exchange import (
     Reply,
     Request,
@@ -179,6 +179,23 @@ def test_frames_travel_in_arrays_that_are_as_long_as_wanted(contents: list[bytes
     assert all(0 < length <= longest for length in lengths)
     assert all(sum(pair) > array_bytes for pair in pairwise(lengths))
     assert unpack(record) == (header_of(replace(REQUEST, frames=frames)), contents)
+
+
+@pytest.mark.parametrize("fault", ["of the site", "of the server"])
+def test_a_clientapp_that_cannot_begin_says_why(tmp_path: Path, fault: str):
+    def site_of(_: Context) -> tuple[int, Path, list[str]]:
+        if fault == "of the site":
+            raise InputError("the site's file is not there")
+        return 0, tmp_path, []
+
+    Online()  # Flower's messages want to know in whose name they are made
+    record = pack(REQUEST, 1)
+    if fault == "of the server":
+        record["said"] = ConfigRecord({"header": header_of(REQUEST).replace('"protocol": 3', '"protocol": 2')})
+    message = Message(record, dst_node_id=1, message_type="train")
+    answer = client_app(site_of)(message, Context(1, 1, {}, RecordDict(), {}))
+    word = {"of the site": "the site's file is not there", "of the server": "it speaks protocol 2"}[fault]
+    assert word in error_of("client 0", reply_of(*unpack(answer.content)).error).what
 
 
 def test_arrays_that_are_not_as_the_header_says_are_refused():

@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from parablock.engine.flower.exchange import BOTH, Reply, Request, frame_lengths, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
-from parablock.engine.flower.stream import Place
+from parablock.engine.flower.stream import PART_BYTES, Place
 from parablock.errors import ParaBlockError, StallError
 
 ATTEMPTS = 3
@@ -44,16 +44,18 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
 
     @app.train()
     def exchange(message: Message, context: Context) -> Message:
+        array_bytes = PART_BYTES
         try:
             client_id, state_dir, command = site_of(context)
             request = request_of(*unpack(message.content))
+            array_bytes = request.frame_bytes
             reply = _carry(request, client_id, state_dir, command)
             if request.hello:
                 reply = replace(reply, carries=str(context.node_config.get("carries", BOTH)))
         except ParaBlockError as error:
             reply = Reply(client_id=-1, error=word_of(error))
         message.content = RecordDict()  # Flower holds the message to the end; a reply may be as large
-        return Message(pack(reply, request.frame_bytes), reply_to=message)
+        return Message(pack(reply, array_bytes), reply_to=message)
 
     return app
 
@@ -84,12 +86,13 @@ def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
 
 def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:
     """Join what follows each other, up to so many bytes; what is longer alone is not copied."""
-    group: list[bytes] = []
+    group, size = list[bytes](), 0
     for content in filter(None, contents):
-        if group and sum(map(len, group)) + len(content) > most_bytes:
+        if group and size + len(content) > most_bytes:
             yield b"".join(group)
-            group = []
+            group, size = [], 0
         group.append(content)
+        size += len(content)
     if group:
         yield b"".join(group)
 

@@ -143,11 +143,10 @@ class Outbox:
     def _cut(self, place: Place, frame_bytes: int | None) -> Iterator[Frame]:
         """Cut what is kept from a place on into frames of about the same length; None: one for each message."""
         for number, kept in enumerate(self._kept, self.next_number - len(self._kept)):
-            size = len(kept.message)
-            is_begun = number == place.message and kept.checksum == place.checksum
-            first = place.offset if is_begun else 0
             if number < place.message:
                 continue
+            size, is_begun = len(kept.message), (number, kept.checksum) == (place.message, place.checksum)
+            first = place.offset if is_begun else 0
             count = 1 if frame_bytes is None else max(1, -(-(size - first) // frame_bytes))
             step = -(-(size - first) // count)
             for part in range(count):
