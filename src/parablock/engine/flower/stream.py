@@ -176,7 +176,10 @@ class Inbox:
         for frame in frames:
             if frame.message < wanted.message:
                 continue
-            known = wanted.offset if (frame.message, frame.checksum) == (wanted.message, wanted.checksum) else 0
+            is_same = (frame.message, frame.checksum) == (wanted.message, wanted.checksum)
+            if frame.message == wanted.message and wanted.offset and frame.offset and not is_same:
+                break  # the rest of what a sender had begun that has died since: it was overtaken by the next one's
+            known = wanted.offset if is_same else 0
             skipped = known - frame.offset
             if frame.message > wanted.message or skipped < 0:
                 raise CodecError(
