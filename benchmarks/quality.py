@@ -4,8 +4,10 @@ T0: eight instruction families, one a client, which is as uneven as real sites. 
 Both fine-tune the small pretrained model under the virtual clock, over a link on which an exchange takes as long as
 the computation of a round. The loss is that of held-out rows, the same ones for either delay. Where ParaBlock has
 not reached FL-BCD's last loss after as many rounds, a run that is a quarter longer tells how soon it does; the
-learning rate is constant, so it goes on from the last checkpoint of the shorter run. On T0 the models at the end
-of equal rounds are also scored on each family apart: its loss and its share of right answers.
+learning rate is constant, so it goes on from the last checkpoint of the shorter run. Where the learning rate decays
+over the rounds of a run, as most fine-tuning has it, that third run is one of its own, with one round more for every
+twelve. On T0 the models at the end of equal rounds are also scored on each family apart: its loss and its share of
+right answers.
 
 A run that is complete is not run again and one that was stopped is resumed, as long as its configuration is
 the same; remove the work folder to begin anew.
@@ -47,7 +49,9 @@ from parablock.report.records import RunDirectory
 
 SETS = ("t0", "gsm8k")
 DELAYS = (0, 1)
-STEP_S, MORE_ROUNDS_ONE_IN = 0.25, 4
+STEP_S = 0.25
+LONGER_ONE_IN, LONGER_ONE_IN_OF_A_DECAY = 4, 12
+"""One round more for so many, in the run that tells how soon the loss is reached."""
 Found = dict[str, Any]
 
 
@@ -71,6 +75,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="examples of a step")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of an example")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--lr-scheduler-type", default="constant", help="constant, linear or cosine")
     parser.add_argument("--only", nargs="+", choices=SETS, help="which data; all when left out")
     parser.add_argument("--schedules", nargs="+", default=["shuffled"], help="orders of the blocks")
     parser.add_argument("--max-examples", type=int, default=384, help="held-out examples that the loss is of")
@@ -92,7 +97,8 @@ def make_config(
     else:
         material = {"t0": t0, "gsm8k": gsm8k}[name]()
     mbps = balanced_mbps(material.model, STEP_S * options.steps)
-    more = options.rounds // MORE_ROUNDS_ONE_IN if longer else 0
+    one_in = LONGER_ONE_IN_OF_A_DECAY if decays(options) else LONGER_ONE_IN
+    more = max(1, options.rounds // one_in) if longer else 0
     return parse_config(
         {
             "model": {"name_or_path": material.model},
@@ -108,6 +114,7 @@ def make_config(
                 "num_local_steps": options.steps,
                 "per_device_train_batch_size": options.batch_size,
                 "learning_rate": options.learning_rate,
+                "lr_scheduler_type": options.lr_scheduler_type,
             },
             "link": {"upload_mbps": mbps, "download_mbps": mbps},
             "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": STEP_S},
@@ -128,8 +135,11 @@ def outcome(name: str, schedule: str, seed: int, options: argparse.Namespace, co
     reached = first_time(overlapped, serial)
     if reached is None:
         config = make_config(name, schedule, DELAYS[1], seed, options, longer=True)
-        longer = lengthened_run(config, directories[1], options.work_dir, label_of(name, config))
-        found["longer"] = ended(longer, console, shorter=directories[1])
+        if decays(options):
+            found["longer"] = ended(kept_run(config, options.work_dir, label_of(name, config)), console)
+        else:
+            longer = lengthened_run(config, directories[1], options.work_dir, label_of(name, config))
+            found["longer"] = ended(longer, console, shorter=directories[1])
         reached = first_time(found["longer"], serial)
     found["time_ratio"] = None if reached is None else reached / serial["seconds"]
     if name == "t0" and options.task_examples and not options.smoke:
@@ -137,6 +147,10 @@ def outcome(name: str, schedule: str, seed: int, options: argparse.Namespace, co
             run["scores"] = kept_scores(directory.path.name, str(directory.model), options)
         found["base_scores"] = kept_scores("base", t0().model, options)
     return found
+
+
+def decays(options: argparse.Namespace) -> bool:
+    return bool(options.lr_scheduler_type != "constant")
 
 
 def first_time(run: Found, reference: Found) -> float | None:
@@ -158,7 +172,8 @@ def kept_scores(name: str, model: str, options: argparse.Namespace) -> Found:
 def label_of(name: str, config: RunConfig) -> str:
     federation = config.federation
     told = f"delay-{federation.delay}-rounds-{federation.num_rounds}-seed-{config.seed}"
-    return f"{name}-{config.blocks.schedule}-{told}"
+    decay = "" if config.train.lr_scheduler_type == "constant" else f"-{config.train.lr_scheduler_type}"
+    return f"{name}-{config.blocks.schedule}-{told}{decay}"
 
 
 def ended(directory: RunDirectory, console: Console, shorter: RunDirectory | None = None) -> Found:
