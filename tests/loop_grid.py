@@ -44,6 +44,7 @@ class LoopGrid(Grid):
         self._replies: dict[str, Message | None] = {}
         self._count = 0
         self.exchanges = [0] * len(state_dirs)
+        self.carries_one_frame: list[list[bool]] = [[] for _ in state_dirs]
         self._started: set[Path] = set()
         self.deaths = 0
 
@@ -86,6 +87,7 @@ class LoopGrid(Grid):
             reply = Reply(client_id, held_rounds=folder.held_rounds(), carries=self._carries[lane])
         else:
             self.exchanges[client_id] += 1
+            self.carries_one_frame[client_id].append(request.budget_bytes == request.frame_bytes)
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
                 return
             if folder.path.exists() and folder.finished is not None:

@@ -167,6 +167,16 @@ def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, c
     assert result.last_traffic.uplink_bytes == undisturbed.last_traffic.uplink_bytes
 
 
+def test_only_the_exchange_after_one_that_is_overdue_carries_a_frame_each_way(tmp_path: Path):
+    _, grid = over_flower(
+        tmp_path, plan(1, CHUNKED), fate=lambda client_id, n: "lose" if n % 3 == client_id else "carry"
+    )
+    for client_id, found in enumerate(grid.carries_one_frame):
+        after_lost = [one for n, one in enumerate(found[1:], 1) if n % 3 == client_id]
+        assert after_lost and all(after_lost)
+        assert False in found[found.index(True) :]  # on a slow machine not every other one
+
+
 def test_a_trainer_that_dies_in_the_middle_of_an_update_sends_it_whole_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lanes, "LEAST_BYTES", 150)  # an update takes several exchanges
     encoding = Encoding("float32")

@@ -276,6 +276,7 @@ def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path)
     assert again.opened_by() == REQUEST
     assert again.position == Position(2, 10, 1)
     assert again.kept() == [frames[10], *halves]
+    assert len(list((again.path / "frames").iterdir())) == 3  # the others are gone from the disk too
     assert again.finished is None
     again.finish(9)
     assert again.finished == 9
