@@ -73,9 +73,10 @@ def run(
     check_privacy_extra(config)
     job = prepare(config, progress.message)
     directory.create(job.config.to_yaml(), job.manifest)
-    if adds_noise(config):
-        directory.write_secret(new_secret())
-    return _Run(job, directory, progress, asked_to_stop, began, connect(job)).execute(None)
+    with directory.claimed():
+        if adds_noise(config):
+            directory.write_secret(new_secret())
+        return _Run(job, directory, progress, asked_to_stop, began, connect(job)).execute(None)
 
 
 def resume(
@@ -89,10 +90,22 @@ def resume(
 
     Raises:
         CheckpointError: There is no unfinished run, or its data or model changed.
+        StorageError: It is still at work.
     """
     began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_resumable()
+    with directory.claimed():
+        return _go_on(directory, began, progress, asked_to_stop, connect)
+
+
+def _go_on(
+    directory: RunDirectory,
+    began: float,
+    progress: Progress,
+    asked_to_stop: Callable[[], bool],
+    connect: Callable[[Job], Engine],
+) -> Summary:
     config = load_config(directory.config)
     check_trackers(config.report_to)
     check_privacy_extra(config)

@@ -237,6 +237,21 @@ def test_a_signal_stops_a_run_cleanly_and_it_goes_on_from_that_round(
     assert_same_run(run_dir, undisturbed(*overrides))
 
 
+def test_nobody_else_runs_where_a_run_is_at_work(
+    workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
+):
+    run_dir = tmp_path / "run"
+    with start(workshop, run_dir, *REAL) as process:
+        process.wait_until(lambda: num_rows(run_dir) >= 3)
+        process.send(signal.SIGSTOP)  # so that it is at work still
+        refused = command("resume", str(run_dir))
+        process.send(signal.SIGCONT)
+        assert process.wait() == 0
+    assert refused.code == 2
+    assert f"another process is at work in {run_dir}" in " ".join(refused.stderr.split())
+    assert_same_run(run_dir, undisturbed(*REAL))
+
+
 def test_the_installed_program_stops_at_ctrl_c(
     workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
 ):
