@@ -1,0 +1,124 @@
+"""A model that lies on another device than the CPU: every tensor is moved where it has to be.
+
+The device is one that torch has beside the CPU on any machine (tests/other_device.cpp). How fast a GPU is cannot be
+told from it, nor what a GPU's own kernels give.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import other_device
+from tiny_runs import NUM_LAYERS, Outcome, Workshop, command, make_workshop, summary_of, write_rows
+
+KEEP = ("train.optimizer_state=keep", "checkpoint.every_rounds=3")
+COARSE = (
+    "model.dtype=bfloat16",
+    "wire.format=int4",
+    "train.gradient_checkpointing=true",
+    "blocks.split=attention_mlp",
+)
+METHODS = ("parablock", "fedavg", "fedit", "flora")
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("other device"), tiny_llama, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing: the other device is compiled")
+    return other_device.build(tmp_path_factory.mktemp("library"))
+
+
+def there(library: Path, *arguments: str) -> Outcome:
+    """Run the command line where models are loaded onto the other device."""
+    done = subprocess.run(
+        [sys.executable, str(Path(other_device.__file__)), str(library), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def assert_as_good(there: Path, here: Path) -> None:
+    other, cpu = summary_of(there), summary_of(here)
+    assert other["final_eval_loss"] == pytest.approx(cpu["final_eval_loss"], rel=1e-3)
+    assert cpu["final_eval_loss"] < 0.99 * cpu["initial_eval_loss"]
+
+
+def test_each_method_learns_on_another_device_what_it_learns_on_the_cpu(
+    workshop: Workshop, library: Path, tmp_path: Path
+) -> None:
+    here, away = tmp_path / "here", tmp_path / "there"
+    arguments = ("compare", str(workshop.config), "--methods", ",".join(METHODS), "--output-dir")
+    assert command(*arguments, str(here)).code == 0
+    outcome = there(library, *arguments, str(away))
+    assert outcome.code == 0, outcome.stderr
+    for method in METHODS:
+        assert_as_good(away / method, here / method)
+
+
+def test_half_layers_in_bfloat16_over_a_coarse_wire_learn_there(
+    workshop: Workshop, library: Path, tmp_path: Path
+) -> None:
+    overrides = (*COARSE, f"federation.num_rounds={2 * NUM_LAYERS}")
+    assert workshop.run(tmp_path / "here", *overrides).code == 0
+    outcome = there(library, *workshop.arguments(tmp_path / "there", *overrides))
+    assert outcome.code == 0, outcome.stderr
+    assert_as_good(tmp_path / "there", tmp_path / "here")
+
+
+def test_a_run_goes_on_there_and_its_model_is_scored_there(
+    workshop: Workshop, library: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert there(library, *workshop.arguments(run, *KEEP)).code == 0
+    undisturbed = summary_of(run)["model_sha256"]
+    (run / "summary.json").unlink()
+    resumed = there(library, "resume", str(run))
+    assert "resuming at round 3" in resumed.stdout
+    assert summary_of(run)["model_sha256"] == undisturbed
+    rows = [{"prompt": f"1 plus {n}?", "completion": "no", "choices": ["no", "yes"]} for n in range(3)]
+    questions = write_rows(tmp_path / "questions.jsonl", rows)
+    for task in ("multiple_choice", "exact_match"):
+        scores = [
+            scored("eval", str(run), "--data", str(questions), "--task", task, "--max-new-tokens", "4")
+            for scored in (command, partial(there, library))
+        ]
+        assert [score.code for score in scores] == [0, 0], scores[1].stderr
+        here, away = (re.findall(r"│ (base|tuned) +│ +([\d.]+)", score.stdout) for score in scores)
+        assert here == away
+        assert [label for label, _ in here] == ["base", "tuned"], scores[0].stdout
+
+
+def test_the_other_device_is_as_foreign_as_a_gpu(library: Path) -> None:
+    words = "import sys, torch, other_device as o; o.make_known(sys.argv[1]); a = torch.ones(2, device='other')"
+    for term, word in (("torch.ones(2, device='other')", "2.0"), ("torch.ones(2)", "RuntimeError")):
+        ended = subprocess.run(
+            [sys.executable, "-c", f"{words}; print((a * {term}).sum().item())", str(library)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(other_device.__file__).parent,
+        )
+        assert word in ended.stdout + ended.stderr

@@ -1,0 +1,161 @@
+// A device of its own for torch, `other`, whose memory is the CPU's and whose kernels are the CPU's.
+//
+// To torch, tensors on it are as foreign to those on the CPU as a GPU's are: an operation on both is refused, and
+// values move by `to` alone. So a machine without a GPU can tell whether everything is moved where it has to be.
+// Whole storages change their name, not their place, on the way into a kernel and out of it.
+
+#include <ATen/ATen.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
+
+using at::Tensor;
+using c10::Device;
+using c10::DispatchKey;
+using c10::Storage;
+
+namespace {
+
+const Device kCpu{c10::kCPU};
+const Device kOther{c10::kPrivateUse1, 0};
+
+bool is_other(const Tensor& tensor) { return tensor.defined() && tensor.device() == kOther; }
+
+Storage renamed(const Storage& storage, Device device) {
+  c10::DataPtr memory(const_cast<void*>(storage.data()), new Storage(storage),
+                      [](void* kept) { delete static_cast<Storage*>(kept); }, device);
+  return {Storage::use_byte_size_t(), storage.nbytes(), std::move(memory), c10::GetAllocator(c10::kCPU), true};
+}
+
+Tensor view_of(const Storage& storage, const Tensor& like) {
+  auto key = storage.device() == kCpu ? DispatchKey::CPU : DispatchKey::PrivateUse1;
+  auto made = c10::make_intrusive<c10::TensorImpl>(Storage(storage), c10::DispatchKeySet(key), like.dtype());
+  made->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+  return Tensor(std::move(made));
+}
+
+Tensor to_cpu(const Tensor& tensor) {
+  return is_other(tensor) ? view_of(renamed(tensor.storage(), kCpu), tensor) : tensor;
+}
+
+Tensor to_other(const Tensor& tensor) { return view_of(renamed(tensor.storage(), kOther), tensor); }
+
+// What a kernel has made lies in new memory, or in that of an argument, of which it is a view.
+Tensor result_of(const Tensor& made, const std::vector<c10::IValue>& arguments) {
+  for (const auto& argument : arguments) {
+    if (!argument.isTensor() || !is_other(argument.toTensor()) || !made.storage().data()) continue;
+    const auto& storage = argument.toTensor().storage();
+    if (storage.data() == made.storage().data()) return view_of(storage, made);
+  }
+  return to_other(made);
+}
+
+// What was written in place is the argument itself; an `out` may have been given another size on the way.
+Tensor written(const Tensor& argument, const Tensor& made) {
+  if (argument.sizes() != made.sizes()) {
+    argument.unsafeGetTensorImpl()->set_storage_keep_dtype(renamed(made.storage(), kOther));
+    argument.unsafeGetTensorImpl()->set_sizes_and_strides(made.sizes(), made.strides());
+  }
+  return argument;
+}
+
+template <class List>
+List each(const List& values, const std::function<Tensor(const Tensor&)>& change) {
+  List changed;
+  for (const Tensor& value : values) changed.push_back(value.defined() ? change(value) : value);
+  return changed;
+}
+
+void run_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
+  const auto& schema = operation.schema();
+  const auto first = stack->size() - schema.arguments().size();
+  const std::vector<c10::IValue> arguments(stack->begin() + first, stack->end());
+  auto argument_of = [&](const Tensor& tensor) {
+    TORCH_CHECK(is_other(tensor) || tensor.dim() == 0, schema.name(), ": a tensor on ", tensor.device(), " and one on other");
+    return to_cpu(tensor);
+  };
+  for (auto value = stack->begin() + first; value != stack->end(); ++value) {
+    if (value->isTensor() && value->toTensor().defined()) {
+      *value = argument_of(value->toTensor());
+    } else if (value->isTensorList()) {
+      *value = each(value->toTensorList(), argument_of);
+    } else if (value->isOptionalTensorList()) {  // indices, which may lie on the CPU
+      c10::List<std::optional<Tensor>> indices;
+      for (const std::optional<Tensor>& index : value->toOptionalTensorList())
+        indices.push_back(index ? std::optional(to_cpu(*index)) : std::nullopt);
+      *value = indices;
+    } else if (value->isDevice()) {
+      *value = kCpu;
+    }
+  }
+  operation.redispatchBoxed(c10::DispatchKeySet(DispatchKey::CPU), stack);
+  const auto last = stack->size() - schema.returns().size();
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    auto& value = (*stack)[last + i];
+    const auto* alias = schema.returns()[i].alias_info();
+    if (alias && alias->isWrite()) {
+      for (size_t j = 0; j < arguments.size(); ++j) {
+        const auto* own = schema.arguments()[j].alias_info();
+        if (own && own->isWrite() && own->beforeSets() == alias->beforeSets())
+          value = written(arguments[j].toTensor(), value.toTensor());
+      }
+    } else if (value.isTensor() && value.toTensor().defined()) {
+      value = result_of(value.toTensor(), arguments);
+    } else if (value.isTensorList()) {
+      value = each(value.toTensorList(), [&](const Tensor& made) { return result_of(made, arguments); });
+    }
+  }
+}
+
+Tensor empty(c10::IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+             std::optional<Device>, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+  return to_other(at::empty(size, at::TensorOptions(kCpu).dtype(dtype), format));
+}
+
+Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<c10::ScalarType> dtype,
+                     std::optional<c10::Layout>, std::optional<Device>, std::optional<bool>) {
+  return to_other(at::empty_strided(size, stride, at::TensorOptions(kCpu).dtype(dtype)));
+}
+
+Tensor copy_from(const Tensor& source, const Tensor& target, bool) {
+  to_cpu(target).copy_(to_cpu(source));
+  return target;
+}
+
+// Attention as it is written, not one of the kernels that a GPU has for it.
+int64_t plain_attention(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
+                        std::optional<double>, bool) {
+  return 0;
+}
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::kPrivateUse1; }
+  Device exchangeDevice(Device) const override { return kOther; }
+  Device getDevice() const override { return kOther; }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
+  c10::Stream getStream(Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+};
+
+const bool kHooked = (at::RegisterPrivateUse1HooksInterface(new Hooks()), true);
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("_copy_from", copy_from);
+  library.impl("_fused_sdp_choice", plain_attention);
+}
+
+}  // namespace
