@@ -7,7 +7,7 @@ with real processes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -29,16 +29,24 @@ At `die` the site's trainer makes room for another if it is asked for the rest o
 
 
 class LoopGrid(Grid):
-    """For each client a node, or two of them, one for each direction."""
+    """For each client a node, or two of them, one for each direction.
+
+    Args:
+        state_dirs: A folder for each client.
+        start: Starts a client's trainer.
+        fate: What becomes of each exchange.
+        carries: What the nodes of one client after the other carry, and so on from the first again.
+    """
 
     def __init__(
         self,
         state_dirs: list[Path],
         start: Callable[[int, SessionFolder], None],
         fate: Fate,
-        carries: tuple[str, ...] = ("both",),
+        carries: Sequence[tuple[str, ...]] = (("both",),),
     ) -> None:
-        self._carries, self._starting = carries, threading.Lock()
+        self._nodes = [(i, way) for i in range(len(state_dirs)) for way in carries[i % len(carries)]]
+        self._starting = threading.Lock()
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
         self._dirs, self._start, self._fate = state_dirs, start, fate
         self._replies: dict[str, Message | None] = {}
@@ -62,7 +70,7 @@ class LoopGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return range(1, 1 + len(self._dirs) * len(self._carries))
+        return range(1, 1 + len(self._nodes))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         (message,) = messages
@@ -77,14 +85,14 @@ class LoopGrid(Grid):
         return [reply for message_id in message_ids if (reply := self._replies.pop(message_id, None)) is not None]
 
     def _serve(self, message: Message, message_id: str) -> None:
-        client_id, lane = divmod(message.metadata.dst_node_id - 1, len(self._carries))
+        client_id, carries = self._nodes[message.metadata.dst_node_id - 1]
         request = request_of(*unpack(message.content))
         folder = SessionFolder(self._dirs[client_id], request.run_key, request.session)
         if request.hello and self._fate(client_id, 0) == "fail":
             self._replies[message_id] = Message(Error(code=1, reason="there is no such app"), reply_to=message)
             return
         if request.hello:
-            reply = Reply(client_id, held_rounds=folder.held_rounds(), carries=self._carries[lane])
+            reply = Reply(client_id, held_rounds=folder.held_rounds(), carries=carries)
         else:
             self.exchanges[client_id] += 1
             self.carries_one_frame[client_id].append(request.budget_bytes == request.frame_bytes)

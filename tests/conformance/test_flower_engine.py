@@ -41,7 +41,8 @@ from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from toy import ToyTrainer, initial
 
-LANES = ("up", "down")
+ONE, TWO = [("both",)], [("up", "down")]
+LANES = {"one lane": ONE, "two lanes": TWO, "one and two": ONE + TWO}
 EXAMPLES = [3, 1, 2]
 ROUNDS = 7
 CHUNKED = Encoding("float32", chunk_bytes=8)
@@ -63,7 +64,7 @@ def over_flower(
     masking: SecureAggregation | None = None,
     faults: Sequence[Fault] = (),
     hooks: Hooks = HOOKS,
-    carries: tuple[str, ...] = ("both",),
+    carries: Sequence[tuple[str, ...]] = ONE,
 ) -> tuple[EngineResult, LoopGrid]:
     params, dirs = initial(4), [tmp_path / str(i) for i in range(len(examples))]
 
@@ -130,9 +131,9 @@ def impatient(monkeypatch):
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize("encoding", [Encoding("float32"), CHUNKED, Encoding("int8", chunk_bytes=8)], ids=repr)
-@pytest.mark.parametrize("carries", [("both",), LANES], ids=["one lane", "two lanes"])
+@pytest.mark.parametrize("carries", LANES.values(), ids=LANES)
 def test_flower_gives_what_one_process_gives(
-    tmp_path: Path, delay: int, encoding: Encoding, carries: tuple[str, ...]
+    tmp_path: Path, delay: int, encoding: Encoding, carries: Sequence[tuple[str, ...]]
 ):
     result, _ = over_flower(tmp_path, plan(delay, encoding), carries=carries)
     assert result.finished
@@ -151,9 +152,9 @@ def test_two_clients_and_four_give_what_one_process_gives(tmp_path: Path, delay:
     assert not same(result.server.params, in_process(method, weighted).server.params)
 
 
-@pytest.mark.parametrize("carries", [("both",), LANES], ids=["one lane", "two lanes"])
+@pytest.mark.parametrize("carries", LANES.values(), ids=LANES)
 @pytest.mark.parametrize("what", ["lose", "refuse"])
-def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, carries: tuple[str, ...]):
+def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, carries: Sequence[tuple[str, ...]]):
     method = plan(1, CHUNKED)
     undisturbed, quiet = over_flower(tmp_path / "quiet", method)
     result, grid = over_flower(
