@@ -76,7 +76,7 @@ def killed(config: RunConfig, directory: Path, draw: np.random.Generator, parts:
     moments = sorted((int(draw.integers(0, last)), float(draw.uniform(0, ROUND_S))) for _ in parts)
     kills: list[Found] = []
     began = time.monotonic()
-    deployment = Deployment(directory, SITES)
+    deployment = Deployment(directory, SITES, lanes=2)
     deployment.prepare(config)
     with deployment, Watched(deployment) as watched:
         for part, (after_rounds, part_s) in zip(in_order(parts, draw), moments, strict=True):

@@ -1,4 +1,4 @@
-"""Write docs/results.md from the records in benchmarks/results, and from nothing else.
+"""Write docs/results.md, and a table of README.md, from the records in benchmarks/results and from nothing else.
 
 .venv/bin/python docs/generate_results.py
 """
@@ -14,11 +14,14 @@ from statistics import fmean
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
+from results_at_a_glance import glance, missed  # noqa: E402
 from results_of_quality import family_table, quality, words, words_apart  # noqa: E402
 from results_of_speed import Record, flower, foot, peers, scale, slow_link, spread, step, table, wire  # noqa: E402
 from results_of_survival import cut_link, drops, fuzz, kill_resume, kill_sites, soak  # noqa: E402
 
 PAGE = DOCS / "results.md"
+README = DOCS.parent / "README.md"
+MARKS = "<!-- docs/generate_results.py writes from here -->\n", "<!-- to here -->\n"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 
 HEAD = """# Results
@@ -39,12 +42,33 @@ ENDED = "†: the last loss of a run that ended before."
 
 def page(folder: Path = RESULTS) -> str:
     """Write the page from the records that are there."""
-    parts = [HEAD]
-    for name, section in SECTIONS.items():
-        path = folder / f"{name}.json"
-        if path.exists():
-            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
-    return "\n".join(parts)
+    found = records(folder)
+    sections = {name: SECTIONS[name](record) for name, record in found.items()}
+    headings = headings_of(sections)
+    overview = ["## At a glance\n", *glance(found, headings), "", missed(found, headings), ""] if found else []
+    return "\n".join([HEAD, *overview, *sections.values()])
+
+
+def readme(text: str, folder: Path = RESULTS) -> str:
+    """Give the README with its table as the records have it."""
+    found = records(folder)
+    headings = headings_of({name: SECTIONS[name](record) for name, record in found.items()})
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return "".join(
+        [before, MARKS[0], "\n".join([*glance(found, headings, "docs/results.md"), ""]), MARKS[1], after]
+    )
+
+
+def records(folder: Path) -> dict[str, Record]:
+    """Read the records that are there, in the order of the page."""
+    paths = {name: folder / f"{name}.json" for name in SECTIONS}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def headings_of(sections: dict[str, str]) -> dict[str, str]:
+    """Give the heading of each section."""
+    return {name: section.splitlines()[0].removeprefix("## ") for name, section in sections.items()}
 
 
 def rate(found: Record) -> str:
@@ -311,3 +335,4 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

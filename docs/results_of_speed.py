@@ -115,8 +115,8 @@ def _folds(found: Record) -> list[str]:
     size = f"{found['updates']} updates of {found['parameters'] / 1e6:g} M parameters"
     text = (
         f"\n{size}, through the server's fold: what memory has no room for is in a file until the round is "
-        "committed, because a client may still be taken out. Beside it a plain `add_` of the same vectors, and a plain "
-        "write of the same bytes. The file is what costs the time, and with int4 the decoding.\n"
+        "committed, because a client may still be taken out. Beside it a plain `add_` of the same vectors, and a "
+        "plain write of the same bytes. The file is what costs the time, and with int4 the decoding.\n"
     )
     head = [
         "updates",

@@ -92,7 +92,7 @@ def local(
     output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
     clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
-    lanes: Lanes = 2,
+    lanes: Lanes = 1,
     *,
     insecure: Insecure = False,
 ) -> None:

@@ -109,6 +109,36 @@ def test_a_record_that_changed_makes_the_results_stale(results: ModuleType, tmp_
     assert results.page(tmp_path) != results.page()
 
 
+def test_the_readme_has_the_figures_of_the_records(results: ModuleType, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text == results.readme(text), "stale; run: .venv/bin/python docs/generate_results.py"
+    (tmp_path / "rate.json").write_text((results.RESULTS / "rate.json").read_text())
+    alone = results.readme(text, tmp_path)
+    assert alone.count("docs/results.md#") < text.count("docs/results.md#")
+    assert "(docs/results.md#the-same-rate)" in alone and alone.startswith(text[:300])
+
+
+def test_the_first_table_says_which_bars_are_missed(results: ModuleType) -> None:
+    def record(is_met: bool) -> dict[str, Any]:
+        bar = {
+            "name": "int4 bytes / float32 bytes",
+            "value": 0.125,
+            "limit": 0.14,
+            "at_most": True,
+            "is_met": is_met,
+        }
+        return {"wire": {"bars": [bar]}}
+
+    headings = {"wire": "The wire: bytes"}
+    (*_, met), (*_, missed) = (results.glance(record(is_met), headings) for is_met in (True, False))
+    assert met.endswith("](#the-wire-bytes) | 0.125 | ≤ 0.14 |")
+    assert "**0.125**, missed" in missed
+    assert "1 bars; 0 of them are missed" in results.missed(record(True), headings)
+    assert "1 of them are missed, under [The wire: bytes](#the-wire-bytes)" in results.missed(
+        record(False), headings
+    )
+
+
 def test_the_results_say_where_lora_wins(results: ModuleType) -> None:
     ends = {"parablock": 4.0, "fedit": 4.5}
     columns = [{"parablock": [4.0, 5.0], "fedit": [4.0, 4.5]}, {"parablock": [4.0], "fedit": [None]}]

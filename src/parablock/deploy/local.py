@@ -65,7 +65,7 @@ class Deployment:
         insecure: Without TLS and node keys.
     """
 
-    def __init__(self, output_dir: Path, num_clients: int, *, lanes: int = 2, insecure: bool = False) -> None:
+    def __init__(self, output_dir: Path, num_clients: int, *, lanes: int = 1, insecure: bool = False) -> None:
         self.output_dir, self.num_clients = output_dir.absolute(), num_clients
         self.lanes, self.insecure = lanes, insecure
         self.folder = self.output_dir / "deployment"
@@ -204,7 +204,7 @@ def deploy_local(
     config: RunConfig,
     output_dir: Path,
     *,
-    lanes: int = 2,
+    lanes: int = 1,
     insecure: bool = False,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
