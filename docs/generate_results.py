@@ -37,6 +37,10 @@ NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "loc
 LORA_METHODS = ("fedit", "ffa_lora", "flora")
 T0_AGAIN = "Two seeds of the table above on one thread instead of two, which changes the losses by about 1e-5."
 T0_LONGER = "The longer the run, the less a round of lag weighs in its last loss."
+T0_COSINE = (
+    "The learning rate decays to nothing over the rounds of a run (cosine), as is usual in fine-tuning, so that a "
+    "run's last loss is that of a model that has settled."
+)
 ENDED = "†: the last loss of a run that ended before."
 
 
@@ -307,6 +311,7 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "quality_t0": quality("The same quality: T0", "Eight instruction families, one a client."),
     "quality_t0_families": quality("T0 again: how soon, and each family", T0_AGAIN),
     "quality_t0_long": quality("T0 for twice as long", T0_LONGER),
+    "quality_t0_cosine": quality("T0 where the learning rate decays", T0_COSINE),
     "quality_gsm8k": quality("The same quality: GSM8K", "Four clients alike; the loss of the solutions."),
     "words": words,
     "words_alpha01": words_apart,

@@ -20,6 +20,11 @@ CLAIMS: tuple[Claim, ...] = (
         "t0, shuffled: loss of ParaBlock / FL-BCD, means",
     ),
     (
+        "seconds to FL-BCD's final loss on T0, ParaBlock / FL-BCD",
+        "quality_t0_cosine",
+        "t0, shuffled: seconds to FL-BCD's last loss, mean ratio",
+    ),
+    (
         "seconds to FL-BCD's final loss on word problems, ParaBlock / FL-BCD",
         "words",
         "α 0.3: seconds to FL-BCD's last loss, mean ratio",

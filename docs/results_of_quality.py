@@ -56,8 +56,8 @@ def how_soon(results: Sequence[Record]) -> list[str]:
         rows.append(["mean", "", "", "", spread(known, 3), ""])
     told = (
         "An exchange takes as long as the computation of a round (virtual clock). Seconds until ParaBlock is\n"
-        "first scored no worse than FL-BCD at its end; where equal rounds are too few, in a run that is a\n"
-        "quarter longer and looked at every two rounds."
+        "first scored no worse than FL-BCD at its end; where equal rounds are too few, in a longer run (its\n"
+        "rounds are in the last column), which is looked at every two rounds."
     )
     head = [
         "seed",
