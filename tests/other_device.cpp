@@ -9,6 +9,10 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <functional>
+#include <optional>
+#include <vector>
+
 using at::Tensor;
 using c10::Device;
 using c10::DispatchKey;
@@ -71,7 +75,8 @@ void run_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) 
   const auto first = stack->size() - schema.arguments().size();
   const std::vector<c10::IValue> arguments(stack->begin() + first, stack->end());
   auto argument_of = [&](const Tensor& tensor) {
-    TORCH_CHECK(is_other(tensor) || tensor.dim() == 0, schema.name(), ": a tensor on ", tensor.device(), " and one on other");
+    TORCH_CHECK(is_other(tensor) || tensor.dim() == 0, schema.name(), ": one tensor on ", tensor.device(),
+                " and one on other");
     return to_cpu(tensor);
   };
   for (auto value = stack->begin() + first; value != stack->end(); ++value) {
