@@ -35,7 +35,7 @@ over seeds, unless it says otherwise. A bar that is missed says so.
 NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
 NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
 LORA_METHODS = ("fedit", "ffa_lora", "flora")
-T0_AGAIN = "Two seeds of the table above on one thread instead of two, which changes the losses by about 1e-5."
+T0_AGAIN = "The seeds of the table above on one thread instead of two, which changes the losses by about 1e-5."
 T0_LONGER = "The longer the run, the less a round of lag weighs in its last loss."
 T0_COSINE = (
     "The learning rate decays to nothing over the rounds of a run (cosine), as is usual in fine-tuning, so that a "

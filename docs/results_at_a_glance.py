@@ -20,7 +20,7 @@ CLAIMS: tuple[Claim, ...] = (
         "t0, shuffled: loss of ParaBlock / FL-BCD, means",
     ),
     (
-        "seconds to FL-BCD's final loss on T0, ParaBlock / FL-BCD",
+        "seconds to FL-BCD's final loss on T0, a decaying rate, ParaBlock / FL-BCD",
         "quality_t0_cosine",
         "t0, shuffled: seconds to FL-BCD's last loss, mean ratio",
     ),
