@@ -5,9 +5,9 @@ Both fine-tune the small pretrained model under the virtual clock, over a link o
 the computation of a round. The loss is that of held-out rows, the same ones for either delay. Where ParaBlock has
 not reached FL-BCD's last loss after as many rounds, a run that is a quarter longer tells how soon it does; the
 learning rate is constant, so it goes on from the last checkpoint of the shorter run. Where the learning rate decays
-over the rounds of a run, as most fine-tuning has it, that third run is one of its own, with one round more for every
-twelve. On T0 the models at the end of equal rounds are also scored on each family apart: its loss and its share of
-right answers.
+over the rounds of a run, as most fine-tuning has it, that third run is one of its own, with one round more for
+every twelve. On T0 the models at the end of equal rounds are also scored on each family apart: its loss and its
+share of right answers.
 
 A run that is complete is not run again and one that was stopped is resumed, as long as its configuration is
 the same; remove the work folder to begin anew.

@@ -118,6 +118,10 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     assert longer["curve"][-2] == [overlapped["seconds"], overlapped["final_eval_loss"]] != longer["curve"][-1]
     anew = run(load_config(tmp_path / "runs" / longer["directory"] / "config.yaml"), tmp_path / "anew")
     assert anew["model_sha256"] == longer["model_sha256"] != overlapped["model_sha256"]
+    (decayed,) = benchmark("quality", "--smoke", "--only", "gsm8k", "--lr-scheduler-type", "cosine")["results"]
+    assert decayed["runs"][0]["final_eval_loss"] != serial["final_eval_loss"]
+    assert decayed["longer"]["num_rounds"] == 9  # a run of its own, whose rate decays over one round more
+    assert decayed["longer"]["curve"][0] != decayed["runs"][1]["curve"][0]
     metrics = (tmp_path / "anew" / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["round_s"] for line in metrics) == pytest.approx(longer["seconds"], rel=1e-6)
     # an exchange takes as long as the computation of a round, and the last exchange is hidden by nothing
