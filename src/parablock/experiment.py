@@ -24,7 +24,7 @@ from parablock.errors import CheckpointError, InputError, StorageError
 from parablock.fleet import make_fleet
 from parablock.job import Job, prepare
 from parablock.report.progress import LoggedProgress, Progress
-from parablock.report.records import RunDirectory, time_and_bytes
+from parablock.report.records import RunDirectory, claimed, time_and_bytes
 from parablock.report.trackers import Trackers, check_trackers, figures_of, open_trackers
 from parablock.report.write import write_report
 from parablock.safeguards import adds_noise, check_privacy_extra, new_secret, privacy_spent
@@ -73,7 +73,7 @@ def run(
     check_privacy_extra(config)
     job = prepare(config, progress.message)
     directory.create(job.config.to_yaml(), job.manifest)
-    with directory.claimed():
+    with claimed(directory.path):
         if adds_noise(config):
             directory.write_secret(new_secret())
         return _Run(job, directory, progress, asked_to_stop, began, connect(job)).execute(None)
@@ -95,7 +95,7 @@ def resume(
     began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_resumable()
-    with directory.claimed():
+    with claimed(directory.path):
         return _go_on(directory, began, progress, asked_to_stop, connect)
 
 

@@ -21,9 +21,9 @@ from parablock.deploy.processes import check_site_keys, write_app
 from parablock.deploy.server_app import only_one
 from parablock.deploy.site import load_site, site_file
 from parablock.deploy.variables import config_file, failure_file, output_dir_of
-from parablock.errors import ConfigError, InputError, ParaBlockError
+from parablock.errors import ConfigError, InputError, ParaBlockError, StorageError
 from parablock.report.progress import LoggedProgress
-from parablock.report.records import RunDirectory
+from parablock.report.records import RunDirectory, claimed
 
 CONFIG = {"model": {"name_or_path": "/model"}, "data": {"train": ["/rows.jsonl"]}, "engine": {"name": "flower"}}
 
@@ -89,6 +89,18 @@ def test_what_a_server_of_real_sites_left_is_not_resumed_as_if_they_were_here(tm
     with pytest.raises(
         ConfigError, match=r"not on this machine; start the SuperLink again with `parablock deploy ser"
     ):
+        resume_local(directory.path)
+
+
+def test_a_deployment_that_somebody_still_watches_is_not_resumed(tmp_path: Path):
+    config, directory = parse_config(CONFIG), RunDirectory(tmp_path / "run")
+    directory.create(config.to_yaml(), {})
+    deployment = Deployment(directory.path, 1, insecure=True)
+    deployment.prepare(config)
+    (deployment.folder / "flower").touch()  # what is brought up fails here
+    with claimed(deployment.folder), pytest.raises(StorageError, match="another process is at work"):
+        resume_local(directory.path)
+    with pytest.raises(FileExistsError):
         resume_local(directory.path)
 
 

@@ -46,7 +46,7 @@ from parablock.deploy.variables import (
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.report.progress import LoggedProgress, Progress
-from parablock.report.records import RunDirectory
+from parablock.report.records import RunDirectory, claimed
 
 LOOK_S = 0.3
 STATUS_S = 20.0
@@ -221,7 +221,7 @@ def deploy_local(
     made = not output_dir.exists()
     deployment.prepare(config)
     try:
-        with deployment:
+        with claimed(deployment.folder), deployment:
             return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
     except InputError:
         if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
@@ -253,7 +253,15 @@ def resume_local(
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Bring an interrupted deployment up again and go on from its last checkpoint."""
+    """Bring an interrupted deployment up again and go on from its last checkpoint.
+
+    What an earlier one left running is ended first, unless whoever started it still watches it.
+
+    Raises:
+        StorageError: So it is.
+        InputError: There is no unfinished run, or its sites are not on this machine.
+        ParaBlockError: The run failed.
+    """
     directory = RunDirectory(output_dir)
     directory.check_resumable()
     config = load_config(directory.config)
@@ -272,7 +280,7 @@ def resume_local(
         lanes=int(lanes_file(output_dir).read_text(encoding="utf-8")),
         insecure=not (folder / "keys").exists(),
     )
-    with deployment:
+    with claimed(folder), deployment:
         return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
 
 

@@ -19,6 +19,31 @@ Row = dict[str, Any]
 """One line of `metrics.jsonl`."""
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
+
+    Raises:
+        StorageError: Another one is at work there.
+    """
+    with storage(folder):
+        place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"another process is at work in {folder}",
+                cause="The run there has not ended; two at once would write into the same files.",
+                remedy="Wait for its end or stop it (Ctrl-C saves it), and resume then.",
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(place)
+
+
 class RunDirectory:
     """The files of one run.
 
@@ -101,30 +126,6 @@ class RunDirectory:
                 f"the run in {self.path} is complete; there is nothing to resume",
                 remedy=f"Look at it with: parablock eval {self.path} --data FILE",
             )
-
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep other processes from running here while the block lasts; the end of this one ends it too.
-
-        Raises:
-            StorageError: Another run is at work here.
-        """
-        with storage(self.path):
-            folder = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(
-                    f"another process is at work in {self.path}",
-                    cause="The run there has not ended; two at once would write into the same files.",
-                    remedy="Wait for its end or stop it (Ctrl-C saves it), and resume then.",
-                ) from None
-            except OSError:
-                pass  # a file system that knows no locks
-            yield
-        finally:
-            os.close(folder)
 
     def append(self, row: Row) -> None:
         """Add a round."""
