@@ -51,7 +51,7 @@ def test_a_simulated_supernode_has_the_site_that_the_app_prepared(tmp_path: Path
 
 
 def test_two_flower_runs_do_not_write_one_run_directory(tmp_path: Path):
-    refused = pytest.raises(ConfigError, match="another Flower run is at work")
+    refused = pytest.raises(StorageError, match="another process is at work")
     with only_one(tmp_path / "run"), only_one(tmp_path / "other"), refused, only_one(tmp_path / "run"):
         pass
     with only_one(tmp_path / "run"):

@@ -6,7 +6,6 @@ that `parablock deploy app` writes names it itself. A run that is there already 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -27,10 +26,11 @@ from parablock.engine.flower.engine import run_over_flower, server_app
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
 from parablock.engine.inprocess import EngineResult
-from parablock.errors import ConfigError, ParaBlockError
+from parablock.errors import ParaBlockError
 from parablock.experiment import resume, run
 from parablock.job import Job
 from parablock.report.progress import LoggedProgress
+from parablock.report.records import claimed
 from parablock.safeguards import masking_of
 
 
@@ -106,18 +106,11 @@ def only_one(output_dir: Path) -> Iterator[None]:
     """Keep a run directory for one Flower run at a time.
 
     Raises:
-        ConfigError: Another one has it.
+        StorageError: Another one has it.
     """
-    folder = output_dir / "deployment"
+    folder = config_file(output_dir).parent / "server"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                ["another Flower run is at work here; wait for its end, or end it with `flwr stop`"],
-                source=str(output_dir),
-            ) from None
+    with claimed(folder, remedy="Wait for the end of the other Flower run, or end it with `flwr stop`."):
         yield
 
 

@@ -20,8 +20,14 @@ Row = dict[str, Any]
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(
+    folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
+) -> Iterator[None]:
     """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
+
+    Args:
+        folder: The folder; it is locked itself, without a file of its own.
+        remedy: What to do about a process that has it.
 
     Raises:
         StorageError: Another one is at work there.
@@ -35,7 +41,7 @@ def claimed(folder: Path) -> Iterator[None]:
             raise StorageError(
                 f"another process is at work in {folder}",
                 cause="The run there has not ended; two at once would write into the same files.",
-                remedy="Wait for its end or stop it (Ctrl-C saves it), and resume then.",
+                remedy=remedy,
             ) from None
         except OSError:
             pass  # a file system that knows no locks
