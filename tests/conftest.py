@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tiny_runs import Workshop, make_workshop
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 CHAT_TEMPLATE = (
@@ -90,3 +92,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         model_max_length=512,
     )
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Workshop:
+    """A folder for whole runs in a second, of the module's own."""
+    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)

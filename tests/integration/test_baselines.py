@@ -11,13 +11,13 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from parablock import load_config, resume
 from parablock import run as run_here
 from parablock.model.adapters import adapted_layers
 from parablock.scores import score_models
-from tiny_runs import NUM_CLIENTS, NUM_LAYERS, Outcome, Workshop, make_workshop, metrics_of, summary_of
+from tiny_runs import NUM_CLIENTS, NUM_LAYERS, Outcome, Workshop, metrics_of, summary_of
 
 LORA = ("fedit", "ffa_lora", "flora")
 APART = ("local", "central")
@@ -25,15 +25,6 @@ BASELINES = ("fedavg", "fedprox", *LORA, "fedcybgd", *APART)
 HIDDEN, RANK = 32, 8
 # a layer of the tiny Llama: q and o are 32 × 32, k and v 32 × 16, gate and up 32 × 64, down 64 × 32
 SHAPES = ((32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32))
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("baselines"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock import __version__
 from parablock.config import known_keys, load_config
@@ -28,7 +28,6 @@ from tiny_runs import (
     command,
     command_apart,
     half_written,
-    make_workshop,
     metrics_of,
     sum_row,
     summary_of,
@@ -50,15 +49,6 @@ BLOCK_PARAMETERS = 9280
 COMMANDS = ("run", "resume", "blocks", "eval", "demo", "doctor")
 
 Runs = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from statistics import mean, stdev
 from xml.etree import ElementTree
 
 import pytest
 import yaml
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock.compare import plan_comparison
 from parablock.config import load_config
-from tiny_runs import Workshop, command, make_workshop, metrics_of, sum_row, summary_of, write_rows
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("compare"), tiny_llama, tiny_tokenizer)
+from tiny_runs import command, metrics_of, sum_row, summary_of, write_rows
 
 
 def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, tmp_path):

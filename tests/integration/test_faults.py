@@ -6,23 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock.config import load_config
 from parablock.experiment import resume, run
-from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
+from tiny_runs import Workshop, metrics_of, summary_of
 
 KILLED = "faults=[{client: 3, round: 2, at: train, kind: kill}]"
 BRIEFLY = "faults=[{client: 3, round: 2, at: train, kind: kill, value: 1.0}]"
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("faults"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

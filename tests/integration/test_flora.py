@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import load_config
 from parablock.algorithm.aggregate import average
@@ -33,18 +31,9 @@ from parablock.model.adapters import adapted_layers
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.messages import RoundStart
-from tiny_runs import NUM_CLIENTS, Workshop, make_workshop, metrics_of
+from tiny_runs import NUM_CLIENTS, Workshop, metrics_of
 
 EXAMPLES = {0: 1, 1: 5, 2: 2}
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("flora"), tiny_llama, tiny_tokenizer)
 
 
 def job_of(workshop: Workshop, *overrides: str) -> Job:

@@ -383,9 +383,8 @@ def test_operators_get_a_model_and_strangers_are_refused(plays: Mapping[str, Fut
     assert "does not know this site's key" in facts["wrong-key"]
     assert "All SuperNodes must be registered" in facts["no-key"]
     assert "Connection attempt failed" in facts["no-tls"]
-    assert (
-        len(set(re.findall(r"Activated node_id=(\d+)", facts["superlink_log"]))) == 3
-    )  # two of site 0, one of site 1
+    nodes = set(re.findall(r"Activated node_id=(\d+)", facts["superlink_log"]))
+    assert len(nodes) == 3, "two of site 0, one of site 1"
     assert facts["summary"]["model_sha256"] == facts["expected"]  # each site's rows are its own, as by_file has it
     assert {facts["codes"][name] for name in ("site-0", "site-1", "no-tls")} == {128 + signal.SIGTERM}
     assert facts["codes"]["server"] == 0

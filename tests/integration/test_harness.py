@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock.harness import harness_scores
-from tiny_runs import Workshop, command, make_workshop, write_rows
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("harness"), tiny_llama, tiny_tokenizer)
+from tiny_runs import Workshop, command, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock.model.save import model_sha256
 from tiny_runs import (
@@ -28,7 +27,6 @@ from tiny_runs import (
     command,
     command_line,
     half_written,
-    make_workshop,
     metrics_of,
     summary_of,
 )
@@ -65,15 +63,6 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     ),
     "no checkpoints": ("checkpoint.every_rounds=0",),
 }
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import other_device
-from tiny_runs import NUM_LAYERS, Outcome, Workshop, command, make_workshop, summary_of, write_rows
+from tiny_runs import NUM_LAYERS, Outcome, Workshop, command, summary_of, write_rows
 
 KEEP = ("train.optimizer_state=keep", "checkpoint.every_rounds=3")
 COARSE = (
@@ -29,15 +27,6 @@ COARSE = (
     "blocks.split=attention_mlp",
 )
 METHODS = ("parablock", "fedavg", "fedit", "flora")
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("other device"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tiny_runs import Workshop, command, make_workshop, summary_of
+from tiny_runs import Workshop, command, summary_of
 
 KEYS = {
     *("num_blocks", "blocks", "bytes_per_client_round", "total_bytes", "compute_s", "communication_s", "round_s"),
     *("sequential_s", "hours", "memory_bytes", "never_visited", "recommended"),
 }
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("plan"), tiny_llama, tiny_tokenizer)
 
 
 def planned(workshop: Workshop, *arguments: str) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import load_config, resume, run
 from parablock.errors import CheckpointError, ConfigError
 from parablock.privacy.accounting import Accountant
-from tiny_runs import Workshop, make_workshop, metrics_of
+from tiny_runs import Workshop, metrics_of
 
 KEY = bytes(range(32))
 CENTRAL = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=0.1")
@@ -32,15 +31,6 @@ class Messages:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture

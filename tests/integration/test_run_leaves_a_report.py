@@ -6,26 +6,16 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from parablock.config import load_config
 from parablock.experiment import run
-from tiny_runs import Workshop, command, make_workshop, metrics_of, summary_of
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("reported"), tiny_llama, tiny_tokenizer)
+from tiny_runs import Workshop, command, metrics_of, summary_of
 
 
 def figures_of_page(directory: Path) -> dict[str, Any]:

@@ -6,26 +6,15 @@ import inspect
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import parablock
 from parablock import RunConfig, load_config, parse_config, resume, run
 from parablock.errors import CheckpointError
-from tiny_runs import Workshop, make_workshop, metrics_of, tiny_config
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
+from tiny_runs import Workshop, metrics_of, tiny_config
 
 
 def modules_after(statement: str) -> set[str]:

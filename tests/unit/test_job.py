@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
 from parablock.config import load_config
 from parablock.job import prepare
-from tiny_runs import Workshop, make_workshop, sum_row, write_rows
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("job"), tiny_llama, tiny_tokenizer)
+from tiny_runs import Workshop, sum_row, write_rows
 
 
 def warnings_of(workshop: Workshop, *overrides: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaConfig
 
 from parablock.config import RunConfig, load_config, parse_config
 from parablock.errors import ConfigError, DataError, ModelError
@@ -24,7 +23,7 @@ from parablock.plan.forecast import Plan, make_plan
 from parablock.plan.probe import probed_compute
 from parablock.plan.scenario import Scenario
 from parablock.plan.view import show_plan
-from tiny_runs import Workshop, make_workshop, sum_row, write_rows
+from tiny_runs import Workshop, sum_row, write_rows
 
 PROMISED_KEYS = [
     *("num_blocks", "blocks", "bytes_per_client_round", "total_bytes", "compute_s", "communication_s", "round_s"),
@@ -34,15 +33,6 @@ FURTHER_KEYS = [
     *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict"),
 ]
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
-
-
-@pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("plan"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
