@@ -86,16 +86,17 @@ def empty(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterato
 
 
 def wire_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
-    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn.
+    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn, with two SuperNodes a site and one.
 
-    In between delay 1 without TLS and keys, and with a single SuperNode for both directions.
+    In between delay 1 without TLS and keys.
     """
     del rows
     wanted = replace(usual(options), compute_s=wire_s(options))
     overlapped = replace(wanted, delay=1, rounds=wanted.rounds + 1)
     for repeat in range(options.repeats):
-        beside = replace(overlapped, secure=False) if repeat % 2 == 0 else replace(overlapped, supernodes=1)
-        for place, variant in enumerate((wanted, overlapped, beside)):
+        both = [replace(each, supernodes=many) for many in (2, 1) for each in (wanted, overlapped)]
+        beside = [replace(overlapped, secure=False)] if repeat % 2 == 0 else []
+        for place, variant in enumerate(both + beside):
             yield {"repeat": repeat, **timed(folder / f"{repeat}-{place}", variant)}
 
 
@@ -256,8 +257,10 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
 
     equal, long, balanced = "wire = compute", "covered", "exchange = compute"
     add("seconds of an empty exchange", 5.0, lambda: median("empty", 0))
-    add("wire = compute: delay 1 / delay 0", 0.65, lambda: median(equal, 1) / median(equal, 0))
-    add("an exchange / its time on the wire", 1.6, lambda: (median(equal, 0) - wire) / wire)
+    for many, which in ((2, "two SuperNodes"), (1, "one SuperNode")):
+        at = {delay: round_s(rows, equal, delay=delay, secure=True, supernodes=many) for delay in (0, 1)}
+        add(f"wire = compute, {which} a site: delay 1 / delay 0", 0.65, lambda at=at: at[1] / at[0])
+        add(f"an exchange / its time on the wire, {which} a site", 1.6, lambda at=at: (at[0] - wire) / wire)
     add("covered: round / compute at delay 1", 1.06, lambda: median(long, 1) / (2.5 * wire))
     add("covered: delay 1 / delay 0", 0.60, lambda: median(long, 1) / median(long, 0))
     compute = max((row["compute_s"] for row in of(rows, balanced)), default=0.0)
@@ -280,8 +283,9 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
 def tls(rows: list[Row]) -> float:
     """Give the median round with TLS and keys over that without, of the repeats that have both."""
     insecure = of(rows, "wire = compute", delay=1, secure=False)
-    beside = {row["repeat"] for row in insecure}
-    secure = [row for row in of(rows, "wire = compute", delay=1, secure=True) if row["repeat"] in beside]
+    beside = {(row["repeat"], row["supernodes"]) for row in insecure}
+    overlapped = of(rows, "wire = compute", delay=1, secure=True)
+    secure = [row for row in overlapped if (row["repeat"], row["supernodes"]) in beside]
     with_it, without = ([s for row in found for s in row["rounds"]] for found in (secure, insecure))
     return statistics.median(with_it) / statistics.median(without)
 
