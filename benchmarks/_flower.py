@@ -55,7 +55,7 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Point]]:
         start = RoundStart(t, 0, steps, steps_before=t * steps, committed=NEVER, news=())
         replies = []
         for trainer in fleet.trainers:
-            trained = trainer.train(start, (to_flat(arrays),)).trained
+            trained = trainer.train(start, (to_flat(arrays),)).trained[:]
             metrics = MetricRecord({"num-examples": trainer.num_examples})
             replies.append(Reply(RecordDict({"arrays": to_arrays(trained, job), "metrics": metrics})))
         one_way = arrays.count_bytes()

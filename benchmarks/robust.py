@@ -59,7 +59,7 @@ class Attacker:
     def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
         found = self.honest.train(start, working)
         v = working[start.block_index].float()
-        return replace(found, trained=v + self.factor * (found.trained.float() - v))
+        return replace(found, trained=v + self.factor * (found.trained[:].float() - v))
 
     def memory(self) -> dict[str, Tensor]:
         return self.honest.memory()

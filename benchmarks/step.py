@@ -113,7 +113,7 @@ def measure(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, An
 
     def visit(b: int) -> Tensor:
         steps = [[batch] for batch in batches]
-        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, moments=None).trained
+        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, moments=None).trained[:]
 
     def by_hand(b: int) -> None:
         train_by_hand(plain, replica.blocks[b].parameter_names, batches)

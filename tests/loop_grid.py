@@ -111,6 +111,7 @@ class LoopGrid(Grid):
             folder.open(request)
             if request.wanted.offset and self._fate(client_id, self.exchanges[client_id]) == "die":
                 self._started.discard(folder.path)
+                Path(address_of(self._dirs[client_id])).unlink()  # the dead hear nobody
                 self.deaths += 1
             if folder.path not in self._started:
                 self._started.add(folder.path)

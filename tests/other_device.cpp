@@ -3,14 +3,23 @@
 // To torch, tensors on it are as foreign to those on the CPU as a GPU's are: an operation on both is refused, and
 // values move by `to` alone. So a machine without a GPU can tell whether everything is moved where it has to be.
 // Whole storages change their name, not their place, on the way into a kernel and out of it.
+//
+// Its main stream does everything at once. A copy to pinned memory on another stream is done as late as it may be, when
+// somebody waits for it; until then the memory holds no numbers. So what is read too early is seen, and a copy is
+// refused that does not wait for the main stream, or whose source is gone before it was done.
 
 #include <ATen/ATen.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <vector>
 
 using at::Tensor;
@@ -22,6 +31,28 @@ namespace {
 
 const Device kCpu{c10::kCPU};
 const Device kOther{c10::kPrivateUse1, 0};
+
+struct Copy {  // on its way, on a stream of its own
+  Tensor target;
+  c10::weak_intrusive_ptr<c10::StorageImpl> source;
+  std::function<void(const Storage&)> finish;
+};
+
+struct Event {
+  c10::StreamId stream;
+  uint64_t main_clock, copies;
+};
+
+struct Stream {
+  uint64_t waited_for = 0, asked = 0, done = 0;
+  std::deque<Copy> copies;
+};
+
+thread_local c10::StreamId current = 0;
+thread_local uint64_t main_clock = 0;  // what the main stream was given, in this thread
+std::map<c10::StreamId, Stream> streams;
+std::set<const void*> pinned;
+std::recursive_mutex one_at_a_time;  // of what stands above
 
 bool is_other(const Tensor& tensor) { return tensor.defined() && tensor.device() == kOther; }
 
@@ -93,6 +124,7 @@ void run_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) 
       *value = kCpu;
     }
   }
+  main_clock += current == 0;
   operation.redispatchBoxed(c10::DispatchKeySet(DispatchKey::CPU), stack);
   const auto last = stack->size() - schema.returns().size();
   for (size_t i = 0; i < schema.returns().size(); ++i) {
@@ -122,8 +154,35 @@ Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::option
   return to_other(at::empty_strided(size, stride, at::TensorOptions(kCpu).dtype(dtype)));
 }
 
-Tensor copy_from(const Tensor& source, const Tensor& target, bool) {
-  to_cpu(target).copy_(to_cpu(source));
+void finish(c10::StreamId id, uint64_t until) {
+  const std::lock_guard lock(one_at_a_time);
+  Stream& stream = streams[id];
+  for (; stream.done < until; ++stream.done) {
+    Copy copy = std::move(stream.copies.front());
+    stream.copies.pop_front();
+    auto source = copy.source.lock();
+    TORCH_CHECK(source, "the memory that a stream copies from was given up before it was done");
+    copy.finish(Storage(std::move(source)));
+  }
+}
+
+Tensor copy_from(const Tensor& source, const Tensor& target, bool non_blocking) {
+  const std::lock_guard lock(one_at_a_time);
+  if (current == 0 || !non_blocking || !pinned.count(target.storage().data())) {
+    to_cpu(target).copy_(to_cpu(source));
+    ++main_clock;
+    return target;
+  }
+  Stream& stream = streams[current];
+  TORCH_CHECK(stream.waited_for == main_clock, "a stream copies what the main stream may still be writing");
+  TORCH_CHECK(target.is_contiguous() && source.is_contiguous() && source.dtype() == target.dtype());
+  std::memset(target.data_ptr(), 0xFF, target.nbytes());
+  auto finish = [target, place = source.storage_offset() * source.itemsize()](const Storage& from) {
+    std::memcpy(target.data_ptr(), static_cast<const char*>(from.data()) + place, target.nbytes());
+  };
+  stream.copies.push_back({target, c10::weak_intrusive_ptr<c10::StorageImpl>(source.storage().getWeakStorageImpl()),
+                           finish});
+  ++stream.asked;
   return target;
 }
 
@@ -133,21 +192,85 @@ int64_t plain_attention(const Tensor&, const Tensor&, const Tensor&, const std::
   return 0;
 }
 
+c10::Stream stream_of(c10::StreamId id) { return c10::Stream(c10::Stream::UNSAFE, kOther, id); }
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return c10::kPrivateUse1; }
   Device exchangeDevice(Device) const override { return kOther; }
   Device getDevice() const override { return kOther; }
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
-  c10::Stream getStream(Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
-  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::Stream getStream(Device) const override { return stream_of(current); }
+  c10::Stream getDefaultStream(Device) const override { return stream_of(0); }
+  c10::Stream getNewStream(Device, int) const override {
+    const std::lock_guard lock(one_at_a_time);
+    const auto id = static_cast<c10::StreamId>(streams.size() + 1);
+    streams[id];
+    return stream_of(id);
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const override {
+    return stream_of(std::exchange(current, stream.id()));
+  }
+  void record(void** event, const c10::Stream& stream, c10::DeviceIndex, c10::EventFlag) const override {
+    const std::lock_guard lock(one_at_a_time);
+    delete static_cast<Event*>(*event);
+    *event = new Event{stream.id(), main_clock, stream.id() ? streams[stream.id()].asked : 0};
+  }
+  void block(void* event, const c10::Stream& stream) const override {
+    const std::lock_guard lock(one_at_a_time);
+    const auto* awaited = static_cast<Event*>(event);
+    if (stream.id() && awaited->stream == 0) streams[stream.id()].waited_for = awaited->main_clock;
+    if (awaited->stream) finish(awaited->stream, awaited->copies);
+  }
+  void synchronizeEvent(void* event) const override {
+    const auto* awaited = static_cast<Event*>(event);
+    if (awaited->stream) finish(awaited->stream, awaited->copies);
+  }
+  bool queryEvent(void* event) const override {
+    const std::lock_guard lock(one_at_a_time);
+    const auto* awaited = static_cast<Event*>(event);
+    return !awaited->stream || streams[awaited->stream].done >= awaited->copies;
+  }
+  void destroyEvent(void* event, c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
+struct Pinned final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    const std::lock_guard lock(one_at_a_time);
+    auto memory = c10::GetAllocator(c10::kCPU)->allocate(size);
+    void* place = memory.release_context();
+    pinned.insert(place);
+    return {place, place, &free, kCpu};
+  }
+  static void free(void* place) {
+    const std::lock_guard lock(one_at_a_time);
+    pinned.erase(place);
+    c10::GetAllocator(c10::kCPU)->raw_deleter()(place);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
+};
+
 struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  void setCurrentDevice(c10::DeviceIndex) const override {}
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  bool isPinnedPtr(const void* place) const override {
+    const std::lock_guard lock(one_at_a_time);
+    return pinned.count(place) > 0;
+  }
+  at::Allocator* getPinnedMemoryAllocator() const override {
+    static Pinned allocator;
+    return &allocator;
+  }
 };
 
 const bool kHooked = (at::RegisterPrivateUse1HooksInterface(new Hooks()), true);

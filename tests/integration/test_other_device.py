@@ -100,14 +100,51 @@ def test_a_run_goes_on_there_and_its_model_is_scored_there(
         assert [label for label, _ in here] == ["base", "tuned"], scores[0].stdout
 
 
+def said_there(library: Path, *lines: str) -> str:
+    """Run lines of Python where torch knows the device, and give all that they say."""
+    script = ("import sys, torch, other_device", "other_device.make_known(sys.argv[1])", *lines)
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(script), str(library)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(other_device.__file__).parent,
+    )
+    return ended.stdout + ended.stderr
+
+
 def test_the_other_device_is_as_foreign_as_a_gpu(library: Path) -> None:
-    words = "import sys, torch, other_device as o; o.make_known(sys.argv[1]); a = torch.ones(2, device='other')"
     for term, word in (("torch.ones(2, device='other')", "2.0"), ("torch.ones(2)", "RuntimeError")):
-        ended = subprocess.run(
-            [sys.executable, "-c", f"{words}; print((a * {term}).sum().item())", str(library)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(other_device.__file__).parent,
-        )
-        assert word in ended.stdout + ended.stderr
+        assert word in said_there(library, f"print((torch.ones(2, device='other') * {term}).sum().item())")
+
+
+LEAVING = (
+    "from parablock.model import leaving",
+    "leaving.PART = 1000",
+    "there = torch.arange(3500.).to('other') / 7",
+    "on_its_way = leaving.leave(there)",
+)
+
+
+def test_what_was_trained_leaves_the_device_part_by_part_behind_the_main_stream(library: Path) -> None:
+    took = "print(on_its_way[:600].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
+    assert "True 2500" in said_there(library, *LEAVING, took)
+    across = "print(on_its_way[900:1100].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
+    assert "True 1500" in said_there(library, *LEAVING, across)
+    exact = "print(torch.equal(on_its_way[:], torch.arange(3500.) / 7), on_its_way._source)"
+    assert "True None" in said_there(library, *LEAVING, exact)
+
+
+def test_the_other_device_tells_a_copy_that_is_not_waited_for(library: Path) -> None:
+    unread = "print(on_its_way._here.isnan().all().item())"
+    assert "True" in said_there(library, *LEAVING, unread)
+    gone = ("on_its_way._source = None", "del there", "on_its_way[:]")
+    assert "was given up before it was done" in said_there(library, *LEAVING, *gone)
+    changed = ("there.zero_()", "print(on_its_way[:].any().item())")
+    assert "False" in said_there(library, *LEAVING, *changed)
+    unordered = (
+        "here = torch.empty(3500, pin_memory=True)",
+        "with torch.Stream('other'):",
+        "    here.copy_(there, non_blocking=True)",
+    )
+    assert "may still be writing" in said_there(library, *LEAVING, *unordered)

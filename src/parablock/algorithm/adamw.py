@@ -94,9 +94,10 @@ class BlockAdamW:
         if self._weights is not self._block:
             self._block.copy_(self._weights)
 
-    def trained(self) -> Tensor:
-        """Copy the weights: flat, fp32, CPU."""
-        return self._weights.to("cpu", copy=True)
+    @property
+    def weights(self) -> Tensor:
+        """The weights that are stepped: flat, fp32, on the model's device."""
+        return self._weights
 
     def moments(self) -> Moments:
         """Give the state; the optimizer must not be stepped afterwards."""

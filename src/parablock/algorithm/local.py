@@ -21,6 +21,7 @@ from parablock.algorithm.adamw import BlockAdamW
 from parablock.algorithm.adamw import Moments as Moments
 from parablock.data.batches import Batch
 from parablock.errors import DataError, TrainingError
+from parablock.model.leaving import Parts, leave
 from parablock.model.loss import num_label_tokens, summed_loss
 from parablock.model.params import Replica
 
@@ -61,12 +62,12 @@ class LocalResult:
     """What K local steps made of a block.
 
     Attributes:
-        trained: y^b: flat, fp32, CPU.
+        trained: y^b: flat, fp32, on the CPU or on its way there.
         train_loss: Mean over the steps of the loss per label token, in nats.
         moments: The optimizer's state, to be given to the block's next visit or dropped.
     """
 
-    trained: Tensor
+    trained: Parts
     train_loss: float
     moments: Moments
 
@@ -113,12 +114,14 @@ def train_block(
                 where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
                 losses.append(_accumulate_gradients(replica.model, micro_batches, where))
                 optimizer.step(learning_rate)
-            trained = optimizer.trained()
+            if not optimizer.weights.isfinite().all():
+                raise _not_finite(
+                    "The trained block", f"block {block_index}, {len(losses)} steps from {first_step}"
+                )
+            trained = leave(optimizer.weights)
     finally:
         replica.deactivate()
         replica.invalidate(block_index)
-    if not trained.isfinite().all():
-        raise _not_finite("The trained block", f"block {block_index}, {len(losses)} steps from {first_step}")
     return LocalResult(trained, math.fsum(losses) / len(losses), optimizer.moments())
 
 

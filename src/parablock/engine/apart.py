@@ -27,7 +27,7 @@ class ApartTrainer:
     def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
         """Take the round's local steps on the own model; give a block of no elements."""
         result = self._trainer.train(start, self.own)
-        self.own = (result.trained.to(self.own[0].dtype),)
+        self.own = (result.trained[:].to(self.own[0].dtype),)
         return Trained(working[0].float(), result.train_loss)
 
     def memory(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from parablock.algorithm.baselines.flora import Factors
@@ -28,6 +29,7 @@ from parablock.algorithm.parablock import (
 from parablock.checkpoint import ClientSnapshot
 from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.errors import CodecError, TrainingError
+from parablock.model.leaving import Parts
 from parablock.privacy.protection import Protection
 from parablock.trace import Trace
 from parablock.wire.messages import (
@@ -56,12 +58,23 @@ class Trained:
     """What K local steps gave.
 
     Attributes:
-        trained: y^b, flat, fp32; of a client that sends adapters, these.
+        trained: y^b, flat, fp32, on the CPU or on its way there; of a client that sends adapters, these.
         train_loss: Mean loss over the steps.
     """
 
-    trained: Tensor
+    trained: Parts
     train_loss: float
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """Δ of a block, made part by part."""
+
+    trained: Parts
+    start: Tensor
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        return delta_of(self.trained[part], self.start[part])
 
 
 class Trainer(Protocol):
@@ -210,14 +223,11 @@ class Client:
         with self._trace.span(self.client_id, "compute", "computing", round_index=t, block_index=b):
             began = self._trace.clock.now()
             with self._trace.clock.working(modelled_s):
-                v = working_parameters(self.state, self._in_flight)
                 try:
-                    result = self._trainer.train(start, v)
+                    train_loss, chunks, seen = self._train(start)
                 except TrainingError as error:  # the server knows whether the others are enough
                     self._pipeline.send(to_bytes(Skip(t, error.what)), t)
                     return
-                delta = delta_of(result.trained, v[b]) if self._factors is None else result.trained
-                chunks = self._encode(delta, t, b)
             compute_s = self._trace.clock.now() - began
         messages = [
             to_bytes(
@@ -227,7 +237,7 @@ class Client:
                     client_id=self.client_id,
                     num_examples=self._trainer.num_examples,
                     committed=start.committed,
-                    train_loss=result.train_loss,
+                    train_loss=train_loss,
                     num_local_steps=start.num_local_steps,
                     compute_s=compute_s,
                     chunk_index=index,
@@ -237,31 +247,49 @@ class Client:
             )
             for index, chunk in enumerate(chunks)
         ]
-        self.state = put_in_flight(self.state, t, b, decoded(chunks, self._grid))
+        self.state = put_in_flight(self.state, t, b, seen)
         self._sent[t] = messages
         for message in messages:
             self._pipeline.send(message, t)
 
-    def _encode(self, delta: Tensor, t: int, b: int) -> list[Vector]:
-        """Make q(Δ) in chunks, or with error feedback q(Δ + e), keeping e ← Δ + e − q."""
+    def _train(self, start: RoundStart) -> tuple[float, list[Vector], Tensor]:
+        """Take the local steps; give their loss, q(Δ) in chunks, and what the server will see of it."""
+        t, b = start.round_index, start.block_index
+        v = working_parameters(self.state, self._in_flight)
+        result = self._trainer.train(start, v)
+        if self._factors is not None:
+            return result.train_loss, *self._encode(result.trained, result.trained[:].numel(), t, b)
+        return result.train_loss, *self._encode(_Delta(result.trained, v[b]), v[b].numel(), t, b)
+
+    def _encode(self, delta: Parts, size: int, t: int, b: int) -> tuple[list[Vector], Tensor]:
+        """Make q(Δ) in chunks, or with error feedback q(Δ + e), keeping e ← Δ + e − q.
+
+        Chunk by chunk, so that the first are encoded while the last are still on their way from the model's device.
+        """
         if self._protection is not None:
-            delta, factor = self._protection.apply(delta, t)
+            delta, factor = self._protection.apply(delta[:], t)
             self._warn_of_loss(b, 1 - factor, "clipping takes {:.1%} of the length")
         if self._grid is not None:
-            return [pack(self._grid.encode(delta), "word32")]
-        if b in self._residuals:
-            delta = delta + self._residuals[b]
-        noise = self._encoding.noise(t, self.client_id)
-        chunks = [pack(delta[part], self._encoding.format, noise) for part in self._encoding.cut(delta.numel())]
-        if chunks[0].format in QUANTIZED and (before := int(delta.count_nonzero())):
-            self._warn_of_loss(
-                b,
-                1 - int(joined(chunks).count_nonzero()) / before,
-                "rounding makes zeros of {:.1%} of the elements",
-            )
-        if self._encoding.error_feedback:
-            self._residuals[b] = delta - joined(chunks)
-        return chunks
+            words = pack(self._grid.encode(delta[:]), "word32")
+            return [words], self._grid.decode(words.values)
+        encoding, residual, moved, left = self._encoding, self._residuals.get(b), 0, 0
+        noise, chunks = encoding.noise(t, self.client_id), list[Vector]()
+        seen, kept_back = torch.empty(size), torch.empty(size if encoding.error_feedback else 0)
+        for part in encoding.cut(size):
+            exact = delta[part] if residual is None else delta[part] + residual[part]
+            seen[part] = exact
+            chunks.append(pack(seen[part], encoding.format, noise))  # float32: a view of what is seen, no copy
+            if encoding.format != "float32":
+                seen[part] = chunks[-1].values
+            if encoding.format in QUANTIZED:
+                moved, left = moved + int(exact.count_nonzero()), left + int(seen[part].count_nonzero())
+            if encoding.error_feedback:
+                torch.sub(exact, seen[part], out=kept_back[part])
+        if moved:
+            self._warn_of_loss(b, 1 - left / moved, "rounding makes zeros of {:.1%} of the elements")
+        if encoding.error_feedback:
+            self._residuals[b] = kept_back
+        return chunks, seen
 
     def _warn_of_loss(self, b: int, lost: float, how: str) -> None:
         if lost > MOSTLY and b not in self._warned:

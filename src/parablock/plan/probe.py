@@ -109,7 +109,7 @@ def _measure(job: Job, flops: FlopModel) -> _Speed:
                 break
             client_id, start = visits % len(trainers), _start(job, repeat, b)
             started = time.perf_counter()
-            delta = delta_of(trainers[client_id].train(start, working).trained, working[b])
+            delta = delta_of(trainers[client_id].train(start, working).trained[:], working[b])
             pack(delta, job.config.wire.format)
             seconds = time.perf_counter() - started
             batches = _batches(job, client_id, start.steps_before, start.num_local_steps)
