@@ -155,11 +155,13 @@ class Client:
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         self._sent = dict(sent or {})
         self._rejoins, self._faults = rejoins, faults
-        self.kept = self.state, self.snapshot()
-        """Its state, and what else its machine would find on its disk, as of the last message."""
 
-    def run(self) -> None:
-        """Serve the server until it finishes or stops the run."""
+    def run(self, on_served: Callable[[], None] = lambda: None) -> None:
+        """Serve the server until it finishes or stops the run.
+
+        Args:
+            on_served: Called after each message but the last.
+        """
         with self._entered as pipeline:
             self._pipeline = pipeline
             if self._rejoins:
@@ -168,7 +170,7 @@ class Client:
                 for chunk in chunks:
                     pipeline.send(chunk, round_index)
             while self._serve(from_bytes(pipeline.receive())):
-                self.kept = self.state, self.snapshot()
+                on_served()
 
     def _serve(self, message: Message) -> bool:
         """Do what a message asks for; False when it was the last one."""

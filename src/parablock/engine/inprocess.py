@@ -149,13 +149,18 @@ class _Machine:
         self._clock, self._on_event = trace.clock, on_event
         self._over = self._clock.mailbox()
         self.client = make()
+        self._keep()
+
+    def _keep(self) -> None:
+        """Note what the machine would find on its disk, as of the client's last message."""
+        self._kept = self.client.state, self.client.snapshot()
 
     def run(self) -> None:
         """Be the client's machine until the run is over, or the machine is gone for good."""
         while True:
             client_id = self.client.client_id
             try:
-                self.client.run()
+                self.client.run(self._keep)
                 return
             except Killed as killed:
                 back_s = killed.back_s
@@ -163,13 +168,14 @@ class _Machine:
             except StallError as stalled:
                 back_s = None
                 self._on_event(f"client {client_id} gave up: {stalled.what}")
-            state, snapshot = self.client.kept
+            state, snapshot = self._kept
             self._transport.detach(client_id)
             self._checkpoints.goes(snapshot)
             if back_s is None or self._over.get_until(back_s) is not None:
                 return
             self._checkpoints.returns(client_id)
             self.client = self._make(state, snapshot)
+            self._keep()
 
     def stop_waiting(self) -> None:
         """Note that the run is over, so that nobody has to come back."""

@@ -350,14 +350,17 @@ def new_block_value(held: Tensor, block_index: int, kind: str, vectors: Sequence
     Raises:
         CodecError: When they are not of the block's length together.
     """
-    parts = [vector.values for vector in vectors]
-    values = parts[0] if len(parts) == 1 else torch.cat([*parts, held[:0]])
-    if values.numel() != held.numel():
+    size = sum(vector.num_elements for vector in vectors)
+    if size != held.numel():
         raise CodecError(
-            f"block {block_index} has {held.numel()} parameters and its new value {values.numel()}",
+            f"block {block_index} has {held.numel()} parameters and its new value {size}",
             cause="Client and server do not fine-tune the same model.",
             remedy="Compare `parablock blocks` on both sides.",
         )
-    if kind == "value":
-        return values.to(held.dtype)
-    return (held.float() + values.float()).to(held.dtype)
+    if kind == "value" and len(vectors) == 1:
+        return vectors[0].values.to(held.dtype)
+    value, end = torch.empty_like(held), 0
+    for vector in vectors:
+        part = slice(end, end := end + vector.num_elements)
+        value[part] = vector.values if kind == "value" else held[part].float() + vector.values.float()
+    return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from types import TracebackType
 
@@ -188,7 +188,7 @@ class TrainerMailbox:
                     os.kill(os.getpid(), signal.SIGTERM)  # a new session; all that counts is on the disk
                 self._heard_s = arrived = self._trace.clock.now()
                 self._take(request)
-                return _Visit(connection, request, arrived)
+                return _Visit(connection, replace(request, frames=()), arrived)  # their bytes are the trainer's now
             except (CodecError, StorageError) as error:
                 send(connection, Reply(self._client_id, self._in.wanted, error=word_of(error)))
         except (EOFError, OSError):
