@@ -83,7 +83,8 @@ class Wanted:
     def patience_s(self) -> float:
         """How long the whole may take."""
         slowest = min(self.up_mbps or 1000.0, self.down_mbps or 1000.0)
-        return 180 + self.rounds * (5 * self.compute_s + 60 + 4 * 8 * self.megabytes / slowest)
+        carried_s = 60 + 4 * 8 * self.megabytes / slowest  # several sites share this machine
+        return 180 + self.rounds * (5 * self.compute_s + carried_s * max(1, self.sites - 1))
 
 
 class Deployment:

@@ -146,11 +146,11 @@ def slow(direction: str) -> Scenario:
 
 
 def memory(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
-    """Large blocks, on links as fast as this machine: two sites, and twice as many with blocks half as large."""
+    """Large blocks, on links as fast as this machine."""
     del rows
     mega = 8.0 if options.smoke else options.large_megabytes
-    for sites, size in ((2, mega), (4, mega / 2)):
-        yield timed(folder / f"{sites}", Wanted(size, rounds=2, sites=sites, blocks=1, up_mbps=0, down_mbps=0))
+    for sites in (2, 4):
+        yield timed(folder / f"{sites}", Wanted(mega, rounds=2, sites=sites, blocks=1, up_mbps=0, down_mbps=0))
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -276,7 +276,7 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
     for direction in ("up", "down"):
         add(f"slow link, {direction}: bytes sent again / a part", 1.0, lambda d=direction: again(rows, d))
     for role, limit in (("ServerApp", 4.0), ("ClientApp", 3.0)):
-        add(f"peak memory of the {role}, in blocks", limit, lambda r=role: blocks(of(rows, "memory", sites=2), r))
+        add(f"peak memory of the {role}, in blocks", limit, lambda r=role: blocks(of(rows, "memory"), r))
     return made
 
 

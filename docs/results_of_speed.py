@@ -187,13 +187,16 @@ def _flower_slow_link(rows: Sequence[Record]) -> list[str]:
 
 
 def _flower_memory(rows: Sequence[Record]) -> list[str]:
-    for row in rows:
-        if row["scenario"] == "memory":
-            size = row["megabytes"] * 1e6
-            lines = [[role, f"{v / 1e9:.2f}", f"{v / size:.1f}"] for role, v in sorted(row["peak_bytes"].items())]
-            text = f"\nMost memory of a process, {row['sites']} sites and a block of {row['megabytes']:g} MB:\n"
-            return [text, *table(["process", "GB", "blocks"], lines)]
-    return []
+    found = [row for row in rows if row["scenario"] == "memory"]
+    head, columns = ["process"], list[list[str]]()
+    for row in found:
+        head.append(f"{row['sites']} sites, {row['megabytes']:g} MB: GB (blocks)")
+        size, peaks = row["megabytes"] * 1e6, sorted(row["peak_bytes"].items())
+        columns.append([f"{peak / 1e9:.2f} ({peak / size:.1f})" for _, peak in peaks])
+    if not found:
+        return []
+    lines = zip(sorted(found[0]["peak_bytes"]), *columns, strict=True)
+    return ["\nMost memory of a process, by sites and size of a block:\n", *table(head, lines)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

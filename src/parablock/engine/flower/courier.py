@@ -78,10 +78,10 @@ def pack(said: Request | Reply, array_bytes: int) -> RecordDict:
 
 
 def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
-    """Take apart what `pack` made: the header and the frames' contents."""
+    """Take apart what `pack` made: the header and the frames' contents, which leave the record."""
     header = str(record.config_records["said"]["header"])
     arrays = record.array_records.get("frames", ArrayRecord())
-    return header, list(_apart((arrays[name].data for name in sorted(arrays)), frame_lengths(header)))
+    return header, list(_apart((arrays.pop(name).data for name in sorted(arrays)), frame_lengths(header)))
 
 
 def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:

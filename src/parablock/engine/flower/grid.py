@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from parablock.clock import RealClock
@@ -265,6 +265,7 @@ class GridTransport:
         """Push one request and wait for its reply; in the thread of the exchange."""
         try:
             (message_id,) = self._grid.push_messages([message])
+            message.content = RecordDict()  # Flower has it; a reply may be as large
             while not self._is_over:
                 for answer in self._grid.pull_messages([message_id]):
                     if answer.has_error():
