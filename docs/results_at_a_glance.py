@@ -43,7 +43,11 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     ("over real Flower, a round / its computation", "flower", "covered: round / compute at delay 1"),
     ("the same rounds, ParaBlock / FL-BCD", "flower", "covered: delay 1 / delay 0"),
-    ("an exchange through Flower / its time on the wire", "flower", "an exchange / its time on the wire"),
+    (
+        "an exchange through Flower / its time on the wire",
+        "flower",
+        "an exchange / its time on the wire, one SuperNode a site",
+    ),
     ("a training step of a block / of the whole model", "step", "block / full step, tiny-base"),
     (
         "of 50 killed runs, those that end with the same model",
