@@ -48,10 +48,10 @@ def train(client: int, round_index: int, block: int, working: tuple[Tensor, ...]
 print("blocks:", ", ".join(f"{block.name} ({block.num_parameters:,})" for block in blocks))
 # One round by hand: both clients train block 1, and the server commits the mean of what changed.
 results = [train(client, 0, 1, tuple(params)) for client in range(2)]
-aggregate = average({i: (result.trained - params[1], len(TEXTS[i])) for i, result in enumerate(results)})
+aggregate = average({i: (result.trained[:] - params[1], len(TEXTS[i])) for i, result in enumerate(results)})
 params[1] = params[1] + aggregate.mean_delta
 print(f"by hand: losses {results[0].train_loss:.2f}, {results[1].train_loss:.2f}; agreement {aggregate.rho:.2f}")
 # The whole method in one thread: eleven more rounds, with one update of each client in flight (delay 1).
-outcome = run_sequential(params, Problem([1, 1], num_rounds=11, delay=1), lambda *turn: train(*turn).trained)
+outcome = run_sequential(params, Problem([1, 1], num_rounds=11, delay=1), lambda *turn: train(*turn).trained[:])
 results = [train(client, 11, 1, outcome.server.params) for client in range(2)]
 print(f"after 12 rounds: losses {results[0].train_loss:.2f}, {results[1].train_loss:.2f}")

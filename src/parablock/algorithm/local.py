@@ -62,7 +62,7 @@ class LocalResult:
     """What K local steps made of a block.
 
     Attributes:
-        trained: y^b: flat, fp32, on the CPU or on its way there.
+        trained: y^b: flat, fp32, on the CPU or on its way there; `[:]` gives it whole.
         train_loss: Mean over the steps of the loss per label token, in nats.
         moments: The optimizer's state, to be given to the block's next visit or dropped.
     """
