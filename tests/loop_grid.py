@@ -78,15 +78,15 @@ class LoopGrid(Grid):
         message_id = str(self._count)
         self._replies[message_id] = None
         message.metadata.__dict__["_message_id"] = message_id
-        request = request_of(*unpack(message.content))  # as Flower does, which has sent it when this returns
-        threading.Thread(target=self._serve, args=(message, request, message_id), daemon=True).start()
+        threading.Thread(target=self._serve, args=(message, message_id), daemon=True).start()
         return [message_id]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [reply for message_id in message_ids if (reply := self._replies.pop(message_id, None)) is not None]
 
-    def _serve(self, message: Message, request: Request, message_id: str) -> None:
+    def _serve(self, message: Message, message_id: str) -> None:
         client_id, carries = self._nodes[message.metadata.dst_node_id - 1]
+        request = request_of(*unpack(message.content))
         folder = SessionFolder(self._dirs[client_id], request.run_key, request.session)
         if request.hello and self._fate(client_id, 0) == "fail":
             self._replies[message_id] = Message(Error(code=1, reason="there is no such app"), reply_to=message)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from parablock.clock import RealClock
@@ -251,21 +251,20 @@ class GridTransport:
     def _ask(self, client_id: int, site: Site, lane: Lane) -> None:
         pushed_s = self._clock.now()
         request = site.ask(lane, self._opening, pushed_s)
-        message, attempt = _message(request, lane.node_id, site.down.frame_bytes), lane.attempt
+        attempt, node_id, array_bytes = lane.attempt, lane.node_id, site.down.frame_bytes
 
         def attend() -> None:
-            reply, problem, gone = self._attend(message)
+            reply, problem, gone = self._attend(request, node_id, array_bytes)
             self._arrived.put(
                 _Arrived(client_id, lane, attempt, pushed_s, self._clock.now(), reply, problem, node_is_gone=gone)
             )
 
         start_thread(self._clock, attend, f"exchange {attempt} with client {client_id}, {lane.carries}")
 
-    def _attend(self, message: Message) -> tuple[Reply | None, str, bool]:
+    def _attend(self, request: Request, node_id: int, array_bytes: int) -> tuple[Reply | None, str, bool]:
         """Push one request and wait for its reply; in the thread of the exchange."""
         try:
-            (message_id,) = self._grid.push_messages([message])
-            message.content = RecordDict()  # Flower has it; a reply may be as large
+            (message_id,) = self._grid.push_messages([_message(request, node_id, array_bytes)])
             while not self._is_over:
                 for answer in self._grid.pull_messages([message_id]):
                     if answer.has_error():
