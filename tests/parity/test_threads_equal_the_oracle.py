@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -103,11 +102,10 @@ def test_virtual_threads_equal_the_oracle_at_any_link_speed(delay, link):
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
-def test_real_threads_equal_the_oracle_and_leave_no_thread(delay):
-    before = threading.active_count()
+def test_real_threads_equal_the_oracle_and_leave_no_thread(delay, threads_left):
     found = threaded(delay, clock=RealClock(), link=Link(1.0, 1.0, 0.001))
     assert_equal(found, oracle(delay))
-    assert threading.active_count() == before
+    assert not threads_left()
 
 
 def lossy(encoding: Encoding) -> dict[str, object]:

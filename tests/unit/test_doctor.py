@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -104,11 +105,14 @@ def test_the_compute_probe_tells_a_positive_speed_and_its_device():
     assert ("cuda" if torch.cuda.is_available() else "cpu") in finding.value
 
 
-def test_the_link_probe_leaves_no_thread_and_no_socket_behind():
-    threads, sockets = threading.active_count(), psutil.Process().num_fds()
+def test_the_link_probe_leaves_no_thread_and_no_socket_behind(threads_left: Callable[[], set[threading.Thread]]):
+    before = set(psutil.Process().net_connections("all"))
     finding = doctor._probe_link()
     assert (finding.status, "MB/s" in finding.value) == ("ok", True)
-    assert (threading.active_count(), psutil.Process().num_fds()) == (threads, sockets)
+    assert not threads_left()
+    assert not set(psutil.Process().net_connections("all")) - before
+    with socket.create_server(("127.0.0.1", 0)):
+        assert set(psutil.Process().net_connections("all")) - before, "one that is left would be seen"
 
 
 def test_a_machine_that_forbids_local_connections_gets_a_problem(monkeypatch: pytest.MonkeyPatch):

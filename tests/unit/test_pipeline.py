@@ -18,18 +18,27 @@ def pipeline(clock: Clock, transport, **options) -> Pipeline:
     return Pipeline(0, transport, Trace(clock), stall_timeout_s=options.get("stall_timeout_s", 5.0))
 
 
+def test_a_thread_that_stays_is_seen(threads_left):
+    stay = threading.Event()
+    thread = threading.Thread(target=stay.wait)
+    thread.start()
+    assert threads_left() == {thread}
+    stay.set()
+    thread.join()
+    assert not threads_left()
+
+
 @pytest.mark.parametrize("make", CLOCKS)
-def test_sending_does_not_wait_and_leaving_sends_what_is_left(make):
+def test_sending_does_not_wait_and_leaving_sends_what_is_left(make, threads_left):
     clock = make()
     transport = MemoryTransport(clock, Link(upload_mbps=0.08), 1)  # 10,000 byte/s
-    before = threading.active_count()
     with pipeline(clock, transport) as lane:
         lane.send(b"x" * 1000, 0)
         lane.send(b"y" * 1000, 1)
         assert clock.now() < 0.1
     assert clock.now() >= 0.2
     assert [transport.receive(1.0, "it") for _ in range(2)] == [(0, b"x" * 1000), (0, b"y" * 1000)]
-    assert threading.active_count() == before
+    assert not threads_left()
 
 
 @pytest.mark.parametrize("make", CLOCKS)
@@ -43,30 +52,28 @@ def test_what_was_sent_before_the_client_attached_arrives_in_order(make):
 
 
 @pytest.mark.parametrize("make", CLOCKS)
-def test_an_error_of_the_communication_thread_surfaces_in_the_compute_thread(make):
+def test_an_error_of_the_communication_thread_surfaces_in_the_compute_thread(make, threads_left):
     class Broken(MemoryTransport):
         def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
             raise CodecError("the cable is cut")
 
     clock = make()
-    before = threading.active_count()
     with pytest.raises(CodecError, match="cable"), pipeline(clock, Broken(clock, Link(), 1)) as lane:
         lane.send(b"update", 0)
         lane.receive()
-    assert threading.active_count() == before
+    assert not threads_left()
 
 
 @pytest.mark.parametrize("make", CLOCKS)
-def test_an_error_of_the_compute_thread_leaves_no_thread_and_does_not_wait_for_the_link(make):
+def test_an_error_of_the_compute_thread_leaves_no_thread_and_does_not_wait_for_the_link(make, threads_left):
     clock = make()
     transport = MemoryTransport(clock, Link(upload_mbps=0.08), 1)
-    before = threading.active_count()
     with pytest.raises(ZeroDivisionError), pipeline(clock, transport) as lane:
         for t in range(100):
             lane.send(b"x" * 1000, t)  # 10 s of uploads
         raise ZeroDivisionError
     assert clock.now() < 1.0
-    assert threading.active_count() == before
+    assert not threads_left()
 
 
 @pytest.mark.parametrize("make", CLOCKS)
@@ -81,10 +88,9 @@ def test_waiting_for_a_silent_server_ends_and_says_for_what(make):
 
 
 @pytest.mark.parametrize("make", CLOCKS)
-def test_a_machine_that_fails_ends_the_others_and_its_error_reaches_the_server(make):
+def test_a_machine_that_fails_ends_the_others_and_its_error_reaches_the_server(make, threads_left):
     clock = make()
     transport = MemoryTransport(clock, Link(), 2)
-    before = threading.active_count()
 
     def failing() -> None:
         clock.sleep(0.01)
@@ -98,14 +104,13 @@ def test_a_machine_that_fails_ends_the_others_and_its_error_reaches_the_server(m
         Machines(clock, [failing, waiting], transport.fail, stall_timeout_s=5.0),
     ):
         transport.receive(100.0, "an update")
-    assert threading.active_count() == before
+    assert not threads_left()
 
 
 @pytest.mark.parametrize("make", CLOCKS)
-def test_a_server_that_fails_ends_its_clients(make):
+def test_a_server_that_fails_ends_its_clients(make, threads_left):
     clock = make()
     transport = MemoryTransport(clock, Link(), 2)
-    before = threading.active_count()
 
     def client(client_id: int) -> None:
         with Pipeline(client_id, transport, Trace(clock), stall_timeout_s=100.0) as lane:
@@ -117,7 +122,7 @@ def test_a_server_that_fails_ends_its_clients(make):
     ):
         clock.sleep(0.01)
         raise ZeroDivisionError
-    assert threading.active_count() == before
+    assert not threads_left()
 
 
 @pytest.mark.parametrize("make", CLOCKS)
