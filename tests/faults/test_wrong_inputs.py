@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from broken_inputs import write_broken_files, write_broken_models
 from parablock.config import load_config
@@ -35,7 +35,6 @@ from tiny_runs import (
     command,
     command_apart,
     half_written,
-    make_workshop,
     metrics_of,
     sum_row,
     summary_of,
@@ -44,15 +43,11 @@ from tiny_runs import (
 
 
 @pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    made = make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
-    write_broken_files(made.path)
-    write_broken_models(made)
-    return made
+def workshop(workshop: Workshop) -> Workshop:
+    """Add what is broken."""
+    write_broken_files(workshop.path)
+    write_broken_models(workshop)
+    return workshop
 
 
 @pytest.fixture(scope="module")
