@@ -120,7 +120,6 @@ def test_the_other_device_is_as_foreign_as_a_gpu(library: Path) -> None:
 
 LEAVING = (
     "from parablock.model import leaving",
-    "leaving.PART = 1000",
     "there = torch.arange(3500.).to('other') / 7",
     "on_its_way = leaving.leave(there)",
 )
