@@ -118,8 +118,8 @@ def hospital(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iter
 
 def exchange_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
     """Computation as long as an exchange through Flower was, where the wire took as long as the computation."""
-    serial = [seconds for row in of(rows, "wire = compute", delay=0) for seconds in row["rounds"]]
-    compute_s = statistics.median(serial) - wire_s(options) if serial else 1.5 * wire_s(options)
+    serial = round_s(rows, "wire = compute", delay=0, supernodes=options.supernodes)
+    compute_s = serial - wire_s(options) if serial else 1.5 * wire_s(options)
     for delay in (0, 1):
         wanted = replace(usual(options), compute_s=round(compute_s, 1), delay=delay)
         yield timed(folder / f"{delay}", replace(wanted, rounds=wanted.rounds + delay))
@@ -251,8 +251,8 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
         except (TypeError, ValueError):  # not all of it has been measured
             return
 
-    def median(scenario: str, delay: int, *, secure: bool = True) -> Any:
-        found = (round_s(rows, scenario, delay=delay, secure=secure, supernodes=many) for many in (2, 1))
+    def median(scenario: str, delay: int) -> Any:
+        found = (round_s(rows, scenario, delay=delay, secure=True, supernodes=many) for many in (2, 1))
         return next((seconds for seconds in found if seconds), None)  # of one SuperNode where two are not on record
 
     equal, long, balanced = "wire = compute", "covered", "exchange = compute"
@@ -315,16 +315,19 @@ def rounds_table(rows: list[Row]) -> Any:
 
 
 def chain_table(rows: list[Row]) -> Any:
-    shown = table("where each second of a round goes, delay 0", "", "empty", "wire = compute")
-    columns = [chain(rows, scenario) for scenario in ("empty", "wire = compute")]
+    kinds = [(scenario, many) for scenario in ("empty", "wire = compute") for many in (1, 2)]
+    found = {f"{scenario}, {many} x SuperNode": chain(rows, scenario, many) for scenario, many in kinds}
+    columns = [column for column in found.values() if column]
+    head = [name for name, column in found.items() if column]
+    shown = table("where each second of a round goes, delay 0", "", *head)
     for name in {name: None for column in columns for name in column}:
         shown.add_row(name, *(f"{column[name]:.2f}" if name in column else "" for column in columns))
     return shown
 
 
-def chain(rows: list[Row], scenario: str) -> Mapping[str, float]:
+def chain(rows: list[Row], scenario: str, supernodes: int) -> Mapping[str, float]:
     """Give the median seconds of each stage, over repeats."""
-    found = [row["chain"] for row in of(rows, scenario, delay=0) if row["chain"]]
+    found = [row["chain"] for row in of(rows, scenario, delay=0, supernodes=supernodes) if row["chain"]]
     return {name: statistics.median(each[name] for each in found) for name in found[0]} if found else {}
 
 

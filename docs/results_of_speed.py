@@ -160,15 +160,17 @@ def _flower_rounds(rows: Sequence[Record]) -> list[str]:
 
 
 def _flower_chain(rows: Sequence[Record]) -> list[str]:
-    columns = []
-    for scenario in ("empty", "wire = compute"):
-        chains = [row["chain"] for row in rows if row["scenario"] == scenario and row.get("chain")]
-        columns.append({name: median(chain[name] for chain in chains) for name in chains[0]} if chains else {})
-    if not any(columns):
+    groups: dict[str, list[Record]] = {}
+    for row in rows:
+        if row["scenario"] in ("empty", "wire = compute") and row.get("chain"):
+            which = "one SuperNode" if row.get("supernodes", 1) == 1 else "two SuperNodes"
+            groups.setdefault(f"{row['scenario']}, {which}", []).append(row["chain"])
+    if not groups:
         return []
+    columns = [{name: median(chain[name] for chain in found) for name in found[0]} for found in groups.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     lines = [[name, *(f"{column[name]:.2f}" if name in column else "" for column in columns)] for name in names]
-    return ["\nWhere each second of a round goes, at delay 0:\n", *table(["", "empty", "wire = compute"], lines)]
+    return ["\nWhere each second of a round goes, at delay 0:\n", *table(["", *groups], lines)]
 
 
 def _flower_slow_link(rows: Sequence[Record]) -> list[str]:
