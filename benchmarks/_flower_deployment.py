@@ -28,6 +28,7 @@ from parablock.deploy.processes import (
     ServerFiles,
     environment,
     register_sites,
+    site_environment,
     submit,
     superlink_command,
     supernode_command,
@@ -63,6 +64,7 @@ class Wanted:
         lane: Which of several deployments at once.
         swallows: Whether a proxy that can lose an answer stands before the server.
         supernodes: Of a site: one for both directions, or one for each.
+        warm: Whether a ClientApp is forked from a process that has loaded Flower, or starts from nothing.
     """
 
     megabytes: float
@@ -78,6 +80,7 @@ class Wanted:
     lane: int = 0
     swallows: bool = False
     supernodes: int = 2
+    warm: bool = True
 
     @property
     def patience_s(self) -> float:
@@ -177,7 +180,8 @@ class Deployment:
             config = command.index("--node-config") + 1
             command[config] += f' state="{state}" client-id={link.site}'
             home = self._folder / f"home-{link.site}-{carries}"
-            self._launch(f"{state.name}-{carries}", command, environment(home, self._settings()))
+            around = site_environment if self._wanted.warm else environment
+            self._launch(f"{state.name}-{carries}", command, around(home, self._settings()))
 
     def _launch(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -208,7 +212,7 @@ class Deployment:
                         continue
                     if mark not in (process / "environ").read_bytes():
                         foreign.add(process.name)
-                    elif role := _role_of((process / "cmdline").read_bytes()):
+                    elif role := _role_of(process):
                         self.peaks[role] = max(self.peaks.get(role, 0), _peak_of(process))
                 except OSError:  # it has just ended
                     continue
@@ -229,8 +233,9 @@ def _stamp_lines(source: IO[bytes], path: Path) -> None:
             log.write(f"{now():.3f} {line.decode(errors='replace')}")
 
 
-def _role_of(cmdline: bytes) -> str:
-    arguments = [Path(part).name for part in cmdline.decode(errors="replace").split("\0")[:3]]
+def _role_of(process: Path) -> str:
+    cmdline = (process / "cmdline").read_text(errors="replace").split("\0")
+    arguments = [(process / "comm").read_text().strip(), *(Path(part).name for part in cmdline[:3])]
     return next((role for name, role in ROLES.items() if name in arguments), "")
 
 

@@ -191,7 +191,7 @@ def kill_courier(supernode: int) -> bool:
                 if time.time() - process.create_time() > 1.0:  # less than it takes to begin
                     process.kill()
                     return False
-                assert "clientapp" in " ".join(courier.cmdline())
+                assert courier.name() == "flwr-clientapp"
                 courier.kill()
                 process.resume()
                 return True

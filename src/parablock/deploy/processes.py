@@ -17,6 +17,7 @@ from pathlib import Path
 from parablock import __version__
 from parablock.deploy.keys import missing_extra
 from parablock.deploy.variables import OUTPUT_KEY
+from parablock.deploy.warm import write_commands
 from parablock.engine.flower.exchange import BOTH, DOWN, UP
 from parablock.errors import ConfigError, InputError, ParaBlockError
 
@@ -155,7 +156,7 @@ def supernodes_of(
     for carries, own_port in zip(LANES[lanes], [port, *free_ports(lanes - 1)], strict=True):
         own_home = home.with_name(f"{home.name}-{carries}") if carries == DOWN else home
         command = supernode_command(superlink, keys, site_file, own_port, carries)
-        found.append((command, environment(own_home)))
+        found.append((command, site_environment(own_home)))
     return found
 
 
@@ -208,6 +209,14 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     """Give the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
     home.mkdir(parents=True, exist_ok=True)
     return {**os.environ, **QUIET, **LEAN, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
+
+
+def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Give that of a SuperNode, which finds a ClientApp that is loaded already, where the system allows for it."""
+    env, commands = environment(home, more), home / "bin"
+    if write_commands(commands, flower("flwr-clientapp")):
+        env["PATH"] = os.pathsep.join([str(commands), env["PATH"]])
+    return env
 
 
 def write_app(directory: Path, output_dir: Path | str = "") -> Path:

@@ -1,0 +1,25 @@
+"""Run by itself as a SuperNode's `flwr-clientapp`: lets the keeper of `warm.py` fork a ClientApp, else starts one.
+
+Only what Python has without its site packages, and little of that: this is started for each message.
+"""
+
+import os
+import socket
+import sys
+
+
+def hand_over(address: str, arguments: list[str]) -> bool:
+    """Give the arguments of a command to a keeper; False where none answers."""
+    with socket.socket(socket.AF_UNIX) as keeper:
+        try:
+            keeper.connect(address)
+            keeper.sendall("\0".join(arguments).encode())
+            keeper.shutdown(socket.SHUT_WR)
+            return bool(keeper.recv(1))
+        except OSError:
+            return False
+
+
+if __name__ == "__main__":
+    if not hand_over(os.environ.get("PARABLOCK_KEEPER", ""), sys.argv[2:]):
+        os.execv(sys.argv[1], sys.argv[1:])
