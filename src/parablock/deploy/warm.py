@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from select import select
@@ -64,6 +65,7 @@ def write_commands(folder: Path, clientapp: str) -> bool:
 def superexec() -> None:
     """Be Flower's `flower-superexec`, beside a keeper that ends when this process does."""
     run, clientapp = _load("flower-superexec"), _load("flwr-clientapp")
+    import_module("httpcore")  # which Flower's HTTP client loads with its first connection
     ask_often()
     try:
         arguments = _begin_to_keep()
