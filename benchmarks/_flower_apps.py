@@ -34,6 +34,7 @@ def serve(grid: Any, context: Any) -> None:
     from parablock.trace import Trace
     from parablock.wire.quantize import Encoding
 
+    torch.set_num_threads(1)  # as a run does
     wanted = settings()
     params = tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"]))
     encoding = Encoding("float32", chunk_bytes=wanted["chunk_bytes"])

@@ -73,13 +73,14 @@ class LoopGrid(Grid):
         return range(1, 1 + len(self._nodes))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        (message,) = messages
-        self._count += 1
-        message_id = str(self._count)
-        self._replies[message_id] = None
-        message.metadata.__dict__["_message_id"] = message_id
-        threading.Thread(target=self._serve, args=(message, message_id), daemon=True).start()
-        return [message_id]
+        message_ids = []
+        for message in messages:
+            self._count += 1
+            message_ids.append(message_id := str(self._count))
+            self._replies[message_id] = None
+            message.metadata.__dict__["_message_id"] = message_id
+            threading.Thread(target=self._serve, args=(message, message_id), daemon=True).start()
+        return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [reply for message_id in message_ids if (reply := self._replies.pop(message_id, None)) is not None]

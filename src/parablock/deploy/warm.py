@@ -8,8 +8,8 @@ seconds. It finds its commands by PATH, where a site has two of ours before them
                               └──► flwr-clientapp: ──┴──► Flower's own flwr-clientapp
                                    hands its arguments over, and is Flower's own itself where no keeper answers
 
-The forked one asks its SuperNode for the message at an even pace, instead of after 1, 3, 7, 15 and 25 s as
-Flower's own does: it begins long before the message is there.
+The forked one begins long before the message is at the SuperNode, and asks for it more often than Flower's own
+(`pace.py`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from select import select
 
 from parablock.deploy import hand_over
 from parablock.engine.flower.local_socket import address_of, listen
+from parablock.engine.flower.pace import ask_often
 from parablock.errors import ParaBlockError
 
 KEEPER_VARIABLE = "PARABLOCK_KEEPER"
 """The environment variable that says where the keeper listens."""
 
-POLL_S = 0.25
-"""How often a forked ClientApp asks for a message that is still on its way to the SuperNode."""
+PAUSE_S = 0.5
+"""How long a forked ClientApp waits before it asks again for a message that is on its way to the SuperNode."""
 
 CALL_S = 5.0
 """How long a call may take to say its arguments."""
@@ -66,7 +67,7 @@ def superexec() -> None:
     """Be Flower's `flower-superexec`, beside a keeper that ends when this process does."""
     run, clientapp = _load("flower-superexec"), _load("flwr-clientapp")
     import_module("httpcore")  # which Flower's HTTP client loads with its first connection
-    ask_often()
+    ask_often(import_module("flwr.supernode.runtime.run_clientapp"), "pull_and_inflate_object_from_tree", PAUSE_S)
     try:
         arguments = _begin_to_keep()
     except (OSError, ParaBlockError) as error:
@@ -81,17 +82,6 @@ def _load(name: str) -> Callable[[], int | None]:
     (script,) = entry_points(group="console_scripts", name=name)
     run: Callable[[], int | None] = script.load()
     return run
-
-
-def ask_often() -> None:
-    """Let a ClientApp of this process ask for its message every `POLL_S`, for as long as Flower's own would."""
-    from flwr.supercore.constant import PULL_MAX_TIME
-    from flwr.supernode.runtime import run_clientapp as flower
-
-    pull = flower.pull_and_inflate_object_from_tree  # type: ignore[attr-defined]
-    tries = int(PULL_MAX_TIME / POLL_S)
-    pace = partial(pull, initial_backoff=POLL_S, backoff_cap=POLL_S, max_tries_per_object=tries)
-    flower.pull_and_inflate_object_from_tree = pace  # type: ignore[attr-defined]
 
 
 def _begin_to_keep() -> list[str] | None:

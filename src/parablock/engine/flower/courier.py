@@ -28,6 +28,9 @@ from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import PART_BYTES, Place
 from parablock.errors import ParaBlockError, StallError
 
+Arrays = dict[tuple[int, ...], tuple[list[bytes], Array]]
+"""What frames are in an Array, by the identity of their contents, which it keeps alive."""
+
 ATTEMPTS = 3
 START_S = 120.0
 """How long a trainer may take to open its socket."""
@@ -60,17 +63,21 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
     return app
 
 
-def pack(said: Request | Reply, array_bytes: int) -> RecordDict:
+def pack(said: Request | Reply, array_bytes: int, made: Arrays | None = None) -> RecordDict:
     """Put a request or a reply into Flower's records: a line of JSON, and Arrays with the frames one after another.
 
     Args:
         said: It.
         array_bytes: About what an Array should take; it is a request of its own through Flower.
+        made: The Arrays of others that go with it; one of the same frames is theirs, and new ones are added.
     """
-    arrays = {
-        f"{place:06d}": Array("uint8", (len(content),), "parablock.bytes", content)
-        for place, content in enumerate(_together((frame.content for frame in said.frames), array_bytes * 5 // 4))
-    }
+    made, arrays = {} if made is None else made, {}
+    for place, contents in enumerate(_together((frame.content for frame in said.frames), array_bytes * 5 // 4)):
+        which = tuple(map(id, contents))
+        if which not in made:
+            content = contents[0] if len(contents) == 1 else b"".join(contents)
+            made[which] = contents, Array("uint8", (len(content),), "parablock.bytes", content)
+        arrays[f"{place:06d}"] = made[which][1]
     record = RecordDict({"said": ConfigRecord({"header": header_of(said)})})
     if arrays:
         record["frames"] = ArrayRecord(arrays)
@@ -84,17 +91,17 @@ def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
     return header, list(_apart((arrays.pop(name).data for name in sorted(arrays)), frame_lengths(header)))
 
 
-def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:
-    """Join what follows each other, up to so many bytes; what is longer alone is not copied."""
+def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[list[bytes]]:
+    """Put together what follows each other, up to so many bytes; what is longer stays alone."""
     group, size = list[bytes](), 0
     for content in filter(None, contents):
         if group and size + len(content) > most_bytes:
-            yield b"".join(group)
+            yield group
             group, size = [], 0
         group.append(content)
         size += len(content)
     if group:
-        yield b"".join(group)
+        yield group
 
 
 def _apart(arrays: Iterator[bytes], lengths: Iterable[int]) -> Iterator[bytes]:

@@ -8,15 +8,20 @@ from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState, initial_server
 from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.flower.grid import GridTransport
+from parablock.engine.flower.pace import ask_often
 from parablock.engine.inprocess import EngineResult, Hooks, Masking, is_past
 from parablock.engine.server import Server, ServerPlan
 from parablock.engine.stopping import StopAsked, look_for_a_stop
 from parablock.trace import Trace
+
+PAUSE_S = 1.0
+"""How long the server waits at most before it asks again for the next part of a reply that is on its way."""
 
 
 def server_app(main: Callable[[Grid, Context], None]) -> ServerApp:
@@ -54,6 +59,7 @@ def run_over_flower(
     Raises:
         ParaBlockError: Whatever the server or a site ended with.
     """
+    ask_often(http_grid, "pull_objects", PAUSE_S)
     transport.begin(trace, None if resumed is None else resumed.round_index)
     first_open = 0 if resumed is None else resumed.server.committed + 1
     collector = masking.collector(transport, first_open) if masking else None

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -22,7 +23,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from parablock.clock import RealClock
-from parablock.engine.flower.courier import pack, unpack
+from parablock.engine.flower.courier import Arrays, pack, unpack
 from parablock.engine.flower.exchange import DIRECTIONS, UP, Reply, Request, error_of, reply_of
 from parablock.engine.flower.lanes import Lane, Site, site_among
 from parablock.engine.flower.stream import PART_BYTES, Frame
@@ -35,22 +36,32 @@ POLL_S = 0.25
 LOOK_S = 3.0
 """How often the server looks for SuperNodes that are back."""
 
+NODE_IS_GONE = 5
+"""Flower's code for that."""
+
 HELLO_S = 60.0
 """How long after its greeting a new SuperNode that has not answered is greeted again."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One attempt."""
+
+    client_id: int
+    lane: Lane
+    attempt: int
+    pushed_s: float
 
 
 @dataclass(frozen=True)
 class _Arrived:
     """The end of one attempt: a reply, or why there is none."""
 
-    client_id: int
-    lane: Lane
-    attempt: int
-    pushed_s: float
+    asked: _Asked
     ended_s: float
-    reply: Reply | None
-    problem: str
-    node_is_gone: bool
+    reply: Reply | None = None
+    problem: str = ""
+    node_is_gone: bool = False
 
 
 class GridTransport:
@@ -225,7 +236,7 @@ class GridTransport:
         return True
 
     def _ask_where_due(self, from_clients: Collection[int]) -> None:
-        now = self._clock.now()
+        now, due = self._clock.now(), list[tuple[_Asked, Request, int]]()
         if now > self._next_look_s and any(lane.offline for _, _, lane in self._lanes()):
             self._next_look_s = now + LOOK_S
             self._look_for_the_lost()
@@ -234,7 +245,10 @@ class GridTransport:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
                 lane.outstanding, lane.more, lane.silent, lane.doubted = False, True, True, True
             if site.is_due(lane, is_missed=client_id in from_clients):
-                self._ask(client_id, site, lane)
+                request = site.ask(lane, self._opening, now)
+                due.append((_Asked(client_id, lane, lane.attempt, now), request, site.down.frame_bytes))
+        if due:
+            start_thread(self._clock, partial(self._push, due), f"{len(due)} exchanges from {now:.1f} s on")
 
     def _lanes(self) -> list[tuple[int, Site, Lane]]:
         return [(i, site, lane) for i, site in self._sites.items() for lane in site.lanes.values()]
@@ -248,70 +262,79 @@ class GridTransport:
             for _ in self._greet():
                 pass
 
-    def _ask(self, client_id: int, site: Site, lane: Lane) -> None:
-        pushed_s = self._clock.now()
-        request = site.ask(lane, self._opening, pushed_s)
-        attempt, node_id, array_bytes = lane.attempt, lane.node_id, site.down.frame_bytes
-
-        def attend() -> None:
-            reply, problem, gone = self._attend(request, node_id, array_bytes)
-            self._arrived.put(
-                _Arrived(client_id, lane, attempt, pushed_s, self._clock.now(), reply, problem, node_is_gone=gone)
-            )
-
-        start_thread(self._clock, attend, f"exchange {attempt} with client {client_id}, {lane.carries}")
-
-    def _attend(self, request: Request, node_id: int, array_bytes: int) -> tuple[Reply | None, str, bool]:
-        """Push one request and wait for its reply; in the thread of the exchange."""
+    def _push(self, due: Sequence[tuple[_Asked, Request, int]]) -> None:
+        """Push requests together, so that what several sites get is hashed and stored once; wait for each alone."""
+        arrays: Arrays = {}
         try:
-            (message_id,) = self._grid.push_messages([_message(request, node_id, array_bytes)])
+            message_ids = self._grid.push_messages(
+                [_message(request, asked.lane.node_id, size, arrays) for asked, request, size in due]
+            )
+            pushed = list(zip((asked for asked, _, _ in due), message_ids, strict=True))
+        except Exception as error:  # whatever Flower's client raises; it is told, and the exchanges made again
+            for asked, _, _ in due:
+                self._fail(asked, f"{type(error).__name__}: {error}")
+            return
+        for asked, message_id in pushed:
+            name = f"exchange {asked.attempt} with client {asked.client_id}, {asked.lane.carries}"
+            start_thread(self._clock, partial(self._attend, asked, message_id), name)
+
+    def _attend(self, asked: _Asked, message_id: str) -> None:
+        """Wait for the reply to one request; in the thread of the exchange."""
+        try:
             while not self._is_over:
                 for answer in self._grid.pull_messages([message_id]):
                     if answer.has_error():
-                        return None, f"{answer.error.reason} (code {answer.error.code})", answer.error.code == 5
-                    return reply_of(*unpack(answer.content)), "", False
+                        self._fail(asked, f"{answer.error.reason} (code {answer.error.code})", answer.error.code)
+                    else:
+                        reply = reply_of(*unpack(answer.content))
+                        self._arrived.put(_Arrived(asked, self._clock.now(), reply))
+                    return
                 time.sleep(POLL_S)
-        except Exception as error:  # whatever Flower's client raises; it is told, and the exchange made again
-            return None, f"{type(error).__name__}: {error}", False
-        return None, "stopped", False
+        except Exception as error:
+            self._fail(asked, f"{type(error).__name__}: {error}")
+
+    def _fail(self, asked: _Asked, problem: str, code: int = 0) -> None:
+        self._arrived.put(_Arrived(asked, self._clock.now(), problem=problem, node_is_gone=code == NODE_IS_GONE))
 
     def _take(self, item: _Arrived) -> bool:
         """Take the end of an attempt; tell whether the site gave a sign of life."""
-        site, lane, reply = self._sites[item.client_id], item.lane, item.reply
-        if item.attempt == lane.attempt:
+        asked, reply = item.asked, item.reply
+        client_id, lane, site = asked.client_id, asked.lane, self._sites[asked.client_id]
+        if asked.attempt == lane.attempt:
             lane.outstanding = False
         if reply is None:
-            self._tell(f"an exchange with client {item.client_id} failed and is made again: {item.problem}")
+            self._tell(f"an exchange with client {client_id} failed and is made again: {item.problem}")
             lane.more, lane.silent, site.problem = True, True, item.problem
             lane.offline = lane.offline or item.node_is_gone
             return False
         if reply.error:
-            raise error_of(f"client {item.client_id} has given up", reply.error)
-        if reply.client_id != item.client_id:
-            raise WireError(f"client {item.client_id} answered as client {reply.client_id}")
+            raise error_of(f"client {client_id} has given up", reply.error)
+        if reply.client_id != client_id:
+            raise WireError(f"client {client_id} answered as client {reply.client_id}")
         fresh = site.inbox.fresh(reply.frames)
-        self._record(item, reply, site, fresh)
+        self._record(asked, item.ended_s, reply, fresh)
         lane.silent = lane.doubted = False
         if lane.carries != UP:  # the other one knows of them too, but not when they came
             site.out.acknowledge(reply.wanted)
             site.sent_before = max(reply.wanted, site.sent_before)
         for message, _ in site.inbox.take(fresh):
-            self._whole.append((item.client_id, message))
+            self._whole.append((client_id, message))
         site.finished = site.finished or reply.finished
         return True
 
-    def _record(self, item: _Arrived, reply: Reply, site: Site, fresh: list[Frame]) -> None:
+    def _record(self, asked: _Asked, ended_s: float, reply: Reply, fresh: list[Frame]) -> None:
         """Count the bytes, and put the client's spans and the two transfers on the record."""
         assert self._trace is not None
+        client_id, lane, site, pushed_s = asked.client_id, asked.lane, self._sites[asked.client_id], asked.pushed_s
         origin = self._epoch_s() - self._clock.now()
-        arrived = min(max(reply.arrived_s - origin, item.pushed_s), item.ended_s)
-        left = min(max(reply.left_s - origin, arrived), item.ended_s)
-        self._transfer(item.client_id, "downloading", site.brought(item.lane, reply), item.pushed_s, arrived)
-        self._transfer(item.client_id, "uploading", fresh, left, item.ended_s)
-        site.note(item.lane, reply, fresh, (item.pushed_s, arrived, left, item.ended_s))
-        for lane, activity, start_s, duration_s, facts in reply.spans:
+        arrived = min(max(reply.arrived_s - origin, pushed_s), ended_s)
+        left = min(max(reply.left_s - origin, arrived), ended_s)
+        self._transfer(client_id, "downloading", site.brought(lane, reply), pushed_s, arrived)
+        self._transfer(client_id, "uploading", fresh, left, ended_s)
+        site.note(lane, reply, fresh, (pushed_s, arrived, left, ended_s))
+        for name, activity, start_s, duration_s, facts in reply.spans:
             self._trace.spans.append(
-                Span(item.client_id, str(lane), str(activity), start_s - origin, duration_s, dict(facts))
+                Span(client_id, str(name), str(activity), start_s - origin, duration_s, dict(facts))
             )
 
     def _transfer(
@@ -329,8 +352,10 @@ class GridTransport:
             count(Parcel(frame.content, frame.round_index), client_id, share)
 
 
-def _message(request: Request, node_id: int, array_bytes: int = PART_BYTES) -> Message:
-    return Message(pack(request, array_bytes), node_id, MessageType.TRAIN)
+def _message(
+    request: Request, node_id: int, array_bytes: int = PART_BYTES, arrays: Arrays | None = None
+) -> Message:
+    return Message(pack(request, array_bytes, arrays), node_id, MessageType.TRAIN)
 
 
 def _clients(client_ids: Any) -> str:
