@@ -63,7 +63,7 @@ def recorded(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return [{"supernodes": 1, **row} for row in rows]  # as many as there were before it was asked for
+    return [{"supernodes": 1, "warm": False, **row} for row in rows]  # as it was before it was asked for
 
 
 def write(options: argparse.Namespace, rows: list[Row], console: Console) -> None:
@@ -79,9 +79,11 @@ def told(row: Row) -> str:
 
 
 def empty(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
-    """A block of a few bytes: what an exchange costs whatever it carries."""
+    """A block of a few bytes: what an exchange costs whatever it carries, also with ClientApps from nothing."""
     del rows
-    yield timed(folder, replace(usual(options), megabytes=EMPTY_MB, rounds=3 if options.smoke else 10))
+    wanted = replace(usual(options), megabytes=EMPTY_MB, rounds=3 if options.smoke else 10, supernodes=1)
+    for warm in (True, False):
+        yield timed(folder / ("warm" if warm else "cold"), replace(wanted, warm=warm))
 
 
 def wire_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
@@ -256,7 +258,9 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
         return next((seconds for seconds in found if seconds), None)  # of one SuperNode where two are not on record
 
     equal, long, balanced = "wire = compute", "covered", "exchange = compute"
-    add("seconds of an empty exchange", 5.0, lambda: median("empty", 0))
+    warm, cold = (round_s(rows, "empty", warm=warm) for warm in (True, False))
+    add("seconds of an empty exchange", 5.0, lambda: warm or cold)
+    add("an empty exchange: a forked ClientApp / one that starts from nothing", 0.85, lambda: warm / cold)
     for many, which in ((2, "two SuperNodes"), (1, "one SuperNode")):
         at = {delay: round_s(rows, equal, delay=delay, secure=True, supernodes=many) for delay in (0, 1)}
         add(f"wire = compute, {which} a site: delay 1 / delay 0", 0.65, lambda at=at: at[1] / at[0])
@@ -327,7 +331,8 @@ def chain_table(rows: list[Row]) -> Any:
 
 def chain(rows: list[Row], scenario: str, supernodes: int) -> Mapping[str, float]:
     """Give the median seconds of each stage, over repeats."""
-    found = [row["chain"] for row in of(rows, scenario, delay=0, supernodes=supernodes) if row["chain"]]
+    kept = of(rows, scenario, delay=0, supernodes=supernodes)
+    found = [row["chain"] for row in of(kept, scenario, warm=True) or kept if row["chain"]]
     return {name: statistics.median(each[name] for each in found) for name in found[0]} if found else {}
 
 

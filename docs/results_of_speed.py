@@ -129,13 +129,17 @@ def _folds(found: Record) -> list[str]:
     return [text, *table(head, rows)]
 
 
+COLD = ", ClientApps from nothing"
+
+
 def flower(found: Record) -> str:
     """Write the section of `benchmarks/flower.py`."""
     rows = found["results"]
     text = (
         "## Over Flower\n\nReal SuperLink, SuperNodes and trainers on one machine, two sites behind shaped links "
         f"of {found['config']['mbps']:g} Mbit/s each way, TLS and node keys on where it does not say otherwise. "
-        "Training is a sleep. An exchange is a round without its computation: the wire and all of Flower's chain.\n"
+        "Training is a sleep. An exchange is a round without its computation: the wire and all of Flower's chain. "
+        "ClientApps are forked from a process that has loaded Flower, or start from nothing.\n"
     )
     parts = [text, *_flower_rounds(rows), *_flower_chain(rows), *_flower_slow_link(rows), *_flower_memory(rows)]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
@@ -150,6 +154,7 @@ def _flower_rounds(rows: Sequence[Record]) -> list[str]:
         if "round_s" in row and row["scenario"] != "memory":
             way = f"{row['scenario']}: delay {row['delay']}{'' if row['secure'] else ', without TLS'}"
             way += ", one SuperNode" if row.get("supernodes", 1) == 1 else ""
+            way += "" if row.get("warm") else COLD
             groups.setdefault((way, row["megabytes"], row["compute_s"]), []).extend(row["rounds"])
     lines = []
     for (way, mega, compute_s), found in groups.items():
@@ -164,6 +169,7 @@ def _flower_chain(rows: Sequence[Record]) -> list[str]:
     for row in rows:
         if row["scenario"] in ("empty", "wire = compute") and row.get("chain"):
             which = "one SuperNode" if row.get("supernodes", 1) == 1 else "two SuperNodes"
+            which += "" if row.get("warm") else COLD
             groups.setdefault(f"{row['scenario']}, {which}", []).append(row["chain"])
     if not groups:
         return []
