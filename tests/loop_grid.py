@@ -52,6 +52,7 @@ class LoopGrid(Grid):
         self._replies: dict[str, Message | None] = {}
         self._count = 0
         self.exchanges = [0] * len(state_dirs)
+        self.pushed: list[list[set[int]]] = []
         self.carries_one_frame: list[list[bool]] = [[] for _ in state_dirs]
         self._started: set[Path] = set()
         self.deaths = 0
@@ -74,6 +75,8 @@ class LoopGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         message_ids = []
+        arrays = [set(map(id, message.content.array_records.get("frames", {}).values())) for message in messages]
+        self.pushed.append(arrays)
         for message in messages:
             self._count += 1
             message_ids.append(message_id := str(self._count))

@@ -179,6 +179,14 @@ def test_only_the_exchange_after_one_that_is_overdue_carries_a_frame_each_way(tm
         assert False in found[found.index(True) :]  # on a slow machine not every other one
 
 
+def test_what_several_sites_get_at_the_same_time_is_packed_once(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(lanes, "FRAME_S", 0.0)  # a request has several Arrays
+    result, grid = over_flower(tmp_path, plan(0, CHUNKED))
+    together = [arrays for arrays in grid.pushed if len(arrays) == len(EXAMPLES)]
+    assert any(len(set.intersection(*arrays)) > 1 for arrays in together)
+    assert same(result.server.params, in_process(plan(0, CHUNKED)).server.params)
+
+
 def test_a_trainer_that_dies_in_the_middle_of_an_update_sends_it_whole_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lanes, "LEAST_BYTES", 150)  # an update takes several exchanges
     encoding = Encoding("float32")

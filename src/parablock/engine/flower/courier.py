@@ -28,8 +28,8 @@ from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import PART_BYTES, Place
 from parablock.errors import ParaBlockError, StallError
 
-Arrays = dict[tuple[int, ...], tuple[list[bytes], Array]]
-"""What frames are in an Array, by the identity of their contents, which it keeps alive."""
+Arrays = dict[tuple[bytes, ...], Array]
+"""By the contents of the frames that are in it."""
 
 ATTEMPTS = 3
 START_S = 120.0
@@ -71,16 +71,15 @@ def pack(said: Request | Reply, array_bytes: int, made: Arrays | None = None) ->
         array_bytes: About what an Array should take; it is a request of its own through Flower.
         made: The Arrays of others that go with it; one of the same frames is theirs, and new ones are added.
     """
-    made, arrays = {} if made is None else made, {}
+    made, arrays = {} if made is None else made, ArrayRecord()
     for place, contents in enumerate(_together((frame.content for frame in said.frames), array_bytes * 5 // 4)):
-        which = tuple(map(id, contents))
-        if which not in made:
+        if contents not in made:
             content = contents[0] if len(contents) == 1 else b"".join(contents)
-            made[which] = contents, Array("uint8", (len(content),), "parablock.bytes", content)
-        arrays[f"{place:06d}"] = made[which][1]
+            made[contents] = Array("uint8", (len(content),), "parablock.bytes", content)
+        arrays[f"{place:06d}"] = made[contents]
     record = RecordDict({"said": ConfigRecord({"header": header_of(said)})})
     if arrays:
-        record["frames"] = ArrayRecord(arrays)
+        record["frames"] = arrays
     return record
 
 
@@ -91,17 +90,17 @@ def unpack(record: RecordDict) -> tuple[str, list[bytes]]:
     return header, list(_apart((arrays.pop(name).data for name in sorted(arrays)), frame_lengths(header)))
 
 
-def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[list[bytes]]:
+def _together(contents: Iterable[bytes], most_bytes: int) -> Iterator[tuple[bytes, ...]]:
     """Put together what follows each other, up to so many bytes; what is longer stays alone."""
     group, size = list[bytes](), 0
     for content in filter(None, contents):
         if group and size + len(content) > most_bytes:
-            yield group
+            yield tuple(group)
             group, size = [], 0
         group.append(content)
         size += len(content)
     if group:
-        yield group
+        yield tuple(group)
 
 
 def _apart(arrays: Iterator[bytes], lengths: Iterable[int]) -> Iterator[bytes]:
