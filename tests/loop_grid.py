@@ -56,6 +56,7 @@ class LoopGrid(Grid):
         self.carries_one_frame: list[list[bool]] = [[] for _ in state_dirs]
         self._started: set[Path] = set()
         self.deaths = 0
+        self.is_over = threading.Event()  # who sets it ends every courier that waits for a trainer
 
     def set_run(self, run: object) -> None:
         """Nothing to set."""
@@ -121,11 +122,11 @@ class LoopGrid(Grid):
                 self._started.add(folder.path)
                 self._start(client_id, folder)
         state_dir = self._dirs[client_id]
-        while folder.finished is None:
+        while folder.finished is None and not self.is_over.is_set():
             try:
                 with closing(connect(address_of(state_dir), secret_of(state_dir))) as connection:
                     send(connection, request)
                     return receive_reply(connection)
             except (OSError, EOFError):
-                threading.Event().wait(0.01)
-        return Reply(client_id, wanted=Place(folder.finished), idle=True, finished=True)
+                self.is_over.wait(0.01)
+        return Reply(client_id, wanted=Place(folder.finished or 0), idle=True, finished=True)

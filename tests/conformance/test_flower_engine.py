@@ -97,7 +97,10 @@ def over_flower(
     transport = GridTransport(grid, len(examples), opening, epoch_s=lambda: 0.0, tell=on_event)
     transport.gather(10.0)
     hooks = replace(hooks, on_event=on_event)
-    return run_over_flower(params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
+    try:
+        return run_over_flower(params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
+    finally:
+        grid.is_over.set()
 
 
 def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, faults: Sequence[Fault] = ()) -> EngineResult:
