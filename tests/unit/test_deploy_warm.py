@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from parablock.deploy import hand_over
 from parablock.deploy.processes import site_environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a ClientApp is forked on Linux only")
@@ -100,6 +103,27 @@ def test_a_superexec_without_a_keeper_says_so_and_goes_on(tmp_path: Path):
         superexec.process.wait()
 
 
+def test_a_keeper_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hand_over, "ANSWER_S", 0.2)
+    address = str(tmp_path / "keeper")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        assert not hand_over.hand_over(address, ["--insecure"])
+        silent, _ = listener.accept()
+        assert silent.recv(100) == b"--insecure"
+        silent.close()
+
+        def answer() -> None:
+            with listener.accept()[0] as caller:
+                caller.sendall(b"1")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert hand_over.hand_over(address, ["--insecure"])
+        answering.join()
+
+
 PULL = """
 import threading
 from flwr.app import ConfigRecord, RecordDict
@@ -107,8 +131,14 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.superlink.grid import http_grid
 from flwr.supernode.runtime import run_clientapp
-from parablock.engine.flower.pace import ask_often
-{ask}
+from parablock.deploy import warm
+from parablock.engine.flower import engine
+
+class Stop:
+    def begin(self, *_):
+        raise SystemExit
+
+{begin}
 said = RecordDict({{"said": ConfigRecord({{"word": "here"}})}})
 contents = {{name: thing.deflate() for name, thing in get_all_nested_objects(said).items()}}
 waits, left = [], dict.fromkeys(contents, 8)
@@ -123,21 +153,37 @@ def pull(name):
 
 tree = get_object_tree(said)
 assert run_clientapp.pull_and_inflate_object_from_tree(tree, pull, lambda _: None, return_type=RecordDict) == said
-left = dict.fromkeys(contents, 8)
+at_site, waits, left = waits, [], dict.fromkeys(contents, 8)
 assert http_grid.pull_objects(list(contents), pull) == contents
-assert len(waits) == 2 * 7 * len(contents)
-print(max(waits) <= 1.2 * {most_s})
+at_server = waits
+assert len(at_site) == len(at_server) == 7 * len(contents)
+print([max(found) <= 1.2 * most for found, most in ((at_site, warm.PAUSE_S), (at_server, engine.PAUSE_S))])
 """
-EACH = """
-ask_often(run_clientapp, "pull_and_inflate_object_from_tree", 0.5)
-ask_often(http_grid, "pull_objects", 0.5)
+A_SITE = """
+warm._begin_to_keep, warm._load = lambda: None, lambda name: lambda: 0
+try:
+    warm.superexec()
+except SystemExit:
+    pass
+"""
+A_SERVER = """
+try:
+    engine.run_over_flower([], None, None, None, Stop())
+except SystemExit:
+    pass
 """
 
 
 @pytest.mark.parametrize(
-    ("ask", "most_s", "so_often"),
-    [(EACH, 0.5, True), (EACH, 0.4, False), (EACH.splitlines()[1], 0.5, False), ("", 0.5, False)],
+    ("begin", "often"),
+    [
+        (A_SITE + A_SERVER, "[True, True]"),
+        (A_SITE, "[True, False]"),
+        (A_SERVER, "[False, True]"),
+        ("", "[False, False]"),
+    ],
+    ids=["both", "a site", "a server", "Flower alone"],
 )
-def test_what_is_on_its_way_is_asked_for_more_often_than_flower_would(ask: str, most_s: float, so_often: bool):
-    command = [sys.executable, "-c", PULL.format(ask=ask, most_s=most_s)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(so_often)
+def test_what_is_on_its_way_is_asked_for_more_often_than_flower_would(begin: str, often: str):
+    command = [sys.executable, "-c", PULL.format(begin=begin)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == often

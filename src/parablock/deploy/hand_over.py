@@ -7,13 +7,20 @@ import os
 import socket
 import sys
 
+KEEPER_VARIABLE = "PARABLOCK_KEEPER"
+"""The environment variable that says where the keeper listens."""
+
+ANSWER_S = 30.0
+"""How long a keeper may take; it answers in milliseconds."""
+
 
 def hand_over(address: str, arguments: list[str]) -> bool:
     """Give the arguments of a command to a keeper; False where none answers."""
     with socket.socket(socket.AF_UNIX) as keeper:
+        keeper.settimeout(ANSWER_S)
         try:
             keeper.connect(address)
-            keeper.sendall("\0".join(arguments).encode())
+            keeper.sendall(os.fsencode("\0".join(arguments)))
             keeper.shutdown(socket.SHUT_WR)
             return bool(keeper.recv(1))
         except OSError:
@@ -21,5 +28,5 @@ def hand_over(address: str, arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    if not hand_over(os.environ.get("PARABLOCK_KEEPER", ""), sys.argv[2:]):
+    if not hand_over(os.environ.get(KEEPER_VARIABLE, ""), sys.argv[2:]):
         os.execv(sys.argv[1], sys.argv[1:])

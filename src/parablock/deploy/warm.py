@@ -32,9 +32,6 @@ from parablock.engine.flower.local_socket import address_of, listen
 from parablock.engine.flower.pace import ask_often
 from parablock.errors import ParaBlockError
 
-KEEPER_VARIABLE = "PARABLOCK_KEEPER"
-"""The environment variable that says where the keeper listens."""
-
 PAUSE_S = 0.5
 """How long a forked ClientApp waits before it asks again for a message that is on its way to the SuperNode."""
 
@@ -90,13 +87,16 @@ def _begin_to_keep() -> list[str] | None:
     listener, (alive, keep_alive) = listen(address), os.pipe()
     if os.fork() == 0:
         os.close(keep_alive)
-        arguments = _keep(listener, alive)
+        try:
+            arguments = _keep(listener, alive)
+        except OSError:  # whoever calls finds nobody, and starts a ClientApp from nothing
+            os._exit(1)
         if arguments is None:
             os._exit(0)
         return arguments
     os.close(alive)
     listener.close()
-    os.environ[KEEPER_VARIABLE] = address
+    os.environ[hand_over.KEEPER_VARIABLE] = address
     return None
 
 
@@ -116,7 +116,7 @@ def _keep(listener: socket.socket, alive: int) -> list[str] | None:
                 _name("flwr-clientapp")
                 listener.close()
                 os.close(alive)
-                return told.decode().split("\0")
+                return os.fsdecode(told).split("\0")
             caller.sendall(b"1")
     return None
 
