@@ -51,11 +51,12 @@ class LoopGrid(Grid):
         self._dirs, self._start, self._fate = state_dirs, start, fate
         self._replies: dict[str, Message | None] = {}
         self._count = 0
+        self._newest: dict[int, threading.Thread] = {}
         self.exchanges = [0] * len(state_dirs)
         self.pushed: list[list[set[int]]] = []
         self.carries_one_frame: list[list[bool]] = [[] for _ in state_dirs]
         self._started: set[Path] = set()
-        self.deaths = 0
+        self.deaths = self.following = 0
         self.is_over = threading.Event()  # who sets it ends every courier that waits for a trainer
 
     def set_run(self, run: object) -> None:
@@ -83,11 +84,20 @@ class LoopGrid(Grid):
             message_ids.append(message_id := str(self._count))
             self._replies[message_id] = None
             message.metadata.__dict__["_message_id"] = message_id
-            threading.Thread(target=self._serve, args=(message, message_id), daemon=True).start()
+            before = self._newest.get(message.metadata.dst_node_id)
+            serving = threading.Thread(target=self._serve_after, args=(before, message, message_id), daemon=True)
+            serving.start()
+            self._newest[message.metadata.dst_node_id] = serving
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [reply for message_id in message_ids if (reply := self._replies.pop(message_id, None)) is not None]
+
+    def _serve_after(self, before: threading.Thread | None, message: Message, message_id: str) -> None:
+        """Deal with a message when the one before it is done with, as a SuperNode does."""
+        if before is not None:
+            before.join()
+        self._serve(message, message_id)
 
     def _serve(self, message: Message, message_id: str) -> None:
         client_id, carries = self._nodes[message.metadata.dst_node_id - 1]
@@ -100,6 +110,7 @@ class LoopGrid(Grid):
             reply = Reply(client_id, held_rounds=folder.held_rounds(), carries=carries)
         else:
             self.exchanges[client_id] += 1
+            self.following += request.follows > 0
             self.carries_one_frame[client_id].append(request.budget_bytes == request.frame_bytes)
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
                 return
@@ -114,7 +125,8 @@ class LoopGrid(Grid):
     def _carry(self, client_id: int, folder: SessionFolder, request: Request) -> Reply:
         with self._starting:
             folder.open(request)
-            if request.wanted.offset and self._fate(client_id, self.exchanges[client_id]) == "die":
+            is_within = request.wanted.offset or request.follows
+            if is_within and self._fate(client_id, self.exchanges[client_id]) == "die":
                 self._started.discard(folder.path)
                 Path(address_of(self._dirs[client_id])).unlink()  # the dead hear nobody
                 self.deaths += 1

@@ -172,6 +172,26 @@ def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, c
     assert result.last_traffic.uplink_bytes == undisturbed.last_traffic.uplink_bytes
 
 
+@pytest.mark.parametrize(("delay", "fate"), [(0, "carry"), (1, "carry"), (1, "lose")])
+@pytest.mark.parametrize("carries", LANES.values(), ids=LANES)
+def test_two_exchanges_under_way_give_what_one_at_a_time_gives(
+    tmp_path: Path, monkeypatch, fate: str, delay: int, carries: Sequence[tuple[str, ...]]
+):
+    monkeypatch.setattr(lanes, "LEAST_BYTES", 150)  # an update takes two exchanges
+    method = replace(plan(delay, CHUNKED), num_rounds=7, stall_timeout_s=120.0)
+    draw = Random(f"{fate} {delay}")
+    result, grid = over_flower(
+        tmp_path / "two", method, fate=lambda *_: fate if draw.random() < 1 / 9 else "carry", carries=carries
+    )
+    assert same(result.server.params, in_process(method).server.params)
+    assert grid.following > method.num_rounds
+    assert result.last_traffic.uplink_bytes == in_process(method).last_traffic.uplink_bytes
+    monkeypatch.setattr(lanes, "AT_ONCE", 1)
+    result, grid = over_flower(tmp_path / "one", method, carries=carries)
+    assert same(result.server.params, in_process(method).server.params)
+    assert grid.following == 0
+
+
 def test_only_the_exchange_after_one_that_is_overdue_carries_a_frame_each_way(tmp_path: Path):
     _, grid = over_flower(
         tmp_path, plan(1, CHUNKED), fate=lambda client_id, n: "lose" if n % 3 == client_id else "carry"

@@ -36,6 +36,7 @@ from parablock.deploy.site import configuration_at, load_site, shared_config, si
 from parablock.engine.flower import grid
 from parablock.engine.flower.courier import client_app, pack, unpack
 from parablock.engine.flower.exchange import (
+    PROTOCOL,
     Reply,
     Request,
     error_of,
@@ -45,7 +46,7 @@ from parablock.engine.flower.exchange import (
     request_of,
     word_of,
 )
-from parablock.engine.flower.lanes import Lane, Site, Speed, site_among
+from parablock.engine.flower.lanes import Lane, Site, Speed, UnderWay, site_among
 from parablock.engine.flower.local_socket import (
     accept,
     address_of,
@@ -104,6 +105,56 @@ def test_every_message_arrives_once_and_in_order_whatever_is_lost(messages, exch
     out.acknowledge(inbox.wanted)
     assert received == messages
     assert out.is_empty
+
+
+@given(
+    messages=st.lists(st.binary(max_size=40), min_size=1, max_size=8),
+    pairs=st.lists(
+        st.tuples(
+            st.integers(1, 30),
+            st.integers(1, 30),
+            st.integers(1, 9),
+            st.sampled_from(["both", "first", "second", "first, and second twice"]),
+        ),
+        max_size=40,
+    ),
+)
+@settings(max_examples=100, deadline=None)
+def test_of_two_exchanges_that_follow_each_other_only_what_was_lost_is_sent_again(messages, pairs):
+    out, inbox, received, sent = Outbox(), Inbox(), [], 0
+    for message in messages:
+        out.put(message, 0)
+    for first_bytes, second_bytes, longest, fate in [*pairs, *[(1 << 20, 1, 1 << 20, "both")] * 2]:
+        out.acknowledge(inbox.wanted, inbox.ahead)
+        first = out.unconfirmed(first_bytes, longest)
+        is_gap = inbox.ahead is not None
+        second = out.after(first[-1].next_place, second_bytes, longest) if first and not is_gap else []
+        if "first" in fate or fate == "both":
+            received += [message for message, _ in inbox.take(first)]
+            sent += sum(len(each.content) for each in first)
+        for _ in range({"first": 0, "first, and second twice": 2}.get(fate, 1)):
+            received += [message for message, _ in inbox.take(second, follows=True)]
+        sent += sum(len(each.content) for each in second) if fate != "first" else 0
+    out.acknowledge(inbox.wanted)
+    assert received == messages
+    assert out.is_empty and inbox.ahead is None
+    assert sent == sum(map(len, messages))  # what arrived was never sent again
+
+
+def test_what_is_ahead_of_its_turn_has_to_follow_and_to_be_of_the_same_message():
+    out, other, inbox = Outbox(), Outbox(), Inbox()
+    out.put(b"1 s, and a delta", 0)
+    other.put(b"2 s, and a delta", 0)
+    second = out.after(out.after(START, 6, 6)[0].next_place, 100)
+    with pytest.raises(CodecError, match="byte 6 of message 0 came where byte 0"):
+        inbox.take(second)
+    assert inbox.ahead is None
+    assert inbox.take(second, follows=True) == []
+    assert inbox.ahead is not None and inbox.ahead[:2] == (0, 6)
+    assert [f.content for f in out.after(inbox.wanted, 100, until=inbox.ahead)] == [b"1 s, a"]
+    assert [f.content for f in other.after(inbox.wanted, 100, until=inbox.ahead)] == [b"2 s, and a delta"]
+    assert [m for m, _ in inbox.take(other.after(inbox.wanted, 100, until=inbox.ahead))] == [b"2 s, and a delta"]
+    assert inbox.ahead is None
 
 
 def test_a_missing_frame_is_an_error_and_a_known_one_is_not():
@@ -194,7 +245,9 @@ def test_a_clientapp_that_cannot_begin_says_why(tmp_path: Path, fault: str):
     Online()  # Flower's messages want to know in whose name they are made
     record = pack(REQUEST, 1)
     if fault == "of the server":
-        record["said"] = ConfigRecord({"header": header_of(REQUEST).replace('"protocol": 3', '"protocol": 2')})
+        record["said"] = ConfigRecord(
+            {"header": header_of(REQUEST).replace(f'"protocol": {PROTOCOL}', '"protocol": 2')}
+        )
     message = Message(record, dst_node_id=1, message_type="train")
     answer = client_app(site_of)(message, Context(1, 1, {}, RecordDict(), {}))
     word = {"of the site": "the site's file is not there", "of the server": "it speaks protocol 2"}[fault]
@@ -483,10 +536,10 @@ def test_where_a_reply_filled_what_it_may_carry_the_next_may_take_as_long_as_tha
     # 30 MB at a third of 0.5 MB/s are 180 s; 8 MiB, the most that came so far, are 50.3 s; 30 s for all else
     lane.was_full = True
     site.ask(lane, OPENING, 0.0)
-    assert lane.overdue_s == pytest.approx(30 + 180)
+    assert lane.under_way.pop().overdue_s == pytest.approx(30 + 180)
     lane.was_full = False
     site.ask(lane, OPENING, 0.0)
-    assert lane.overdue_s == pytest.approx(30 + 3 * (8 << 20) / 0.5e6)
+    assert lane.under_way.pop().overdue_s == pytest.approx(30 + 3 * (8 << 20) / 0.5e6)
 
 
 def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_where_the_other_way_goes_on():
@@ -498,11 +551,81 @@ def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_whe
         brought = sum(len(frame.content) for frame in first.frames)
         assert brought == 8 << 20  # nothing is known of the link
         reply = Reply(0, wanted=first.frames[-1].next_place)
-        site.note(lane, reply, [], (0.0, arrived := 5.0 + brought / 2**20, arrived, arrived))  # 1 MiB/s
+        times = (0.0, arrived := 5.0 + brought / 2**20, arrived, arrived)  # 1 MiB/s
+        site.note(lane, lane.under_way.pop(), reply, [], times)
         site.out.acknowledge(reply.wanted)
         sizes[carries] = sum(len(frame.content) for frame in site.ask(lane, OPENING, 0.0).frames) >> 20
     assert sizes == {"both": 60, "down": 30}
     assert Site(up=Speed(1 << 20)).ask(Lane("up", 1), OPENING, 0.0).budget_bytes == 30 << 20
+
+
+def exchange(site: Site, lane: Lane) -> list[tuple[str, int, bool]]:
+    """Ask as often as a lane is due; say of each what it carries, what it follows and whether it waits."""
+    found = []
+    while site.is_due(lane, is_missed=True):
+        asked = site.ask(lane, OPENING, 0.0)
+        found.append((asked.carries, asked.follows, asked.wait_s > 0))
+    return found
+
+
+def answer(site: Site, lane: Lane, size: int, round_index: int = 0) -> None:
+    came = [replace(frame(0, bytes(size)), round_index=round_index)]
+    site.note(lane, lane.under_way[0], Reply(0, wanted=lane.under_way[0].until), came, (0.0, 1.0, 1.0, 2.0))
+    site.out.acknowledge(lane.under_way[0].until)
+    lane.end(lane.under_way[0], is_lost=False)
+
+
+def test_a_large_update_takes_two_exchanges_and_what_is_ready_comes_down_behind_the_second():
+    site, lane = Site(down=Speed(1 << 20)), Lane("both", 1)
+    assert exchange(site, lane) == [("both", 0, True)]  # nothing is known of the updates
+    answer(site, lane, 30 << 20)
+    assert exchange(site, lane) == [("both", 0, True), ("both", 2, False)]
+    first, second = lane.under_way
+    assert (first.asked_bytes, second.asked_bytes) == (18 << 20, 512 << 20)
+    answer(site, lane, 18 << 20, 1)
+    assert exchange(site, lane) == []  # the second will bring the rest
+    site.out.put(bytes(1 << 20), 1)
+    assert exchange(site, lane) == []  # which is not worth an exchange of its own
+    site.out.put(bytes(8 << 20), 1)
+    assert exchange(site, lane) == [("down", 3, False)]
+    assert lane.under_way[1].until == Place(2)
+    answer(site, lane, 12 << 20, 1)
+    site.out.put(bytes(8 << 20), 1)
+    assert exchange(site, lane) == [("both", 4, True)]
+    site.out.put(bytes(20 << 20), 1)
+    answer(site, lane, 0, 1)
+    assert exchange(site, lane) == [("both", 5, False)]  # takes the rest of an update, and brings what there is
+    assert lane.under_way[1].until == Place(4)
+
+
+def test_a_small_update_takes_one_exchange_and_a_lane_down_never_waits():
+    site, lane, down = Site(down=Speed(1 << 20)), Lane("both", 1), Lane("down", 2)
+    exchange(site, lane)
+    answer(site, lane, 8 << 20)
+    assert exchange(site, lane) == [("both", 0, True)]
+    site.out.put(bytes(8 << 20), 1)
+    assert exchange(site, lane) == []  # the site may wait for its trainer for a minute
+    assert exchange(site, down) == [("down", 0, False)]
+    site.out.put(bytes(9 << 20), 1)
+    assert exchange(site, down) == [("down", 1, False)]
+    site.out.put(bytes(9 << 20), 1)
+    assert exchange(site, down) == []
+
+
+def test_after_a_loss_nothing_follows_until_all_is_answered():
+    site, lane = Site(), Lane("both", 1)
+    exchange(site, lane)
+    answer(site, lane, 30 << 20)
+    assert len(exchange(site, lane)) == 2
+    lane.end(lane.under_way[0], is_lost=True)
+    lane.more = True
+    assert exchange(site, lane) == []
+    lane.end(lane.under_way[0], is_lost=False)
+    assert exchange(site, lane) == [("both", 0, True), ("both", 4, False)]
+    lane.give_up()
+    assert exchange(site, lane) == [("both", 0, True)]  # in doubt, one
+    lane.end(UnderWay(1, 0, 0.0, True, True, 0, START), is_lost=True)  # one that was given up: too late
+    assert len(lane.under_way) == 1 and not lane.is_broken
 
 
 def test_an_upward_lane_brings_nothing_and_is_asked_when_it_is_missed():
@@ -529,7 +652,7 @@ def test_a_supernode_that_comes_back_takes_its_place_and_a_second_one_does_not()
 
 
 def test_what_all_replies_together_may_carry_does_not_grow_with_the_sites():
-    for num_sites, together in ((2, 2 * 512 << 20), (4, 2 << 30), (64, 2 << 30), (1000, 1000 * (8 << 20))):
+    for num_sites, together in ((2, 1 << 30), (4, 1 << 30), (64, 1 << 30), (1000, 1000 * (8 << 20))):
         sites = [site_among(num_sites) for _ in range(num_sites)]
         budgets = []
         for site in sites:
@@ -543,7 +666,8 @@ def test_an_exchange_that_was_made_again_tells_nothing_of_the_link():
     part = frame(0, bytes(1 << 20))
     for silent, speed in ((False, 1 << 20), (True, 0.0)):
         site, lane = Site(), Lane("both", 1, silent=silent)
-        site.note(lane, Reply(0), [part], (0.0, 1.0, 1.0, 2.0))
+        site.ask(lane, OPENING, 0.0)
+        site.note(lane, lane.under_way.pop(), Reply(0), [part], (0.0, 1.0, 1.0, 2.0))
         assert site.up.bytes_per_s == speed
 
 
@@ -554,13 +678,15 @@ def test_an_exchange_that_is_made_again_in_doubt_carries_a_frame_each_way():
     for lane.doubted in (False, True, False):
         request = site.ask(lane, OPENING, 0.0)
         carried.append((sum(len(part.content) for part in request.frames), request.budget_bytes))
+        lane.under_way.clear()
     assert carried == [(30_000_000, 240_000_000), (3_000_000, 2_000_000), (30_000_000, 240_000_000)]
     lane.doubted = True
     site.ask(lane, OPENING, 0.0)
-    site.note(lane, Reply(0), [frame(0, bytes(2_000_000))], (0.0, 1.0, 1.0, 2.0))
+    (asked,) = lane.under_way
+    site.note(lane, asked, Reply(0), [frame(0, bytes(2_000_000))], (0.0, 1.0, 1.0, 2.0))
     assert not lane.was_full  # it brought all that was asked for, which tells nothing of what is left
     lane.doubted = False
-    site.note(lane, Reply(0), [frame(0, bytes(2_000_000))], (0.0, 1.0, 1.0, 2.0))
+    site.note(lane, asked, Reply(0), [frame(0, bytes(2_000_000))], (0.0, 1.0, 1.0, 2.0))
     assert lane.was_full
 
 
@@ -569,13 +695,14 @@ def test_a_small_reply_does_not_make_the_next_large_one_overdue():
     site.ask(lane, OPENING, 0.0)
     patience = []
     for size in (4 << 20, 10):
-        site.note(lane, Reply(0), [frame(0, bytes(size))], (0.0, 1.0, 1.0, 5.0))
+        site.note(lane, lane.under_way.pop(), Reply(0), [frame(0, bytes(size))], (0.0, 1.0, 1.0, 5.0))
         site.ask(lane, OPENING, 0.0)
-        patience.append(lane.overdue_s)
-    assert patience == [patience[0]] * 2
-    site.note(lane, Reply(0), [frame(0, bytes(6 << 20))], (0.0, 1.0, 1.0, 7.0))  # as fast, and more
+        patience.append(lane.under_way[0].overdue_s)
+    assert patience[1] >= patience[0]
+    larger = [frame(0, bytes(6 << 20))]
+    site.note(lane, lane.under_way.pop(), Reply(0), larger, (0.0, 1.0, 1.0, 7.0))  # as fast, and more
     site.ask(lane, OPENING, 0.0)
-    assert lane.overdue_s > patience[0]
+    assert lane.under_way[0].overdue_s > patience[0]
 
 
 class Online(LoopGrid):

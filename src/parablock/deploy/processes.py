@@ -19,6 +19,7 @@ from parablock.deploy.keys import missing_extra
 from parablock.deploy.variables import OUTPUT_KEY
 from parablock.deploy.warm import write_commands
 from parablock.engine.flower.exchange import BOTH, DOWN, UP
+from parablock.engine.flower.stream import PART_BYTES
 from parablock.errors import ConfigError, InputError, ParaBlockError
 
 CONNECTION = "parablock"
@@ -38,8 +39,9 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_BYTES * 5 // 4),
 }
-LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
 
 LANES = {1: (BOTH,), 2: (UP, DOWN)}

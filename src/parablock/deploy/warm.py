@@ -14,6 +14,7 @@ The forked one begins long before the message is at the SuperNode, and asks for 
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -32,7 +33,7 @@ from parablock.engine.flower.local_socket import address_of, listen
 from parablock.engine.flower.pace import ask_often
 from parablock.errors import ParaBlockError
 
-PAUSE_S = 0.5
+PAUSE_S = 0.25
 """How long a forked ClientApp waits before it asks again for a message that is on its way to the SuperNode."""
 
 CALL_S = 5.0
@@ -71,8 +72,22 @@ def superexec() -> None:
         sys.stderr.write(f"Each ClientApp starts from nothing, for none can be kept loaded: {error}\n")
         arguments = None
     if arguments is not None:
-        sys.argv, run = ["flwr-clientapp", *arguments], clientapp
+        sys.argv = ["flwr-clientapp", *arguments]
+        _run_to_the_end(clientapp)
     sys.exit(run())
+
+
+def _run_to_the_end(command: Callable[[], int | None]) -> None:
+    """Run a command and end the process, without taking apart all that the keeper has loaded."""
+    try:
+        status = command()
+    except SystemExit as end:
+        if isinstance(end.code, str):  # which Python will say
+            raise
+        status = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def _load(name: str) -> Callable[[], int | None]:
@@ -105,6 +120,8 @@ def _keep(listener: socket.socket, alive: int) -> list[str] | None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; this ends with the SuperExec
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what is forked
     _name("flwr-keeper")
+    gc.collect()
+    gc.freeze()  # else each forked process would look through, and so copy, all that is loaded
     watched: list[socket.socket | int] = [listener, alive]
     while alive not in select(watched, [], [])[0]:
         with suppress(OSError), listener.accept()[0] as caller:

@@ -17,9 +17,12 @@ from parablock.errors import CodecError, InputError, ParaBlockError
 
 T = TypeVar("T", "Request", "Reply")
 
-PROTOCOL = 3
+PROTOCOL = 4
 HEADER_BYTES = 4 << 20
 """Bytes of a header at most."""
+
+PLACES = {"wanted", "ahead"}
+"""The fields of a header that say where in a stream."""
 
 BOTH, UP, DOWN = DIRECTIONS = ("both", "up", "down")
 """What a SuperNode carries: to the server is up."""
@@ -35,7 +38,10 @@ class Request:
         restore: The round whose snapshot the session starts from; None: from the base model.
         config: What the clients have to know of the configuration, as YAML.
         base_sha256: Of the base model that all have to share.
+        attempt: Its number among those of the client's SuperNode; 0: it has none.
+        follows: The attempt that was still under way, and what this one carries comes after what that did; 0: none.
         wanted: What the server wants next of the client.
+        ahead: Where what it has of it ahead of that begins; None: it has nothing.
         carries: Whether frames may come with the request, go with the reply, or both: down | up | both.
         budget_bytes: How much the reply may carry.
         frame_bytes: How long its frames may be.
@@ -50,7 +56,10 @@ class Request:
     config: str
     base_sha256: str
     carries: str = BOTH
+    attempt: int = 0
+    follows: int = 0
     wanted: Place = START
+    ahead: Place | None = None
     budget_bytes: int = 0
     frame_bytes: int = PART_BYTES
     wait_s: float = 0.0
@@ -65,6 +74,7 @@ class Reply:
     Attributes:
         client_id: Who.
         wanted: What the client wants next of the server; all before that is on its disk.
+        ahead: Where what it has of it ahead of that begins, which is not on its disk; None: it has nothing.
         arrived_s: When the request was there, seconds since 1970 by the client's clock.
         left_s: When the reply was ready, likewise.
         idle: Whether the client has nothing to do until more is sent to it.
@@ -78,6 +88,7 @@ class Reply:
 
     client_id: int
     wanted: Place = START
+    ahead: Place | None = None
     arrived_s: float = 0.0
     left_s: float = 0.0
     idle: bool = False
@@ -144,8 +155,8 @@ def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
     wrong = [name for name, value in fields.items() if not _fits(name, value)]
     if wrong:
         raise _foreign(f"its {', '.join(wrong)} cannot be")
-    if "wanted" in fields:
-        fields["wanted"] = Place(*fields["wanted"])
+    for name in PLACES & fields.keys():
+        fields[name] = fields[name] and Place(*fields[name])
     if "held_rounds" in fields:
         fields["held_rounds"] = tuple(fields["held_rounds"])
         fields["spans"] = tuple(tuple(span) for span in fields["spans"])
@@ -158,13 +169,15 @@ def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
 
 def _fits(name: str, value: Any) -> bool:
     """Tell whether a field of a header can have this value."""
-    if name in ("wanted", "held_rounds", "spans", "error"):
+    if name == "ahead" and value is None:
+        return True
+    if name in PLACES | {"held_rounds", "spans", "error"}:
         return isinstance(value, list) and _list_fits(name, value)
     if name == "restore":
         return value is None or type(value) is int
     number = int | float
     kinds: dict[str, Any] = {
-        **dict.fromkeys(("client_id", "budget_bytes", "frame_bytes"), int),
+        **dict.fromkeys(("client_id", "attempt", "follows", "budget_bytes", "frame_bytes"), int),
         **dict.fromkeys(("arrived_s", "left_s", "wait_s"), number),
         **dict.fromkeys(("idle", "finished", "hello"), bool),
     }
@@ -173,7 +186,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _list_fits(name: str, items: list[Any]) -> bool:
-    if name == "wanted":
+    if name in PLACES:
         return len(items) == len(START) and all(type(item) is int and item >= 0 for item in items)
     if name == "held_rounds":
         return all(type(item) is int for item in items)

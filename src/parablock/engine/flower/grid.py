@@ -1,4 +1,4 @@
-"""The server's end of the transport over Flower: one exchange at a time with each SuperNode, each in a thread.
+"""The server's end of the transport over Flower: an exchange or two with each SuperNode, each in a thread.
 
     Server.send ──► Outbox of the client ──► exchange (a Flower message) ──► ClientApp ──► trainer
     Server.receive ◄── Inbox of the client ◄── its reply ◄──
@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
+from threading import Thread
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -25,7 +26,7 @@ from flwr.serverapp import Grid
 from parablock.clock import RealClock
 from parablock.engine.flower.courier import Arrays, pack, unpack
 from parablock.engine.flower.exchange import DIRECTIONS, UP, Reply, Request, error_of, reply_of
-from parablock.engine.flower.lanes import Lane, Site, site_among
+from parablock.engine.flower.lanes import Lane, Site, UnderWay, site_among
 from parablock.engine.flower.stream import PART_BYTES, Frame
 from parablock.engine.pipeline import start_thread
 from parablock.errors import InputError, StallError, WireError
@@ -49,7 +50,7 @@ class _Asked:
 
     client_id: int
     lane: Lane
-    attempt: int
+    exchange: UnderWay
     pushed_s: float
 
 
@@ -91,6 +92,7 @@ class GridTransport:
         self._greeted_s: dict[int, float] = {}
         self._whole: deque[tuple[int, bytes]] = deque()
         self._trace: Trace | None = None
+        self._pushing: Thread | None = None
         self._is_over = False
         self.look: Callable[[Collection[int] | None], None] = lambda _: None
         self.ledger = Ledger()
@@ -241,14 +243,15 @@ class GridTransport:
             self._next_look_s = now + LOOK_S
             self._look_for_the_lost()
         for client_id, site, lane in self._lanes():
-            if lane.outstanding and now > lane.overdue_s:
+            if lane.under_way and now > lane.under_way[0].overdue_s:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
-                lane.outstanding, lane.more, lane.silent, lane.doubted = False, True, True, True
-            if site.is_due(lane, is_missed=client_id in from_clients):
+                lane.give_up()
+            while site.is_due(lane, is_missed=client_id in from_clients):
                 request = site.ask(lane, self._opening, now)
-                due.append((_Asked(client_id, lane, lane.attempt, now), request, site.down.frame_bytes))
+                due.append((_Asked(client_id, lane, lane.under_way[-1], now), request, site.down.frame_bytes))
         if due:
-            start_thread(self._clock, partial(self._push, due), f"{len(due)} exchanges from {now:.1f} s on")
+            push = partial(self._push, due, self._pushing)
+            self._pushing = start_thread(self._clock, push, f"{len(due)} exchanges from {now:.1f} s on")
 
     def _lanes(self) -> list[tuple[int, Site, Lane]]:
         return [(i, site, lane) for i, site in self._sites.items() for lane in site.lanes.values()]
@@ -262,8 +265,13 @@ class GridTransport:
             for _ in self._greet():
                 pass
 
-    def _push(self, due: Sequence[tuple[_Asked, Request, int]]) -> None:
-        """Push requests together, so that what several sites get is hashed and stored once; wait for each alone."""
+    def _push(self, due: Sequence[tuple[_Asked, Request, int]], before: Thread | None) -> None:
+        """Push requests together, so that what several sites get is hashed and stored once; wait for each alone.
+
+        Those before them are pushed first, for one may follow another.
+        """
+        if before is not None:
+            before.join()
         arrays: Arrays = {}
         try:
             message_ids = self._grid.push_messages(
@@ -275,12 +283,14 @@ class GridTransport:
                 self._fail(asked, f"{type(error).__name__}: {error}")
             return
         for asked, message_id in pushed:
-            name = f"exchange {asked.attempt} with client {asked.client_id}, {asked.lane.carries}"
+            name = f"exchange {asked.exchange.attempt} with client {asked.client_id}, {asked.lane.carries}"
             start_thread(self._clock, partial(self._attend, asked, message_id), name)
 
     def _attend(self, asked: _Asked, message_id: str) -> None:
         """Wait for the reply to one request; in the thread of the exchange."""
         try:
+            while asked.lane.is_before(asked.exchange) and not self._is_over:
+                time.sleep(POLL_S)  # its SuperNode has not begun with it
             while not self._is_over:
                 for answer in self._grid.pull_messages([message_id]):
                     if answer.has_error():
@@ -300,8 +310,8 @@ class GridTransport:
         """Take the end of an attempt; tell whether the site gave a sign of life."""
         asked, reply = item.asked, item.reply
         client_id, lane, site = asked.client_id, asked.lane, self._sites[asked.client_id]
-        if asked.attempt == lane.attempt:
-            lane.outstanding = False
+        exchange = asked.exchange
+        lane.end(exchange, is_lost=reply is None)
         if reply is None:
             self._tell(f"an exchange with client {client_id} failed and is made again: {item.problem}")
             lane.more, lane.silent, site.problem = True, True, item.problem
@@ -311,13 +321,13 @@ class GridTransport:
             raise error_of(f"client {client_id} has given up", reply.error)
         if reply.client_id != client_id:
             raise WireError(f"client {client_id} answered as client {reply.client_id}")
-        fresh = site.inbox.fresh(reply.frames)
+        fresh = site.inbox.fresh(reply.frames, follows=exchange.follows > 0)
         self._record(asked, item.ended_s, reply, fresh)
         lane.silent = lane.doubted = False
         if lane.carries != UP:  # the other one knows of them too, but not when they came
-            site.out.acknowledge(reply.wanted)
+            site.out.acknowledge(reply.wanted, reply.ahead)
             site.sent_before = max(reply.wanted, site.sent_before)
-        for message, _ in site.inbox.take(fresh):
+        for message, _ in site.inbox.take(reply.frames, follows=exchange.follows > 0):
             self._whole.append((client_id, message))
         site.finished = site.finished or reply.finished
         return True
@@ -325,13 +335,15 @@ class GridTransport:
     def _record(self, asked: _Asked, ended_s: float, reply: Reply, fresh: list[Frame]) -> None:
         """Count the bytes, and put the client's spans and the two transfers on the record."""
         assert self._trace is not None
-        client_id, lane, site, pushed_s = asked.client_id, asked.lane, self._sites[asked.client_id], asked.pushed_s
+        client_id, lane, site = asked.client_id, asked.lane, self._sites[asked.client_id]
+        begun_s = max(asked.pushed_s, lane.free_s)
+        lane.free_s = ended_s
         origin = self._epoch_s() - self._clock.now()
-        arrived = min(max(reply.arrived_s - origin, pushed_s), ended_s)
+        arrived = min(max(reply.arrived_s - origin, begun_s), ended_s)
         left = min(max(reply.left_s - origin, arrived), ended_s)
-        self._transfer(client_id, "downloading", site.brought(lane, reply), pushed_s, arrived)
+        self._transfer(client_id, "downloading", site.brought(lane, reply), begun_s, arrived)
         self._transfer(client_id, "uploading", fresh, left, ended_s)
-        site.note(lane, reply, fresh, (pushed_s, arrived, left, ended_s))
+        site.note(lane, asked.exchange, reply, fresh, (begun_s, arrived, left, ended_s))
         for name, activity, start_s, duration_s, facts in reply.spans:
             self._trace.spans.append(
                 Span(client_id, str(name), str(activity), start_s - origin, duration_s, dict(facts))

@@ -17,7 +17,7 @@ from types import TracebackType
 from parablock.engine.flower.exchange import BOTH, DOWN, Reply, Request, word_of
 from parablock.engine.flower.local_socket import accept, receive_request, send
 from parablock.engine.flower.session import SessionFolder
-from parablock.engine.flower.stream import Frame, Inbox, Outbox
+from parablock.engine.flower.stream import Frame, Inbox, Outbox, Place
 from parablock.engine.pipeline import start_thread
 from parablock.errors import CodecError, ParaBlockError, StallError, StorageError
 from parablock.trace import Trace
@@ -51,6 +51,15 @@ class _Visit:
     arrived_s: float
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Where in the client's stream the newest reply by one way begins and ends."""
+
+    attempt: int
+    first: Place
+    end: Place
+
+
 class TrainerMailbox:
     """One client's communication with its server, by way of ClientApps.
 
@@ -82,6 +91,7 @@ class TrainerMailbox:
         self._batch: list[tuple[bytes, int]] = []
         self._consumed = self._delivered = 0
         self._out, self._in = Outbox(position.first_sent), Inbox(position.wanted)
+        self._given: dict[str, _Given] = {}
         clock = trace.clock
         self._from_compute, self._to_compute, self._closed = clock.mailbox(), clock.mailbox(), clock.mailbox()
         self._ended: _Ended | None = None
@@ -213,9 +223,9 @@ class TrainerMailbox:
         return True
 
     def _take(self, request: Request) -> None:
-        self._out.acknowledge(request.wanted)
-        fresh = self._in.fresh(request.frames)
-        for message, _ in self._in.take(fresh):
+        self._out.acknowledge(request.wanted, request.ahead)
+        fresh = self._in.fresh(request.frames, follows=request.follows > 0)
+        for message, _ in self._in.take(request.frames, follows=request.follows > 0):
             self._deliver(message)
         self._folder.keep(fresh)  # while the compute thread goes on; the reply, which confirms them, waits for it
 
@@ -225,7 +235,7 @@ class TrainerMailbox:
         self._to_compute.put(message)
 
     def _should_wait(self, request: Request, arrived: float) -> bool:
-        if self._ended is not None or request.carries == DOWN or self._out.has(request.wanted):
+        if self._ended is not None or request.carries == DOWN or self._out.has(self._first_for(request)):
             return False
         if not self._busy and request.carries == BOTH:
             return False  # nothing comes of it before the server sends more, and this is how it does
@@ -250,6 +260,7 @@ class TrainerMailbox:
         return Reply(
             client_id=self._client_id,
             wanted=self._in.wanted,
+            ahead=self._in.ahead,
             arrived_s=self._epoch_s + arrived,
             left_s=self._epoch_s + self._trace.clock.now(),
             idle=not self._busy,
@@ -265,4 +276,18 @@ class TrainerMailbox:
         )
 
     def _next_frames(self, request: Request) -> tuple[Frame, ...]:
-        return tuple(self._out.after(request.wanted, request.budget_bytes, request.frame_bytes))
+        first = self._first_for(request)
+        until = request.ahead if first == request.wanted else None
+        frames = self._out.after(first, request.budget_bytes, request.frame_bytes, until)
+        self._given[request.carries] = _Given(request.attempt, first, frames[-1].next_place if frames else first)
+        return tuple(frames)
+
+    def _first_for(self, request: Request) -> Place:
+        """Give where a reply begins: where the server is, or behind what the exchange before it has taken."""
+        given = self._given.get(request.carries)
+        if request.follows and given is not None:
+            if given.attempt == request.follows:
+                return max(request.wanted, given.end)
+            if given.attempt == request.attempt:  # that ClientApp has died, and another one asks for it
+                return max(request.wanted, given.first)
+        return request.wanted

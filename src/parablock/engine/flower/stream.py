@@ -7,14 +7,19 @@ A place is a byte of a message. The receiver says which one it wants next, and t
 on, as long as the link is worth, and keeps a message until that place has passed it. So a lost exchange costs the
 frames that it carried, a repeated one costs nothing, and no message is taken twice. A sender that has died may make
 a message again with other bytes, for a time that was measured stands in it. Then the receiver drops the part that
-it has and takes the message from its beginning. Nothing here imports torch.
+it has and takes the message from its beginning.
+
+An exchange may follow one that is still under way, and then carries what that leaves. Where the first is lost,
+what came with the second is kept ahead of its turn, and only what lies before it is sent again.
+
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,6 +67,11 @@ class Frame:
     content: bytes
 
     @property
+    def place(self) -> Place:
+        """The place of its first byte."""
+        return Place(self.message, self.offset, self.checksum if self.offset else 0)
+
+    @property
     def next_place(self) -> Place:
         """The place behind it."""
         end = self.offset + len(self.content)
@@ -83,12 +93,13 @@ class Outbox:
     """
 
     def __init__(self, first: int = 0) -> None:
-        self.next_number, self._wanted = first, Place(first)
+        self.next_number, self.wanted = first, Place(first)
+        self._ahead: Place | None = None
         self._kept: deque[_Kept] = deque()
 
     def put(self, message: bytes, round_index: int) -> None:
         """Append a message."""
-        if self.next_number >= self._wanted.message:
+        if self.next_number >= self.wanted.message:
             self._kept.append(_Kept(message, zlib.adler32(message), round_index))
         self.next_number += 1
 
@@ -96,16 +107,26 @@ class Outbox:
         """Tell whether there is anything at this place."""
         return place.message < self.next_number
 
-    def after(self, place: Place, budget_bytes: int, frame_bytes: int = PART_BYTES) -> list[Frame]:
+    def bytes_after(self, place: Place) -> int:
+        """Tell how much there is from a place on, or from what has been forgotten since."""
+        first = self.next_number - len(self._kept)
+        kept = sum(len(each.message) for number, each in enumerate(self._kept, first) if number >= place.message)
+        return kept - (place.offset if first <= place.message < self.next_number else 0)
+
+    def after(
+        self, place: Place, budget_bytes: int, frame_bytes: int = PART_BYTES, until: Place | None = None
+    ) -> list[Frame]:
         """Give frames from a place on: at least one where there is any, and no more than the budget.
 
         Args:
             place: Where the other side is.
             budget_bytes: For all together.
             frame_bytes: Of one at most.
+            until: The other side has what comes from here on.
         """
         chosen: list[Frame] = []
-        for frame in self._cut(place, max(1, min(frame_bytes, PART_BYTES))):
+        frames = self._cut(place, max(1, min(frame_bytes, PART_BYTES)))
+        for frame in frames if until is None or not self._is_of_this(until) else _until(until, frames):
             if chosen and len(frame.content) > budget_bytes:
                 break
             budget_bytes -= len(frame.content)
@@ -114,31 +135,37 @@ class Outbox:
 
     def unconfirmed(self, budget_bytes: int, frame_bytes: int = PART_BYTES) -> list[Frame]:
         """Give frames likewise, from the newest place on that the other side has confirmed."""
-        return self.after(self._wanted, budget_bytes, frame_bytes)
+        return self.after(self.wanted, budget_bytes, frame_bytes, self._ahead)
 
     def between(self, first: Place, until: Place) -> list[Frame]:
         """Give what lies between two places, a frame of any length for each message."""
-        found = []
-        for frame in self._cut(first, None):
-            if frame.message < until.message:
-                found.append(frame)
-            elif frame.message == until.message and frame.offset < until.offset:
-                found.append(replace(frame, content=frame.content[: until.offset - frame.offset]))
-        return found
+        return list(_until(until, self._cut(first, None)))
 
-    def acknowledge(self, place: Place) -> None:
+    def acknowledge(self, place: Place, ahead: Place | None = None) -> None:
         """Forget the messages before this place, which the other side has; those still to be made will not be kept.
 
         An older word than the newest changes nothing: exchanges may overtake each other.
+
+        Args:
+            place: What the other side wants next.
+            ahead: Where what it has ahead of that begins.
         """
-        self._wanted = max(self._wanted, place)
-        while self._kept and self.next_number - len(self._kept) < self._wanted.message:
+        if place >= self.wanted:
+            self.wanted, self._ahead = place, ahead
+        while self._kept and self.next_number - len(self._kept) < self.wanted.message:
             self._kept.popleft()
 
     @property
     def is_empty(self) -> bool:
         """Whether the other side has everything."""
         return not self._kept
+
+    def _is_of_this(self, place: Place) -> bool:
+        """Tell whether a place is in what is kept, and not in a message that has been made again since."""
+        first = self.next_number - len(self._kept)
+        if not place.offset or not first <= place.message < self.next_number:
+            return True
+        return self._kept[place.message - first].checksum == place.checksum
 
     def _cut(self, place: Place, frame_bytes: int | None) -> Iterator[Frame]:
         """Cut what is kept from a place on into frames of about the same length; None: one for each message."""
@@ -155,6 +182,15 @@ class Outbox:
                 yield Frame(number, begin, size, kept.checksum, kept.round_index, content)
 
 
+def _until(place: Place, frames: Iterable[Frame]) -> Iterator[Frame]:
+    """Give what lies before a place."""
+    for frame in frames:
+        if frame.message < place.message:
+            yield frame
+        elif frame.message == place.message and frame.offset < place.offset:
+            yield replace(frame, content=frame.content[: place.offset - frame.offset])
+
+
 class Inbox:
     """The receiving end of a stream.
 
@@ -165,43 +201,41 @@ class Inbox:
     def __init__(self, first: int = 0) -> None:
         self.wanted = Place(first)
         self._parts: list[bytes] = []
+        self._ahead: list[Frame] = []
 
-    def fresh(self, frames: Iterable[Frame]) -> list[Frame]:
-        """Give what of frames is not there yet, in order.
+    @property
+    def ahead(self) -> Place | None:
+        """Where what came ahead of its turn begins; None: nothing did."""
+        return self._ahead[0].place if self._ahead else None
+
+    def fresh(self, frames: Sequence[Frame], *, follows: bool = False) -> list[Frame]:
+        """Give what of frames is not there yet, and what was there ahead of them, in order.
+
+        Args:
+            frames: Of one exchange.
+            follows: Whether another exchange was still under way when it began, which may have been lost.
 
         Raises:
             CodecError: Something is missing in between.
         """
-        wanted, found = self.wanted, []
-        for frame in frames:
-            if frame.message < wanted.message:
-                continue
-            is_same = (frame.message, frame.checksum) == (wanted.message, wanted.checksum)
-            if frame.message == wanted.message and wanted.offset and frame.offset and not is_same:
-                break  # the rest of what a sender had begun that has died since: it was overtaken by the next one's
-            known = wanted.offset if is_same else 0
-            skipped = known - frame.offset
-            if frame.message > wanted.message or skipped < 0:
-                raise CodecError(
-                    f"byte {frame.offset} of message {frame.message} came where byte {known} of message "
-                    f"{wanted.message} was wanted",
-                    cause="The other side has forgotten what was never received.",
-                )
-            if known and skipped >= len(frame.content):
-                continue
-            rest = replace(frame, offset=known, content=frame.content[skipped:]) if skipped else frame
-            found.append(rest)
-            wanted = rest.next_place
-        return found
+        found, rest = _following(self.wanted, frames)
+        wanted = found[-1].next_place if found else self.wanted
+        if rest and not follows:
+            raise CodecError(
+                f"byte {rest[0].offset} of message {rest[0].message} came where byte {wanted.offset} of message "
+                f"{wanted.message} was wanted",
+                cause="The other side has forgotten what was never received.",
+            )
+        return found + _following(wanted, self._ahead)[0]
 
-    def take(self, frames: Iterable[Frame]) -> list[tuple[bytes, Frame]]:
+    def take(self, frames: Sequence[Frame], *, follows: bool = False) -> list[tuple[bytes, Frame]]:
         """Take frames, skipping what is known; give each message that became whole, and its last frame.
 
-        Raises:
-            CodecError: Something is missing in between.
+        What comes ahead of its turn is kept for it; see `fresh`.
         """
         whole: list[tuple[bytes, Frame]] = []
-        for frame in self.fresh(frames):
+        fresh, rest = self.fresh(frames, follows=follows), _following(self.wanted, frames)[1]
+        for frame in fresh:
             if frame.offset == 0:
                 self._parts = []
             self._parts.append(frame.content)
@@ -209,4 +243,26 @@ class Inbox:
             if self.wanted.message > frame.message:
                 whole.append((self._parts[0] if len(self._parts) == 1 else b"".join(self._parts), frame))
                 self._parts = []
+        self._ahead = [frame for frame in rest or self._ahead if frame.place[:2] > self.wanted[:2]]
         return whole
+
+
+def _following(wanted: Place, frames: Sequence[Frame]) -> tuple[list[Frame], Sequence[Frame]]:
+    """Give what of frames follows a place, and those from the first on before which something is missing."""
+    found: list[Frame] = []
+    for number, frame in enumerate(frames):
+        if frame.message < wanted.message:
+            continue
+        is_same = (frame.message, frame.checksum) == (wanted.message, wanted.checksum)
+        if frame.message == wanted.message and wanted.offset and frame.offset and not is_same:
+            break  # the rest of what a sender had begun that has died since: it was overtaken by the next one's
+        known = wanted.offset if is_same else 0
+        skipped = known - frame.offset
+        if frame.message > wanted.message or skipped < 0:
+            return found, frames[number:]
+        if known and skipped >= len(frame.content):
+            continue
+        rest = replace(frame, offset=known, content=frame.content[skipped:]) if skipped else frame
+        found.append(rest)
+        wanted = rest.next_place
+    return found, ()
