@@ -269,7 +269,11 @@ class Machines:
             self._done.put(None)
 
 
-def start_thread(clock: Clock, body: Callable[[], None], name: str) -> threading.Thread:
+Thread = threading.Thread
+"""What `start_thread` gives."""
+
+
+def start_thread(clock: Clock, body: Callable[[], None], name: str) -> Thread:
     """Start a thread that takes part in the clock; `Stopped` ends it quietly."""
     ticket = clock.expect()
 

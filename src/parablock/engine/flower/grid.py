@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from threading import Thread
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -28,7 +27,7 @@ from parablock.engine.flower.courier import Arrays, pack, unpack
 from parablock.engine.flower.exchange import DIRECTIONS, UP, Reply, Request, error_of, reply_of
 from parablock.engine.flower.lanes import Lane, Site, UnderWay, site_among
 from parablock.engine.flower.stream import PART_BYTES, Frame
-from parablock.engine.pipeline import start_thread
+from parablock.engine.pipeline import Thread, start_thread
 from parablock.errors import InputError, StallError, WireError
 from parablock.trace import Span, Trace
 from parablock.wire.transport import Ledger, Parcel
