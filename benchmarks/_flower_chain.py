@@ -1,4 +1,4 @@
-"""Where each second of an exchange through Flower goes, from what every process of the chain noted of its time."""
+"""Where each second of a round over Flower goes, from what every process of the chain noted of its time."""
 
 from __future__ import annotations
 
@@ -8,106 +8,98 @@ import statistics
 from itertools import pairwise
 from typing import Any
 
-STAGES = (
-    ("the server packs, hashes and hands over; the SuperNode polls", "announced"),
-    ("download: link to SuperNode", "downloaded"),
-    ("ClientApp: what is left of its start, and of its copies", "entered"),
-    ("courier to trainer, which reads it", "computing"),
-    ("computation, and encoding", "computed"),
-    ("trainer to courier, and packing", "packed"),
-    ("hashing, ClientApp to SuperNode, which polls", "announced back"),
-    ("upload: SuperNode to link", "uploaded"),
-    ("the server takes the last of it", "replied"),
-    ("waiting for the slowest site", "all replied"),
-    ("aggregation, until the next request", "round"),
-)
-"""What the seconds up to each mark of an exchange go to; delay 0, where one follows the other."""
+SLEEPS = "nothing for the SuperNode: the server takes, folds, hands over; the SuperNode sleeps"
+DOWNLOAD = "download: link to SuperNode"
+TO_CLIENTAPP = "SuperNode to ClientApp, which polls"
+TRAINER = "courier and trainer, without the computation"
+COMPUTATION = "computation, and encoding"
+TO_SUPERNODE = "hashing, ClientApp to SuperNode, which polls"
+UPLOAD = "upload: SuperNode to link"
+STAGES = (SLEEPS, DOWNLOAD, TO_CLIENTAPP, TRAINER, COMPUTATION, TO_SUPERNODE, UPLOAD)
+"""What a SuperNode, which does one thing at a time, does with a round; together they are the round."""
+
+EXCHANGES = "(exchanges)"
+COMMIT = "(the server: from the last byte of the last site to the commit)"
+SAID = {
+    "Receiving: train": DOWNLOAD,
+    "Received successfully": TO_CLIENTAPP,
+    "Sending: train": UPLOAD,
+    "Sent successfully": SLEEPS,
+}
+"""What begins when a SuperNode says it."""
 
 Chain = dict[str, float]
+Stay = tuple[float, float, str]
+"""Begin, end, stage."""
 
 
 def chain_of(result: dict[str, Any]) -> Chain:
-    """Give the median seconds of every stage, over rounds and sites.
+    """Give the median seconds of every stage, over rounds and sites; of two SuperNodes, each has its stages.
 
     Args:
-        result: Of `Deployment.result`. A round that took more than one exchange is left out, and the first.
+        result: Of `Deployment.result`, at delay 0. The first two rounds are left out.
     """
-    found: list[Chain] = []
-    sites = [_Site(result, client_id) for client_id in range(len(result["sites"]))]
-    epoch_s = result["epoch_s"]
-    for committed, next_commit in pairwise(commit + epoch_s for commit in result["commits"][1:]):
-        marks = [site.marks(committed, next_commit) for site in sites]
-        whole = [mark for mark in marks if mark is not None]
-        if len(whole) != len(sites):
-            continue
-        last = max(mark["replied"] for mark in whole)
-        for mark in whole:
-            begin = mark.pop("pushed")
-            mark |= {"all replied": last, "round": begin + next_commit - committed}
-            stage = {}
-            for name, end in STAGES:
-                stage[name] = mark[end] - begin
-                begin = mark[end]
-            stage["(ClientApp: from the start of its process to its first line)"] = mark["start"]
-            found.append(stage)
-    return {name: statistics.median(stage[name] for stage in found) for name in found[0]} if found else {}
+    epoch_s, found = result["epoch_s"], list[Chain]()
+    rounds = list(pairwise(commit + epoch_s for commit in result["commits"]))[2:]
+    sites = [_stays(result, client_id) for client_id in range(len(result["sites"]))]
+    for begin, end in rounds:
+        sent = [s for lanes in sites for stays in lanes.values() for s in _ends(stays, UPLOAD, begin, end)]
+        last = max(sent, default=begin)
+        for lanes in sites:
+            chain = {COMMIT: end - last}
+            for lane, stays in lanes.items():
+                prefix = "" if lane == "both" else f"{lane}: "
+                chain[prefix + EXCHANGES] = len(_ends(stays, UPLOAD, begin, end))
+                for stage in STAGES:
+                    chain[prefix + stage] = sum(_shared(stay, begin, end) for stay in stays if stay[2] == stage)
+            found.append(chain)
+    names = [name for name in found[0] if name != COMMIT] + [COMMIT] if found else []
+    return {name: statistics.median(chain[name] for chain in found) for name in names}
 
 
-class _Site:
-    """What was noted of one site's exchanges."""
+def _stays(result: dict[str, Any], client_id: int) -> dict[str, list[Stay]]:
+    """Give what each SuperNode of a site did, one thing after the other."""
+    site, epoch_s = result["sites"][client_id], result["epoch_s"]
+    couriers = [json.loads(line) for line in site["couriers"].splitlines()]
+    computing = [
+        (start + epoch_s, start + epoch_s + seconds, COMPUTATION)
+        for owner, name, start, seconds, _ in result["spans"]
+        if owner == client_id and name == "computing"
+    ]
+    found = {}
+    for lane, log in site["supernodes"].items():
+        marks = [(time, stage) for what, stage in SAID.items() for time in _stamps(log, what)]
+        for stamp in couriers:
+            if stamp["carries"] == lane:
+                marks += [(stamp["entered_s"], TRAINER), (stamp["left_s"], TO_SUPERNODE)]
+        marks.sort()
+        stays = [(begin, end, stage) for (begin, stage), (end, _) in pairwise(marks)]
+        found[lane] = [part for stay in stays for part in _without(stay, computing)]
+    return found
 
-    def __init__(self, result: dict[str, Any], client_id: int) -> None:
-        site, epoch_s = result["sites"][client_id], result["epoch_s"]
-        logs, couriers = site["supernodes"], [json.loads(line) for line in site["couriers"].splitlines()]
-        down, up = ("both", "both") if "both" in logs else ("down", "up")
-        self._announced = _stamps(logs[down], "Receiving: train")
-        self._downloaded = _stamps(logs[down], "Received successfully")
-        self._sending, self._sent = _stamps(logs[up], "Sending: train"), _stamps(logs[up], "Sent successfully")
-        self._entered = [stamp for stamp in couriers if stamp["carries"] == down]
-        self._left = [stamp["left_s"] for stamp in couriers if stamp["carries"] == up]
-        spans = [span for span in result["spans"] if span[0] == client_id]
-        self._down, self._computing, self._up = (
-            [
-                (start + epoch_s, start + epoch_s + seconds)
-                for _, name, start, seconds, _ in spans
-                if name == activity
-            ]
-            for activity in ("downloading", "computing", "uploading")
-        )
 
-    def marks(self, begin: float, end: float) -> Chain | None:
-        """Give the times of the only exchange between two commits; None: there was not exactly one."""
+def _without(stay: Stay, computing: list[Stay]) -> list[Stay]:
+    """Tell the computation from what else a courier stays for."""
+    begin, end, stage = stay
+    if stage != TRAINER:
+        return [stay]
+    parts = list[Stay]()
+    for first, last, _ in sorted(computing):
+        first, last = max(first, begin), min(last, end)
+        if first < last:
+            parts += [(begin, first, TRAINER), (first, last, COMPUTATION)]
+            begin = last
+    return [*parts, (begin, end, TRAINER)]
 
-        def only(times: list[Any], key: Any = lambda time: time) -> list[Any]:
-            return [time for time in times if begin <= key(time) < end]
 
-        kinds = [
-            only(self._down, lambda span: span[0]),
-            only(self._announced),
-            only(self._downloaded),
-            only(self._entered, lambda stamp: stamp["entered_s"]),
-            only(self._left),
-            only(self._computing, lambda span: span[0]),
-            only(self._sending),
-            only(self._sent),
-            only(self._up, lambda span: span[1]),
-        ]
-        if any(len(times) != 1 for times in kinds):
-            return None
-        (down,), (announced,), (downloaded,), (courier,), (left,), (computing,), (sending,), (sent,), (up,) = kinds
-        return {
-            "pushed": down[0],
-            "announced": announced,
-            "downloaded": downloaded,
-            "entered": max(courier["entered_s"], downloaded),
-            "start": courier["entered_s"] - courier["started_s"],
-            "computing": computing[0],
-            "computed": computing[1],
-            "packed": left,
-            "announced back": sending,
-            "uploaded": sent,
-            "replied": up[1],
-        }
+def _shared(stay: Stay, begin: float, end: float) -> float:
+    """Give how much of a stay lies between two commits."""
+    return max(0.0, min(stay[1], end) - max(stay[0], begin))
+
+
+def _ends(stays: list[Stay], stage: str, begin: float, end: float) -> list[float]:
+    """Give when stays of a stage ended between two commits."""
+    return [last for _, last, name in stays if name == stage and begin <= last < end]
 
 
 def _stamps(log: str, what: str) -> list[float]:

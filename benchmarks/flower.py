@@ -87,17 +87,17 @@ def empty(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterato
 
 
 def wire_is_compute(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iterator[Row]:
-    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn, with two SuperNodes a site and one.
+    """Computation as long as the bytes are on the wire: delay 0 and 1 in turn, with one SuperNode a site.
 
-    In between delay 1 without TLS and keys.
+    In between delay 1 without TLS and keys, and once both delays with two SuperNodes.
     """
     del rows
-    wanted = replace(usual(options), compute_s=wire_s(options))
+    wanted = replace(usual(options), compute_s=wire_s(options), supernodes=1)
     overlapped = replace(wanted, delay=1, rounds=wanted.rounds + 1)
     for repeat in range(options.repeats):
-        both = [replace(each, supernodes=many) for many in (2, 1) for each in (wanted, overlapped)]
         beside = [replace(overlapped, secure=False)] if repeat % 2 == 0 else []
-        for place, variant in enumerate(both + beside):
+        two = [replace(each, supernodes=2) for each in (wanted, overlapped)] if repeat == 0 else []
+        for place, variant in enumerate([wanted, overlapped, *beside, *two]):
             yield {"repeat": repeat, **timed(folder / f"{repeat}-{place}", variant)}
 
 
@@ -113,7 +113,7 @@ def hospital(options: argparse.Namespace, folder: Path, rows: list[Row]) -> Iter
     """A link of 30 Mbit/s both ways: one SuperNode a site, and two."""
     del rows
     slower = {"megabytes": HOSPITAL_MB, "up_mbps": HOSPITAL_MBPS, "down_mbps": HOSPITAL_MBPS}
-    wanted = replace(usual(options), **slower, compute_s=8.0, delay=1, rounds=options.rounds + 3)
+    wanted = replace(usual(options), **slower, compute_s=8.0, delay=1, rounds=options.rounds + 1)
     for supernodes in (1, 2):
         yield timed(folder / f"{supernodes}", replace(wanted, supernodes=supernodes))
 
@@ -185,12 +185,15 @@ def wire_s(options: argparse.Namespace) -> float:
 
 
 def timed(folder: Path, wanted: Wanted) -> Row:
-    """Run the rounds; give how long each took without the first, where each second went, and who used memory."""
+    """Run the rounds; give how long each took, where each second went, and who used memory.
+
+    Without the first two, in which the server learns how fast the link is and how large an update.
+    """
     with ExitStack() as stack:
         deployment = Deployment(stack, folder, wanted)
         result = deployment.result()
     between = [after - before for before, after in pairwise(result["commits"])]
-    steady = between[1 : len(between) - wanted.delay] or between  # at the end nothing is left to overlap with
+    steady = between[2 : len(between) - wanted.delay] or between  # at the end nothing is left to overlap with
     chain = {} if wanted.delay else chain_of(result)
     figures = {"round_s": statistics.median(steady) if steady else 0.0, "rounds": steady}
     return {**asdict(wanted), **figures, "chain": chain, "peak_bytes": deployment.peaks}
@@ -360,7 +363,7 @@ def memory_table(rows: list[Row]) -> Any:
 def parse_options() -> argparse.Namespace:
     parser = make_parser("flower", "Rounds over real Flower processes and shaped links.", "--only empty")
     parser.add_argument("--sites", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4, help="at delay 0; one more at delay 1")
+    parser.add_argument("--rounds", type=int, default=6, help="at delay 0; one more at delay 1")
     parser.add_argument("--supernodes", type=int, default=2, help="of a site; 1: both directions take turns")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=100.0, help="of a block, each way")

@@ -17,6 +17,7 @@ import pytest
 
 from parablock.deploy import hand_over
 from parablock.deploy.processes import site_environment
+from parablock.engine.flower.local_socket import address_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a ClientApp is forked on Linux only")
 
@@ -122,6 +123,48 @@ def test_a_keeper_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeyp
         answering.start()
         assert hand_over.hand_over(address, ["--insecure"])
         answering.join()
+
+
+KEPT = """
+import atexit, gc, sys, time
+from pathlib import Path
+from parablock.deploy import warm
+
+folder = Path(sys.argv[1])
+
+def run():
+    atexit.register((folder / "taken apart: superexec").touch)
+    while not (folder / "end").exists():
+        time.sleep(0.05)
+
+def clientapp():
+    atexit.register((folder / "taken apart: clientapp").touch)
+    (folder / ".said").write_text(f"{gc.get_freeze_count()} {' '.join(sys.argv)}")
+    (folder / ".said").rename(folder / "said")
+    sys.exit(0)
+
+warm._load = lambda name: {"flower-superexec": run, "flwr-clientapp": clientapp}[name]
+warm.superexec()
+"""
+
+
+def test_a_forked_clientapp_does_not_look_through_what_is_loaded_and_ends_without_taking_it_apart(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KEPT, str(tmp_path)], env={**os.environ, "FLWR_HOME": str(tmp_path)}
+    )
+    try:
+        address = address_of(tmp_path / "keeper")
+        wait_for(lambda: hand_over.hand_over(address, ["--word"]))
+        wait_for((tmp_path / "said").exists)
+        (frozen, *words) = (tmp_path / "said").read_text().split()
+        assert int(frozen) > 10_000  # objects of Flower
+        assert words == ["flwr-clientapp", "--word"]
+        (tmp_path / "end").touch()
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert [path.name for path in tmp_path.glob("taken apart*")] == ["taken apart: superexec"]
 
 
 PULL = """

@@ -246,7 +246,7 @@ class Site:
         goes_on = before is not None and before.takes
         if self.update_bytes and not goes_on:
             asked_bytes = min(asked_bytes, max(LEAST_BYTES, int(FIRST_SHARE * self.update_bytes)))
-        takes = lane.carries != DOWN and (before is None or not before.takes or self._leaves_some(before))
+        takes = lane.carries != DOWN and (before is None or not goes_on or self._leaves_some(before))
         frames = [] if lane.carries == UP else self._next_frames(before, bring_bytes)
         lane.attempt, lane.more = lane.attempt + 1, False
         exchange = UnderWay(

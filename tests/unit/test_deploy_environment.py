@@ -1,0 +1,46 @@
+"""What Flower's processes get with their environment, seen in a process that has it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment
+from parablock.engine.flower.stream import PART_BYTES
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = """
+import re
+buffer = b"x" * (64 << 20)
+print(sum(int(kb) for kb in re.findall("AnonHugePages: *([0-9]+) kB", open("/proc/self/smaps").read())) >> 10)
+"""
+
+
+def said(code: str, env: dict[str, str]) -> int:
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(
+    not PAGES.exists() or "[madvise]" not in PAGES.read_text(), reason="large pages are not for who asks here"
+)
+def test_large_buffers_take_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(TUNABLES, raising=False)
+    assert said(LARGE, environment(tmp_path)) >= 32
+    assert said(LARGE, dict(os.environ)) == 0
+
+
+def test_what_a_user_asks_of_the_c_library_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(TUNABLES, "glibc.malloc.arena_max=2")
+    assert environment(tmp_path)[TUNABLES] == f"{LARGE_PAGES}:glibc.malloc.arena_max=2"
+
+
+def test_an_array_is_one_object_for_flower(tmp_path: Path):
+    content = f"bytes({PART_BYTES * 5 // 4})"
+    code = f"from flwr.app import Array; print(len(Array('uint8', (1,), 'x', {content}).slice_array()))"
+    assert said(code, environment(tmp_path)) == 1
+    assert said(code, dict(os.environ)) == 2
