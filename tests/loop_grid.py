@@ -56,7 +56,8 @@ class LoopGrid(Grid):
         self.pushed: list[list[set[int]]] = []
         self.carries_one_frame: list[list[bool]] = [[] for _ in state_dirs]
         self._started: set[Path] = set()
-        self.deaths = self.following = 0
+        self.deaths = self.following = self.reply_bytes = 0
+        self.attempts: dict[int, list[int]] = {}
         self.is_over = threading.Event()  # who sets it ends every courier that waits for a trainer
 
     def set_run(self, run: object) -> None:
@@ -111,6 +112,7 @@ class LoopGrid(Grid):
         else:
             self.exchanges[client_id] += 1
             self.following += request.follows > 0
+            self.attempts.setdefault(message.metadata.dst_node_id, []).append(request.attempt)
             self.carries_one_frame[client_id].append(request.budget_bytes == request.frame_bytes)
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
                 return
@@ -118,6 +120,7 @@ class LoopGrid(Grid):
                 reply = Reply(client_id, wanted=Place(folder.finished), idle=True, finished=True)
             else:
                 reply = self._carry(client_id, folder, request)
+            self.reply_bytes += sum(len(frame.content) for frame in reply.frames)
             if self._fate(client_id, self.exchanges[client_id]) == "lose":
                 return
         self._replies[message_id] = Message(pack(reply, request.frame_bytes), reply_to=message)

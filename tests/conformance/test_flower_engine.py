@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+from flwr.app import Message
 from torch import Tensor
 
 from loop_grid import Fate, LoopGrid
@@ -30,6 +31,7 @@ from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import SessionFolder
+from parablock.engine.flower.stream import Place
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
 from parablock.engine.steps import FixedSteps
@@ -178,18 +180,51 @@ def test_two_exchanges_under_way_give_what_one_at_a_time_gives(
     tmp_path: Path, monkeypatch, fate: str, delay: int, carries: Sequence[tuple[str, ...]]
 ):
     monkeypatch.setattr(lanes, "LEAST_BYTES", 150)  # an update takes two exchanges
-    method = replace(plan(delay, CHUNKED), num_rounds=7, stall_timeout_s=120.0)
-    draw = Random(f"{fate} {delay}")
+    push, draw = LoopGrid.push_messages, Random(f"{fate} {delay}")
+
+    def push_late(self: LoopGrid, messages: Iterable[Message]) -> Iterable[str]:
+        time.sleep(0.05 * (draw.random() < 1 / 3))  # the next ones would be sooner
+        return push(self, messages)
+
+    monkeypatch.setattr(LoopGrid, "push_messages", push_late)
+    method = replace(plan(delay, CHUNKED), stall_timeout_s=120.0)
     result, grid = over_flower(
         tmp_path / "two", method, fate=lambda *_: fate if draw.random() < 1 / 9 else "carry", carries=carries
     )
     assert same(result.server.params, in_process(method).server.params)
     assert grid.following > method.num_rounds
+    assert all(attempts == sorted(attempts) for attempts in grid.attempts.values())
     assert result.last_traffic.uplink_bytes == in_process(method).last_traffic.uplink_bytes
     monkeypatch.setattr(lanes, "AT_ONCE", 1)
-    result, grid = over_flower(tmp_path / "one", method, carries=carries)
+    result, alone = over_flower(tmp_path / "one", method, carries=carries)
     assert same(result.server.params, in_process(method).server.params)
-    assert grid.following == 0
+    assert alone.following == 0
+    assert fate != "carry" or grid.reply_bytes < 1.2 * alone.reply_bytes  # some is sent again on a busy machine
+
+
+def test_a_reply_begins_behind_the_one_that_it_follows_and_ends_where_the_server_goes_on(tmp_path: Path):
+    folder = SessionFolder(tmp_path, "run", "session")
+    opening = Request("run", "session", None, "", "")
+    folder.open(opening)
+    with closing(listen(address_of(tmp_path))) as listener:
+        mailbox = TrainerMailbox(0, listener, b"", folder, Trace(RealClock()), epoch_s=0.0, lease_s=1.0)
+    for content in (b"abcd", b"efgh", b"ijkl"):
+        mailbox._out.put(content, 0)
+
+    def said(**request: object) -> bytes:
+        frames = mailbox._next_frames(replace(opening, **{"budget_bytes": 4, **request}))  # type: ignore[arg-type]
+        return b"".join(frame.content for frame in frames)
+
+    assert said(attempt=1) == b"abcd"
+    assert said(attempt=2, follows=1) == b"efgh"
+    assert said(attempt=2, follows=1) == b"efgh"  # its ClientApp died, and another one came
+    assert said(attempt=3, follows=2) == b"ijkl"
+    assert said(attempt=5, follows=4) == b"abcd"  # nothing is known of the fourth
+    assert said(attempt=6, budget_bytes=100) == b"abcdefghijkl"
+    assert (
+        said(attempt=7, budget_bytes=100, ahead=Place(1)) == b"abcd"
+    )  # the first was lost, and the second was not
+    assert said(attempt=8, follows=7, budget_bytes=100, carries="up") == b"abcdefghijkl"  # that was another lane's
 
 
 def test_only_the_exchange_after_one_that_is_overdue_carries_a_frame_each_way(tmp_path: Path):

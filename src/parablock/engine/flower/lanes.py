@@ -21,7 +21,7 @@ WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
 LEAST_BYTES, MOST_BYTES = 8 << 20, 512 << 20
-TOGETHER_BYTES = 2 << 30
+TOGETHER_BYTES = 512 << 20
 """What the replies of all sites may carry at once, so that memory does not grow with the sites."""
 
 WORTH_MEASURING = 64 << 10
