@@ -619,6 +619,7 @@ def test_after_a_loss_nothing_follows_until_all_is_answered():
     assert len(exchange(site, lane)) == 2
     lane.end(lane.under_way[0], is_lost=True)
     lane.more = True
+    site.out.put(bytes(9 << 20), 1)  # which would be worth an exchange
     assert exchange(site, lane) == []
     lane.end(lane.under_way[0], is_lost=False)
     assert exchange(site, lane) == [("both", 0, True), ("both", 4, False)]
@@ -626,6 +627,23 @@ def test_after_a_loss_nothing_follows_until_all_is_answered():
     assert exchange(site, lane) == [("both", 0, True)]  # in doubt, one
     lane.end(UnderWay(1, 0, 0.0, True, True, 0, START), is_lost=True)  # one that was given up: too late
     assert len(lane.under_way) == 1 and not lane.is_broken
+
+
+def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahead():
+    transport = grid.GridTransport(Online(), 1, OPENING, epoch_s=lambda: 0.0, tell=print)
+    transport.begin(Trace(RealClock()), None)
+    site = transport._sites[0]
+    site.take_lane("both", 1)
+    lane = site.lanes["both"]
+    site.out.put(bytes(12 << 20), 0)
+    first, second = (site.ask(lane, OPENING, 0.0) for _ in range(2))
+    assert first.frames and second.frames[0].place == first.frames[-1].next_place
+    lost, other = (grid._Asked(0, lane, exchange, 0.0) for exchange in lane.under_way)
+    has = Reply(0, wanted=START, ahead=second.frames[0].place)
+    assert not transport._take(grid._Arrived(lost, 1.0, problem="a link broke"))
+    assert transport._take(grid._Arrived(other, 2.0, has))
+    again = site.ask(lane, OPENING, 0.0).frames
+    assert sum(len(part.content) for part in again) == sum(len(part.content) for part in first.frames)
 
 
 def test_an_upward_lane_brings_nothing_and_is_asked_when_it_is_missed():
