@@ -19,7 +19,7 @@ from parablock.deploy.keys import missing_extra
 from parablock.deploy.variables import OUTPUT_KEY
 from parablock.deploy.warm import write_commands
 from parablock.engine.flower.exchange import BOTH, DOWN, UP
-from parablock.engine.flower.stream import PART_BYTES
+from parablock.engine.flower.stream import PART_BYTES, together_bytes
 from parablock.errors import ConfigError, InputError, ParaBlockError
 
 CONNECTION = "parablock"
@@ -39,8 +39,10 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
-    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_BYTES * 5 // 4),
 }
+WHOLE = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
+"""Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
+
 LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
 
@@ -214,7 +216,16 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     """Give the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
     home.mkdir(parents=True, exist_ok=True)
     pages = {TUNABLES: ":".join(filter(None, [LARGE_PAGES, os.environ.get(TUNABLES, "")]))}
-    return {**os.environ, **QUIET, **LEAN, **pages, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
+    return {
+        **os.environ,
+        **QUIET,
+        **WHOLE,
+        **LEAN,
+        **pages,
+        "FLWR_HOME": str(home),
+        "PATH": _path(),
+        **(more or {}),
+    }
 
 
 def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from parablock.engine.flower.exchange import BOTH, Reply, Request, frame_lengths, header_of, request_of, word_of
 from parablock.engine.flower.local_socket import address_of, connect, receive_reply, secret_of, send
 from parablock.engine.flower.session import SessionFolder
-from parablock.engine.flower.stream import PART_BYTES, Place
+from parablock.engine.flower.stream import PART_BYTES, Place, together_bytes
 from parablock.errors import ParaBlockError, StallError
 
 Arrays = dict[tuple[bytes, ...], Array]
@@ -72,7 +72,9 @@ def pack(said: Request | Reply, array_bytes: int, made: Arrays | None = None) ->
         made: The Arrays of others that go with it; one of the same frames is theirs, and new ones are added.
     """
     made, arrays = {} if made is None else made, ArrayRecord()
-    for place, contents in enumerate(_together((frame.content for frame in said.frames), array_bytes * 5 // 4)):
+    for place, contents in enumerate(
+        _together((frame.content for frame in said.frames), together_bytes(array_bytes))
+    ):
         if contents not in made:
             content = contents[0] if len(contents) == 1 else b"".join(contents)
             made[contents] = Array("uint8", (len(content),), "parablock.bytes", content)
