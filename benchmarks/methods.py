@@ -39,7 +39,7 @@ from _record import (
 from rich.console import Console
 from torch import Tensor
 
-from parablock.algorithm.baselines.flora import Factors, factors_of, matrices_block
+from parablock.algorithm.baselines.flora import Factors
 from parablock.algorithm.baselines.trained import trained_blocks
 from parablock.assembly import server_plan
 from parablock.clock import VirtualClock
@@ -47,8 +47,10 @@ from parablock.config import RunConfig, parse_config
 from parablock.conflicts import LORA_METHODS
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.stacked import factors_of
 from parablock.estimate.compute import ASSUMED_FLOPS
 from parablock.estimate.flops import FlopModel, Tokens
+from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
 from parablock.model.load import load_model
 from parablock.trace import Trace
@@ -218,7 +220,11 @@ def _blocks(method: str, model: str) -> tuple[tuple[Block, ...], FlopModel, Fact
     blocks = trained_blocks(loaded.model, config)
     if method != "flora":
         return blocks, flops, None
-    return (matrices_block(loaded.model, config),), flops, factors_of(loaded.model, config)
+    return (
+        (matrices_block(loaded.model, layers_path=config.blocks.layers_path),),
+        flops,
+        factors_of(loaded.model, config),
+    )
 
 
 def step_s(kind: str, options: argparse.Namespace) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.baselines.flora import Factors, factors_of
+from parablock.algorithm.baselines.flora import Factors
 from parablock.algorithm.local import LocalArguments
 from parablock.checkpoint import RunState
 from parablock.config import RunConfig
@@ -18,6 +18,7 @@ from parablock.engine.client import Trainer
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
 from parablock.engine.server import ServerPlan
+from parablock.engine.stacked import factors_of
 from parablock.engine.steps import local_steps_of
 from parablock.errors import ConfigError
 from parablock.job import Job
@@ -41,7 +42,7 @@ class EngineInput:
     Attributes:
         config: The run.
         secret: The key of the noise, where some is added.
-        params: The initial parameters, one flat vector for each block.
+        take_params: Gives the initial parameters, one flat vector for each block, of which it keeps none.
         trainers: Of the clients that train in this process, in order of client_id.
         trace: Records the run; its clock is the run's.
         hooks: Who keeps the records.
@@ -52,7 +53,7 @@ class EngineInput:
 
     config: RunConfig
     secret: bytes | None
-    params: Sequence[Tensor]
+    take_params: Callable[[], Sequence[Tensor]]
     trainers: Sequence[Trainer]
     trace: Trace
     hooks: Hooks
@@ -105,7 +106,7 @@ class InProcess:
         """Run all rounds; see `run_in_process`."""
         config = given.config
         return run_in_process(
-            given.params,
+            given.take_params(),
             given.trainers,
             server_plan(config, given.secret, self._factors, given.folder),
             given.trace,

@@ -16,7 +16,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from parablock.algorithm.baselines.flora import matrices_block
 from parablock.assembly import local_arguments
 from parablock.conflicts import APART_METHODS
 from parablock.data.prompts import stop_token_ids
@@ -26,7 +25,7 @@ from parablock.engine.stacked import StackedTrainer
 from parablock.engine.trainer import LocalTrainer
 from parablock.evaluation.loss import evaluate_loss
 from parablock.job import Job
-from parablock.model.adapters import merge_adapters
+from parablock.model.adapters import matrices_block, merge_adapters
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
@@ -40,7 +39,8 @@ class Fleet:
         clients: Whose local training is made; None: everybody's. A single one trains with the model itself.
 
     Attributes:
-        params: What the server starts from, one flat vector for each block.
+        params: What the server starts from, one flat vector for each block; none once they have been taken.
+        num_blocks: How many there are.
         trainers: Local training of each client, in order of client_id.
     """
 
@@ -52,9 +52,15 @@ class Fleet:
         assert isinstance(pad_token_id, int)
         self._pad_token_id = pad_token_id
         self.params = tuple(self._replica.read(block.index) for block in self._replica.blocks)
+        self.num_blocks = len(self.params)
         self.trainers: Sequence[Trainer] = [
             self.trainer(client_id, alone=len(clients) == 1) for client_id in clients
         ]
+
+    def take_params(self) -> tuple[Tensor, ...]:
+        """Give `params`, and keep none of them: each is needed only until its block is committed."""
+        params, self.params = self.params, ()
+        return params
 
     def committed_blocks(self) -> tuple[Block, ...]:
         """Give the blocks that the server holds: those that are trained, unless the method commits others."""
@@ -122,7 +128,7 @@ class ApartFleet(Fleet):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self._apart = [ApartTrainer(trainer, self.params) for trainer in self.trainers]
-        self.trainers, self.params = self._apart, (torch.empty(0),)
+        self.trainers, self.params, self.num_blocks = self._apart, (torch.empty(0),), 1
 
     def evaluate(self, params: Sequence[Tensor]) -> float:
         """Score every client's model as of the last commit, and give the mean."""
@@ -156,7 +162,7 @@ class StackedFleet(Fleet):
 
     def committed_blocks(self) -> tuple[Block, ...]:
         """Give one block of all matrices with adapters."""
-        return (matrices_block(self._job.loaded.model, self._config),)
+        return (matrices_block(self._job.loaded.model, layers_path=self._config.blocks.layers_path),)
 
     def trainer(self, client_id: int, *, alone: bool) -> Trainer:
         """Make the local training of one client, on a model of two parts: matrices and adapters."""

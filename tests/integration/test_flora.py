@@ -12,22 +12,17 @@ from torch import Tensor
 
 from parablock import load_config
 from parablock.algorithm.aggregate import average
-from parablock.algorithm.baselines.flora import (
-    Factors,
-    StackAggregation,
-    factors_of,
-    fresh_adapters,
-    matrices_block,
-)
+from parablock.algorithm.baselines.flora import Factors, StackAggregation
 from parablock.assembly import EngineInput, InProcess
 from parablock.clock import VirtualClock
 from parablock.compare import predicted_memory_bytes
 from parablock.engine.faults import NO_FAULTS
 from parablock.engine.inprocess import EngineResult, Hooks
+from parablock.engine.stacked import factors_of
 from parablock.errors import CodecError
 from parablock.fleet import Fleet, make_fleet
 from parablock.job import Job, prepare
-from parablock.model.adapters import adapted_layers
+from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.messages import RoundStart
@@ -45,7 +40,15 @@ def run(job: Job, fleet: Fleet) -> EngineResult:
     trace = Trace(VirtualClock())
     return InProcess(job).run(
         EngineInput(
-            job.config, None, fleet.params, fleet.trainers, trace, hooks, None, NO_FAULTS, Path(gettempdir())
+            job.config,
+            None,
+            lambda: fleet.params,
+            fleet.trainers,
+            trace,
+            hooks,
+            None,
+            NO_FAULTS,
+            Path(gettempdir()),
         )
     )
 
@@ -179,7 +182,7 @@ def test_a_client_keeps_the_matrices_where_one_of_fedit_keeps_adapters(workshop:
         for method in ("flora", "fedit")
     )
     job = job_of(workshop)
-    matrices = matrices_block(job.loaded.model, job.config).num_parameters
+    matrices = matrices_block(job.loaded.model, layers_path=job.config.blocks.layers_path).num_parameters
     assert flora - fedit == 4 * (matrices - factors_of(job.loaded.model, job.config).num_elements) > 0
 
 

@@ -31,6 +31,13 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert modules_after("from parablock import run") & heavy == heavy
 
 
+def test_what_moves_bytes_loads_no_more_than_it_needs() -> None:
+    heavy = {"torch", "transformers"}
+    assert modules_after("import parablock.engine.flower.courier") & heavy == set()  # at a site, for each message
+    assert modules_after("import parablock.engine.flower.engine") & heavy == {"torch"}
+    assert modules_after("import parablock.deploy.server_app") & heavy == heavy
+
+
 def test_every_name_that_it_says_it_has_is_there() -> None:
     assert {name for name in parablock.__all__ if not hasattr(parablock, name)} == set()
     assert set(parablock.__all__) <= set(dir(parablock))

@@ -1,14 +1,29 @@
-"""Local training of a client whose adapters are new in every round: FLoRA."""
+"""FLoRA's adapters in a model, and the local training of a client that has new ones in every round."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from parablock.algorithm.baselines.flora import fresh_adapters
+from parablock.algorithm.baselines.flora import Factors
+from parablock.config import RunConfig
 from parablock.engine.client import Trained
 from parablock.engine.trainer import LocalTrainer
+from parablock.model.adapters import adapted_layers, fresh_adapters
 from parablock.model.params import Replica
 from parablock.wire.messages import RoundStart
+
+
+def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
+    """Read the adapters of a model off."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    return Factors(
+        shapes=tuple((layer.out_features, layer.in_features) for layer in layers),
+        transposed=tuple(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
+        rank=config.lora.rank,
+        scale=config.lora.alpha / config.lora.rank,
+    )
 
 
 class StackedTrainer:

@@ -82,16 +82,22 @@ def adapter_block(
         layers_path: As in `partition_blocks`.
     """
     names = [f"{name}.lora_{letter}.{ADAPTER}.weight" for name, _ in adapted_layers(model) for letter in matrices]
-    layers_path, layers = find_layers(model, layers_path)
-    return Block(
-        index=0,
-        name=f"adapters, {' and '.join(matrices)}",
-        layers=tuple(range(len(layers))),
-        parameter_names=tuple(names),
-        num_parameters=sum(model.get_parameter(name).numel() for name in names),
-        lowest_layer=0,
-        layers_path=layers_path,
-    )
+    return _whole_model(f"adapters, {' and '.join(matrices)}", names, model, layers_path)
+
+
+def matrices_block(model: PreTrainedModel, *, layers_path: str | None = None) -> Block:
+    """Make one block of the matrices that have adapters, in the same order; see `adapter_block`."""
+    names = [f"{name}.base_layer.weight" for name, _ in adapted_layers(model)]
+    return _whole_model("matrices with adapters", names, model, layers_path)
+
+
+def fresh_adapters(model: PreTrainedModel, *, seed: int, round_index: int, client_id: int) -> Tensor:
+    """Draw what a client of FLoRA starts a round with: A as LoRA does, its own; B zero; flat, as `Factors`."""
+    pieces = []
+    for index, (_, layer) in enumerate(adapted_layers(model)):
+        drawn = draw_a(layer.lora_A[ADAPTER].weight, seed, round_index, client_id, index)
+        pieces += [drawn.reshape(-1), torch.zeros_like(layer.lora_B[ADAPTER].weight).reshape(-1).cpu()]
+    return torch.cat(pieces)
 
 
 def adapted_layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -110,6 +116,20 @@ def merge_adapters(model: PreTrainedModel) -> None:
         model.set_submodule(name, base)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(mark, None)
+
+
+def _whole_model(name: str, names: Sequence[str], model: PreTrainedModel, layers_path: str | None) -> Block:
+    """Make one block, over all layers, of the parameters that have these names."""
+    layers_path, layers = find_layers(model, layers_path)
+    return Block(
+        index=0,
+        name=name,
+        layers=tuple(range(len(layers))),
+        parameter_names=tuple(names),
+        num_parameters=sum(model.get_parameter(name).numel() for name in names),
+        lowest_layer=0,
+        layers_path=layers_path,
+    )
 
 
 def _targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:

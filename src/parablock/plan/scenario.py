@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache, partial
 from statistics import fmean
 
-from parablock.algorithm.baselines.flora import matrices_block
 from parablock.algorithm.baselines.trained import layer_blocks, trained_blocks
 from parablock.algorithm.parablock import steps_of
 from parablock.assembly import encoding_of
@@ -14,6 +13,7 @@ from parablock.conflicts import BLOCK_METHODS, LORA_METHODS, cohort_size
 from parablock.engine.steps import local_steps_of
 from parablock.estimate.compute import Compute
 from parablock.estimate.fit import estimated_compute, fitted, flops_of, never_visited
+from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
 from parablock.model.outline import outline_model
 from parablock.plan.itinerary import walk
@@ -62,7 +62,8 @@ class Scenario:
         self._dtype = str(own.get_parameter(self.blocks[0].parameter_names[0]).dtype).removeprefix("torch.")
         self._stacked = None
         if method == "flora":
-            matrices, size = matrices_block(own, config), cohort_size(config.federation.model_dump())
+            matrices = matrices_block(own, layers_path=config.blocks.layers_path)
+            size = cohort_size(config.federation.model_dump())
             self._stacked = Stacked(matrices.num_parameters, size)
         self.flops = flops_of(config, own)
         self.compute = self._compute(probe=probe)

@@ -23,15 +23,10 @@ from math import fsum
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from parablock.algorithm.aggregate import Aggregate
 from parablock.algorithm.robust import RoundAggregation
-from parablock.config import RunConfig
 from parablock.errors import CodecError
-from parablock.model.adapters import ADAPTER, adapted_layers, draw_a
-from parablock.model.blocks import Block, find_layers
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -121,38 +116,3 @@ class StackAggregation(RoundAggregation):
         squared = float(mean.double().square().sum())
         rho = min(1.0, squared / self._mean_square) if self._mean_square > 0 else 1.0
         return Aggregate(mean, rho, squared / mean.numel(), stack=self._stack)
-
-
-def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
-    """Read the adapters of a model off."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    return Factors(
-        shapes=tuple((layer.out_features, layer.in_features) for layer in layers),
-        transposed=tuple(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
-        rank=config.lora.rank,
-        scale=config.lora.alpha / config.lora.rank,
-    )
-
-
-def matrices_block(model: PreTrainedModel, config: RunConfig) -> Block:
-    """Make one block of the matrices that the adapters belong to, in the same order."""
-    names = [f"{name}.base_layer.weight" for name, _ in adapted_layers(model)]
-    layers_path, layers = find_layers(model, config.blocks.layers_path)
-    return Block(
-        index=0,
-        name="matrices with adapters",
-        layers=tuple(range(len(layers))),
-        parameter_names=tuple(names),
-        num_parameters=sum(model.get_parameter(name).numel() for name in names),
-        lowest_layer=0,
-        layers_path=layers_path,
-    )
-
-
-def fresh_adapters(model: PreTrainedModel, *, seed: int, round_index: int, client_id: int) -> Tensor:
-    """Draw what a client starts a round with: A as LoRA does, its own; B zero. Flat, as `Factors` has it."""
-    pieces = []
-    for index, (_, layer) in enumerate(adapted_layers(model)):
-        drawn = draw_a(layer.lora_A[ADAPTER].weight, seed, round_index, client_id, index)
-        pieces += [drawn.reshape(-1), torch.zeros_like(layer.lora_B[ADAPTER].weight).reshape(-1).cpu()]
-    return torch.cat(pieces)
