@@ -36,7 +36,6 @@ def serve(grid: Any, context: Any) -> None:
 
     torch.set_num_threads(1)  # as a run does
     wanted = settings()
-    params = tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"]))
     encoding = Encoding("float32", chunk_bytes=wanted["chunk_bytes"])
     plan = ServerPlan(
         wanted["clients"], wanted["rounds"], wanted["delay"], "cyclic", 1.0, 0, encoding, FixedSteps(1), 900.0, 0
@@ -48,7 +47,13 @@ def serve(grid: Any, context: Any) -> None:
     transport.gather(300.0)
     trace, commits = Trace(RealClock()), list[float]()
     hooks = Hooks(on_commit=lambda *_: commits.append(trace.clock.now()), on_checkpoint=lambda _: None)
-    run_over_flower(params, plan, trace, hooks, transport)
+    run_over_flower(
+        lambda: tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"])),
+        plan,
+        trace,
+        hooks,
+        transport,
+    )
     spans = [[s.client_id, s.activity, s.start_s, s.duration_s, dict(s.facts)] for s in trace.spans]
     epoch_s = datetime.now(UTC).timestamp() - trace.clock.now()
     beside = Path(wanted["output"] + ".partial")

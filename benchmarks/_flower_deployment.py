@@ -28,6 +28,7 @@ from parablock.deploy.processes import (
     ServerFiles,
     environment,
     register_sites,
+    server_environment,
     site_environment,
     submit,
     superlink_command,
@@ -113,7 +114,7 @@ class Deployment:
         for link in self.links:
             link.lay(stack)
         listening = ServerFiles(files.home, files.keys, f"0.0.0.0:{port}")
-        env = environment(files.home, {**self._settings(), "PARABLOCK_FLOWER_ROLE": "server"})
+        env = server_environment(files.home, {**self._settings(), "PARABLOCK_FLOWER_ROLE": "server"})
         superlink = self._launch("superlink", superlink_command(listening), env)
         wait_for_port(files.address, superlink, folder / "superlink.log")
         if keys is not None:

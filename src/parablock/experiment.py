@@ -180,7 +180,7 @@ class _Run:
             given = EngineInput(
                 config=config,
                 secret=self.secret,
-                params=self.fleet.params,
+                take_params=self.fleet.take_params,
                 trainers=self.fleet.trainers,
                 trace=trace,
                 hooks=Hooks(
@@ -291,7 +291,7 @@ class _Run:
             "num_rounds": federation.num_rounds,
             "rounds_done": len(self.rows),
             "num_clients": federation.num_clients,
-            "num_blocks": len(self.fleet.params),
+            "num_blocks": self.fleet.num_blocks,
             "seed": self.config.seed,
             "clock": self.config.engine.clock,
             "initial_eval_loss": self.initial_eval_loss,

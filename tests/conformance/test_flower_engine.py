@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from weakref import ref
 
 import pytest
 from flwr.app import Message
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from loop_grid import Fate, LoopGrid
 from parablock.algorithm.grid import Grid
-from parablock.algorithm.parablock import initial_client, same
+from parablock.algorithm.parablock import ServerState, initial_client, same
 from parablock.algorithm.robust import Rule
 from parablock.checkpoint import RunState
 from parablock.clock import RealClock
@@ -68,8 +69,9 @@ def over_flower(
     faults: Sequence[Fault] = (),
     hooks: Hooks = HOOKS,
     carries: Sequence[tuple[str, ...]] = ONE,
+    take_params: Callable[[], Sequence[Tensor]] = lambda: initial(4),
 ) -> tuple[EngineResult, LoopGrid]:
-    params, dirs = initial(4), [tmp_path / str(i) for i in range(len(examples))]
+    dirs = [tmp_path / str(i) for i in range(len(examples))]
 
     def start(client_id: int, folder: SessionFolder) -> None:
         def serve() -> None:
@@ -80,7 +82,7 @@ def over_flower(
                 courier = masking and masking.courier(client_id, 0)
                 Client(
                     client_id,
-                    initial_client(params),
+                    initial_client(initial(4)),
                     make_trainer(client_id, examples[client_id], None),
                     MaskedMailbox(mailbox, courier) if courier else nullcontext(mailbox),
                     trace,
@@ -100,7 +102,7 @@ def over_flower(
     transport.gather(10.0)
     hooks = replace(hooks, on_event=on_event)
     try:
-        return run_over_flower(params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
+        return run_over_flower(take_params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
     finally:
         grid.is_over.set()
 
@@ -133,6 +135,21 @@ def impatient(monkeypatch):
     monkeypatch.setattr(lanes, "LEAST_FRAME_BYTES", 100)  # messages are cut into several
     monkeypatch.setattr(lanes, "PUSH_S", 0.1)
     monkeypatch.setattr(lanes, "STREAM_S", 0.1)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_server_keeps_the_initial_parameters_of_a_block_until_it_is_committed(tmp_path: Path, keeps: bool):
+    begun_with = [initial(4)]
+    known, left = [ref(flat) for flat in begun_with[0]], list[bool]()
+
+    def look(state: ServerState, *_: object) -> None:
+        committed = set(state.history[: state.committed + 1])
+        left.append(any(known[b]() is not None for b in committed))
+        assert all(known[b]() is not None for b in set(range(4)) - committed)
+
+    take = (lambda: begun_with[0]) if keeps else begun_with.pop
+    over_flower(tmp_path, plan(0, CHUNKED), hooks=replace(HOOKS, on_commit=look), take_params=take)
+    assert left == [keeps] * ROUNDS
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])

@@ -489,7 +489,7 @@ def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from
         return write(descriptor, content, offset)
 
     with monkeypatch.context() as patched:
-        patched.setattr("parablock.engine.folding.in_memory_bytes", lambda num_elements: 0)
+        patched.setattr("parablock.engine.folding.IN_MEMORY_BYTES", 0)
         patched.setattr("parablock.engine.spool.os.pwrite", full)
         assert_refused(workshop.run(run_dir), str(run_dir), "the disk is full", "parablock resume")
     assert summary_of(run_dir)["status"] == "failed"

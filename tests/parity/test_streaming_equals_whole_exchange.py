@@ -122,7 +122,7 @@ def test_updates_that_are_kept_in_a_file_end_with_bitwise_the_numbers_of_those_i
     monkeypatch.setattr(
         Spool, "_write", lambda self, vector, offset: (written.append(offset), write(self, vector, offset))
     )
-    monkeypatch.setattr("parablock.engine.folding.in_memory_bytes", lambda num_elements: 0)
+    monkeypatch.setattr("parablock.engine.folding.IN_MEMORY_BYTES", 0)
     in_file = run(encoding, folder=tmp_path, **options)[0]
     assert same(in_memory.server.params, in_file.server.params)
     assert in_memory.server.rho == in_file.server.rho

@@ -95,3 +95,16 @@ def test_the_update_is_summed_in_fp32_and_rounded_once():
     # but two deltas of 0.003 added one after the other in bfloat16 are both lost
     assert apply_update(x, delta, (), ServerOptimizer())[0].item() == 1.0078125
     assert apply_update(x, delta / 2, (), ServerOptimizer())[0].item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_takes_the_memory_that_it_is_given_and_is_the_same(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(1)
+    value, mean = torch.randn(1000, generator=generator).to(dtype), torch.randn(1000, generator=generator)
+    before, (expected, _) = mean.clone(), apply_update(value, mean, (), ServerOptimizer())
+    assert torch.equal(mean, before)
+    found, _ = apply_update(value, mean, (), ServerOptimizer(), into=mean)
+    assert torch.equal(found, expected)
+    assert torch.equal(mean, value.float() + before)
+    assert (found.data_ptr() == mean.data_ptr()) == (dtype == torch.float32)
+    assert expected.data_ptr() != mean.data_ptr()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment
+from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment, server_environment
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -44,3 +44,25 @@ def test_an_array_is_one_object_for_flower(tmp_path: Path):
     code = f"from flwr.app import Array; print(len(Array('uint8', (1,), 'x', {content}).slice_array()))"
     assert said(code, environment(tmp_path)) == 1
     assert said(code, dict(os.environ)) == 2
+
+
+def test_a_server_moves_one_object_of_each_site_at_a_time(tmp_path: Path):
+    code = """
+import threading, time
+from flwr.superlink.grid.http_grid import pull_objects
+lock, now, most = threading.Lock(), 0, 0
+def carry(name, content=b""):
+    global now, most
+    with lock:
+        now += 1
+        most = max(most, now)
+    time.sleep(0.05)
+    with lock:
+        now -= 1
+    return content
+names = [str(i) for i in range(6)]
+assert set(pull_objects(names, carry)) == set(names)
+print(most)
+"""
+    assert said(code, server_environment(tmp_path)) == 1
+    assert said(code, environment(tmp_path)) == min(2, os.cpu_count() or 1)

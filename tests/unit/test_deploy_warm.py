@@ -214,7 +214,7 @@ except SystemExit:
 """
 A_SERVER = """
 try:
-    engine.run_over_flower([], None, None, None, Stop())
+    engine.run_over_flower(list, None, None, None, Stop())
 except SystemExit:
     pass
 """

@@ -16,7 +16,7 @@ from parablock.algorithm.aggregate import PIECE, Aggregate
 from parablock.algorithm.grid import Grid, GridAggregation
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
 from parablock.engine import folding
-from parablock.engine.folding import Problem, RoundFold, in_memory_bytes
+from parablock.engine.folding import Problem, RoundFold
 from parablock.engine.spool import Spool
 from parablock.errors import StorageError
 from parablock.privacy.keystream import Keystream
@@ -44,7 +44,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "in_memory_bytes", lambda num_elements: 0)
+    monkeypatch.setattr(folding, "IN_MEMORY_BYTES", 0)
 
 
 def deltas(size: int = SIZE) -> list[Tensor]:
@@ -116,12 +116,10 @@ def test_what_a_client_sends_anew_takes_the_place_of_what_it_had_sent(tmp_path: 
     spool.close()
 
 
-def test_memory_holds_what_the_block_takes_and_the_file_the_rest_however_many_clients_there_are(
+def test_memory_holds_its_part_and_the_file_the_rest_however_many_clients_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert in_memory_bytes(50_000_000) == 200_000_000
-    assert in_memory_bytes(10) == 64 << 20
-    monkeypatch.setattr(folding, "in_memory_bytes", lambda num_elements: 4 * num_elements)
+    monkeypatch.setattr(folding, "IN_MEMORY_BYTES", 4 * SIZE)
     for clients in (1, 2, 4):
         fold = new_fold(folder=tmp_path, clients=clients)
         for client_id in range(clients):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def test_load_all_makes_one_replica_equal_to_another(make_replica: Callable[...,
     assert torch.equal(target.model(IDS).logits, source.model(IDS).logits)
     source.buffer(2).zero_()  # no storage is shared
     assert not torch.equal(target.model(IDS).logits, source.model(IDS).logits)
+
+
+def test_a_replica_keeps_nobodys_vector_alive(make_replica: Callable[..., Replica]) -> None:
+    replica = make_replica()
+    flat = replica.read(0) + 1
+    known = ref(flat)
+    replica.load(0, flat)
+    assert torch.equal(replica.buffer(0), flat)
+    del flat
+    assert known() is None
+    replica.load(0, torch.zeros_like(replica.buffer(0)))  # which may lie where the other did
+    assert replica.buffer(0).abs().sum() == 0
 
 
 def test_loading_the_same_object_again_copies_nothing_until_the_block_is_invalidated(

@@ -126,7 +126,11 @@ def average(updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:
 
 
 def apply_update(
-    value: Tensor, mean_delta: Tensor, moments: tuple[Tensor, ...], optimizer: ServerOptimizer
+    value: Tensor,
+    mean_delta: Tensor,
+    moments: tuple[Tensor, ...],
+    optimizer: ServerOptimizer,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move one block by its mean delta.
 
@@ -135,6 +139,7 @@ def apply_update(
         mean_delta: Δ̄, flat, fp32.
         moments: The optimizer's state for this block; empty at its first visit.
         optimizer: What to do with Δ̄.
+        into: Memory for the sum, which may be Δ̄'s own where nobody needs it any more; None: new.
 
     Returns:
         The new x^b in the same dtype (summed in fp32, rounded once), and the new moments.
@@ -142,7 +147,7 @@ def apply_update(
     Source: Reddi et al., Adaptive Federated Optimization, 2021 (without bias correction, as there).
     """
     if optimizer.name == "none":
-        return (value.float() + mean_delta).to(value.dtype), ()
+        return torch.add(value.float(), mean_delta, out=into).to(value.dtype), ()
     beta = optimizer.momentum
     if optimizer.name == "momentum":
         velocity = mean_delta if not moments else beta * moments[0] + mean_delta

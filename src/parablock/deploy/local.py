@@ -25,10 +25,10 @@ from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
     ServerFiles,
     client_command,
-    environment,
     free_ports,
     register_sites,
     run_status,
+    server_environment,
     submit,
     superlink_command,
     wait_for_port,
@@ -121,7 +121,7 @@ class Deployment:
 
     def start_superlink(self) -> None:
         """Start the server's process and register the sites with it."""
-        env = environment(self.files.home, {OUTPUT_VARIABLE: str(self.output_dir)})
+        env = server_environment(self.files.home, {OUTPUT_VARIABLE: str(self.output_dir)})
         process = self._launch("superlink", superlink_command(self.files), env)
         wait_for_port(self.files.address, process, self.log("superlink"))
         if not self.insecure:

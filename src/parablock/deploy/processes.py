@@ -43,6 +43,9 @@ QUIET = {
 WHOLE = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
 """Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
 
+ONE_BY_ONE = {"FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1", "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "1"}
+"""Lets the server's run hold one Array of each site on its way from or to the SuperLink, which is beside it."""
+
 LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
 
@@ -226,6 +229,11 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
         "PATH": _path(),
         **(more or {}),
     }
+
+
+def server_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Give that of a SuperLink."""
+    return environment(home, {**ONE_BY_ONE, **(more or {})})
 
 
 def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:

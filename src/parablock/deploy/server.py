@@ -12,9 +12,9 @@ from parablock.config import RunConfig, overridden, parse_config, read_tree
 from parablock.deploy.processes import (
     CONNECTION,
     ServerFiles,
-    environment,
     register_sites,
     run_command,
+    server_environment,
     superlink_command,
     wait_for_port,
     write_app,
@@ -63,7 +63,7 @@ def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: st
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
     with log.open("ab") as output:
         process = subprocess.Popen(
-            superlink_command(files), env=environment(files.home, more), stdout=output, stderr=output
+            superlink_command(files), env=server_environment(files.home, more), stdout=output, stderr=output
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -69,7 +69,7 @@ class FlowerEngine:
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
         return run_over_flower(
-            given.params,
+            given.take_params,
             server_plan(given.config, given.secret, folder=given.folder),
             given.trace,
             given.hooks,

@@ -81,9 +81,9 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
             remedy="Give its files in `data.train` of its own file.",
         )
     fleet = make_fleet(job, (site.client_id,))
-    (trainer,), params = fleet.trainers, fleet.params
+    (trainer,) = fleet.trainers
     grid = grid_of(config)
-    snapshot, state, sent = _where(folder, params, grid)
+    snapshot, state, sent = _where(folder, fleet.take_params(), grid)
     if snapshot is not None:
         trainer.remember(snapshot.memory)
 
@@ -108,6 +108,7 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
         protection=protections(config, folder.secret(new_secret) if adds_noise(config) else None)(site.client_id),
         grid=grid,
     )
+    del snapshot, state, sent  # what is in them is needed only until the client has newer
     client.run()
 
 

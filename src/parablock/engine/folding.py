@@ -40,12 +40,10 @@ MAX_EXAMPLES = 1 << 40
 AT_A_TIME = 1 << 22
 """Elements that are read at a time, of all updates together; at least a piece of each."""
 
+IN_MEMORY_BYTES = 64 << 20
+"""How much of a round's updates stays in memory."""
+
 _NOTHING = pack(torch.empty(0), "float32")
-
-
-def in_memory_bytes(num_elements: int) -> int:
-    """Tell how much of a round's updates may stay in memory: what the block takes in fp32, at least 64 MiB."""
-    return max(64 << 20, 4 * num_elements)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class RoundFold:
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._cuts, self._asked = tuple(cuts), dict(asked)
-        self._spool = Spool(folder, in_memory_bytes(self._cuts[-1].stop))
+        self._spool = Spool(folder, IN_MEMORY_BYTES)
         self._came: dict[int, dict[int, int]] = {client_id: {} for client_id in asked}
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Replica:
         self._buffers = tuple(
             _flatten(block, parameters) for block, parameters in zip(blocks, self._parameters, strict=True)
         )
-        self._loaded: list[Tensor | None] = [None] * len(self.blocks)
+        self._loaded: list[ref[Tensor] | None] = [None] * len(self.blocks)
         self.deactivate()
 
     def parameters(self, block_index: int) -> tuple[nn.Parameter, ...]:
@@ -65,13 +66,14 @@ class Replica:
 
         Args:
             block_index: The block.
-            flat: Its new values: 1-D, `num_parameters` long, the model's dtype. It is kept, to be known
-                again, and must not be changed afterwards.
+            flat: Its new values: 1-D, `num_parameters` long, the model's dtype. It is known again as long
+                as somebody else keeps it, and must not be changed until then.
 
         Raises:
             ModelError: If its size or dtype is another.
         """
-        if self._loaded[block_index] is flat:
+        loaded = self._loaded[block_index]
+        if loaded is not None and loaded() is flat:
             return
         buffer = self._buffers[block_index]
         if flat.shape != buffer.shape or flat.dtype != buffer.dtype:
@@ -82,7 +84,7 @@ class Replica:
                 cause="The vector belongs to another block, another partition, or a model of another precision.",
             )
         buffer.copy_(flat)
-        self._loaded[block_index] = flat
+        self._loaded[block_index] = ref(flat)
 
     def load_all(self, flats: Sequence[Tensor]) -> None:
         """Set the parameters of all blocks, one flat vector for each, in order; see `load`."""

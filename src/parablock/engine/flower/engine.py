@@ -14,7 +14,7 @@ from torch import Tensor
 from parablock.algorithm.parablock import ServerState, initial_server
 from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.flower.grid import GridTransport
-from parablock.engine.flower.pace import ask_often
+from parablock.engine.flower.pace import ask_often, push_a_few_at_a_time
 from parablock.engine.inprocess import EngineResult, Hooks, Masking, is_past
 from parablock.engine.server import Server, ServerPlan
 from parablock.engine.stopping import StopAsked, look_for_a_stop
@@ -32,7 +32,7 @@ def server_app(main: Callable[[Grid, Context], None]) -> ServerApp:
 
 
 def run_over_flower(
-    params: Sequence[Tensor],
+    take_params: Callable[[], Sequence[Tensor]],
     plan: ServerPlan,
     trace: Trace,
     hooks: Hooks,
@@ -48,7 +48,7 @@ def run_over_flower(
     at home. A resumed run starts where all of them have one.
 
     Args:
-        params: The initial parameters, one flat vector for each block.
+        take_params: Gives the initial parameters, one flat vector for each block, of which it keeps none.
         plan: What the server follows.
         trace: Records the run; its clock is real.
         hooks: Who keeps the records.
@@ -60,6 +60,7 @@ def run_over_flower(
         ParaBlockError: Whatever the server or a site ended with.
     """
     ask_often(http_grid, "pull_objects", PAUSE_S)
+    push_a_few_at_a_time(http_grid)
     transport.begin(trace, None if resumed is None else resumed.round_index)
     first_open = 0 if resumed is None else resumed.server.committed + 1
     collector = masking.collector(transport, first_open) if masking else None
@@ -78,7 +79,7 @@ def run_over_flower(
     if resumed is not None:
         transport.ledger.restore_downlink(resumed.progress["downlink"])
     server = Server(
-        initial_server(params) if resumed is None else resumed.server,
+        _first_state(take_params, resumed),
         replace(plan, waits_for_return=True),
         collector or transport,
         trace,
@@ -104,3 +105,9 @@ def run_over_flower(
         transport.leave()
     traffic = transport.ledger.of_round(plan.num_rounds - 1)
     return EngineResult(server.state, (), finished, traffic, dict(server.refused))
+
+
+def _first_state(take_params: Callable[[], Sequence[Tensor]], resumed: RunState | None) -> ServerState:
+    """Give what the server starts from, and leave the initial parameters to nobody else."""
+    params = take_params()
+    return initial_server(params) if resumed is None else resumed.server

@@ -20,9 +20,11 @@ from parablock.engine.flower.stream import PART_BYTES, START, Frame, Inbox, Outb
 WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
-LEAST_BYTES, MOST_BYTES = 8 << 20, 512 << 20
-TOGETHER_BYTES = 512 << 20
-"""What the replies of all sites may carry at once, so that memory does not grow with the sites."""
+LEAST_BYTES, MOST_BYTES = 8 << 20, 48 << 20
+"""What an exchange may carry each way; the server has it in memory up to three times."""
+
+TOGETHER_BYTES = 96 << 20
+"""What the replies of all sites may carry that the server takes in at once, which is one of each."""
 
 WORTH_MEASURING = 64 << 10
 """Bytes of a transfer from which on its time tells the speed of the link."""
@@ -323,4 +325,4 @@ class Site:
 
 def site_among(num_sites: int) -> Site:
     """Make one of so many sites, whose replies share what the server can take in at once."""
-    return Site(up=Speed(most_bytes=min(MOST_BYTES, TOGETHER_BYTES // (AT_ONCE * num_sites))))
+    return Site(up=Speed(most_bytes=min(MOST_BYTES, TOGETHER_BYTES // num_sites)))
