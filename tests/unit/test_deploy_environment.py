@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment, server_environment
+from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment, server_environment, site_environment
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -66,3 +66,17 @@ print(most)
 """
     assert said(code, server_environment(tmp_path)) == 1
     assert said(code, environment(tmp_path)) == min(2, os.cpu_count() or 1)
+
+
+def test_a_site_uses_the_memory_of_a_message_again_and_a_server_gives_it_back(tmp_path: Path):
+    code = """
+import re
+def kept():
+    return sum(int(kb) for kb in re.findall("(?m)^VmRSS:\\s*([0-9]+) kB", open("/proc/self/status").read())) >> 10
+before = kept()
+some = [b"x" * (10 << 20) for _ in range(3)]
+del some
+print(kept() - before)  # MiB
+"""
+    assert said(code, site_environment(tmp_path)) > 20
+    assert said(code, server_environment(tmp_path)) < 5

@@ -620,7 +620,7 @@ def test_a_large_update_takes_two_exchanges_and_what_is_ready_comes_down_behind_
     answer(site, lane, 30 << 20)
     assert exchange(site, lane) == [("both", 0, True), ("both", 2, False)]
     first, second = lane.under_way
-    assert (first.asked_bytes, second.asked_bytes) == (18 << 20, 48 << 20)
+    assert (first.asked_bytes, second.asked_bytes) == (18 << 20, 50 << 20)
     answer(site, lane, 18 << 20, 1)
     assert exchange(site, lane) == []  # the second will bring the rest
     site.out.put(bytes(1 << 20), 1)
@@ -710,7 +710,7 @@ def test_a_supernode_that_comes_back_takes_its_place_and_a_second_one_does_not()
 
 
 def test_what_all_replies_together_may_carry_does_not_grow_with_the_sites():
-    for num_sites, together in ((1, 48 << 20), (2, 96 << 20), (4, 96 << 20), (1000, 1000 * (8 << 20))):
+    for num_sites, together in ((1, 50 << 20), (2, 100 << 20), (4, 100 << 20), (1000, 1000 * (8 << 20))):
         sites = [site_among(num_sites) for _ in range(num_sites)]
         budgets = []
         for site in sites:

@@ -49,6 +49,13 @@ ONE_BY_ONE = {"FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1", "FLWR_PRIVATE_MAX_C
 LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
 
+REUSED = {
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "33554432",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Makes it keep some for the next message of a site, which has one at a time: what is new has to be cleared."""
+
 TUNABLES, LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 """Makes it ask for them in large pages, where the system has those for who asks: less work for the same bytes."""
 
@@ -238,7 +245,7 @@ def server_environment(home: Path, more: Mapping[str, str] | None = None) -> dic
 
 def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give that of a SuperNode, which finds a ClientApp that is loaded already, where the system allows for it."""
-    env, commands = environment(home, more), home / "bin"
+    env, commands = environment(home, {**REUSED, **(more or {})}), home / "bin"
     if write_commands(commands, flower("flwr-clientapp")):
         env["PATH"] = os.pathsep.join([str(commands), env["PATH"]])
     return env

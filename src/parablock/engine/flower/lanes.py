@@ -20,10 +20,10 @@ from parablock.engine.flower.stream import PART_BYTES, START, Frame, Inbox, Outb
 WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
 
-LEAST_BYTES, MOST_BYTES = 8 << 20, 48 << 20
+LEAST_BYTES, MOST_BYTES = 8 << 20, 50 << 20
 """What an exchange may carry each way; the server has it in memory up to three times."""
 
-TOGETHER_BYTES = 96 << 20
+TOGETHER_BYTES = 100 << 20
 """What the replies of all sites may carry that the server takes in at once, which is one of each."""
 
 WORTH_MEASURING = 64 << 10

@@ -8,7 +8,7 @@ from typing import Any
 
 FIRST_S = 0.25
 
-AT_A_TIME = 8
+AT_A_TIME = 4
 """How many objects are made ready to be pushed; every other one is of an Array's bytes, the rest are short."""
 
 
