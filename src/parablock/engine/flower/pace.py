@@ -47,9 +47,9 @@ def push_a_few_at_a_time(module: Any) -> None:
         objects: dict[str, Any],
         push_object_fn: Callable[[str, bytes], None],
         *,
-        object_ids_to_push: set[str],
+        object_ids_to_push: set[str] | None = None,
     ) -> None:
-        wanted = [object_id for object_id in objects if object_id in object_ids_to_push]
+        wanted = [i for i in objects if object_ids_to_push is None or i in object_ids_to_push]
         for first in range(0, len(wanted), AT_A_TIME):
             few = {object_id: objects.pop(object_id) for object_id in wanted[first : first + AT_A_TIME]}
             push_objects(few, push_object_fn)
