@@ -15,10 +15,14 @@ from parablock.algorithm.parablock import (
     InFlight,
     commit,
     initial_client,
+    initial_server,
     overlay_weight,
     same,
+    schedule_round,
+    server_commit,
     working_block,
 )
+from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.seeding import generator_for
 from toy import SIZE, initial, loss_of, objective, solve
@@ -204,3 +208,16 @@ def test_the_toys_blocks_interact():
     moved.requires_grad_()
     (other,) = torch.autograd.grad(objective(0, BLOCKS)(moved), moved)
     assert (gradient - other)[SIZE:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("gives_memory", [False, True])
+def test_a_commit_leaves_the_updates_alone_unless_it_is_given_their_memory(gives_memory):
+    updates = {i: (torch.full((4,), float(i)), 1) for i in range(4)}
+    aggregate = aggregate_by(Rule("krum"), updates)  # an update of a client, as it is
+    (own,) = [delta for delta, _ in updates.values() if delta.data_ptr() == aggregate.mean_delta.data_ptr()]
+    before, state = own.clone(), schedule_round(initial_server([torch.ones(4)]), 0, (1,))
+    into = aggregate.mean_delta if gives_memory else None
+    committed = server_commit(state, aggregate, ServerOptimizer(), into=into)
+    assert torch.equal(committed.params[0], 1 + before)
+    assert torch.equal(own, before) != gives_memory
+    assert (committed.params[0].data_ptr() == own.data_ptr()) == gives_memory

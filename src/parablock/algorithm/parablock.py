@@ -211,21 +211,22 @@ def server_commit(
     aggregate: Aggregate,
     optimizer: ServerOptimizer,
     announce: Callable[[Tensor, Tensor], Tensor] | None = None,
+    into: Tensor | None = None,
 ) -> ServerState:
     """Commit the next round: x^b ← x^b + η Δ̄, or a step of the block's server optimizer.
 
     Args:
         state: The server before; the round committed is `state.committed + 1`, its block is in `history`.
-        aggregate: Δ̄ and ρ of that round; Δ̄ is used up, for the new value may take its memory.
+        aggregate: Δ̄ and ρ of that round.
         optimizer: What is done with Δ̄.
         announce: What the clients hold of the new value, given (new x^b, old view^b), where the way down
             is lossy. The difference x − view stays with the server and travels at the next visit.
+        into: Memory for the new value, as `apply_update` has it; None: new.
     """
     round_index = state.committed + 1
     block_index = state.history[round_index]
-    mean_delta = aggregate.mean_delta
     value, moments = apply_update(
-        state.params[block_index], mean_delta, state.moments[block_index], optimizer, into=mean_delta
+        state.params[block_index], aggregate.mean_delta, state.moments[block_index], optimizer, into
     )
     seen = value if announce is None else announce(value, state.view[block_index])
     return replace(

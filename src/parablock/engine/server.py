@@ -205,11 +205,11 @@ class Server:
             self.state, updates = commit_nothing(self.state), []
             self._on_event(f"round {t} cannot get {self._fewest} updates any more; block {b} stays as it was")
         else:
-            lossy = self._downlink.is_lossy(self.state)
-            announce = partial(self._downlink.announce, b) if lossy else None
+            announce = partial(self._downlink.announce, b) if self._downlink.is_lossy(self.state) else None
             aggregate = fold.aggregate()
             self._downlink.announce_stack(b, aggregate.stack)
-            self.state = server_commit(self.state, aggregate, self._plan.server_optimizer, announce)
+            mean = aggregate.mean_delta  # the fold's own memory, which nobody needs after this
+            self.state = server_commit(self.state, aggregate, self._plan.server_optimizer, announce, into=mean)
         self._counted[t] = tuple(update.client_id for update in updates)
         for update in updates:
             self.step_s[update.client_id] = update.compute_s / update.num_local_steps
