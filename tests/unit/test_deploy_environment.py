@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment, server_environment, site_environment
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 
+HAS_GLIBC = platform.libc_ver()[0] == "glibc"
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LARGE = """
 import re
@@ -68,6 +70,7 @@ print(most)
     assert said(code, environment(tmp_path)) == min(2, os.cpu_count() or 1)
 
 
+@pytest.mark.skipif(not HAS_GLIBC, reason="the C library here takes no such settings")
 def test_a_site_uses_the_memory_of_a_message_again_and_a_server_gives_it_back(tmp_path: Path):
     code = """
 import re
