@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from parablock.deploy.processes import LARGE_PAGES, TUNABLES, environment, server_environment, site_environment
+from parablock.engine.flower.courier import trainer_environment
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 
 HAS_GLIBC = platform.libc_ver()[0] == "glibc"
@@ -70,6 +71,25 @@ print(most)
     assert said(code, environment(tmp_path)) == min(2, os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize(("calls_it", "concurrent"), [("warm.superexec()", [1, 1]), ("", [2, 2])])
+def test_a_clientapp_moves_one_object_at_a_time_and_its_supernode_several(
+    tmp_path: Path, calls_it: str, concurrent: list[int]
+):
+    code = f"""
+from contextlib import suppress
+from parablock.deploy import warm
+warm._begin_to_keep, warm._load = lambda: None, lambda name: lambda: 0
+with suppress(SystemExit):
+    {calls_it or "pass"}
+from flwr.supercore import constant
+print(constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS, constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=site_environment(tmp_path), capture_output=True, text=True, check=True
+    )
+    assert [int(number) for number in done.stdout.split()] == concurrent
+
+
 @pytest.mark.skipif(not HAS_GLIBC, reason="the C library here takes no such settings")
 def test_a_site_uses_the_memory_of_a_message_again_and_a_server_gives_it_back(tmp_path: Path):
     code = """
@@ -83,3 +103,24 @@ print(kept() - before)  # MiB
 """
     assert said(code, site_environment(tmp_path)) > 20
     assert said(code, server_environment(tmp_path)) < 5
+
+
+@pytest.mark.skipif(not HAS_GLIBC, reason="the C library here takes no such settings")
+def test_a_trainer_uses_the_memory_of_a_block_again_whatever_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = """
+import resource
+def new_pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+block = b"x" * (64 << 20)
+del block
+before = new_pages()
+block = b"x" * (64 << 20)
+print(new_pages() - before)
+"""
+    at_site = site_environment(tmp_path)
+    for name, value in at_site.items():
+        monkeypatch.setenv(name, value)
+    assert said(code, trainer_environment()) == 0
+    assert said(code, at_site) > 16  # large pages at least

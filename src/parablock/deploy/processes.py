@@ -19,6 +19,7 @@ from parablock.deploy.keys import missing_extra
 from parablock.deploy.variables import OUTPUT_KEY
 from parablock.deploy.warm import write_commands
 from parablock.engine.flower.exchange import BOTH, DOWN, UP
+from parablock.engine.flower.pace import ONE_BY_ONE
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 from parablock.errors import ConfigError, InputError, ParaBlockError
 
@@ -42,9 +43,6 @@ QUIET = {
 }
 WHOLE = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
 """Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
-
-ONE_BY_ONE = {"FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1", "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "1"}
-"""Lets the server's run hold one Array of each site on its way from or to the SuperLink, which is beside it."""
 
 LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""

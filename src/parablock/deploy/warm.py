@@ -30,7 +30,7 @@ from select import select
 
 from parablock.deploy import hand_over
 from parablock.engine.flower.local_socket import address_of, listen
-from parablock.engine.flower.pace import ask_often
+from parablock.engine.flower.pace import ONE_BY_ONE, ask_often
 from parablock.errors import ParaBlockError
 
 PAUSE_S = 0.25
@@ -63,6 +63,7 @@ def write_commands(folder: Path, clientapp: str) -> bool:
 
 def superexec() -> None:
     """Be Flower's `flower-superexec`, beside a keeper that ends when this process does."""
+    os.environ.update(ONE_BY_ONE)  # Flower reads it when it is loaded
     run, clientapp = _load("flower-superexec"), _load("flwr-clientapp")
     import_module("httpcore")  # which Flower's HTTP client loads with its first connection
     ask_often(import_module("flwr.supernode.runtime.run_clientapp"), "pull_and_inflate_object_from_tree", PAUSE_S)

@@ -31,6 +31,9 @@ from parablock.errors import ParaBlockError, StallError
 Arrays = dict[tuple[bytes, ...], Array]
 """By the contents of the frames that are in it."""
 
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
+"""Makes the C library keep for the next round what a trainer has freed: memory that is new has to be cleared."""
+
 ATTEMPTS = 3
 START_S = 120.0
 """How long a trainer may take to open its socket."""
@@ -149,6 +152,11 @@ def _alone(state_dir: Path) -> Iterator[None]:
         yield
 
 
+def trainer_environment() -> dict[str, str]:
+    """Give the environment of a trainer: this process's, but for how the C library goes about memory."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | KEPT
+
+
 def _reach_trainer(folder: SessionFolder, state_dir: Path, command: list[str]) -> Connection:
     """Connect to the session's trainer; start it where nobody answers."""
     address, secret = address_of(state_dir), secret_of(state_dir)
@@ -166,7 +174,7 @@ def _reach_trainer(folder: SessionFolder, state_dir: Path, command: list[str]) -
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
-                        env={name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
+                        env=trainer_environment(),
                         start_new_session=True,  # it outlives this process and the SuperNode
                     )
             elif started.poll() is not None:

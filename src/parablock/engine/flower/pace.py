@@ -6,6 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+ONE_BY_ONE = {"FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1", "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "1"}
+"""Lets a ClientApp, and the server's run for each site, move one object at a time from or to Flower's process that
+is beside it: several would want the same cores, and memory each."""
+
 FIRST_S = 0.25
 
 AT_A_TIME = 4
