@@ -105,6 +105,15 @@ print(kept() - before)  # MiB
     assert said(code, server_environment(tmp_path)) < 5
 
 
+def test_a_site_looks_for_messages_twice_as_often_as_a_server_looks_for_runs(tmp_path: Path):
+    code = """
+from flwr.supercore.superexec import run_superexec
+print(round(1000 * run_superexec._get_task_poll_interval()))
+"""
+    assert said(code, site_environment(tmp_path)) == 500  # ms
+    assert said(code, server_environment(tmp_path)) == 1000
+
+
 @pytest.mark.skipif(not HAS_GLIBC, reason="the C library here takes no such settings")
 def test_a_trainer_uses_the_memory_of_a_block_again_whatever_its_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

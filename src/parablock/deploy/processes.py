@@ -39,10 +39,12 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
 }
 WHOLE = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
 """Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
+
+SOON = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
+"""How often a SuperNode's helper asks it for a message, seconds; each time takes a few milliseconds of a core."""
 
 LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
@@ -243,7 +245,7 @@ def server_environment(home: Path, more: Mapping[str, str] | None = None) -> dic
 
 def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give that of a SuperNode, which finds a ClientApp that is loaded already, where the system allows for it."""
-    env, commands = environment(home, {**REUSED, **(more or {})}), home / "bin"
+    env, commands = environment(home, {**SOON, **REUSED, **(more or {})}), home / "bin"
     if write_commands(commands, flower("flwr-clientapp")):
         env["PATH"] = os.pathsep.join([str(commands), env["PATH"]])
     return env
