@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 from parablock.config import load_config
+from parablock.fleet import make_fleet
 from parablock.job import prepare
 from tiny_runs import Workshop, sum_row, write_rows
 
@@ -46,3 +49,13 @@ def test_at_a_site_all_rows_are_its_own_and_nothing_is_held_out(workshop: Worksh
     assert [len(examples) > 0 for examples in here.train] == [False, True, False, False]
     assert len(here.train[1]) == sum(map(len, split.train)) + len(split.test)
     assert here.test == () != split.test
+
+
+def test_a_fleet_keeps_none_of_the_parameters_that_were_taken(workshop: Workshop):
+    fleet = make_fleet(prepare(load_config(workshop.config)))
+    taken = fleet.take_params()
+    blocks = [ref(block) for block in taken]
+    assert len(blocks) == fleet.num_blocks
+    assert all(block() is not None for block in blocks)
+    del taken
+    assert all(block() is None for block in blocks)
