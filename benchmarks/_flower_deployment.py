@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -24,9 +25,11 @@ from _links import Link, Swallower
 
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
+    CONNECTION,
     LANES,
     ServerFiles,
     environment,
+    flower,
     register_sites,
     server_environment,
     site_environment,
@@ -122,7 +125,7 @@ class Deployment:
         self.swallower = self._place_swallower(port) if wanted.swallows else None
         for link in self.links:
             self._start_site(link, keys, self.swallower.port if self.swallower else port)
-        submit(files, _write_app(folder / "app"))
+        self._files, self._run_id = files, submit(files, _write_app(folder / "app"))
         self._is_watching = True
         watch = threading.Thread(target=self._watch_memory, daemon=True)
         watch.start()
@@ -132,6 +135,8 @@ class Deployment:
         """Wait for the end of the run; give what the server wrote, and what the sites' processes noted."""
         give_up = time.monotonic() + self._wanted.patience_s
         while not self.output.exists():
+            if self._has_ended() and not self.output.exists():  # which is there before the run ends, if at all
+                sys.exit(f"the run ended without a result:\n{self._flower_says()}")
             if time.monotonic() > give_up:
                 sys.exit(f"no result in time; look at {self._folder}")
             meanwhile(self)
@@ -148,6 +153,14 @@ class Deployment:
             for link in self.links
         ]
         return found
+
+    def _has_ended(self) -> bool:
+        log = (self._folder / "superlink.log").read_text(errors="replace")
+        return re.search(rf"Finished task \d+ of run {self._run_id}", log) is not None
+
+    def _flower_says(self) -> str:
+        command = [flower("flwr"), "list", "--run-id", self._run_id, CONNECTION]
+        return subprocess.run(command, env=environment(self._files.home), capture_output=True, text=True).stdout
 
     def _settings(self) -> dict[str, str]:
         wanted = self._wanted
