@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-LARGE = 1 << 20
+LARGE = 1 << 18
 """Bytes from which on a request or an answer carries a part of a block."""
 
 PIECE = 1 << 16

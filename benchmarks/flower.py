@@ -276,6 +276,7 @@ def bars(rows: list[Row], options: argparse.Namespace) -> list[Bar]:
         1.05,
         lambda: median(balanced, 1) / max(compute, median(balanced, 0) - compute),
     )
+    add("exchange = compute: delay 1 / delay 0", 0.60, lambda: median(balanced, 1) / median(balanced, 0))
     one, two = (round_s(rows, "30 Mbit/s", supernodes=supernodes) for supernodes in (1, 2))
     if one and two:
         made.append(Bar("30 Mbit/s, delay 1: a round with two SuperNodes a site / with one", two / one, 0.75))
@@ -300,6 +301,8 @@ def tls(rows: list[Row]) -> float:
 def again(rows: list[Row], direction: str) -> float:
     """Give the most that a disturbance made be sent again, in parts."""
     found = {row["disturbance"]: row for row in of(rows, f"slow link, {direction}")}
+    if not all(row["happened"] for row in found.values()):
+        raise ValueError("there was nothing to send again")
     plain = found.pop(DISTURBANCES[0], {"wire_bytes": None})
     return max((row["wire_bytes"] - plain["wire_bytes"]) / row["part_bytes"] for row in found.values())
 
