@@ -11,6 +11,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 from multiprocessing import AuthenticationError
 from pathlib import Path
 from types import SimpleNamespace
@@ -575,11 +576,12 @@ def test_where_a_reply_filled_what_it_may_carry_the_next_may_take_as_long_as_tha
     site, lane = Site(up=Speed(bytes_per_s=0.5e6, largest=8 << 20)), Lane("both", 1, held_s=0.0)
     # 30 MB at a third of 0.5 MB/s are 180 s; 8 MiB, the most that came so far, are 50.3 s; 30 s for all else
     lane.was_full = True
-    site.ask(lane, OPENING, 0.0)
-    assert lane.under_way.pop().overdue_s == pytest.approx(30 + 180)
+    site.ask(lane, OPENING, 5.0)
+    assert lane.overdue_s == pytest.approx(5 + 30 + 180)
+    lane.under_way.clear()
     lane.was_full = False
     site.ask(lane, OPENING, 0.0)
-    assert lane.under_way.pop().overdue_s == pytest.approx(30 + 3 * (8 << 20) / 0.5e6)
+    assert lane.overdue_s == pytest.approx(30 + 3 * (8 << 20) / 0.5e6)
 
 
 def test_what_goes_down_at_once_is_what_the_link_carries_in_a_minute_or_less_where_the_other_way_goes_on():
@@ -665,8 +667,23 @@ def test_after_a_loss_nothing_follows_until_all_is_answered():
     assert exchange(site, lane) == [("both", 0, True), ("both", 4, False)]
     lane.give_up()
     assert exchange(site, lane) == [("both", 0, True)]  # in doubt, one
-    lane.end(UnderWay(1, 0, 0.0, True, True, 0, START), is_lost=True)  # one that was given up: too late
+    lane.end(UnderWay(1, 0, 0.0, 0.0, True, True, 0, START), is_lost=True)  # one that was given up: too late
     assert len(lane.under_way) == 1 and not lane.is_broken
+
+
+def test_one_that_follows_may_take_as_long_as_one_alone_from_when_its_supernode_came_to_it():
+    site, lane = Site(up=Speed(1 << 20, 8 << 20)), Lane("both", 1, held_s=0.0)
+    assert lane.overdue_s == inf
+    exchange(site, lane)
+    answer(site, lane, 30 << 20)
+    assert len(exchange(site, lane)) == 2
+    first, second = lane.under_way
+    assert lane.overdue_s == first.patience_s > 0
+    lane.end(first, is_lost=False)
+    lane.free_s = 500.0  # longer than both together might have taken from when they were asked for
+    assert lane.overdue_s == 500.0 + second.patience_s > first.patience_s + second.patience_s
+    lane.free_s = 1.0
+    assert lane.overdue_s == 1.0 + second.patience_s  # and not what the first has left over, too
 
 
 def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahead():
@@ -681,6 +698,7 @@ def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahe
     lost, other = (grid._Asked(0, lane, exchange, 0.0) for exchange in lane.under_way)
     has = Reply(0, wanted=START, ahead=second.frames[0].place)
     assert not transport._take(grid._Arrived(lost, 1.0, problem="a link broke"))
+    assert lane.overdue_s == 1.0 + other.exchange.patience_s  # its SuperNode comes to the other one only now
     assert transport._take(grid._Arrived(other, 2.0, has))
     site.down.note(1 << 30, 1.0)  # all might go at once
     again = site.ask(lane, OPENING, 0.0).frames
@@ -756,12 +774,12 @@ def test_a_small_reply_does_not_make_the_next_large_one_overdue():
     for size in (4 << 20, 10):
         site.note(lane, lane.under_way.pop(), Reply(0), [frame(0, bytes(size))], (0.0, 1.0, 1.0, 5.0))
         site.ask(lane, OPENING, 0.0)
-        patience.append(lane.under_way[0].overdue_s)
+        patience.append(lane.overdue_s)
     assert patience[1] >= patience[0]
     larger = [frame(0, bytes(6 << 20))]
     site.note(lane, lane.under_way.pop(), Reply(0), larger, (0.0, 1.0, 1.0, 7.0))  # as fast, and more
     site.ask(lane, OPENING, 0.0)
-    assert lane.under_way[0].overdue_s > patience[0]
+    assert lane.overdue_s > patience[0]
 
 
 class Online(LoopGrid):

@@ -242,7 +242,7 @@ class GridTransport:
             self._next_look_s = now + LOOK_S
             self._look_for_the_lost()
         for client_id, site, lane in self._lanes():
-            if lane.under_way and now > lane.under_way[0].overdue_s:
+            if now > lane.overdue_s:
                 self._tell(f"client {client_id} has not answered in time; it is asked again")
                 lane.give_up()
             while site.is_due(lane, is_missed=client_id in from_clients):
@@ -314,6 +314,7 @@ class GridTransport:
         if reply is None:
             self._tell(f"an exchange with client {client_id} failed and is made again: {item.problem}")
             lane.more, lane.silent, site.problem = True, True, item.problem
+            lane.free_s = item.ended_s
             lane.offline = lane.offline or item.node_is_gone
             return False
         if reply.error:

@@ -95,7 +95,8 @@ class UnderWay:
     Attributes:
         attempt: Its number.
         asked_bytes: What its reply may carry.
-        overdue_s: When it is given up.
+        asked_s: When it was asked for.
+        patience_s: How long its SuperNode may take for it.
         takes: Whether its reply is to carry what the client has.
         waits: Whether the site waits for the trainer to have something.
         follows: The attempt before it, where that was still under way; else 0.
@@ -104,7 +105,8 @@ class UnderWay:
 
     attempt: int
     asked_bytes: int
-    overdue_s: float
+    asked_s: float
+    patience_s: float
     takes: bool
     waits: bool
     follows: int
@@ -156,6 +158,14 @@ class Lane:
         """Wait no longer for anything that is under way."""
         self.under_way.clear()
         self.is_broken, self.more, self.silent, self.doubted = False, True, True, True
+
+    @property
+    def overdue_s(self) -> float:
+        """When what is under way is given up: the oldest may take its time from when its SuperNode came to it."""
+        if not self.under_way:
+            return inf
+        oldest = self.under_way[0]
+        return max(oldest.asked_s, self.free_s) + oldest.patience_s
 
     @property
     def part_s(self) -> float:
@@ -254,14 +264,15 @@ class Site:
         exchange = UnderWay(
             attempt=lane.attempt,
             asked_bytes=asked_bytes,
-            overdue_s=max(now_s, before.overdue_s if before else now_s),
+            asked_s=now_s,
+            patience_s=0.0,
             takes=takes,
             waits=takes and not goes_on,
             follows=before.attempt if before else 0,
             until=frames[-1].next_place if frames else before.until if before else self.out.wanted,
         )
         patience_s = self._patience_s(lane, exchange, sum(len(frame.content) for frame in frames))
-        lane.under_way.append(replace(exchange, overdue_s=exchange.overdue_s + patience_s))
+        lane.under_way.append(replace(exchange, patience_s=patience_s))
         return replace(
             opening,
             carries=lane.carries if takes else DOWN,
