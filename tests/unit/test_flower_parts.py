@@ -705,6 +705,26 @@ def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahe
     assert sum(len(part.content) for part in again) == sum(len(part.content) for part in first.frames)
 
 
+def test_where_flower_has_lost_sight_of_a_supernode_a_frame_tells_first_what_the_site_has():
+    sizes = []
+    for node_is_gone in (False, True):
+        transport = grid.GridTransport(Online(), 1, OPENING, epoch_s=lambda: 0.0, tell=print)
+        transport.begin(Trace(RealClock()), None)
+        site = transport._sites[0]
+        site.take_lane("both", 1)
+        lane = site.lanes["both"]
+        site.out.put(bytes(12 << 20), 0)
+        for _ in range(2):
+            request = site.ask(lane, OPENING, 0.0)
+            sizes.append(sum(len(part.content) for part in request.frames))
+            (exchange,) = lane.under_way
+            lost = grid._Asked(0, lane, exchange, 0.0)
+            assert not transport._take(grid._Arrived(lost, 1.0, problem="?", node_is_gone=node_is_gone))
+        assert lane.offline is node_is_gone
+    whole, frame_bytes = 8 << 20, 1 << 20
+    assert sizes == [whole, whole, whole, frame_bytes]
+
+
 def test_an_upward_lane_brings_nothing_and_is_asked_when_it_is_missed():
     site, up, down = Site(), Lane("up", 1), Lane("down", 2)
     site.out.put(b"x", 0)

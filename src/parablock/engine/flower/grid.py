@@ -315,7 +315,8 @@ class GridTransport:
             self._tell(f"an exchange with client {client_id} failed and is made again: {item.problem}")
             lane.more, lane.silent, site.problem = True, True, item.problem
             lane.free_s = item.ended_s
-            lane.offline = lane.offline or item.node_is_gone
+            if item.node_is_gone:  # as far as Flower knows: it may be on its feet, and still receiving this one
+                lane.offline = lane.doubted = True
             return False
         if reply.error:
             raise error_of(f"client {client_id} has given up", reply.error)

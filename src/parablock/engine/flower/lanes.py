@@ -124,7 +124,7 @@ class Lane:
         under_way: The exchanges that have not been answered, the oldest first.
         is_broken: Whether one was lost before one that is still under way.
         silent: Whether the last exchange failed or is overdue.
-        doubted: Whether it is overdue: what it carries may still be on its way.
+        doubted: Whether it is overdue, or Flower has lost sight of the SuperNode: what it carries may still arrive.
         more: Whether it is to be asked again, whatever there is to carry.
         was_full: Whether the last reply carried all that it might.
         held_s: How long the site last waited for its trainer.
