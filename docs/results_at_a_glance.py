@@ -42,7 +42,11 @@ CLAIMS: tuple[Claim, ...] = (
         "seconds to the loss, ParaBlock int4 / FedAvg",
     ),
     ("over real Flower, a round / its computation", "flower", "covered: round / compute at delay 1"),
-    ("the same rounds, ParaBlock / FL-BCD", "flower", "covered: delay 1 / delay 0"),
+    (
+        "where an exchange takes as long as the computation, ParaBlock / FL-BCD",
+        "flower",
+        "exchange = compute: delay 1 / delay 0",
+    ),
     (
         "an exchange through Flower / its time on the wire",
         "flower",

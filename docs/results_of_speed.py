@@ -139,7 +139,11 @@ def flower(found: Record) -> str:
         "## Over Flower\n\nReal SuperLink, SuperNodes and trainers on one machine, two sites behind shaped links "
         f"of {found['config']['mbps']:g} Mbit/s each way, TLS and node keys on where it does not say otherwise. "
         "Training is a sleep. An exchange is a round without its computation: the wire and all of Flower's chain. "
-        "ClientApps are forked from a process that has loaded Flower, or start from nothing.\n"
+        "ClientApps are forked from a process that has loaded Flower, or start from nothing.\n\n"
+        "Where the computation covers an exchange, delay 1 takes as long as the computation: of delay 0 that is "
+        "computation / (computation + exchange) at least. So with 20 s of computation 0.6 asks for an exchange of "
+        "13.3 s or more, and 1.6 times the wire is 12.8 s: both bars cannot be met at once. 0.6 is asked as well "
+        "where the computation only just covers the exchange.\n"
     )
     parts = [text, *_flower_rounds(rows), *_flower_chain(rows), *_flower_slow_link(rows), *_flower_memory(rows)]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
