@@ -686,13 +686,19 @@ def test_one_that_follows_may_take_as_long_as_one_alone_from_when_its_supernode_
     assert lane.overdue_s == 1.0 + second.patience_s  # and not what the first has left over, too
 
 
-def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahead():
+def with_a_site() -> tuple[grid.GridTransport, Site, Lane]:
+    """Make the server's side of a site with one SuperNode, for which there are 12 MiB."""
     transport = grid.GridTransport(Online(), 1, OPENING, epoch_s=lambda: 0.0, tell=print)
     transport.begin(Trace(RealClock()), None)
     site = transport._sites[0]
     site.take_lane("both", 1)
     lane = site.lanes["both"]
     site.out.put(bytes(12 << 20), 0)
+    return transport, site, lane
+
+
+def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahead():
+    transport, site, lane = with_a_site()
     first, second = (site.ask(lane, OPENING, 0.0) for _ in range(2))
     assert first.frames and second.frames[0].place == first.frames[-1].next_place
     lost, other = (grid._Asked(0, lane, exchange, 0.0) for exchange in lane.under_way)
@@ -708,12 +714,7 @@ def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahe
 def test_where_flower_has_lost_sight_of_a_supernode_a_frame_tells_first_what_the_site_has():
     sizes = []
     for node_is_gone in (False, True):
-        transport = grid.GridTransport(Online(), 1, OPENING, epoch_s=lambda: 0.0, tell=print)
-        transport.begin(Trace(RealClock()), None)
-        site = transport._sites[0]
-        site.take_lane("both", 1)
-        lane = site.lanes["both"]
-        site.out.put(bytes(12 << 20), 0)
+        transport, site, lane = with_a_site()
         for _ in range(2):
             request = site.ask(lane, OPENING, 0.0)
             sizes.append(sum(len(part.content) for part in request.frames))
