@@ -12,11 +12,11 @@ from typing import Any
 from _record import Material
 from rich.console import Console
 
-from parablock.config import RunConfig, parse_config
-from parablock.deploy.local import Deployment, watch
+from parablock.config.load import RunConfig, parse_config
+from parablock.deploy.one_machine import Deployment, watch
 from parablock.errors import ParaBlockError
-from parablock.experiment import run
-from parablock.report.progress import PlainProgress
+from parablock.experiment.progress import PlainProgress
+from parablock.experiment.run import run
 
 POLL_S = 0.05
 PATIENCE_S = 600.0

@@ -16,7 +16,7 @@ from typing import Any
 from _record import t0
 
 from parablock.evaluation.choices import MAX_GROUP_CHOICES
-from parablock.scores import score_models
+from parablock.evaluation.side_by_side import score_models
 
 ANSWER_TOKENS = 32
 

@@ -18,9 +18,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER
-from parablock.config import RunConfig
-from parablock.fleet import make_fleet
-from parablock.job import Job, prepare
+from parablock.config.load import RunConfig
+from parablock.experiment.inputs import Job, prepare
+from parablock.methods.base import make_fleet
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart
 

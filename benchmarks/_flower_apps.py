@@ -29,8 +29,8 @@ def serve(grid: Any, context: Any) -> None:
     from parablock.engine.flower.exchange import Request
     from parablock.engine.flower.grid import GridTransport
     from parablock.engine.inprocess import Hooks
+    from parablock.engine.local_steps import FixedSteps
     from parablock.engine.server import ServerPlan
-    from parablock.engine.steps import FixedSteps
     from parablock.trace import Trace
     from parablock.wire.quantize import Encoding
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from parablock.algorithm.aggregate import fold, join
 from parablock.algorithm.robust import RoundAggregation
-from parablock.engine.folding import RoundFold
+from parablock.engine.round_fold import RoundFold
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector, pack
 

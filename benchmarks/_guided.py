@@ -14,8 +14,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["parablock.wire", "parablock.config", "parablock.section"]):
-    from parablock.config import load_config
+with atheris.instrument_imports(include=["parablock.wire", "parablock.config.load", "parablock.config.section"]):
+    from parablock.config.load import load_config
     from parablock.errors import CodecError, ConfigError
     from parablock.wire.messages import from_bytes
 

@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 import parablock
-from parablock.config import RunConfig
-from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
-from parablock.experiment import resume, run
+from parablock.config.load import RunConfig
+from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.experiment.progress import PlainProgress
+from parablock.experiment.run import resume, run
 from parablock.model.blocks import partition_blocks
 from parablock.model.outline import outline_model
-from parablock.report.progress import PlainProgress
-from parablock.report.records import RunDirectory
+from parablock.storage.run_directory import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

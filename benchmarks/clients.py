@@ -18,9 +18,9 @@ import psutil
 from _record import Bar, Material, fresh_folder, generated, make_console, make_parser, record, table
 from rich.console import Console
 
-from parablock.config import RunConfig, parse_config
-from parablock.experiment import run
-from parablock.report.progress import PlainProgress
+from parablock.config.load import RunConfig, parse_config
+from parablock.experiment.progress import PlainProgress
+from parablock.experiment.run import run
 
 Found = dict[str, Any]
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from _record import REPOSITORY, Bar, fresh_folder, make_console, make_parser, record, table
 
-from parablock.config import load_config, parse_config
+from parablock.config.load import load_config, parse_config
 from parablock.errors import CodecError, ConfigError
 from parablock.seeding import generator_for
 from parablock.wire.codec import CHECKSUM, PREFIX

@@ -23,8 +23,8 @@ from typing import Any
 from _record import Bar, fresh_folder, generated, make_console, make_parser, record, t0, table
 from rich.console import Console
 
-from parablock.cli import main as main_of_parablock
-from parablock.config import RunConfig, parse_config
+from parablock.cli.main import main as main_of_parablock
+from parablock.config.load import RunConfig, parse_config
 from parablock.seeding import generator_for
 
 NUM_CLIENTS = 3
@@ -167,7 +167,7 @@ def start(config: RunConfig, directory: Path) -> BaseProcess:
 
 def parablock(directory: Path, *arguments: str) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["parablock.cli", "parablock.experiment"])
+    context.set_forkserver_preload(["parablock.cli.main", "parablock.experiment.run"])
     process = context.Process(target=command_line, args=(arguments, str(directory.with_suffix(".log"))))
     process.start()
     return process

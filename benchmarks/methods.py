@@ -39,21 +39,21 @@ from _record import (
 from rich.console import Console
 from torch import Tensor
 
-from parablock.algorithm.baselines.flora import Factors
-from parablock.algorithm.baselines.trained import trained_blocks
-from parablock.assembly import server_plan
+from parablock.algorithm.stacking import Factors
 from parablock.clock import VirtualClock
-from parablock.config import RunConfig, parse_config
-from parablock.conflicts import LORA_METHODS
+from parablock.config.conflicts import LORA_METHODS
+from parablock.config.load import RunConfig, parse_config
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
-from parablock.engine.stacked import factors_of
-from parablock.estimate.compute import ASSUMED_FLOPS
-from parablock.estimate.flops import FlopModel, Tokens
+from parablock.experiment.engines import server_plan
+from parablock.methods.blocks import trained_blocks
+from parablock.methods.flora import factors_of
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
 from parablock.model.load import load_model
 from parablock.trace import Trace
+from parablock.training.flops import FlopModel, Tokens
+from parablock.training.step_time import ASSUMED_FLOPS
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart
 

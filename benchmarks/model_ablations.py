@@ -23,8 +23,8 @@ import torch
 from _record import kept_run, make_console, make_parser, record, table
 from rich.console import Console
 
-from parablock.config import RunConfig, overridden, parse_config
-from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.config.load import RunConfig, overridden, parse_config
+from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.model.blocks import partition_blocks
 from parablock.model.outline import outline_model
 from parablock.report.ablation import ablation_table

@@ -34,7 +34,7 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config import RunConfig, parse_config
+from parablock.config.load import RunConfig, parse_config
 from parablock.trace import Span, read_chrome_trace
 
 NUM_CLIENTS = 2

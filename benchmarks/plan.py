@@ -32,7 +32,7 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config import RunConfig, parse_config
+from parablock.config.load import RunConfig, parse_config
 from parablock.plan.forecast import Plan, make_plan
 
 FAMILIES = ("ag_news", "gigaword", "social_i_qa")

@@ -44,8 +44,8 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config import RunConfig, parse_config
-from parablock.report.records import RunDirectory
+from parablock.config.load import RunConfig, parse_config
+from parablock.storage.run_directory import RunDirectory
 
 SETS = ("t0", "gsm8k")
 DELAYS = (0, 1)

@@ -23,16 +23,16 @@ from rich.console import Console
 from torch import Tensor
 
 from parablock.algorithm.robust import Rule
-from parablock.assembly import local_arguments, server_plan
 from parablock.clock import VirtualClock
-from parablock.config import RunConfig, parse_config
+from parablock.config.load import RunConfig, parse_config
 from parablock.engine.client import Trained, Trainer
 from parablock.engine.inprocess import Hooks, run_in_process
-from parablock.engine.trainer import LocalTrainer
 from parablock.evaluation.loss import evaluate_loss
-from parablock.job import prepare
+from parablock.experiment.engines import local_arguments, server_plan
+from parablock.experiment.inputs import prepare
 from parablock.model.params import Replica
 from parablock.trace import Trace
+from parablock.training.trainer import LocalTrainer
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart
 

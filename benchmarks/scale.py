@@ -28,18 +28,18 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from parablock.assembly import server_plan
 from parablock.clock import VirtualClock
-from parablock.config import RunConfig, parse_config
+from parablock.config.load import RunConfig, parse_config
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
-from parablock.estimate.compute import ASSUMED_FLOPS
-from parablock.estimate.flops import FlopModel, Tokens
+from parablock.experiment.engines import server_plan
 from parablock.model.blocks import partition_blocks
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
 from parablock.trace import Trace
+from parablock.training.flops import FlopModel, Tokens
+from parablock.training.step_time import ASSUMED_FLOPS
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding

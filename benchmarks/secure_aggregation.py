@@ -27,13 +27,13 @@ from _record import Bar, generated, make_console, make_parser, record, run_quiet
 from rich.console import Console
 from torch import Tensor
 
-from parablock.algorithm.grid import EXTRA_WORDS, Grid, GridAggregation
+from parablock.algorithm.fixed_point import EXTRA_WORDS, Grid, GridAggregation
 from parablock.algorithm.robust import Rule
-from parablock.config import RunConfig, parse_config
+from parablock.config.load import RunConfig, parse_config
 from parablock.privacy.cohorts import Cohorts
-from parablock.privacy.collector import Collector
-from parablock.privacy.courier import Courier
-from parablock.report.records import RunDirectory
+from parablock.privacy.masked_client import Courier
+from parablock.privacy.masked_server import Collector
+from parablock.storage.run_directory import RunDirectory
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
 from parablock.wire.transport import Parcel

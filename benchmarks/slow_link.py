@@ -31,7 +31,7 @@ from _record import (
 from rich.console import Console
 from transformers import LlamaConfig
 
-from parablock.config import RunConfig, parse_config
+from parablock.config.load import RunConfig, parse_config
 from parablock.model.blocks import partition_blocks
 from parablock.model.outline import outline_model
 from parablock.wire.quantize import CHUNK_PIECE, bytes_per_element

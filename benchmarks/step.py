@@ -31,12 +31,12 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from parablock.algorithm.local import LocalArguments, train_block
 from parablock.data.batches import Batch
 from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import partition_blocks
 from parablock.model.load import DTYPES, load_model
 from parablock.model.params import Replica
+from parablock.training.local import LocalArguments, train_block
 
 ARGUMENTS = LocalArguments(learning_rate=1e-4, total_steps=1_000_000)
 LORA_RANK = 16

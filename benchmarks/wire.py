@@ -19,8 +19,8 @@ from torch import Tensor
 from parablock.clock import RealClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.link import Link

@@ -38,9 +38,9 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config import RunConfig, parse_config
-from parablock.demo import TEST_FILE_NAME, make_word_problems
-from parablock.scores import score_models
+from parablock.config.load import RunConfig, parse_config
+from parablock.demo.material import TEST_FILE_NAME, make_word_problems
+from parablock.evaluation.side_by_side import score_models
 
 CLIENTS, STEP_S, MORE_ROUNDS_ONE_IN = 4, 0.25, 12
 RUNS = {"fl_bcd": 0, "parablock": 1, "parablock, more rounds": 1}

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the models of `parablock.settings`; a test fails when the page is stale.
+"""Write docs/configuration.md from the models of `parablock.config.keys`; a test fails when the page is stale.
 
     .venv/bin/python docs/generate_configuration.py
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from parablock.config import NOT_BUILT, RunConfig, parse_config
+from parablock.config.load import NOT_BUILT, RunConfig, parse_config
 from parablock.errors import ConfigError
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -25,7 +25,7 @@ PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """\
 # Configuration
 
-<!-- Written by docs/generate_configuration.py. Change src/parablock/settings.py, not this page. -->
+<!-- Written by docs/generate_configuration.py. Change src/parablock/config/keys.py, not this page. -->
 
 A configuration is a YAML file. Only `model.name_or_path` and `data.train` have no default. An unknown key or a
 wrong value is refused, all problems at once, before anything is read or written. `--set key=value` changes a key

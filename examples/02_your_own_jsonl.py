@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from parablock import RunConfig, run
-from parablock.demo import make_tiny_llama
-from parablock.scores import score_models
+from parablock.demo.material import make_tiny_llama
+from parablock.evaluation.side_by_side import score_models
 
 CAPITALS = {"Oslo": "Norway", "Lima": "Peru", "Rome": "Italy", "Cairo": "Egypt", "Quito": "Ecuador"}
 QUESTIONS = ("{} is the capital of", "Name the country of {}:", "{} lies in", "Which country has {}?")

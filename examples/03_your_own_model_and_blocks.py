@@ -8,11 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from parablock.algorithm.aggregate import average
-from parablock.algorithm.local import LocalArguments, LocalResult, train_block
 from parablock.algorithm.sequential import Problem, run_sequential
 from parablock.data.batches import Batch
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
+from parablock.training.local import LocalArguments, LocalResult, train_block
 
 TEXTS = (b"the cat sat on the mat. " * 3, b"a dog ran in the park.. " * 3)  # what each of two clients has
 ARGUMENTS = LocalArguments(learning_rate=1e-2, total_steps=48)

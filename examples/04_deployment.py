@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from parablock import RunConfig, run
-from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
-from parablock.deploy.local import deploy_local
+from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.deploy.one_machine import deploy_local
 
 
 def make_config(files: list[Path], made: Path, engine: str) -> RunConfig:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from parablock import RunConfig, run
-from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 
 
 def main(output_dir: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from parablock.report.records import time_and_bytes
-from parablock.settings import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.storage.run_directory import time_and_bytes
 from parablock.trace import Span, write_chrome_trace
 
 BLOCK_PARAMETERS = 725_504

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from parablock.cli import main
-from parablock.model import leaving, load
+from parablock.cli.main import main
+from parablock.model import device_copy as leaving
+from parablock.model import load
 
 
 def build(folder: Path) -> Path:

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parablock.cli import main
+from parablock.cli.main import main
 
 NUM_CLIENTS = 4
 NUM_LAYERS = 4
@@ -132,7 +132,7 @@ def command(*arguments: str) -> Outcome:
 
 def command_line(arguments: Iterable[str]) -> list[str]:
     """The same command line as a process of its own."""
-    return [sys.executable, "-c", "from parablock.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from parablock.cli.main import main; main()", *arguments]
 
 
 def command_apart(
@@ -181,7 +181,7 @@ class Process:
 
     def __init__(self, arguments: Iterable[str], log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parablock.cli", "parablock.experiment"])
+        context.set_forkserver_preload(["parablock.cli.main", "parablock.experiment.run"])
         self.log = log
         self._process = context.Process(target=_main_with, args=(list(arguments), str(log)))
         self._process.start()

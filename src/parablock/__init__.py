@@ -10,19 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from parablock.config import RunConfig, load_config, parse_config
-    from parablock.experiment import resume, run
+    from parablock.config.load import RunConfig, load_config, parse_config
+    from parablock.experiment.run import resume, run
 
 __version__ = "0.1.0"
 
 __all__ = ["RunConfig", "__version__", "load_config", "parse_config", "resume", "run"]
 
 _HOMES = {
-    "RunConfig": "parablock.config",
-    "load_config": "parablock.config",
-    "parse_config": "parablock.config",
-    "resume": "parablock.experiment",
-    "run": "parablock.experiment",
+    "RunConfig": "parablock.config.load",
+    "load_config": "parablock.config.load",
+    "parse_config": "parablock.config.load",
+    "resume": "parablock.experiment.run",
+    "run": "parablock.experiment.run",
 }
 
 if not TYPE_CHECKING:  # a type checker would take this function to mean that every name exists

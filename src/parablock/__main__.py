@@ -1,6 +1,6 @@
 """`python -m parablock`: the command line."""
 
-from parablock.cli import main
+from parablock.cli.main import main
 
 if __name__ == "__main__":
     main()

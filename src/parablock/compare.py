@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from parablock.checkpoint import storage, write_atomically
-from parablock.config import RunConfig, overridden, parse_config
-from parablock.conflicts import BLOCK_METHODS, LORA_METHODS
+from parablock.config.conflicts import BLOCK_METHODS, LORA_METHODS
+from parablock.config.load import RunConfig, overridden, parse_config
 from parablock.errors import ConfigError, ParaBlockError
-from parablock.experiment import Summary, run
+from parablock.evaluation.side_by_side import score_models
+from parablock.experiment.progress import Progress
+from parablock.experiment.run import Summary, run
 from parablock.plan.memory import memory_per_client
 from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
-from parablock.report.progress import Progress
 from parablock.report.reading import read_runs
-from parablock.report.records import RunDirectory
 from parablock.report.write import write_report
-from parablock.scores import score_models
+from parablock.storage.checkpoint import storage, write_atomically
+from parablock.storage.run_directory import RunDirectory
 
 SCORED_TASKS = ("exact_match", "multiple_choice")
 

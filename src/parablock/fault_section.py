@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from parablock.section import Section
+from parablock.config.section import Section
 
 POISONS = ("nan", "sign_flip", "scale")
 """Kinds that change what an update says."""

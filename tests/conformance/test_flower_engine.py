@@ -16,10 +16,9 @@ from flwr.app import Message
 from torch import Tensor
 
 from loop_grid import Fate, LoopGrid
-from parablock.algorithm.grid import Grid
+from parablock.algorithm.fixed_point import Grid
 from parablock.algorithm.parablock import ServerState, initial_client, same
 from parablock.algorithm.robust import Rule
-from parablock.checkpoint import RunState
 from parablock.clock import RealClock
 from parablock.engine.client import Client, Trained
 from parablock.engine.faults import Fault, Faults
@@ -34,11 +33,12 @@ from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Place
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
 from parablock.errors import StallError
-from parablock.privacy.agreement import SecureAggregation
 from parablock.privacy.protection import Protection
+from parablock.privacy.secure_aggregation import SecureAggregation
+from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart

@@ -13,8 +13,8 @@ from parablock.clock import VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
 from parablock.seeding import seed_for
 from parablock.trace import Trace
 from parablock.wire.link import Link

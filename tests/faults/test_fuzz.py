@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from parablock.config import load_config, parse_config
+from parablock.config.load import load_config, parse_config
 from parablock.errors import CodecError, ConfigError
 from parablock.wire.codec import CHECKSUM, PREFIX, encode
 from parablock.wire.messages import (

@@ -14,13 +14,13 @@ import torch
 
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import Problem, run_sequential
-from parablock.checkpoint import RunState
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
 from parablock.errors import StallError, TrainingError
+from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding

@@ -14,9 +14,9 @@ import torch
 
 from parablock.algorithm.parablock import NEVER, initial_server, same
 from parablock.clock import RealClock
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import Server, ServerPlan
-from parablock.engine.spool import Spool
-from parablock.engine.steps import FixedSteps
+from parablock.engine.update_store import Spool
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes, to_bytes
@@ -221,7 +221,7 @@ def test_what_was_folded_from_a_file_is_folded_anew_from_it_and_no_file_is_left_
     monkeypatch.setattr(Spool, "close", lambda self: (closed.append(self._file is not None), close(self)))
     in_memory = serve(bad, delay=delay)
     assert not any(closed)
-    monkeypatch.setattr("parablock.engine.folding.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("parablock.engine.round_fold.IN_MEMORY_BYTES", 0)
     in_file = serve(bad, delay=delay, folder=tmp_path)
     assert same(in_memory[0].state.params, in_file[0].state.params)
     assert in_memory[1] == in_file[1]

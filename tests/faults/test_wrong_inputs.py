@@ -23,11 +23,11 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from broken_inputs import write_broken_files, write_broken_models
-from parablock.config import load_config
+from parablock.config.load import load_config
+from parablock.config.section import NOT_BUILT
 from parablock.errors import StorageError
-from parablock.experiment import run
-from parablock.report.progress import make_progress
-from parablock.section import NOT_BUILT
+from parablock.experiment.progress import make_progress
+from parablock.experiment.run import run
 from tiny_runs import (
     NUM_LAYERS,
     Outcome,
@@ -489,8 +489,8 @@ def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from
         return write(descriptor, content, offset)
 
     with monkeypatch.context() as patched:
-        patched.setattr("parablock.engine.folding.IN_MEMORY_BYTES", 0)
-        patched.setattr("parablock.engine.spool.os.pwrite", full)
+        patched.setattr("parablock.engine.round_fold.IN_MEMORY_BYTES", 0)
+        patched.setattr("parablock.engine.update_store.os.pwrite", full)
         assert_refused(workshop.run(run_dir), str(run_dir), "the disk is full", "parablock resume")
     assert summary_of(run_dir)["status"] == "failed"
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["round-000002"]

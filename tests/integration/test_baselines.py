@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from parablock import load_config, resume
 from parablock import run as run_here
+from parablock.evaluation.side_by_side import score_models
 from parablock.model.adapters import adapted_layers
-from parablock.scores import score_models
 from tiny_runs import NUM_CLIENTS, NUM_LAYERS, Outcome, Workshop, metrics_of, summary_of
 
 LORA = ("fedit", "ffa_lora", "flora")

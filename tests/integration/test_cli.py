@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock import __version__
-from parablock.config import known_keys, load_config
+from parablock.config.load import known_keys, load_config
 from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,

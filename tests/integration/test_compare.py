@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from parablock.compare import plan_comparison
-from parablock.config import load_config
+from parablock.config.load import load_config
 from tiny_runs import command, metrics_of, sum_row, summary_of, write_rows
 
 

@@ -11,9 +11,9 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import load_config, run
-from parablock.config import RunConfig
+from parablock.config.load import RunConfig
 from parablock.errors import DataError
-from parablock.job import prepare
+from parablock.experiment.inputs import prepare
 from tiny_runs import make_workshop, sum_row, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]

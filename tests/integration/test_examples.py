@@ -69,7 +69,7 @@ def test_your_own_jsonl_makes_what_it_is_not_given_and_learns_the_answers(tmp_pa
 
 @pytest.mark.slow
 def test_your_own_jsonl_takes_a_file_and_a_folder(tmp_path: Path) -> None:
-    from parablock.demo import make_tiny_llama
+    from parablock.demo.material import make_tiny_llama
 
     text = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"Say {k % 7}.", "completion": f"It is {k % 7}."} for k in range(40)]

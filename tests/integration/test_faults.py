@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from parablock.config import load_config
-from parablock.experiment import resume, run
+from parablock.config.load import load_config
+from parablock.experiment.run import resume, run
 from tiny_runs import Workshop, metrics_of, summary_of
 
 KILLED = "faults=[{client: 3, round: 2, at: train, kind: kill}]"

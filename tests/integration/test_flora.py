@@ -12,16 +12,16 @@ from torch import Tensor
 
 from parablock import load_config
 from parablock.algorithm.aggregate import average
-from parablock.algorithm.baselines.flora import Factors, StackAggregation
-from parablock.assembly import EngineInput, InProcess
+from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.clock import VirtualClock
 from parablock.compare import predicted_memory_bytes
 from parablock.engine.faults import NO_FAULTS
 from parablock.engine.inprocess import EngineResult, Hooks
-from parablock.engine.stacked import factors_of
 from parablock.errors import CodecError
-from parablock.fleet import Fleet, make_fleet
-from parablock.job import Job, prepare
+from parablock.experiment.engines import EngineInput, InProcess
+from parablock.experiment.inputs import Job, prepare
+from parablock.methods.base import Fleet, make_fleet
+from parablock.methods.flora import factors_of
 from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
 from parablock.seeding import generator_for
 from parablock.trace import Trace

@@ -26,14 +26,14 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cuttable_proxy import CuttableProxy
-from parablock.config import RunConfig, load_config, parse_config
+from parablock.config.load import RunConfig, load_config, parse_config
 from parablock.deploy.keys import make_keys
-from parablock.deploy.local import Deployment, resume_local, watch
+from parablock.deploy.one_machine import Deployment, resume_local, watch
 from parablock.deploy.processes import environment, flower, free_ports
 from parablock.deploy.variables import failure_file, server_log
 from parablock.errors import ParaBlockError
-from parablock.experiment import run
-from parablock.report.progress import LoggedProgress
+from parablock.experiment.progress import LoggedProgress
+from parablock.experiment.run import run
 from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -186,7 +186,7 @@ def kill_courier(supernode: int) -> bool:
     """
     for process in psutil.Process(supernode).children(recursive=True):
         try:
-            if "parablock.deploy.trainer" in process.cmdline() and (courier := process.parent()):
+            if "parablock.deploy.site_trainer" in process.cmdline() and (courier := process.parent()):
                 process.suspend()
                 if time.time() - process.create_time() > 1.0:  # less than it takes to begin
                     process.kill()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from parablock.harness import harness_scores
+from parablock.evaluation.harness import harness_scores
 from tiny_runs import Workshop, command, write_rows
 
 

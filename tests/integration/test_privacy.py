@@ -36,7 +36,7 @@ class Messages:
 @pytest.fixture
 def known_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every run the same key, so that two of them can be compared."""
-    monkeypatch.setattr("parablock.experiment.new_secret", lambda: KEY)
+    monkeypatch.setattr("parablock.experiment.run.new_secret", lambda: KEY)
 
 
 def summary(workshop: Workshop, output_dir: Path, *overrides: str, **options: Any) -> dict[str, Any]:

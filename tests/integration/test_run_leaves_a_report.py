@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from parablock.config import load_config
-from parablock.experiment import run
+from parablock.config.load import load_config
+from parablock.experiment.run import run
 from tiny_runs import Workshop, command, metrics_of, summary_of
 
 

@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parablock.algorithm.grid import Grid, GridAggregation
+from parablock.algorithm.fixed_point import Grid, GridAggregation
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort
 from parablock.algorithm.sequential import Problem, run_sequential
-from parablock.checkpoint import RunState
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
-from parablock.privacy.agreement import SecureAggregation
 from parablock.privacy.protection import Protection
+from parablock.privacy.secure_aggregation import SecureAggregation
+from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding

@@ -15,9 +15,9 @@ from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.spool import Spool
-from parablock.engine.steps import FixedSteps
+from parablock.engine.update_store import Spool
 from parablock.seeding import seed_for
 from parablock.trace import Trace
 from parablock.wire.link import Link
@@ -122,7 +122,7 @@ def test_updates_that_are_kept_in_a_file_end_with_bitwise_the_numbers_of_those_i
     monkeypatch.setattr(
         Spool, "_write", lambda self, vector, offset: (written.append(offset), write(self, vector, offset))
     )
-    monkeypatch.setattr("parablock.engine.folding.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("parablock.engine.round_fold.IN_MEMORY_BYTES", 0)
     in_file = run(encoding, folder=tmp_path, **options)[0]
     assert same(in_memory.server.params, in_file.server.params)
     assert in_memory.server.rho == in_file.server.rho

@@ -14,8 +14,8 @@ from parablock.algorithm.robust import Normals, Rule, aggregate_by
 from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
 from parablock.privacy.protection import Protection
 from parablock.seeding import generator_for
 from parablock.trace import Trace

@@ -15,8 +15,8 @@ from parablock.algorithm.sequential import Problem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import RoundStart

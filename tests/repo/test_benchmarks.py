@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from parablock.config import load_config, parse_config
-from parablock.experiment import run
+from parablock.config.load import load_config, parse_config
+from parablock.experiment.run import run
 from parablock.report.write import write_report
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -221,7 +221,7 @@ def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
 def test_flowers_own_fedavg_ends_where_ours_does(benchmark: Any, tmp_path: Path) -> None:
     from _flower import run_fedavg
 
-    from parablock.demo import make_tiny_llama, make_word_problems
+    from parablock.demo.material import make_tiny_llama, make_word_problems
 
     train = make_word_problems(tmp_path, num_clients=2, examples_per_client=8, seed=0)
     make_tiny_llama(tmp_path / "model", train[0].read_text().splitlines(), seed=0)

@@ -18,8 +18,8 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import errors
-from parablock.config import NOT_BUILT, known_keys
-from parablock.settings import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.load import NOT_BUILT, known_keys
 from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from parablock.config import NOT_BUILT, RunConfig, parse_config
+from parablock.config.load import NOT_BUILT, RunConfig, parse_config
 from parablock.deploy.site import SiteConfig
 from parablock.errors import ConfigError
 
@@ -91,7 +91,7 @@ def wrong_words(arguments: list[str], program: Any) -> list[str]:
 def program() -> Any:
     from typer.main import get_command
 
-    from parablock.cli import app
+    from parablock.cli.main import app
 
     return get_command(app)
 

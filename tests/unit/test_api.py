@@ -46,7 +46,8 @@ def test_every_name_that_it_says_it_has_is_there() -> None:
 
 
 def test_its_names_are_those_of_their_homes() -> None:
-    from parablock import config, experiment
+    from parablock.config import load as config
+    from parablock.experiment import run as experiment
 
     assert (run, resume) == (experiment.run, experiment.resume)
     assert (RunConfig, load_config, parse_config) == (config.RunConfig, config.load_config, config.parse_config)

@@ -8,8 +8,8 @@ import torch
 
 from parablock.algorithm.aggregate import Aggregate, ServerOptimizer
 from parablock.algorithm.parablock import initial_server, same, schedule_round, server_commit
-from parablock.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.errors import CheckpointError, StorageError
+from parablock.storage.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.trace import Span
 
 
@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_written_is_a_storage_error_and_leaves_the_last_o
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("parablock.checkpoint.os.fsync", full)
+    monkeypatch.setattr("parablock.storage.checkpoint.os.fsync", full)
     with pytest.raises(StorageError, match="the disk is full"):
         save_checkpoint(tmp_path, state(16), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["round-000008"]

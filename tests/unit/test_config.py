@@ -11,10 +11,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from parablock.config import NOT_BUILT, RunConfig, known_keys, load_config, parse_config
-from parablock.conflicts import conflicts
+from parablock.config.conflicts import conflicts
+from parablock.config.load import NOT_BUILT, RunConfig, known_keys, load_config, parse_config
+from parablock.config.section import Section
 from parablock.errors import ConfigError
-from parablock.section import Section
 
 REQUIRED = {"model.name_or_path": "org/model", "data.train": ["train.jsonl"]}
 

@@ -12,7 +12,7 @@ import torch
 from parablock.data.formats import detect_format
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
-from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.errors import DataError, StorageError
 from parablock.model.load import load_model
 from parablock.model.save import model_sha256

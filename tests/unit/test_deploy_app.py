@@ -15,15 +15,15 @@ from subprocess import PIPE
 import pytest
 
 from parablock import __version__
-from parablock.config import parse_config
-from parablock.deploy.local import Deployment, prepare_app, resume_local, watch
+from parablock.config.load import parse_config
+from parablock.deploy.one_machine import Deployment, prepare_app, resume_local, watch
 from parablock.deploy.processes import check_site_keys, write_app
 from parablock.deploy.server_app import only_one
 from parablock.deploy.site import load_site, site_file
 from parablock.deploy.variables import config_file, failure_file, output_dir_of
 from parablock.errors import ConfigError, InputError, ParaBlockError, StorageError
-from parablock.report.progress import LoggedProgress
-from parablock.report.records import RunDirectory, claimed
+from parablock.experiment.progress import LoggedProgress
+from parablock.storage.run_directory import RunDirectory, claimed
 
 CONFIG = {"model": {"name_or_path": "/model"}, "data": {"train": ["/rows.jsonl"]}, "engine": {"name": "flower"}}
 

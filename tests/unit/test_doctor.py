@@ -11,8 +11,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from parablock import doctor
-from parablock.doctor import examine
+from parablock.cli import doctor
+from parablock.cli.doctor import examine
 
 GIB = 2**30
 

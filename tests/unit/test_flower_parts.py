@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from loop_grid import LoopGrid
 from parablock.clock import RealClock
-from parablock.config import parse_config
+from parablock.config.load import parse_config
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
     ServerFiles,
@@ -37,8 +37,8 @@ from parablock.deploy.processes import (
     supernodes_of,
     write_connection,
 )
-from parablock.deploy.server import server_config
 from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
+from parablock.deploy.superlink import server_config
 from parablock.engine.flower import grid
 from parablock.engine.flower.courier import client_app, pack, unpack
 from parablock.engine.flower.exchange import (

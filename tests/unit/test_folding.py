@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, Aggregate
-from parablock.algorithm.grid import Grid, GridAggregation
+from parablock.algorithm.fixed_point import Grid, GridAggregation
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
-from parablock.engine import folding
-from parablock.engine.folding import Problem, RoundFold
-from parablock.engine.spool import Spool
+from parablock.engine import round_fold as folding
+from parablock.engine.round_fold import Problem, RoundFold
+from parablock.engine.update_store import Spool
 from parablock.errors import StorageError
 from parablock.privacy.keystream import Keystream
 from parablock.seeding import generator_for
@@ -254,7 +254,7 @@ def full_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None
             written[0] += some
             return write(descriptor, content[:some], offset)
 
-        monkeypatch.setattr("parablock.engine.spool.os.pwrite", pwrite)
+        monkeypatch.setattr("parablock.engine.update_store.os.pwrite", pwrite)
 
     yield limit
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parablock.report.hidden import ClientTimes, cut_transfers, times_by_client
-from parablock.report.records import overlap_fraction
+from parablock.storage.run_directory import overlap_fraction
 from parablock.trace import Span
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from weakref import ref
 
-from parablock.config import load_config
-from parablock.fleet import make_fleet
-from parablock.job import prepare
+from parablock.config.load import load_config
+from parablock.experiment.inputs import prepare
+from parablock.methods.base import make_fleet
 from tiny_runs import Workshop, sum_row, write_rows
 
 

@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_parameter_names
 
-from parablock.algorithm.local import LocalArguments, LocalResult, Moments, learning_rate_at, train_block
 from parablock.data.batches import Batch
 from parablock.errors import DataError, TrainingError
 from parablock.model.blocks import partition_blocks
 from parablock.model.loss import num_label_tokens, summed_loss
 from parablock.model.params import Replica
+from parablock.training.local import LocalArguments, LocalResult, Moments, learning_rate_at, train_block
 
 NUM_LAYERS = 4
 PLAIN = LocalArguments(learning_rate=1e-2, total_steps=100, max_grad_norm=0.0)

@@ -14,15 +14,15 @@ import pytest
 from rich.console import Console
 from transformers import BertConfig, LlamaConfig
 
-from parablock.config import RunConfig, load_config, parse_config
+from parablock.config.load import RunConfig, load_config, parse_config
 from parablock.errors import ConfigError, DataError, ModelError
-from parablock.estimate.compute import ASSUMED_FLOPS, assumed_compute, crowding
-from parablock.estimate.flops import Tokens
 from parablock.plan.advice import Advice, Case, recommend
 from parablock.plan.forecast import Plan, make_plan
 from parablock.plan.probe import probed_compute
 from parablock.plan.scenario import Scenario
 from parablock.plan.view import show_plan
+from parablock.training.flops import Tokens
+from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, crowding
 from tiny_runs import Workshop, sum_row, write_rows
 
 PROMISED_KEYS = [

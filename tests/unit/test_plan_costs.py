@@ -11,9 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parablock.config import RunConfig, load_config, parse_config
+from parablock.config.load import RunConfig, load_config, parse_config
 from parablock.data.batches import Batch
-from parablock.estimate.flops import FlopModel, Tokens
 from parablock.model.blocks import Block, find_layers, partition_blocks, whole_model
 from parablock.model.loss import summed_loss
 from parablock.model.outline import outline_model
@@ -23,6 +22,7 @@ from parablock.plan.itinerary import walk
 from parablock.plan.memory import FP32, LORA_RANK, memory_per_client
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes, total_bytes
+from parablock.training.flops import FlopModel, Tokens
 from parablock.wire.link import Link
 from tiny_runs import Workshop, make_workshop, summary_of
 

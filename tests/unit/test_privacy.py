@@ -13,8 +13,8 @@ from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.clock import VirtualClock
 from parablock.engine.client import Trained
 from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FixedSteps
 from parablock.privacy.accounting import Accountant
 from parablock.privacy.keystream import Keystream, derive, new_key
 from parablock.privacy.protection import Protection

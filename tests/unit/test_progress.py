@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from parablock.report.progress import LiveProgress, PlainProgress, make_progress
+from parablock.experiment.progress import LiveProgress, PlainProgress, make_progress
 from parablock.report.units import format_bytes, format_duration, sparkline
 
 

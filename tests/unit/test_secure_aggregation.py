@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from parablock.algorithm.grid import Grid, GridAggregation
+from parablock.algorithm.fixed_point import Grid, GridAggregation
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
-from parablock.engine.folding import RoundFold
+from parablock.engine.round_fold import RoundFold
 from parablock.errors import CodecError, StallError
 from parablock.privacy.cohorts import Cohorts, threshold_of
-from parablock.privacy.collector import Collector
-from parablock.privacy.courier import Courier
+from parablock.privacy.masked_client import Courier
+from parablock.privacy.masked_server import Collector
 from parablock.privacy.shamir import PRIME, SHARE_BYTES, join, split
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from parablock.clock import VirtualClock
-from parablock.config import parse_config
+from parablock.config.load import parse_config
 from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps, local_steps_of
 from parablock.engine.server import ServerPlan
-from parablock.engine.steps import FillTheWait, FixedSteps, LocalSteps, local_steps_of
 from parablock.trace import Trace
 from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding

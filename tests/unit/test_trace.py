@@ -5,8 +5,8 @@ import json
 import pytest
 
 from parablock.clock import VirtualClock
-from parablock.report.records import overlap_fraction
 from parablock.report.timeline import draw_timeline
+from parablock.storage.run_directory import overlap_fraction
 from parablock.trace import Span, Trace, read_chrome_trace, write_chrome_trace
 
 

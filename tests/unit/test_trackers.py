@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from parablock.config import parse_config
+from parablock.config.load import parse_config
 from parablock.errors import ConfigError
-from parablock.report.trackers import check_trackers, figures_of, open_trackers
+from parablock.experiment.trackers import check_trackers, figures_of, open_trackers
 
 CONFIG = {"seed": 3}
 

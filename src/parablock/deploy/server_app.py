@@ -17,9 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from parablock.assembly import EngineInput, clients_of, server_plan
-from parablock.checkpoint import write_atomically
-from parablock.config import load_config
+from parablock.config.load import load_config
 from parablock.deploy.site import shared_config
 from parablock.deploy.variables import config_file, failure_file, output_dir_of, server_log, stop_file
 from parablock.engine.flower.engine import run_over_flower, server_app
@@ -27,11 +25,13 @@ from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
 from parablock.engine.inprocess import EngineResult
 from parablock.errors import ParaBlockError
-from parablock.experiment import resume, run
-from parablock.job import Job
-from parablock.report.progress import LoggedProgress
-from parablock.report.records import claimed
-from parablock.safeguards import masking_of
+from parablock.experiment.engines import EngineInput, clients_of, server_plan
+from parablock.experiment.inputs import Job
+from parablock.experiment.progress import LoggedProgress
+from parablock.experiment.protections import masking_of
+from parablock.experiment.run import resume, run
+from parablock.storage.checkpoint import write_atomically
+from parablock.storage.run_directory import claimed
 
 
 class FlowerEngine:

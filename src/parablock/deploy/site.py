@@ -14,10 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from parablock.config import RunConfig, parse_config, read_tree, validate
+from parablock.config.load import RunConfig, parse_config, read_tree, validate
+from parablock.config.section import Section
 from parablock.deploy.variables import OUTPUT_KEY, site_file_of
 from parablock.errors import ConfigError
-from parablock.section import Section
 
 SITE_VARIABLE = "PARABLOCK_SITE"
 """The environment variable that names the site's file where the SuperNode's `--node-config` does not."""

@@ -15,8 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from parablock.algorithm.baselines.flora import Factors
-from parablock.algorithm.grid import Grid
+from parablock.algorithm.fixed_point import Grid
 from parablock.algorithm.parablock import (
     ClientState,
     Commit,
@@ -26,11 +25,12 @@ from parablock.algorithm.parablock import (
     put_in_flight,
     working_parameters,
 )
-from parablock.checkpoint import ClientSnapshot
+from parablock.algorithm.stacking import Factors
 from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.errors import CodecError, TrainingError
-from parablock.model.leaving import Parts
+from parablock.model.device_copy import Parts
 from parablock.privacy.protection import Protection
+from parablock.storage.checkpoint import ClientSnapshot
 from parablock.trace import Trace
 from parablock.wire.messages import (
     Chunk,

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from parablock.algorithm.parablock import ClientState, ServerState, initial_client, initial_server
-from parablock.checkpoint import ClientSnapshot, RunState
 from parablock.engine.client import Client, Trainer, restore_client
 from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
 from parablock.engine.pipeline import Courier, Machines, Pipeline
@@ -22,6 +21,7 @@ from parablock.engine.server import Server, ServerPlan
 from parablock.engine.stopping import StopAsked, look_for_a_stop
 from parablock.errors import StallError
 from parablock.privacy.protection import Protection
+from parablock.storage.checkpoint import ClientSnapshot, RunState
 from parablock.trace import Span, Trace
 from parablock.wire.link import Link
 from parablock.wire.messages import Mark, Update, to_bytes

@@ -35,9 +35,9 @@ from parablock.algorithm.parablock import (
 )
 from parablock.algorithm.schedule import next_block
 from parablock.engine.downlink import Downlink
-from parablock.engine.folding import Problem, RoundFold
 from parablock.engine.participation import Participation
-from parablock.engine.plan import ServerPlan
+from parablock.engine.plans import ServerPlan
+from parablock.engine.round_fold import Problem, RoundFold
 from parablock.errors import CodecError, StallError, TrainingError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from parablock.config import RunConfig
-from parablock.conflicts import LORA_METHODS
+from parablock.config.conflicts import LORA_METHODS
+from parablock.config.load import RunConfig
 from parablock.errors import ConfigError
 from parablock.model.blocks import Block
 from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict

@@ -9,8 +9,8 @@ from typing import Literal
 
 from parablock.algorithm.parablock import NEVER
 from parablock.algorithm.schedule import cohort, next_block
-from parablock.assembly import encoding_of
-from parablock.config import RunConfig
+from parablock.config.load import RunConfig
+from parablock.experiment.engines import encoding_of
 
 News = tuple[tuple[int, Literal["streamed", "fresh", "missed"]], ...]
 """New blocks that a message tells a client of: streamed ahead of it, fresh (the client held the value just

@@ -17,19 +17,19 @@ from functools import cache
 import numpy as np
 import torch
 
-from parablock.algorithm.local import LocalArguments
 from parablock.algorithm.parablock import NEVER, delta_of
-from parablock.config import RunConfig
+from parablock.config.load import RunConfig
 from parablock.data.batches import Batch, round_batches
-from parablock.engine.trainer import LocalTrainer
 from parablock.errors import ConfigError
-from parablock.estimate.compute import Compute, crowding, device, format_flops
-from parablock.estimate.fit import flops_of
-from parablock.estimate.flops import FlopModel, Tokens
-from parablock.job import Job, prepare
+from parablock.experiment.fit_blocks import flops_of
+from parablock.experiment.inputs import Job, prepare
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.seeding import seed_for
+from parablock.training.flops import FlopModel, Tokens
+from parablock.training.local import LocalArguments
+from parablock.training.step_time import Compute, crowding, device, format_flops
+from parablock.training.trainer import LocalTrainer
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import pack
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import cache, partial
 from statistics import fmean
 
-from parablock.algorithm.baselines.trained import layer_blocks, trained_blocks
 from parablock.algorithm.parablock import steps_of
-from parablock.assembly import encoding_of
-from parablock.config import RunConfig
-from parablock.conflicts import BLOCK_METHODS, LORA_METHODS, cohort_size
-from parablock.engine.steps import local_steps_of
-from parablock.estimate.compute import Compute
-from parablock.estimate.fit import estimated_compute, fitted, flops_of, never_visited
+from parablock.config.conflicts import BLOCK_METHODS, LORA_METHODS, cohort_size
+from parablock.config.load import RunConfig
+from parablock.engine.local_steps import local_steps_of
+from parablock.experiment.engines import encoding_of
+from parablock.experiment.fit_blocks import estimated_compute, fitted, flops_of, never_visited
+from parablock.methods.blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
 from parablock.model.outline import outline_model
@@ -20,6 +19,7 @@ from parablock.plan.itinerary import walk
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes, Stacked
+from parablock.training.step_time import Compute
 from parablock.wire.link import Link
 
 

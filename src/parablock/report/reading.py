@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from parablock.errors import InputError
-from parablock.report.records import Row, RunDirectory
+from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
 
 

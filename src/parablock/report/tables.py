@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parablock.config.keys import RunConfig
 from parablock.report.hidden import times_by_client
 from parablock.report.reading import RunRecord
 from parablock.report.units import format_bytes, format_duration
-from parablock.settings import RunConfig
 
 UNKNOWN = "–"
 

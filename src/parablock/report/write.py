@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from parablock.checkpoint import write_atomically
 from parablock.errors import InputError
 from parablock.report.html import render_html
 from parablock.report.markdown import render_markdown
 from parablock.report.reading import has_ended, is_run, read_runs
+from parablock.storage.checkpoint import write_atomically
 
 REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 

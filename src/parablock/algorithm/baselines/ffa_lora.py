@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from parablock.algorithm.baselines.fedit import with_adapters
-from parablock.config import RunConfig
+from parablock.config.load import RunConfig
+from parablock.methods.adapters import with_adapters
 from parablock.model.adapters import adapter_block
 from parablock.model.blocks import Block
 

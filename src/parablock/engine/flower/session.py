@@ -2,7 +2,7 @@
 
     STATE/
       key                         the secret of the local socket, for this user alone
-      RUN/snapshots/round-000008  the client at the start of a round, as `checkpoint.py` writes it
+      RUN/snapshots/round-000008  the client at the start of a round, as `storage/checkpoint.py` writes it
       RUN/session-ID/session.json   the request that opened the session: configuration, where to start
       RUN/session-ID/position.json  the newest snapshot of the session and its places in both streams
       RUN/session-ID/frames/17-4096 what was received after that snapshot: of message 17, from byte 4096 on

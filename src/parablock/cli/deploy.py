@@ -1,0 +1,135 @@
+"""`parablock deploy`: the server and the sites of a real deployment, on Flower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parablock.cli.terminal import conclude, watched
+from parablock.errors import ConfigError
+
+deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
+
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and node keys; for trials on one machine.")]
+
+Lanes = Annotated[
+    int,
+    typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: one for both directions, or one for each."),
+]
+
+
+@deploy.command()
+def keys(
+    sites: Annotated[int, typer.Option("--sites", min=1, help="How many sites.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A new folder.")],
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="A name or address of the server, more than once.")
+    ] = None,
+) -> None:
+    """Make the server's certificate and a key pair for each site.
+
+    Example: parablock deploy keys --sites 3 --host fl.example.org --output-dir keys
+    """
+    from parablock.deploy.keys import make_keys
+
+    hosts = host or ["localhost", "127.0.0.1"]
+    make_keys(output_dir, sites, hosts)
+    typer.echo(f"{output_dir}/server stays at the server; its certificate is for {', '.join(hosts)}.")
+    typer.echo(f"{output_dir}/site-0 … site-{sites - 1}: give each to its site alone, over a safe way.")
+
+
+@deploy.command()
+def server(
+    config: Annotated[Path, typer.Argument(help="The run, as YAML.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The run directory.")],
+    keys: Annotated[Path | None, typer.Option("--keys", help="DIR/server of `deploy keys`.")] = None,
+    address: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "0.0.0.0:8000",
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Start the server: Flower's SuperLink, with this run ready to be submitted. Ctrl-C ends it.
+
+    Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
+    """
+    from parablock.deploy.superlink import serve, server_config
+
+    if (keys is None) != insecure:
+        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy server")
+    serve(server_config(config), output_dir, keys=keys, address=address)
+
+
+@deploy.command()
+def client(
+    site: Annotated[Path, typer.Argument(help="The site's own YAML file.")],
+    superlink: Annotated[str, typer.Option("--superlink", help="host:port of the server.")],
+    keys: Annotated[Path | None, typer.Option("--keys", help="This site's folder of `deploy keys`.")] = None,
+    port: Annotated[int, typer.Option("--port", help="A free port of this machine, for its own processes.")] = 9094,
+    lanes: Lanes = 2,
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Start a site: Flower's SuperNodes, which reach out to the server. Ctrl-C ends them.
+
+    Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
+    """
+    from parablock.deploy.processes import check_site_keys, keep_running, supernodes_of
+    from parablock.deploy.site import load_site
+
+    if (keys is None) != insecure:
+        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
+    if keys is not None:
+        check_site_keys(keys, lanes)
+    home = load_site(site).state_dir / "flower"
+    supernodes = supernodes_of(home, superlink, keys and keys.absolute(), site.absolute(), port, lanes)
+    keep_running(supernodes, tell=typer.echo)
+
+
+@deploy.command()
+def local(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
+    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    lanes: Lanes = 1,
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Bring up a SuperLink, SuperNodes and trainers on this machine, run, and take everything down again.
+
+    Example: parablock deploy local configs/t0.yaml --clients 2 --output-dir runs/deployed
+    """
+    from parablock.config.load import load_config
+    from parablock.deploy.one_machine import deploy_local
+
+    more = [] if clients is None else [f"federation.num_clients={clients}"]
+    settings = load_config(config, [*(overrides or []), *more, "engine.name=flower"])
+    with watched() as (progress, stop):
+        summary = deploy_local(
+            settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
+        )
+    conclude(summary, output_dir)
+
+
+@deploy.command()
+def app(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
+    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+) -> None:
+    """Write a run as a Flower app, which `flwr run` takes: in Flower's simulation, on this machine.
+
+    Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/simulated
+    """
+    from parablock.config.load import load_config
+    from parablock.deploy.one_machine import prepare_app
+    from parablock.deploy.processes import SIMULATION, run_command
+
+    more = [] if clients is None else [f"federation.num_clients={clients}"]
+    folder, num_sites = prepare_app(
+        load_config(config, [*(overrides or []), *more, "engine.name=flower"]), output_dir
+    )
+    sizes = f"num-supernodes={num_sites} client-resources-num-cpus=1"
+    typer.echo(f"{run_command(folder, SIMULATION)} --federation-config '{sizes}'")

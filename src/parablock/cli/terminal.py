@@ -1,0 +1,69 @@
+"""What the commands that run something show: progress, Ctrl-C, and the last lines."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+console = Console(markup=False)  # a path may hold brackets
+INTERRUPTED = 130
+
+
+@contextmanager
+def watched() -> Iterator[tuple[Any, Any]]:
+    """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once.
+
+    A run whose round waits for a client that is gone stops without it; see `engine.stopping`.
+    """
+    from parablock.experiment.progress import make_progress
+
+    asked: list[int] = []
+    with make_progress(console=console) as progress:
+
+        def on_signal(number: int, frame: object) -> None:
+            del frame
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(number)
+            progress.message("stopping at the next round and saving; press Ctrl-C again to stop at once")
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield progress, lambda: bool(asked)
+        except KeyboardInterrupt:
+            progress.message("stopped at once; go on from the last checkpoint with: parablock resume DIR")
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def conclude(summary: dict[str, Any], directory: Path) -> None:
+    """Say what came of a run, and what to open."""
+    exit_when_interrupted(summary, directory)
+    console.print(
+        f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "
+        f"{summary['overlap_fraction']:.0%} of the communication was hidden; "
+        f"{summary['wall_time_s']:.1f} s ({summary['clock']} clock), "
+        f"{summary['sequential_s']:.1f} s one after the other",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
+    )
+
+
+def exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:
+    """Leave with a code of its own where the user stopped the run."""
+    if summary["status"] == "interrupted":
+        console.print(
+            f"stopped and saved; go on with: parablock resume {directory}", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(INTERRUPTED)

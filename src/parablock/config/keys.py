@@ -1,0 +1,364 @@
+"""The keys of a configuration: one frozen tree, validated on construction.
+
+Names and defaults are those that users rely upon. Training arguments carry the names of the Hugging Face
+`TrainingArguments` and of TRL, verbatim. A value that is not built yet is refused with an error that says
+so; nothing is ever ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from parablock.config.conflicts import refuse_conflicts
+from parablock.config.section import Section, default_of
+from parablock.fault_section import FaultSection
+
+
+class ModelSection(Section):
+    """Which model is fine-tuned, in which precision, on which device."""
+
+    name_or_path: str = Field(min_length=1, description="Hugging Face id or a folder.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the parameters.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where local training runs.")
+    init: Literal["pretrained", "random"] = Field("pretrained", description="Read the weights, or draw them.")
+
+
+class PartitionSection(Section):
+    """How the training rows are split over the clients."""
+
+    scheme: Literal["iid", "dirichlet", "by_field", "by_file"] = Field("iid", description="The way of splitting.")
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is more heterogeneous.")
+    field: str | None = Field(None, description="The field that `dirichlet` and `by_field` split by.")
+
+    @model_validator(mode="after")
+    def _field_where_needed(self) -> PartitionSection:
+        if self.scheme in ("dirichlet", "by_field") and not self.field:
+            raise ValueError(f"scheme {self.scheme} needs `field`: the field of the rows to split by")
+        if self.scheme != "dirichlet" and self.alpha != default_of(self, "alpha"):
+            raise ValueError(f"alpha takes effect with scheme dirichlet only, not with {self.scheme}")
+        return self
+
+
+class DataSection(Section):
+    """Training and test rows."""
+
+    train: tuple[str, ...] = Field(description="JSONL or Parquet files, or `datasets` names.")
+    test: tuple[str, ...] = Field((), description="Held-out rows. Empty: a part of each client's rows.")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="The part held out where `test` is empty.")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "gsm8k", "text"] = Field(
+        "auto", description="How a row becomes an example; `auto` looks at the fields of each source."
+    )
+    max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut at the end.")
+    partition: PartitionSection = PartitionSection()
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and "" in names:
+            raise ValueError("holds an empty name")
+        return names
+
+    @model_validator(mode="after")
+    def _one_test_set(self) -> DataSection:
+        if self.test and self.test_fraction != default_of(self, "test_fraction"):
+            raise ValueError("test_fraction takes effect where `test` is empty only; leave one of them out")
+        return self
+
+
+class BlocksSection(Section):
+    """The partition of the model and the order in which blocks are trained."""
+
+    layers_per_block: int | Literal["auto"] = Field(
+        1, description="Decoder layers in a block; `auto`: the most whose exchange the computation hides."
+    )
+    split: Literal["layer", "attention_mlp"] = Field(
+        "layer", description="Whole layers, or their attention and their MLPs."
+    )
+    include_embeddings: bool = Field(False, description="Make the embeddings a block of their own.")
+    include_head: bool = Field(False, description="Make the final norm and the head a block of their own.")
+    schedule: Literal["cyclic", "reversed", "shuffled", "random", "importance"] = Field(
+        "shuffled", description="The order of the blocks."
+    )
+    layers_path: str | None = Field(None, description="Where an unknown architecture keeps its decoder layers.")
+    allow_unvisited: bool = Field(False, description="Run although some block would never be trained.")
+
+    @field_validator("layers_per_block")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, not {value}")
+        return value
+
+
+class ServerOptimizerSection(Section):
+    """What the server does with a block's mean delta."""
+
+    name: Literal["none", "momentum", "adam"] = Field("none", description="`none` adds the mean delta itself.")
+    learning_rate: float = Field(1.0, gt=0, le=10, description="Server learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, and the first moment's decay of `adam`.")
+
+    @model_validator(mode="after")
+    def _none_takes_the_mean(self) -> ServerOptimizerSection:
+        if self.name == "none" and self.learning_rate != 1.0:
+            raise ValueError(
+                "learning_rate has no effect with name none; choose momentum or adam, or leave it at 1.0"
+            )
+        if self.name == "none" and self.momentum != default_of(self, "momentum"):
+            raise ValueError("momentum has no effect with name none; choose momentum or adam, or leave it out")
+        return self
+
+
+Method = Literal[
+    "parablock",
+    "fl_bcd",
+    "fedavg",
+    "fedit",
+    "ffa_lora",
+    "flora",
+    "fedcybgd",
+    "fedprox",
+    "local",
+    "central",
+]
+
+
+class LoraSection(Section):
+    """The adapters of the methods that train some (fedit, ffa_lora, flora)."""
+
+    rank: int = Field(8, ge=1, description="Rank of an adapter.")
+    alpha: float = Field(16.0, gt=0, description="An adapter counts alpha / rank times.")
+    target_modules: tuple[str, ...] = Field(
+        (), description="Ends of module names, such as `q_proj`; empty: every matrix of the decoder layers."
+    )
+
+
+class FederationSection(Section):
+    """Clients, rounds, and the method that joins them."""
+
+    method: Method = Field(
+        "parablock", description="parablock (delay ≥ 1), fl_bcd (the same with delay 0), or a baseline (delay 0)."
+    )
+    num_clients: int = Field(8, ge=1, description="Number of clients.")
+    participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
+    num_rounds: int = Field(64, ge=1, description="Number of rounds (T).")
+    delay: int = Field(1, ge=0, le=64, description="Rounds that an update may be in flight (d).")
+    min_updates: int = Field(1, ge=1, description="Fewest updates that a commit needs.")
+    deadline_factor: float | None = Field(
+        None, gt=1, description="A round waits for so many times the median answer time; null: for everybody."
+    )
+    in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
+    server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
+    proximal_mu: float = Field(0.01, gt=0, description="Weight μ of fedprox's proximal term.")
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = Field("mean", description="Aggregation rule.")
+    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="Part of the clients cut at either end.")
+    assumed_attackers: int = Field(1, ge=0, description="Hostile clients that `krum` withstands.")
+    stall_timeout_s: float = Field(600.0, gt=0, description="Patience with a peer that does not move, seconds.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_fixes_delay(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        method = value.get("method", "parablock")
+        if method != "parablock" and method in get_args(Method):
+            if value.setdefault("delay", 0) != 0:
+                raise ValueError(f"method {method} has delay 0, not {value['delay']}; for a delay choose parablock")
+        elif value.get("delay") == 0 and method == "parablock":
+            value["method"] = "fl_bcd"
+        return value
+
+    @model_validator(mode="after")
+    def _rules_take_their_own(self) -> FederationSection:
+        for key, rule in (("trim_fraction", "trimmed_mean"), ("assumed_attackers", "krum")):
+            if self.aggregation != rule and getattr(self, key) != default_of(self, key):
+                raise ValueError(f"{key} takes effect with aggregation: {rule} only, not with {self.aggregation}")
+        return self
+
+
+class TrainSection(Section):
+    """Local training; names as in Hugging Face `TrainingArguments` and TRL."""
+
+    num_local_steps: int | Literal["auto"] = Field(
+        8, description="Optimizer steps of a round (K); `auto`: for each client what fills the round."
+    )
+    min_local_steps: int = Field(1, ge=1, description="Lower bound of `num_local_steps: auto`.")
+    max_local_steps: int = Field(64, ge=1, description="Upper bound of `num_local_steps: auto`.")
+    per_device_train_batch_size: int = Field(8, ge=1, description="Examples of a micro-batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches of an optimizer step.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of weight matrices (not of norms and biases).")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm clip of the block; 0 switches it off.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    optimizer_state: Literal["reset", "keep"] = Field("reset", description="Moments at a block's next visit.")
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = Field("constant", description="Over all rounds.")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Part of all steps that warms up.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations from the block upwards.")
+    completion_only_loss: bool = Field(True, description="Train on completions, not on prompts.")
+
+    @field_validator("num_local_steps")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, not {value}: a round takes at least one step")
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_of_auto(self) -> TrainSection:
+        bounds = (self.min_local_steps, self.max_local_steps)
+        if self.num_local_steps != "auto":
+            if bounds != (1, 64):
+                raise ValueError("min_local_steps and max_local_steps take effect with num_local_steps: auto only")
+        elif bounds[0] > bounds[1]:
+            raise ValueError(f"min_local_steps {bounds[0]} is above max_local_steps {bounds[1]}")
+        return self
+
+
+class WireSection(Section):
+    """How an update becomes bytes."""
+
+    format: Literal["float32", "bfloat16", "int8", "int4", "int2"] = Field(
+        "float32", description="Payload of updates, and of new values where it is narrower than the model."
+    )
+    rounding: Literal["stochastic", "nearest"] = Field("stochastic", description="Rounding of int8, int4, int2.")
+    error_feedback: bool = Field(False, description="Carry the rounding residual of a block to its next visit.")
+    streaming: bool = Field(True, description="Exchange in chunks, up and down at once.")
+    chunk_bytes: int = Field(4_194_304, ge=1024, description="Bytes of a chunk where streaming.")
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> WireSection:
+        if self.rounding == "nearest" and not self.format.startswith("int"):
+            raise ValueError(
+                f"rounding: nearest takes effect with int8, int4 and int2 only, not with {self.format}"
+            )
+        if self.error_feedback and self.format == "float32":
+            raise ValueError("error_feedback: true takes effect where updates are rounded, not with float32")
+        if not self.streaming and self.chunk_bytes != default_of(self, "chunk_bytes"):
+            raise ValueError("chunk_bytes takes effect with streaming: true only")
+        return self
+
+
+class LinkSection(Section):
+    """The link between each client and the server; null is unlimited."""
+
+    upload_mbps: float | None = Field(None, gt=0, description="Client to server, 10^6 bit/s.")
+    download_mbps: float | None = Field(None, gt=0, description="Server to client, 10^6 bit/s.")
+    latency_s: float = Field(0.0, ge=0, description="One way, seconds.")
+
+
+class EngineSection(Section):
+    """What drives the server and the clients, and by which clock."""
+
+    name: Literal["inprocess", "flower"] = Field("inprocess", description="All in one process, or Flower.")
+    clock: Literal["real", "virtual"] = Field("real", description="Real time, or discrete-event simulation.")
+    num_threads: int | None = Field(None, ge=1, description="Torch threads of a client; null: a fair share.")
+    step_time_s: float | None = Field(
+        None,
+        gt=0,
+        description="Virtual clock: seconds of a local step, and aggregation takes none. Null: as measured.",
+    )
+
+    @model_validator(mode="after")
+    def _step_time_is_virtual(self) -> EngineSection:
+        if self.step_time_s is not None and self.clock == "real":
+            raise ValueError("step_time_s takes effect under clock: virtual only")
+        if self.name == "flower" and self.clock == "virtual":
+            raise ValueError("name: flower runs in real time; leave clock: real")
+        return self
+
+
+class EvaluationSection(Section):
+    """When the committed model is scored on the test rows."""
+
+    every_rounds: int = Field(8, ge=0, description="Rounds between evaluations; 0: first and last only.")
+    max_examples: int = Field(256, ge=1, description="Test examples used, the same ones every time.")
+    per_device_eval_batch_size: int = Field(16, ge=1, description="Examples of an evaluation batch.")
+
+
+class CheckpointSection(Section):
+    """When the run is saved."""
+
+    every_rounds: int = Field(8, ge=0, description="Rounds between checkpoints; 0: only when interrupted.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+
+
+class PrivacySection(Section):
+    """Differential privacy and secure aggregation."""
+
+    clip_norm: float | None = Field(None, gt=0, description="Norm that no update may exceed; null: any.")
+    noise_multiplier: float = Field(0.0, ge=0, description="Noise standard deviation / clip_norm.")
+    mode: Literal["central", "local"] = Field(
+        "central", description="Who adds the noise: the server to the mean, or each client to its update."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ that the reported epsilon belongs to.")
+    secure_aggregation: Literal["none", "plain", "masked"] = Field("none", description="What the server may see.")
+
+    @model_validator(mode="after")
+    def _noise_needs_a_bound(self) -> PrivacySection:
+        if self.noise_multiplier > 0 and self.clip_norm is None:
+            raise ValueError("noise_multiplier needs clip_norm: noise hides an update of a bounded norm only")
+        for key in ("mode", "delta"):
+            if self.noise_multiplier == 0 and getattr(self, key) != default_of(self, key):
+                raise ValueError(f"{key} takes effect with noise_multiplier above 0 only")
+        return self
+
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class RunConfig(Section):
+    """A whole run. Only `model.name_or_path` and `data.train` have no default."""
+
+    model: ModelSection
+    data: DataSection
+    blocks: BlocksSection = BlocksSection()
+    federation: FederationSection = FederationSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    wire: WireSection = WireSection()
+    link: LinkSection = LinkSection()
+    engine: EngineSection = EngineSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    privacy: PrivacySection = PrivacySection()
+    faults: tuple[FaultSection, ...] = Field((), description="What is to go wrong on purpose, with whom and when.")
+    report_to: tuple[Tracker, ...] = Field((), description="Trackers that are told the figures of each round.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Everything random follows from it.")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{', '.join(value)}: name each tracker once")
+        return value
+
+    @model_validator(mode="after")
+    def _files_are_clients(self) -> RunConfig:
+        files, clients = len(self.data.train), self.federation.num_clients
+        if self.data.partition.scheme == "by_file" and files and files != clients:
+            raise ValueError(
+                f"data.partition.scheme by_file makes one client of each file: data.train has {files} and "
+                f"federation.num_clients is {clients}; make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_contradicts(self) -> RunConfig:
+        refuse_conflicts(self.model_dump(), self.model_dump(exclude_defaults=True))
+        return self
+
+    def to_yaml(self) -> str:
+        """Write every key with its value, in the order of the reference."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,185 @@
+"""Reading a configuration: files, `--set`, and all problems at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from parablock.config.keys import RunConfig, TrainSection
+from parablock.config.section import NOT_BUILT
+from parablock.errors import ConfigError
+from parablock.fault_section import FaultSection
+
+S = TypeVar("S", bound=BaseModel)
+
+__all__ = [
+    "NOT_BUILT",
+    "RunConfig",
+    "TrainSection",
+    "known_keys",
+    "load_config",
+    "overridden",
+    "parse_config",
+    "read_tree",
+    "validate",
+]
+
+
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What PyYAML raises: its own, and what Python makes of a date in the 13th month or of nests without end."""
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file, apply `--set key=value` overrides, and validate the whole.
+
+    Args:
+        path: A YAML file.
+        overrides: `dotted.key=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: With every problem: a missing or broken file, unknown keys, wrong values.
+    """
+    path = Path(path)
+    return parse_config(overridden(read_tree(path), overrides), source=str(path))
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Put `dotted.key=value` overrides into a tree of plain values, which is changed, and give it.
+
+    Raises:
+        ConfigError: One is not of this form, or leads through a value.
+    """
+    problems = [problem for override in overrides if (problem := _apply(tree, override))]
+    if problems:
+        raise ConfigError(problems, source="--set")
+    return tree
+
+
+def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
+    """Validate a tree of plain values.
+
+    Raises:
+        ConfigError: With every problem, each with its key path; unknown keys name the nearest known one.
+    """
+    return validate(RunConfig, tree, source=source)
+
+
+def validate(section: type[S], tree: Mapping[str, Any], *, source: str) -> S:
+    """Validate a tree of plain values as any section; see `parse_config`."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        problems: dict[str, str] = {}  # a key that may be of several types fails once for each of them
+        for item in error.errors():
+            key, problem = _problem(item, section)
+            problems.setdefault(key, f"{key}: {problem}")
+        raise ConfigError(list(problems.values()), source=source) from None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections.
+
+    Raises:
+        ConfigError: It is not there, cannot be read, or is something else.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
+    except FileNotFoundError:
+        raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
+    except NOT_YAML as error:
+        raise ConfigError([f"it is not YAML: {_yaml_problem(error)}"], source=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(["it must hold sections such as `model:` and `data:`"], source=str(path))
+    return {key: value for key, value in tree.items() if value is not None}  # a heading with nothing below it
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted path of every key, depth first."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice, because the first of the two would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Put one `--set` into the tree; give what is wrong with it, or nothing."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return f"{override!r} is not key=value, such as train.num_local_steps=4"
+    try:
+        value = yaml.load(text, Loader=_OnceLoader)
+    except NOT_YAML as error:
+        return f"{key}: {text!r:.200} is not YAML: {_yaml_problem(error)}"
+    *sections, name = key.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            return f"{key}: {section} is a value, not a section"
+        tree = below
+    tree[name] = value
+    return ""
+
+
+def _yaml_problem(error: BaseException) -> str:
+    """Say in one line what is wrong, and in which line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())[:500]
+    mark = error.problem_mark
+    while_doing = f"{error.context}, " if error.context else ""
+    return f"{while_doing}{error.problem}, in line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
+    """Give the key path of a problem and what it is."""
+    path = [str(part) for part in item["loc"] if part not in ("int", *_literal_tags(item["loc"]))]
+    key = ".".join(path) or "the whole"
+    if item["type"] == "extra_forbidden":
+        return key, f"unknown key{_hint(key, root)}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return key, "required and not given"
+    if isinstance(item["input"], str | int | float | bool) and repr(item["input"]) not in message:
+        message += f" (given: {item['input']!r})"
+    return key, message
+
+
+def _hint(key: str, root: type[BaseModel]) -> str:
+    """Name the known key that an unknown one is meant to be, or all that its section has."""
+    section, _, name = key.rpartition(".")
+    if section.startswith("faults."):
+        return f"; known here: {', '.join(FaultSection.model_fields)}"
+    leaf = {known: known.rpartition(".")[2] for known in known_keys(root)}
+    siblings = {leaf[known]: known for known in leaf if known.rpartition(".")[0] == section}
+    siblings = siblings or {known: known for known in leaf if "." not in known}
+    near = [
+        *(siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)),
+        *(known for known in siblings.values() if len(name) > 2 and name in leaf[known]),
+        *(known for known in leaf if leaf[known] == name),
+    ]
+    return f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(siblings.values())}"
+
+
+def _literal_tags(location: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(part) for part in location if str(part).startswith("literal["))

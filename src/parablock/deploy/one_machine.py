@@ -1,0 +1,363 @@
+"""A whole deployment on this machine: SuperLink, SuperNodes and trainers, brought up, watched, taken down again.
+
+DIR/             the run directory, as after `parablock run`
+DIR/deployment/  keys, the sites' files and state, Flower's folders, the log of every process
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from parablock.config.load import RunConfig, load_config
+from parablock.deploy.keys import make_keys
+from parablock.deploy.processes import (
+    ServerFiles,
+    client_command,
+    free_ports,
+    register_sites,
+    run_status,
+    server_environment,
+    submit,
+    superlink_command,
+    wait_for_port,
+    write_app,
+    write_connection,
+)
+from parablock.deploy.variables import (
+    OUTPUT_VARIABLE,
+    config_file,
+    failure_file,
+    lanes_file,
+    server_log,
+    site_file_of,
+    stop_file,
+)
+from parablock.errors import ConfigError, InputError, ParaBlockError
+from parablock.experiment.progress import LoggedProgress, Progress
+from parablock.storage.run_directory import RunDirectory, claimed
+
+LOOK_S = 0.3
+STATUS_S = 20.0
+"""How long nothing may move before Flower is asked whether the run still lives; each time costs a process."""
+
+HOST = "127.0.0.1"
+
+
+class Deployment:
+    """The processes of one deployment; entered, they run, and left, they are gone.
+
+    Args:
+        output_dir: The run directory.
+        num_clients: How many sites.
+        lanes: How many SuperNodes each of them has.
+        insecure: Without TLS and node keys.
+    """
+
+    def __init__(self, output_dir: Path, num_clients: int, *, lanes: int = 1, insecure: bool = False) -> None:
+        self.output_dir, self.num_clients = output_dir.absolute(), num_clients
+        self.lanes, self.insecure = lanes, insecure
+        self.folder = self.output_dir / "deployment"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def prepare(self, config: RunConfig) -> None:
+        """Write all files: the server's configuration, one file for each site, keys."""
+        self.folder.mkdir(parents=True)
+        config_file(self.output_dir).write_text(config.to_yaml(), encoding="utf-8")
+        (self.folder / "sites").mkdir()
+        for client_id in range(self.num_clients):
+            site = {
+                "client_id": client_id,
+                "state_dir": f"../state/{client_id}",
+                "model": {"name_or_path": config.model.name_or_path, "device": config.model.device},
+                "data": config.data.model_dump(mode="json"),
+                "share": "part",
+            }
+            self.site_file(client_id).write_text(yaml.safe_dump(site, sort_keys=False), encoding="utf-8")
+        if not self.insecure:
+            make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
+        write_app(self.folder / "app", self.output_dir)
+        lanes_file(self.output_dir).write_text(str(self.lanes), encoding="utf-8")
+
+    def site_file(self, client_id: int) -> Path:
+        """Give the file of a site."""
+        return site_file_of(self.output_dir, client_id)
+
+    def log(self, name: str) -> Path:
+        """Give the log of a process."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def __enter__(self) -> Deployment:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        self._end_leftovers()
+        port, *self._site_ports = free_ports(1 + self.num_clients)
+        keys = None if self.insecure else self.folder / "keys" / "server"
+        self.files = ServerFiles(self.folder / "flower", keys, f"{HOST}:{port}")
+        write_connection(self.files)
+        self.start_superlink()
+        for client_id in range(self.num_clients):
+            self.start_supernode(client_id)
+
+    def start_superlink(self) -> None:
+        """Start the server's process and register the sites with it."""
+        env = server_environment(self.files.home, {OUTPUT_VARIABLE: str(self.output_dir)})
+        process = self._launch("superlink", superlink_command(self.files), env)
+        wait_for_port(self.files.address, process, self.log("superlink"))
+        if not self.insecure:
+            register_sites(self.files)
+
+    def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
+        """Start a site's process, towards the server or towards what stands before it."""
+        keys = None if self.insecure else self.folder / "keys" / f"site-{client_id}"
+        port, site_file = self._site_ports[client_id], self.site_file(client_id)
+        command = client_command(superlink or self.files.address, keys, site_file, port, self.lanes)
+        self._launch(f"supernode-{client_id}", command, dict(os.environ))
+
+    def submit(self) -> str:
+        """Start a Flower run, or the next one of an interrupted run."""
+        for word in (failure_file, stop_file):
+            word(self.output_dir).unlink(missing_ok=True)
+        return submit(self.files, self.folder / "app")
+
+    def trainer_pid(self, client_id: int) -> int | None:
+        """Tell the process of a site's trainer, if there is one."""
+        try:
+            pid = int((self.folder / "state" / str(client_id) / "lock").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return pid if self._is_ours(pid) else None
+
+    def kill(self, name: str) -> None:
+        """End a process at once, as a power cut would; what it has started ends with it or by its own lease."""
+        process = self.processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _launch(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        self.log(name).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        pids = {name: started.pid for name, started in self.processes.items()}
+        (self.folder / "processes.json").write_text(json.dumps(pids), encoding="utf-8")
+        return process
+
+    def _end_leftovers(self) -> None:
+        """End what an earlier command left running when it was killed: two servers must not write one folder."""
+        try:
+            pids = json.loads((self.folder / "processes.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        for pid in filter(self._is_ours, pids.values()):
+            with suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Tell whether a process was started for this deployment: a number may have been given away again."""
+        try:
+            known = psutil.Process(pid)
+            words = [*known.cmdline(), *known.environ().values()]
+        except psutil.Error:
+            return False
+        return any(word.startswith(f"{self.folder}/") for word in words)
+
+    def _stop(self) -> None:
+        for process in reversed(self.processes.values()):
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.processes.clear()
+        for client_id in range(self.num_clients):
+            if (pid := self.trainer_pid(client_id)) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+
+def deploy_local(
+    config: RunConfig,
+    output_dir: Path,
+    *,
+    lanes: int = 1,
+    insecure: bool = False,
+    progress: Progress | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run a configuration over real Flower processes on this machine; the run directory is as after `run`.
+
+    Raises:
+        InputError: Something that the user gave is wrong, or Flower is not installed.
+        ParaBlockError: The run failed.
+    """
+    RunDirectory(output_dir).check_unused()
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
+    deployment = Deployment(output_dir, config.federation.num_clients, lanes=lanes, insecure=insecure)
+    made = not output_dir.exists()
+    deployment.prepare(config)
+    try:
+        with claimed(deployment.folder), deployment:
+            return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
+    except InputError:
+        if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
+            shutil.rmtree(output_dir if made else deployment.folder, ignore_errors=True)
+        raise
+
+
+def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
+    """Write a run as a Flower app that finds it on this machine; give the app's folder and the number of sites.
+
+    Raises:
+        InputError: The folder holds a run already.
+    """
+    RunDirectory(output_dir).check_unused()
+    deployment = Deployment(output_dir, config.federation.num_clients, insecure=True)
+    deployment.prepare(config)
+    return deployment.folder / "app", deployment.num_clients
+
+
+def is_deployed(output_dir: Path) -> bool:
+    """Tell whether the run in a folder has its clients at sites."""
+    config = RunDirectory(output_dir).config
+    return config.exists() and load_config(config).engine.name == "flower"
+
+
+def resume_local(
+    output_dir: Path,
+    *,
+    progress: Progress | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Bring an interrupted deployment up again and go on from its last checkpoint.
+
+    What an earlier one left running is ended first, unless whoever started it still watches it.
+
+    Raises:
+        StorageError: So it is.
+        InputError: There is no unfinished run, or its sites are not on this machine.
+        ParaBlockError: The run failed.
+    """
+    directory = RunDirectory(output_dir)
+    directory.check_resumable()
+    config = load_config(directory.config)
+    folder = Path(output_dir) / "deployment"
+    if not (folder / "sites").exists():
+        raise ConfigError(
+            [
+                "this run's server and sites are not on this machine; start the SuperLink again with "
+                "`parablock deploy server` and submit the app with `flwr run`: it goes on by itself"
+            ],
+            source=str(output_dir),
+        )
+    deployment = Deployment(
+        output_dir,
+        config.federation.num_clients,
+        lanes=int(lanes_file(output_dir).read_text(encoding="utf-8")),
+        insecure=not (folder / "keys").exists(),
+    )
+    with claimed(folder), deployment:
+        return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
+
+
+def watch(
+    deployment: Deployment, run_id: str, progress: Progress, asked_to_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Show the rounds as they are written, until the run ends.
+
+    Raises:
+        ParaBlockError: What the server or a process ended with.
+    """
+    directory = RunDirectory(deployment.output_dir)
+    began = time.time_ns()
+    with _rows(deployment, progress) as look:
+        next_status, shown, ended = time.monotonic() + STATUS_S, 0, False
+        while True:
+            if (rounds := look()) > shown:
+                next_status, shown = time.monotonic() + STATUS_S, rounds
+            if asked_to_stop():
+                stop_file(deployment.output_dir).touch()
+            failure = failure_file(deployment.output_dir)
+            if failure.exists():
+                word = json.loads(failure.read_text(encoding="utf-8"))
+                failure.unlink()
+                raise _told(word)
+            is_over = directory.summary.exists() and directory.summary.stat().st_mtime_ns > began
+            if is_over and (summary := directory.read_summary())["status"] != "failed":
+                look()
+                return summary
+            superlink = deployment.processes.get("superlink")
+            if superlink is None or superlink.poll() is not None:
+                raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
+            if ended:
+                raise _ended("the ServerApp ended", server_log(deployment.output_dir), deployment.output_dir)
+            if time.monotonic() > next_status:
+                next_status = time.monotonic() + STATUS_S
+                if ended := run_status(deployment.files, run_id).startswith("finished"):
+                    time.sleep(2)  # its last files may be on their way; it is looked for them once more
+            time.sleep(LOOK_S)
+
+
+@contextmanager
+def _rows(deployment: Deployment, progress: Progress) -> Iterator[Callable[[], int]]:
+    directory = RunDirectory(deployment.output_dir)
+    shown = 0
+    started = False
+
+    def look() -> int:
+        nonlocal shown, started
+        if not directory.metrics.exists():
+            return 0
+        text = directory.metrics.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
+        if not started:
+            federation = load_config(config_file(deployment.output_dir)).federation
+            progress.start(federation.num_rounds, federation.num_clients, len(lines))
+            shown, started = len(lines), True
+        for line in lines[shown:]:
+            progress.round_done(json.loads(line))
+        shown = max(shown, len(lines))
+        return shown
+
+    progress.message(
+        f"SuperLink and {deployment.num_clients} SuperNodes start; logs in {deployment.folder / 'logs'}"
+    )
+    yield look
+
+
+def _told(word: dict[str, Any]) -> ParaBlockError:
+    kind = InputError if word["exit_code"] == 2 else ParaBlockError
+    return kind(word["what"], cause=word["cause"], remedy=word["remedy"])
+
+
+def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
+    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-10:] if log.exists() else []
+    return ParaBlockError(
+        f"{what}; its log ends with:\n" + "\n".join(tail),
+        cause=f"The whole log is {log}.",
+        remedy=f"Go on from the last checkpoint: parablock resume {output_dir}",
+    )

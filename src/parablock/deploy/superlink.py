@@ -1,0 +1,81 @@
+"""The server of a real deployment: a SuperLink that knows the run, and the app that starts it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import typer
+
+from parablock.config.load import RunConfig, overridden, parse_config, read_tree
+from parablock.deploy.processes import (
+    CONNECTION,
+    ServerFiles,
+    register_sites,
+    run_command,
+    server_environment,
+    superlink_command,
+    wait_for_port,
+    write_app,
+    write_connection,
+)
+from parablock.deploy.variables import OUTPUT_VARIABLE, config_file
+from parablock.storage.run_directory import RunDirectory
+
+
+def server_config(path: Path) -> RunConfig:
+    """Read the server's configuration, in which `data.train` may be left out: the sites bring their rows.
+
+    Raises:
+        ConfigError: With every problem.
+    """
+    tree = read_tree(path)
+    if isinstance(tree.get("data"), dict):
+        tree["data"].setdefault("train", [])
+    return parse_config(overridden(tree, ["engine.name=flower"]), source=str(path))
+
+
+def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: str) -> None:
+    """Start the SuperLink, let the sites in, and stay until it ends or the user does.
+
+    Args:
+        config: The run.
+        output_dir: Its run directory; a run that is there already is gone on with.
+        keys: The server's folder of keys; None: no TLS, any site may connect.
+        address: host:port to listen at.
+
+    Raises:
+        ParaBlockError: The SuperLink does not start.
+    """
+    output_dir = output_dir.absolute()
+    if RunDirectory(output_dir).config.exists():
+        RunDirectory(output_dir).check_resumable()
+    folder = output_dir / "deployment"
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file(output_dir).write_text(config.to_yaml(), encoding="utf-8")
+    local = address.replace("0.0.0.0", "127.0.0.1")
+    files = ServerFiles(folder / "flower", keys and keys.absolute(), address)
+    reached = ServerFiles(files.home, files.keys, local)
+    write_connection(reached)
+    app, log = write_app(folder / "app"), folder / "superlink.log"
+    more = {OUTPUT_VARIABLE: str(output_dir)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            superlink_command(files), env=server_environment(files.home, more), stdout=output, stderr=output
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        wait_for_port(local, process, log)
+        if files.keys is not None:
+            register_sites(reached)
+        typer.echo(f"The SuperLink listens at {address}; its log is {log}.")
+        line = run_command(app, {"FLWR_HOME": str(files.home)})
+        typer.echo(f"Start the run when you like: {line} {CONNECTION}")
+        process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        process.terminate()
+        process.wait()

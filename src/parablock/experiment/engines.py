@@ -1,0 +1,201 @@
+"""What the parts of a run are made with: sections of the configuration as the arguments of the engine, and it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.stacking import Factors
+from parablock.config.load import RunConfig
+from parablock.engine.client import Trainer
+from parablock.engine.faults import Fault, Faults
+from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.local_steps import local_steps_of
+from parablock.engine.server import ServerPlan
+from parablock.errors import ConfigError
+from parablock.experiment.inputs import Job
+from parablock.experiment.protections import (
+    aggregation_rule,
+    fewest_updates,
+    grid_of,
+    masking_of,
+    noise_of_the_server,
+    protections,
+)
+from parablock.methods.flora import factors_of
+from parablock.storage.checkpoint import RunState
+from parablock.trace import Trace
+from parablock.training.local import LocalArguments
+from parablock.wire.link import Link
+from parablock.wire.quantize import Encoding
+
+
+@dataclass(frozen=True)
+class EngineInput:
+    """What an engine runs.
+
+    Attributes:
+        config: The run.
+        secret: The key of the noise, where some is added.
+        take_params: Gives the initial parameters, one flat vector for each block, of which it keeps none.
+        trainers: Of the clients that train in this process, in order of client_id.
+        trace: Records the run; its clock is the run's.
+        hooks: Who keeps the records.
+        resumed: Where to go on; None: at the beginning.
+        faults: What is to go wrong.
+        folder: The run directory.
+    """
+
+    config: RunConfig
+    secret: bytes | None
+    take_params: Callable[[], Sequence[Tensor]]
+    trainers: Sequence[Trainer]
+    trace: Trace
+    hooks: Hooks
+    resumed: RunState | None
+    faults: Faults
+    folder: Path
+
+
+class Engine(Protocol):
+    """What brings the server and the clients of a run together.
+
+    Attributes:
+        is_local: Whether the clients train in this process.
+        held_rounds: The rounds of the checkpoints that the clients can go on from; None: of all.
+    """
+
+    is_local: bool
+    held_rounds: frozenset[int] | None
+
+    def run(self, given: EngineInput) -> EngineResult:
+        """Run all rounds, or those that a checkpoint has left."""
+
+
+class InProcess:
+    """Server and clients in this process, over links that the configuration describes."""
+
+    is_local = True
+    held_rounds: frozenset[int] | None = None
+
+    def __init__(self, job: Job) -> None:
+        stacks = job.config.federation.method == "flora"
+        self._factors = factors_of(job.loaded.model, job.config) if stacks else None
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Refuse a run that is configured for sites.
+
+        Raises:
+            ConfigError: It is.
+        """
+        if config.engine.name != "inprocess":
+            raise ConfigError(
+                [
+                    f"engine.name: {config.engine.name} has its clients at sites; start it with "
+                    "`parablock deploy local`, or leave engine.name out to run in this process"
+                ]
+            )
+
+    def run(self, given: EngineInput) -> EngineResult:
+        """Run all rounds; see `run_in_process`."""
+        config = given.config
+        return run_in_process(
+            given.take_params(),
+            given.trainers,
+            server_plan(config, given.secret, self._factors, given.folder),
+            given.trace,
+            given.hooks,
+            link=Link(**config.link.model_dump()),
+            in_flight=config.federation.in_flight,
+            resumed=given.resumed,
+            faults=given.faults,
+            protection_of=protections(config, given.secret),
+            masking=masking_of(config),
+        )
+
+
+def local_arguments(config: RunConfig) -> LocalArguments:
+    """Give what the local optimizer follows."""
+    train, federation = config.train, config.federation
+    return LocalArguments(
+        learning_rate=train.learning_rate,
+        total_steps=federation.num_rounds,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_ratio=train.warmup_ratio,
+        gradient_checkpointing=train.gradient_checkpointing,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        proximal_mu=federation.proximal_mu if federation.method == "fedprox" else 0.0,
+    )
+
+
+def checkpoints_kept(config: RunConfig) -> int:
+    """Give how many checkpoints the server keeps.
+
+    A site may be d + 1 rounds behind the server when both die; the run goes on from what all of them keep.
+    """
+    keep, behind = config.checkpoint.keep, config.federation.delay + 2
+    return max(keep, behind) if config.engine.name == "flower" else keep
+
+
+def clients_of(config: RunConfig) -> int:
+    """Give how many clients there are: `central` puts all data into one."""
+    return 1 if config.federation.method == "central" else config.federation.num_clients
+
+
+def server_plan(
+    config: RunConfig, secret: bytes | None = None, factors: Factors | None = None, folder: Path | None = None
+) -> ServerPlan:
+    """Give what the server follows.
+
+    Args:
+        config: The run.
+        secret: The key of its noise, where it adds some.
+        factors: What adapters mean that it stacks, where it does.
+        folder: The run directory, where there is one.
+    """
+    federation = config.federation
+    return ServerPlan(
+        num_clients=clients_of(config),
+        num_rounds=federation.num_rounds,
+        delay=federation.delay,
+        schedule=config.blocks.schedule,
+        participation=federation.participation,
+        seed=config.seed,
+        encoding=encoding_of(config),
+        local_steps=local_steps_of(config),
+        stall_timeout_s=federation.stall_timeout_s,
+        checkpoint_every=config.checkpoint.every_rounds,
+        server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
+        aggregation_s=None if config.engine.step_time_s is None else 0.0,
+        rule=aggregation_rule(config),
+        normals=noise_of_the_server(config, secret),
+        in_turn=federation.method == "fedcybgd",
+        min_updates=fewest_updates(config),
+        grid=grid_of(config),
+        factors=factors,
+        deadline_factor=federation.deadline_factor,
+        folder=folder,
+    )
+
+
+def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
+    """Give what is to go wrong, without what had `happened` before an interruption."""
+    faults = (Fault(fault.client, fault.round, fault.at, fault.kind, fault.value) for fault in config.faults)
+    return Faults(faults, happened=happened)
+
+
+def encoding_of(config: RunConfig) -> Encoding:
+    """Give how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
+    wire = config.wire
+    chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.method != "flora" else None
+    return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)

@@ -1,0 +1,95 @@
+"""`blocks.layers_per_block: auto`: the largest blocks whose exchange a round's computation still hides.
+
+Larger blocks train more of the model in a round; a block is too large when its exchange takes longer than the
+computation that runs beside it. How long a step takes is stated by `engine.step_time_s`, or estimated from
+operations and an ordinary device. Since overlap is worth its staleness from about four blocks on, no choice leaves
+fewer; and none leaves a block that the rounds would never train.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from transformers import PreTrainedModel
+
+from parablock.algorithm.schedule import blocks_never_visited
+from parablock.config.load import RunConfig
+from parablock.engine.local_steps import exchange_s
+from parablock.methods.blocks import layer_blocks
+from parablock.model.blocks import Block, find_layers
+from parablock.training.flops import FlopModel
+from parablock.training.step_time import Compute, assumed_compute, stated_compute
+from parablock.wire.link import Link
+from parablock.wire.quantize import Encoding
+
+LEAST_BLOCKS = 4
+
+
+def never_visited(config: RunConfig, num_blocks: int) -> tuple[int, ...]:
+    """List the blocks that the configured rounds would not train."""
+    return tuple(
+        blocks_never_visited(
+            config.blocks.schedule,
+            num_rounds=config.federation.num_rounds,
+            num_blocks=num_blocks,
+            delay=config.federation.delay,
+            seed=config.seed,
+        )
+    )
+
+
+def estimated_compute(config: RunConfig, flops: FlopModel) -> Compute:
+    """Take the stated time of a step, or that of an ordinary device."""
+    if config.engine.step_time_s is not None:
+        return stated_compute(config.engine.step_time_s)
+    return assumed_compute(config, flops)
+
+
+def flops_of(config: RunConfig, model: PreTrainedModel) -> FlopModel:
+    """Count the operations of a model as the run trains it."""
+    return FlopModel(
+        model,
+        layers_path=config.blocks.layers_path,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+
+
+def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
+    """Put a number where `blocks.layers_per_block` is `auto`; give any other configuration back as it is.
+
+    Args:
+        config: The run; with `auto` its link has a speed and its number of local steps is given.
+        model: The model or its outline.
+    """
+    if config.blocks.layers_per_block != "auto":
+        return config
+    blocks = config.blocks.model_copy(update={"layers_per_block": _largest_that_fits(config, model)})
+    return config.model_copy(update={"blocks": blocks})
+
+
+def _largest_that_fits(config: RunConfig, model: PreTrainedModel) -> int:
+    _, layers = find_layers(model, config.blocks.layers_path)
+    compute = estimated_compute(config, flops_of(config, model))
+    partitions = {size: layer_blocks(model, config, size) for size in range(1, len(layers) + 1)}
+    enough_rounds = {
+        size: blocks for size, blocks in partitions.items() if not never_visited(config, len(blocks))
+    } or partitions
+    least = min(enough_rounds)
+    fitting = [
+        size
+        for size, blocks in enough_rounds.items()
+        if len(blocks) >= LEAST_BLOCKS and _hides(config, compute, blocks)
+    ]
+    return max(fitting, default=least)
+
+
+def _hides(config: RunConfig, compute: Compute, blocks: tuple[Block, ...]) -> bool:
+    """Tell whether a mean round computes for as long as the exchange of the largest block takes."""
+    steps, wire = config.train.num_local_steps, config.wire
+    assert isinstance(steps, int)
+    encoding = Encoding(wire.format, chunk_bytes=wire.chunk_bytes if wire.streaming else None)
+    largest = max(block.num_parameters for block in blocks)
+    link = Link(**config.link.model_dump())
+    streamed = len(encoding.cut(largest)) > 1
+    exchanging_s = exchange_s(link, encoding.payload_bytes(largest), streamed=streamed)
+    return exchanging_s <= fmean(compute.round_s(block, 0, 0, steps) for block in blocks)

@@ -1,0 +1,148 @@
+"""What protects clients from the server and from each other, made from the configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from parablock.algorithm.fixed_point import Grid
+from parablock.algorithm.robust import Normals, Rule
+from parablock.algorithm.schedule import cohort
+from parablock.config.conflicts import cohort_size
+from parablock.config.load import RunConfig
+from parablock.errors import ConfigError
+from parablock.privacy.cohorts import threshold_of
+from parablock.privacy.protection import Protection
+
+if TYPE_CHECKING:
+    from parablock.privacy.secure_aggregation import SecureAggregation
+
+EXTRA = ("cryptography", "dp_accounting")
+
+
+def is_secure(config: RunConfig) -> bool:
+    """Tell whether updates travel on a grid, masked or not."""
+    return config.privacy.secure_aggregation != "none"
+
+
+def adds_noise(config: RunConfig) -> bool:
+    """Tell whether updates or their mean are noisy, which takes a secret key."""
+    return config.privacy.noise_multiplier > 0
+
+
+def check_privacy_extra(config: RunConfig) -> None:
+    """Refuse a run that needs the extra `privacy` where it is not installed.
+
+    Raises:
+        ConfigError: It says how to install it.
+    """
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing and (adds_noise(config) or config.privacy.secure_aggregation == "masked"):
+        raise ConfigError(
+            [f"privacy: needs {', '.join(missing)}; install it with: pip install 'parablock[privacy]'"]
+        )
+
+
+def new_secret() -> bytes:
+    """Draw the key that a run's noise follows from."""
+    from parablock.privacy.keystream import new_key
+
+    return new_key()
+
+
+def aggregation_rule(config: RunConfig) -> Rule:
+    """Give how a round's updates become one."""
+    federation, privacy = config.federation, config.privacy
+    is_central = privacy.mode == "central"
+    return Rule(
+        federation.aggregation,
+        federation.trim_fraction,
+        federation.assumed_attackers,
+        privacy.clip_norm if is_central else None,
+        privacy.noise_multiplier if is_central else 0.0,
+    )
+
+
+def grid_of(config: RunConfig) -> Grid | None:
+    """Give the grid that updates travel on; None where they travel in the wire's format."""
+    if not is_secure(config):
+        return None
+    assert config.privacy.clip_norm is not None
+    return Grid(config.privacy.clip_norm, cohort_size(config.federation.model_dump()))
+
+
+def fewest_updates(config: RunConfig) -> int:
+    """Give how many updates a commit needs; of a cohort whose secrets are shared all but a third."""
+    fewest = config.federation.min_updates
+    return max(fewest, threshold_of(cohort_size(config.federation.model_dump()))) if is_secure(config) else fewest
+
+
+def masking_of(config: RunConfig) -> SecureAggregation | None:
+    """Give what hides single updates from the server; None where it sees them."""
+    if config.privacy.secure_aggregation != "masked":
+        return None
+    from parablock.privacy.secure_aggregation import SecureAggregation
+
+    federation = config.federation
+    return SecureAggregation(
+        federation.num_clients,
+        federation.num_rounds,
+        federation.participation,
+        config.seed,
+        federation.stall_timeout_s,
+    )
+
+
+def noise_of_the_server(
+    config: RunConfig, secret: bytes | None
+) -> Callable[[int, tuple[int, ...]], Normals] | None:
+    """Give the noise of each round and set of clients; None where the server adds none."""
+    if not adds_noise(config) or config.privacy.mode != "central":
+        return None
+    from parablock.privacy.keystream import Keystream, derive
+
+    assert secret is not None
+
+    def normals(round_index: int, clients: tuple[int, ...]) -> Normals:
+        # another set of clients is another sum: the same noise on both would give their difference away
+        return Keystream(derive(secret, "server", round_index, *clients)).normals
+
+    return normals
+
+
+def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Protection | None]:
+    """Give what the updates of each client go through before they leave it."""
+    privacy = config.privacy
+
+    def of_client(client_id: int) -> Protection | None:
+        if privacy.clip_norm is None:
+            return None
+        if not adds_noise(config) or privacy.mode == "central":
+            return Protection(privacy.clip_norm)
+        from parablock.privacy.keystream import Keystream, derive
+
+        assert secret is not None
+        own = derive(secret, "client", client_id)
+        return Protection(
+            privacy.clip_norm, privacy.noise_multiplier, lambda t: Keystream(derive(own, "noise", t)).normals
+        )
+
+    return of_client
+
+
+def privacy_spent(config: RunConfig, num_rounds: int) -> dict[str, Any]:
+    """Give ε and δ of the client that was asked most often in so many rounds; nothing where there is no noise."""
+    privacy, federation = config.privacy, config.federation
+    if not adds_noise(config):
+        return {}
+    from parablock.privacy.accounting import Accountant
+
+    asked = [0] * federation.num_clients
+    for t in range(num_rounds):
+        for client_id in cohort(
+            t, num_clients=federation.num_clients, participation=federation.participation, seed=config.seed
+        ):
+            asked[client_id] += 1
+    accountant = Accountant(privacy.noise_multiplier, privacy.mode, privacy.delta)
+    return {"epsilon": accountant.epsilon(max(asked)), "delta": privacy.delta}

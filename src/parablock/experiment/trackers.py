@@ -1,0 +1,160 @@
+"""Trackers: programs of others that show curves while a run goes on, given the figures of each round.
+
+A tracker is told the numbers of `metrics.jsonl` under the same names, with the number of rounds done as the
+step; step 0 holds the base model's eval loss. Trackers are extras: what is asked for and not installed is said
+before a run starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from parablock.errors import ConfigError
+from parablock.storage.run_directory import Row
+
+
+class Tracker(Protocol):
+    """Where figures go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record figures.
+
+        Args:
+            step: Rounds done.
+            values: Figures by their names.
+        """
+
+    def close(self) -> None:
+        """Write what is left; a second time does nothing."""
+
+
+class TensorBoardTracker(Tracker):
+    """Event files for TensorBoard: `tensorboard --logdir DIR/tensorboard`.
+
+    Args:
+        directory: The run directory.
+        first_step: Where this session begins; what an earlier one wrote from there on is not shown.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one event for each figure, and out to the disk: TensorBoard reads along."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbTracker(Tracker):
+    """A Weights & Biases run, kept on this machine: `wandb sync DIR/wandb/offline-run-*` sends it, if you want.
+
+    Args:
+        directory: The run directory; its configuration is recorded too.
+        config: The configuration as plain values.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it calls home even offline, unless told before
+        import wandb
+
+        earlier = sorted((directory / "wandb").glob("offline-run-*"))
+        quiet = wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+        )
+        self._run = wandb.init(
+            mode="offline",
+            dir=str(directory),
+            project="parablock",
+            name=directory.resolve().name,
+            id=earlier[-1].name.rsplit("-", 1)[-1] if earlier else None,
+            config=dict(config),
+            settings=quiet,
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the figures of one step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Trackers(Tracker):
+    """Several trackers as one; none of them is fine too."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell each."""
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        """Close each."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is not installed.
+
+    Args:
+        names: `report_to` of the configuration; a tracker is called as its package is.
+
+    Raises:
+        ConfigError: For all that are missing, with the command that installs each.
+    """
+    missing = [name for name in names if not _is_installed(name)]
+    if missing:
+        raise ConfigError(
+            [
+                f"report_to: the package {name} is not installed; run: pip install 'parablock[{name}]'"
+                for name in missing
+            ]
+        )
+
+
+def _is_installed(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
+
+
+def open_trackers(names: Sequence[str], directory: Path, *, first_step: int, config: Mapping[str, Any]) -> Trackers:
+    """Open the trackers of a run.
+
+    Args:
+        names: `report_to` of the configuration.
+        directory: The run directory; each tracker has a folder of its own in it.
+        first_step: The first step of this session.
+        config: The configuration as plain values.
+    """
+    trackers: list[Tracker] = []
+    if "tensorboard" in names:
+        trackers.append(TensorBoardTracker(directory, first_step))
+    if "wandb" in names:
+        trackers.append(WandbTracker(directory, config))
+    return Trackers(trackers)
+
+
+def figures_of(row: Row) -> dict[str, float]:
+    """Give the numbers of a round; what it lacks is left out, and of the participants the number is told."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "round_index"}
+    return {**numbers, "participants": len(row["participants"])}

@@ -1,0 +1,196 @@
+"""What the method makes of a job: the parameters that travel, every client's local training, and the model.
+
+Most methods differ in what they train and in nothing else. Those that train adapters merge them into the
+model before it is scored for the last time and written, so that it is a plain checkpoint; `flora` merges them in
+every round. `local` and `central` have no common model: each client keeps its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from parablock.config.conflicts import APART_METHODS
+from parablock.data.prompts import stop_token_ids
+from parablock.engine.client import Trainer
+from parablock.evaluation.loss import evaluate_loss
+from parablock.experiment.engines import local_arguments
+from parablock.experiment.inputs import Job
+from parablock.methods.flora import StackedTrainer
+from parablock.methods.solo import ApartTrainer
+from parablock.model.adapters import matrices_block, merge_adapters
+from parablock.model.blocks import Block
+from parablock.model.params import Replica
+from parablock.model.save import model_sha256, save_model
+from parablock.training.trainer import LocalTrainer
+
+
+class Fleet:
+    """The model as the method trains it, with the local training of all clients.
+
+    Args:
+        job: The run's material; its model becomes the fleet's.
+        clients: Whose local training is made; None: everybody's. A single one trains with the model itself.
+
+    Attributes:
+        params: What the server starts from, one flat vector for each block; none once they have been taken.
+        num_blocks: How many there are.
+        trainers: Local training of each client, in order of client_id.
+    """
+
+    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
+        self._job, self._config = job, job.config
+        clients = range(len(job.train)) if clients is None else clients
+        self._replica = Replica(job.loaded.model, self.committed_blocks())
+        pad_token_id = job.loaded.tokenizer.pad_token_id
+        assert isinstance(pad_token_id, int)
+        self._pad_token_id = pad_token_id
+        self.params = tuple(self._replica.read(block.index) for block in self._replica.blocks)
+        self.num_blocks = len(self.params)
+        self.trainers: Sequence[Trainer] = [
+            self.trainer(client_id, alone=len(clients) == 1) for client_id in clients
+        ]
+
+    def take_params(self) -> tuple[Tensor, ...]:
+        """Give `params`, and keep none of them: each is needed only until its block is committed."""
+        params, self.params = self.params, ()
+        return params
+
+    def committed_blocks(self) -> tuple[Block, ...]:
+        """Give the blocks that the server holds: those that are trained, unless the method commits others."""
+        return self._job.blocks
+
+    def trainer(self, client_id: int, *, alone: bool) -> Trainer:
+        """Make the local training of one client."""
+        model = self._job.loaded.model
+        replica = self._replica if self._is_shared(alone) else Replica(copy.deepcopy(model), self._job.blocks)
+        return self._local_trainer(client_id, replica)
+
+    def _is_shared(self, alone: bool) -> bool:
+        # Under the virtual clock one client computes at a time, so all can train with one model.
+        return alone or self._config.engine.clock == "virtual"
+
+    def _local_trainer(self, client_id: int, replica: Replica) -> LocalTrainer:
+        config = self._config
+        return LocalTrainer(
+            client_id,
+            self._job.train[client_id],
+            replica,
+            train=config.train,
+            arguments=local_arguments(config),
+            num_rounds=config.federation.num_rounds,
+            seed=config.seed,
+            pad_token_id=self._pad_token_id,
+            step_time_s=config.engine.step_time_s,
+        )
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score the committed parameters on the test examples, in nats per token."""
+        self._replica.load_all(params)
+        return self._loss()
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Make the model that will be written, and score it; nothing is trained afterwards."""
+        self._replica.load_all(params)
+        merge_adapters(self._replica.model)
+        return self._loss()
+
+    def export(self, directory: Path) -> str:
+        """Write what `conclude` made, and give its `model_sha256`."""
+        model, tokenizer = self._replica.model, self._job.loaded.tokenizer
+        if model.generation_config is not None:  # plain `generate` stops where training ended a turn
+            model.generation_config.eos_token_id = list(stop_token_ids(tokenizer))
+        save_model(model, tokenizer, directory)
+        return model_sha256(directory)
+
+    def _loss(self) -> float:
+        return evaluate_loss(
+            self._replica.model,
+            self._job.test,
+            pad_token_id=self._pad_token_id,
+            batch_size=self._config.evaluation.per_device_eval_batch_size,
+        )
+
+
+class ApartFleet(Fleet):
+    """Clients that tell the server nothing: each has a model of its own, and scores are their mean.
+
+    What is exported is that model where there is one client (`central`); else a folder holds one for each,
+    `client_0` and so on, and the hash is that of their hashes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._apart = [ApartTrainer(trainer, self.params) for trainer in self.trainers]
+        self.trainers, self.params, self.num_blocks = self._apart, (torch.empty(0),), 1
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score every client's model as of the last commit, and give the mean."""
+        del params  # nothing is in them
+        return fmean(super(ApartFleet, self).evaluate(client.own) for client in self._apart)
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Score every client's last model, and give the mean."""
+        return self.evaluate(params)
+
+    def export(self, directory: Path) -> str:
+        """Write every client's model."""
+        if len(self._apart) == 1:
+            return super().export(directory)
+        digest = hashlib.sha256()
+        for client_id, client in enumerate(self._apart):
+            self._replica.load_all(client.own)
+            digest.update(super().export(directory / f"client_{client_id}").encode())
+        return digest.hexdigest()
+
+
+class StackedFleet(Fleet):
+    """Clients that train new adapters in each round, on matrices to which everybody adds those of the last.
+
+    What the server holds are the matrices; the model itself carries adapters, which add nothing outside training.
+    """
+
+    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
+        self._adapters = Replica(job.loaded.model, job.blocks)
+        super().__init__(job, clients)
+
+    def committed_blocks(self) -> tuple[Block, ...]:
+        """Give one block of all matrices with adapters."""
+        return (matrices_block(self._job.loaded.model, layers_path=self._config.blocks.layers_path),)
+
+    def trainer(self, client_id: int, *, alone: bool) -> Trainer:
+        """Make the local training of one client, on a model of two parts: matrices and adapters."""
+        matrices, adapters = self._replica, self._adapters
+        if not self._is_shared(alone):
+            model = copy.deepcopy(self._job.loaded.model)
+            matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._job.blocks)
+        return StackedTrainer(
+            client_id, self._local_trainer(client_id, adapters), matrices, adapters, seed=self._config.seed
+        )
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score the committed matrices, without adapters."""
+        self._without_adapters()
+        return super().evaluate(params)
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Make the model of the last matrices, and score it."""
+        self._without_adapters()
+        return super().conclude(params)
+
+    def _without_adapters(self) -> None:
+        self._adapters.load(0, torch.zeros_like(self._adapters.read(0)))
+
+
+def make_fleet(job: Job, clients: Sequence[int] | None = None) -> Fleet:
+    """Make the fleet that the configured method asks for; see `Fleet`."""
+    method = job.config.federation.method
+    if method in APART_METHODS:
+        return ApartFleet(job)
+    return StackedFleet(job, clients) if method == "flora" else Fleet(job, clients)

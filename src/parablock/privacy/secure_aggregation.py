@@ -1,0 +1,39 @@
+"""Secure aggregation of a run: its cohorts, and the two sides that are made for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parablock.algorithm.schedule import cohort
+from parablock.privacy.cohorts import Cohorts
+from parablock.privacy.masked_client import Courier
+from parablock.privacy.masked_server import Collector
+from parablock.wire.transport import ServerEnd
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """What server and clients have to know alike; names as in the configuration."""
+
+    num_clients: int
+    num_rounds: int
+    participation: float
+    seed: int
+    stall_timeout_s: float
+
+    def courier(self, client_id: int, first_round: int) -> Courier:
+        """Make a client's side, with secrets that nobody has seen before."""
+        return Courier(client_id, self._cohorts(first_round))
+
+    def collector(self, inner: ServerEnd, first_round: int) -> Collector:
+        """Make the server's side, over a transport."""
+        return Collector(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
+
+    def _cohorts(self, first_round: int) -> Cohorts:
+        return Cohorts(
+            self.num_clients,
+            {
+                t: cohort(t, num_clients=self.num_clients, participation=self.participation, seed=self.seed)
+                for t in range(first_round, self.num_rounds)
+            },
+        )

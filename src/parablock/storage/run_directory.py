@@ -1,0 +1,257 @@
+"""A run directory on disk, and the figures that follow from its rows and spans."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from parablock.errors import CheckpointError, StorageError
+from parablock.report.hidden import times_by_client
+from parablock.storage.checkpoint import storage, write_atomically, written_beside
+from parablock.trace import Span, write_chrome_trace
+
+Row = dict[str, Any]
+"""One line of `metrics.jsonl`."""
+
+
+@contextmanager
+def claimed(
+    folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
+) -> Iterator[None]:
+    """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
+
+    Args:
+        folder: The folder; it is locked itself, without a file of its own.
+        remedy: What to do about a process that has it.
+
+    Raises:
+        StorageError: Another one is at work there.
+    """
+    with storage(folder):
+        place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"another process is at work in {folder}",
+                cause="The run there has not ended; two at once would write into the same files.",
+                remedy=remedy,
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(place)
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Args:
+        path: The folder; made by `create`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config, self.manifest = self.path / "config.yaml", self.path / "manifest.json"
+        self.metrics, self.trace = self.path / "metrics.jsonl", self.path / "trace.json"
+        self.summary, self.model = self.path / "summary.json", self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
+        self.secret = self.path / "privacy.key"
+
+    def check_unused(self) -> None:
+        """Refuse a folder that holds a run already.
+
+        Raises:
+            StorageError: It does, or no folder can be made there.
+        """
+        with storage(self.path):
+            above = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not above.is_dir():
+            raise StorageError(
+                f"{self.path} cannot be a folder: {above} is a file", remedy="Give a folder as --output-dir."
+            )
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise StorageError(
+                f"{self.path} cannot be written: {above} is read-only for this user",
+                remedy="Choose another --output-dir, or make this one writable.",
+            )
+        if self.config.exists():
+            raise StorageError(
+                f"{self.path} holds a run already",
+                cause="A run never writes over another one.",
+                remedy=f"Choose another --output-dir, or go on with it: parablock resume {self.path}",
+            )
+
+    def create(self, config_yaml: str, manifest: dict[str, Any]) -> None:
+        """Make the folder with its configuration and manifest.
+
+        Raises:
+            StorageError: It holds a run already, or cannot be written.
+        """
+        self.check_unused()
+        made = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
+        try:
+            with storage(self.path):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self.metrics.write_text("", encoding="utf-8")
+            write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
+            write_atomically(self.config, config_yaml)
+        except StorageError:
+            self._unmake(made)
+            raise
+
+    def _unmake(self, folders: Sequence[Path]) -> None:
+        """Remove what `create` had begun; folders that were there before stay."""
+        for path in (self.config, self.manifest, self.metrics):
+            with suppress(OSError):
+                path.unlink()
+        for folder in (self.checkpoints, *folders):
+            with suppress(OSError):
+                folder.rmdir()
+
+    def check_resumable(self) -> None:
+        """Refuse a folder without an unfinished run.
+
+        Raises:
+            CheckpointError: It says which.
+        """
+        if not self.config.exists() or not self.manifest.exists():
+            raise CheckpointError(
+                f"{self.path} holds no run: it has no config.yaml and manifest.json",
+                remedy="Give the --output-dir of an earlier `parablock run`.",
+            )
+        if self.summary.exists() and self.read_summary().get("status") == "completed":
+            raise CheckpointError(
+                f"the run in {self.path} is complete; there is nothing to resume",
+                remedy=f"Look at it with: parablock eval {self.path} --data FILE",
+            )
+
+    def append(self, row: Row) -> None:
+        """Add a round."""
+        with storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows_before(self, round_index: int) -> list[Row]:
+        """Read the rounds before this one and forget all others, and a line that was cut.
+
+        Raises:
+            CheckpointError: One of them is not there.
+        """
+        rows: list[Row] = []
+        try:
+            for line in self.metrics.read_text(encoding="utf-8").splitlines()[:round_index]:
+                rows.append(json.loads(line))
+        except (OSError, ValueError):
+            pass  # the count tells
+        if [row.get("round_index") for row in rows if isinstance(row, dict)] != list(range(round_index)):
+            raise CheckpointError(
+                f"{self.metrics} does not hold the {round_index} rounds that the checkpoint has behind it",
+                cause="Lines were lost or changed.",
+                remedy="Put the file back, or start the run anew in another folder.",
+            )
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`."""
+        write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def write_trace(self, spans: list[Span]) -> None:
+        """Write `trace.json`."""
+        with written_beside(self.trace) as beside:
+            write_chrome_trace(spans, beside)
+
+    def write_secret(self, key: bytes) -> None:
+        """Keep the key of a run's noise, which nobody but this user may read."""
+        with storage(self.secret):
+            self.secret.touch(mode=0o600)
+            self.secret.write_text(key.hex() + "\n", encoding="ascii")
+
+    def read_secret(self) -> bytes:
+        """Read the key back.
+
+        Raises:
+            CheckpointError: It is gone or damaged.
+        """
+        try:
+            return bytes.fromhex(self.secret.read_text(encoding="ascii"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.secret} cannot be read: {error}",
+                cause="The run adds noise that follows from this key, and has to go on with the same.",
+                remedy="Put the file back, or start the run anew in another folder.",
+            ) from None
+
+    def read_summary(self) -> dict[str, Any]:
+        """Read `summary.json`.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        return _read_object(self.summary)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Read `manifest.json`.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        return _read_object(self.manifest)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", cause=_ALTERED, remedy=_ANEW) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object", cause=_ALTERED, remedy=_ANEW)
+    return content
+
+
+_ALTERED = "It was changed by hand, or the disk lost a part of it."
+_ANEW = "Put back a copy of it, or start the run anew in another folder."
+
+
+def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]:
+    """Add up what rounds cost.
+
+    Args:
+        rows: All rounds.
+        spans: The trace.
+
+    Returns:
+        compute_s, communication_s: sums over rounds of the slowest client's; sequential_s: of the client
+        whose compute and communication together are slowest, which is what the same rounds would take one
+        after the other; overlap_fraction; uplink_bytes, downlink_bytes; bytes_per_client_round.
+    """
+    visits = sum(len(row["participants"]) for row in rows)
+    uplink, downlink = (sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes"))
+    return {
+        "compute_s": sum(row["compute_s"] for row in rows),
+        "communication_s": sum(row["communication_s"] for row in rows),
+        "sequential_s": sum(row["sequential_s"] for row in rows),
+        "overlap_fraction": overlap_fraction(spans),
+        "uplink_bytes": uplink,
+        "downlink_bytes": downlink,
+        "bytes_per_client_round": round((uplink + downlink) / visits) if visits else 0,
+    }
+
+
+def overlap_fraction(spans: Iterable[Span]) -> float:
+    """Tell which part of all clients' communication time was hidden under their own computation.
+
+    Communication is the time that bytes move on a client's link; waiting for other clients is not.
+    """
+    times = times_by_client(spans).values()
+    total = sum(client.communication_s for client in times)
+    return sum(client.hidden_s for client in times) / total if total > 0 else 0.0

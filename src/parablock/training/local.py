@@ -1,0 +1,190 @@
+"""Local training: K AdamW steps on the active block, all other blocks frozen (y^b from v^b).
+
+Gradients, moments and the fp32 master copy exist for the active block alone. Autograd does the rest: the
+frozen layers below the block run without a graph, and the frozen layers above it pass gradients through
+without computing those of their weights. The model sees no random number, so a visit is a function of its
+arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from parablock.data.batches import Batch
+from parablock.errors import DataError, TrainingError
+from parablock.model.device_copy import Parts, leave
+from parablock.model.loss import num_label_tokens, summed_loss
+from parablock.model.params import Replica
+from parablock.training.adamw import BlockAdamW
+from parablock.training.adamw import Moments as Moments
+
+
+@dataclass(frozen=True)
+class LocalArguments:
+    """How a block is trained; names as in Hugging Face `TrainingArguments`.
+
+    Attributes:
+        learning_rate: Peak learning rate of AdamW.
+        total_steps: Local steps of the whole run (num_rounds × K), which the schedule spans.
+        weight_decay: Decoupled decay of the weight matrices; norms and biases have none.
+        max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
+        lr_scheduler_type: Shape of the schedule after the warm-up.
+        warmup_ratio: Part of `total_steps` over which the learning rate rises from zero.
+        gradient_checkpointing: Recompute activations, from the active block upwards.
+        adam_beta1: Decay of the first moment.
+        adam_beta2: Decay of the second moment.
+        adam_epsilon: AdamW's epsilon.
+        proximal_mu: μ of FedProx; 0 for every other method.
+    """
+
+    learning_rate: float
+    total_steps: int
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_ratio: float = 0.0
+    gradient_checkpointing: bool = False
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What K local steps made of a block.
+
+    Attributes:
+        trained: y^b: flat, fp32, on the CPU or on its way there; `[:]` gives it whole.
+        train_loss: Mean over the steps of the loss per label token, in nats.
+        moments: The optimizer's state, to be given to the block's next visit or dropped.
+    """
+
+    trained: Parts
+    train_loss: float
+    moments: Moments
+
+
+def train_block(
+    replica: Replica,
+    block_index: int,
+    start: Tensor,
+    step_batches: Sequence[Sequence[Batch]],
+    arguments: LocalArguments,
+    *,
+    first_step: int,
+    moments: Moments | None,
+) -> LocalResult:
+    """Take K = len(step_batches) AdamW steps on one block.
+
+    A bf16 block is stepped in an fp32 master copy, into which gradients move as they are made; an fp32
+    block is stepped in place. Afterwards the replica holds no gradient, and the block counts as changed.
+
+    Args:
+        replica: The client's model, whose other blocks are loaded already.
+        block_index: The active block.
+        start: v^b, the working parameters: flat, the model's dtype. It is not changed.
+        step_batches: The micro-batches of each step.
+        arguments: Optimizer and schedule.
+        first_step: Number of local steps before these in the run, for the schedule.
+        moments: The optimizer's state at the end of the block's last visit, to go on from; it is not
+            changed. None starts anew.
+
+    Returns:
+        The trained block, the loss, and the optimizer's state.
+
+    Raises:
+        TrainingError: If a loss or the trained block is not finite.
+        DataError: If all labels of a step are masked.
+    """
+    replica.load(block_index, start)
+    losses = []
+    try:
+        replica.activate(block_index, gradient_checkpointing=arguments.gradient_checkpointing)
+        with _optimizer(replica, block_index, arguments, moments) as optimizer:
+            for step, micro_batches in enumerate(step_batches, first_step):
+                learning_rate = learning_rate_at(arguments, step)
+                where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
+                losses.append(_accumulate_gradients(replica.model, micro_batches, where))
+                optimizer.step(learning_rate)
+            if not optimizer.weights.isfinite().all():
+                raise _not_finite(
+                    "The trained block", f"block {block_index}, {len(losses)} steps from {first_step}"
+                )
+            trained = leave(optimizer.weights)
+    finally:
+        replica.deactivate()
+        replica.invalidate(block_index)
+    return LocalResult(trained, math.fsum(losses) / len(losses), optimizer.moments())
+
+
+def learning_rate_at(arguments: LocalArguments, step: int) -> float:
+    """Give the learning rate of a local step of the run, by the schedules of Transformers.
+
+    Args:
+        arguments: Peak, shape, warm-up and span of the schedule. A constant schedule with a warm-up is
+            Transformers' `constant_with_warmup`.
+        step: 0-based local step of the run.
+    """
+    warmup = math.ceil(arguments.warmup_ratio * arguments.total_steps)
+    name: str = arguments.lr_scheduler_type
+    if name == "constant" and warmup:
+        name = "constant_with_warmup"
+    unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
+    schedule = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=arguments.total_steps)
+    return arguments.learning_rate * float(schedule.lr_lambdas[0](min(step, arguments.total_steps)))
+
+
+def _optimizer(
+    replica: Replica, block_index: int, arguments: LocalArguments, moments: Moments | None
+) -> BlockAdamW:
+    return BlockAdamW(
+        replica.parameters(block_index),
+        replica.buffer(block_index),
+        moments,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+        proximal_mu=arguments.proximal_mu,
+    )
+
+
+def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
+    """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
+    label_tokens = sum(num_label_tokens(batch.labels_BT) for batch in micro_batches)
+    if not label_tokens:
+        raise DataError(
+            f"There is no label token to train on ({where})",
+            cause="All labels of the step's examples are masked: completions are empty or were cut off.",
+            remedy="Raise data.max_length, or look at the examples that were reported as masked.",
+        )
+    total = 0.0
+    for batch in micro_batches:
+        summed = summed_loss(
+            model,
+            input_ids_BT=batch.input_ids_BT,
+            attention_mask_BT=batch.attention_mask_BT,
+            labels_BT=batch.labels_BT,
+        )
+        loss = summed / label_tokens
+        total += loss.item()
+        if not math.isfinite(total):
+            raise _not_finite("The training loss", where)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return total
+
+
+def _not_finite(what: str, where: str) -> TrainingError:
+    return TrainingError(
+        f"{what} is not finite ({where})",
+        cause="Most often the learning rate is too high; or a weight of the model is not finite.",
+        remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0.",
+    )
