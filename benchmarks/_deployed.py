@@ -12,7 +12,8 @@ from typing import Any
 from _record import Material
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.deploy.one_machine import Deployment, watch
 from parablock.errors import ParaBlockError
 from parablock.experiment.progress import PlainProgress

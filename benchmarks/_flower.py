@@ -18,11 +18,12 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER
-from parablock.config.load import RunConfig
-from parablock.experiment.inputs import Job, prepare
-from parablock.methods.base import make_fleet
-from parablock.wire.link import Link
+from parablock.config.keys import RunConfig
+from parablock.experiment.inputs import prepare
+from parablock.methods.base import Job
+from parablock.methods.choose import make_fleet
 from parablock.wire.messages import RoundStart
+from parablock.wire.transport import Link
 
 Point = dict[str, Any]
 

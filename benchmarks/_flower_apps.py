@@ -25,10 +25,10 @@ def serve(grid: Any, context: Any) -> None:
     import torch
 
     from parablock.clock import RealClock
+    from parablock.engine.contract import Hooks
     from parablock.engine.flower.engine import run_over_flower
     from parablock.engine.flower.exchange import Request
     from parablock.engine.flower.grid import GridTransport
-    from parablock.engine.inprocess import Hooks
     from parablock.engine.local_steps import FixedSteps
     from parablock.engine.server import ServerPlan
     from parablock.trace import Trace
@@ -67,11 +67,12 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
 
     from parablock.algorithm.parablock import initial_client
     from parablock.clock import RealClock
-    from parablock.engine.client import Client, Trained
+    from parablock.engine.client import Client
     from parablock.engine.flower.local_socket import address_of, listen, secret_of
     from parablock.engine.flower.mailbox import TrainerMailbox
     from parablock.engine.flower.session import SessionFolder
     from parablock.trace import Trace
+    from parablock.training.trainer import Trained
     from parablock.wire.quantize import Encoding
 
     torch.set_num_threads(1)

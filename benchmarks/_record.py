@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 import parablock
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.experiment.progress import PlainProgress
 from parablock.experiment.run import resume, run
 from parablock.model.blocks import partition_blocks
-from parablock.model.outline import outline_model
+from parablock.model.load import outline_model
 from parablock.storage.run_directory import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ import psutil
 from _record import Bar, Material, fresh_folder, generated, make_console, make_parser, record, table
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.experiment.progress import PlainProgress
 from parablock.experiment.run import run
 

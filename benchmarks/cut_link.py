@@ -24,7 +24,7 @@ from _deployed import Watched, deployed_config, in_one_process
 from _record import REPOSITORY, Bar, fresh_folder, generated, make_console, make_parser, record, t0, table
 from rich.console import Console
 
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.deploy.one_machine import Deployment
 
 sys.path.append(str(REPOSITORY / "tests"))

@@ -18,7 +18,8 @@ from typing import Any
 from _record import Bar, ended_with, generated, kept_run, make_console, make_parser, record, t0, table
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 
 FLOAT, DEFAULT = {"format": "float32"}, {"format": "int4"}
 CELLS = [

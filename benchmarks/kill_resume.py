@@ -24,7 +24,8 @@ from _record import Bar, fresh_folder, generated, make_console, make_parser, rec
 from rich.console import Console
 
 from parablock.cli.main import main as main_of_parablock
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.seeding import generator_for
 
 NUM_CLIENTS = 3

@@ -24,7 +24,7 @@ from _deployed import Watched, deployed_config, in_one_process, quiet
 from _record import Bar, fresh_folder, generated, make_console, make_parser, record, table
 from rich.console import Console
 
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.deploy.one_machine import Deployment, resume_local
 from parablock.seeding import generator_for
 

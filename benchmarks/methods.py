@@ -41,10 +41,11 @@ from torch import Tensor
 
 from parablock.algorithm.stacking import Factors
 from parablock.clock import VirtualClock
-from parablock.config.conflicts import LORA_METHODS
-from parablock.config.load import RunConfig, parse_config
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
+from parablock.config.methods import LORA_METHODS
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.experiment.engines import server_plan
 from parablock.methods.blocks import trained_blocks
 from parablock.methods.flora import factors_of
@@ -54,8 +55,9 @@ from parablock.model.load import load_model
 from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import ASSUMED_FLOPS
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
+from parablock.wire.transport import Link
 
 Found = dict[str, Any]
 KINDS = {

@@ -23,13 +23,13 @@ import torch
 from _record import kept_run, make_console, make_parser, record, table
 from rich.console import Console
 
-from parablock.config.load import RunConfig, overridden, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import overridden, parse_config
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.model.blocks import partition_blocks
-from parablock.model.outline import outline_model
-from parablock.report.ablation import ablation_table
+from parablock.model.load import outline_model
 from parablock.report.reading import read_runs
-from parablock.report.tables import Table
+from parablock.report.tables import Table, ablation_table
 
 LAYERS, STEP_S = 4, 0.25
 Overrides = tuple[str, ...]

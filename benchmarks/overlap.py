@@ -34,7 +34,8 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.trace import Span, read_chrome_trace
 
 NUM_CLIENTS = 2

@@ -21,7 +21,8 @@ from _flower import Point, run_fedavg
 from _record import Bar, ended_with, generated, kept_run, make_console, make_parser, record, t0, table
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.plan.forecast import make_plan
 
 FAMILIES = ("ag_news", "rotten_tomatoes", "dbpedia_14", "glue_qqp")

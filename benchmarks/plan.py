@@ -32,7 +32,8 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.plan.forecast import Plan, make_plan
 
 FAMILIES = ("ag_news", "gigaword", "social_i_qa")

@@ -44,7 +44,8 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.storage.run_directory import RunDirectory
 
 SETS = ("t0", "gsm8k")

@@ -21,7 +21,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.report.write import write_report
 
 PATIENCE_S = 60

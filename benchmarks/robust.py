@@ -24,17 +24,18 @@ from torch import Tensor
 
 from parablock.algorithm.robust import Rule
 from parablock.clock import VirtualClock
-from parablock.config.load import RunConfig, parse_config
-from parablock.engine.client import Trained, Trainer
-from parablock.engine.inprocess import Hooks, run_in_process
-from parablock.evaluation.loss import evaluate_loss
-from parablock.experiment.engines import local_arguments, server_plan
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
+from parablock.evaluation.scoring import evaluate_loss
+from parablock.experiment.engines import server_plan
 from parablock.experiment.inputs import prepare
 from parablock.model.params import Replica
 from parablock.trace import Trace
-from parablock.training.trainer import LocalTrainer
-from parablock.wire.link import Link
+from parablock.training.trainer import LocalTrainer, Trained, Trainer, local_arguments
 from parablock.wire.messages import RoundStart
+from parablock.wire.transport import Link
 
 ATTACKS = {"none": 1.0, "sign flip": -1.0, "flip and scale": -10.0}
 """What an attacker multiplies its update by."""

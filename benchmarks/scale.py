@@ -29,9 +29,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from parablock.clock import VirtualClock
-from parablock.config.load import RunConfig, parse_config
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.experiment.engines import server_plan
 from parablock.model.blocks import partition_blocks
 from parablock.plan.itinerary import walk
@@ -40,9 +41,10 @@ from parablock.plan.traffic import Sizes
 from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import ASSUMED_FLOPS
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
+from parablock.wire.transport import Link
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads: Llama 3.2 1B, Llama 3 8B and 70B
     "1B": (2048, 8192, 16, 32, 8),

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from parablock.algorithm.fixed_point import EXTRA_WORDS, Grid, GridAggregation
 from parablock.algorithm.robust import Rule
-from parablock.config.load import RunConfig, parse_config
-from parablock.privacy.cohorts import Cohorts
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.privacy.masked_client import Courier
 from parablock.privacy.masked_server import Collector
+from parablock.privacy.masking import Cohorts
 from parablock.storage.run_directory import RunDirectory
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack

@@ -31,9 +31,10 @@ from _record import (
 from rich.console import Console
 from transformers import LlamaConfig
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.model.blocks import partition_blocks
-from parablock.model.outline import outline_model
+from parablock.model.load import outline_model
 from parablock.wire.quantize import CHUNK_PIECE, bytes_per_element
 
 LLAMA_3_8B = LlamaConfig(

@@ -32,7 +32,7 @@ from _record import (
 from rich.console import Console
 
 from parablock.config.load import parse_config
-from parablock.fault_section import KINDS_AT
+from parablock.config.section import KINDS_AT
 from parablock.seeding import generator_for
 
 NUM_CLIENTS = 8

@@ -17,15 +17,16 @@ from rich.console import Console
 from torch import Tensor
 
 from parablock.clock import RealClock
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.seeding import generator_for
 from parablock.trace import Trace
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, pack, payload_bytes
+from parablock.wire.transport import Link
 
 
 def main() -> None:

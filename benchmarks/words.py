@@ -38,7 +38,8 @@ from _record import (
 )
 from rich.console import Console
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.demo.material import TEST_FILE_NAME, make_word_problems
 from parablock.evaluation.side_by_side import score_models
 

@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from parablock.config.load import NOT_BUILT, RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
+from parablock.config.section import NOT_BUILT
 from parablock.errors import ConfigError
 
 PAGE = Path(__file__).parent / "configuration.md"

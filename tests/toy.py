@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from parablock.engine.client import Trained
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 
 SIZE = 5

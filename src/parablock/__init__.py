@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from parablock.config.load import RunConfig, load_config, parse_config
+    from parablock.config.keys import RunConfig
+    from parablock.config.load import load_config, parse_config
     from parablock.experiment.run import resume, run
 
 __version__ = "0.1.0"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from parablock.config.conflicts import BLOCK_METHODS, LORA_METHODS
-from parablock.config.load import RunConfig, overridden, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import overridden, parse_config
+from parablock.config.methods import BLOCK_METHODS, LORA_METHODS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
@@ -19,7 +20,7 @@ from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
 from parablock.report.write import write_report
-from parablock.storage.checkpoint import storage, write_atomically
+from parablock.storage.files import storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
 
 SCORED_TASKS = ("exact_match", "multiple_choice")

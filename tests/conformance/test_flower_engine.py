@@ -20,7 +20,8 @@ from parablock.algorithm.fixed_point import Grid
 from parablock.algorithm.parablock import ServerState, initial_client, same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
-from parablock.engine.client import Client, Trained
+from parablock.engine.client import Client
+from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.flower import grid as grid_module
 from parablock.engine.flower import lanes
@@ -32,7 +33,7 @@ from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Place
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.errors import StallError
@@ -40,9 +41,10 @@ from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 from toy import ToyTrainer, initial
 
 ONE, TWO = [("both",)], [("up", "down")]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parablock.clock import RealClock, VirtualClock
-from parablock.wire.link import Link
-from parablock.wire.transport import MemoryTransport, Parcel
+from parablock.wire.transport import Link, MemoryTransport, Parcel
 
 TRANSPORTS = {
     "memory, real clock": lambda link, clients: MemoryTransport(RealClock(), link, clients),

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import same
 from parablock.clock import VirtualClock
-from parablock.engine.client import Trained
+from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.seeding import seed_for
 from parablock.trace import Trace
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
+from parablock.wire.transport import Link
 
 SIZE, ROUNDS, SIX_MINUTES = 5 * CHUNK_PIECE + 77, 6, 360.0
 CHUNK_BYTES = 4 * CHUNK_PIECE

@@ -15,15 +15,16 @@ import torch
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
+from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.errors import StallError, TrainingError
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
-from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
 EXAMPLES = [3, 1, 2, 5]

@@ -11,7 +11,7 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import load_config, run
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.errors import DataError
 from parablock.experiment.inputs import prepare
 from tiny_runs import make_workshop, sum_row, write_rows

@@ -15,12 +15,13 @@ from parablock.algorithm.aggregate import average
 from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.clock import VirtualClock
 from parablock.compare import predicted_memory_bytes
+from parablock.engine.contract import EngineInput, EngineResult, Hooks
 from parablock.engine.faults import NO_FAULTS
-from parablock.engine.inprocess import EngineResult, Hooks
 from parablock.errors import CodecError
-from parablock.experiment.engines import EngineInput, InProcess
-from parablock.experiment.inputs import Job, prepare
-from parablock.methods.base import Fleet, make_fleet
+from parablock.experiment.engines import InProcess
+from parablock.experiment.inputs import prepare
+from parablock.methods.base import Fleet, Job
+from parablock.methods.choose import make_fleet
 from parablock.methods.flora import factors_of
 from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
 from parablock.seeding import generator_for

@@ -13,17 +13,18 @@ from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import Problem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.data.batches import Batch
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
 from parablock.trace import Trace
 from parablock.training.local import LocalArguments, train_block
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 
 EXAMPLES, ROUNDS = [2, 3], 6
 ARGUMENTS = LocalArguments(learning_rate=0.01, total_steps=ROUNDS)

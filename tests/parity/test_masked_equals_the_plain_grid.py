@@ -14,16 +14,17 @@ from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort
 from parablock.algorithm.sequential import Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
+from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
-from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
 CLIENTS, ROUNDS = 8, 10

@@ -13,16 +13,17 @@ from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock, VirtualClock
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.engine.update_store import Spool
 from parablock.seeding import seed_for
 from parablock.trace import Trace
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
+from parablock.wire.transport import Link
 
 SIZE = 5 * CHUNK_PIECE + 1234  # six chunks, the last one short and odd
 ROUNDS = 7

@@ -13,14 +13,15 @@ from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Normals, Rule, aggregate_by
 from parablock.algorithm.sequential import Outcome, Problem, run_sequential
 from parablock.clock import RealClock, VirtualClock
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.privacy.protection import Protection
 from parablock.seeding import generator_for
 from parablock.trace import Trace
-from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding, pack
+from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
 EXAMPLES = [3, 1, 2, 5]

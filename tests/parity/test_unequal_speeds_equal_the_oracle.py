@@ -13,14 +13,15 @@ from parablock.algorithm.parablock import same, steps_of
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.algorithm.sequential import Problem, run_sequential
 from parablock.clock import VirtualClock
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps
 from parablock.engine.server import ServerPlan
 from parablock.trace import Trace
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
 EXAMPLES, ROUNDS = [3, 1, 2, 5], 12

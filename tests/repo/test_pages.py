@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import errors
 from parablock.config.keys import RunConfig
-from parablock.config.load import NOT_BUILT, known_keys
+from parablock.config.load import known_keys
+from parablock.config.section import NOT_BUILT
 from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]

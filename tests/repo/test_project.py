@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from parablock.config.load import NOT_BUILT, RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
+from parablock.config.section import NOT_BUILT
 from parablock.deploy.site import SiteConfig
 from parablock.errors import ConfigError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parablock.algorithm.baselines.fedcybgd import client_in_turn
-from parablock.algorithm.baselines.fedprox import add_proximal_gradient
+from parablock.algorithm.schedule import client_in_turn
+from parablock.training.adamw import add_proximal_gradient
 
 
 def test_the_proximal_gradient_pulls_towards_the_start() -> None:

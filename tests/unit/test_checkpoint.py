@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_written_is_a_storage_error_and_leaves_the_last_o
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("parablock.storage.checkpoint.os.fsync", full)
+    monkeypatch.setattr("parablock.storage.files.os.fsync", full)
     with pytest.raises(StorageError, match="the disk is full"):
         save_checkpoint(tmp_path, state(16), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["round-000008"]

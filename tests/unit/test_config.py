@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel
 
 from parablock.config.conflicts import conflicts
-from parablock.config.load import NOT_BUILT, RunConfig, known_keys, load_config, parse_config
-from parablock.config.section import Section
+from parablock.config.keys import RunConfig
+from parablock.config.load import known_keys, load_config, parse_config
+from parablock.config.section import NOT_BUILT, Section
 from parablock.errors import ConfigError
 
 REQUIRED = {"model.name_or_path": "org/model", "data.train": ["train.jsonl"]}

@@ -23,7 +23,8 @@ from parablock.deploy.site import load_site, site_file
 from parablock.deploy.variables import config_file, failure_file, output_dir_of
 from parablock.errors import ConfigError, InputError, ParaBlockError, StorageError
 from parablock.experiment.progress import LoggedProgress
-from parablock.storage.run_directory import RunDirectory, claimed
+from parablock.storage.files import claimed
+from parablock.storage.run_directory import RunDirectory
 
 CONFIG = {"model": {"name_or_path": "/model"}, "data": {"train": ["/rows.jsonl"]}, "engine": {"name": "flower"}}
 

@@ -10,8 +10,7 @@ import torch
 from parablock.data.prompts import IGNORED_LABEL, Example, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
-from parablock.evaluation.loss import evaluate_loss
-from parablock.evaluation.scoring import score_examples
+from parablock.evaluation.scoring import evaluate_loss, score_examples
 from parablock.model.load import load_model
 
 PAD = 1

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parablock.report.hidden import ClientTimes, cut_transfers, times_by_client
 from parablock.storage.run_directory import overlap_fraction
-from parablock.trace import Span
+from parablock.trace import ClientTimes, Span, cut_transfers, times_by_client
 
 
 def computing(start_s: float, end_s: float, client_id: int = 0) -> Span:

@@ -6,7 +6,7 @@ from weakref import ref
 
 from parablock.config.load import load_config
 from parablock.experiment.inputs import prepare
-from parablock.methods.base import make_fleet
+from parablock.methods.choose import make_fleet
 from tiny_runs import Workshop, sum_row, write_rows
 
 

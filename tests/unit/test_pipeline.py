@@ -8,8 +8,7 @@ from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.engine.pipeline import Machines, Pipeline
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
-from parablock.wire.link import Link
-from parablock.wire.transport import MemoryTransport, Parcel
+from parablock.wire.transport import Link, MemoryTransport, Parcel
 
 CLOCKS = [RealClock, VirtualClock]
 

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 from transformers import BertConfig, LlamaConfig
 
-from parablock.config.load import RunConfig, load_config, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, DataError, ModelError
 from parablock.plan.advice import Advice, Case, recommend
 from parablock.plan.forecast import Plan, make_plan

@@ -11,11 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parablock.config.load import RunConfig, load_config, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config, parse_config
 from parablock.data.batches import Batch
 from parablock.model.blocks import Block, find_layers, partition_blocks, whole_model
+from parablock.model.load import outline_model
 from parablock.model.loss import summed_loss
-from parablock.model.outline import outline_model
 from parablock.model.params import Replica
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
@@ -23,7 +24,7 @@ from parablock.plan.memory import FP32, LORA_RANK, memory_per_client
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes, total_bytes
 from parablock.training.flops import FlopModel, Tokens
-from parablock.wire.link import Link
+from parablock.wire.transport import Link
 from tiny_runs import Workshop, make_workshop, summary_of
 
 LAYER_MATRICES = 32 * (32 + 16 + 16 + 32 + 3 * 64)

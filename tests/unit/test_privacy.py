@@ -11,17 +11,18 @@ from dp_accounting.rdp import RdpAccountant
 
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.clock import VirtualClock
-from parablock.engine.client import Trained
-from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
 from parablock.privacy.accounting import Accountant
 from parablock.privacy.keystream import Keystream, derive, new_key
 from parablock.privacy.protection import Protection
 from parablock.trace import Trace
-from parablock.wire.link import Link
+from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 
 KEY = bytes(range(32))
 

@@ -14,11 +14,11 @@ import pytest
 
 from made_runs import make_run
 from parablock.errors import InputError
-from parablock.report.ablation import ablation_table
 from parablock.report.reading import RunRecord, read_runs
 from parablock.report.tables import (
     UNKNOWN,
     Table,
+    ablation_table,
     blocks_table,
     clients_table,
     comparison_table,

@@ -16,10 +16,9 @@ from parablock.algorithm.fixed_point import Grid, GridAggregation
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
 from parablock.engine.round_fold import RoundFold
 from parablock.errors import CodecError, StallError
-from parablock.privacy.cohorts import Cohorts, threshold_of
 from parablock.privacy.masked_client import Courier
 from parablock.privacy.masked_server import Collector
-from parablock.privacy.shamir import PRIME, SHARE_BYTES, join, split
+from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join, split, threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
 from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, content_of, opaque

@@ -4,12 +4,13 @@ import pytest
 
 from parablock.clock import VirtualClock
 from parablock.config.load import parse_config
-from parablock.engine.inprocess import Hooks, run_in_process
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps, local_steps_of
 from parablock.engine.server import ServerPlan
 from parablock.trace import Trace
-from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 from toy import ToyTrainer, initial
 
 MEGABYTE = 1_000_000

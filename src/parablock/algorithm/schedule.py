@@ -95,3 +95,23 @@ def cohort(round_index: int, *, num_clients: int, participation: float, seed: in
         return tuple(range(num_clients))
     drawn = generator_for(seed, "cohort", round_index).choice(num_clients, size=size, replace=False)
     return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def client_in_turn(history: Sequence[int], round_index: int, *, num_clients: int, num_blocks: int) -> int:
+    """Give the one client that trains the block of a round.
+
+    With at least as many blocks as clients, block b is client b mod M's at every visit; with fewer, clients
+    b, b + B, b + 2B … share it and take turns.
+
+    Args:
+        history: b_0 … b_t.
+        round_index: t.
+        num_clients: M.
+        num_blocks: B.
+    """
+    block = history[round_index]
+    if num_blocks >= num_clients:
+        return block % num_clients
+    owners = range(block, num_clients, num_blocks)
+    earlier_visits = list(history[:round_index]).count(block)
+    return owners[earlier_visits % len(owners)]

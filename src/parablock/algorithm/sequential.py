@@ -13,7 +13,6 @@ from functools import partial
 from torch import Tensor
 
 from parablock.algorithm.aggregate import Aggregate, ServerOptimizer, average
-from parablock.algorithm.baselines.fedcybgd import client_in_turn
 from parablock.algorithm.parablock import (
     ClientState,
     ServerState,
@@ -28,7 +27,7 @@ from parablock.algorithm.parablock import (
     server_commit,
     working_parameters,
 )
-from parablock.algorithm.schedule import cohort, next_block
+from parablock.algorithm.schedule import client_in_turn, cohort, next_block
 
 Solve = Callable[[int, int, int, tuple[Tensor, ...]], Tensor]
 """(client_id, round_index, block_index, working parameters v) → y^b: the K local steps on block b."""

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from parablock.config.methods import APART_METHODS, BLOCK_METHODS, LORA_METHODS, cohort_size
 from parablock.config.section import NOT_BUILT
 
 Problem = tuple[str, str]
@@ -20,16 +21,6 @@ NOT_ON_A_GRID = ("kill", "nan", "sign_flip", "scale")
 """Faults that take a client's keys away, or that words of a grid cannot have."""
 
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
-
-
-BLOCK_METHODS = ("parablock", "fl_bcd", "fedcybgd")
-"""Those that train one block at a time; to the others the section `blocks` says nothing."""
-
-LORA_METHODS = ("fedit", "ffa_lora", "flora")
-"""Those that train adapters, which are merged into the model at the end."""
-
-APART_METHODS = ("local", "central")
-"""Those whose clients send nothing and keep a model each."""
 
 
 def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Problem]:
@@ -240,8 +231,3 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield f"faults.{place}.client", f"there is no client {fault['client']} of {federation['num_clients']}"
         if fault["round"] >= federation["num_rounds"]:
             yield f"faults.{place}.round", f"there is no round {fault['round']} of {federation['num_rounds']}"
-
-
-def cohort_size(federation: Mapping[str, Any]) -> int:
-    """Tell how many clients are asked in a round."""
-    return max(1, round(float(federation["participation"]) * int(federation["num_clients"])))

@@ -14,8 +14,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from parablock.config.conflicts import refuse_conflicts
-from parablock.config.section import Section, default_of
-from parablock.fault_section import FaultSection
+from parablock.config.methods import Method
+from parablock.config.section import FaultSection, Section, default_of
 
 
 class ModelSection(Section):
@@ -111,20 +111,6 @@ class ServerOptimizerSection(Section):
         if self.name == "none" and self.momentum != default_of(self, "momentum"):
             raise ValueError("momentum has no effect with name none; choose momentum or adam, or leave it out")
         return self
-
-
-Method = Literal[
-    "parablock",
-    "fl_bcd",
-    "fedavg",
-    "fedit",
-    "ffa_lora",
-    "flora",
-    "fedcybgd",
-    "fedprox",
-    "local",
-    "central",
-]
 
 
 class LoraSection(Section):

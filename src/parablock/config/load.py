@@ -11,9 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parablock.config.keys import RunConfig, TrainSection
-from parablock.config.section import NOT_BUILT
+from parablock.config.section import NOT_BUILT, FaultSection
 from parablock.errors import ConfigError
-from parablock.fault_section import FaultSection
 
 S = TypeVar("S", bound=BaseModel)
 

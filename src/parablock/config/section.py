@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 NOT_BUILT = "is not built yet in this version"
 
@@ -26,3 +26,42 @@ class Section(BaseModel):
 def default_of(section: Section, key: str) -> Any:
     """Give the default of a key."""
     return type(section).model_fields[key].default
+
+
+POISONS = ("nan", "sign_flip", "scale")
+"""Kinds that change what an update says."""
+
+
+KINDS_AT = {
+    "train": ("kill", "delay", "drop", *POISONS),
+    "upload": ("kill", "delay", "drop", "corrupt", *POISONS),
+    "download": ("kill", "delay", "drop", "corrupt"),
+    "commit": ("kill", "delay"),
+}
+"""Which kinds of fault there are at each point."""
+
+
+class FaultSection(Section):
+    """One fault: with whom, when, where, and what happens."""
+
+    client: int = Field(ge=0, description="Whose: a client_id.")
+    round: int = Field(ge=0, description="In which round.")
+    at: Literal["train", "upload", "download", "commit"] = Field(description="At which point of the round.")
+    kind: Literal["drop", "delay", "corrupt", "nan", "sign_flip", "scale", "kill"] = Field(description="What.")
+    value: float | None = Field(None, description="Seconds, or the factor of `scale`.")
+
+    @model_validator(mode="after")
+    def _there_is_such_a_fault(self) -> FaultSection:
+        kinds = KINDS_AT[self.at]
+        if self.kind not in kinds:
+            raise ValueError(f"there is no {self.kind} at {self.at}; there are {', '.join(kinds)}")
+        takes = self.kind in ("kill", "delay", "scale") or (self.kind == "drop" and self.at != "train")
+        needs = self.kind in ("delay", "scale") or (self.kind == "drop" and self.at == "download")
+        meaning = "the factor" if self.kind == "scale" else "seconds"
+        if needs and self.value is None:
+            raise ValueError(f"{self.kind} at {self.at} needs a value: {meaning}")
+        if self.value is not None and not takes:
+            raise ValueError(f"a value has no effect with {self.kind} at {self.at}; leave it out")
+        if self.value is not None and self.value < 0 and self.kind != "scale":
+            raise ValueError(f"value is {meaning}, at least 0, not {self.value:g}")
+        return self

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parablock.config.load import RunConfig, parse_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.evaluation.generation import answers_match
 from parablock.evaluation.side_by_side import Score, score_models

@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import yaml
 
-from parablock.config.load import RunConfig, load_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config
 from parablock.deploy.keys import make_keys
 from parablock.deploy.processes import (
     ServerFiles,
@@ -46,7 +47,8 @@ from parablock.deploy.variables import (
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress, Progress
-from parablock.storage.run_directory import RunDirectory, claimed
+from parablock.storage.files import claimed
+from parablock.storage.run_directory import RunDirectory
 
 LOOK_S = 0.3
 STATUS_S = 20.0

@@ -20,18 +20,17 @@ from typing import Any
 from parablock.config.load import load_config
 from parablock.deploy.site import shared_config
 from parablock.deploy.variables import config_file, failure_file, output_dir_of, server_log, stop_file
+from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.flower.engine import run_over_flower, server_app
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
-from parablock.engine.inprocess import EngineResult
 from parablock.errors import ParaBlockError
-from parablock.experiment.engines import EngineInput, clients_of, server_plan
-from parablock.experiment.inputs import Job
+from parablock.experiment.engines import clients_of, server_plan
 from parablock.experiment.progress import LoggedProgress
 from parablock.experiment.protections import masking_of
 from parablock.experiment.run import resume, run
-from parablock.storage.checkpoint import write_atomically
-from parablock.storage.run_directory import claimed
+from parablock.methods.base import Job
+from parablock.storage.files import claimed, write_atomically
 
 
 class FlowerEngine:

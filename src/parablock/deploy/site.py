@@ -14,7 +14,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from parablock.config.load import RunConfig, parse_config, read_tree, validate
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config, read_tree, validate
 from parablock.config.section import Section
 from parablock.deploy.variables import OUTPUT_KEY, site_file_of
 from parablock.errors import ConfigError

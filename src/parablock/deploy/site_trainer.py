@@ -19,7 +19,7 @@ from torch import Tensor
 from parablock.algorithm.fixed_point import Grid
 from parablock.algorithm.parablock import NEVER, ClientState, ServerState, initial_client, initial_server
 from parablock.clock import RealClock
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.deploy.site import SiteConfig, configuration_at, load_site
 from parablock.engine.client import Client, Communication, restore_client
 from parablock.engine.flower.local_socket import address_of, listen, secret_of
@@ -30,7 +30,7 @@ from parablock.errors import CheckpointError, DataError, ModelError
 from parablock.experiment.engines import checkpoints_kept, encoding_of
 from parablock.experiment.inputs import prepare
 from parablock.experiment.protections import adds_noise, grid_of, masking_of, new_secret, protections
-from parablock.methods.base import make_fleet
+from parablock.methods.choose import make_fleet
 from parablock.storage.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.trace import Trace
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import typer
 
-from parablock.config.load import RunConfig, overridden, parse_config, read_tree
+from parablock.config.keys import RunConfig
+from parablock.config.load import overridden, parse_config, read_tree
 from parablock.deploy.processes import (
     CONNECTION,
     ServerFiles,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -49,21 +49,12 @@ from parablock.wire.messages import (
 )
 from parablock.wire.quantize import QUANTIZED, Encoding, Vector, joined, pack
 
+if TYPE_CHECKING:
+    from parablock.training.trainer import Trainer
+
+
 MOSTLY = 0.9
 """A client warns when so much of an update is lost before it leaves."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What K local steps gave.
-
-    Attributes:
-        trained: y^b, flat, fp32, on the CPU or on its way there; of a client that sends adapters, these.
-        train_loss: Mean loss over the steps.
-    """
-
-    trained: Parts
-    train_loss: float
 
 
 @dataclass(frozen=True)
@@ -75,23 +66,6 @@ class _Delta:
 
     def __getitem__(self, part: slice, /) -> Tensor:
         return delta_of(self.trained[part], self.start[part])
-
-
-class Trainer(Protocol):
-    """Local training of one client, and what it remembers between rounds."""
-
-    num_examples: int
-    step_time_s: float | None
-    """Simulated seconds of a local step; None: as measured."""
-
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        """Take the round's local steps on its block, starting from the working parameters."""
-
-    def memory(self) -> dict[str, Tensor]:
-        """Give what has to survive a restart."""
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        """Take back what `memory` gave."""
 
 
 class Communication(Protocol):

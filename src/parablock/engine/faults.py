@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from parablock.clock import Clock
+from parablock.config.section import POISONS
 from parablock.errors import CodecError, LinkError
-from parablock.fault_section import POISONS
 from parablock.wire.codec import decode
 from parablock.wire.messages import Skip, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack

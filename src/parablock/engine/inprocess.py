@@ -7,78 +7,26 @@ virtual clock each has a machine and a link of its own, in simulated time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from parablock.algorithm.parablock import ClientState, ServerState, initial_client, initial_server
-from parablock.engine.client import Client, Trainer, restore_client
+from parablock.engine.client import Client, restore_client
+from parablock.engine.contract import EngineResult, Hooks, Masking, StopAsked, is_past, look_for_a_stop, memory_of
 from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
-from parablock.engine.pipeline import Courier, Machines, Pipeline
+from parablock.engine.pipeline import Machines, Pipeline
 from parablock.engine.server import Server, ServerPlan
-from parablock.engine.stopping import StopAsked, look_for_a_stop
 from parablock.errors import StallError
 from parablock.privacy.protection import Protection
 from parablock.storage.checkpoint import ClientSnapshot, RunState
-from parablock.trace import Span, Trace
-from parablock.wire.link import Link
-from parablock.wire.messages import Mark, Update, to_bytes
-from parablock.wire.transport import MemoryTransport, Parcel, ServerEnd, Traffic
+from parablock.trace import Trace
+from parablock.wire.messages import Mark, to_bytes
+from parablock.wire.transport import Link, MemoryTransport, Parcel
 
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the engine tells whoever keeps the records; all are called outside simulated time.
-
-    Attributes:
-        on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
-        on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
-        asked_to_stop: Whether the user wants the run to stop at the next round, or at once where a client is gone.
-        on_event: Told in words what went wrong, and that the run goes on, from any thread.
-    """
-
-    on_commit: Callable[[ServerState, list[Update], Traffic], None]
-    on_checkpoint: Callable[[RunState], None]
-    asked_to_stop: Callable[[], bool] = lambda: False
-    on_event: Callable[[str], None] = lambda _: None
-
-
-@dataclass(frozen=True)
-class EngineResult:
-    """How a run ended.
-
-    Attributes:
-        server: The server's state; drained when `finished`.
-        clients: Every client's state.
-        finished: False when the run was asked to stop before its last round.
-        last_traffic: Traffic of the last round, with the drain.
-        refused: How many messages of clients were refused, by reason.
-    """
-
-    server: ServerState
-    clients: tuple[ClientState, ...]
-    finished: bool
-    last_traffic: Traffic
-    refused: dict[str, int] = field(default_factory=dict)
-
-
-class MaskedEnd(ServerEnd, Protocol):
-    """A server's end of a transport over which updates come masked."""
-
-    def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Give the sum of the masks of these clients' updates; see `Collector.masks_of`."""
-
-
-class Masking(Protocol):
-    """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
-
-    def courier(self, client_id: int, first_round: int) -> Courier:
-        """Make a client's side."""
-
-    def collector(self, inner: ServerEnd, first_round: int) -> MaskedEnd:
-        """Make the server's side, over a transport."""
+if TYPE_CHECKING:
+    from parablock.training.trainer import Trainer
 
 
 class _Checkpoints:
@@ -300,18 +248,3 @@ def _dismiss(transport: MemoryTransport, num_clients: int, round_index: int) -> 
     """Send the clients home in the middle of a round; what they hand in belongs to no checkpoint."""
     for client_id in range(num_clients):
         transport.send(client_id, Parcel(to_bytes(Mark(round_index, stop=True)), round_index))
-
-
-def memory_of(resumed: RunState) -> dict[str, Any]:
-    """Give the server's memory, without the updates of open rounds that nobody has any more."""
-    memory = dict(resumed.progress["server"])
-    memory["asked"] = {
-        t: [i for i in asked if int(t) in resumed.clients[i].sent] for t, asked in memory["asked"].items()
-    }
-    return memory
-
-
-def is_past(span: Span, round_index: int, committed: int) -> bool:
-    """Tell whether a resumed run will not repeat this span."""
-    t = span.facts.get("round_index", -1)
-    return t < round_index and not (span.activity == "uploading" and t > committed)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Protocol
 
-from parablock.config.load import RunConfig
-from parablock.wire.link import Link
+from parablock.config.keys import RunConfig
+from parablock.wire.transport import Link
 
 ROUNDING = 1e-9
 """Of a step: what rounding may take from a quotient that is a whole number."""

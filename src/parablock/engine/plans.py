@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.baselines.fedcybgd import client_in_turn
 from parablock.algorithm.fixed_point import EXTRA_WORDS, Grid, GridAggregation
 from parablock.algorithm.robust import Normals, RoundAggregation, Rule
-from parablock.algorithm.schedule import cohort
+from parablock.algorithm.schedule import client_in_turn, cohort
 from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.engine.local_steps import LocalSteps
 from parablock.wire.quantize import Encoding

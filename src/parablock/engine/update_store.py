@@ -19,7 +19,7 @@ from tempfile import TemporaryFile, gettempdir
 import torch
 from torch import Tensor
 
-from parablock.storage.checkpoint import storage
+from parablock.storage.files import storage
 from parablock.wire.quantize import Vector, payload_bytes, payload_ranges
 
 Key = tuple[int, int]

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parablock.config.load import RunConfig, load_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config
 from parablock.data.prompts import Tokenized, tokenize_rows
 from parablock.data.sources import load_rows
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import exact_match
-from parablock.evaluation.loss import evaluate_loss
-from parablock.evaluation.scoring import Sample
+from parablock.evaluation.scoring import Sample, evaluate_loss
 from parablock.model.load import LoadedModel, load_model
 from parablock.storage.run_directory import RunDirectory
 

@@ -1,1 +1,1 @@
-"""experiment"""
+"""experiment."""

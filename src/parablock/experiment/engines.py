@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.stacking import Factors
-from parablock.config.load import RunConfig
-from parablock.engine.client import Trainer
+from parablock.config.keys import RunConfig
+from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import EngineResult, Hooks, run_in_process
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import local_steps_of
 from parablock.engine.server import ServerPlan
 from parablock.errors import ConfigError
-from parablock.experiment.inputs import Job
 from parablock.experiment.protections import (
     aggregation_rule,
     fewest_updates,
@@ -27,54 +22,10 @@ from parablock.experiment.protections import (
     noise_of_the_server,
     protections,
 )
+from parablock.methods.base import Job
 from parablock.methods.flora import factors_of
-from parablock.storage.checkpoint import RunState
-from parablock.trace import Trace
-from parablock.training.local import LocalArguments
-from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
-
-
-@dataclass(frozen=True)
-class EngineInput:
-    """What an engine runs.
-
-    Attributes:
-        config: The run.
-        secret: The key of the noise, where some is added.
-        take_params: Gives the initial parameters, one flat vector for each block, of which it keeps none.
-        trainers: Of the clients that train in this process, in order of client_id.
-        trace: Records the run; its clock is the run's.
-        hooks: Who keeps the records.
-        resumed: Where to go on; None: at the beginning.
-        faults: What is to go wrong.
-        folder: The run directory.
-    """
-
-    config: RunConfig
-    secret: bytes | None
-    take_params: Callable[[], Sequence[Tensor]]
-    trainers: Sequence[Trainer]
-    trace: Trace
-    hooks: Hooks
-    resumed: RunState | None
-    faults: Faults
-    folder: Path
-
-
-class Engine(Protocol):
-    """What brings the server and the clients of a run together.
-
-    Attributes:
-        is_local: Whether the clients train in this process.
-        held_rounds: The rounds of the checkpoints that the clients can go on from; None: of all.
-    """
-
-    is_local: bool
-    held_rounds: frozenset[int] | None
-
-    def run(self, given: EngineInput) -> EngineResult:
-        """Run all rounds, or those that a checkpoint has left."""
+from parablock.wire.transport import Link
 
 
 class InProcess:
@@ -118,24 +69,6 @@ class InProcess:
             protection_of=protections(config, given.secret),
             masking=masking_of(config),
         )
-
-
-def local_arguments(config: RunConfig) -> LocalArguments:
-    """Give what the local optimizer follows."""
-    train, federation = config.train, config.federation
-    return LocalArguments(
-        learning_rate=train.learning_rate,
-        total_steps=federation.num_rounds,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_ratio=train.warmup_ratio,
-        gradient_checkpointing=train.gradient_checkpointing,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_epsilon,
-        proximal_mu=federation.proximal_mu if federation.method == "fedprox" else 0.0,
-    )
 
 
 def checkpoints_kept(config: RunConfig) -> int:

@@ -13,14 +13,14 @@ from statistics import fmean
 from transformers import PreTrainedModel
 
 from parablock.algorithm.schedule import blocks_never_visited
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.engine.local_steps import exchange_s
 from parablock.methods.blocks import layer_blocks
 from parablock.model.blocks import Block, find_layers
 from parablock.training.flops import FlopModel
 from parablock.training.step_time import Compute, assumed_compute, stated_compute
-from parablock.wire.link import Link
 from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Link
 
 LEAST_BLOCKS = 4
 

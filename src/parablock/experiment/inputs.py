@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,19 @@ from typing import Any
 import torch
 
 from parablock import __version__
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.data.histogram import count_examples, partition_histogram
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.experiment.fit_blocks import fitted, never_visited
+from parablock.methods.base import Job
 from parablock.methods.blocks import trained_blocks
 from parablock.model.blocks import Block
 from parablock.model.load import LoadedModel, load_model
 from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
-
-
-@dataclass(frozen=True)
-class Job:
-    """A configuration with everything that it names, read and checked; nothing has been written.
-
-    Attributes:
-        config: Resolved: nothing is left to a default of the machine.
-        loaded: The base model and its tokenizer.
-        blocks: Its partition.
-        train: The examples of each client.
-        test: The examples that the model is scored on.
-        notes: What a user should read before the run starts.
-        manifest: What has to be the same when the run is resumed, and where it ran.
-    """
-
-    config: RunConfig
-    loaded: LoadedModel
-    blocks: tuple[Block, ...]
-    train: tuple[tuple[Example, ...], ...]
-    test: tuple[Example, ...]
-    notes: tuple[str, ...]
-    manifest: dict[str, Any]
 
 
 def prepare(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from parablock.algorithm.fixed_point import Grid
 from parablock.algorithm.robust import Normals, Rule
 from parablock.algorithm.schedule import cohort
-from parablock.config.conflicts import cohort_size
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.methods import cohort_size
 from parablock.errors import ConfigError
-from parablock.privacy.cohorts import threshold_of
+from parablock.privacy.masking import threshold_of
 from parablock.privacy.protection import Protection
 
 if TYPE_CHECKING:

@@ -15,19 +15,22 @@ import torch
 
 from parablock.algorithm.parablock import ServerState
 from parablock.clock import Clock, RealClock, VirtualClock
-from parablock.config.load import RunConfig, load_config
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config
+from parablock.engine.contract import Engine, EngineInput, EngineResult, Hooks
 from parablock.engine.faults import Faults
-from parablock.engine.inprocess import EngineResult, Hooks
 from parablock.errors import CheckpointError, InputError, StorageError
-from parablock.experiment.engines import Engine, EngineInput, InProcess, checkpoints_kept, clients_of, faults_of
-from parablock.experiment.inputs import Job, prepare
+from parablock.experiment.engines import InProcess, checkpoints_kept, clients_of, faults_of
+from parablock.experiment.inputs import prepare
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, privacy_spent
 from parablock.experiment.trackers import Trackers, check_trackers, figures_of, open_trackers
-from parablock.methods.base import make_fleet
+from parablock.methods.base import Job
+from parablock.methods.choose import make_fleet
 from parablock.report.write import write_report
 from parablock.storage.checkpoint import RunState, load_newest, save_checkpoint
-from parablock.storage.run_directory import RunDirectory, claimed, time_and_bytes
+from parablock.storage.files import claimed
+from parablock.storage.run_directory import RunDirectory, time_and_bytes
 from parablock.trace import Trace
 from parablock.wire.messages import Update
 from parablock.wire.transport import Traffic

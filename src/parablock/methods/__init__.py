@@ -1,1 +1,1 @@
-"""methods"""
+"""methods."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import Block
 
@@ -20,7 +20,13 @@ def with_adapters(model: PreTrainedModel, config: RunConfig) -> None:
     add_adapters(model, **config.lora.model_dump(), layers_path=config.blocks.layers_path, seed=config.seed)
 
 
-def trained(model: PreTrainedModel, config: RunConfig) -> tuple[Block]:
+def fedit_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block]:
     """Train and send A and B of every adapter."""
     with_adapters(model, config)
     return (adapter_block(model, layers_path=config.blocks.layers_path),)
+
+
+def ffa_lora_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block]:
+    """Train and send B of every adapter."""
+    with_adapters(model, config)
+    return (adapter_block(model, matrices=("B",), layers_path=config.blocks.layers_path),)

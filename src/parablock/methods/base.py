@@ -8,27 +8,22 @@ every round. `local` and `central` have no common model: each client keeps its o
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from parablock.config.conflicts import APART_METHODS
-from parablock.data.prompts import stop_token_ids
-from parablock.engine.client import Trainer
-from parablock.evaluation.loss import evaluate_loss
-from parablock.experiment.engines import local_arguments
-from parablock.experiment.inputs import Job
-from parablock.methods.flora import StackedTrainer
-from parablock.methods.solo import ApartTrainer
-from parablock.model.adapters import matrices_block, merge_adapters
+from parablock.config.keys import RunConfig
+from parablock.data.prompts import Example, stop_token_ids
+from parablock.evaluation.scoring import evaluate_loss
+from parablock.model.adapters import merge_adapters
 from parablock.model.blocks import Block
+from parablock.model.load import LoadedModel
 from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
-from parablock.training.trainer import LocalTrainer
+from parablock.training.trainer import LocalTrainer, Trainer, local_arguments
 
 
 class Fleet:
@@ -118,79 +113,24 @@ class Fleet:
         )
 
 
-class ApartFleet(Fleet):
-    """Clients that tell the server nothing: each has a model of its own, and scores are their mean.
+@dataclass(frozen=True)
+class Job:
+    """A configuration with everything that it names, read and checked; nothing has been written.
 
-    What is exported is that model where there is one client (`central`); else a folder holds one for each,
-    `client_0` and so on, and the hash is that of their hashes.
+    Attributes:
+        config: Resolved: nothing is left to a default of the machine.
+        loaded: The base model and its tokenizer.
+        blocks: Its partition.
+        train: The examples of each client.
+        test: The examples that the model is scored on.
+        notes: What a user should read before the run starts.
+        manifest: What has to be the same when the run is resumed, and where it ran.
     """
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self._apart = [ApartTrainer(trainer, self.params) for trainer in self.trainers]
-        self.trainers, self.params, self.num_blocks = self._apart, (torch.empty(0),), 1
-
-    def evaluate(self, params: Sequence[Tensor]) -> float:
-        """Score every client's model as of the last commit, and give the mean."""
-        del params  # nothing is in them
-        return fmean(super(ApartFleet, self).evaluate(client.own) for client in self._apart)
-
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Score every client's last model, and give the mean."""
-        return self.evaluate(params)
-
-    def export(self, directory: Path) -> str:
-        """Write every client's model."""
-        if len(self._apart) == 1:
-            return super().export(directory)
-        digest = hashlib.sha256()
-        for client_id, client in enumerate(self._apart):
-            self._replica.load_all(client.own)
-            digest.update(super().export(directory / f"client_{client_id}").encode())
-        return digest.hexdigest()
-
-
-class StackedFleet(Fleet):
-    """Clients that train new adapters in each round, on matrices to which everybody adds those of the last.
-
-    What the server holds are the matrices; the model itself carries adapters, which add nothing outside training.
-    """
-
-    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
-        self._adapters = Replica(job.loaded.model, job.blocks)
-        super().__init__(job, clients)
-
-    def committed_blocks(self) -> tuple[Block, ...]:
-        """Give one block of all matrices with adapters."""
-        return (matrices_block(self._job.loaded.model, layers_path=self._config.blocks.layers_path),)
-
-    def trainer(self, client_id: int, *, alone: bool) -> Trainer:
-        """Make the local training of one client, on a model of two parts: matrices and adapters."""
-        matrices, adapters = self._replica, self._adapters
-        if not self._is_shared(alone):
-            model = copy.deepcopy(self._job.loaded.model)
-            matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._job.blocks)
-        return StackedTrainer(
-            client_id, self._local_trainer(client_id, adapters), matrices, adapters, seed=self._config.seed
-        )
-
-    def evaluate(self, params: Sequence[Tensor]) -> float:
-        """Score the committed matrices, without adapters."""
-        self._without_adapters()
-        return super().evaluate(params)
-
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Make the model of the last matrices, and score it."""
-        self._without_adapters()
-        return super().conclude(params)
-
-    def _without_adapters(self) -> None:
-        self._adapters.load(0, torch.zeros_like(self._adapters.read(0)))
-
-
-def make_fleet(job: Job, clients: Sequence[int] | None = None) -> Fleet:
-    """Make the fleet that the configured method asks for; see `Fleet`."""
-    method = job.config.federation.method
-    if method in APART_METHODS:
-        return ApartFleet(job)
-    return StackedFleet(job, clients) if method == "flora" else Fleet(job, clients)
+    config: RunConfig
+    loaded: LoadedModel
+    blocks: tuple[Block, ...]
+    train: tuple[tuple[Example, ...], ...]
+    test: tuple[Example, ...]
+    notes: tuple[str, ...]
+    manifest: dict[str, Any]

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from parablock.algorithm.baselines import ffa_lora
-from parablock.config.load import RunConfig
-from parablock.methods import adapters as fedit
+from parablock.config.keys import RunConfig
+from parablock.methods.adapters import fedit_blocks, ffa_lora_blocks
 from parablock.model.blocks import Block, partition_blocks, whole_model
 
 
@@ -50,7 +49,7 @@ def _everything(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
 
 _BLOCKS: dict[str, Callable[[PreTrainedModel, RunConfig], tuple[Block, ...]]] = {
     **dict.fromkeys(("fedavg", "fedprox", "local", "central"), _everything),
-    "fedit": fedit.trained,
-    "ffa_lora": ffa_lora.trained,
-    "flora": fedit.trained,
+    "fedit": fedit_blocks,
+    "ffa_lora": ffa_lora_blocks,
+    "flora": fedit_blocks,
 }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from parablock.algorithm.stacking import Factors
-from parablock.config.load import RunConfig
-from parablock.engine.client import Trained
-from parablock.model.adapters import adapted_layers, fresh_adapters
+from parablock.config.keys import RunConfig
+from parablock.methods.base import Fleet, Job
+from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
+from parablock.model.blocks import Block
 from parablock.model.params import Replica
-from parablock.training.trainer import LocalTrainer
+from parablock.training.trainer import LocalTrainer, Trained, Trainer
 from parablock.wire.messages import RoundStart
 
 
@@ -59,3 +64,41 @@ class StackedTrainer:
     def remember(self, memory: dict[str, Tensor]) -> None:
         """Nothing to take back."""
         assert not memory
+
+
+class StackedFleet(Fleet):
+    """Clients that train new adapters in each round, on matrices to which everybody adds those of the last.
+
+    What the server holds are the matrices; the model itself carries adapters, which add nothing outside training.
+    """
+
+    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
+        self._adapters = Replica(job.loaded.model, job.blocks)
+        super().__init__(job, clients)
+
+    def committed_blocks(self) -> tuple[Block, ...]:
+        """Give one block of all matrices with adapters."""
+        return (matrices_block(self._job.loaded.model, layers_path=self._config.blocks.layers_path),)
+
+    def trainer(self, client_id: int, *, alone: bool) -> Trainer:
+        """Make the local training of one client, on a model of two parts: matrices and adapters."""
+        matrices, adapters = self._replica, self._adapters
+        if not self._is_shared(alone):
+            model = copy.deepcopy(self._job.loaded.model)
+            matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._job.blocks)
+        return StackedTrainer(
+            client_id, self._local_trainer(client_id, adapters), matrices, adapters, seed=self._config.seed
+        )
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score the committed matrices, without adapters."""
+        self._without_adapters()
+        return super().evaluate(params)
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Make the model of the last matrices, and score it."""
+        self._without_adapters()
+        return super().conclude(params)
+
+    def _without_adapters(self) -> None:
+        self._adapters.load(0, torch.zeros_like(self._adapters.read(0)))

@@ -6,9 +6,16 @@ the headers of the messages.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
 from torch import Tensor
 
-from parablock.engine.client import Trained, Trainer
+from parablock.methods.base import Fleet, Job
+from parablock.training.trainer import Trained, Trainer
 from parablock.wire.messages import RoundStart
 
 
@@ -38,3 +45,35 @@ class ApartTrainer:
         """Take both back."""
         self.own = (memory["own"],)
         self._trainer.remember({name: value for name, value in memory.items() if name != "own"})
+
+
+class ApartFleet(Fleet):
+    """Clients that tell the server nothing: each has a model of its own, and scores are their mean.
+
+    What is exported is that model where there is one client (`central`); else a folder holds one for each,
+    `client_0` and so on, and the hash is that of their hashes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._apart = [ApartTrainer(trainer, self.params) for trainer in self.trainers]
+        self.trainers, self.params, self.num_blocks = self._apart, (torch.empty(0),), 1
+
+    def evaluate(self, params: Sequence[Tensor]) -> float:
+        """Score every client's model as of the last commit, and give the mean."""
+        del params  # nothing is in them
+        return fmean(super(ApartFleet, self).evaluate(client.own) for client in self._apart)
+
+    def conclude(self, params: Sequence[Tensor]) -> float:
+        """Score every client's last model, and give the mean."""
+        return self.evaluate(params)
+
+    def export(self, directory: Path) -> str:
+        """Write every client's model."""
+        if len(self._apart) == 1:
+            return super().export(directory)
+        digest = hashlib.sha256()
+        for client_id, client in enumerate(self._apart):
+            self._replica.load_all(client.own)
+            digest.update(super().export(directory / f"client_{client_id}").encode())
+        return digest.hexdigest()

@@ -239,3 +239,27 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
             cause="The tokenizer is another model's, or tokens were added without resizing the model.",
             remedy="Use the tokenizer the model was trained with, or resize the embeddings and save it again.",
         )
+
+
+def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
+    """Make a causal language model without values.
+
+    Args:
+        name_or_path: A folder that holds config.json, or a Hugging Face id.
+        dtype: Precision of the parameters, `float32` or `bfloat16`.
+
+    Returns:
+        The model on the `meta` device: its parameters have names, shapes and ties, and no memory.
+
+    Raises:
+        ModelError: For a folder or id whose configuration cannot be read, or is not that of a causal
+            language model.
+    """
+    source = find_source(name_or_path)
+    with reading(source):
+        config = read_config(source)
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        except Exception as error:
+            raise unreadable(source, "architecture", error) from error

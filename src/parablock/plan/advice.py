@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from parablock.config.conflicts import BLOCK_METHODS
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.methods import BLOCK_METHODS
 from parablock.plan.timing import Timing
 from parablock.report.units import format_duration
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from parablock.config.conflicts import LORA_METHODS
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.methods import LORA_METHODS
 from parablock.errors import ConfigError
 from parablock.model.blocks import Block
 from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
 from parablock.plan.memory import memory_per_client
 from parablock.plan.scenario import Scenario
 from parablock.plan.traffic import total_bytes
-from parablock.wire.link import Link
 from parablock.wire.quantize import payload_bytes
+from parablock.wire.transport import Link
 
 SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
 METHODS = ("parablock", "fl_bcd", "fedavg", *LORA_METHODS)

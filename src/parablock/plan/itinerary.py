@@ -9,7 +9,7 @@ from typing import Literal
 
 from parablock.algorithm.parablock import NEVER
 from parablock.algorithm.schedule import cohort, next_block
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.experiment.engines import encoding_of
 
 News = tuple[tuple[int, Literal["streamed", "fresh", "missed"]], ...]

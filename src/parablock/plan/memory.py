@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from parablock.config.conflicts import LORA_METHODS
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.methods import LORA_METHODS
 from parablock.model.blocks import Block, find_layers
 
 LORA_RANK = 16

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from parablock.algorithm.parablock import NEVER, delta_of
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.data.batches import Batch, round_batches
 from parablock.errors import ConfigError
 from parablock.experiment.fit_blocks import flops_of
-from parablock.experiment.inputs import Job, prepare
+from parablock.experiment.inputs import prepare
+from parablock.methods.base import Job
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.seeding import seed_for

@@ -6,21 +6,21 @@ from functools import cache, partial
 from statistics import fmean
 
 from parablock.algorithm.parablock import steps_of
-from parablock.config.conflicts import BLOCK_METHODS, LORA_METHODS, cohort_size
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.methods import BLOCK_METHODS, LORA_METHODS, cohort_size
 from parablock.engine.local_steps import local_steps_of
 from parablock.experiment.engines import encoding_of
 from parablock.experiment.fit_blocks import estimated_compute, fitted, flops_of, never_visited
 from parablock.methods.blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
-from parablock.model.outline import outline_model
+from parablock.model.load import outline_model
 from parablock.plan.itinerary import walk
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes, Stacked
 from parablock.training.step_time import Compute
-from parablock.wire.link import Link
+from parablock.wire.transport import Link
 
 
 class Scenario:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from parablock.plan.itinerary import Itinerary
 from parablock.plan.traffic import Shipment, Sizes
-from parablock.wire.link import Link
+from parablock.wire.transport import Link
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from parablock.config.conflicts import LORA_METHODS
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
+from parablock.config.methods import LORA_METHODS
 from parablock.plan.forecast import Plan
 from parablock.plan.memory import LORA_RANK
 from parablock.report.units import format_bytes, format_duration

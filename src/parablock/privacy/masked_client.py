@@ -14,18 +14,20 @@ import torch
 from cryptography.exceptions import InvalidTag
 
 from parablock.errors import CodecError
-from parablock.privacy.cohorts import Cohorts, threshold_of
 from parablock.privacy.masking import (
+    SHARE_BYTES,
+    Cohorts,
     agreed,
     new_private_key,
     own_mask,
     pair_mask,
     public_key,
     seal,
+    split,
+    threshold_of,
     total,
     unseal,
 )
-from parablock.privacy.shamir import SHARE_BYTES, split
 from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
 from parablock.wire.quantize import pack
 from parablock.wire.sealing import (

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from parablock.errors import CodecError
-from parablock.privacy.cohorts import Cohorts, threshold_of
 from parablock.privacy.masked_client import KEY_BYTES
-from parablock.privacy.masking import own_mask, pair_mask, public_key, total
-from parablock.privacy.shamir import SHARE_BYTES, join
+from parablock.privacy.masking import (
+    SHARE_BYTES,
+    Cohorts,
+    join,
+    own_mask,
+    pair_mask,
+    public_key,
+    threshold_of,
+    total,
+)
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import (
     SEALING_READERS,

@@ -15,7 +15,9 @@ honest-but-curious model: keys are not signed, and the server is taken to delive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -96,3 +98,71 @@ def total(parts: Sequence[Words], size: int) -> Words:
     for part in parts:
         sum_ += part
     return sum_
+
+
+def threshold_of(num_clients: int) -> int:
+    """Tell how many clients of a cohort have to stay: all but a third."""
+    return num_clients - num_clients // 3
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """The rounds that secrets are made for.
+
+    Attributes:
+        num_clients: How many there are.
+        of_round: For each round to come its cohort, ascending.
+    """
+
+    num_clients: int
+    of_round: Mapping[int, tuple[int, ...]]
+
+    def rounds_of(self, *clients: int) -> list[int]:
+        """Give the rounds in which all of these clients are asked."""
+        return [t for t, cohort in self.of_round.items() if set(clients) <= set(cohort)]
+
+    def place_of(self, client_id: int, round_index: int) -> int:
+        """Give a client's place among its keys for that round: key 0 is for letters."""
+        return 1 + self.rounds_of(client_id).index(round_index)
+
+
+PRIME = 2**256 + 297
+"""The smallest prime above 2^256."""
+
+
+SHARE_BYTES = 33
+
+
+def split(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
+    """Split a secret of 32 bytes; share number i (from 0) is the polynomial's value at i + 1."""
+    coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
+    shares = []
+    for x in range(1, num_shares + 1):
+        value = 0
+        for coefficient in reversed(coefficients):
+            value = (value * x + coefficient) % PRIME
+        shares.append(value.to_bytes(SHARE_BYTES, "big"))
+    return shares
+
+
+def join(shares: Mapping[int, bytes]) -> bytes:
+    """Give the secret back from as many shares as its threshold, or more.
+
+    Args:
+        shares: For each number of a share (from 0) the share.
+
+    Raises:
+        ValueError: They are not shares of one secret of 32 bytes, as far as can be seen.
+    """
+    places = {number + 1: int.from_bytes(share, "big") for number, share in shares.items()}
+    secret = 0
+    for x, value in places.items():
+        numerator = denominator = 1
+        for other in places:
+            if other != x:
+                numerator = numerator * other % PRIME
+                denominator = denominator * (other - x) % PRIME
+        secret = (secret + value * numerator * pow(denominator, -1, PRIME)) % PRIME
+    if secret >= 2**256:
+        raise ValueError(f"{len(shares)} shares give no secret of 32 bytes")
+    return secret.to_bytes(32, "big")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parablock.algorithm.schedule import cohort
-from parablock.privacy.cohorts import Cohorts
 from parablock.privacy.masked_client import Courier
 from parablock.privacy.masked_server import Collector
+from parablock.privacy.masking import Cohorts
 from parablock.wire.transport import ServerEnd
 
 

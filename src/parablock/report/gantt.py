@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from parablock.report.figures import Figure, tidy
-from parablock.report.hidden import TRANSFERS, Piece, cut_transfers
 from parablock.report.units import format_bytes
-from parablock.trace import Span
+from parablock.trace import TRANSFERS, Piece, Span, cut_transfers
 
 MAX_CLIENTS = 20
 MAX_BARS = 16_000

@@ -19,12 +19,12 @@ from pathlib import Path
 import yaml
 
 from parablock import __version__
-from parablock.report.ablation import ablation_table
 from parablock.report.figures import Figure, blocks_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
 from parablock.report.reading import RunRecord
 from parablock.report.tables import (
     Table,
+    ablation_table,
     blocks_table,
     clients_table,
     comparison_table,

@@ -7,9 +7,19 @@ from pathlib import Path
 
 from parablock.errors import InputError
 from parablock.report.html import render_html
-from parablock.report.markdown import render_markdown
-from parablock.report.reading import has_ended, is_run, read_runs
-from parablock.storage.checkpoint import write_atomically
+from parablock.report.reading import RunRecord, has_ended, is_run, read_runs
+from parablock.report.tables import (
+    ablation_table,
+    blocks_table,
+    clients_table,
+    comparison_table,
+    differences_table,
+    environment_table,
+    headline,
+    settings_table,
+    to_markdown,
+)
+from parablock.storage.files import write_atomically
 
 REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 
@@ -47,3 +57,30 @@ def _runs_in(folder: Path) -> list[Path]:
             remedy="Give the --output-dir of a `parablock run`, or a folder of such folders.",
         )
     return inside
+
+
+def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> str:
+    """Write the tables.
+
+    Args:
+        runs: All runs; more than one are compared.
+        detailed: The run that is shown in detail, if any.
+    """
+    parts: list[str] = []
+    if len(runs) > 1 or detailed is None:
+        parts += ["# Comparison", to_markdown(comparison_table(runs))]
+        if len(runs) > 1:
+            parts += ["## What differs", to_markdown(differences_table(runs))]
+        if (settings := ablation_table(runs)).rows:
+            parts += ["## What each setting does", to_markdown(settings)]
+    if detailed is not None:
+        parts += [f"# {detailed.name}", _headline(detailed)]
+        parts += ["## Clients", to_markdown(clients_table(detailed))]
+        parts += ["## Blocks", to_markdown(blocks_table(detailed))]
+        parts += ["## Settings other than the defaults", to_markdown(settings_table(detailed))]
+        parts += ["## Environment", to_markdown(environment_table(detailed))]
+    return "\n".join(f"{part.rstrip()}\n" for part in parts)
+
+
+def _headline(run: RunRecord) -> str:
+    return "\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in headline(run))

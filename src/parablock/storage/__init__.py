@@ -1,1 +1,1 @@
-"""storage"""
+"""storage."""

@@ -13,14 +13,11 @@ every file is verified when it is read; the one before is kept, and stands in wh
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState
 from parablock.errors import CheckpointError, StorageError
+from parablock.storage.files import _sync, storage
 from parablock.trace import Span
 
 FORMAT_VERSION = 2
@@ -75,53 +73,6 @@ class RunState:
     clients: tuple[ClientSnapshot, ...]
     progress: dict[str, Any]
     spans: list[Span]
-
-
-@contextmanager
-def storage(path: Path) -> Iterator[None]:
-    """Turn failures to write below `path` into a `StorageError` that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        raise StorageError(
-            f"{path} cannot be written: {'the disk is full' if full else error}",
-            cause=(
-                "The disk, or this user's share of it, has no room left."
-                if full
-                else "The folder is missing, read-only, or not a folder, or its file system refuses such a file."
-            ),
-            remedy=(
-                "Free some space; `parablock resume` goes on with a run that has begun, from its last checkpoint."
-                if full
-                else "Choose another --output-dir, or make this one writable."
-            ),
-        ) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that there is never half of it."""
-    with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Give a place beside `path` to write a file to; it takes the name `path` when it is whole.
-
-    Raises:
-        StorageError: It cannot be written; what was there before is untouched.
-    """
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with storage(path):
-            yield beside
-            _sync(beside)
-            beside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
 
 
 def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
@@ -280,11 +231,3 @@ def _own_sha256(meta: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from parablock.errors import CheckpointError, StorageError
-from parablock.report.hidden import times_by_client
-from parablock.storage.checkpoint import storage, write_atomically, written_beside
-from parablock.trace import Span, write_chrome_trace
+from parablock.storage.files import storage, write_atomically, written_beside
+from parablock.trace import Span, times_by_client, write_chrome_trace
 
 Row = dict[str, Any]
 """One line of `metrics.jsonl`."""
-
-
-@contextmanager
-def claimed(
-    folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
-) -> Iterator[None]:
-    """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
-
-    Args:
-        folder: The folder; it is locked itself, without a file of its own.
-        remedy: What to do about a process that has it.
-
-    Raises:
-        StorageError: Another one is at work there.
-    """
-    with storage(folder):
-        place = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"another process is at work in {folder}",
-                cause="The run there has not ended; two at once would write into the same files.",
-                remedy=remedy,
-            ) from None
-        except OSError:
-            pass  # a file system that knows no locks
-        yield
-    finally:
-        os.close(place)
 
 
 class RunDirectory:

@@ -10,8 +10,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from parablock.algorithm.baselines.fedprox import add_proximal_gradient
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -128,3 +126,16 @@ def _move_gradient(view: Tensor, parameter: Tensor) -> None:
         view.grad = gradient.float()
     else:
         view.grad.add_(gradient)
+
+
+def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> None:
+    """Add μ (w − w_t) to the gradient of each weight, in place.
+
+    Args:
+        weights: w, with their gradients; one without a gradient stays without.
+        anchors: w_t, of the same shapes.
+        mu: μ.
+    """
+    for weight, anchor in zip(weights, anchors, strict=True):
+        if weight.grad is not None:
+            weight.grad.add_(weight.detach() - anchor, alpha=mu)

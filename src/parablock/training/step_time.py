@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from parablock.config.load import RunConfig
+from parablock.config.keys import RunConfig
 from parablock.model.blocks import Block
 from parablock.training.flops import FlopModel, Tokens
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from parablock.config.load import TrainSection
+from parablock.config.keys import RunConfig, TrainSection
 from parablock.data.batches import round_batches
 from parablock.data.prompts import Example
-from parablock.engine.client import Trained
+from parablock.model.device_copy import Parts
 from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, Moments, train_block
 from parablock.wire.messages import RoundStart
@@ -97,3 +98,51 @@ class LocalTrainer:
             block_index: Moments(saved["exp_avg"], saved["exp_avg_sq"], int(saved["step"]))
             for block_index, saved in by_block.items()
         }
+
+
+def local_arguments(config: RunConfig) -> LocalArguments:
+    """Give what the local optimizer follows."""
+    train, federation = config.train, config.federation
+    return LocalArguments(
+        learning_rate=train.learning_rate,
+        total_steps=federation.num_rounds,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_ratio=train.warmup_ratio,
+        gradient_checkpointing=train.gradient_checkpointing,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        proximal_mu=federation.proximal_mu if federation.method == "fedprox" else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What K local steps gave.
+
+    Attributes:
+        trained: y^b, flat, fp32, on the CPU or on its way there; of a client that sends adapters, these.
+        train_loss: Mean loss over the steps.
+    """
+
+    trained: Parts
+    train_loss: float
+
+
+class Trainer(Protocol):
+    """Local training of one client, and what it remembers between rounds."""
+
+    num_examples: int
+    step_time_s: float | None
+    """Simulated seconds of a local step; None: as measured."""
+
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        """Take the round's local steps on its block, starting from the working parameters."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Give what has to survive a restart."""
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave."""

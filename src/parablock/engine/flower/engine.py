@@ -12,11 +12,10 @@ from flwr.superlink.grid import http_grid
 from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState, initial_server
+from parablock.engine.contract import EngineResult, Hooks, Masking, StopAsked, is_past, look_for_a_stop
 from parablock.engine.flower.grid import GridTransport
 from parablock.engine.flower.pace import ask_often, push_a_few_at_a_time
-from parablock.engine.inprocess import EngineResult, Hooks, Masking, is_past
 from parablock.engine.server import Server, ServerPlan
-from parablock.engine.stopping import StopAsked, look_for_a_stop
 from parablock.storage.checkpoint import ClientSnapshot, RunState
 from parablock.trace import Trace
 

@@ -1,0 +1,100 @@
+"""TODO parablock.storage.files."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from parablock.errors import StorageError
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn failures to write below `path` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        raise StorageError(
+            f"{path} cannot be written: {'the disk is full' if full else error}",
+            cause=(
+                "The disk, or this user's share of it, has no room left."
+                if full
+                else "The folder is missing, read-only, or not a folder, or its file system refuses such a file."
+            ),
+            remedy=(
+                "Free some space; `parablock resume` goes on with a run that has begun, from its last checkpoint."
+                if full
+                else "Choose another --output-dir, or make this one writable."
+            ),
+        ) from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that there is never half of it."""
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write a file to; it takes the name `path` when it is whole.
+
+    Raises:
+        StorageError: It cannot be written; what was there before is untouched.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with storage(path):
+            yield beside
+            _sync(beside)
+            beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(
+    folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
+) -> Iterator[None]:
+    """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
+
+    Args:
+        folder: The folder; it is locked itself, without a file of its own.
+        remedy: What to do about a process that has it.
+
+    Raises:
+        StorageError: Another one is at work there.
+    """
+    with storage(folder):
+        place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"another process is at work in {folder}",
+                cause="The run there has not ended; two at once would write into the same files.",
+                remedy=remedy,
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(place)
