@@ -19,9 +19,9 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER
 from parablock.config.keys import RunConfig
-from parablock.experiment.inputs import prepare
-from parablock.methods.base import Job
-from parablock.methods.choose import make_fleet
+from parablock.experiment.inputs import read_inputs
+from parablock.methods.base import RunInputs
+from parablock.methods.choose import make_method_model
 from parablock.wire.messages import RoundStart
 from parablock.wire.transport import Link
 
@@ -45,8 +45,8 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Point]]:
         The loss before, and for each round the seconds and bytes so far and the loss after it.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    job = prepare(config)
-    fleet, strategy, link = make_fleet(job), FedAvg(), Link(**config.link.model_dump())
+    job = read_inputs(config)
+    fleet, strategy, link = make_method_model(job), FedAvg(), Link(**config.link.model_dump())
     (flat,) = fleet.params
     before = fleet.evaluate((flat,))
     arrays, seconds, moved, points = to_arrays(flat, job), 0.0, 0, []
@@ -69,7 +69,7 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Point]]:
     return before, points
 
 
-def to_arrays(flat: Tensor, job: Job) -> ArrayRecord:
+def to_arrays(flat: Tensor, job: RunInputs) -> ArrayRecord:
     """Make Flower's record of what a method trains, tensor by tensor."""
     (block,) = job.blocks
     parameters = [job.loaded.model.get_parameter(name) for name in block.parameter_names]

@@ -23,7 +23,7 @@ from rate import BLOCKS, CLIENTS, EXAMPLES, SIZE, STEPS, local_steps, make_clien
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.seeding import generator_for
 from parablock.wire.quantize import Encoding, pack
 
@@ -35,7 +35,7 @@ class Setting:
     """One place of one knob.
 
     Attributes:
-        problem: Fields of `Problem`.
+        problem: Fields of `OracleProblem`.
         blocks: B.
         steps: K.
         spread: How much clients differ.
@@ -115,7 +115,7 @@ def squared_gradient(setting: Setting, delay: int, seed: int, options: argparse.
     solve = partial(local_steps, clients, STEP, seed, num_steps=setting.steps)
     start = torch.tensor(generator_for(seed, "rate start").normal(size=(BLOCKS * SIZE,))).float()
     facts: dict[str, Any] = {"encode": rounded(setting.wire)} if setting.wire else {}
-    problem = Problem([EXAMPLES] * CLIENTS, options.rounds, delay, seed=seed, **setting.problem, **facts)
+    problem = OracleProblem([EXAMPLES] * CLIENTS, options.rounds, delay, seed=seed, **setting.problem, **facts)
     trajectory = run_sequential(start.chunk(setting.blocks), problem, solve).trajectory
     return fmean(clients.squared_norm(torch.cat(params)) for params in trajectory[-options.rounds // 4 :])
 

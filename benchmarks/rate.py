@@ -25,7 +25,7 @@ import torch
 from _record import Bar, make_console, make_parser, record, table
 from torch import Tensor
 
-from parablock.algorithm.sequential import Problem, Solve, run_sequential
+from parablock.algorithm.sequential import OracleProblem, Solve, run_sequential
 from parablock.seeding import generator_for
 
 BLOCKS, SIZE, CLIENTS, EXAMPLES, BATCH, STEPS = 5, 8, 6, 60, 12, 2
@@ -103,7 +103,7 @@ def mean_squared_gradient(name: str, num_rounds: int, seed: int) -> float:
     start = torch.tensor(generator_for(seed, "rate start").normal(size=(BLOCKS, SIZE))).float()
     if name == "correction off":
         solve = never_corrected(solve, list(start))
-    problem = Problem([EXAMPLES] * CLIENTS, num_rounds, **VARIANTS[name], seed=seed)
+    problem = OracleProblem([EXAMPLES] * CLIENTS, num_rounds, **VARIANTS[name], seed=seed)
     trajectory = run_sequential(list(start), problem, solve).trajectory
     return statistics.fmean(clients.squared_norm(torch.cat(params)) for params in trajectory)
 

@@ -30,7 +30,7 @@ from parablock.engine.contract import Hooks
 from parablock.engine.inprocess import run_in_process
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.experiment.engines import server_plan
-from parablock.experiment.inputs import prepare
+from parablock.experiment.inputs import read_inputs
 from parablock.model.params import Replica
 from parablock.trace import Trace
 from parablock.training.trainer import LocalTrainer, Trained, Trainer, local_arguments
@@ -146,7 +146,7 @@ def outcome(attack: str, name: str, rule: Rule, options: argparse.Namespace, con
 
 def run_attacked(config: RunConfig, rule: Rule, factor: float, num_attackers: int) -> Found:
     """Run with the last clients attacking."""
-    job = prepare(config)
+    job = read_inputs(config)
     config = job.config
     replica = Replica(job.loaded.model, job.blocks)
     params = tuple(replica.read(block.index) for block in job.blocks)

@@ -27,12 +27,12 @@ from _record import Bar, generated, make_console, make_parser, record, run_quiet
 from rich.console import Console
 from torch import Tensor
 
-from parablock.algorithm.fixed_point import EXTRA_WORDS, Grid, GridAggregation
+from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Rule
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
-from parablock.privacy.masked_client import Courier
-from parablock.privacy.masked_server import Collector
+from parablock.privacy.masked_client import MaskedClient
+from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
 from parablock.storage.run_directory import RunDirectory
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
@@ -62,10 +62,10 @@ class Wires:
     """Couriers and collector in one thread, joined by lists of bytes that are counted."""
 
     def __init__(self, cohorts: Cohorts) -> None:
-        self.couriers = [Courier(i, cohorts) for i in range(cohorts.num_clients)]
+        self.couriers = [MaskedClient(i, cohorts) for i in range(cohorts.num_clients)]
         self.up = deque[tuple[int, bytes]]()
         self.wire_bytes = 0
-        self.collector = Collector(self, cohorts, stall_timeout_s=1.0)
+        self.collector = MaskedServer(self, cohorts, stall_timeout_s=1.0)
         for client_id, courier in enumerate(self.couriers):
             self.take(client_id, courier.opening())
 
@@ -123,7 +123,7 @@ def measure(size: int, num_rounds: int) -> Found:
     """Let eight clients agree, six of them send, and the server take the masks off."""
     everybody, watch = tuple(range(CLIENTS)), Stopwatch()
     generator = torch.Generator().manual_seed(0)
-    grid = Grid(1.0, CLIENTS)
+    grid = FixedPointGrid(1.0, CLIENTS)
     deltas = {
         i: torch.randn(size, generator=generator) / math.sqrt(4 * size) for i in everybody if i not in DROPPING
     }
@@ -147,11 +147,11 @@ def measure(size: int, num_rounds: int) -> Found:
     watch.now("unmask")
     masks = wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS)
     watch.now("fold masked")
-    masked_fold = GridAggregation(grid, Rule())
+    masked_fold = FixedPointAggregation(grid, Rule())
     masked_fold.unmask(masks)
     masked = masked_fold.fold(came)
     watch.now("fold plain")
-    plain = GridAggregation(grid, Rule()).fold(words)
+    plain = FixedPointAggregation(grid, Rule()).fold(words)
     watch.now("")
     exact = torch.stack(list(deltas.values())).double().mean(dim=0)
     first = min(came)

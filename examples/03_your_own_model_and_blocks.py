@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from parablock.algorithm.aggregate import average
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.data.batches import Batch
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
@@ -52,6 +52,8 @@ aggregate = average({i: (result.trained[:] - params[1], len(TEXTS[i])) for i, re
 params[1] = params[1] + aggregate.mean_delta
 print(f"by hand: losses {results[0].train_loss:.2f}, {results[1].train_loss:.2f}; agreement {aggregate.rho:.2f}")
 # The whole method in one thread: eleven more rounds, with one update of each client in flight (delay 1).
-outcome = run_sequential(params, Problem([1, 1], num_rounds=11, delay=1), lambda *turn: train(*turn).trained[:])
+outcome = run_sequential(
+    params, OracleProblem([1, 1], num_rounds=11, delay=1), lambda *turn: train(*turn).trained[:]
+)
 results = [train(client, 11, 1, outcome.server.params) for client in range(2)]
 print(f"after 12 rounds: losses {results[0].train_loss:.2f}, {results[1].train_loss:.2f}")

@@ -127,7 +127,7 @@ TRANSFERS = ("uploading", "downloading")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TransferPiece:
     """A part of a transfer that is hidden from its begin to its end, or not at all.
 
     Attributes:
@@ -157,7 +157,7 @@ class ClientTimes:
         return self.hidden_s / self.communication_s if self.communication_s else 0.0
 
 
-def cut_transfers(spans: Iterable[Span]) -> list[Piece]:
+def cut_transfers(spans: Iterable[Span]) -> list[TransferPiece]:
     """Cut every transfer where its client begins or ends to compute.
 
     Args:
@@ -170,7 +170,7 @@ def cut_transfers(spans: Iterable[Span]) -> list[Piece]:
     computing: dict[int | None, list[Span]] = defaultdict(list)
     for span in sorted((span for span in spans if span.activity == "computing"), key=lambda span: span.start_s):
         computing[span.client_id].append(span)
-    pieces: list[Piece] = []
+    pieces: list[TransferPiece] = []
     progress: dict[int | None, int] = defaultdict(int)
     for span in sorted((span for span in spans if span.activity in TRANSFERS), key=lambda span: span.start_s):
         own = computing[span.client_id]
@@ -203,7 +203,7 @@ def times_by_client(spans: Iterable[Span]) -> dict[int, ClientTimes]:
     }
 
 
-def _cut(transfer: Span, computing: Sequence[Span]) -> list[Piece]:
+def _cut(transfer: Span, computing: Sequence[Span]) -> list[TransferPiece]:
     pieces, now, end = [], transfer.start_s, _end(transfer)
     for span in computing:
         if span.start_s >= end:
@@ -212,7 +212,7 @@ def _cut(transfer: Span, computing: Sequence[Span]) -> list[Piece]:
         pieces.append((max(now, span.start_s), min(end, _end(span)), True))
         now = min(end, _end(span))
     pieces.append((now, end, False))
-    return [Piece(transfer, start, stop - start, hidden) for start, stop, hidden in pieces if stop > start]
+    return [TransferPiece(transfer, start, stop - start, hidden) for start, stop, hidden in pieces if stop > start]
 
 
 def _end(span: Span) -> float:

@@ -16,7 +16,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from loop_grid import Fate, LoopGrid
-from parablock.algorithm.fixed_point import Grid
+from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import ServerState, initial_client, same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
@@ -333,7 +333,7 @@ MASKED = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
 
 
 def on_the_grid(delay: int) -> ServerPlan:
-    grid = Grid(2.0, len(EXAMPLES))
+    grid = FixedPointGrid(2.0, len(EXAMPLES))
     return replace(plan(delay, Encoding("float32")), grid=grid, rule=Rule(clip_norm=2.0), min_updates=2)
 
 

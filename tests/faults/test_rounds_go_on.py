@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from parablock.algorithm.parablock import same
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.faults import Fault, Faults
@@ -162,7 +162,7 @@ def replay(ran: Ran, *, delay: int = 1, min_updates: int = 1, **changes) -> list
     lost = {(i, t) for t in range(ROUNDS) for i in ran.trained[t] if i not in ran.counted[t]}
     options = {"lost": frozenset(lost), "trained": ran.trained, "schedule": "shuffled", **changes}
     return run_sequential(
-        initial(4), Problem(EXAMPLES, ROUNDS, delay, min_updates=min_updates, **options), solve
+        initial(4), OracleProblem(EXAMPLES, ROUNDS, delay, min_updates=min_updates, **options), solve
     ).trajectory
 
 

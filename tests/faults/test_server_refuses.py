@@ -16,7 +16,7 @@ from parablock.algorithm.parablock import NEVER, initial_server, same
 from parablock.clock import RealClock
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import Server, ServerPlan
-from parablock.engine.update_store import Spool
+from parablock.engine.update_store import UpdateStore
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes, to_bytes
@@ -217,8 +217,8 @@ def test_what_was_folded_from_a_file_is_folded_anew_from_it_and_no_file_is_left_
     def mute(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
         return [] if start.round_index == 4 and client_id else bad(client_id, start, update)
 
-    closed, close = list[bool](), Spool.close
-    monkeypatch.setattr(Spool, "close", lambda self: (closed.append(self._file is not None), close(self)))
+    closed, close = list[bool](), UpdateStore.close
+    monkeypatch.setattr(UpdateStore, "close", lambda self: (closed.append(self._file is not None), close(self)))
     in_memory = serve(bad, delay=delay)
     assert not any(closed)
     monkeypatch.setattr("parablock.engine.round_fold.IN_MEMORY_BYTES", 0)

@@ -13,20 +13,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from toy import initial, loss_of, solve
 
 GOLDEN = Path(__file__).with_name("trajectories.json")
 EXAMPLES = [3, 1, 2, 5]
 CASES = {
-    f"delay {delay}, {rule}, {schedule}": Problem(EXAMPLES, 16, delay, in_flight=rule, schedule=schedule)
+    f"delay {delay}, {rule}, {schedule}": OracleProblem(EXAMPLES, 16, delay, in_flight=rule, schedule=schedule)
     for delay in (0, 1, 2)
     for rule in ("aligned", "own")
     for schedule in ("cyclic", "shuffled")
 }
 
 
-def losses(problem: Problem) -> list[float]:
+def losses(problem: OracleProblem) -> list[float]:
     return [loss_of(params, len(EXAMPLES)) for params in run_sequential(initial(4), problem, solve).trajectory]
 
 

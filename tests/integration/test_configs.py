@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from parablock import load_config, run
 from parablock.config.keys import RunConfig
 from parablock.errors import DataError
-from parablock.experiment.inputs import prepare
+from parablock.experiment.inputs import read_inputs
 from tiny_runs import make_workshop, sum_row, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def test_the_own_jsonl_configuration_takes_two_files_beside_it(
     monkeypatch.chdir(tmp_path)
     own = config("own_jsonl", f"model.name_or_path={model}", "data.max_length=64", "engine.num_threads=1")
     with pytest.raises(DataError, match=r"site_a\.jsonl"):
-        prepare(own)
+        read_inputs(own)
     for site, path in enumerate(own.data.train):
         write_rows(tmp_path / path, (sum_row(site, k) for k in range(20)))
-    assert [len(examples) for examples in prepare(own).train] == [18, 18]
+    assert [len(examples) for examples in read_inputs(own).train] == [18, 18]

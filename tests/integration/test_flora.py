@@ -19,9 +19,9 @@ from parablock.engine.contract import EngineInput, EngineResult, Hooks
 from parablock.engine.faults import NO_FAULTS
 from parablock.errors import CodecError
 from parablock.experiment.engines import InProcess
-from parablock.experiment.inputs import prepare
-from parablock.methods.base import Fleet, Job
-from parablock.methods.choose import make_fleet
+from parablock.experiment.inputs import read_inputs
+from parablock.methods.base import MethodModel, RunInputs
+from parablock.methods.choose import make_method_model
 from parablock.methods.flora import factors_of
 from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
 from parablock.seeding import generator_for
@@ -32,11 +32,11 @@ from tiny_runs import NUM_CLIENTS, Workshop, metrics_of
 EXAMPLES = {0: 1, 1: 5, 2: 2}
 
 
-def job_of(workshop: Workshop, *overrides: str) -> Job:
-    return prepare(load_config(workshop.config, ["federation.method=flora", "federation.delay=0", *overrides]))
+def job_of(workshop: Workshop, *overrides: str) -> RunInputs:
+    return read_inputs(load_config(workshop.config, ["federation.method=flora", "federation.delay=0", *overrides]))
 
 
-def run(job: Job, fleet: Fleet) -> EngineResult:
+def run(job: RunInputs, fleet: MethodModel) -> EngineResult:
     hooks = Hooks(lambda *_: None, lambda _: None)
     trace = Trace(VirtualClock())
     return InProcess(job).run(
@@ -120,7 +120,7 @@ def test_a_stack_of_no_whole_number_of_clients_is_refused(factors: Factors, size
 
 def test_a_round_adds_the_mean_of_what_the_clients_learned(workshop: Workshop) -> None:
     job = job_of(workshop, "federation.num_rounds=1")
-    fleet = make_fleet(job)
+    fleet = make_method_model(job)
     factors = factors_of(job.loaded.model, job.config)
     start = RoundStart(0, 0, 2, 0, -1, ())
     learned = {i: (t.train(start, fleet.params).trained, t.num_examples) for i, t in enumerate(fleet.trainers)}
@@ -154,7 +154,7 @@ def test_every_client_draws_its_own_adapters_anew_in_each_round(workshop: Worksh
 @pytest.mark.parametrize("setting", ["seed=0", "federation.participation=0.5", "model.dtype=bfloat16"])
 def test_all_clients_end_with_the_bits_of_the_server(workshop: Workshop, setting: str) -> None:
     job = job_of(workshop, setting)
-    fleet = make_fleet(job)
+    fleet = make_method_model(job)
     result = run(job, fleet)
     assert len(result.clients) == NUM_CLIENTS
     for client in result.clients:
@@ -189,7 +189,7 @@ def test_a_client_keeps_the_matrices_where_one_of_fedit_keeps_adapters(workshop:
 
 def test_outside_training_the_adapters_add_nothing(workshop: Workshop) -> None:
     job = job_of(workshop)
-    fleet = make_fleet(job)
+    fleet = make_method_model(job)
     before = fleet.evaluate(fleet.params)
     fleet.trainers[0].train(RoundStart(0, 0, 2, 0, -1, ()), fleet.params)
     assert any(layer.lora_B["default"].weight.any() for _, layer in adapted_layers(job.loaded.model))

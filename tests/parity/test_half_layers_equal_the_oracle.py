@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from parablock.algorithm.parablock import same
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.data.batches import Batch
 from parablock.engine.contract import Hooks
@@ -79,15 +79,15 @@ def test_threads_equal_the_oracle_on_half_layers(delay: int, tiny_llama: Callabl
         link=Link(1.0, 0.5, 0.01),
         in_flight="aligned",
     )
-    expected = run_sequential(halves.params, Problem(EXAMPLES, ROUNDS, delay), halves.solve)
+    expected = run_sequential(halves.params, OracleProblem(EXAMPLES, ROUNDS, delay), halves.solve)
     assert same(found.server.params, expected.server.params)
     assert all(same(client.base, expected.server.view) for client in found.clients)
     assert len(halves.params) == 4  # the controls: whole layers, and another delay
     layers = HalfLayers(tiny_llama(), "layer")
-    whole = run_sequential(layers.params, Problem(EXAMPLES, ROUNDS, delay), layers.solve)
+    whole = run_sequential(layers.params, OracleProblem(EXAMPLES, ROUNDS, delay), layers.solve)
     assert sum(map(torch.numel, whole.server.params)) == sum(map(torch.numel, expected.server.params))
     assert not torch.equal(
         torch.cat(whole.server.params).sort().values, torch.cat(expected.server.params).sort().values
     )
-    later = run_sequential(halves.params, Problem(EXAMPLES, ROUNDS, delay + 1), halves.solve)
+    later = run_sequential(halves.params, OracleProblem(EXAMPLES, ROUNDS, delay + 1), halves.solve)
     assert not same(later.server.params, expected.server.params)

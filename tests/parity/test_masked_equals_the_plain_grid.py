@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parablock.algorithm.fixed_point import Grid, GridAggregation
+from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.faults import Fault, Faults
@@ -28,7 +28,7 @@ from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
 CLIENTS, ROUNDS = 8, 10
-GRID = Grid(2.0, CLIENTS)
+GRID = FixedPointGrid(2.0, CLIENTS)
 DROPPING = tuple(
     Fault(client_id, round_index, "upload", "drop")
     for round_index, clients in {2: (1, 6), 3: (0,), 7: (3, 4)}.items()
@@ -89,7 +89,7 @@ def test_masked_is_plain_bitwise_and_the_plain_grid_is_the_oracle(delay: int):
 
     def on_the_grid(updates, t):
         del t
-        aggregation = GridAggregation(GRID, Rule())
+        aggregation = FixedPointAggregation(GRID, Rule())
         aggregation.fold({i: (words[i], n) for i, (_, n) in updates.items()})
         return aggregation.aggregate()
 
@@ -104,7 +104,9 @@ def test_masked_is_plain_bitwise_and_the_plain_grid_is_the_oracle(delay: int):
         words.update({i: kept[t, i] for i in updates})
         return on_the_grid(updates, t)
 
-    problem = Problem(range(1, CLIENTS + 1), ROUNDS, delay, schedule="shuffled", encode=encode, aggregate=aggregate)
+    problem = OracleProblem(
+        range(1, CLIENTS + 1), ROUNDS, delay, schedule="shuffled", encode=encode, aggregate=aggregate
+    )
     assert same(plain.server.params, run_sequential(initial(4), problem, solve).server.params)
     assert not same(plain.server.params, run(masked=False, delay=delay + 1)[0].server.params)
 

@@ -17,7 +17,7 @@ from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.server import ServerPlan
-from parablock.engine.update_store import Spool
+from parablock.engine.update_store import UpdateStore
 from parablock.seeding import seed_for
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
@@ -119,9 +119,9 @@ def test_updates_that_are_kept_in_a_file_end_with_bitwise_the_numbers_of_those_i
     encoding = Encoding(**{"format": "float32", **own, **wire})
     in_memory = run(encoding, **options)[0]
     written: list[int] = []
-    write = Spool._write
+    write = UpdateStore._write
     monkeypatch.setattr(
-        Spool, "_write", lambda self, vector, offset: (written.append(offset), write(self, vector, offset))
+        UpdateStore, "_write", lambda self, vector, offset: (written.append(offset), write(self, vector, offset))
     )
     monkeypatch.setattr("parablock.engine.round_fold.IN_MEMORY_BYTES", 0)
     in_file = run(encoding, folder=tmp_path, **options)[0]

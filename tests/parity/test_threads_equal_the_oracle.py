@@ -11,7 +11,7 @@ import torch
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Normals, Rule, aggregate_by
-from parablock.algorithm.sequential import Outcome, Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, OracleResult, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.inprocess import run_in_process
@@ -76,13 +76,13 @@ def threaded(
     return result, trajectory, clock.now()
 
 
-def oracle(delay: int, *, dtype: torch.dtype = torch.float32, **changes) -> Outcome:
+def oracle(delay: int, *, dtype: torch.dtype = torch.float32, **changes) -> OracleResult:
     fresh = changes.pop("fresh", dict)
-    problem = Problem(EXAMPLES, ROUNDS, delay, **{"schedule": "shuffled", **changes, **fresh()})
+    problem = OracleProblem(EXAMPLES, ROUNDS, delay, **{"schedule": "shuffled", **changes, **fresh()})
     return run_sequential(initial(4, dtype), problem, solve)
 
 
-def assert_equal(found, expected: Outcome) -> None:
+def assert_equal(found, expected: OracleResult) -> None:
     result, trajectory, _ = found
     assert len(trajectory) == len(expected.trajectory) == ROUNDS
     assert all(same(a, b) for a, b in zip(trajectory, expected.trajectory, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from parablock.algorithm.aggregate import Aggregate, average
 from parablock.algorithm.parablock import same, steps_of
 from parablock.algorithm.robust import Rule, aggregate_by
-from parablock.algorithm.sequential import Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.engine.contract import EngineResult, Hooks
 from parablock.engine.inprocess import run_in_process
@@ -63,7 +63,7 @@ def sequential(
         factors = {i: mean / steps_of(steps[t], i) for i in updates}
         return aggregate({i: (delta * factors[i], n) for i, (delta, n) in updates.items()})
 
-    problem = Problem(EXAMPLES, ROUNDS, delay, schedule="shuffled", aggregate=fold)
+    problem = OracleProblem(EXAMPLES, ROUNDS, delay, schedule="shuffled", aggregate=fold)
     paced = lambda i, t, b, v: solve(i, t, b, v, num_local_steps=steps_of(steps[t], i))  # noqa: E731
     return run_sequential(initial(4), problem, paced).server.params
 

@@ -62,7 +62,7 @@ from parablock.engine.flower.local_socket import (
     secret_of,
     send,
 )
-from parablock.engine.flower.pace import AT_A_TIME, push_a_few_at_a_time
+from parablock.engine.flower.pace import READ_ELEMENTS, push_a_few_at_a_time
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.engine.flower.stream import START, Frame, Inbox, Outbox, Place
 from parablock.errors import CodecError, ConfigError, InputError, ParaBlockError, StorageError
@@ -291,8 +291,8 @@ def test_what_a_message_carries_is_copied_a_few_objects_at_a_time(monkeypatch: p
     everything = push_with(flowers, "Flower's")
     assert push_with(ours, "ours") == everything
     assert len(everything) > 150
-    assert most_ready["ours"] <= AT_A_TIME
-    assert most_ready["Flower's"] > 2 * AT_A_TIME
+    assert most_ready["ours"] <= READ_ELEMENTS
+    assert most_ready["Flower's"] > 2 * READ_ELEMENTS
 
 
 def test_arrays_that_are_not_as_the_header_says_are_refused():

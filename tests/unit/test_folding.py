@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, Aggregate
-from parablock.algorithm.fixed_point import Grid, GridAggregation
+from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
 from parablock.engine import round_fold as folding
-from parablock.engine.round_fold import Problem, RoundFold
-from parablock.engine.update_store import Spool
+from parablock.engine.round_fold import Refusal, RoundFold
+from parablock.engine.update_store import UpdateStore
 from parablock.errors import StorageError
 from parablock.privacy.keystream import Keystream
 from parablock.seeding import generator_for
@@ -86,7 +86,7 @@ def test_a_part_of_a_vector_has_the_elements_of_the_whole_in_memory_and_from_the
     payload_format: str, tmp_path: Path
 ):
     values = 1000 * deltas()[0] if payload_format == "word32" else deltas()[0]
-    whole, spool = pack(values, payload_format), Spool(tmp_path, 0)
+    whole, spool = pack(values, payload_format), UpdateStore(tmp_path, 0)
     spool.put(3, 1, whole)
     for part in (slice(0, SIZE), slice(0, CHUNK_PIECE), slice(3 * CHUNK_PIECE, SIZE), slice(PIECE, 4 * PIECE)):
         expected = whole.values[part]
@@ -102,7 +102,7 @@ def test_a_part_of_a_vector_has_the_elements_of_the_whole_in_memory_and_from_the
 
 def test_what_a_client_sends_anew_takes_the_place_of_what_it_had_sent(tmp_path: Path):
     first, second = (pack(delta[:PIECE], "float32") for delta in deltas()[:2])
-    spool = Spool(tmp_path, 0)
+    spool = UpdateStore(tmp_path, 0)
     for vector in (first, second, first, second):
         spool.put(0, 0, vector)
         spool.put(1, 0, first)
@@ -166,7 +166,7 @@ def test_from_the_file_in_any_order_comes_bitwise_the_aggregate_of_whole_updates
 
 @pytest.mark.usefixtures("nothing_in_memory")
 def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(tmp_path: Path):
-    grid = Grid(500.0, CLIENTS)
+    grid = FixedPointGrid(500.0, CLIENTS)
     words = [grid.encode(delta) for delta in deltas()]
     masks = torch.randint(-(2**31), 2**31, (CLIENTS, SIZE + 1), generator=torch.Generator().manual_seed(1))
     masked = [((w + m + 2**31) % 2**32 - 2**31).int() for w, m in zip(words, masks, strict=True)]
@@ -176,7 +176,7 @@ def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(
         0,
         dict.fromkeys(range(CLIENTS), 1),
         [slice(0, SIZE + 1)],
-        partial(GridAggregation, grid, Rule()),
+        partial(FixedPointAggregation, grid, Rule()),
         tmp_path,
     )
     for client_id, vector in enumerate(masked):
@@ -195,7 +195,7 @@ def test_a_client_that_is_taken_out_late_leaves_bitwise_what_would_have_come_wit
     chunks = [[pack(delta[cut], "float32") for cut in CUTS] for delta in deltas()]
     everybody = fold_all(new_fold(RULES[rule]), chunks, ORDERS["in turns"])
     without = new_fold(RULES[rule])
-    without.take_out(1, Problem("late", "nothing"))
+    without.take_out(1, Refusal("late", "nothing"))
     others = [(i, k) for i, k in ORDERS["in turns"] if i != 1]
     expected = fold_all(without, chunks, others)
 
@@ -204,7 +204,7 @@ def test_a_client_that_is_taken_out_late_leaves_bitwise_what_would_have_come_wit
         fold.take(client_id, update(client_id, k, chunks[client_id][k]))
         while fold.is_next_ready:
             fold.fold_next()
-    fold.take_out(1, Problem("late", "two chunks"))
+    fold.take_out(1, Refusal("late", "two chunks"))
     assert fold.began_again == (rule in ("mean", "median"))
     aggregate = fold_all(fold, chunks, [(3, 2)] if fold.take(2, update(2, 2, chunks[2][2])) is None else [])
     assert alike(aggregate, expected)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from weakref import ref
 
 from parablock.config.load import load_config
-from parablock.experiment.inputs import prepare
-from parablock.methods.choose import make_fleet
+from parablock.experiment.inputs import read_inputs
+from parablock.methods.choose import make_method_model
 from tiny_runs import Workshop, sum_row, write_rows
 
 
 def warnings_of(workshop: Workshop, *overrides: str) -> list[str]:
-    return [note for note in prepare(load_config(workshop.config, overrides)).notes if note.startswith("warning")]
+    return [
+        note for note in read_inputs(load_config(workshop.config, overrides)).notes if note.startswith("warning")
+    ]
 
 
 def test_random_embeddings_that_no_block_trains_are_warned_of(workshop: Workshop):
@@ -35,7 +37,7 @@ def test_sites_with_files_of_different_formats_train_together(workshop: Workshop
         write_rows(
             workshop.client_file(1), ({"instruction": row["prompt"], "output": row["completion"]} for row in rows)
         )
-        job = prepare(load_config(workshop.config, ["data.test=[]"]))
+        job = read_inputs(load_config(workshop.config, ["data.test=[]"]))
     finally:
         workshop.client_file(1).write_text(kept)
     assert [note.split(": ")[1] for note in job.notes if note.startswith("client 1:")] == ["alpaca"]
@@ -45,14 +47,14 @@ def test_sites_with_files_of_different_formats_train_together(workshop: Workshop
 
 def test_at_a_site_all_rows_are_its_own_and_nothing_is_held_out(workshop: Workshop):
     config = load_config(workshop.config, ["data.test=[]"])
-    here, split = prepare(config, all_rows_of=1), prepare(config)
+    here, split = read_inputs(config, all_rows_of=1), read_inputs(config)
     assert [len(examples) > 0 for examples in here.train] == [False, True, False, False]
     assert len(here.train[1]) == sum(map(len, split.train)) + len(split.test)
     assert here.test == () != split.test
 
 
 def test_a_fleet_keeps_none_of_the_parameters_that_were_taken(workshop: Workshop):
-    fleet = make_fleet(prepare(load_config(workshop.config)))
+    fleet = make_method_model(read_inputs(load_config(workshop.config)))
     taken = fleet.take_params()
     blocks = [ref(block) for block in taken]
     assert len(blocks) == fleet.num_blocks

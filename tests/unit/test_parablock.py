@@ -23,7 +23,7 @@ from parablock.algorithm.parablock import (
     working_block,
 )
 from parablock.algorithm.robust import Rule, aggregate_by
-from parablock.algorithm.sequential import Outcome, Problem, run_sequential
+from parablock.algorithm.sequential import OracleProblem, OracleResult, run_sequential
 from parablock.seeding import generator_for
 from toy import SIZE, initial, loss_of, objective, solve
 
@@ -33,8 +33,8 @@ BLOCKS = 4
 
 def outcome(
     delay: int, *, rule: str = "aligned", rounds: int = 24, examples: list[int] | None = None, **kw
-) -> Outcome:
-    problem = Problem(examples or EXAMPLES, rounds, delay, in_flight=rule, **kw)
+) -> OracleResult:
+    problem = OracleProblem(examples or EXAMPLES, rounds, delay, in_flight=rule, **kw)
     return run_sequential(initial(BLOCKS, kw.pop("dtype", torch.float32)), problem, solve)
 
 
@@ -74,7 +74,7 @@ def test_the_drained_model_is_the_start_plus_all_mean_deltas(delay, rule):
         sums[b] += kept[t, i] * EXAMPLES[i] / sum(EXAMPLES)
         return trained
 
-    end = run_sequential(initial(BLOCKS), Problem(EXAMPLES, 24, delay, in_flight=rule), recording)
+    end = run_sequential(initial(BLOCKS), OracleProblem(EXAMPLES, 24, delay, in_flight=rule), recording)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(end.server.params, sums, strict=True))
     without_one = [s - kept[7, 3] * EXAMPLES[3] / sum(EXAMPLES) * (b == 7 % BLOCKS) for b, s in enumerate(sums)]
     assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(end.server.params, without_one, strict=True))
@@ -109,7 +109,7 @@ def test_after_the_drain_every_client_holds_the_servers_view(name, delay):
 @pytest.mark.parametrize("schedule", ["cyclic", "random"])
 def test_one_client_does_not_notice_the_delay_with_own_and_aligned(dtype, schedule):
     def end(delay: int, rule: str) -> tuple[Tensor, ...]:
-        problem = Problem([7], 20, delay, in_flight=rule, schedule=_same_blocks(schedule, 20))
+        problem = OracleProblem([7], 20, delay, in_flight=rule, schedule=_same_blocks(schedule, 20))
         return run_sequential(initial(BLOCKS, dtype), problem, solve).server.params
 
     sequential = end(0, "own")
@@ -131,7 +131,7 @@ def test_identical_clients_follow_the_sequential_trajectory_with_own_and_not_wit
         return solve(0, t, b, working)
 
     def end(delay: int, rule: str) -> Tensor:
-        problem = Problem([1, 1, 1], 24, delay, in_flight=rule)
+        problem = OracleProblem([1, 1, 1], 24, delay, in_flight=rule)
         return torch.cat(run_sequential(initial(BLOCKS), problem, identical).server.params)
 
     assert torch.allclose(end(1, "own"), end(0, "own"), atol=1e-5)
@@ -158,7 +158,7 @@ def test_never_taking_the_aggregate_for_the_own_copy_is_visibly_worse():
         kept[i][b] = trained
         return working[b] + delta
 
-    problem = Problem(EXAMPLES, 200, 1)
+    problem = OracleProblem(EXAMPLES, 200, 1)
     corrected = run_sequential(initial(BLOCKS), problem, solve)
     wrong = run_sequential(initial(BLOCKS), problem, uncorrected)
     assert loss_of(wrong.server.params, 4) > 1.02 * loss_of(corrected.server.params, 4)

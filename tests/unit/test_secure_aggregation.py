@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from parablock.algorithm.fixed_point import Grid, GridAggregation
+from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
 from parablock.engine.round_fold import RoundFold
 from parablock.errors import CodecError, StallError
-from parablock.privacy.masked_client import Courier
-from parablock.privacy.masked_server import Collector
+from parablock.privacy.masked_client import MaskedClient
+from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join, split, threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
@@ -48,12 +48,12 @@ class Wires:
 
     def __init__(self, num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> None:
         known = Cohorts(num_clients, cohorts)
-        self.couriers = [Courier(i, known) for i in range(num_clients)]
+        self.couriers = [MaskedClient(i, known) for i in range(num_clients)]
         self.silent: set[int] = set()
         self.seen: list[bytes] = []
         self.to_compute: list[bytes] = []
         self._up = deque[tuple[int, bytes]]()
-        self.collector = Collector(self, known, stall_timeout_s=1.0)
+        self.collector = MaskedServer(self, known, stall_timeout_s=1.0)
         for client_id, courier in enumerate(self.couriers):
             self._take(client_id, courier.opening())
 
@@ -89,7 +89,7 @@ class Wires:
 
 def masked_sum(num_clients: int, dropping: tuple[int, ...], *, silent: tuple[int, ...] = ()) -> torch.Tensor:
     """Let all but those who drop send masked words, and give the aggregate of the others."""
-    grid, everybody = Grid(1.0, num_clients), tuple(range(num_clients))
+    grid, everybody = FixedPointGrid(1.0, num_clients), tuple(range(num_clients))
     wires = Wires(num_clients, {0: everybody, 1: everybody})
     sent = {i: grid.encode(delta) for i, delta in deltas(num_clients).items() if i not in dropping}
     for client_id, words in sent.items():
@@ -100,15 +100,15 @@ def masked_sum(num_clients: int, dropping: tuple[int, ...], *, silent: tuple[int
         came[client_id] = words_of(raw), 7
         assert not torch.equal(came[client_id][0], sent[client_id])
     wires.silent = set(silent)
-    aggregation = GridAggregation(grid, Rule())
+    aggregation = FixedPointAggregation(grid, Rule())
     aggregation.unmask(wires.collector.masks_of(0, sorted(came), SIZE + 1))
     return aggregation.fold(came)
 
 
 def plain_sum(num_clients: int, dropping: tuple[int, ...]) -> torch.Tensor:
-    grid = Grid(1.0, num_clients)
+    grid = FixedPointGrid(1.0, num_clients)
     kept = {i: (grid.encode(delta), 7) for i, delta in deltas(num_clients).items() if i not in dropping}
-    return GridAggregation(grid, Rule()).fold(kept)
+    return FixedPointAggregation(grid, Rule()).fold(kept)
 
 
 # -- the grid ---------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def plain_sum(num_clients: int, dropping: tuple[int, ...]) -> torch.Tensor:
 
 def test_a_sum_of_as_many_updates_as_there_are_clients_never_leaves_32_bits():
     for num_clients in (3, 8, 1000):
-        grid = Grid(2.0, num_clients)
+        grid = FixedPointGrid(2.0, num_clients)
         assert num_clients * grid.levels < 2**31 <= (num_clients + 1) * (grid.levels + 1)
         largest = grid.encode(torch.tensor([2.0, -2.0, 2.1]))
         assert largest[:3].tolist() == [grid.levels, -grid.levels, grid.levels]
@@ -124,8 +124,8 @@ def test_a_sum_of_as_many_updates_as_there_are_clients_never_leaves_32_bits():
 
 def test_the_grid_is_finer_than_what_the_mean_needs_and_knows_rho():
     updates = {i: (delta, 1) for i, delta in deltas(8).items()}
-    grid = Grid(4.0, 8)
-    aggregation = GridAggregation(grid, Rule())
+    grid = FixedPointGrid(4.0, 8)
+    aggregation = FixedPointAggregation(grid, Rule())
     mean = aggregation.fold({i: (grid.encode(delta), n) for i, (delta, n) in updates.items()})
     exact = aggregate_by(Rule(), updates)
     assert float((mean - exact.mean_delta).norm() / exact.mean_delta.norm()) < 1e-5
@@ -136,11 +136,11 @@ def test_the_grid_is_finer_than_what_the_mean_needs_and_knows_rho():
 
 
 def test_every_client_counts_once_and_noise_is_that_of_the_mean():
-    grid, updates = Grid(1.0, 3), {i: (delta, 10**i) for i, delta in deltas(3).items()}
+    grid, updates = FixedPointGrid(1.0, 3), {i: (delta, 10**i) for i, delta in deltas(3).items()}
     words = {i: (grid.encode(delta), n) for i, (delta, n) in updates.items()}
-    mean = GridAggregation(grid, Rule(clip_norm=1.0)).fold(words)
+    mean = FixedPointAggregation(grid, Rule(clip_norm=1.0)).fold(words)
     assert torch.allclose(mean, sum(delta for delta, _ in updates.values()) / 3, atol=1e-7)
-    noisy = GridAggregation(grid, Rule(clip_norm=1.0, noise_multiplier=0.6), lambda _: torch.ones)
+    noisy = FixedPointAggregation(grid, Rule(clip_norm=1.0, noise_multiplier=0.6), lambda _: torch.ones)
     assert torch.allclose(noisy.fold(words), mean + 0.6 / 3)
 
 
@@ -198,13 +198,13 @@ def test_an_update_waits_until_its_masks_are_known_and_other_messages_pass():
 def test_cohorts_share_their_secrets_among_themselves():
     cohorts = {0: (0, 1, 2), 1: (1, 2, 3), 2: (0, 2, 3)}
     wires = Wires(4, cohorts)
-    grid, drawn = Grid(1.0, 3), deltas(4)
+    grid, drawn = FixedPointGrid(1.0, 3), deltas(4)
     for t, cohort in cohorts.items():
         came = {}
         for client_id in cohort:
             wires.upload(client_id, update(client_id, grid.encode(drawn[client_id]), t), t)
             came[client_id] = words_of(wires.collector.receive(1.0, "updates")[1]), 1
-        aggregation, plain = GridAggregation(grid, Rule()), GridAggregation(grid, Rule())
+        aggregation, plain = FixedPointAggregation(grid, Rule()), FixedPointAggregation(grid, Rule())
         aggregation.unmask(wires.collector.masks_of(t, cohort, SIZE + 1))
         expected = plain.fold({i: (grid.encode(drawn[i]), 1) for i in cohort})
         assert torch.equal(aggregation.fold(came), expected)
@@ -265,9 +265,9 @@ def test_what_is_no_key_or_no_letter_is_a_codec_error():
     zeros = to_bytes(Roster(opaque(bytes(3 * 2 * 32))))  # a point of low order: everybody knows what it agrees upon
     for roster in (zeros, to_bytes(Roster(opaque(b"short")))):
         with pytest.raises(CodecError, match="is no public key"):
-            Courier(0, known).incoming(Parcel(roster, 0))
+            MaskedClient(0, known).incoming(Parcel(roster, 0))
     with pytest.raises(CodecError, match="got 1 letters, and 2 others write"):
-        Courier(0, known).incoming(Parcel(to_bytes(Letters((2,), opaque(b"hi"))), 0))
+        MaskedClient(0, known).incoming(Parcel(to_bytes(Letters((2,), opaque(b"hi"))), 0))
     wires = Wires(3, {0: (0, 1, 2)})
     wires.upload(0, to_bytes(Revealed(7, 0, opaque(b"nobody asked"))))
     with pytest.raises(CodecError, match="kind Revealed that does not fit"):
@@ -276,8 +276,8 @@ def test_what_is_no_key_or_no_letter_is_a_codec_error():
 
 
 def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():
-    grid, delta = Grid(1.0, 3), deltas(3)[0]
-    on_grid, words = partial(GridAggregation, grid, Rule()), pack(grid.encode(delta), "word32")
+    grid, delta = FixedPointGrid(1.0, 3), deltas(3)[0]
+    on_grid, words = partial(FixedPointAggregation, grid, Rule()), pack(grid.encode(delta), "word32")
     for begin, fits, other in (
         (on_grid, words, pack(torch.cat([delta, delta[:1]]), "float32")),
         (RoundAggregation, pack(delta, "float32"), pack(grid.encode(delta)[:-1], "word32")),
@@ -302,7 +302,7 @@ def chi_square(words: torch.Tensor) -> float:
 
 
 def test_a_masked_update_cannot_be_told_from_noise_and_one_on_the_plain_grid_can():
-    size, grid = 1 << 17, Grid(1.0, 3)
+    size, grid = 1 << 17, FixedPointGrid(1.0, 3)
     wires = Wires(3, {0: (0, 1, 2)})
     plain = grid.encode(deltas(3, size)[0])
     wires.upload(0, update(0, plain))

@@ -28,7 +28,7 @@ EXTRA_WORDS = 1
 
 
 @dataclass(frozen=True)
-class Grid:
+class FixedPointGrid:
     """The grid of a run.
 
     Attributes:
@@ -75,7 +75,7 @@ class Grid:
         return mean, float(total[-1]) / self.levels * self.clip_norm**2 / num_updates
 
 
-class GridAggregation(RoundAggregation):
+class FixedPointAggregation(RoundAggregation):
     """One round's updates on the grid; a sum that nobody can look into, where they are masked.
 
     Args:
@@ -87,7 +87,9 @@ class GridAggregation(RoundAggregation):
     on_grid = True
     folds_parts = False
 
-    def __init__(self, grid: Grid, rule: Rule, normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
+    def __init__(
+        self, grid: FixedPointGrid, rule: Rule, normals: Callable[[tuple[int, ...]], Normals] | None = None
+    ) -> None:
         super().__init__(rule, normals)
         self._grid = grid
         self._masks: Tensor | None = None

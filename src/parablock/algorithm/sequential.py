@@ -34,7 +34,7 @@ Solve = Callable[[int, int, int, tuple[Tensor, ...]], Tensor]
 
 
 @dataclass(frozen=True)
-class Problem:
+class OracleProblem:
     """A federated run without its data and model.
 
     Attributes:
@@ -73,7 +73,7 @@ class Problem:
 
 
 @dataclass
-class Outcome:
+class OracleResult:
     """The end of a run: the drained server, every client after the drain, and x after each commit."""
 
     server: ServerState
@@ -81,7 +81,7 @@ class Outcome:
     trajectory: list[tuple[Tensor, ...]]
 
 
-def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> Outcome:
+def run_sequential(params: Sequence[Tensor], problem: OracleProblem, solve: Solve) -> OracleResult:
     """Run FL-BCD (delay 0) or ParaBlock (delay ≥ 1), round after round and client after client."""
     server = initial_server(params)
     clients = [initial_client(params) for _ in problem.num_examples]
@@ -116,14 +116,14 @@ def run_sequential(params: Sequence[Tensor], problem: Problem, solve: Solve) -> 
 
     commit_through(problem.num_rounds - 1)  # the drain
     clients = [commit(client, news_for(server, client.versions), server.committed) for client in clients]
-    return Outcome(server, clients, trajectory)
+    return OracleResult(server, clients, trajectory)
 
 
 def _of_round(announce: Callable[[Tensor, Tensor, int], Tensor], t: int, value: Tensor, view: Tensor) -> Tensor:
     return announce(value, view, t)
 
 
-def _block_of_round(problem: Problem, server: ServerState) -> int:
+def _block_of_round(problem: OracleProblem, server: ServerState) -> int:
     if not isinstance(problem.schedule, str):
         return problem.schedule[len(server.history)]
     return next_block(
@@ -136,7 +136,7 @@ def _block_of_round(problem: Problem, server: ServerState) -> int:
     )
 
 
-def _cohort_of_round(problem: Problem, server: ServerState, round_index: int) -> tuple[int, ...]:
+def _cohort_of_round(problem: OracleProblem, server: ServerState, round_index: int) -> tuple[int, ...]:
     if problem.trained is not None:
         return tuple(problem.trained[round_index])
     num_clients = len(problem.num_examples)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from parablock.config.methods import APART_METHODS, BLOCK_METHODS, LORA_METHODS, cohort_size
+from parablock.config.methods import BLOCK_METHODS, LORA_METHODS, SOLO_METHODS, cohort_size
 from parablock.config.section import NOT_BUILT
 
 Problem = tuple[str, str]
@@ -76,7 +76,7 @@ def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
             "names no file; only a server whose sites bring their own rows (engine.name: flower) can do without, "
             "and then data.test says what it scores the model on",
         )
-    if deployed and method in APART_METHODS:
+    if deployed and method in SOLO_METHODS:
         yield "engine.name", f"flower has nothing to carry with {method}, which sends nothing; use inprocess"
     if deployed and config["faults"]:
         yield "faults", "are made in one process only; with engine.name: flower pull a real plug"
@@ -131,11 +131,11 @@ def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any])
         yield f"lora.{key}", f"takes effect with {', '.join(LORA_METHODS)} only, not with {method}"
     if method != "fedprox" and "proximal_mu" in federation:
         yield "federation.proximal_mu", f"takes effect with fedprox only, not with {method}"
-    if method in (*APART_METHODS, "fedcybgd"):
+    if method in (*SOLO_METHODS, "fedcybgd"):
         for key in ("participation", "aggregation"):
             if key in federation:
                 yield f"federation.{key}", f"has no effect with {method}, whose updates never meet; leave it out"
-    if method in APART_METHODS and "server_optimizer" in federation:
+    if method in SOLO_METHODS and "server_optimizer" in federation:
         yield "federation.server_optimizer", f"has no effect with {method}, which sends nothing; leave it out"
 
 
@@ -182,7 +182,7 @@ def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What a sum of which nobody sees a part cannot be combined with."""
     privacy, federation, wire = config["privacy"], config["federation"], config["wire"]
-    if privacy["secure_aggregation"] == "none" or federation["method"] in (*APART_METHODS, "fedcybgd"):
+    if privacy["secure_aggregation"] == "none" or federation["method"] in (*SOLO_METHODS, "fedcybgd"):
         return
     how = f"privacy.secure_aggregation: {privacy['secure_aggregation']}"
     if privacy["clip_norm"] is None:
@@ -207,7 +207,7 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _nothing_to_protect(method: str, privacy: Mapping[str, Any]) -> Iterator[Problem]:
     """Where updates never meet, there is no mean to hide in."""
-    for key in privacy if method in (*APART_METHODS, "fedcybgd") else ():
+    for key in privacy if method in (*SOLO_METHODS, "fedcybgd") else ():
         yield f"privacy.{key}", f"takes no effect with {method}, whose updates never meet; leave it out"
 
 

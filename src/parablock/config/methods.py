@@ -27,7 +27,7 @@ LORA_METHODS = ("fedit", "ffa_lora", "flora")
 """Those that train adapters, which are merged into the model at the end."""
 
 
-APART_METHODS = ("local", "central")
+SOLO_METHODS = ("local", "central")
 """Those whose clients send nothing and keep a model each."""
 
 

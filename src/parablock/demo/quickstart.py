@@ -29,7 +29,7 @@ NUM_SCORED = 96
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoResult:
     """What the quickstart did.
 
     Attributes:
@@ -101,7 +101,7 @@ def demo_config(shared: Path | None, made: Path) -> RunConfig:
     )
 
 
-def run_demo(directory: Path, *, progress: Progress, asked_to_stop: Callable[[], bool]) -> Outcome:
+def run_demo(directory: Path, *, progress: Progress, asked_to_stop: Callable[[], bool]) -> DemoResult:
     """Run the quickstart.
 
     Raises:
@@ -117,10 +117,10 @@ def run_demo(directory: Path, *, progress: Progress, asked_to_stop: Callable[[],
         scores = score_models(
             str(directory), config.data.test, task="exact_match", max_examples=None, max_new_tokens=48
         )
-    return Outcome(directory, shared is not None, summary, scores)
+    return DemoResult(directory, shared is not None, summary, scores)
 
 
-def describe_demo(outcome: Outcome) -> list[str]:
+def describe_demo(outcome: DemoResult) -> list[str]:
     """Say what happened: what was learned, what was hidden, what to open."""
     summary, directory = outcome.summary, outcome.directory
     if not outcome.scores:

@@ -35,21 +35,21 @@ LOOK_S = 0.2
 END_S = 5.0
 """How long a SuperNode may take to end when it is told to."""
 
-QUIET = {
+NO_TELEMETRY = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-WHOLE = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
+WHOLE_ARRAYS = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
 """Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
 
-SOON = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
+POLL_OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 """How often a SuperNode's helper asks it for a message, seconds; each time takes a few milliseconds of a core."""
 
-LEAN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+SMALL_HEAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
 
-REUSED = {
+REUSE_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "33554432",
     "MALLOC_ARENA_MAX": "1",
@@ -101,7 +101,9 @@ def flower(command: str) -> str:
 
 def run_command(app: Path, more: Mapping[str, str]) -> str:
     """Give the line by which a user starts a run, to go on with the name of a connection or with options."""
-    return " ".join([*(f"{name}={value}" for name, value in {**QUIET, **more}.items()), "flwr", "run", str(app)])
+    return " ".join(
+        [*(f"{name}={value}" for name, value in {**NO_TELEMETRY, **more}.items()), "flwr", "run", str(app)]
+    )
 
 
 def superlink_command(files: ServerFiles) -> list[str]:
@@ -228,9 +230,9 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     pages = {TUNABLES: ":".join(filter(None, [LARGE_PAGES, os.environ.get(TUNABLES, "")]))}
     return {
         **os.environ,
-        **QUIET,
-        **WHOLE,
-        **LEAN,
+        **NO_TELEMETRY,
+        **WHOLE_ARRAYS,
+        **SMALL_HEAP,
         **pages,
         "FLWR_HOME": str(home),
         "PATH": _path(),
@@ -245,7 +247,7 @@ def server_environment(home: Path, more: Mapping[str, str] | None = None) -> dic
 
 def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give that of a SuperNode, which finds a ClientApp that is loaded already, where the system allows for it."""
-    env, commands = environment(home, {**SOON, **REUSED, **(more or {})}), home / "bin"
+    env, commands = environment(home, {**POLL_OFTEN, **REUSE_MEMORY, **(more or {})}), home / "bin"
     if write_commands(commands, flower("flwr-clientapp")):
         env["PATH"] = os.pathsep.join([str(commands), env["PATH"]])
     return env

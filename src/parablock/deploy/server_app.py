@@ -29,7 +29,7 @@ from parablock.experiment.engines import clients_of, server_plan
 from parablock.experiment.progress import LoggedProgress
 from parablock.experiment.protections import masking_of
 from parablock.experiment.run import resume, run
-from parablock.methods.base import Job
+from parablock.methods.base import RunInputs
 from parablock.storage.files import claimed, write_atomically
 
 
@@ -49,7 +49,9 @@ class FlowerEngine:
 
     is_local = False
 
-    def __init__(self, grid: Any, session: str, output_dir: Path, job: Job, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, grid: Any, session: str, output_dir: Path, job: RunInputs, tell: Callable[[str], None]
+    ) -> None:
         config = job.config
         opening = Request(
             run_key=_run_key(output_dir),
@@ -130,7 +132,7 @@ def _logged(output_dir: Path) -> Iterator[None]:
 def _run(grid: Any, session: str, output_dir: Path) -> None:
     progress, asked_to_stop = LoggedProgress(), stop_file(output_dir).exists
 
-    def connect(job: Job) -> FlowerEngine:
+    def connect(job: RunInputs) -> FlowerEngine:
         return FlowerEngine(grid, session, output_dir, job, progress.message)
 
     if (output_dir / "config.yaml").exists():

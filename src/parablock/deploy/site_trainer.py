@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from parablock.algorithm.fixed_point import Grid
+from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import NEVER, ClientState, ServerState, initial_client, initial_server
 from parablock.clock import RealClock
 from parablock.config.keys import RunConfig
@@ -28,9 +28,9 @@ from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.errors import CheckpointError, DataError, ModelError
 from parablock.experiment.engines import checkpoints_kept, encoding_of
-from parablock.experiment.inputs import prepare
+from parablock.experiment.inputs import read_inputs
 from parablock.experiment.protections import adds_noise, grid_of, masking_of, new_secret, protections
-from parablock.methods.choose import make_fleet
+from parablock.methods.choose import make_method_model
 from parablock.storage.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.trace import Trace
 
@@ -67,7 +67,7 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
     request = folder.opened_by()
     config = configuration_at(site, request.config)
     with trace.clock.working():
-        job = prepare(config, all_rows_of=site.client_id if site.share == "all" else None)
+        job = read_inputs(config, all_rows_of=site.client_id if site.share == "all" else None)
     if job.manifest["base_sha256"] != request.base_sha256:
         raise ModelError(
             f"{config.model.name_or_path} of client {site.client_id} is not the server's base model: "
@@ -80,7 +80,7 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
             f"client {site.client_id} has no rows to train on",
             remedy="Give its files in `data.train` of its own file.",
         )
-    fleet = make_fleet(job, (site.client_id,))
+    fleet = make_method_model(job, (site.client_id,))
     (trainer,) = fleet.trainers
     grid = grid_of(config)
     snapshot, state, sent = _where(folder, fleet.take_params(), grid)
@@ -126,7 +126,7 @@ def _sealed(
 
 
 def _where(
-    folder: SessionFolder, params: tuple[Tensor, ...], grid: Grid | None
+    folder: SessionFolder, params: tuple[Tensor, ...], grid: FixedPointGrid | None
 ) -> tuple[ClientSnapshot | None, ClientState, dict[int, list[bytes]]]:
     """Give where the session goes on: the newest snapshot of it, or the base model."""
     round_index = folder.position.round_index

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from parablock.algorithm.fixed_point import Grid
+from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import (
     ClientState,
     Commit,
@@ -28,7 +28,7 @@ from parablock.algorithm.parablock import (
 from parablock.algorithm.stacking import Factors
 from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.errors import CodecError, TrainingError
-from parablock.model.device_copy import Parts
+from parablock.model.device_copy import ArrivingVector
 from parablock.privacy.protection import Protection
 from parablock.storage.checkpoint import ClientSnapshot
 from parablock.trace import Trace
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
 
 
-MOSTLY = 0.9
+WARN_LOST_SHARE = 0.9
 """A client warns when so much of an update is lost before it leaves."""
 
 
@@ -61,7 +61,7 @@ MOSTLY = 0.9
 class _Delta:
     """Δ of a block, made part by part."""
 
-    trained: Parts
+    trained: ArrivingVector
     start: Tensor
 
     def __getitem__(self, part: slice, /) -> Tensor:
@@ -116,7 +116,7 @@ class Client:
         rejoins: bool = False,
         faults: Faults = NO_FAULTS,
         protection: Protection | None = None,
-        grid: Grid | None = None,
+        grid: FixedPointGrid | None = None,
         factors: Factors | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -237,7 +237,7 @@ class Client:
             return result.train_loss, *self._encode(result.trained, result.trained[:].numel(), t, b)
         return result.train_loss, *self._encode(_Delta(result.trained, v[b]), v[b].numel(), t, b)
 
-    def _encode(self, delta: Parts, size: int, t: int, b: int) -> tuple[list[Vector], Tensor]:
+    def _encode(self, delta: ArrivingVector, size: int, t: int, b: int) -> tuple[list[Vector], Tensor]:
         """Make q(Δ) in chunks, or with error feedback q(Δ + e), keeping e ← Δ + e − q.
 
         Chunk by chunk, so that the first are encoded while the last are still on their way from the model's device.
@@ -268,7 +268,7 @@ class Client:
         return chunks, seen
 
     def _warn_of_loss(self, b: int, lost: float, how: str) -> None:
-        if lost > MOSTLY and b not in self._warned:
+        if lost > WARN_LOST_SHARE and b not in self._warned:
             self._warned.add(b)
             self._warn(f"client {self.client_id}, block {b}: {how.format(lost)} of its update")
 
@@ -300,13 +300,13 @@ class Client:
         return pack(self._factors.product(stack.values), "float32")
 
 
-def decoded(chunks: Sequence[Vector], grid: Grid | None) -> Tensor:
+def decoded(chunks: Sequence[Vector], grid: FixedPointGrid | None) -> Tensor:
     """Give what the server sees of an update, or would see of it alone: flat, fp32."""
     return joined(chunks) if grid is None else grid.decode(chunks[0].values)
 
 
 def restore_client(
-    snapshot: ClientSnapshot, server: ServerState, grid: Grid | None = None
+    snapshot: ClientSnapshot, server: ServerState, grid: FixedPointGrid | None = None
 ) -> tuple[ClientState, dict[int, list[bytes]]]:
     """Make a client from its snapshot and the server's state at the same round.
 

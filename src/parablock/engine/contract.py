@@ -12,7 +12,7 @@ from torch import Tensor
 from parablock.algorithm.parablock import ClientState, ServerState
 from parablock.config.keys import RunConfig
 from parablock.engine.faults import Faults
-from parablock.engine.pipeline import Courier
+from parablock.engine.pipeline import Interceptor
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Span, Trace
 from parablock.wire.messages import Update
@@ -142,13 +142,13 @@ class MaskedEnd(ServerEnd, Protocol):
     """A server's end of a transport over which updates come masked."""
 
     def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Give the sum of the masks of these clients' updates; see `Collector.masks_of`."""
+        """Give the sum of the masks of these clients' updates; see `MaskedServer.masks_of`."""
 
 
 class Masking(Protocol):
     """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
 
-    def courier(self, client_id: int, first_round: int) -> Courier:
+    def courier(self, client_id: int, first_round: int) -> Interceptor:
         """Make a client's side."""
 
     def collector(self, inner: ServerEnd, first_round: int) -> MaskedEnd:

@@ -31,7 +31,7 @@ from parablock.wire.transport import ClientEnd, Parcel
 _CLOSE = object()
 
 
-class Courier(Protocol):
+class Interceptor(Protocol):
     """What a communication thread says by itself, and does to what it is given to send."""
 
     def opening(self) -> list[Parcel]:
@@ -62,7 +62,7 @@ class Pipeline:
         trace: Trace,
         *,
         stall_timeout_s: float,
-        courier: Courier | None = None,
+        courier: Interceptor | None = None,
     ) -> None:
         self._client_id, self._transport, self._trace = client_id, transport, trace
         self._stall_timeout_s, self._courier = stall_timeout_s, courier

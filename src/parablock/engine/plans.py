@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.fixed_point import EXTRA_WORDS, Grid, GridAggregation
+from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Normals, RoundAggregation, Rule
 from parablock.algorithm.schedule import client_in_turn, cohort
 from parablock.algorithm.stacking import Factors, StackAggregation
@@ -52,7 +52,7 @@ class ServerPlan:
     deadline_factor: float | None = None
     waits_for_return: bool = False
     normals: Callable[[int, tuple[int, ...]], Normals] | None = None
-    grid: Grid | None = None
+    grid: FixedPointGrid | None = None
     factors: Factors | None = None
     folder: Path | None = None
 
@@ -60,7 +60,7 @@ class ServerPlan:
         """Give what makes one of a round's updates."""
         normals = self.normals and partial(self.normals, round_index)
         if self.grid is not None:
-            return GridAggregation(self.grid, self.rule, normals)
+            return FixedPointAggregation(self.grid, self.rule, normals)
         if self.factors is not None:
             return StackAggregation(self.factors)
         return RoundAggregation(self.rule, normals)

@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate
-from parablock.algorithm.fixed_point import GridAggregation
+from parablock.algorithm.fixed_point import FixedPointAggregation
 from parablock.algorithm.robust import RoundAggregation, scaled
-from parablock.engine.update_store import SamePart, Spool, WholeUpdate
+from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
 from parablock.errors import CodecError
 from parablock.wire.messages import Update
 from parablock.wire.quantize import WORDS, Encoding, Vector, pack
 
-ABSURD_NORM = 100.0
+MAX_NORM_RATIO = 100.0
 """An update so many times longer than the round's median is refused."""
 
-ABSURD_EXAMPLES = 10_000
+MAX_EXAMPLES_RATIO = 10_000
 """An update that claims so many times the examples of the round's median is refused."""
 
 MAX_EXAMPLES = 1 << 40
 """No client has more."""
 
-AT_A_TIME = 1 << 22
+READ_ELEMENTS = 1 << 22
 """Elements that are read at a time, of all updates together; at least a piece of each."""
 
 IN_MEMORY_BYTES = 64 << 20
@@ -47,7 +47,7 @@ _NOTHING = pack(torch.empty(0), "float32")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Refusal:
     """Why an update is refused.
 
     Attributes:
@@ -82,14 +82,14 @@ class RoundFold:
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._cuts, self._asked = tuple(cuts), dict(asked)
-        self._spool = Spool(folder, IN_MEMORY_BYTES)
+        self._spool = UpdateStore(folder, IN_MEMORY_BYTES)
         self._came: dict[int, dict[int, int]] = {client_id: {} for client_id in asked}
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
         self._noise: np.random.Generator | None = None
         self._mean: Tensor | None = None
         self._begin, self._aggregation, self._num_folded = begin, begin(), 0
-        self.out: dict[int, Problem] = {}
+        self.out: dict[int, Refusal] = {}
         self.began_again = False
 
     @property
@@ -139,7 +139,7 @@ class RoundFold:
         chunks = self._came[client_id]
         return f"client {client_id}: {len(chunks)} of {len(self._cuts)} chunks, {sum(chunks.values())} bytes"
 
-    def take(self, client_id: int, update: Update) -> Problem | None:
+    def take(self, client_id: int, update: Update) -> Refusal | None:
         """Take a chunk, or say why not; one that has come before changes nothing.
 
         Raises:
@@ -149,22 +149,22 @@ class RoundFold:
         if problem is not None:
             return problem
         if update.chunk_index in self._came[client_id]:
-            return Problem("duplicate", f"chunk {update.chunk_index + 1} of round {self.round_index} again")
+            return Refusal("duplicate", f"chunk {update.chunk_index + 1} of round {self.round_index} again")
         squared_norm = _squared_norm(update.delta)
         if not isfinite(squared_norm):
-            return Problem("not_finite", f"values that are not finite for block {self.block_index}")
+            return Refusal("not_finite", f"values that are not finite for block {self.block_index}")
         self._spool.put(client_id, update.chunk_index, update.delta)
         self._came[client_id][update.chunk_index] = update.delta.raw.numel()
         self._squared_norms[client_id] += squared_norm
         self._first.setdefault(client_id, replace(update, delta=_NOTHING))
         return None
 
-    def _misfit(self, client_id: int, update: Update) -> Problem | None:
+    def _misfit(self, client_id: int, update: Update) -> Refusal | None:
         index, count = update.chunk_index, len(self._cuts)
         if update.client_id != client_id:
-            return Problem("foreign", f"an update in the name of client {update.client_id}")
+            return Refusal("foreign", f"an update in the name of client {update.client_id}")
         if update.block_index != self.block_index or update.num_chunks != count or not 0 <= index < count:
-            return Problem(
+            return Refusal(
                 "misfit",
                 f"chunk {index + 1} of {update.num_chunks} of block {update.block_index} for round "
                 f"{self.round_index}, which trains block {self.block_index} in {count}",
@@ -172,25 +172,25 @@ class RoundFold:
         size = self._cuts[index].stop - self._cuts[index].start
         if update.delta.num_elements != size:
             text = f"{update.delta.num_elements} parameters where block {self.block_index} has {size}"
-            return Problem("misfit", text)
+            return Refusal("misfit", text)
         if (update.delta.format in WORDS) != self._aggregation.on_grid:
             where = "on the grid" if self._aggregation.on_grid else "of floating-point numbers"
-            return Problem("misfit", f"{update.delta.format} where updates are {where}")
+            return Refusal("misfit", f"{update.delta.format} where updates are {where}")
         if update.num_local_steps != self._asked[client_id]:
             steps = self._asked[client_id]
             text = f"an update of {update.num_local_steps} local steps where {steps} were asked for"
-            return Problem("misfit", text)
+            return Refusal("misfit", text)
         return None
 
-    def _false_claim(self, client_id: int, update: Update) -> Problem | None:
+    def _false_claim(self, client_id: int, update: Update) -> Refusal | None:
         first = self._first.get(client_id, update)
         if not 0 < update.num_examples <= MAX_EXAMPLES:
-            return Problem("num_examples", f"an update of {update.num_examples} examples")
+            return Refusal("num_examples", f"an update of {update.num_examples} examples")
         if update.num_examples != first.num_examples:
             text = f"one update of {first.num_examples} and of {update.num_examples} examples"
-            return Problem("num_examples", text)
+            return Refusal("num_examples", text)
         if not isfinite(update.train_loss):
-            return Problem("not_finite", f"a training loss of {update.train_loss}")
+            return Refusal("not_finite", f"a training loss of {update.train_loss}")
         return None
 
     def forget(self, client_id: int) -> None:
@@ -200,7 +200,7 @@ class RoundFold:
         self._came = dict(sorted(self._came.items()))
         self._squared_norms[client_id] = 0.0
 
-    def take_out(self, client_id: int, problem: Problem) -> None:
+    def take_out(self, client_id: int, problem: Refusal) -> None:
         """Go on without a client: nothing that it sent, or will send, counts in this round."""
         self.out[client_id] = problem
         self._begin_again_without(client_id)
@@ -219,7 +219,7 @@ class RoundFold:
                 remedy="Give all clients the same configuration and the same base model.",
             )
 
-    def absurd(self) -> dict[int, Problem]:
+    def absurd(self) -> dict[int, Refusal]:
         """Find whole updates that no honest client sends, beside those of the others.
 
         Not where the rule bounds them anyway and must not depend on one of them by more than that.
@@ -231,12 +231,12 @@ class RoundFold:
         norm, most = median_high(norms.values()), median_high(examples.values())
         found = {}
         for client_id in self._came:
-            if examples[client_id] > ABSURD_EXAMPLES * most:
+            if examples[client_id] > MAX_EXAMPLES_RATIO * most:
                 text = f"an update of {examples[client_id]} examples in a round whose median is {most}"
-                found[client_id] = Problem("num_examples", text)
-            elif norms[client_id] > ABSURD_NORM * norm > 0:
+                found[client_id] = Refusal("num_examples", text)
+            elif norms[client_id] > MAX_NORM_RATIO * norm > 0:
                 text = f"an update of norm {norms[client_id]:.3g} in a round whose median is {norm:.3g}"
-                found[client_id] = Problem("norm", text)
+                found[client_id] = Refusal("norm", text)
         return found
 
     def fold_next(self) -> tuple[slice, Tensor]:
@@ -261,7 +261,7 @@ class RoundFold:
     def _parts(self, cut: slice) -> list[slice]:
         """Cut a chunk into what is read of each update at a time."""
         size = cut.stop - cut.start
-        step = max(1, AT_A_TIME // (PIECE * len(self._came))) * PIECE
+        step = max(1, READ_ELEMENTS // (PIECE * len(self._came))) * PIECE
         return [slice(first, min(first + step, size)) for first in range(0, size or 1, step)]
 
     def _read(self, index: int, part: slice, factors: Mapping[int, float], client_id: int) -> tuple[Tensor, int]:
@@ -276,8 +276,8 @@ class RoundFold:
                 yield self._numbers(self._spool.read(client_id, index, part), factor)
 
     def unmask(self, masks_of: Callable[[int, Sequence[int], int], Tensor]) -> None:
-        """Get the masks of all that will be folded, before that; see `Collector.masks_of`."""
-        assert isinstance(self._aggregation, GridAggregation)
+        """Get the masks of all that will be folded, before that; see `MaskedServer.masks_of`."""
+        assert isinstance(self._aggregation, FixedPointAggregation)
         self._aggregation.unmask(masks_of(self.round_index, self.expected, self._cuts[0].stop))
 
     def _numbers(self, vector: Vector, factor: float) -> Tensor:
@@ -289,7 +289,7 @@ class RoundFold:
         K̄ is the mean of the K_i with the weights of the mean of the updates. All factors are 1 where all take
         as many steps.
 
-        Source: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+        Source: Wang et al., Tackling the Objective Inconsistency Refusal in Heterogeneous Federated
         Optimization, 2020 (FedNova).
         """
         examples = {i: self._first[i].num_examples for i in self._came}

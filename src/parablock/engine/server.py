@@ -37,7 +37,7 @@ from parablock.algorithm.schedule import next_block
 from parablock.engine.downlink import Downlink
 from parablock.engine.participation import Participation
 from parablock.engine.plans import ServerPlan
-from parablock.engine.round_fold import Problem, RoundFold
+from parablock.engine.round_fold import Refusal, RoundFold
 from parablock.errors import CodecError, StallError, TrainingError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
@@ -271,10 +271,10 @@ class Server:
         for client_id in set(fold.expected) - set(fold.delivered):
             text = f"{fold.progress_of(client_id)}, {reason} {how}"
             self._on_event(f"round {fold.round_index} goes on without {text}")
-            self._take_out(client_id, fold, Problem(reason, text))
+            self._take_out(client_id, fold, Refusal(reason, text))
             for later in self._folds.values() if reason == "silent" else ():
                 if client_id in later.expected and len(later.expected) > self._fewest:
-                    self._take_out(client_id, later, Problem(reason, text))
+                    self._take_out(client_id, later, Refusal(reason, text))
 
     def _wait(
         self, waiting_for: str, from_clients: Collection[int] | None = None, *, can_go_on: bool = False
@@ -294,7 +294,7 @@ class Server:
         try:
             message = from_bytes(raw)
         except CodecError as error:
-            self._count(client_id, Problem("corrupt", f"what cannot be decoded: {error.what}"))
+            self._count(client_id, Refusal("corrupt", f"what cannot be decoded: {error.what}"))
             return
         match message:
             case Update():
@@ -304,7 +304,7 @@ class Server:
             case Join():
                 self._welcome(client_id, message)
             case _:
-                self._count(client_id, Problem("misfit", f"a {type(message).__name__} instead of an update"))
+                self._count(client_id, Refusal("misfit", f"a {type(message).__name__} instead of an update"))
 
     def _take_skip(self, client_id: int, skip: Skip) -> None:
         t = skip.round_index
@@ -312,7 +312,7 @@ class Server:
         fold = self._folds.get(t)
         if fold is None or client_id not in fold.expected:
             return
-        self._take_out(client_id, fold, Problem("skipped", "its word that it gives the round up"))
+        self._take_out(client_id, fold, Refusal("skipped", "its word that it gives the round up"))
         if not skip.problem:
             return
         self.refused["failed"] += 1
@@ -345,21 +345,21 @@ class Server:
         if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
             return  # not the last chunk; or of before a resume: who sends it cannot know that it has counted
         if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
-            self._count(client_id, Problem("unasked", f"an update of round {t}, which it was not asked for"))
+            self._count(client_id, Refusal("unasked", f"an update of round {t}, which it was not asked for"))
             return
         self._participation.delivered(client_id, t, self._trace.clock.now())
         if client_id in self._counted.get(t, ()):
-            self._count(client_id, Problem("duplicate", f"the update of round {t} again"))
-        elif fold is None or fold.out.get(client_id, Problem("late", "")).reason in ("late", "silent"):
-            self._count(client_id, Problem("late", f"its update of round {t} after the round had gone on"))
+            self._count(client_id, Refusal("duplicate", f"the update of round {t} again"))
+        elif fold is None or fold.out.get(client_id, Refusal("late", "")).reason in ("late", "silent"):
+            self._count(client_id, Refusal("late", f"its update of round {t} after the round had gone on"))
 
-    def _refuse(self, client_id: int, fold: RoundFold, problem: Problem) -> None:
+    def _refuse(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         self._count(client_id, problem)
         self._participation.answered(client_id, fold.round_index, self._trace.clock.now())
         self._take_out(client_id, fold, problem)
         fold.check_that_somebody_fits()
 
-    def _take_out(self, client_id: int, fold: RoundFold, problem: Problem) -> None:
+    def _take_out(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         fold.take_out(client_id, problem)
         self._retract_where_needed(fold)
 
@@ -367,7 +367,7 @@ class Server:
         if fold.began_again:
             self._downlink.retract(fold.block_index)
 
-    def _count(self, client_id: int, problem: Problem) -> None:
+    def _count(self, client_id: int, problem: Refusal) -> None:
         self.refused[problem.reason] += 1
         self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
 
@@ -375,7 +375,7 @@ class Server:
         """Ask a client that has begun anew for the updates that it owes, from the state that belongs to each."""
         if len(join.versions) != len(self.state.params):
             text = f"a model of {len(join.versions)} blocks where the server has {len(self.state.params)}"
-            self._count(client_id, Problem("misfit", text))
+            self._count(client_id, Refusal("misfit", text))
             return
         self._downlink.joins(client_id, join.versions)
         self._participation.is_back(client_id, self._trace.clock.now())
@@ -390,7 +390,7 @@ class Server:
             news = self._downlink.news_as_of(self.state, client_id, self._committed_before(t))
             if news is None:
                 self._participation.answered(client_id, t, self._trace.clock.now())
-                self._take_out(client_id, fold, Problem("lost", "its restart"))
+                self._take_out(client_id, fold, Refusal("lost", "its restart"))
                 continue
             fold.forget(client_id)
             self._retract_where_needed(fold)

@@ -74,7 +74,7 @@ class _Place:
         return payload_bytes(self.num_elements, self.format)
 
 
-class Spool:
+class UpdateStore:
     """The vectors of one round.
 
     Args:

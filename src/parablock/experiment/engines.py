@@ -22,7 +22,7 @@ from parablock.experiment.protections import (
     noise_of_the_server,
     protections,
 )
-from parablock.methods.base import Job
+from parablock.methods.base import RunInputs
 from parablock.methods.flora import factors_of
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
@@ -34,7 +34,7 @@ class InProcess:
     is_local = True
     held_rounds: frozenset[int] | None = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunInputs) -> None:
         stacks = job.config.federation.method == "flora"
         self._factors = factors_of(job.loaded.model, job.config) if stacks else None
 

@@ -22,7 +22,7 @@ from parablock.training.step_time import Compute, assumed_compute, stated_comput
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 
-LEAST_BLOCKS = 4
+MIN_BLOCKS = 4
 
 
 def never_visited(config: RunConfig, num_blocks: int) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def _largest_that_fits(config: RunConfig, model: PreTrainedModel) -> int:
     fitting = [
         size
         for size, blocks in enough_rounds.items()
-        if len(blocks) >= LEAST_BLOCKS and _hides(config, compute, blocks)
+        if len(blocks) >= MIN_BLOCKS and _hides(config, compute, blocks)
     ]
     return max(fitting, default=least)
 

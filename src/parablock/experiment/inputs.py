@@ -20,7 +20,7 @@ from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.experiment.fit_blocks import fitted, never_visited
-from parablock.methods.base import Job
+from parablock.methods.base import RunInputs
 from parablock.methods.blocks import trained_blocks
 from parablock.model.blocks import Block
 from parablock.model.load import LoadedModel, load_model
@@ -28,9 +28,9 @@ from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
 
 
-def prepare(
+def read_inputs(
     config: RunConfig, tell: Callable[[str], None] = lambda _: None, *, all_rows_of: int | None = None
-) -> Job:
+) -> RunInputs:
     """Read and check all that a run needs.
 
     Args:
@@ -79,7 +79,7 @@ def prepare(
         "seed": config.seed,
         **_environment(),
     }
-    return Job(
+    return RunInputs(
         config=config,
         loaded=loaded,
         blocks=blocks,

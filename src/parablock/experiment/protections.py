@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from parablock.algorithm.fixed_point import Grid
+from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.robust import Normals, Rule
 from parablock.algorithm.schedule import cohort
 from parablock.config.keys import RunConfig
@@ -64,12 +64,12 @@ def aggregation_rule(config: RunConfig) -> Rule:
     )
 
 
-def grid_of(config: RunConfig) -> Grid | None:
+def grid_of(config: RunConfig) -> FixedPointGrid | None:
     """Give the grid that updates travel on; None where they travel in the wire's format."""
     if not is_secure(config):
         return None
     assert config.privacy.clip_norm is not None
-    return Grid(config.privacy.clip_norm, cohort_size(config.federation.model_dump()))
+    return FixedPointGrid(config.privacy.clip_norm, cohort_size(config.federation.model_dump()))
 
 
 def fewest_updates(config: RunConfig) -> int:

@@ -21,12 +21,12 @@ from parablock.engine.contract import Engine, EngineInput, EngineResult, Hooks
 from parablock.engine.faults import Faults
 from parablock.errors import CheckpointError, InputError, StorageError
 from parablock.experiment.engines import InProcess, checkpoints_kept, clients_of, faults_of
-from parablock.experiment.inputs import prepare
+from parablock.experiment.inputs import read_inputs
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, privacy_spent
 from parablock.experiment.trackers import Trackers, check_trackers, figures_of, open_trackers
-from parablock.methods.base import Job
-from parablock.methods.choose import make_fleet
+from parablock.methods.base import RunInputs
+from parablock.methods.choose import make_method_model
 from parablock.report.write import write_report
 from parablock.storage.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.storage.files import claimed
@@ -38,7 +38,11 @@ from parablock.wire.transport import Traffic
 Summary = dict[str, Any]
 
 
-FIXED = {"data_sha256": "the data", "base_sha256": "the base model", "blocks": "the partition of the model"}
+UNCHANGED_ON_RESUME = {
+    "data_sha256": "the data",
+    "base_sha256": "the base model",
+    "blocks": "the partition of the model",
+}
 """What of a manifest has to be the same when the run goes on."""
 
 
@@ -48,7 +52,7 @@ def run(
     *,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-    connect: Callable[[Job], Engine] = InProcess,
+    connect: Callable[[RunInputs], Engine] = InProcess,
 ) -> Summary:
     """Fine-tune as the configuration says, and leave a run directory.
 
@@ -74,7 +78,7 @@ def run(
     directory.check_unused()
     check_trackers(config.report_to)
     check_privacy_extra(config)
-    job = prepare(config, progress.message)
+    job = read_inputs(config, progress.message)
     directory.create(job.config.to_yaml(), job.manifest)
     with claimed(directory.path):
         if adds_noise(config):
@@ -87,7 +91,7 @@ def resume(
     *,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-    connect: Callable[[Job], Engine] = InProcess,
+    connect: Callable[[RunInputs], Engine] = InProcess,
 ) -> Summary:
     """Go on from the newest checkpoint, bitwise as if the run had never stopped; see `run`.
 
@@ -107,14 +111,14 @@ def _go_on(
     began: float,
     progress: Progress,
     asked_to_stop: Callable[[], bool],
-    connect: Callable[[Job], Engine],
+    connect: Callable[[RunInputs], Engine],
 ) -> Summary:
     config = load_config(directory.config)
     check_trackers(config.report_to)
     check_privacy_extra(config)
-    job = prepare(config, progress.message)
+    job = read_inputs(config, progress.message)
     before = directory.read_manifest()
-    for key, what in FIXED.items():
+    for key, what in UNCHANGED_ON_RESUME.items():
         if before.get(key) != job.manifest[key]:
             raise CheckpointError(
                 f"{what} ({key}) is not what it was when the run in {directory.path} began",
@@ -135,7 +139,7 @@ class _Run:
 
     def __init__(
         self,
-        job: Job,
+        job: RunInputs,
         directory: RunDirectory,
         progress: Progress,
         asked_to_stop: Callable[[], bool],
@@ -145,7 +149,7 @@ class _Run:
         self.job, self.config, self.directory, self.progress = job, job.config, directory, progress
         self.asked_to_stop, self.began, self.elapsed_before = asked_to_stop, began, 0.0
         self.engine = engine
-        self.fleet = make_fleet(job, None if engine.is_local else ())
+        self.fleet = make_method_model(job, None if engine.is_local else ())
         self.rows: list[dict[str, Any]] = []
         self.initial_eval_loss = float("nan")
         self.last_commit_s = 0.0

@@ -26,7 +26,7 @@ from parablock.model.save import model_sha256, save_model
 from parablock.training.trainer import LocalTrainer, Trainer, local_arguments
 
 
-class Fleet:
+class MethodModel:
     """The model as the method trains it, with the local training of all clients.
 
     Args:
@@ -39,7 +39,7 @@ class Fleet:
         trainers: Local training of each client, in order of client_id.
     """
 
-    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
+    def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
         self._job, self._config = job, job.config
         clients = range(len(job.train)) if clients is None else clients
         self._replica = Replica(job.loaded.model, self.committed_blocks())
@@ -114,7 +114,7 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Job:
+class RunInputs:
     """A configuration with everything that it names, read and checked; nothing has been written.
 
     Attributes:

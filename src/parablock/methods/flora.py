@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
-from parablock.methods.base import Fleet, Job
+from parablock.methods.base import MethodModel, RunInputs
 from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
@@ -31,7 +31,7 @@ def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
     )
 
 
-class StackedTrainer:
+class FloraTrainer:
     """Trains adapters on the matrices as they are now.
 
     Args:
@@ -66,13 +66,13 @@ class StackedTrainer:
         assert not memory
 
 
-class StackedFleet(Fleet):
+class FloraModel(MethodModel):
     """Clients that train new adapters in each round, on matrices to which everybody adds those of the last.
 
     What the server holds are the matrices; the model itself carries adapters, which add nothing outside training.
     """
 
-    def __init__(self, job: Job, clients: Sequence[int] | None = None) -> None:
+    def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
         self._adapters = Replica(job.loaded.model, job.blocks)
         super().__init__(job, clients)
 
@@ -86,7 +86,7 @@ class StackedFleet(Fleet):
         if not self._is_shared(alone):
             model = copy.deepcopy(self._job.loaded.model)
             matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._job.blocks)
-        return StackedTrainer(
+        return FloraTrainer(
             client_id, self._local_trainer(client_id, adapters), matrices, adapters, seed=self._config.seed
         )
 

@@ -14,12 +14,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from parablock.methods.base import Fleet, Job
+from parablock.methods.base import MethodModel, RunInputs
 from parablock.training.trainer import Trained, Trainer
 from parablock.wire.messages import RoundStart
 
 
-class ApartTrainer:
+class SoloTrainer:
     """Trains on from its own model, which nobody else changes.
 
     Args:
@@ -47,22 +47,22 @@ class ApartTrainer:
         self._trainer.remember({name: value for name, value in memory.items() if name != "own"})
 
 
-class ApartFleet(Fleet):
+class SoloModels(MethodModel):
     """Clients that tell the server nothing: each has a model of its own, and scores are their mean.
 
     What is exported is that model where there is one client (`central`); else a folder holds one for each,
     `client_0` and so on, and the hash is that of their hashes.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunInputs) -> None:
         super().__init__(job)
-        self._apart = [ApartTrainer(trainer, self.params) for trainer in self.trainers]
+        self._apart = [SoloTrainer(trainer, self.params) for trainer in self.trainers]
         self.trainers, self.params, self.num_blocks = self._apart, (torch.empty(0),), 1
 
     def evaluate(self, params: Sequence[Tensor]) -> float:
         """Score every client's model as of the last commit, and give the mean."""
         del params  # nothing is in them
-        return fmean(super(ApartFleet, self).evaluate(client.own) for client in self._apart)
+        return fmean(super(SoloModels, self).evaluate(client.own) for client in self._apart)
 
     def conclude(self, params: Sequence[Tensor]) -> float:
         """Score every client's last model, and give the mean."""

@@ -19,23 +19,23 @@ PART = 1 << 22
 """Elements that are waited for at a time."""
 
 
-class Parts(Protocol):
+class ArrivingVector(Protocol):
     """A flat vector of which parts are taken, on the CPU: a tensor, or one that is on its way."""
 
     def __getitem__(self, part: slice, /) -> Tensor:
         """Give some of the elements; `[:]` gives all."""
 
 
-def leave(flat: Tensor) -> Parts:
+def copy_to_cpu(flat: Tensor) -> ArrivingVector:
     """Take a vector as it is now to the CPU.
 
     Args:
         flat: 1-D. On another device than the CPU it must stay as it is until its last part has been taken.
     """
-    return flat.clone() if flat.device.type == "cpu" else _Leaving(flat)
+    return flat.clone() if flat.device.type == "cpu" else _DeviceCopy(flat)
 
 
-class _Leaving:
+class _DeviceCopy:
     """A vector on its way; it is waited for as far as it is looked at."""
 
     def __init__(self, flat: Tensor) -> None:

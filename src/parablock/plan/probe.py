@@ -22,8 +22,8 @@ from parablock.config.keys import RunConfig
 from parablock.data.batches import Batch, round_batches
 from parablock.errors import ConfigError
 from parablock.experiment.fit_blocks import flops_of
-from parablock.experiment.inputs import prepare
-from parablock.methods.base import Job
+from parablock.experiment.inputs import read_inputs
+from parablock.methods.base import RunInputs
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.seeding import seed_for
@@ -56,7 +56,7 @@ def probed_compute(config: RunConfig) -> Compute:
             ]
         )
     unvisited = config.blocks.model_copy(update={"allow_unvisited": True})
-    job = prepare(config.model_copy(update={"blocks": unvisited}))
+    job = read_inputs(config.model_copy(update={"blocks": unvisited}))
     flops = flops_of(config, job.loaded.model)
     speed = _measure(job, flops)
     tokens = _round_tokens(job)
@@ -95,7 +95,7 @@ class _Speed:
         return float(np.interp(lowest_layer, self.depths, self.medians))
 
 
-def _measure(job: Job, flops: FlopModel) -> _Speed:
+def _measure(job: RunInputs, flops: FlopModel) -> _Speed:
     """Time visits of a few blocks in turn, so that a slow moment of the machine hits all of them."""
     replica = Replica(job.loaded.model, job.blocks)
     working = tuple(replica.read(block.index) for block in job.blocks)
@@ -122,7 +122,7 @@ def _measure(job: Job, flops: FlopModel) -> _Speed:
     return _Speed(tuple(medians), tuple(medians.values()), tuple(deviations))
 
 
-def _start(job: Job, round_index: int, block_index: int) -> RoundStart:
+def _start(job: RunInputs, round_index: int, block_index: int) -> RoundStart:
     """Ask for a round of few steps."""
     configured = job.config.train.num_local_steps
     steps = min(PROBE_STEPS, configured) if isinstance(configured, int) else PROBE_STEPS
@@ -136,7 +136,7 @@ def _start(job: Job, round_index: int, block_index: int) -> RoundStart:
     )
 
 
-def _trainers(job: Job, replica: Replica) -> list[LocalTrainer]:
+def _trainers(job: RunInputs, replica: Replica) -> list[LocalTrainer]:
     train = job.config.train
     arguments = LocalArguments(
         learning_rate=train.learning_rate,
@@ -161,7 +161,7 @@ def _trainers(job: Job, replica: Replica) -> list[LocalTrainer]:
     ]
 
 
-def _round_tokens(job: Job) -> Callable[[int, int, int], Tokens]:
+def _round_tokens(job: RunInputs) -> Callable[[int, int, int], Tokens]:
     """Give what a client works on in a round of some steps; rounds repeat when there are very many."""
     batches = job.config.train.gradient_accumulation_steps * len(job.train)
 
@@ -176,7 +176,7 @@ def _round_tokens(job: Job) -> Callable[[int, int, int], Tokens]:
     return of_round
 
 
-def _batches(job: Job, client_id: int, first_step: int, num_local_steps: int) -> list[Batch]:
+def _batches(job: RunInputs, client_id: int, first_step: int, num_local_steps: int) -> list[Batch]:
     train = job.config.train
     steps = round_batches(
         job.train[client_id],

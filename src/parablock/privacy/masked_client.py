@@ -46,7 +46,7 @@ from parablock.wire.transport import Parcel
 KEY_BYTES = 32
 
 
-class Courier:
+class MaskedClient:
     """One client's secrets, and what it says and keeps to itself.
 
     Args:

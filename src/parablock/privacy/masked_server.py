@@ -40,7 +40,7 @@ from parablock.wire.sealing import (
 from parablock.wire.transport import Parcel, ServerEnd
 
 
-class Collector:
+class MaskedServer:
     """A server's end of a transport over which updates come masked.
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parablock.algorithm.schedule import cohort
-from parablock.privacy.masked_client import Courier
-from parablock.privacy.masked_server import Collector
+from parablock.privacy.masked_client import MaskedClient
+from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
 from parablock.wire.transport import ServerEnd
 
@@ -21,13 +21,13 @@ class SecureAggregation:
     seed: int
     stall_timeout_s: float
 
-    def courier(self, client_id: int, first_round: int) -> Courier:
+    def courier(self, client_id: int, first_round: int) -> MaskedClient:
         """Make a client's side, with secrets that nobody has seen before."""
-        return Courier(client_id, self._cohorts(first_round))
+        return MaskedClient(client_id, self._cohorts(first_round))
 
-    def collector(self, inner: ServerEnd, first_round: int) -> Collector:
+    def collector(self, inner: ServerEnd, first_round: int) -> MaskedServer:
         """Make the server's side, over a transport."""
-        return Collector(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
+        return MaskedServer(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
 
     def _cohorts(self, first_round: int) -> Cohorts:
         return Cohorts(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from parablock.report.figures import Figure, tidy
 from parablock.report.units import format_bytes
-from parablock.trace import TRANSFERS, Piece, Span, cut_transfers
+from parablock.trace import TRANSFERS, Span, TransferPiece, cut_transfers
 
 MAX_CLIENTS = 20
 MAX_BARS = 16_000
@@ -127,7 +127,7 @@ def _subject(span: Span) -> str:
     return f", {format_bytes(span.facts['payload_bytes'])}" if "payload_bytes" in span.facts else ""
 
 
-def _rounds_that_fit(computing: Sequence[Span], pieces: Sequence[Piece]) -> int:
+def _rounds_that_fit(computing: Sequence[Span], pieces: Sequence[TransferPiece]) -> int:
     rounds = sorted([_round(span) for span in computing] + [_round(piece.span) for piece in pieces])
     return rounds[-1] + 1 if 0 < len(rounds) <= MAX_BARS else rounds[MAX_BARS] if rounds else 0
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from parablock.data.batches import Batch
 from parablock.errors import DataError, TrainingError
-from parablock.model.device_copy import Parts, leave
+from parablock.model.device_copy import ArrivingVector, copy_to_cpu
 from parablock.model.loss import num_label_tokens, summed_loss
 from parablock.model.params import Replica
 from parablock.training.adamw import BlockAdamW
@@ -67,7 +67,7 @@ class LocalResult:
         moments: The optimizer's state, to be given to the block's next visit or dropped.
     """
 
-    trained: Parts
+    trained: ArrivingVector
     train_loss: float
     moments: Moments
 
@@ -118,7 +118,7 @@ def train_block(
                 raise _not_finite(
                     "The trained block", f"block {block_index}, {len(losses)} steps from {first_step}"
                 )
-            trained = leave(optimizer.weights)
+            trained = copy_to_cpu(optimizer.weights)
     finally:
         replica.deactivate()
         replica.invalidate(block_index)

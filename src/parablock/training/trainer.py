@@ -12,7 +12,7 @@ from torch import Tensor
 from parablock.config.keys import RunConfig, TrainSection
 from parablock.data.batches import round_batches
 from parablock.data.prompts import Example
-from parablock.model.device_copy import Parts
+from parablock.model.device_copy import ArrivingVector
 from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, Moments, train_block
 from parablock.wire.messages import RoundStart
@@ -127,7 +127,7 @@ class Trained:
         train_loss: Mean loss over the steps.
     """
 
-    trained: Parts
+    trained: ArrivingVector
     train_loss: float
 
 

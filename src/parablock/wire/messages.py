@@ -31,7 +31,7 @@ from parablock.wire.sealing import SEALING_READERS, Sealing
 
 T = TypeVar("T")
 
-MOST_WORDS = 1000
+MAX_PROBLEM_CHARACTERS = 1000
 """Longest problem that a client may tell, in characters."""
 
 
@@ -303,8 +303,8 @@ def _read_welcome(fields: Mapping[str, Any], vectors: list[Vector]) -> Welcome:
 def _read_skip(fields: Mapping[str, Any], vectors: list[Vector]) -> Skip:
     _no_vectors(vectors)
     problem = _typed(fields, "problem", str)
-    if len(problem) > MOST_WORDS or not problem.isprintable():
-        raise ValueError(f"a problem in {len(problem)} characters, of at most {MOST_WORDS} on one line")
+    if len(problem) > MAX_PROBLEM_CHARACTERS or not problem.isprintable():
+        raise ValueError(f"a problem in {len(problem)} characters, of at most {MAX_PROBLEM_CHARACTERS} on one line")
     return Skip(_typed(fields, "round_index", int), problem)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from parablock.engine.flower.mailbox import TrainerMailbox
-from parablock.engine.pipeline import Courier
+from parablock.engine.pipeline import Interceptor
 from parablock.wire.transport import Parcel
 
 
@@ -21,7 +21,7 @@ class MaskedMailbox:
         courier: The client's secrets.
     """
 
-    def __init__(self, mailbox: TrainerMailbox, courier: Courier) -> None:
+    def __init__(self, mailbox: TrainerMailbox, courier: Interceptor) -> None:
         self._mailbox, self._courier = mailbox, courier
 
     def __enter__(self) -> MaskedMailbox:

@@ -12,7 +12,7 @@ is beside it: several would want the same cores, and memory each."""
 
 FIRST_S = 0.25
 
-AT_A_TIME = 4
+READ_ELEMENTS = 4
 """How many objects are made ready to be pushed; every other one is of an Array's bytes, the rest are short."""
 
 
@@ -54,8 +54,8 @@ def push_a_few_at_a_time(module: Any) -> None:
         object_ids_to_push: set[str] | None = None,
     ) -> None:
         wanted = [i for i in objects if object_ids_to_push is None or i in object_ids_to_push]
-        for first in range(0, len(wanted), AT_A_TIME):
-            few = {object_id: objects.pop(object_id) for object_id in wanted[first : first + AT_A_TIME]}
+        for first in range(0, len(wanted), READ_ELEMENTS):
+            few = {object_id: objects.pop(object_id) for object_id in wanted[first : first + READ_ELEMENTS]}
             push_objects(few, push_object_fn)
 
     module.push_objects = push
