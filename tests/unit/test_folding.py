@@ -39,7 +39,7 @@ ORDERS: dict[str, Order] = {
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces of each update are read at a time, so that a chunk is read in several parts."""
-    monkeypatch.setattr(folding, "AT_A_TIME", 2 * PIECE * CLIENTS)
+    monkeypatch.setattr(folding, "READ_ELEMENTS", 2 * PIECE * CLIENTS)
 
 
 @pytest.fixture
