@@ -15,13 +15,14 @@ import pytest
 from flwr.app import Message
 from torch import Tensor
 
+from engines import engine_input, run_here
 from loop_grid import Fate, LoopGrid
 from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import ServerState, initial_client, same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
 from parablock.engine.client import Client
-from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.flower import grid as grid_module
 from parablock.engine.flower import lanes
@@ -33,9 +34,9 @@ from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import Place
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import ClientPlan, ClientStart, Hooks, ServerPlan
+from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import StallError
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
@@ -56,7 +57,8 @@ HOOKS = Hooks(on_commit=lambda *_: None, on_checkpoint=lambda _: None)
 
 
 def plan(delay: int, encoding: Encoding, examples: Sequence[int] = EXAMPLES) -> ServerPlan:
-    return ServerPlan(len(examples), ROUNDS, delay, "shuffled", 1.0, 0, encoding, FixedSteps(1), 20.0, 0)
+    form = Differences(encoding)
+    return ServerPlan(len(examples), ROUNDS, delay, "shuffled", 1.0, 0, form, FixedSteps(1), 20.0, 0)
 
 
 def over_flower(
@@ -81,19 +83,15 @@ def over_flower(
             secret, listener = secret_of(dirs[client_id]), listen(address_of(dirs[client_id]))
             mailbox = TrainerMailbox(client_id, listener, secret, folder, trace, epoch_s=0.0, lease_s=20.0)
             with suppress(StallError), mailbox:  # a server that was stopped leaves it to its lease
-                courier = masking and masking.courier(client_id, 0)
+                masked = masking and masking.client_side(client_id, 0)
                 Client(
                     client_id,
-                    initial_client(initial(4)),
+                    ClientPlan("aligned", plan.form, lambda _: protection_of(plan)),
                     make_trainer(client_id, examples[client_id], None),
-                    MaskedMailbox(mailbox, courier) if courier else nullcontext(mailbox),
+                    MaskedMailbox(mailbox, masked) if masked else nullcontext(mailbox),
                     trace,
-                    in_flight="aligned",
-                    encoding=plan.encoding,
-                    hand_in=lambda *_: None,
+                    start=ClientStart(initial_client(initial(4))),
                     faults=Faults(faults),
-                    protection=protection_of(plan),
-                    grid=plan.grid,
                 ).run()
 
         threading.Thread(target=serve, daemon=True).start()
@@ -104,13 +102,14 @@ def over_flower(
     transport.gather(10.0)
     hooks = replace(hooks, on_event=on_event)
     try:
-        return run_over_flower(take_params, plan, Trace(RealClock()), hooks, transport, masking=masking), grid
+        given = engine_input([], [], plan, Trace(RealClock()), hooks, masking=masking)
+        return run_over_flower(replace(given, take_params=take_params), transport), grid
     finally:
         grid.is_over.set()
 
 
 def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, faults: Sequence[Fault] = ()) -> EngineResult:
-    return run_in_process(
+    return run_here(
         initial(4),
         [ToyTrainer(i, count, None) for i, count in enumerate(examples)],
         plan,
@@ -124,7 +123,7 @@ def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, faults: Seq
 
 
 def protection_of(plan: ServerPlan) -> Protection | None:
-    return Protection(plan.grid.clip_norm) if plan.grid else None
+    return Protection(plan.form.grid.clip_norm) if isinstance(plan.form, FixedPointWords) else None
 
 
 @pytest.fixture(autouse=True)
@@ -334,7 +333,8 @@ MASKED = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
 
 def on_the_grid(delay: int) -> ServerPlan:
     grid = FixedPointGrid(2.0, len(EXAMPLES))
-    return replace(plan(delay, Encoding("float32")), grid=grid, rule=Rule(clip_norm=2.0), min_updates=2)
+    form = FixedPointWords(grid, Rule(clip_norm=2.0))
+    return replace(plan(delay, Encoding("float32")), form=form, min_updates=2)
 
 
 @pytest.mark.parametrize("delay", [0, 1])

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import run_here
 from parablock.algorithm.parablock import same
 from parablock.clock import VirtualClock
-from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences
 from parablock.seeding import seed_for
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
@@ -62,14 +63,24 @@ def run(*faults: Fault, encoding: Encoding = STREAMED, delay: int = 1, stall_tim
     clock = VirtualClock()
     counted, events, traffic_of = [], [], {}
     plan = ServerPlan(
-        3, ROUNDS, delay, "shuffled", 1.0, 0, encoding, FixedSteps(1), stall_timeout_s, 0, aggregation_s=0.0
+        3,
+        ROUNDS,
+        delay,
+        "shuffled",
+        1.0,
+        0,
+        Differences(encoding),
+        FixedSteps(1),
+        stall_timeout_s,
+        0,
+        aggregation_s=0.0,
     )
 
     def on_commit(state, updates, traffic) -> None:
         counted.append([update.client_id for update in updates])
         traffic_of[state.committed] = traffic
 
-    result = run_in_process(
+    result = run_here(
         [torch.linspace(-1, 1, SIZE) for _ in range(3)],
         [Walker(i) for i in range(3)],
         plan,

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from engines import run_here
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
-from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences
 from parablock.errors import StallError, TrainingError
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
@@ -76,7 +77,16 @@ def run(
     clock, injected = clock or VirtualClock(), Faults(faults)
     trajectory, counted, events, up = [], [], [], []
     plan = ServerPlan(
-        len(EXAMPLES), ROUNDS, delay, "shuffled", participation, 0, encoding, FixedSteps(1), stall_timeout_s, 0
+        len(EXAMPLES),
+        ROUNDS,
+        delay,
+        "shuffled",
+        participation,
+        0,
+        Differences(encoding),
+        FixedSteps(1),
+        stall_timeout_s,
+        0,
     )
     plan = ServerPlan(
         **{**vars(plan), "min_updates": min_updates, "deadline_factor": deadline_factor, "aggregation_s": 0.0}
@@ -88,7 +98,7 @@ def run(
         up.append(traffic.uplink_bytes)
 
     trace = Trace(clock)
-    result = run_in_process(
+    result = run_here(
         initial(4),
         [Diverging(i, n, step_s, diverging.get(i, ())) for i, n in enumerate(EXAMPLES)],
         plan,
@@ -114,9 +124,19 @@ def stopped_or_whole(
     """Run in real time, with a checkpoint every other round; `asked_to_stop` sees what was told."""
     states, events = list[RunState](), list[str]()
     plan = ServerPlan(
-        len(EXAMPLES), ROUNDS, 0, "shuffled", 1.0, 0, Encoding("float32"), FixedSteps(1), 500.0, 2, min_updates=4
+        len(EXAMPLES),
+        ROUNDS,
+        0,
+        "shuffled",
+        1.0,
+        0,
+        Differences(Encoding("float32")),
+        FixedSteps(1),
+        500.0,
+        2,
+        min_updates=4,
     )
-    result = run_in_process(
+    result = run_here(
         initial(4),
         [ToyTrainer(i, n, None) for i, n in enumerate(EXAMPLES)],
         plan,

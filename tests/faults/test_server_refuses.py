@@ -15,13 +15,15 @@ import torch
 from parablock.algorithm.parablock import NEVER, initial_server, same
 from parablock.clock import RealClock
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import Server, ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan, ServerStart
+from parablock.engine.server import Server
+from parablock.engine.update_form import Differences
 from parablock.engine.update_store import UpdateStore
 from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes, to_bytes
 from parablock.wire.quantize import CHUNK_PIECE, Encoding, pack
-from parablock.wire.transport import Parcel
+from parablock.wire.transport import Ledger, Parcel
 
 SIZE = 3 * CHUNK_PIECE
 CHUNKED = Encoding("float32", chunk_bytes=4 * CHUNK_PIECE)
@@ -34,6 +36,7 @@ class Script:
     """A transport whose clients answer at once; `answer` says what."""
 
     def __init__(self, answer: Answer) -> None:
+        self.ledger = Ledger()
         self._answer, self._arrives, self.sent = answer, deque[tuple[int, bytes]](), list[tuple[int, object]]()
 
     def send(self, client_id: int, parcel: Parcel) -> None:
@@ -41,6 +44,9 @@ class Script:
         self.sent.append((client_id, message))
         if isinstance(message, RoundStart):
             self._arrives.extend(self._answer(client_id, message, honest(client_id, message)))
+
+    def is_there(self, client_id: int) -> bool:
+        return True
 
     def receive(self, timeout_s: float, waiting_for: str, from_clients=None) -> tuple[int, bytes]:
         if not self._arrives:
@@ -76,20 +82,19 @@ def honest(client_id: int, start: RoundStart) -> list[bytes]:
 def serve(
     answer: Answer, *, delay: int = 0, rounds: int = ROUNDS, resumed: Server | None = None, **options
 ) -> tuple[Server, list[list[int]], Script, list[str]]:
-    plan = ServerPlan(CLIENTS, rounds, delay, "cyclic", 1.0, 0, CHUNKED, FixedSteps(2), 5.0, 0, **options)
-    transport, counted, events = Script(answer), [], []
-    server = Server(
-        resumed.state if resumed else initial_server([torch.zeros(SIZE), torch.ones(SIZE)]),
-        plan,
-        transport,
-        Trace(RealClock()),
-        on_commit=lambda _, updates: counted.append([update.client_id for update in updates]),
-        on_mark=lambda *_: None,
-        asked_to_stop=lambda: False,
-        on_event=events.append,
-        first_round=resumed.state.committed + 1 if resumed else 0,
-        held=resumed.held if resumed else None,
+    plan = ServerPlan(
+        CLIENTS, rounds, delay, "cyclic", 1.0, 0, Differences(CHUNKED), FixedSteps(2), 5.0, 0, **options
     )
+    transport, counted, events = Script(answer), [], []
+    start = ServerStart(initial_server([torch.zeros(SIZE), torch.ones(SIZE)]))
+    if resumed:
+        start = ServerStart(resumed.state, resumed.state.committed + 1, resumed.held)
+    hooks = Hooks(
+        lambda _, updates, traffic: counted.append([update.client_id for update in updates]),
+        lambda _: None,
+        on_event=events.append,
+    )
+    server = Server(start, plan, transport, Trace(RealClock()), hooks=hooks, on_mark=lambda *_: None)
     assert server.run()
     return server, counted, transport, events
 
@@ -317,18 +322,18 @@ def test_a_server_whose_clients_may_come_back_from_outside_waits_and_says_so():
     def late(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
         return [] if client_id == 1 and Patient.stalls == 0 else everybody_honest(client_id, start, update)
 
-    plan = ServerPlan(CLIENTS, ROUNDS, 0, "cyclic", 1.0, 0, CHUNKED, FixedSteps(2), 5.0, 0, min_updates=4)
+    plan = ServerPlan(
+        CLIENTS, ROUNDS, 0, "cyclic", 1.0, 0, Differences(CHUNKED), FixedSteps(2), 5.0, 0, min_updates=4
+    )
     for waits in (True, False):
         Patient.stalls, events = 0, []
         server = Server(
-            initial_server([torch.zeros(SIZE), torch.ones(SIZE)]),
+            ServerStart(initial_server([torch.zeros(SIZE), torch.ones(SIZE)])),
             replace(plan, waits_for_return=waits),
             Patient(late),
             Trace(RealClock()),
-            on_commit=lambda *_: None,
+            hooks=Hooks(lambda *_: None, lambda _: None, on_event=events.append),
             on_mark=lambda *_: None,
-            asked_to_stop=lambda: False,
-            on_event=events.append,
         )
         if not waits:
             with pytest.raises(StallError, match="client 1: 0 of 3 chunks, 0 bytes"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ from parablock.algorithm.aggregate import average
 from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.clock import VirtualClock
 from parablock.compare import predicted_memory_bytes
-from parablock.engine.contract import EngineInput, EngineResult, Hooks
+from parablock.engine.contract import EngineResult
 from parablock.engine.faults import NO_FAULTS
+from parablock.engine.plans import Hooks
 from parablock.errors import CodecError
-from parablock.experiment.engines import InProcess
+from parablock.experiment.engines import InProcess, engine_input
 from parablock.experiment.inputs import read_inputs
 from parablock.methods.base import MethodModel, RunInputs
 from parablock.methods.choose import make_method_model
@@ -39,19 +40,8 @@ def job_of(workshop: Workshop, *overrides: str) -> RunInputs:
 def run(job: RunInputs, fleet: MethodModel) -> EngineResult:
     hooks = Hooks(lambda *_: None, lambda _: None)
     trace = Trace(VirtualClock())
-    return InProcess(job).run(
-        EngineInput(
-            job.config,
-            None,
-            lambda: fleet.params,
-            fleet.trainers,
-            trace,
-            hooks,
-            None,
-            NO_FAULTS,
-            Path(gettempdir()),
-        )
-    )
+    given = engine_input(job.config, fleet, trace, hooks, faults=NO_FAULTS)
+    return InProcess(job).run(replace(given, take_params=lambda: fleet.params))
 
 
 # -- the stack ------------------------------------------------------------------------------------------------

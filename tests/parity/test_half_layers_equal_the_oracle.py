@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from engines import run_here
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.data.batches import Batch
-from parablock.engine.contract import Hooks
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
 from parablock.trace import Trace
@@ -69,8 +69,8 @@ class ClientOf:
 def test_threads_equal_the_oracle_on_half_layers(delay: int, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     halves = HalfLayers(tiny_llama(), "attention_mlp")
     encoding = Encoding("float32", chunk_bytes=4096)
-    plan = ServerPlan(2, ROUNDS, delay, "cyclic", 1.0, 0, encoding, FixedSteps(1), 20.0, 0)
-    found = run_in_process(
+    plan = ServerPlan(2, ROUNDS, delay, "cyclic", 1.0, 0, Differences(encoding), FixedSteps(1), 20.0, 0)
+    found = run_here(
         halves.params,
         [ClientOf(halves, client_id) for client_id in range(2)],
         plan,

@@ -8,22 +8,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engines import run_here
 from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.algorithm.schedule import cohort
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
-from parablock.engine.contract import EngineResult, Hooks
+from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import FixedPointWords
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
-from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
@@ -48,9 +48,10 @@ def run(
 ) -> tuple[EngineResult, list[list[int]], list[RunState], float]:
     clock = clock or VirtualClock(start_s=resumed.progress["clock_s"] if resumed else 0.0)
     size = len(cohort(0, num_clients=CLIENTS, participation=participation, seed=0))
+    form = FixedPointWords(replace(GRID, num_clients=size), Rule(clip_norm=2.0))
     plan = ServerPlan(
-        CLIENTS, ROUNDS, delay, "shuffled", participation, 0, Encoding("float32"), FixedSteps(1), 20.0, 0,
-        rule=Rule(clip_norm=2.0), grid=replace(GRID, num_clients=size), min_updates=size - size // 3,
+        CLIENTS, ROUNDS, delay, "shuffled", participation, 0, form, FixedSteps(1), 20.0, 0,
+        min_updates=size - size // 3,
     )  # fmt: skip
     counted: list[list[int]] = []
     states: list[RunState] = []
@@ -60,7 +61,7 @@ def run(
         states.append(state)
 
     rounds = iter(range(100))
-    result = run_in_process(
+    result = run_here(
         initial(4),
         [ToyTrainer(i, i + 1) for i in range(CLIENTS)],
         plan,

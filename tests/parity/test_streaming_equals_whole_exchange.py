@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import run_here
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock, VirtualClock
-from parablock.engine.contract import EngineResult, Hooks
-from parablock.engine.inprocess import run_in_process
+from parablock.engine.contract import EngineResult
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences
 from parablock.engine.update_store import UpdateStore
 from parablock.seeding import seed_for
 from parablock.trace import Trace
@@ -65,14 +66,24 @@ def run(
     clock = clock or VirtualClock()
     params = [torch.linspace(-1, 1, SIZE + k).to(dtype) for k in range(3)]
     plan = ServerPlan(
-        4, ROUNDS, delay, "shuffled", participation, 0, encoding, FixedSteps(1), 30.0, 0, optimizer, rule=rule
+        4,
+        ROUNDS,
+        delay,
+        "shuffled",
+        participation,
+        0,
+        Differences(encoding, rule),
+        FixedSteps(1),
+        30.0,
+        0,
+        optimizer,
     )
     plan = replace(plan, folder=folder)
     down: list[int] = []
     hooks = Hooks(lambda state, updates, traffic: down.append(traffic.downlink_bytes), lambda state: None)
     # blocks of different sizes cannot feed each other here, so they share one
     params = [param[:SIZE] for param in params]
-    result = run_in_process(
+    result = run_here(
         params, [Walker(i) for i in range(4)], plan, Trace(clock), hooks, link=link, in_flight="aligned"
     )
     return result, clock.now(), sum(down) + result.last_traffic.downlink_bytes - down[-1]

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import run_here
 from parablock.algorithm.aggregate import Aggregate, average
 from parablock.algorithm.parablock import same, steps_of
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import VirtualClock
-from parablock.engine.contract import EngineResult, Hooks
-from parablock.engine.inprocess import run_in_process
+from parablock.engine.contract import EngineResult
 from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
 from parablock.wire.messages import RoundStart
@@ -47,10 +48,12 @@ class PacedTrainer(ToyTrainer):
 
 
 def threaded(delay: int, rule: Rule, local_steps: LocalSteps) -> EngineResult:
-    plan = ServerPlan(4, ROUNDS, delay, "shuffled", 1.0, 0, Encoding("float32"), local_steps, 60.0, 0, rule=rule)
+    plan = ServerPlan(
+        4, ROUNDS, delay, "shuffled", 1.0, 0, Differences(Encoding("float32"), rule), local_steps, 60.0, 0
+    )
     trainers = [PacedTrainer(i, n, STEP_S[i]) for i, n in enumerate(EXAMPLES)]
     hooks = Hooks(lambda *_: None, lambda _: None)
-    return run_in_process(initial(4), trainers, plan, Trace(VirtualClock()), hooks, link=LINK, in_flight="aligned")
+    return run_here(initial(4), trainers, plan, Trace(VirtualClock()), hooks, link=LINK, in_flight="aligned")
 
 
 def sequential(
@@ -97,12 +100,14 @@ def test_more_steps_give_a_client_no_more_say():
             return Trained(working[start.block_index] + start.num_local_steps * step, 0.0)
 
     def end_of(step_s: tuple[float, float]) -> float:
-        plan = ServerPlan(2, 4, 0, "cyclic", 1.0, 0, Encoding("float32"), FillTheWait(Link(), 1, 16), 60.0, 0)
+        plan = ServerPlan(
+            2, 4, 0, "cyclic", 1.0, 0, Differences(Encoding("float32")), FillTheWait(Link(), 1, 16), 60.0, 0
+        )
         hooks = Hooks(lambda *_: None, lambda _: None)
         trainers = [Walker(i, 1, each_s) for i, each_s in enumerate(step_s)]
         start = (torch.zeros(3),)
         clock = VirtualClock()
-        result = run_in_process(start, trainers, plan, Trace(clock), hooks, link=Link(), in_flight="aligned")
+        result = run_here(start, trainers, plan, Trace(clock), hooks, link=Link(), in_flight="aligned")
         assert result.server.local_steps[-1] == tuple(round(max(step_s) / each_s) for each_s in step_s)
         return float(result.server.params[0][0])
 

@@ -177,8 +177,15 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, push_objects
 from flwr.superlink.grid import http_grid
 from flwr.supernode.runtime import run_clientapp
+from parablock.clock import RealClock
 from parablock.deploy import warm
+from parablock.engine.contract import EngineInput
 from parablock.engine.flower import engine
+from parablock.engine.local_steps import FixedSteps
+from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
+from parablock.engine.update_form import Differences
+from parablock.trace import Trace
+from parablock.wire.quantize import Encoding
 
 class Stop:
     def begin(self, *_):
@@ -215,7 +222,12 @@ except SystemExit:
 """
 A_SERVER = """
 try:
-    engine.run_over_flower(list, None, None, None, Stop())
+    form = Differences(Encoding("float32"))
+    plan = ServerPlan(1, 1, 0, "cyclic", 1.0, 0, form, FixedSteps(1), 1.0, 0)
+    hooks = Hooks(lambda *_: None, lambda _: None)
+    engine.run_over_flower(
+        EngineInput(plan, ClientPlan("own", form), list, [], Trace(RealClock()), hooks), Stop()
+    )
 except SystemExit:
     pass
 """

@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, Aggregate
-from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
-from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
+from parablock.algorithm.fixed_point import FixedPointGrid
+from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.engine import round_fold as folding
 from parablock.engine.round_fold import Refusal, RoundFold
+from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.engine.update_store import UpdateStore
 from parablock.errors import StorageError
 from parablock.privacy.keystream import Keystream
@@ -65,10 +66,17 @@ def fold_all(fold: RoundFold, chunks: Sequence[Sequence[Vector]], order: Order) 
     return fold.aggregate()
 
 
-def new_fold(
-    begin: Callable[[], RoundAggregation] = RoundAggregation, folder: Path | None = None, clients: int = CLIENTS
-) -> RoundFold:
-    return RoundFold(0, 0, dict.fromkeys(range(clients), 1), CUTS, begin, folder)
+class InThree(Differences):
+    """Differences that travel in three chunks of unlike lengths."""
+
+    def cuts(self, num_parameters: int) -> list[slice]:
+        assert num_parameters == SIZE
+        return CUTS
+
+
+def new_fold(rule: str = "mean", folder: Path | None = None, clients: int = CLIENTS) -> RoundFold:
+    form = InThree(Encoding("float32"), *RULES[rule])
+    return RoundFold(0, 0, dict.fromkeys(range(clients), 1), SIZE, form, folder)
 
 
 def alike(one: Aggregate, other: Aggregate) -> bool:
@@ -137,12 +145,12 @@ def noise(clients: tuple[int, ...]) -> Callable[[int], Tensor]:
     return Keystream(bytes([*clients, *bytes(32 - len(clients))])).normals
 
 
-RULES: dict[str, Callable[[], RoundAggregation]] = {
-    "mean": RoundAggregation,
-    "median": partial(RoundAggregation, Rule("median")),
-    "trimmed mean, clipped": partial(RoundAggregation, Rule("trimmed_mean", trim_fraction=0.3, clip_norm=400.0)),
-    "krum, clipped": partial(RoundAggregation, Rule("krum", assumed_attackers=0, clip_norm=395.0)),
-    "mean with noise": partial(RoundAggregation, Rule(clip_norm=50.0, noise_multiplier=0.1), noise),
+RULES: dict[str, tuple[Any, ...]] = {
+    "mean": (Rule(),),
+    "median": (Rule("median"),),
+    "trimmed mean, clipped": (Rule("trimmed_mean", trim_fraction=0.3, clip_norm=400.0),),
+    "krum, clipped": (Rule("krum", assumed_attackers=0, clip_norm=395.0),),
+    "mean with noise": (Rule(clip_norm=50.0, noise_multiplier=0.1), lambda _round, clients: noise(clients)),
 }
 
 
@@ -154,14 +162,15 @@ def test_from_the_file_in_any_order_comes_bitwise_the_aggregate_of_whole_updates
 ):
     vectors = [pack(delta, payload_format) for delta in deltas()]
     chunks = [[vector.part(cut) for cut in CUTS] for vector in vectors]
-    made = RULES[rule]()
-    whole = aggregate_by(made._rule, {i: (vector.values, 5 + i) for i, vector in enumerate(vectors)}, made._normals)
+    by, *draws = RULES[rule]
+    normals = noise if draws else None
+    whole = aggregate_by(by, {i: (vector.values, 5 + i) for i, vector in enumerate(vectors)}, normals)
     for order in ORDERS.values():
-        fold = new_fold(RULES[rule], tmp_path)
+        fold = new_fold(rule, tmp_path)
         assert alike(fold_all(fold, chunks, order), whole)
         assert fold.file_bytes == sum(vector.raw.numel() for vector in vectors)
     lost = [[pack(0 * own[0].values, payload_format), *own[1:]] for own in chunks]
-    assert not alike(fold_all(new_fold(RULES[rule]), lost, ORDERS["in turns"]), whole)
+    assert not alike(fold_all(new_fold(rule), lost, ORDERS["in turns"]), whole)
 
 
 @pytest.mark.usefixtures("nothing_in_memory")
@@ -175,8 +184,8 @@ def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(
         0,
         0,
         dict.fromkeys(range(CLIENTS), 1),
-        [slice(0, SIZE + 1)],
-        partial(FixedPointAggregation, grid, Rule()),
+        SIZE,
+        FixedPointWords(grid),
         tmp_path,
     )
     for client_id, vector in enumerate(masked):
@@ -193,13 +202,13 @@ def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(
 @pytest.mark.usefixtures("nothing_in_memory")
 def test_a_client_that_is_taken_out_late_leaves_bitwise_what_would_have_come_without_it(rule: str, tmp_path: Path):
     chunks = [[pack(delta[cut], "float32") for cut in CUTS] for delta in deltas()]
-    everybody = fold_all(new_fold(RULES[rule]), chunks, ORDERS["in turns"])
-    without = new_fold(RULES[rule])
+    everybody = fold_all(new_fold(rule), chunks, ORDERS["in turns"])
+    without = new_fold(rule)
     without.take_out(1, Refusal("late", "nothing"))
     others = [(i, k) for i, k in ORDERS["in turns"] if i != 1]
     expected = fold_all(without, chunks, others)
 
-    fold = new_fold(RULES[rule], tmp_path)
+    fold = new_fold(rule, tmp_path)
     for client_id, k in ORDERS["in turns"][:-2]:  # two of the three chunks are folded where the rule allows it
         fold.take(client_id, update(client_id, k, chunks[client_id][k]))
         while fold.is_next_ready:

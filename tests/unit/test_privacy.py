@@ -9,12 +9,12 @@ import pytest
 import torch
 from dp_accounting.rdp import RdpAccountant
 
+from engines import run_here
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.clock import VirtualClock
-from parablock.engine.contract import Hooks
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences
 from parablock.privacy.accounting import Accountant
 from parablock.privacy.keystream import Keystream, derive, new_key
 from parablock.privacy.protection import Protection
@@ -139,8 +139,8 @@ class Spiky:
 
 @pytest.mark.parametrize(("payload_format", "told"), [("int4", ["98.4%"]), ("int8", []), ("float32", [])])
 def test_an_update_of_which_rounding_leaves_little_is_warned_about_once(payload_format: str, told: list[str]):
-    plan = ServerPlan(1, 3, 0, "cyclic", 1.0, 0, Encoding(payload_format), FixedSteps(1), 20.0, 0)
+    plan = ServerPlan(1, 3, 0, "cyclic", 1.0, 0, Differences(Encoding(payload_format)), FixedSteps(1), 20.0, 0)
     lines: list[str] = []
     hooks = Hooks(lambda *_: None, lambda _: None, on_event=lines.append)
-    run_in_process([torch.zeros(128)], [Spiky()], plan, Trace(VirtualClock()), hooks, link=Link(), in_flight="own")
+    run_here([torch.zeros(128)], [Spiky()], plan, Trace(VirtualClock()), hooks, link=Link(), in_flight="own")
     assert [line.split("zeros of ")[1].split(" ")[0] for line in lines] == told

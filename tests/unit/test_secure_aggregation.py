@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from contextlib import suppress
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -13,14 +12,15 @@ import pytest
 import torch
 
 from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
-from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by
+from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.engine.round_fold import RoundFold
+from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import CodecError, StallError
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join, split, threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
-from parablock.wire.quantize import pack
+from parablock.wire.quantize import Encoding, pack
 from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, content_of, opaque
 from parablock.wire.transport import Parcel
 
@@ -101,7 +101,7 @@ def masked_sum(num_clients: int, dropping: tuple[int, ...], *, silent: tuple[int
         assert not torch.equal(came[client_id][0], sent[client_id])
     wires.silent = set(silent)
     aggregation = FixedPointAggregation(grid, Rule())
-    aggregation.unmask(wires.collector.masks_of(0, sorted(came), SIZE + 1))
+    aggregation.masks = wires.collector.masks_of(0, sorted(came), SIZE + 1)
     return aggregation.fold(came)
 
 
@@ -205,7 +205,7 @@ def test_cohorts_share_their_secrets_among_themselves():
             wires.upload(client_id, update(client_id, grid.encode(drawn[client_id]), t), t)
             came[client_id] = words_of(wires.collector.receive(1.0, "updates")[1]), 1
         aggregation, plain = FixedPointAggregation(grid, Rule()), FixedPointAggregation(grid, Rule())
-        aggregation.unmask(wires.collector.masks_of(t, cohort, SIZE + 1))
+        aggregation.masks = wires.collector.masks_of(t, cohort, SIZE + 1)
         expected = plain.fold({i: (grid.encode(drawn[i]), 1) for i in cohort})
         assert torch.equal(aggregation.fold(came), expected)
 
@@ -277,12 +277,12 @@ def test_what_is_no_key_or_no_letter_is_a_codec_error():
 
 def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():
     grid, delta = FixedPointGrid(1.0, 3), deltas(3)[0]
-    on_grid, words = partial(FixedPointAggregation, grid, Rule()), pack(grid.encode(delta), "word32")
-    for begin, fits, other in (
-        (on_grid, words, pack(torch.cat([delta, delta[:1]]), "float32")),
-        (RoundAggregation, pack(delta, "float32"), pack(grid.encode(delta)[:-1], "word32")),
+    words = pack(grid.encode(delta), "word32")
+    for form, fits, other in (
+        (FixedPointWords(grid), words, pack(torch.cat([delta, delta[:1]]), "float32")),
+        (Differences(Encoding("float32")), pack(delta, "float32"), pack(grid.encode(delta)[:-1], "word32")),
     ):
-        fold = RoundFold(0, 0, {0: 1}, [slice(0, fits.num_elements)], begin)
+        fold = RoundFold(0, 0, {0: 1}, delta.numel(), form)
         problem = fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, other))
         assert problem is not None and problem.reason == "misfit" and other.format in problem.text
         assert fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, fits)) is None

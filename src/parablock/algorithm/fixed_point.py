@@ -84,7 +84,6 @@ class FixedPointAggregation(RoundAggregation):
         normals: As for `RoundAggregation`.
     """
 
-    on_grid = True
     folds_parts = False
 
     def __init__(
@@ -92,7 +91,6 @@ class FixedPointAggregation(RoundAggregation):
     ) -> None:
         super().__init__(rule, normals)
         self._grid = grid
-        self._masks: Tensor | None = None
 
     @property
     def needs_whole(self) -> bool:
@@ -104,17 +102,13 @@ class FixedPointAggregation(RoundAggregation):
         """No word is larger than the grid, and the norm of a masked update says nothing."""
         return True
 
-    def unmask(self, masks: Tensor) -> None:
-        """Take the sum of the masks of all updates, which is what hides theirs: 1-D, int32."""
-        self._masks = masks
-
     def _folded(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
         """Add up the words of every update, take the masks off, and make Δ̄."""
         numbers = np.zeros(0, np.uint32)
         for words, _ in updates.values():  # one after the other: they need not be in memory together
             numbers = np.add(numbers, _modulo(words), out=numbers) if len(numbers) else _modulo(words).copy()
-        if self._masks is not None:
-            numbers -= _modulo(self._masks)
+        if self.masks is not None:
+            numbers -= _modulo(self.masks)
         total = torch.from_numpy(numbers.view(np.int32))  # a number of either sign
         mean, mean_squared_norm = self._grid.mean(total, len(updates))
         if self._normals is not None:

@@ -77,13 +77,13 @@ class RoundAggregation:
         normals: Gives the noise of the clients that take part; needed where the rule adds some.
 
     Attributes:
-        on_grid: Whether updates are whole numbers.
         folds_parts: Whether a chunk may be folded part by part, as the updates' elements have nothing to do with
             each other.
+        masks: The sum of the masks that hide the updates, 1-D, int32; None if they carry none.
     """
 
-    on_grid = False
     folds_parts = True
+    masks: Tensor | None = None
 
     def __init__(self, rule: Rule = Rule(), normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
         self._rule, self._normals = rule, normals

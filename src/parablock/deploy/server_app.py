@@ -25,9 +25,8 @@ from parablock.engine.flower.engine import run_over_flower, server_app
 from parablock.engine.flower.exchange import Request
 from parablock.engine.flower.grid import GridTransport
 from parablock.errors import ParaBlockError
-from parablock.experiment.engines import clients_of, server_plan
+from parablock.experiment.engines import clients_of
 from parablock.experiment.progress import LoggedProgress
-from parablock.experiment.protections import masking_of
 from parablock.experiment.run import resume, run
 from parablock.methods.base import RunInputs
 from parablock.storage.files import claimed, write_atomically
@@ -69,15 +68,7 @@ class FlowerEngine:
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
-        return run_over_flower(
-            given.take_params,
-            server_plan(given.config, given.secret, folder=given.folder),
-            given.trace,
-            given.hooks,
-            self._transport,
-            resumed=given.resumed,
-            masking=masking_of(given.config),
-        )
+        return run_over_flower(given, self._transport)
 
 
 def main(grid: Any, context: Any) -> None:

@@ -7,6 +7,7 @@ carries bytes, writes its snapshots into the site's state folder, and ends with 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import NEVER, ClientState, ServerState, initial_client, initial_server
 from parablock.clock import RealClock
 from parablock.config.keys import RunConfig
@@ -26,10 +26,12 @@ from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import Position, SessionFolder
+from parablock.engine.plans import ClientStart
+from parablock.engine.update_form import UpdateForm
 from parablock.errors import CheckpointError, DataError, ModelError
-from parablock.experiment.engines import checkpoints_kept, encoding_of
+from parablock.experiment.engines import checkpoints_kept, client_plan
 from parablock.experiment.inputs import read_inputs
-from parablock.experiment.protections import adds_noise, grid_of, masking_of, new_secret, protections
+from parablock.experiment.protections import adds_noise, masking_of, new_secret
 from parablock.methods.choose import make_method_model
 from parablock.storage.checkpoint import ClientSnapshot, RunState, load_newest, save_checkpoint
 from parablock.trace import Trace
@@ -80,12 +82,9 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
             f"client {site.client_id} has no rows to train on",
             remedy="Give its files in `data.train` of its own file.",
         )
-    fleet = make_method_model(job, (site.client_id,))
-    (trainer,) = fleet.trainers
-    grid = grid_of(config)
-    snapshot, state, sent = _where(folder, fleet.take_params(), grid)
-    if snapshot is not None:
-        trainer.remember(snapshot.memory)
+    model = make_method_model(job, (site.client_id,))
+    (trainer,) = model.trainers
+    plan = client_plan(config, folder.secret(new_secret) if adds_noise(config) else None)
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
         save_checkpoint(folder.snapshots, _stored(round_index, taken, client.state), keep=checkpoints_kept(config))
@@ -96,19 +95,14 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
 
     client = Client(
         site.client_id,
-        state,
+        plan,
         trainer,
         _sealed(mailbox, folder, config, site.client_id),
         trace,
-        in_flight=config.federation.in_flight,
-        encoding=encoding_of(config),
+        start=_start(folder, model.take_params(), plan.form),
         hand_in=hand_in,
-        sent=sent,
-        residuals=None if snapshot is None else snapshot.residuals,
-        protection=protections(config, folder.secret(new_secret) if adds_noise(config) else None)(site.client_id),
-        grid=grid,
+        warn=logging.getLogger("parablock").warning,
     )
-    del snapshot, state, sent  # what is in them is needed only until the client has newer
     client.run()
 
 
@@ -122,16 +116,14 @@ def _sealed(
     folder.begin_secrets()
     restored = folder.position.round_index
     first_open = 0 if restored is None else max(0, restored - config.federation.delay)
-    return MaskedMailbox(mailbox, masking.courier(client_id, first_open))
+    return MaskedMailbox(mailbox, masking.client_side(client_id, first_open))
 
 
-def _where(
-    folder: SessionFolder, params: tuple[Tensor, ...], grid: FixedPointGrid | None
-) -> tuple[ClientSnapshot | None, ClientState, dict[int, list[bytes]]]:
-    """Give where the session goes on: the newest snapshot of it, or the base model."""
+def _start(folder: SessionFolder, params: tuple[Tensor, ...], form: UpdateForm) -> ClientStart:
+    """Return where the session goes on: the newest snapshot of it, or the base model."""
     round_index = folder.position.round_index
     if round_index is None:
-        return None, initial_client(params), {}
+        return ClientStart(initial_client(params))
     stored, passed_over = load_newest(folder.snapshots, {round_index})
     if stored is None:
         raise CheckpointError(
@@ -140,8 +132,7 @@ def _where(
             remedy="Start the run anew; what was trained stands in the server's checkpoints.",
         )
     (snapshot,) = stored.clients
-    state, sent = restore_client(snapshot, stored.server, grid)
-    return snapshot, state, sent
+    return restore_client(snapshot, stored.server, form)
 
 
 def _stored(round_index: int, snapshot: ClientSnapshot, state: ClientState) -> RunState:

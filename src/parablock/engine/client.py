@@ -7,29 +7,22 @@ delay 1 the next round is already there, and the exchange happens while it train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
-from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import (
     ClientState,
     Commit,
     ServerState,
     commit,
-    delta_of,
     put_in_flight,
     working_parameters,
 )
-from parablock.algorithm.stacking import Factors
 from parablock.engine.faults import NO_FAULTS, Faults
+from parablock.engine.plans import ClientPlan, ClientStart
+from parablock.engine.update_form import EncodedUpdate, LocalUpdate, UpdateForm
 from parablock.errors import CodecError, TrainingError
-from parablock.model.device_copy import ArrivingVector
-from parablock.privacy.protection import Protection
 from parablock.storage.checkpoint import ClientSnapshot
 from parablock.trace import Trace
 from parablock.wire.messages import (
@@ -44,10 +37,9 @@ from parablock.wire.messages import (
     Update,
     Welcome,
     from_bytes,
-    new_block_value,
     to_bytes,
 )
-from parablock.wire.quantize import QUANTIZED, Encoding, Vector, joined, pack
+from parablock.wire.quantize import Vector
 
 if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
@@ -55,17 +47,6 @@ if TYPE_CHECKING:
 
 WARN_LOST_SHARE = 0.9
 """A client warns when so much of an update is lost before it leaves."""
-
-
-@dataclass(frozen=True)
-class _Delta:
-    """Δ of a block, made part by part."""
-
-    trained: ArrivingVector
-    start: Tensor
-
-    def __getitem__(self, part: slice, /) -> Tensor:
-        return delta_of(self.trained[part], self.start[part])
 
 
 class Communication(Protocol):
@@ -83,52 +64,36 @@ class Client:
 
     Args:
         client_id: 0 … num_clients − 1.
-        state: Where it starts: the initial parameters, or what `restore_client` made.
+        plan: The settings of all clients.
         trainer: Its local training.
         pipeline: Its communication thread; entered and left by `run`.
         trace: Where its computation is recorded.
-        in_flight: own | aligned | none.
-        encoding: How its updates become bytes.
+        start: Where it begins, or goes on.
         hand_in: Takes its snapshots, from the compute thread.
-        sent: Updates in flight when the run was interrupted; they are sent again first.
-        residuals: With error feedback, what rounding has kept back of each block.
-        rejoins: It was gone while the run went on: it says what it holds before it takes part again.
         faults: What is to go wrong, for tests.
-        protection: What its updates go through before they are encoded.
-        grid: Its updates travel on this grid; None: in the wire's format.
-        factors: Its updates are adapters, and news may be stacks of them; None: they are differences.
         warn: Told, once for each block, when little of an update is left.
     """
 
     def __init__(
         self,
         client_id: int,
-        state: ClientState,
+        plan: ClientPlan,
         trainer: Trainer,
         pipeline: AbstractContextManager[Communication],
         trace: Trace,
         *,
-        in_flight: str,
-        encoding: Encoding,
-        hand_in: Callable[[int, ClientSnapshot], None],
-        sent: dict[int, list[bytes]] | None = None,
-        residuals: dict[int, Tensor] | None = None,
-        rejoins: bool = False,
+        start: ClientStart,
+        hand_in: Callable[[int, ClientSnapshot], None] = lambda *_: None,
         faults: Faults = NO_FAULTS,
-        protection: Protection | None = None,
-        grid: FixedPointGrid | None = None,
-        factors: Factors | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.client_id, self.state, self._trainer = client_id, state, trainer
-        self._entered, self._trace = pipeline, trace
-        self._in_flight, self._encoding, self._hand_in = in_flight, encoding, hand_in
-        self._residuals = dict(residuals or {})
-        self._protection, self._warn, self._warned = protection, warn, set[int]()
-        self._grid, self._factors = grid, factors
+        self.client_id, self.state, self._plan, self._trainer = client_id, start.state, plan, trainer
+        self._entered, self._trace, self._hand_in, self._faults = pipeline, trace, hand_in, faults
+        self._sent, self._residuals, self._rejoins = dict(start.sent), dict(start.residuals), start.rejoins
+        self._protection, self._warn, self._warned = plan.protection_of(client_id), warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
-        self._sent = dict(sent or {})
-        self._rejoins, self._faults = rejoins, faults
+        if start.memory:
+            trainer.remember(dict(start.memory))
 
     def run(self, on_served: Callable[[], None] = lambda: None) -> None:
         """Serve the server until it finishes or stops the run.
@@ -200,7 +165,7 @@ class Client:
             began = self._trace.clock.now()
             with self._trace.clock.working(modelled_s):
                 try:
-                    train_loss, chunks, seen = self._train(start)
+                    train_loss, encoded = self._train(start)
                 except TrainingError as error:  # the server knows whether the others are enough
                     self._pipeline.send(to_bytes(Skip(t, error.what)), t)
                     return
@@ -217,60 +182,31 @@ class Client:
                     num_local_steps=start.num_local_steps,
                     compute_s=compute_s,
                     chunk_index=index,
-                    num_chunks=len(chunks),
+                    num_chunks=len(encoded.chunks),
                     delta=chunk,
                 )
             )
-            for index, chunk in enumerate(chunks)
+            for index, chunk in enumerate(encoded.chunks)
         ]
-        self.state = put_in_flight(self.state, t, b, seen)
+        self.state = put_in_flight(self.state, t, b, encoded.seen)
         self._sent[t] = messages
         for message in messages:
             self._pipeline.send(message, t)
 
-    def _train(self, start: RoundStart) -> tuple[float, list[Vector], Tensor]:
-        """Take the local steps; give their loss, q(Δ) in chunks, and what the server will see of it."""
+    def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
+        """Take the local steps; return their loss, and the update as it leaves."""
         t, b = start.round_index, start.block_index
-        v = working_parameters(self.state, self._in_flight)
+        v = working_parameters(self.state, self._plan.in_flight)
         result = self._trainer.train(start, v)
-        if self._factors is not None:
-            return result.train_loss, *self._encode(result.trained, result.trained[:].numel(), t, b)
-        return result.train_loss, *self._encode(_Delta(result.trained, v[b]), v[b].numel(), t, b)
-
-    def _encode(self, delta: ArrivingVector, size: int, t: int, b: int) -> tuple[list[Vector], Tensor]:
-        """Make q(Δ) in chunks, or with error feedback q(Δ + e), keeping e ← Δ + e − q.
-
-        Chunk by chunk, so that the first are encoded while the last are still on their way from the model's device.
-        """
-        if self._protection is not None:
-            delta, factor = self._protection.apply(delta[:], t)
-            self._warn_of_loss(b, 1 - factor, "clipping takes {:.1%} of the length")
-        if self._grid is not None:
-            words = pack(self._grid.encode(delta[:]), "word32")
-            return [words], self._grid.decode(words.values)
-        encoding, residual, moved, left = self._encoding, self._residuals.get(b), 0, 0
-        noise, chunks = encoding.noise(t, self.client_id), list[Vector]()
-        seen, kept_back = torch.empty(size), torch.empty(size if encoding.error_feedback else 0)
-        for part in encoding.cut(size):
-            exact = delta[part] if residual is None else delta[part] + residual[part]
-            seen[part] = exact
-            chunks.append(pack(seen[part], encoding.format, noise))  # float32: a view of what is seen, no copy
-            if encoding.format != "float32":
-                seen[part] = chunks[-1].values
-            if encoding.format in QUANTIZED:
-                moved, left = moved + int(exact.count_nonzero()), left + int(seen[part].count_nonzero())
-            if encoding.error_feedback:
-                torch.sub(exact, seen[part], out=kept_back[part])
-        if moved:
-            self._warn_of_loss(b, 1 - left / moved, "rounding makes zeros of {:.1%} of the elements")
-        if encoding.error_feedback:
-            self._residuals[b] = kept_back
-        return chunks, seen
-
-    def _warn_of_loss(self, b: int, lost: float, how: str) -> None:
-        if lost > WARN_LOST_SHARE and b not in self._warned:
-            self._warned.add(b)
-            self._warn(f"client {self.client_id}, block {b}: {how.format(lost)} of its update")
+        local = LocalUpdate(t, self.client_id, result.trained, v[b], self._residuals.get(b), self._protection)
+        encoded = self._plan.form.encode(local)
+        if encoded.residual is not None:
+            self._residuals[b] = encoded.residual
+        for share, text in encoded.losses:
+            if share > WARN_LOST_SHARE and b not in self._warned:
+                self._warned.add(b)
+                self._warn(f"client {self.client_id}, block {b}: {text.format(share)} of its update")
+        return result.train_loss, encoded
 
     def _commit(self, news: tuple[NewValue, ...], committed: int) -> None:
         commits = []
@@ -282,44 +218,24 @@ class Client:
             self._chunks = {
                 place: parts for place, parts in self._chunks.items() if place[0] != b or place[1] > new.version
             }
-            if kind == "stack":
-                kind, vectors = "difference", [self._product(new.vector)]
-            value = new_block_value(self.state.base[b], b, kind, vectors)
+            value = self._plan.form.new_value(self.state.base[b], b, kind, vectors)
             commits.append(Commit(b, new.version, value, new.rho))
         self.state = commit(self.state, commits, committed)
         self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
 
-    def _product(self, stack: Vector) -> Vector:
-        """Give the difference that a stack of adapters stands for."""
-        if self._factors is None:
-            raise CodecError(
-                f"client {self.client_id} received a stack of adapters, and it trains none",
-                cause="The server runs another method.",
-                remedy="Give both the same configuration.",
-            )
-        return pack(self._factors.product(stack.values), "float32")
-
-
-def decoded(chunks: Sequence[Vector], grid: FixedPointGrid | None) -> Tensor:
-    """Give what the server sees of an update, or would see of it alone: flat, fp32."""
-    return joined(chunks) if grid is None else grid.decode(chunks[0].values)
-
 
 def restore_client(
-    snapshot: ClientSnapshot, server: ServerState, grid: FixedPointGrid | None = None
-) -> tuple[ClientState, dict[int, list[bytes]]]:
-    """Make a client from its snapshot and the server's state at the same round.
+    snapshot: ClientSnapshot, server: ServerState, form: UpdateForm, *, rejoins: bool = False
+) -> ClientStart:
+    """Make a client's start from its snapshot and the server's state at the same round.
 
-    Blocks that the client had not seen take the server's value for now: the server sends them, as their
-    versions say, before the client trains again.
-
-    Returns:
-        Its state, and the messages of its updates that the server has not committed.
+    A block that the client had not seen takes the server's value for now: the server sends it, as the client's
+    versions say, before the client trains again. Updates that the server has committed are not sent again.
     """
     state = ClientState(server.view, snapshot.versions, snapshot.rho)
     sent = {t: messages for t, messages in sorted(snapshot.sent.items()) if t > server.committed}
     for t, messages in sent.items():
         updates = [from_bytes(message) for message in messages]
         deltas = [update.delta for update in updates if isinstance(update, Update)]
-        state = put_in_flight(state, t, server.history[t], decoded(deltas, grid))
-    return state, sent
+        state = put_in_flight(state, t, server.history[t], form.decode(deltas))
+    return ClientStart(state, sent, snapshot.residuals, snapshot.memory, rejoins)

@@ -1,94 +1,103 @@
-"""TODO parablock.engine.contract."""
+"""The contract of an engine: what it is given, what it returns, and the parts that every engine is made of.
+
+An engine brings one server and its clients together: `InProcess` with threads and simulated links, others with real
+sites. For a given delay every engine returns bitwise the parameters of `algorithm/sequential.py`; only time
+differs. A new one implements `Engine`, carries bytes by a `ServerTransport` and calls `make_server`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from parablock.algorithm.parablock import ClientState, ServerState
-from parablock.config.keys import RunConfig
-from parablock.engine.faults import Faults
+from parablock.algorithm.parablock import ClientState, ServerState, initial_server
+from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.engine.pipeline import Interceptor
-from parablock.storage.checkpoint import RunState
+from parablock.engine.plans import ClientPlan, Hooks, ServerPlan, ServerStart
+from parablock.engine.server import Server
+from parablock.storage.checkpoint import ClientSnapshot, RunState
 from parablock.trace import Span, Trace
-from parablock.wire.messages import Update
-from parablock.wire.transport import ServerEnd, Traffic
+from parablock.wire.transport import Ledger, Link, ServerTransport, Traffic
 
 if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
 
 
-class StopAsked(BaseException):
-    """The run is asked to stop, and waits for clients that are gone; never seen by users.
+class MaskedTransport(ServerTransport, Protocol):
+    """A server's end of a transport over which updates come masked."""
 
-    Args:
-        gone: Who.
-    """
-
-    def __init__(self, gone: Iterable[int]) -> None:
-        self.gone = tuple(gone)
-        names = ", ".join(f"client {client_id}" for client_id in self.gone)
-        super().__init__(f"asked to stop, and no longer waiting for {names}: gone, or silent for long")
+    def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
+        """Return the sum of the masks of these clients' updates; see `MaskedServer.masks_of`."""
 
 
-class Presence(Protocol):
-    """What knows who is there."""
+class Masking(Protocol):
+    """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
 
-    def is_there(self, client_id: int) -> bool:
-        """Tell whether a client is known to be gone, or silent beyond its time."""
+    def client_side(self, client_id: int, first_round: int) -> Interceptor:
+        """Make a client's side."""
 
-
-def look_for_a_stop(
-    presence: Presence, num_clients: int, asked_to_stop: Callable[[], bool]
-) -> Callable[[Collection[int] | None], None]:
-    """Give what a server's end does while it waits for some clients; None: for anybody.
-
-    Raises:
-        StopAsked: By what is given, where it is time to stop.
-    """
-
-    def look(from_clients: Collection[int] | None) -> None:
-        awaited = range(num_clients) if from_clients is None else from_clients
-        gone = [client_id for client_id in awaited if not presence.is_there(client_id)]
-        if gone and asked_to_stop():
-            raise StopAsked(gone)
-
-    return look
+    def server_side(self, inner: ServerTransport, first_round: int) -> MaskedTransport:
+        """Make the server's side, over a transport."""
 
 
 @dataclass(frozen=True)
 class EngineInput:
-    """What an engine runs.
+    """The input of an engine.
 
     Attributes:
-        config: The run.
-        secret: The key of the noise, where some is added.
-        take_params: Gives the initial parameters, one flat vector for each block, of which it keeps none.
+        server: The settings of the server.
+        client: The settings of every client.
+        take_params: Returns the initial parameters, one flat vector for each block, and keeps none of them.
         trainers: Of the clients that train in this process, in order of client_id.
         trace: Records the run; its clock is the run's.
-        hooks: Who keeps the records.
+        hooks: Callbacks of whoever keeps the records.
+        link: The link of each client, where it is simulated.
         resumed: Where to go on; None: at the beginning.
         faults: What is to go wrong.
-        folder: The run directory.
+        masking: Hides single updates from the server; None: it sees them.
     """
 
-    config: RunConfig
-    secret: bytes | None
+    server: ServerPlan
+    client: ClientPlan
     take_params: Callable[[], Sequence[Tensor]]
     trainers: Sequence[Trainer]
     trace: Trace
     hooks: Hooks
-    resumed: RunState | None
-    faults: Faults
-    folder: Path
+    link: Link = Link()  # noqa: RUF009  (it is frozen)
+    resumed: RunState | None = None
+    faults: Faults = NO_FAULTS
+    masking: Masking | None = None
+
+    @property
+    def first_open_round(self) -> int:
+        """The first round that is not committed."""
+        return 0 if self.resumed is None else self.resumed.server.committed + 1
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """The end of a run.
+
+    Attributes:
+        server: The server's state; drained if `finished`.
+        clients: Every client's state, where it is in this process.
+        finished: False if the run was asked to stop before its last round.
+        last_traffic: Traffic of the last round, with the drain.
+        refused: How many messages of clients were refused, by reason.
+    """
+
+    server: ServerState
+    clients: tuple[ClientState, ...]
+    finished: bool
+    last_traffic: Traffic
+    refused: dict[str, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
-    """What brings the server and the clients of a run together.
+    """Brings the server and the clients of a run together.
 
     Attributes:
         is_local: Whether the clients train in this process.
@@ -102,69 +111,71 @@ class Engine(Protocol):
         """Run all rounds, or those that a checkpoint has left."""
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """What the engine tells whoever keeps the records; all are called outside simulated time.
+def make_server(
+    given: EngineInput,
+    params: Sequence[Tensor],
+    transport: ServerTransport,
+    on_mark: Callable[[int, ServerState, dict[str, Any]], None],
+) -> Server:
+    """Make the server of a run, new or resumed, over a transport.
 
-    Attributes:
-        on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
-        on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
-        asked_to_stop: Whether the user wants the run to stop at the next round, or at once where a client is gone.
-        on_event: Told in words what went wrong, and that the run goes on, from any thread.
+    Args:
+        given: The engine's input.
+        params: The initial parameters; a resumed server does not look at them.
+        transport: The server's end.
+        on_mark: As for `Server`.
     """
+    masked = given.masking and given.masking.server_side(transport, given.first_open_round)
+    resumed = given.resumed
+    if resumed is None:
+        start = ServerStart(initial_server(params))
+    else:
+        transport.ledger.restore_downlink(resumed.progress["downlink"])
+        held = {client.client_id: client.versions for client in resumed.clients}
+        start = ServerStart(resumed.server, resumed.round_index, held, resumed.progress["server"])
+    return Server(
+        start,
+        given.server,
+        masked or transport,
+        given.trace,
+        hooks=given.hooks,
+        on_mark=on_mark,
+        masks_of=masked.masks_of if masked else None,
+    )
 
-    on_commit: Callable[[ServerState, list[Update], Traffic], None]
-    on_checkpoint: Callable[[RunState], None]
-    asked_to_stop: Callable[[], bool] = lambda: False
-    on_event: Callable[[str], None] = lambda _: None
 
+def make_checkpoint(
+    round_index: int,
+    server: ServerState,
+    clients: Iterable[ClientSnapshot],
+    memory: Mapping[str, Any],
+    *,
+    ledger: Ledger,
+    spans: Sequence[Span],
+    faults: Faults = NO_FAULTS,
+) -> RunState:
+    """Put a checkpoint together from its parts.
 
-@dataclass(frozen=True)
-class EngineResult:
-    """How a run ended.
-
-    Attributes:
-        server: The server's state; drained when `finished`.
-        clients: Every client's state.
-        finished: False when the run was asked to stop before its last round.
-        last_traffic: Traffic of the last round, with the drain.
-        refused: How many messages of clients were refused, by reason.
+    Args:
+        round_index: The next round.
+        server: The server's state.
+        clients: Every client's snapshot, in order of client_id.
+        memory: What the server told `on_mark`.
+        ledger: The traffic so far.
+        spans: The trace so far.
+        faults: The faults of the run.
     """
-
-    server: ServerState
-    clients: tuple[ClientState, ...]
-    finished: bool
-    last_traffic: Traffic
-    refused: dict[str, int] = field(default_factory=dict)
-
-
-class MaskedEnd(ServerEnd, Protocol):
-    """A server's end of a transport over which updates come masked."""
-
-    def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Give the sum of the masks of these clients' updates; see `MaskedServer.masks_of`."""
-
-
-class Masking(Protocol):
-    """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
-
-    def courier(self, client_id: int, first_round: int) -> Interceptor:
-        """Make a client's side."""
-
-    def collector(self, inner: ServerEnd, first_round: int) -> MaskedEnd:
-        """Make the server's side, over a transport."""
-
-
-def memory_of(resumed: RunState) -> dict[str, Any]:
-    """Give the server's memory, without the updates of open rounds that nobody has any more."""
-    memory = dict(resumed.progress["server"])
-    memory["asked"] = {
-        t: [i for i in asked if int(t) in resumed.clients[i].sent] for t, asked in memory["asked"].items()
+    open_rounds = range(server.committed + 1, round_index)
+    progress = {
+        "downlink": {t: dict(ledger.of_round(t).down) for t in open_rounds},
+        "server": dict(memory),
+        "faults": faults.happened_before(round_index, server.committed),
     }
-    return memory
+    past = [span for span in list(spans) if _is_past(span, round_index, server.committed)]
+    return RunState(round_index, server, tuple(clients), progress, past)
 
 
-def is_past(span: Span, round_index: int, committed: int) -> bool:
-    """Tell whether a resumed run will not repeat this span."""
+def _is_past(span: Span, round_index: int, committed: int) -> bool:
+    """Return whether a resumed run will not repeat this span."""
     t = span.facts.get("round_index", -1)
     return t < round_index and not (span.activity == "uploading" and t > committed)

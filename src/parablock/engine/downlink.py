@@ -15,7 +15,7 @@ from torch import Tensor
 from parablock.algorithm.parablock import NEVER, ServerState, news_for
 from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Welcome, to_bytes
 from parablock.wire.quantize import Encoding, Vector, bytes_per_element, joined, pack
-from parablock.wire.transport import Parcel, ServerEnd
+from parablock.wire.transport import Parcel, ServerTransport
 
 
 class Downlink:
@@ -27,12 +27,12 @@ class Downlink:
         held: For each client the block versions that it holds.
     """
 
-    def __init__(self, transport: ServerEnd, encoding: Encoding, held: Mapping[int, tuple[int, ...]]) -> None:
+    def __init__(self, transport: ServerTransport, encoding: Encoding, held: Mapping[int, tuple[int, ...]]) -> None:
         self._transport, self._encoding = transport, encoding
         self.held = dict(held)
         self._announced: dict[int, list[Vector]] = {}
         self._streamed_to: dict[int, set[int]] = {}
-        self._stacks: dict[int, Vector] = {}
+        self._news: dict[int, tuple[str, Vector]] = {}
 
     def send(self, client_id: int, round_index: int, message: RoundStart | Mark | Finish | Welcome) -> None:
         """Send a message whose bytes count for a round."""
@@ -84,10 +84,10 @@ class Downlink:
         assert value.shape == view.shape
         return (view.float() + joined(self._announced[block_index])).to(view.dtype)
 
-    def announce_stack(self, block_index: int, stack: Tensor | None) -> None:
-        """Note the factors that the coming commit is the product of, where there are some."""
-        if stack is not None:
-            self._stacks[block_index] = _exact(stack)
+    def announce_news(self, block_index: int, news: tuple[str, Vector] | None) -> None:
+        """Note what the coming commit sends in place of a value; None if it sends the value."""
+        if news is not None:
+            self._news[block_index] = news
 
     def joins(self, client_id: int, versions: tuple[int, ...]) -> None:
         """Note what a client holds that has begun anew; nothing that was sent to it before counts."""
@@ -103,8 +103,8 @@ class Downlink:
             if client_id in self._streamed_to.get(b, ()):
                 self._streamed_to[b].discard(client_id)
                 kind, vector = "streamed", _exact(new.value[:0])
-            elif b in self._stacks and held[b] == _version_before(state, b):
-                kind, vector = "stack", self._stacks[b]
+            elif b in self._news and held[b] == _version_before(state, b):
+                kind, vector = self._news[b]
             elif len(self._announced.get(b, ())) == 1 and held[b] == _version_before(state, b):
                 kind, vector = "difference", self._announced[b][0]
             else:

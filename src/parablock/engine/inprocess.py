@@ -6,27 +6,22 @@ virtual clock each has a machine and a link of its own, in simulated time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
-
-from parablock.algorithm.parablock import ClientState, ServerState, initial_client, initial_server
+from parablock.algorithm.parablock import ServerState, initial_client
 from parablock.engine.client import Client, restore_client
-from parablock.engine.contract import EngineResult, Hooks, Masking, StopAsked, is_past, look_for_a_stop, memory_of
-from parablock.engine.faults import NO_FAULTS, Faults, FaultyEnd, Killed
+from parablock.engine.contract import EngineInput, EngineResult, make_checkpoint, make_server
+from parablock.engine.faults import Faults, FaultyEnd, Killed
 from parablock.engine.pipeline import Machines, Pipeline
-from parablock.engine.server import Server, ServerPlan
+from parablock.engine.plans import ClientStart, Hooks
 from parablock.errors import StallError
-from parablock.privacy.protection import Protection
 from parablock.storage.checkpoint import ClientSnapshot, RunState
 from parablock.trace import Trace
 from parablock.wire.messages import Mark, to_bytes
-from parablock.wire.transport import Link, MemoryTransport, Parcel
-
-if TYPE_CHECKING:
-    from parablock.training.trainer import Trainer
+from parablock.wire.transport import MemoryTransport, Parcel, StopAsked
 
 
 class _Checkpoints:
@@ -64,22 +59,16 @@ class _Checkpoints:
         if len(parts) == self._num_clients and self._parts.pop(round_index, None) is not None:
             server, memory = self._servers.pop(round_index)
             with self._trace.clock.working(0.0):
-                self._hooks.on_checkpoint(
-                    RunState(
-                        round_index,
-                        server,
-                        tuple(parts[client_id] for client_id in sorted(parts)),
-                        {
-                            "downlink": self._downlink(server.committed + 1, round_index),
-                            "server": memory,
-                            "faults": self._faults.happened_before(round_index, server.committed),
-                        },
-                        [span for span in list(self._trace.spans) if is_past(span, round_index, server.committed)],
-                    )
+                state = make_checkpoint(
+                    round_index,
+                    server,
+                    (parts[client_id] for client_id in sorted(parts)),
+                    memory,
+                    ledger=self._transport.ledger,
+                    spans=self._trace.spans,
+                    faults=self._faults,
                 )
-
-    def _downlink(self, first: int, end: int) -> dict[int, dict[int, tuple[int, float]]]:
-        return {t: dict(self._transport.ledger.of_round(t).down) for t in range(first, end)}
+                self._hooks.on_checkpoint(state)
 
 
 class _Machine:
@@ -87,7 +76,8 @@ class _Machine:
 
     def __init__(
         self,
-        make: Callable[..., Client],
+        make: Callable[[ClientStart], Client],
+        start: ClientStart,
         transport: MemoryTransport,
         checkpoints: _Checkpoints,
         trace: Trace,
@@ -96,7 +86,7 @@ class _Machine:
         self._make, self._transport, self._checkpoints = make, transport, checkpoints
         self._clock, self._on_event = trace.clock, on_event
         self._over = self._clock.mailbox()
-        self.client = make()
+        self.client = make(start)
         self._keep()
 
     def _keep(self) -> None:
@@ -122,7 +112,9 @@ class _Machine:
             if back_s is None or self._over.get_until(back_s) is not None:
                 return
             self._checkpoints.returns(client_id)
-            self.client = self._make(state, snapshot)
+            self.client = self._make(
+                ClientStart(state, snapshot.sent, snapshot.residuals, snapshot.memory, rejoins=True)
+            )
             self._keep()
 
     def stop_waiting(self) -> None:
@@ -130,109 +122,52 @@ class _Machine:
         self._over.put(True)
 
 
-def run_in_process(
-    params: Sequence[Tensor],
-    trainers: Sequence[Trainer],
-    plan: ServerPlan,
-    trace: Trace,
-    hooks: Hooks,
-    *,
-    link: Link,
-    in_flight: str,
-    resumed: RunState | None = None,
-    faults: Faults = NO_FAULTS,
-    protection_of: Callable[[int], Protection | None] = lambda _: None,
-    masking: Masking | None = None,
-) -> EngineResult:
-    """Run all rounds, or those that a checkpoint has left.
-
-    Args:
-        params: The initial parameters, one flat vector for each block.
-        trainers: Local training of each client, in order of client_id.
-        plan: What the server follows.
-        trace: Records the run; its clock is the run's.
-        hooks: Who keeps the records.
-        link: Every client's link.
-        in_flight: own | aligned | none.
-        resumed: Where to go on.
-        faults: What is to go wrong.
-        protection_of: What the updates of a client_id go through before they are encoded.
-        masking: Hides single updates from the server; None: it sees them.
+def run_in_process(given: EngineInput) -> EngineResult:
+    """Run all rounds, or those that a checkpoint has left, with threads in this process.
 
     Raises:
         ParaBlockError: Whatever the server or the first client to fail ended with. No thread is left.
     """
-    transport = MemoryTransport(trace.clock, link, len(trainers))
-    checkpoints = _Checkpoints(trace, transport, len(trainers), hooks, faults)
-    first_open = 0 if resumed is None else resumed.server.committed + 1
-    collector = masking.collector(transport, first_open) if masking else None
+    given = replace(given, resumed=given.resumed and _without_lost_updates(given.resumed))
+    trace, hooks, faults, plan, masking = given.trace, given.hooks, given.faults, given.server, given.masking
+    params, num_clients = given.take_params(), len(given.trainers)
+    transport = MemoryTransport(trace.clock, given.link, num_clients, hooks.asked_to_stop)
+    checkpoints = _Checkpoints(trace, transport, num_clients, hooks, faults)
+    server = make_server(given, params, transport, checkpoints.on_mark)
 
-    def make_client(client_id: int, state: ClientState | None = None, kept: ClientSnapshot | None = None) -> Client:
-        sent, back = dict[int, list[bytes]](), kept is not None
-        if kept is not None:
-            sent = kept.sent
-        elif resumed is not None:
-            kept = resumed.clients[client_id]
-            state, sent = restore_client(kept, resumed.server, plan.grid)
-        if kept is not None:
-            trainers[client_id].remember(kept.memory)
+    def make_client(client_id: int, start: ClientStart) -> Client:
+        interceptor = masking.client_side(client_id, given.first_open_round) if masking else None
         end = FaultyEnd(client_id, transport, faults, trace.clock) if faults else transport
+        pipeline = Pipeline(client_id, end, trace, stall_timeout_s=plan.stall_timeout_s, interceptor=interceptor)
         return Client(
             client_id,
-            state or initial_client(params),
-            trainers[client_id],
-            Pipeline(
-                client_id,
-                end,
-                trace,
-                stall_timeout_s=plan.stall_timeout_s,
-                courier=masking.courier(client_id, first_open) if masking else None,
-            ),
+            given.client,
+            given.trainers[client_id],
+            pipeline,
             trace,
-            in_flight=in_flight,
-            encoding=plan.encoding,
+            start=start,
             hand_in=checkpoints.hand_in,
-            sent=sent,
-            residuals=None if kept is None else kept.residuals,
-            rejoins=back,
             faults=faults,
-            protection=protection_of(client_id),
-            grid=plan.grid,
-            factors=plan.factors,
             warn=hooks.on_event,
         )
 
+    def start_of(client_id: int) -> ClientStart:
+        if given.resumed is None:
+            return ClientStart(initial_client(params))
+        return restore_client(given.resumed.clients[client_id], given.resumed.server, given.client.form)
+
     machines = [
-        _Machine(partial(make_client, client_id), transport, checkpoints, trace, hooks.on_event)
-        for client_id in range(len(trainers))
+        _Machine(partial(make_client, i), start_of(i), transport, checkpoints, trace, hooks.on_event)
+        for i in range(num_clients)
     ]
-    if resumed is not None:
-        transport.ledger.restore_downlink(resumed.progress["downlink"])
-    server = Server(
-        initial_server(params) if resumed is None else resumed.server,
-        plan,
-        collector or transport,
-        trace,
-        on_commit=lambda state, updates: hooks.on_commit(
-            state, updates, transport.ledger.of_round(state.committed)
-        ),
-        on_mark=checkpoints.on_mark,
-        asked_to_stop=hooks.asked_to_stop,
-        on_event=hooks.on_event,
-        first_round=0 if resumed is None else resumed.round_index,
-        held=None if resumed is None else {client.client_id: client.versions for client in resumed.clients},
-        masks_of=collector.masks_of if collector else None,
-        memory=None if resumed is None else memory_of(resumed),
-    )
     bodies = [machine.run for machine in machines]
-    transport.look = look_for_a_stop(transport, len(trainers), hooks.asked_to_stop)
     with Machines(trace.clock, bodies, transport.fail, stall_timeout_s=plan.stall_timeout_s):
         try:
             finished = server.run()
         except StopAsked as stop:
             finished = False
             hooks.on_event(str(stop))
-            _dismiss(transport, len(trainers), len(server.state.history))
+            _dismiss(transport, num_clients, len(server.state.history))
         for machine in machines:
             machine.stop_waiting()
     return EngineResult(
@@ -242,6 +177,15 @@ def run_in_process(
         transport.ledger.of_round(plan.num_rounds - 1),
         dict(server.refused),
     )
+
+
+def _without_lost_updates(resumed: RunState) -> RunState:
+    """Return a checkpoint whose server waits only for updates of open rounds that somebody still has."""
+    memory = dict(resumed.progress["server"])
+    memory["asked"] = {
+        t: [i for i in asked if int(t) in resumed.clients[i].sent] for t, asked in memory["asked"].items()
+    }
+    return replace(resumed, progress={**resumed.progress, "server": memory})
 
 
 def _dismiss(transport: MemoryTransport, num_clients: int, round_index: int) -> None:

@@ -52,7 +52,7 @@ class Pipeline:
         transport: The client's end; owned by the communication thread from `__enter__` on.
         trace: Where uploads, downloads and waits are recorded; it also knows the clock.
         stall_timeout_s: Patience with a transfer that does not move, seconds.
-        courier: Stands between the threads and the link; None: nobody does.
+        interceptor: Stands between the threads and the link; None: nobody does.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Pipeline:
         trace: Trace,
         *,
         stall_timeout_s: float,
-        courier: Interceptor | None = None,
+        interceptor: Interceptor | None = None,
     ) -> None:
         self._client_id, self._transport, self._trace = client_id, transport, trace
-        self._stall_timeout_s, self._courier = stall_timeout_s, courier
+        self._stall_timeout_s, self._interceptor = stall_timeout_s, interceptor
         self._clock = clock = trace.clock
         self._work, self._inbox, self._closed = clock.mailbox(), clock.mailbox(), clock.mailbox()
         self._waiting_for = f"client {client_id}'s next transfer"
@@ -116,7 +116,7 @@ class Pipeline:
         up, down = _Lane("uploading"), _Lane("downloading")
         closing = False
         try:
-            up.queue.extend(self._courier.opening() if self._courier else ())
+            up.queue.extend(self._interceptor.opening() if self._interceptor else ())
             while not (closing and up.is_empty and down.is_empty):
                 for lane, seconds_of in ((up, self._transport.upload_s), (down, self._transport.download_s)):
                     self._start_transfer(lane, seconds_of)
@@ -132,12 +132,12 @@ class Pipeline:
                     down.queue.append(item)
                 elif item is not None:
                     for parcel in item:
-                        up.queue.extend(self._courier.outgoing(parcel) if self._courier else (parcel,))
+                        up.queue.extend(self._interceptor.outgoing(parcel) if self._interceptor else (parcel,))
                 if self._abandoned:
                     return
                 self._end_transfer(up, self._transport.uploaded)
                 if (arrived := self._end_transfer(down, self._transport.downloaded)) is not None:
-                    answers = self._courier.incoming(arrived) if self._courier else None
+                    answers = self._interceptor.incoming(arrived) if self._interceptor else None
                     if answers is None:
                         self._inbox.put(arrived.message)
                     else:

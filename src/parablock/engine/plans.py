@@ -1,37 +1,38 @@
-"""What a server follows: the configuration of a run as the engine needs it."""
+"""The settings of a server and of a client, the points that they start from, and the hooks that they call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
-from parablock.algorithm.robust import Normals, RoundAggregation, Rule
+from parablock.algorithm.parablock import ClientState, ServerState
 from parablock.algorithm.schedule import client_in_turn, cohort
-from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.engine.local_steps import LocalSteps
-from parablock.wire.quantize import Encoding
+from parablock.engine.update_form import UpdateForm
+from parablock.privacy.protection import Protection
+from parablock.storage.checkpoint import RunState
+from parablock.wire.messages import Update
+from parablock.wire.transport import Traffic
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What the server follows; names as in the configuration.
+    """The settings of a server; names as in the configuration.
 
     Attributes:
-        rule: How a round's updates become one.
-        in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
+        form: What updates are made of, and how new values travel down.
         aggregation_s: Simulated seconds of folding a chunk; None: as measured.
+        in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
         min_updates: Fewest updates that a commit needs.
-        deadline_factor: A round waits so many times the median answer time; None: for all.
-        waits_for_return: Whether clients that are gone may come back from outside; then a round that lacks
-            updates waits for them, however long.
-        normals: (round_index, clients) → the noise that the rule adds; None: it adds none.
-        grid: Updates travel on this grid; None: in the wire's format.
-        factors: Updates are adapters, which are stacked; None: they are differences, of which a mean is made.
-        folder: Where updates of open rounds are kept that memory is not to hold; None: with temporary files.
+        deadline_factor: A round waits for this multiple of the median answer time; None: for all answers.
+        waits_for_return: Whether a client that is gone may come back from outside. A round that lacks updates then
+            waits for it, however long.
+        folder: Where updates of open rounds are kept that memory does not hold; None: with temporary files.
     """
 
     num_clients: int
@@ -40,51 +41,96 @@ class ServerPlan:
     schedule: str
     participation: float
     seed: int
-    encoding: Encoding
+    form: UpdateForm
     local_steps: LocalSteps
     stall_timeout_s: float
     checkpoint_every: int
     server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     aggregation_s: float | None = None
-    rule: Rule = field(default_factory=Rule)
     in_turn: bool = False
     min_updates: int = 1
     deadline_factor: float | None = None
     waits_for_return: bool = False
-    normals: Callable[[int, tuple[int, ...]], Normals] | None = None
-    grid: FixedPointGrid | None = None
-    factors: Factors | None = None
     folder: Path | None = None
 
-    def aggregation_of(self, round_index: int) -> RoundAggregation:
-        """Give what makes one of a round's updates."""
-        normals = self.normals and partial(self.normals, round_index)
-        if self.grid is not None:
-            return FixedPointAggregation(self.grid, self.rule, normals)
-        if self.factors is not None:
-            return StackAggregation(self.factors)
-        return RoundAggregation(self.rule, normals)
-
-    def cuts(self, num_parameters: int) -> list[slice]:
-        """Cut an update into the chunks that it travels in; on the grid it is one, with what it says beside Δ."""
-        if self.grid is not None:
-            return [slice(0, num_parameters + EXTRA_WORDS)]
-        return self.encoding.cut(self.sent_elements(num_parameters))
-
-    def sent_elements(self, num_parameters: int) -> int:
-        """Tell how many elements an update of a block has."""
-        return num_parameters if self.factors is None else self.factors.num_elements
-
     def local_steps_for(self, step_s: Mapping[int, float], num_parameters: int) -> tuple[int, ...]:
-        """Choose K for a block of so many parameters; see `LocalSteps.of_round`."""
-        size = self.sent_elements(num_parameters)
-        payload_bytes, streamed = self.encoding.payload_bytes(size), len(self.encoding.cut(size)) > 1
+        """Choose K for a block of this size; see `LocalSteps.of_round`."""
+        size, encoding = self.form.num_elements(num_parameters), self.form.encoding
+        payload_bytes, streamed = encoding.payload_bytes(size), len(encoding.cut(size)) > 1
         return self.local_steps.of_round(step_s, self.num_clients, payload_bytes, streamed=streamed)
 
     def cohort_of(self, round_index: int, history: Sequence[int], num_blocks: int) -> tuple[int, ...]:
-        """Give who is drawn for a round; where clients take turns, nobody before the round's block is known."""
+        """Return the clients drawn for a round; where clients take turns, none before the block is known."""
         if self.in_turn and round_index >= len(history):
             return ()
         if self.in_turn:
             return (client_in_turn(history, round_index, num_clients=self.num_clients, num_blocks=num_blocks),)
         return cohort(round_index, num_clients=self.num_clients, participation=self.participation, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """The settings of every client of a run.
+
+    Attributes:
+        in_flight: own | aligned | none.
+        form: As the server's.
+        protection_of: client_id → clipping and noise of its updates; None: none.
+    """
+
+    in_flight: str
+    form: UpdateForm
+    protection_of: Callable[[int], Protection | None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class ServerStart:
+    """Where a server begins, or goes on.
+
+    Attributes:
+        state: The initial parameters, or the state of a checkpoint.
+        first_round: The next round.
+        held: For each client the block versions that it holds; None: none of any block.
+        memory: Plain values that `on_mark` was told: who was asked, and the seconds of steps and answers.
+    """
+
+    state: ServerState
+    first_round: int = 0
+    held: Mapping[int, tuple[int, ...]] | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientStart:
+    """Where a client begins, or goes on.
+
+    Attributes:
+        state: The initial parameters, or what `restore_client` made.
+        sent: Updates in flight when the run was interrupted; they are sent again first.
+        residuals: With error feedback, what rounding has kept back of each block.
+        memory: What its trainer remembers.
+        rejoins: It was gone while the run went on, so it says what it holds before it takes part again.
+    """
+
+    state: ClientState
+    sent: Mapping[int, list[bytes]] = field(default_factory=dict)
+    residuals: Mapping[int, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    rejoins: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Callbacks of whoever keeps the records; all are called outside simulated time.
+
+    Attributes:
+        on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
+        on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
+        asked_to_stop: Whether the user wants the run to stop at the next round, or at once where a client is gone.
+        on_event: Told in words what went wrong, and that the run goes on, from any thread.
+    """
+
+    on_commit: Callable[[ServerState, list[Update], Traffic], None]
+    on_checkpoint: Callable[[RunState], None]
+    asked_to_stop: Callable[[], bool] = lambda: False
+    on_event: Callable[[str], None] = lambda _: None

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate
-from parablock.algorithm.fixed_point import FixedPointAggregation
-from parablock.algorithm.robust import RoundAggregation, scaled
+from parablock.engine.update_form import UpdateForm
 from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
 from parablock.errors import CodecError
 from parablock.wire.messages import Update
-from parablock.wire.quantize import WORDS, Encoding, Vector, pack
+from parablock.wire.quantize import Encoding, Vector, pack
 
 MAX_NORM_RATIO = 100.0
 """An update so many times longer than the round's median is refused."""
@@ -66,8 +65,8 @@ class RoundFold:
         round_index: The round.
         block_index: Its block.
         asked: Who was asked, ascending, each for how many local steps K.
-        cuts: Where the block is cut into chunks.
-        begin: Makes what makes one of the updates.
+        num_parameters: The length of the block.
+        form: What the updates are made of.
         folder: Where updates are kept that do not fit into the memory for them; None: with temporary files.
     """
 
@@ -76,19 +75,19 @@ class RoundFold:
         round_index: int,
         block_index: int,
         asked: Mapping[int, int],
-        cuts: Sequence[slice],
-        begin: Callable[[], RoundAggregation],
+        num_parameters: int,
+        form: UpdateForm,
         folder: Path | None = None,
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
-        self._cuts, self._asked = tuple(cuts), dict(asked)
+        self._form, self._cuts, self._asked = form, tuple(form.cuts(num_parameters)), dict(asked)
         self._spool = UpdateStore(folder, IN_MEMORY_BYTES)
         self._came: dict[int, dict[int, int]] = {client_id: {} for client_id in asked}
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
         self._noise: np.random.Generator | None = None
         self._mean: Tensor | None = None
-        self._begin, self._aggregation, self._num_folded = begin, begin(), 0
+        self._aggregation, self._num_folded = form.aggregation(round_index), 0
         self.out: dict[int, Refusal] = {}
         self.began_again = False
 
@@ -173,9 +172,8 @@ class RoundFold:
         if update.delta.num_elements != size:
             text = f"{update.delta.num_elements} parameters where block {self.block_index} has {size}"
             return Refusal("misfit", text)
-        if (update.delta.format in WORDS) != self._aggregation.on_grid:
-            where = "on the grid" if self._aggregation.on_grid else "of floating-point numbers"
-            return Refusal("misfit", f"{update.delta.format} where updates are {where}")
+        if misfit := self._form.misfit(update.delta):
+            return Refusal("misfit", misfit)
         if update.num_local_steps != self._asked[client_id]:
             steps = self._asked[client_id]
             text = f"an update of {update.num_local_steps} local steps where {steps} were asked for"
@@ -266,22 +264,18 @@ class RoundFold:
 
     def _read(self, index: int, part: slice, factors: Mapping[int, float], client_id: int) -> tuple[Tensor, int]:
         """Give a part of a chunk of an update, and the examples behind it."""
-        numbers = self._numbers(self._spool.read(client_id, index, part), factors[client_id])
+        numbers = self._form.numbers(self._spool.read(client_id, index, part), factors[client_id])
         return numbers, self._first[client_id].num_examples
 
     def _whole(self, client_id: int, factor: float) -> Iterator[Tensor]:
         """Give a whole update part by part."""
         for index, cut in enumerate(self._cuts):
             for part in self._parts(cut):
-                yield self._numbers(self._spool.read(client_id, index, part), factor)
+                yield self._form.numbers(self._spool.read(client_id, index, part), factor)
 
     def unmask(self, masks_of: Callable[[int, Sequence[int], int], Tensor]) -> None:
         """Get the masks of all that will be folded, before that; see `MaskedServer.masks_of`."""
-        assert isinstance(self._aggregation, FixedPointAggregation)
-        self._aggregation.unmask(masks_of(self.round_index, self.expected, self._cuts[0].stop))
-
-    def _numbers(self, vector: Vector, factor: float) -> Tensor:
-        return vector.values if self._aggregation.on_grid else scaled(vector.values.float(), factor)
+        self._aggregation.masks = masks_of(self.round_index, self.expected, self._cuts[0].stop)
 
     def _evening(self) -> dict[int, float]:
         """Give K̄ / K_i for everybody who is folded, so that nobody has more say for more steps.
@@ -316,7 +310,8 @@ class RoundFold:
         self._spool.drop(client_id)
         self._first.pop(client_id, None)
         self.began_again = self.began_again or self._num_folded > 0
-        self._aggregation, self._num_folded, self._noise, self._mean = self._begin(), 0, None, None
+        self._aggregation, self._num_folded = self._form.aggregation(self.round_index), 0
+        self._noise, self._mean = None, None
 
 
 def _squared_norm(vector: Vector) -> float:

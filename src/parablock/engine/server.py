@@ -18,7 +18,7 @@ is refused, that is late where there is a deadline, or that has been silent for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,14 +36,12 @@ from parablock.algorithm.parablock import (
 from parablock.algorithm.schedule import next_block
 from parablock.engine.downlink import Downlink
 from parablock.engine.participation import Participation
-from parablock.engine.plans import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan, ServerStart
 from parablock.engine.round_fold import Refusal, RoundFold
 from parablock.errors import CodecError, StallError, TrainingError
 from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
-from parablock.wire.transport import ServerEnd
-
-__all__ = ["SERVER", "Server", "ServerPlan"]
+from parablock.wire.transport import ServerTransport
 
 SERVER = -1
 """The client_id whose draws round what the server sends."""
@@ -53,42 +51,32 @@ class Server:
     """The server of a run.
 
     Args:
-        state: The initial parameters, or the state of a checkpoint.
-        plan: What to follow.
-        transport: The server's end.
+        start: Where it begins, or goes on.
+        plan: Its settings.
+        transport: Its end of the transport.
         trace: Where aggregation is recorded.
-        on_commit: Told the new state and what each update says beside its elements, right after each commit.
-        on_mark: Told (round_index, state, memory) at every checkpoint, before the clients are asked for theirs.
-        asked_to_stop: Whether the user wants the run to stop at the next round.
-        on_event: Told in words what went wrong, and that the run goes on.
-        first_round: Where to begin; a checkpoint's round when resuming.
-        held: For each client the block versions that it holds.
-        masks_of: Gives the sum of the masks of a round's updates; None: they have none.
-        memory: What `on_mark` was told, plain values: who was asked, and the seconds of steps and answers.
+        hooks: `on_commit` is called right after each commit.
+        on_mark: Called with (round_index, state, memory) at a checkpoint, before the clients are asked for theirs.
+        masks_of: Returns the sum of the masks of a round's updates; None: they have none.
     """
 
     def __init__(
         self,
-        state: ServerState,
+        start: ServerStart,
         plan: ServerPlan,
-        transport: ServerEnd,
+        transport: ServerTransport,
         trace: Trace,
         *,
-        on_commit: Callable[[ServerState, list[Update]], None],
+        hooks: Hooks,
         on_mark: Callable[[int, ServerState, dict[str, Any]], None],
-        asked_to_stop: Callable[[], bool],
-        on_event: Callable[[str], None] = lambda _: None,
-        first_round: int = 0,
-        held: dict[int, tuple[int, ...]] | None = None,
         masks_of: Callable[[int, Sequence[int], int], Tensor] | None = None,
-        memory: Mapping[str, Any] | None = None,
     ) -> None:
-        self.state, self._plan, self._transport, self._trace = state, plan, transport, trace
-        self._on_commit, self._on_mark, self._asked_to_stop = on_commit, on_mark, asked_to_stop
-        self._on_event, self._first_round, self._masks_of = on_event, first_round, masks_of
-        never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(state.params))
-        self._downlink = Downlink(transport, plan.encoding, held or never)
-        memory = memory or {}
+        self.state, self._plan, self._transport, self._trace = start.state, plan, transport, trace
+        self._hooks, self._on_mark, self._masks_of = hooks, on_mark, masks_of
+        self._on_event, self._first_round = hooks.on_event, start.first_round
+        never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
+        self._downlink = Downlink(transport, plan.form.encoding, start.held or never)
+        memory = start.memory
         self._participation = Participation(
             plan.num_clients,
             plan.delay,
@@ -98,11 +86,12 @@ class Server:
         )
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
-        self._fewest, self._committed_at_start = max(1, min(plan.min_updates, plan.num_clients)), state.committed
+        self._fewest = max(1, min(plan.min_updates, plan.num_clients))
+        self._committed_at_start = start.state.committed
         self._counted: dict[int, tuple[int, ...]] = {}
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
-        for t in range(state.committed + 1, len(state.history)):
+        for t in range(self.state.committed + 1, len(self.state.history)):
             self._participation.ask(t, asked.get(t, self._cohort(t)), trace.clock.now())
             self._folds[t] = self._new_fold(t)
 
@@ -123,7 +112,7 @@ class Server:
         plan = self._plan
         for t in range(self._first_round, plan.num_rounds):
             self._commit_through(t - 1 - plan.delay)
-            stop = t > self._first_round and self._asked_to_stop()
+            stop = t > self._first_round and self._hooks.asked_to_stop()
             if stop or (t > self._first_round and plan.checkpoint_every and t % plan.checkpoint_every == 0):
                 self._mark(t, stop=stop)
             if stop:
@@ -175,9 +164,8 @@ class Server:
 
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
-        cuts = self._plan.cuts(self.state.params[b].numel())
         asked = {i: steps_of(self.state.local_steps[t], i) for i in self._participation.asked_in(t)}
-        return RoundFold(t, b, asked, cuts, partial(self._plan.aggregation_of, t), self._plan.folder)
+        return RoundFold(t, b, asked, self.state.params[b].numel(), self._plan.form, self._plan.folder)
 
     def _mark(self, t: int, *, stop: bool) -> None:
         memory = self._participation.memory(self.state.committed + 1)
@@ -207,13 +195,13 @@ class Server:
         else:
             announce = partial(self._downlink.announce, b) if self._downlink.is_lossy(self.state) else None
             aggregate = fold.aggregate()
-            self._downlink.announce_stack(b, aggregate.stack)
+            self._downlink.announce_news(b, self._plan.form.news(aggregate))
             mean = aggregate.mean_delta  # the fold's own memory, which nobody needs after this
             self.state = server_commit(self.state, aggregate, self._plan.server_optimizer, announce, into=mean)
         self._counted[t] = tuple(update.client_id for update in updates)
         for update in updates:
             self.step_s[update.client_id] = update.compute_s / update.num_local_steps
-        self._on_commit(self.state, updates)
+        self._hooks.on_commit(self.state, updates, self._transport.ledger.of_round(t))
 
     def _fold_chunk(self, fold: RoundFold) -> None:
         """Fold the next chunk, and where streaming send its new value to those who will need it."""
@@ -230,13 +218,13 @@ class Server:
             self._trace.clock.working(plan.aggregation_s),
         ):
             part, mean = fold.fold_next()
-            streams = plan.encoding.chunk_bytes is not None
+            streams = plan.form.encoding.chunk_bytes is not None
             if not streams and not self._downlink.is_lossy(self.state):
                 return
             b = fold.block_index
             moments = tuple(moment[part] for moment in self.state.moments[b])
             value, _ = apply_update(self.state.params[b][part], mean, moments, plan.server_optimizer)
-            chunk = self._downlink.pack_chunk(self.state, b, part, value, fold.noise(plan.encoding, SERVER))
+            chunk = self._downlink.pack_chunk(self.state, b, part, value, fold.noise(plan.form.encoding, SERVER))
             if streams and not fold.began_again:
                 needed_in = min(t + 1 + plan.delay, plan.num_rounds)
                 everybody = tuple(range(plan.num_clients))

@@ -1,4 +1,4 @@
-"""What the parts of a run are made with: sections of the configuration as the arguments of the engine, and it."""
+"""Turn a configuration into an engine and its input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import local_steps_of
-from parablock.engine.server import ServerPlan
+from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
+from parablock.engine.update_form import Differences, FixedPointWords, StackedAdapters, UpdateForm
 from parablock.errors import ConfigError
 from parablock.experiment.protections import (
     aggregation_rule,
@@ -22,8 +23,9 @@ from parablock.experiment.protections import (
     noise_of_the_server,
     protections,
 )
-from parablock.methods.base import RunInputs
-from parablock.methods.flora import factors_of
+from parablock.methods.base import MethodModel, RunInputs
+from parablock.storage.checkpoint import RunState
+from parablock.trace import Trace
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 
@@ -34,9 +36,8 @@ class InProcess:
     is_local = True
     held_rounds: frozenset[int] | None = None
 
-    def __init__(self, job: RunInputs) -> None:
-        stacks = job.config.federation.method == "flora"
-        self._factors = factors_of(job.loaded.model, job.config) if stacks else None
+    def __init__(self, inputs: RunInputs) -> None:
+        del inputs  # engines of real sites send a part of them ahead
 
     @staticmethod
     def check(config: RunConfig) -> None:
@@ -55,20 +56,66 @@ class InProcess:
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run all rounds; see `run_in_process`."""
-        config = given.config
-        return run_in_process(
-            given.take_params(),
-            given.trainers,
-            server_plan(config, given.secret, self._factors, given.folder),
-            given.trace,
-            given.hooks,
-            link=Link(**config.link.model_dump()),
-            in_flight=config.federation.in_flight,
-            resumed=given.resumed,
-            faults=given.faults,
-            protection_of=protections(config, given.secret),
-            masking=masking_of(config),
-        )
+        return run_in_process(given)
+
+
+def engine_input(
+    config: RunConfig,
+    model: MethodModel,
+    trace: Trace,
+    hooks: Hooks,
+    *,
+    secret: bytes | None = None,
+    resumed: RunState | None = None,
+    faults: Faults,
+    folder: Path | None = None,
+) -> EngineInput:
+    """Put together what an engine runs.
+
+    Args:
+        config: The run.
+        model: The model as the method trains it, with the clients that train in this process.
+        trace: Records the run.
+        hooks: Callbacks of whoever keeps the records.
+        secret: The key of the noise, where some is added.
+        resumed: Where to go on.
+        faults: What is to go wrong.
+        folder: The run directory, where there is one.
+    """
+    return EngineInput(
+        server=server_plan(config, update_form(config, secret, model.factors), folder),
+        client=client_plan(config, secret, model.factors),
+        take_params=model.take_params,
+        trainers=model.trainers,
+        trace=trace,
+        hooks=hooks,
+        link=Link(**config.link.model_dump()),
+        resumed=resumed,
+        faults=faults,
+        masking=masking_of(config),
+    )
+
+
+def update_form(config: RunConfig, secret: bytes | None = None, factors: Factors | None = None) -> UpdateForm:
+    """Return what updates are made of.
+
+    Args:
+        config: The run.
+        secret: The key of the server's noise, where it adds some.
+        factors: The adapters that the server stacks, where it does.
+    """
+    if factors is not None:
+        return StackedAdapters(factors)
+    rule, noise, grid = aggregation_rule(config), noise_of_the_server(config, secret), grid_of(config)
+    if grid is not None:
+        return FixedPointWords(grid, rule, noise)
+    return Differences(encoding_of(config), rule, noise)
+
+
+def client_plan(config: RunConfig, secret: bytes | None, factors: Factors | None = None) -> ClientPlan:
+    """Return the settings of every client; see `update_form`."""
+    form = update_form(config, secret, factors)
+    return ClientPlan(config.federation.in_flight, form, protections(config, secret))
 
 
 def checkpoints_kept(config: RunConfig) -> int:
@@ -85,15 +132,12 @@ def clients_of(config: RunConfig) -> int:
     return 1 if config.federation.method == "central" else config.federation.num_clients
 
 
-def server_plan(
-    config: RunConfig, secret: bytes | None = None, factors: Factors | None = None, folder: Path | None = None
-) -> ServerPlan:
-    """Give what the server follows.
+def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None) -> ServerPlan:
+    """Return the settings of the server.
 
     Args:
         config: The run.
-        secret: The key of its noise, where it adds some.
-        factors: What adapters mean that it stacks, where it does.
+        form: What updates are made of.
         folder: The run directory, where there is one.
     """
     federation = config.federation
@@ -104,18 +148,14 @@ def server_plan(
         schedule=config.blocks.schedule,
         participation=federation.participation,
         seed=config.seed,
-        encoding=encoding_of(config),
+        form=form,
         local_steps=local_steps_of(config),
         stall_timeout_s=federation.stall_timeout_s,
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
         aggregation_s=None if config.engine.step_time_s is None else 0.0,
-        rule=aggregation_rule(config),
-        normals=noise_of_the_server(config, secret),
         in_turn=federation.method == "fedcybgd",
         min_updates=fewest_updates(config),
-        grid=grid_of(config),
-        factors=factors,
         deadline_factor=federation.deadline_factor,
         folder=folder,
     )
@@ -128,7 +168,7 @@ def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
 
 
 def encoding_of(config: RunConfig) -> Encoding:
-    """Give how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
+    """Return how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
     wire = config.wire
     chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.method != "flora" else None
     return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)

@@ -17,10 +17,11 @@ from parablock.algorithm.parablock import ServerState
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
-from parablock.engine.contract import Engine, EngineInput, EngineResult, Hooks
+from parablock.engine.contract import Engine, EngineResult
 from parablock.engine.faults import Faults
+from parablock.engine.plans import Hooks
 from parablock.errors import CheckpointError, InputError, StorageError
-from parablock.experiment.engines import InProcess, checkpoints_kept, clients_of, faults_of
+from parablock.experiment.engines import InProcess, checkpoints_kept, clients_of, engine_input, faults_of
 from parablock.experiment.inputs import read_inputs
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, privacy_spent
@@ -184,18 +185,17 @@ class _Run:
         self.progress.start(config.federation.num_rounds, clients_of(config), len(self.rows))
         faults = faults_of(config, state.progress["faults"] if state else ())
         try:
-            given = EngineInput(
-                config=config,
-                secret=self.secret,
-                take_params=self.fleet.take_params,
-                trainers=self.fleet.trainers,
-                trace=trace,
-                hooks=Hooks(
+            given = engine_input(
+                config,
+                self.fleet,
+                trace,
+                Hooks(
                     on_commit=lambda server, updates, traffic: self._on_commit(clock, server, updates, traffic),
                     on_checkpoint=lambda checkpoint: self._on_checkpoint(clock, checkpoint),
                     asked_to_stop=self.asked_to_stop,
                     on_event=self.progress.message,
                 ),
+                secret=self.secret,
                 resumed=state,
                 faults=faults,
                 folder=self.directory.path,

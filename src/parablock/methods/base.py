@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
 from parablock.data.prompts import Example, stop_token_ids
 from parablock.evaluation.scoring import evaluate_loss
@@ -37,7 +38,10 @@ class MethodModel:
         params: What the server starts from, one flat vector for each block; none once they have been taken.
         num_blocks: How many there are.
         trainers: Local training of each client, in order of client_id.
+        factors: How the adapters of an update split, where the server stacks them; else None.
     """
+
+    factors: Factors | None = None
 
     def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
         self._job, self._config = job, job.config

@@ -74,6 +74,7 @@ class FloraModel(MethodModel):
 
     def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
         self._adapters = Replica(job.loaded.model, job.blocks)
+        self.factors = factors_of(job.loaded.model, job.config)
         super().__init__(job, clients)
 
     def committed_blocks(self) -> tuple[Block, ...]:

@@ -37,7 +37,7 @@ from parablock.wire.sealing import (
     content_of,
     opaque,
 )
-from parablock.wire.transport import Parcel, ServerEnd
+from parablock.wire.transport import Ledger, Parcel, ServerTransport
 
 
 class MaskedServer:
@@ -49,7 +49,7 @@ class MaskedServer:
         stall_timeout_s: Patience with a protocol that does not move, seconds.
     """
 
-    def __init__(self, inner: ServerEnd, cohorts: Cohorts, *, stall_timeout_s: float) -> None:
+    def __init__(self, inner: ServerTransport, cohorts: Cohorts, *, stall_timeout_s: float) -> None:
         self._inner, self._cohorts, self._stall_timeout_s = inner, cohorts, stall_timeout_s
         self._first = min(cohorts.of_round, default=0)
         self._keys: dict[int, bytes] = {}
@@ -57,6 +57,15 @@ class MaskedServer:
         self._revealed: dict[int, dict[int, bytes]] = {}
         self._waiting = deque[tuple[int, bytes]]()
         self._has_begun = False
+
+    @property
+    def ledger(self) -> Ledger:
+        """Bytes and seconds, the protocol's included."""
+        return self._inner.ledger
+
+    def is_there(self, client_id: int) -> bool:
+        """Ask the transport."""
+        return self._inner.is_there(client_id)
 
     def send(self, client_id: int, parcel: Parcel) -> None:
         """Hand a message over for a client, once everybody has everybody's keys."""

@@ -8,7 +8,7 @@ from parablock.algorithm.schedule import cohort
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
-from parablock.wire.transport import ServerEnd
+from parablock.wire.transport import ServerTransport
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class SecureAggregation:
     seed: int
     stall_timeout_s: float
 
-    def courier(self, client_id: int, first_round: int) -> MaskedClient:
+    def client_side(self, client_id: int, first_round: int) -> MaskedClient:
         """Make a client's side, with secrets that nobody has seen before."""
         return MaskedClient(client_id, self._cohorts(first_round))
 
-    def collector(self, inner: ServerEnd, first_round: int) -> MaskedServer:
+    def server_side(self, inner: ServerTransport, first_round: int) -> MaskedServer:
         """Make the server's side, over a transport."""
         return MaskedServer(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
 

@@ -8,7 +8,7 @@ time pass, and then says that it is done. The two directions of a link do not sl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -22,6 +22,29 @@ class Parcel:
 
     message: bytes
     round_index: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bandwidth and latency of one client's link.
+
+    Attributes:
+        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
+        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
+        latency_s: One way, seconds.
+    """
+
+    upload_mbps: float | None = None
+    download_mbps: float | None = None
+    latency_s: float = 0.0
+
+    def upload_s(self, wire_bytes: int) -> float:
+        """Seconds that this many bytes take up."""
+        return self.latency_s + _seconds(wire_bytes, self.upload_mbps)
+
+    def download_s(self, wire_bytes: int) -> float:
+        """Seconds that this many bytes take down."""
+        return self.latency_s + _seconds(wire_bytes, self.download_mbps)
 
 
 @dataclass
@@ -81,8 +104,35 @@ def _add(column: dict[int, tuple[int, float]], client_id: int, wire_bytes: int, 
     column[client_id] = (bytes_before + wire_bytes, seconds_before + seconds)
 
 
-class ServerEnd(Protocol):
-    """The server's end of a transport."""
+class StopAsked(BaseException):
+    """The run is asked to stop while it waits for clients that are gone; users never see it.
+
+    Args:
+        gone: Who.
+    """
+
+    def __init__(self, gone: Iterable[int]) -> None:
+        self.gone = tuple(gone)
+        names = ", ".join(f"client {client_id}" for client_id in self.gone)
+        super().__init__(f"asked to stop, and no longer waiting for {names}: gone, or silent for long")
+
+
+class ServerTransport(Protocol):
+    """The server's end of a transport: everything that a server asks of it.
+
+    A transport is made with `asked_to_stop`. While it waits for a client that is gone, it raises `StopAsked` as
+    soon as that is true; a client that is there, and only takes its time, is waited for.
+
+    Attributes:
+        ledger: Bytes and seconds of every round.
+    """
+
+    @property
+    def ledger(self) -> Ledger:
+        """Bytes and seconds of every round."""
+
+    def is_there(self, client_id: int) -> bool:
+        """Return False for a client that is known to be gone, or silent beyond its time."""
 
     def send(self, client_id: int, parcel: Parcel) -> None:
         """Hand a message over for a client; returns at once."""
@@ -99,6 +149,7 @@ class ServerEnd(Protocol):
 
         Raises:
             StallError: When nothing has moved for `timeout_s`.
+            StopAsked: See above.
         """
 
     def receive_until(
@@ -137,18 +188,18 @@ class MemoryTransport:
         clock: Whose time the links take.
         link: The link of each client.
         num_clients: How many there are.
-
-    Attributes:
-        look: What the server's end does now and then while it waits for some clients.
+        asked_to_stop: Whether the user wants the run to stop.
     """
 
-    def __init__(self, clock: Clock, link: Link, num_clients: int) -> None:
-        self._clock, self._link = clock, link
+    def __init__(
+        self, clock: Clock, link: Link, num_clients: int, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._clock, self._link, self._asked_to_stop = clock, link, asked_to_stop
         self._inbox = clock.mailbox()
         self._deliver: dict[int, Callable[[Parcel], None]] = {}
         self._early = {client_id: deque[Parcel]() for client_id in range(num_clients)}
         self._gone: set[int] = set()
-        self.look: Callable[[Collection[int] | None], None] = lambda _: None
+        self._clients = range(num_clients)
         self.ledger = Ledger()
 
     def send(self, client_id: int, parcel: Parcel) -> None:
@@ -162,7 +213,10 @@ class MemoryTransport:
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
         """Wait for the next message of any client; they come by themselves."""
-        return _opened(self._inbox.get(timeout_s, waiting_for, partial(self.look, from_clients)))
+        awaited = self._clients if from_clients is None else from_clients
+        return _opened(
+            self._inbox.get(timeout_s, waiting_for, partial(check_for_stop, self, awaited, self._asked_to_stop))
+        )
 
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
@@ -211,34 +265,22 @@ class MemoryTransport:
         self.ledger.count_down(parcel, client_id, seconds)
 
 
+def check_for_stop(transport: ServerTransport, awaited: Collection[int], asked_to_stop: Callable[[], bool]) -> None:
+    """Stop waiting where the user asks for it and the wait may be long.
+
+    Raises:
+        StopAsked: The run is asked to stop, and one of the awaited clients is gone.
+    """
+    gone = [client_id for client_id in awaited if not transport.is_there(client_id)]
+    if gone and asked_to_stop():
+        raise StopAsked(gone)
+
+
 def _opened(item: Any) -> tuple[int, bytes]:
     if isinstance(item, BaseException):
         raise item
     client_id, message = item
     return client_id, message
-
-
-@dataclass(frozen=True)
-class Link:
-    """Bandwidth and latency of one client's link.
-
-    Attributes:
-        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
-        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
-        latency_s: One way, seconds.
-    """
-
-    upload_mbps: float | None = None
-    download_mbps: float | None = None
-    latency_s: float = 0.0
-
-    def upload_s(self, wire_bytes: int) -> float:
-        """Seconds that this many bytes take up."""
-        return self.latency_s + _seconds(wire_bytes, self.upload_mbps)
-
-    def download_s(self, wire_bytes: int) -> float:
-        """Seconds that this many bytes take down."""
-        return self.latency_s + _seconds(wire_bytes, self.download_mbps)
 
 
 def _seconds(wire_bytes: int, mbps: float | None) -> float:

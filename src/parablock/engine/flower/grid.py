@@ -30,7 +30,7 @@ from parablock.engine.flower.stream import PART_BYTES, Frame
 from parablock.engine.pipeline import Thread, start_thread
 from parablock.errors import InputError, StallError, WireError
 from parablock.trace import Span, Trace
-from parablock.wire.transport import Ledger, Parcel
+from parablock.wire.transport import Ledger, Parcel, check_for_stop
 
 POLL_S = 0.25
 LOOK_S = 3.0
@@ -93,7 +93,7 @@ class GridTransport:
         self._trace: Trace | None = None
         self._pushing: Thread | None = None
         self._is_over = False
-        self.look: Callable[[Collection[int] | None], None] = lambda _: None
+        self._asked_to_stop: Callable[[], bool] = lambda: False
         self.ledger = Ledger()
 
     # ── before the run ──────────────────────────────────────────────────────────────────────────────
@@ -166,10 +166,10 @@ class GridTransport:
 
     # ── the run ─────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, trace: Trace, restore: int | None) -> None:
+    def begin(self, trace: Trace, restore: int | None, asked_to_stop: Callable[[], bool]) -> None:
         """Start the session: from the base model, or from every client's snapshot of a round."""
         assert isinstance(trace.clock, RealClock)
-        self._trace, self._clock = trace, trace.clock
+        self._trace, self._clock, self._asked_to_stop = trace, trace.clock, asked_to_stop
         self._arrived = trace.clock.mailbox()
         self._opening = replace(self._opening, restore=restore)
         self._next_look_s = 0.0
@@ -230,7 +230,7 @@ class GridTransport:
             now = self._clock.now()
             if now >= deadline_s or now - moved_s > timeout_s:
                 return False
-            self.look(from_clients)
+            check_for_stop(self, self._sites if from_clients is None else from_clients, self._asked_to_stop)
             item = self._arrived.get_until(min(now + 1.0, deadline_s))
             if isinstance(item, _Arrived) and self._take(item):
                 moved_s = self._clock.now()

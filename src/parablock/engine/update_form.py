@@ -1,0 +1,275 @@
+"""The forms of an update: differences in a wire format, fixed-point words, stacked adapters.
+
+A form answers every question about the content of an update, at both ends: how it is cut and encoded, what the
+server accepts and folds, and which value a client takes over at the commit. A new kind of update is a class here.
+
+| form | a client sends | the server makes | a client takes over |
+|---|---|---|---|
+| `Differences` | q(Δ), chunk by chunk | the mean, or what a robust rule makes of Δ | the value, or a difference |
+| `FixedPointWords` | whole numbers, masked or not | their exact sum | the value |
+| `StackedAdapters` | A and B of every matrix | the stack and its product ΔW | the product of the stack |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parablock.algorithm.aggregate import Aggregate
+from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
+from parablock.algorithm.parablock import delta_of
+from parablock.algorithm.robust import Normals, RoundAggregation, Rule, scaled
+from parablock.algorithm.stacking import Factors, StackAggregation
+from parablock.errors import CodecError
+from parablock.model.device_copy import ArrivingVector
+from parablock.privacy.protection import Protection
+from parablock.wire.messages import new_block_value
+from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, joined, pack
+
+NoiseOfRound = Callable[[int, tuple[int, ...]], Normals]
+"""(round_index, clients) → the noise that the server adds to the mean of their updates."""
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """A client's local training of one round, before it is encoded.
+
+    Attributes:
+        round_index: t.
+        client_id: Whose.
+        trained: y^b, or the trained adapters; flat, fp32, on the CPU or on its way there.
+        start: v^b, from which the local steps started.
+        residual: What rounding kept back of this block at its last visit; None without error feedback or before.
+        protection: Clipping and noise; None: none.
+    """
+
+    round_index: int
+    client_id: int
+    trained: ArrivingVector
+    start: Tensor
+    residual: Tensor | None = None
+    protection: Protection | None = None
+
+
+@dataclass(frozen=True)
+class EncodedUpdate:
+    """An update as it leaves a client.
+
+    Attributes:
+        chunks: The payload of each message.
+        seen: What the server will decode: flat, fp32.
+        residual: What rounding has kept back; None without error feedback.
+        losses: Shares of the update that are lost before it leaves, each with a text that has a place for it.
+    """
+
+    chunks: list[Vector]
+    seen: Tensor
+    residual: Tensor | None = None
+    losses: tuple[tuple[float, str], ...] = ()
+
+
+class UpdateForm(ABC):
+    """An update's form; the same object serves the server and all clients.
+
+    What stands here is right for numbers that travel as they are; a form replaces what it does otherwise.
+
+    Attributes:
+        encoding: How new values travel down.
+    """
+
+    encoding: Encoding
+
+    def num_elements(self, num_parameters: int) -> int:
+        """Return the number of elements of an update of a block."""
+        return num_parameters
+
+    def cuts(self, num_parameters: int) -> list[slice]:
+        """Return where an update of a block is cut into chunks."""
+        return self.encoding.cut(self.num_elements(num_parameters))
+
+    @abstractmethod
+    def encode(self, update: LocalUpdate) -> EncodedUpdate:
+        """Encode an update, the first chunks while the last are still on their way from the model's device."""
+
+    def decode(self, chunks: Sequence[Vector]) -> Tensor:
+        """Return the update that the server sees: flat, fp32."""
+        return joined(chunks)
+
+    def misfit(self, vector: Vector) -> str:
+        """Say why a payload is of another form; empty if it fits."""
+        return f"{vector.format} where updates are floating-point numbers" if vector.format in WORDS else ""
+
+    def numbers(self, vector: Vector, factor: float) -> Tensor:
+        """Return a payload as the aggregation folds it: factor · Δ, fp32."""
+        return scaled(vector.values.float(), factor)
+
+    @abstractmethod
+    def aggregation(self, round_index: int) -> RoundAggregation:
+        """Return a new aggregation for a round."""
+
+    def news(self, aggregate: Aggregate) -> tuple[str, Vector] | None:
+        """Return the kind and the payload of a commit's news; None if the downlink packs the new value."""
+        del aggregate
+        return None
+
+    def new_value(self, held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
+        """Return a block after a commit, from the value that a client held and the news.
+
+        Raises:
+            CodecError: The news are of another form, or do not fit the block.
+        """
+        if kind == "stack":
+            raise CodecError(
+                f"the news of block {block_index} are a stack of adapters, and this client trains none",
+                cause="The server runs another method.",
+                remedy="Give both the same configuration.",
+            )
+        return new_block_value(held, block_index, kind, vectors)
+
+
+@dataclass(frozen=True)
+class Differences(UpdateForm):
+    """Δ in the wire's format, in chunks, with error feedback where the encoding asks for it.
+
+    Attributes:
+        encoding: How Δ and new values become bytes.
+        rule: How the server makes one of many.
+        noise: The noise of central differential privacy; None: none.
+    """
+
+    encoding: Encoding
+    rule: Rule = field(default_factory=Rule)
+    noise: NoiseOfRound | None = None
+
+    def encode(self, update: LocalUpdate) -> EncodedUpdate:
+        """Encode Δ as q(Δ), or with error feedback as q(Δ + e), keeping e ← Δ + e − q."""
+        delta, losses = _protected(update)
+        encoded = _encode_in_chunks(delta, update.start.numel(), self.encoding, update)
+        return replace(encoded, losses=(*losses, *encoded.losses))
+
+    def aggregation(self, round_index: int) -> RoundAggregation:
+        """Return an aggregation by the rule."""
+        return RoundAggregation(self.rule, self.noise and partial(self.noise, round_index))
+
+
+@dataclass(frozen=True)
+class FixedPointWords(UpdateForm):
+    """Whole numbers on a grid, whose sum modulo 2^32 is exact, so that they can be masked.
+
+    Attributes:
+        grid: The run's grid.
+        rule: The mean, with the bound of an update's norm.
+        noise: As for `Differences`.
+    """
+
+    grid: FixedPointGrid
+    rule: Rule = field(default_factory=Rule)
+    noise: NoiseOfRound | None = None
+    encoding: Encoding = field(default=Encoding("float32"), init=False)
+
+    def cuts(self, num_parameters: int) -> list[slice]:
+        """Return one chunk with the extra word: no part of a sum is known before all of it is."""
+        return [slice(0, num_parameters + EXTRA_WORDS)]
+
+    def encode(self, update: LocalUpdate) -> EncodedUpdate:
+        """Round Δ to the grid."""
+        delta, losses = _protected(update)
+        words = pack(self.grid.encode(delta[:]), "word32")
+        return EncodedUpdate([words], self.decode([words]), losses=losses)
+
+    def decode(self, chunks: Sequence[Vector]) -> Tensor:
+        """Return the numbers that the words stand for."""
+        return self.grid.decode(chunks[0].values)
+
+    def misfit(self, vector: Vector) -> str:
+        """Refuse floating-point numbers."""
+        return "" if vector.format in WORDS else f"{vector.format} where updates are fixed-point words"
+
+    def numbers(self, vector: Vector, factor: float) -> Tensor:
+        """Return the words as they are; masked ones cannot be shortened."""
+        del factor
+        return vector.values
+
+    def aggregation(self, round_index: int) -> RoundAggregation:
+        """Return a sum of words."""
+        return FixedPointAggregation(self.grid, self.rule, self.noise and partial(self.noise, round_index))
+
+
+@dataclass(frozen=True)
+class StackedAdapters(UpdateForm):
+    """A and B of every matrix, which the server stacks, so that their product is the exact mean (FLoRA).
+
+    Attributes:
+        factors: How flat vectors split into A and B.
+    """
+
+    factors: Factors
+    encoding: Encoding = field(default=Encoding("float32"), init=False)
+
+    def num_elements(self, num_parameters: int) -> int:
+        """Return the elements of one client's adapters."""
+        del num_parameters
+        return self.factors.num_elements
+
+    def encode(self, update: LocalUpdate) -> EncodedUpdate:
+        """Encode the trained adapters themselves."""
+        return _encode_in_chunks(update.trained, self.factors.num_elements, self.encoding, update)
+
+    def aggregation(self, round_index: int) -> RoundAggregation:
+        """Return a stack to fill."""
+        del round_index
+        return StackAggregation(self.factors)
+
+    def news(self, aggregate: Aggregate) -> tuple[str, Vector] | None:
+        """Return the stack, which every client multiplies itself."""
+        return None if aggregate.stack is None else ("stack", pack(aggregate.stack, "float32"))
+
+    def new_value(self, held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
+        """Add the product of the stack to the matrices."""
+        if kind == "stack":
+            kind, vectors = "difference", [pack(self.factors.product(joined(vectors)), "float32")]
+        return super().new_value(held, block_index, kind, vectors)
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """Δ of a block, made part by part."""
+
+    trained: ArrivingVector
+    start: Tensor
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        return delta_of(self.trained[part], self.start[part])
+
+
+def _protected(update: LocalUpdate) -> tuple[ArrivingVector, tuple[tuple[float, str], ...]]:
+    """Return Δ after clipping and noise, with the share of its length that clipping takes."""
+    delta = _Delta(update.trained, update.start)
+    if update.protection is None:
+        return delta, ()
+    protected, factor = update.protection.apply(delta[:], update.round_index)
+    return protected, ((1 - factor, "clipping takes {:.1%} of the length"),)
+
+
+def _encode_in_chunks(vector: ArrivingVector, size: int, encoding: Encoding, update: LocalUpdate) -> EncodedUpdate:
+    """Encode a vector chunk by chunk, each as soon as it has arrived."""
+    residual, moved, left = update.residual, 0, 0
+    noise, chunks = encoding.noise(update.round_index, update.client_id), list[Vector]()
+    seen, kept_back = torch.empty(size), torch.empty(size if encoding.error_feedback else 0)
+    for part in encoding.cut(size):
+        exact = vector[part] if residual is None else vector[part] + residual[part]
+        seen[part] = exact
+        chunks.append(pack(seen[part], encoding.format, noise))  # float32: a view of what is seen, no copy
+        if encoding.format != "float32":
+            seen[part] = chunks[-1].values
+        if encoding.format in QUANTIZED:
+            moved, left = moved + int(exact.count_nonzero()), left + int(seen[part].count_nonzero())
+        if encoding.error_feedback:
+            torch.sub(exact, seen[part], out=kept_back[part])
+    losses = ((1 - left / moved, "rounding makes zeros of {:.1%} of the elements"),) if moved else ()
+    return EncodedUpdate(chunks, seen, kept_back if encoding.error_feedback else None, losses)
