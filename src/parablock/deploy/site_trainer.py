@@ -29,7 +29,7 @@ from parablock.engine.flower.session import Position, SessionFolder
 from parablock.engine.plans import ClientStart
 from parablock.engine.update_form import UpdateForm
 from parablock.errors import CheckpointError, DataError, ModelError
-from parablock.experiment.engines import checkpoints_kept, client_plan
+from parablock.experiment.engines import checkpoints_kept, client_plan, update_form
 from parablock.experiment.inputs import read_inputs
 from parablock.experiment.protections import adds_noise, masking_of, new_secret
 from parablock.methods.choose import make_method_model
@@ -84,7 +84,8 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
         )
     model = make_method_model(job, (site.client_id,))
     (trainer,) = model.trainers
-    plan = client_plan(config, folder.secret(new_secret) if adds_noise(config) else None)
+    secret = folder.secret(new_secret) if adds_noise(config) else None
+    plan = client_plan(config, model.form or update_form(config, secret), secret)
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
         save_checkpoint(folder.snapshots, _stored(round_index, taken, client.state), keep=checkpoints_kept(config))

@@ -66,7 +66,6 @@ def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: st
         process = subprocess.Popen(
             superlink_command(files), env=server_environment(files.home, more), stdout=output, stderr=output
         )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         wait_for_port(local, process, log)
         if files.keys is not None:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
 from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import local_steps_of
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
-from parablock.engine.update_form import Differences, FixedPointWords, StackedAdapters, UpdateForm
+from parablock.engine.update_form import Differences, FixedPointWords, UpdateForm
 from parablock.errors import ConfigError
 from parablock.experiment.protections import (
     aggregation_rule,
@@ -82,9 +81,10 @@ def engine_input(
         faults: What is to go wrong.
         folder: The run directory, where there is one.
     """
+    form = model.form or update_form(config, secret)
     return EngineInput(
-        server=server_plan(config, update_form(config, secret, model.factors), folder),
-        client=client_plan(config, secret, model.factors),
+        server=server_plan(config, form, folder),
+        client=client_plan(config, form, secret),
         take_params=model.take_params,
         trainers=model.trainers,
         trace=trace,
@@ -96,25 +96,21 @@ def engine_input(
     )
 
 
-def update_form(config: RunConfig, secret: bytes | None = None, factors: Factors | None = None) -> UpdateForm:
-    """Return what updates are made of.
+def update_form(config: RunConfig, secret: bytes | None = None) -> UpdateForm:
+    """Return the configured form of updates, for a method without a form of its own.
 
     Args:
         config: The run.
         secret: The key of the server's noise, where it adds some.
-        factors: The adapters that the server stacks, where it does.
     """
-    if factors is not None:
-        return StackedAdapters(factors)
     rule, noise, grid = aggregation_rule(config), noise_of_the_server(config, secret), grid_of(config)
     if grid is not None:
         return FixedPointWords(grid, rule, noise)
     return Differences(encoding_of(config), rule, noise)
 
 
-def client_plan(config: RunConfig, secret: bytes | None, factors: Factors | None = None) -> ClientPlan:
-    """Return the settings of every client; see `update_form`."""
-    form = update_form(config, secret, factors)
+def client_plan(config: RunConfig, form: UpdateForm, secret: bytes | None) -> ClientPlan:
+    """Return the settings of every client; the secret is the key of its own noise, where it adds some."""
     return ClientPlan(config.federation.in_flight, form, protections(config, secret))
 
 

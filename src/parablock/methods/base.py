@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
 from parablock.data.prompts import Example, stop_token_ids
+from parablock.engine.update_form import UpdateForm
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.model.adapters import merge_adapters
 from parablock.model.blocks import Block
@@ -38,10 +38,10 @@ class MethodModel:
         params: What the server starts from, one flat vector for each block; none once they have been taken.
         num_blocks: How many there are.
         trainers: Local training of each client, in order of client_id.
-        factors: How the adapters of an update split, where the server stacks them; else None.
+        form: The form of the method's updates; None: differences, in the configured format.
     """
 
-    factors: Factors | None = None
+    form: UpdateForm | None = None
 
     def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
         self._job, self._config = job, job.config

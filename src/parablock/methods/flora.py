@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
+from parablock.engine.update_form import StackedAdapters
 from parablock.methods.base import MethodModel, RunInputs
 from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
 from parablock.model.blocks import Block
@@ -74,7 +75,7 @@ class FloraModel(MethodModel):
 
     def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
         self._adapters = Replica(job.loaded.model, job.blocks)
-        self.factors = factors_of(job.loaded.model, job.config)
+        self.form = StackedAdapters(factors_of(job.loaded.model, job.config))
         super().__init__(job, clients)
 
     def committed_blocks(self) -> tuple[Block, ...]:
