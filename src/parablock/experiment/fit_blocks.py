@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from parablock.algorithm.schedule import blocks_never_visited
 from parablock.config.keys import RunConfig
 from parablock.engine.local_steps import exchange_s
+from parablock.experiment.engines import encoding_of
 from parablock.methods.blocks import layer_blocks
 from parablock.model.blocks import Block, find_layers
 from parablock.training.flops import FlopModel
 from parablock.training.step_time import Compute, assumed_compute, stated_compute
-from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 
 MIN_BLOCKS = 4
@@ -85,9 +85,8 @@ def _largest_that_fits(config: RunConfig, model: PreTrainedModel) -> int:
 
 def _hides(config: RunConfig, compute: Compute, blocks: tuple[Block, ...]) -> bool:
     """Tell whether a mean round computes for as long as the exchange of the largest block takes."""
-    steps, wire = config.train.num_local_steps, config.wire
+    steps, encoding = config.train.num_local_steps, encoding_of(config)
     assert isinstance(steps, int)
-    encoding = Encoding(wire.format, chunk_bytes=wire.chunk_bytes if wire.streaming else None)
     largest = max(block.num_parameters for block in blocks)
     link = Link(**config.link.model_dump())
     streamed = len(encoding.cut(largest)) > 1
