@@ -35,7 +35,7 @@ class InProcess:
     held_rounds: frozenset[int] | None = None
 
     def __init__(self, job: RunInputs) -> None:
-        stacks = job.config.federation.method == "flora"
+        stacks = job.config.federation.traits.combines == "stack"
         self._factors = factors_of(job.loaded.model, job.config) if stacks else None
 
     @staticmethod
@@ -81,8 +81,8 @@ def checkpoints_kept(config: RunConfig) -> int:
 
 
 def clients_of(config: RunConfig) -> int:
-    """Give how many clients there are: `central` puts all data into one."""
-    return 1 if config.federation.method == "central" else config.federation.num_clients
+    """Return how many clients there are: one where the method pools all data."""
+    return 1 if config.federation.traits.pools_data else config.federation.num_clients
 
 
 def server_plan(
@@ -112,7 +112,7 @@ def server_plan(
         aggregation_s=None if config.engine.step_time_s is None else 0.0,
         rule=aggregation_rule(config),
         normals=noise_of_the_server(config, secret),
-        in_turn=federation.method == "fedcybgd",
+        in_turn=federation.traits.asks == "one_in_turn",
         min_updates=fewest_updates(config),
         grid=grid_of(config),
         factors=factors,
@@ -130,5 +130,5 @@ def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
 def encoding_of(config: RunConfig) -> Encoding:
     """Give how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
     wire = config.wire
-    chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.method != "flora" else None
+    chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.traits.combines != "stack" else None
     return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)
