@@ -18,7 +18,7 @@ from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.run import Summary, run
-from parablock.plan.memory import memory_per_client
+from parablock.plan.memory import WAYS, memory_per_client
 from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
@@ -195,9 +195,9 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def predicted_memory_bytes(config: RunConfig) -> int:
     """Tell what a client needs while it trains, from shapes; see `parablock plan`."""
-    kind = {"blocks": "block", "adapters": "lora", "everything": "full"}[config.federation.traits.trains]
     scenario = Scenario(config, probe=False)
-    return memory_per_client(scenario.outline, scenario.blocks, config)[kind].total
+    memory = memory_per_client(scenario.outline, scenario.blocks, config)
+    return memory[WAYS[config.federation.traits.trains]].total
 
 
 def _by_name(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:

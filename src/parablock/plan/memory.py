@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from parablock.config.keys import RunConfig
 from parablock.model.blocks import Block, find_layers
 
+WAYS = {"blocks": "block", "adapters": "lora", "everything": "full"}
+"""The way of fine-tuning of a method, by what it trains."""
 LORA_RANK = 16
 """Of the adapters that a run without any is compared with."""
 FROZEN_LAYER, TRAINED_LAYER = 1.5, 2.4
