@@ -11,13 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from parablock.config.methods import METHODS, OWNERS, Method, cohort_size
+from parablock.config.methods import METHODS, OWNERS, cohort_size
 
 Problem = tuple[str, str]
 """The dotted path of a key, and what is wrong with its value."""
 
 NOT_ON_A_GRID = ("kill", "nan", "sign_flip", "scale")
 """Faults that take a client's keys away, or that words of a grid cannot have."""
+
+NO_MEAN = {
+    "mean": "whose updates never meet",
+    "stack": "which stacks updates and makes no mean of them",
+    "nothing": "which sends nothing, so that updates never meet",
+}
+"""Why there is no mean of several updates, by what the server makes of those of a round."""
 
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 
@@ -118,27 +125,20 @@ def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
     for owned in (key for key in OWNERS if key not in method.own_keys):
         for key, _ in _within(chosen, owned):
             yield key, f"takes effect with {', '.join(OWNERS[owned])} only, not with {name}"
-    for key, _ in _within(chosen, "blocks") if method.trains != "blocks" else ():
-        if key != "blocks.layers_path":  # it says where the layers are
-            yield key, f"has no effect with method {name}, which trains no blocks; leave it out"
-    for needless, reason in _without_a_mean(method).items():
-        for key, _ in _within(chosen, needless):
-            yield key, f"has no effect with {name}, {reason}; leave it out"
+    no_mean = NO_MEAN[method.combines]
+    for part, has_effect, why in (
+        ("blocks", method.trains == "blocks", "which trains no blocks"),
+        ("federation.participation", method.gathers, no_mean),
+        ("federation.aggregation", method.averages, no_mean),
+        ("federation.server_optimizer", method.combines == "mean", no_mean),
+        ("privacy", method.averages, no_mean),
+    ):
+        for key, _ in _within(chosen, part) if not has_effect else ():
+            if key != "blocks.layers_path":  # it says where the layers are
+                yield key, f"has no effect with method {name}, {why}; leave it out"
     for refused, reason in method.refuses.items():
         for key, value in _within(chosen, refused):
             yield key, f"{value} {reason}"
-
-
-def _without_a_mean(method: Method) -> dict[str, str]:
-    """Return what a method without a mean of several updates leaves without effect, and why."""
-    if method.combines == "stack":
-        why = "which stacks the adapters of all clients and makes no mean of them"
-        return dict.fromkeys(("federation.aggregation", "federation.server_optimizer", "privacy"), why)
-    if method.averages:
-        return {}
-    why = "whose updates never meet" if method.sends else "which sends nothing, so that updates never meet"
-    alone = ("federation.participation", "federation.aggregation", "privacy")
-    return dict.fromkeys(alone if method.sends else (*alone, "federation.server_optimizer"), why)
 
 
 def _within(chosen: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from parablock.config.section import NOT_BUILT
 
-Matrix = Literal["A", "B"]
-"""One of the two matrices of a LoRA adapter."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -44,7 +41,7 @@ class Method:
     may_lag: bool = False
     without_delay: str | None = None
     pools_data: bool = False
-    matrices: tuple[tuple[Matrix, ...], ...] = ()
+    matrices: tuple[tuple[Literal["A", "B"], ...], ...] = ()
     own_keys: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
 
@@ -54,54 +51,53 @@ class Method:
         return self.combines != "nothing"
 
     @property
+    def gathers(self) -> bool:
+        """Whether a round gathers the updates of a cohort."""
+        return self.sends and self.asks == "cohort"
+
+    @property
     def averages(self) -> bool:
-        """Whether the server averages the updates of several clients."""
-        return self.combines == "mean" and self.asks == "cohort"
+        """Whether the server makes a mean of these updates."""
+        return self.gathers and self.combines == "mean"
 
 
 NOTHING_TO_CARRY = {"engine.name": "has nothing to carry where clients send nothing; use inprocess"}
 
 METHODS: dict[str, Method] = {
     "parablock": Method(
-        title="ParaBlock",
-        source="Wang, Cao, Chen, 2025, arXiv 2511.19959",
-        summary="An update is in flight while the next block is trained.",
+        "ParaBlock",
+        "Wang, Cao, Chen, 2025, arXiv 2511.19959",
+        "An update is in flight while the next block is trained.",
         trains="blocks",
         may_lag=True,
         without_delay="fl_bcd",
     ),
     "fl_bcd": Method(
-        title="FL-BCD",
-        source="Wang, Cao, Chen, 2025, arXiv 2511.19959",
-        summary="ParaBlock with delay 0: a round waits for its own updates.",
-        trains="blocks",
+        "FL-BCD", "Wang, Cao, Chen, 2025, arXiv 2511.19959", "ParaBlock with delay 0.", trains="blocks"
     ),
     "fedavg": Method(
-        title="FedAvg",
-        source="McMahan et al., 2017, arXiv 1602.05629",
-        summary="The server averages the models.",
-        trains="everything",
+        "FedAvg", "McMahan et al., 2017, arXiv 1602.05629", "The server averages the models.", trains="everything"
     ),
     "fedit": Method(
-        title="FedIT",
-        source="Zhang et al., 2023, arXiv 2305.05644",
-        summary="The server averages A and B apart.",
+        "FedIT",
+        "Zhang et al., 2023, arXiv 2305.05644",
+        "The server averages A and B apart.",
         trains="adapters",
         matrices=(("A", "B"),),
         own_keys=("lora",),
     ),
     "ffa_lora": Method(
-        title="FFA-LoRA",
-        source="Sun et al., 2024, arXiv 2403.12313",
-        summary="A stays as it was drawn, so the mean is exact.",
+        "FFA-LoRA",
+        "Sun et al., 2024, arXiv 2403.12313",
+        "A stays as it was drawn, so the mean is exact.",
         trains="adapters",
         matrices=(("B",),),
         own_keys=("lora",),
     ),
     "flora": Method(
-        title="FLoRA",
-        source="Wang et al., 2024, arXiv 2409.05976",
-        summary="The server stacks the adapters; the product is added to the matrices, and new ones are drawn.",
+        "FLoRA",
+        "Wang et al., 2024, arXiv 2409.05976",
+        "The server stacks the adapters; the product is added to the matrices, and new ones are drawn.",
         trains="adapters",
         combines="stack",
         matrices=(("A", "B"),),
@@ -115,31 +111,31 @@ METHODS: dict[str, Method] = {
         },
     ),
     "fedcybgd": Method(
-        title="FedCyBGD",
-        source="Wang et al., 2024, arXiv 2406.11187",
-        summary="One client trains in a round; clients take turns.",
+        "FedCyBGD",
+        "Wang et al., 2024, arXiv 2406.11187",
+        "One client trains in a round; clients take turns.",
         trains="blocks",
         asks="one_in_turn",
     ),
     "fedprox": Method(
-        title="FedProx",
-        source="Li et al., 2020, arXiv 1812.06127",
-        summary="A proximal term in the local loss holds the weights near those of the round's start.",
+        "FedProx",
+        "Li et al., 2020, arXiv 1812.06127",
+        "A proximal term in the local loss holds the weights near those of the round's start.",
         trains="everything",
         own_keys=("federation.proximal_mu",),
     ),
     "local": Method(
-        title="local",
-        source="",
-        summary="Every client trains for itself; scores are means over the clients' models.",
+        "local",
+        "",
+        "Every client trains for itself; scores are means over the clients' models.",
         trains="everything",
         combines="nothing",
         refuses=NOTHING_TO_CARRY,
     ),
     "central": Method(
-        title="central",
-        source="",
-        summary="One client has the data of all.",
+        "central",
+        "",
+        "One client has the data of all.",
         trains="everything",
         combines="nothing",
         pools_data=True,

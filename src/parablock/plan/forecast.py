@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import METHODS, Method
+from parablock.config.methods import METHODS
 from parablock.errors import ConfigError
 from parablock.model.blocks import Block
 from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
@@ -86,15 +86,10 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         InputError: The model cannot be read, plans of this method cannot be made, or, with `probe`, anything
             else that the run needs is missing or wrong.
     """
-    if not _can_plan(config.federation.traits):
-        names = ", ".join(name for name, method in METHODS.items() if _can_plan(method))
+    if not config.federation.traits.gathers:  # the walk follows rounds in which a cohort sends
+        names = ", ".join(name for name, method in METHODS.items() if method.gathers)
         raise ConfigError([f"federation.method: plans are made for {names}, not for {config.federation.method}"])
     return _plan(Scenario(config, probe=probe))
-
-
-def _can_plan(method: Method) -> bool:
-    """Tell whether every client of a cohort sends in each round, which is what the walk follows."""
-    return method.sends and method.asks == "cohort"
 
 
 def _plan(scenario: Scenario) -> Plan:
