@@ -11,20 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from parablock.config.methods import METHODS, OWNERS, cohort_size
+from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size
 
 Problem = tuple[str, str]
 """The dotted path of a key, and what is wrong with its value."""
 
 NOT_ON_A_GRID = ("kill", "nan", "sign_flip", "scale")
 """Faults that take a client's keys away, or that words of a grid cannot have."""
-
-NO_MEAN = {
-    "mean": "whose updates never meet",
-    "stack": "which stacks updates and makes no mean of them",
-    "nothing": "which sends nothing, so that updates never meet",
-}
-"""Why there is no mean of several updates, by what the server makes of those of a round."""
 
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 

@@ -61,6 +61,13 @@ class Method:
         return self.gathers and self.combines == "mean"
 
 
+NO_MEAN = {
+    "mean": "whose updates never meet",
+    "stack": "which stacks updates and makes no mean of them",
+    "nothing": "which sends nothing, so that updates never meet",
+}
+"""Why there is no mean of several updates, by what the server makes of those of a round."""
+
 NOTHING_TO_CARRY = {"engine.name": "has nothing to carry where clients send nothing; use inprocess"}
 
 METHODS: dict[str, Method] = {
