@@ -43,7 +43,7 @@ from parablock.algorithm.stacking import Factors
 from parablock.clock import VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
-from parablock.config.methods import LORA_METHODS
+from parablock.config.methods import METHODS
 from parablock.engine.contract import Hooks
 from parablock.engine.inprocess import run_in_process
 from parablock.experiment.engines import server_plan
@@ -60,11 +60,8 @@ from parablock.wire.messages import RoundStart
 from parablock.wire.transport import Link
 
 Found = dict[str, Any]
-KINDS = {
-    "blocks": ("parablock", "fl_bcd", "fedcybgd"),
-    "all parameters": ("fedavg", "fedprox", "local", "central"),
-    "adapters": LORA_METHODS,
-}
+KINDS = {"blocks": "blocks", "all parameters": "everything", "adapters": "adapters"}
+"""Which `trains` each kind of method has."""
 GRID = {"blocks": (1e-3, 3e-3, 1e-2), "all parameters": (3e-4, 1e-3, 3e-3), "adapters": (3e-3, 1e-2)}
 TUNED_ON = {"blocks": "fl_bcd", "all parameters": "fedavg", "adapters": "fedit"}
 TUNING_SEED = 9
@@ -82,8 +79,9 @@ def main() -> None:
     example = make_config("parablock", rates["blocks"], 0, options).model_dump(mode="json")
     found: Found = {"learning_rates": rates, "runs": [], "base": base_scores(options)}
     for seed in options.seeds:
-        for kind, methods in KINDS.items():
-            wanted = [method for method in methods if method in (options.only or methods)]
+        for kind, trains in KINDS.items():
+            methods = [name for name, method in METHODS.items() if method.trains == trains]
+            wanted = [name for name in methods if name in (options.only or methods)]
             found["runs"] += [outcome(method, rates[kind], seed, options, console) for method in wanted]
         found["round_s"] = {
             m: {str(u): round_s(m, u, options) for u in options.links} for m in names(found["runs"])
@@ -133,7 +131,7 @@ def make_config(method: str, rate: float, seed: int, options: argparse.Namespace
                 "partition": {"scheme": "by_file"},
             },
             "federation": {"method": method, "num_clients": num_clients, "num_rounds": rounds}
-            | ({"delay": 1} if method == "parablock" else {"delay": 0}),
+            | {"delay": int(METHODS[method].may_lag)},
             "train": {
                 "num_local_steps": options.steps,
                 "per_device_train_batch_size": options.batch_size,
@@ -151,7 +149,7 @@ def make_config(method: str, rate: float, seed: int, options: argparse.Namespace
 
 
 def kind_of(method: str) -> str:
-    return next(kind for kind, methods in KINDS.items() if method in methods)
+    return next(kind for kind, trains in KINDS.items() if METHODS[method].trains == trains)
 
 
 def tuned_rates(options: argparse.Namespace, console: Console) -> dict[str, float]:
@@ -175,7 +173,7 @@ def outcome(method: str, rate: float, seed: int, options: argparse.Namespace, co
     directory = kept_run(make_config(method, rate, seed, options), options.work_dir, f"{method}-seed-{seed}")
     summary = directory.read_summary()
     rows = metrics_of(directory)
-    clients = 1 if method == "central" else summary["num_clients"]
+    clients = 1 if METHODS[method].pools_data else summary["num_clients"]
     spent = list(accumulate((row["uplink_bytes"] + row["downlink_bytes"]) / clients for row in rows))
     curve = [[0, 0.0, summary["initial_eval_loss"]]]
     curve += [[k + 1, spent[k], row["eval_loss"]] for k, row in enumerate(rows) if row["eval_loss"] is not None]
@@ -216,11 +214,11 @@ def _blocks(method: str, model: str) -> tuple[tuple[Block, ...], FlopModel, Fact
         {
             "model": {"name_or_path": model},
             "data": {"train": ["-"]},
-            "federation": {"method": method} | ({} if method == "parablock" else {"delay": 0}),
+            "federation": {"method": method},
         }
     )
     blocks = trained_blocks(loaded.model, config)
-    if method != "flora":
+    if METHODS[method].combines != "stack":
         return blocks, flops, None
     return (
         (matrices_block(loaded.model, layers_path=config.blocks.layers_path),),
@@ -266,9 +264,9 @@ class Idle:
 def round_s(method: str, mbps: float, options: argparse.Namespace) -> float:
     """Let the engine tell how long a round takes over a link, on average over some rounds."""
     config = make_config(method, 1e-3, 0, options)
-    sent = method not in ("local", "central")
+    sent = METHODS[method].sends
     blocks, _, factors = _blocks(method if sent else "fedavg", model_of(options))
-    rounds = 2 * len(blocks) if method != "fedcybgd" else 4 * len(blocks)
+    rounds = 2 * len(blocks) if METHODS[method].asks == "cohort" else 4 * len(blocks)
     plan = replace(server_plan(config, factors=factors), num_rounds=rounds)
     assert config.engine.step_time_s is not None
     clock = VirtualClock()
@@ -313,7 +311,7 @@ def equal_seconds(found: Found, options: argparse.Namespace) -> Found:
                     if run["method"] == method
                 ]
                 for method in names(found["runs"])
-                if method not in ("local", "central")
+                if METHODS[method].sends
             }
             for share in (0.25, 0.5, 1.0)
         }
@@ -322,9 +320,13 @@ def equal_seconds(found: Found, options: argparse.Namespace) -> Found:
 
 def equal_bytes(found: Found) -> Found:
     """Give each method's losses when so many bytes have crossed a client's link."""
-    methods = [method for method in names(found["runs"]) if method not in ("local", "central")]
+    methods = [method for method in names(found["runs"]) if METHODS[method].sends]
     runs = [run for run in found["runs"] if run["method"] in methods]
-    whole = max(run["curve"][-1][1] for run in runs if run["method"] in (*LORA_METHODS, "parablock"))
+    whole = max(
+        run["curve"][-1][1]
+        for run in runs
+        if METHODS[run["method"]].trains == "adapters" or METHODS[run["method"]].may_lag
+    )
     return {
         f"{share * whole / 1e6:.1f}": {
             method: [loss_at(run["curve"], share * whole, 1) for run in runs if run["method"] == method]

@@ -23,7 +23,9 @@ from rich.console import Console
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
+from parablock.config.methods import METHODS
 from parablock.plan.forecast import make_plan
+from parablock.plan.memory import WAYS
 
 FAMILIES = ("ag_news", "rotten_tomatoes", "dbpedia_14", "glue_qqp")
 PEERS: dict[str, dict[str, Any]] = {
@@ -81,7 +83,7 @@ def make_config(name: str, options: argparse.Namespace) -> RunConfig:
     folder = Path(options.work_dir) / "material"
     material = generated(folder, num_clients=2) if options.smoke else t0(*FAMILIES)
     settings = PEERS[name]
-    by_block = settings["federation"]["method"] in ("parablock", "fl_bcd")
+    by_block = METHODS[settings["federation"]["method"]].trains == "blocks"
     rounds = options.rounds if by_block else options.full_rounds
     return parse_config(
         {
@@ -111,13 +113,12 @@ def make_config(name: str, options: argparse.Namespace) -> RunConfig:
 def peer(name: str, options: argparse.Namespace, console: Console) -> Found:
     """Run one of them, and follow seconds, bytes and loss over its rounds."""
     config = make_config(name, options)
-    method = config.federation.method
     if name.startswith("Flower"):
         before, points = run_fedavg(config)
         console.print(f"{name}: {before:.4f} → {points[-1]['loss']:.4f}")
     else:
         before, points = run_blocks(config, name, options, console)
-    way = {"fedavg": "full", "fedit": "lora"}.get(method, "block")
+    way = WAYS[config.federation.traits.trains]
     return {
         "peer": name,
         "initial_eval_loss": before,

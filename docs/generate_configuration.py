@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the models of `parablock.config.keys`; a test fails when the page is stale.
+"""Write docs/configuration.md from the keys, and the table of docs/baselines.md from the methods.
 
     .venv/bin/python docs/generate_configuration.py
 
@@ -19,10 +19,13 @@ from pydantic_core import PydanticUndefined
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
+from parablock.config.methods import METHODS, Method
 from parablock.config.section import NOT_BUILT
 from parablock.errors import ConfigError
 
 PAGE = Path(__file__).parent / "configuration.md"
+BASELINES = PAGE.with_name("baselines.md")
+MARKS = "<!-- docs/generate_configuration.py writes from here -->\n", "<!-- to here -->\n"
 
 HEAD = """\
 # Configuration
@@ -51,6 +54,28 @@ def page() -> str:
             parts.append(f"## `{name}`\n\n{(section.__doc__ or '').strip()}\n\n{table(section, f'{name}.')}")
     parts.append(f"## Without a section\n\n{table(RunConfig, '', nested=False)}")
     return "\n".join(parts)
+
+
+def baselines(text: str) -> str:
+    """Return the page of the baselines with the table of methods as their rows have it."""
+    before, _, rest = text.partition(MARKS[0])
+    lines = [
+        "| method | published as | trained in a round | delay | own keys | what sets it apart |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, method in METHODS.items():
+        source = f"{method.title}: {method.source}" if method.source else "a bound, not a method"
+        keys = ", ".join(f"`{key}`" for key in method.own_keys)
+        delay = "at least 1" if method.may_lag else "0"
+        lines.append(f"| `{name}` | {source} | {trained(method)} | {delay} | {keys} | {method.summary} |")
+    return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
+
+
+def trained(method: Method) -> str:
+    """Say what a round trains, and whether it is sent."""
+    adapters = " or ".join(" and ".join(group) for group in method.matrices)
+    words = {"blocks": "one block", "everything": "all parameters", "adapters": f"LoRA {adapters}"}
+    return words[method.trains] + ("" if method.sends else "; nothing is sent")
 
 
 def table(section: type[BaseModel], prefix: str, *, nested: bool = True) -> str:
@@ -165,3 +190,4 @@ def complaint(key: str, field: FieldInfo, value: Any) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    BASELINES.write_text(baselines(BASELINES.read_text(encoding="utf-8")), encoding="utf-8")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from parablock.config.methods import METHODS
+
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
@@ -32,9 +34,7 @@ Every table comes from a record in `benchmarks/results/`, and carries the comman
 and seconds of the virtual clock are the same at every repetition on the same machine. ± is the standard deviation
 over seeds, unless it says otherwise. A bar that is missed says so.
 """
-NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
-NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
-LORA_METHODS = ("fedit", "ffa_lora", "flora")
+NAMES = {name: method.title for name, method in METHODS.items()}
 T0_AGAIN = "The seeds of the table above on one thread instead of two, which changes the losses by about 1e-5."
 T0_LONGER = "The longer the run, the less a round of lag weighs in its last loss."
 T0_COSINE = (
@@ -168,7 +168,7 @@ def losses_table(head: list[str], columns: Sequence[Record], ends: dict[str, flo
         rows.append([NAMES[name], *cells])
     wins = [min(mean, key=lambda name: mean[name]) for mean in means]
     told = f"Lowest loss, column by column: {', '.join(NAMES[name] for name in wins)}."
-    by_lora = sum(name in LORA_METHODS for name in wins)
+    by_lora = sum(METHODS[name].trains == "adapters" for name in wins)
     return [*table(["method", *head], rows), f"\n{told}\nA LoRA method wins {by_lora} of {len(wins)} columns."]
 
 

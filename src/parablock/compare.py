@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import overridden, parse_config
-from parablock.config.methods import BLOCK_METHODS, LORA_METHODS
+from parablock.config.methods import METHODS, OWNERS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.run import Summary, run
-from parablock.plan.memory import memory_per_client
+from parablock.plan.memory import WAYS, memory_per_client
 from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
@@ -57,7 +60,11 @@ def plan_comparison(
         ConfigError: An unknown method, one that is not built, the same one twice, a seed that is no number, or
             something particular to a method that is not compared.
     """
-    names = [method.strip() for method in methods if method.strip()]
+    names = [name.strip() for name in methods if name.strip()]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        problem = f"there is no method {', '.join(unknown)}; there are {', '.join(METHODS)}"
+        raise ConfigError([problem], source="--methods")
     if not names or len(set(names)) < len(names):
         raise ConfigError([f"{', '.join(names) or 'nothing'}: give each method once"], source="--methods")
     try:
@@ -67,20 +74,23 @@ def plan_comparison(
     own = _by_method(particular, names)
     planned = []
     for seed in numbers:
-        for method in names:
-            tree = config.model_dump(mode="json")
-            delay = max(1, config.federation.delay) if method == "parablock" else 0
-            tree["federation"] |= {"method": method, "delay": delay}
-            if method not in BLOCK_METHODS:
-                tree["blocks"] = {"layers_path": config.blocks.layers_path}
-            if method not in LORA_METHODS:
-                del tree["lora"]
-            if method != "fedprox":
-                del tree["federation"]["proximal_mu"]
-            name = f"{method}-seed{seed}" if len(numbers) > 1 else method
-            tree = overridden(tree | {"seed": seed}, own[method])
-            planned.append(PlannedRun(name, parse_config(tree, source=f"method {method}")))
+        for name in names:
+            tree = overridden(_tree_of(name, config) | {"seed": seed}, own[name])
+            folder = f"{name}-seed{seed}" if len(numbers) > 1 else name
+            planned.append(PlannedRun(folder, parse_config(tree, source=f"method {name}")))
     return planned
+
+
+def _tree_of(name: str, config: RunConfig) -> dict[str, Any]:
+    """Write a configuration for a method, without what has no effect with it."""
+    method, tree = METHODS[name], config.model_dump(mode="json")
+    tree["federation"] |= {"method": name, "delay": max(1, config.federation.delay) if method.may_lag else 0}
+    if method.trains != "blocks":
+        tree["blocks"] = {"layers_path": config.blocks.layers_path}
+    for key in (key for key in OWNERS if key not in method.own_keys):
+        *sections, last = key.split(".")
+        del reduce(getitem, sections, tree)[last]
+    return tree
 
 
 def _by_method(particular: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
@@ -185,10 +195,9 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def predicted_memory_bytes(config: RunConfig) -> int:
     """Tell what a client needs while it trains, from shapes; see `parablock plan`."""
-    method = config.federation.method
-    kind = "block" if method in BLOCK_METHODS else "lora" if method in LORA_METHODS else "full"
     scenario = Scenario(config, probe=False)
-    return memory_per_client(scenario.outline, scenario.blocks, config)[kind].total
+    memory = memory_per_client(scenario.outline, scenario.blocks, config)
+    return memory[WAYS[config.federation.traits.trains]].total
 
 
 def _by_name(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from parablock import errors
 from parablock.config.keys import RunConfig
 from parablock.config.load import known_keys
+from parablock.config.methods import METHODS
 from parablock.config.section import NOT_BUILT
 from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
 
@@ -61,6 +63,16 @@ def test_the_configuration_reference_is_what_the_models_say(reference: ModuleTyp
     assert page("configuration.md") == reference.page(), (
         "stale; run: .venv/bin/python docs/generate_configuration.py"
     )
+
+
+def test_the_table_of_methods_is_what_their_rows_say(
+    reference: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = page("baselines.md")
+    assert text == reference.baselines(text), "stale; run: .venv/bin/python docs/generate_configuration.py"
+    assert all(row in rows_of(text) for row in METHODS)
+    monkeypatch.setitem(METHODS, "fedavg", replace(METHODS["fedavg"], summary="Another sentence."))
+    assert rows_of(reference.baselines(text))["fedavg"][-1] == "Another sentence."
 
 
 def test_the_reference_has_every_key_once_and_no_other() -> None:

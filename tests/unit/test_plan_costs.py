@@ -311,6 +311,7 @@ SETTINGS = {
         *("blocks.schedule=random", "blocks.allow_unvisited=true", "seed=3"),
     ),
     "all parameters": ("federation.method=fedavg", "federation.delay=0"),
+    "all parameters, held near the start": ("federation.method=fedprox", "federation.delay=0"),
     "adapters": ("federation.method=fedit", "federation.delay=0", "lora.rank=4"),
     "adapters, half a cohort, int8, whole": (
         *("federation.method=fedit", "federation.delay=0", "federation.participation=0.5"),

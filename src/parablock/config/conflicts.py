@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from parablock.config.methods import BLOCK_METHODS, LORA_METHODS, SOLO_METHODS, cohort_size
-from parablock.config.section import NOT_BUILT
+from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size
 
 Problem = tuple[str, str]
 """The dotted path of a key, and what is wrong with its value."""
@@ -30,17 +29,13 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         config: Every section with all its values.
         chosen: The same without what is at its default.
     """
-    method = config["federation"]["method"]
     return [
         *_sites(config),
         *_aggregation(config["federation"]),
-        *_blocks(method, chosen.get("blocks", {})),
         *_auto(config),
-        *_method(method, chosen.get("federation", {}), chosen.get("lora", {})),
-        *_stacked(config, chosen),
+        *_method(config["federation"]["method"], chosen),
         *_noise(config),
         *_secure(config),
-        *_nothing_to_protect(method, chosen.get("privacy", {})),
         *_too_few(config["federation"]),
         *_faults(config),
     ]
@@ -69,15 +64,13 @@ def refuse_conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> No
 
 def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Clients at sites may bring rows of their own, and have no faults but real ones."""
-    deployed, method = config["engine"]["name"] == "flower", config["federation"]["method"]
+    deployed = config["engine"]["name"] == "flower"
     if not config["data"]["train"] and not (deployed and config["data"]["test"]):
         yield (
             "data.train",
             "names no file; only a server whose sites bring their own rows (engine.name: flower) can do without, "
             "and then data.test says what it scores the model on",
         )
-    if deployed and method in SOLO_METHODS:
-        yield "engine.name", f"flower has nothing to carry with {method}, which sends nothing; use inprocess"
     if deployed and config["faults"]:
         yield "faults", "are made in one process only; with engine.name: flower pull a real plug"
 
@@ -85,6 +78,8 @@ def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
     """A rule needs enough updates to tell a minority from the others."""
     rule, size = federation["aggregation"], cohort_size(federation)
+    if not METHODS[federation["method"]].averages:
+        return
     if size < MIN_UPDATES[rule]:
         yield "federation.aggregation", f"{rule} needs {MIN_UPDATES[rule]} clients in a round; there are {size}"
     elif rule == "trimmed_mean" and int(federation["trim_fraction"] * size) == 0:
@@ -98,14 +93,6 @@ def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
             f"krum needs 2·f + 3 clients in a round to withstand f attackers; there are {size}: "
             f"at most {(size - 3) // 2} can be assumed",
         )
-
-
-def _blocks(method: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
-    """Where no blocks are trained, nothing can be said of them but where the layers are."""
-    if method not in BLOCK_METHODS:
-        for key in chosen:
-            if key != "layers_path":
-                yield f"blocks.{key}", f"has no effect with method {method}, which trains no blocks; leave it out"
 
 
 def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -125,42 +112,33 @@ def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield key, "auto follows from train.num_local_steps, which is auto too; give a number for one of them"
 
 
-def _method(method: str, federation: Mapping[str, Any], lora: Mapping[str, Any]) -> Iterator[Problem]:
-    """What belongs to other methods."""
-    for key in lora if method not in LORA_METHODS else ():
-        yield f"lora.{key}", f"takes effect with {', '.join(LORA_METHODS)} only, not with {method}"
-    if method != "fedprox" and "proximal_mu" in federation:
-        yield "federation.proximal_mu", f"takes effect with fedprox only, not with {method}"
-    if method in (*SOLO_METHODS, "fedcybgd"):
-        for key in ("participation", "aggregation"):
-            if key in federation:
-                yield f"federation.{key}", f"has no effect with {method}, whose updates never meet; leave it out"
-    if method in SOLO_METHODS and "server_optimizer" in federation:
-        yield "federation.server_optimizer", f"has no effect with {method}, which sends nothing; leave it out"
+def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
+    """What has no effect with a method, or cannot be had with it."""
+    method = METHODS[name]
+    for owned in (key for key in OWNERS if key not in method.own_keys):
+        for key, _ in _within(chosen, owned):
+            yield key, f"takes effect with {', '.join(OWNERS[owned])} only, not with {name}"
+    no_mean = NO_MEAN[method.combines]
+    for part, has_effect, why in (
+        ("blocks", method.trains == "blocks", "which trains no blocks"),
+        ("federation.participation", method.gathers, no_mean),
+        ("federation.aggregation", method.averages, no_mean),
+        ("federation.server_optimizer", method.combines == "mean", no_mean),
+        ("privacy", method.averages, no_mean),
+    ):
+        for key, _ in _within(chosen, part) if not has_effect else ():
+            if key != "blocks.layers_path":  # it says where the layers are
+                yield key, f"has no effect with method {name}, {why}; leave it out"
+    for refused, reason in method.refuses.items():
+        for key, value in _within(chosen, refused):
+            yield key, f"{value} {reason}"
 
 
-def _stacked(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[Problem]:
-    """What stacked adapters, of which no mean is made and which nobody keeps, leave no room for."""
-    if config["federation"]["method"] != "flora":
-        return
-    stacks = "flora, which stacks the adapters of all clients and makes no mean of them; leave it out"
-    for key in ("aggregation", "server_optimizer"):
-        if key in chosen.get("federation", {}):
-            yield f"federation.{key}", f"has no effect with {stacks}"
-    for key in chosen.get("privacy", {}):
-        yield f"privacy.{key}", f"protects a mean of updates, not those of {stacks}"
-    if config["wire"]["format"] != "float32":
-        yield "wire.format", f"{config['wire']['format']} {NOT_BUILT} for flora, whose adapters travel as float32"
-    if "chunk_bytes" in chosen.get("wire", {}):
-        yield "wire.chunk_bytes", "has no effect with flora: a stack goes down whole; leave it out"
-    if config["train"]["optimizer_state"] == "keep":
-        yield "train.optimizer_state", "keep has nothing to keep with flora, whose adapters are new in each round"
-    if config["engine"]["name"] == "flower":
-        yield (
-            "engine.name",
-            f"flower {NOT_BUILT} for flora: every site would multiply the stack itself, and another processor may "
-            "round it differently; use inprocess",
-        )
+def _within(chosen: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    """List a key with its value where it was chosen; of a section, all keys that were."""
+    section, _, name = key.partition(".")
+    values = chosen.get(section, {})
+    return [(f"{section}.{each}", value) for each, value in values.items() if name in ("", each)]
 
 
 def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -182,7 +160,7 @@ def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What a sum of which nobody sees a part cannot be combined with."""
     privacy, federation, wire = config["privacy"], config["federation"], config["wire"]
-    if privacy["secure_aggregation"] == "none" or federation["method"] in (*SOLO_METHODS, "fedcybgd"):
+    if privacy["secure_aggregation"] == "none" or not METHODS[federation["method"]].averages:
         return
     how = f"privacy.secure_aggregation: {privacy['secure_aggregation']}"
     if privacy["clip_norm"] is None:
@@ -205,15 +183,9 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield f"faults.{place}.kind", f"{fault['kind']} cannot happen with {how}"
 
 
-def _nothing_to_protect(method: str, privacy: Mapping[str, Any]) -> Iterator[Problem]:
-    """Where updates never meet, there is no mean to hide in."""
-    for key in privacy if method in (*SOLO_METHODS, "fedcybgd") else ():
-        yield f"privacy.{key}", f"takes no effect with {method}, whose updates never meet; leave it out"
-
-
 def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
     """A commit cannot need more updates than are asked for."""
-    size = 1 if federation["method"] in ("fedcybgd", "central") else cohort_size(federation)
+    size = cohort_size(federation)
     if federation["min_updates"] > size:
         yield (
             "federation.min_updates",

@@ -8,13 +8,13 @@ so; nothing is ever ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from parablock.config.conflicts import refuse_conflicts
-from parablock.config.methods import Method
+from parablock.config.methods import LAGGING, METHODS, Method, MethodName
 from parablock.config.section import FaultSection, Section, default_of
 
 
@@ -114,7 +114,7 @@ class ServerOptimizerSection(Section):
 
 
 class LoraSection(Section):
-    """The adapters of the methods that train some (fedit, ffa_lora, flora)."""
+    """The adapters of the methods that train some."""
 
     rank: int = Field(8, ge=1, description="Rank of an adapter.")
     alpha: float = Field(16.0, gt=0, description="An adapter counts alpha / rank times.")
@@ -126,8 +126,8 @@ class LoraSection(Section):
 class FederationSection(Section):
     """Clients, rounds, and the method that joins them."""
 
-    method: Method = Field(
-        "parablock", description="parablock (delay ≥ 1), fl_bcd (the same with delay 0), or a baseline (delay 0)."
+    method: MethodName = Field(
+        "parablock", description="What a round trains, who is asked, and what becomes of the updates."
     )
     num_clients: int = Field(8, ge=1, description="Number of clients.")
     participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
@@ -151,13 +151,21 @@ class FederationSection(Section):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
-        method = value.get("method", "parablock")
-        if method != "parablock" and method in get_args(Method):
-            if value.setdefault("delay", 0) != 0:
-                raise ValueError(f"method {method} has delay 0, not {value['delay']}; for a delay choose parablock")
-        elif value.get("delay") == 0 and method == "parablock":
-            value["method"] = "fl_bcd"
+        name = value.get("method", cls.model_fields["method"].default)
+        method = METHODS.get(name) if isinstance(name, str) else None
+        if method is None:  # pydantic says which names there are
+            return value
+        if not method.may_lag and value.setdefault("delay", 0) != 0:
+            lagging = " or ".join(LAGGING)
+            raise ValueError(f"method {name} has delay 0, not {value['delay']}; for a delay choose {lagging}")
+        if value.get("delay") == 0 and method.without_delay is not None:
+            value["method"] = method.without_delay
         return value
+
+    @property
+    def traits(self) -> Method:
+        """The row of the method."""
+        return METHODS[self.method]
 
     @model_validator(mode="after")
     def _rules_take_their_own(self) -> FederationSection:

@@ -1,36 +1,178 @@
-"""TODO parablock.config.methods."""
+"""The methods of federated fine-tuning, one row of traits each.
+
+Every other file reads traits and never compares a name, so a method is known everywhere when its row is here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-Method = Literal[
-    "parablock",
-    "fl_bcd",
-    "fedavg",
-    "fedit",
-    "ffa_lora",
-    "flora",
-    "fedcybgd",
-    "fedprox",
-    "local",
-    "central",
-]
+from parablock.config.section import NOT_BUILT
 
 
-BLOCK_METHODS = ("parablock", "fl_bcd", "fedcybgd")
-"""Those that train one block at a time; to the others the section `blocks` says nothing."""
+@dataclass(frozen=True)
+class Method:
+    """What sets a method apart from the others.
+
+    Attributes:
+        title: Its name in the literature.
+        source: Where it is published; empty for a bound that nobody published.
+        summary: What distinguishes it, in one sentence for the documentation.
+        trains: What a round trains: one block, all parameters, or LoRA adapters.
+        combines: What the server makes of a round's updates: their mean, a stack of them, or nothing, because the
+            clients send nothing.
+        asks: Whether a round asks a cohort, or one client at a time in turn.
+        may_lag: Whether an update may be in flight for some rounds (`federation.delay`).
+        without_delay: The name that the method has with a delay of 0, where that is another one.
+        pools_data: Whether the rows of all clients are put into one.
+        matrices: Of every adapter, the groups of matrices that are trained; each group is a block.
+        own_keys: Keys, or whole sections, that have an effect with this method and those that list them too.
+        refuses: Keys whose default the method cannot do without, with the reason, which is told after the value.
+    """
+
+    title: str
+    source: str
+    summary: str
+    trains: Literal["blocks", "everything", "adapters"]
+    combines: Literal["mean", "stack", "nothing"] = "mean"
+    asks: Literal["cohort", "one_in_turn"] = "cohort"
+    may_lag: bool = False
+    without_delay: str | None = None
+    pools_data: bool = False
+    matrices: tuple[tuple[Literal["A", "B"], ...], ...] = ()
+    own_keys: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sends(self) -> bool:
+        """Whether clients send anything to the server."""
+        return self.combines != "nothing"
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a round gathers the updates of a cohort."""
+        return self.sends and self.asks == "cohort"
+
+    @property
+    def averages(self) -> bool:
+        """Whether the server makes a mean of these updates."""
+        return self.gathers and self.combines == "mean"
 
 
-LORA_METHODS = ("fedit", "ffa_lora", "flora")
-"""Those that train adapters, which are merged into the model at the end."""
+NO_MEAN = {
+    "mean": "whose updates never meet",
+    "stack": "which stacks updates and makes no mean of them",
+    "nothing": "which sends nothing, so that updates never meet",
+}
+"""Why there is no mean of several updates, by what the server makes of those of a round."""
+
+NOTHING_TO_CARRY = {"engine.name": "has nothing to carry where clients send nothing; use inprocess"}
+
+METHODS: dict[str, Method] = {
+    "parablock": Method(
+        "ParaBlock",
+        "Wang, Cao, Chen, 2025, arXiv 2511.19959",
+        "An update is in flight while the next block is trained.",
+        trains="blocks",
+        may_lag=True,
+        without_delay="fl_bcd",
+    ),
+    "fl_bcd": Method(
+        "FL-BCD", "Wang, Cao, Chen, 2025, arXiv 2511.19959", "ParaBlock with delay 0.", trains="blocks"
+    ),
+    "fedavg": Method(
+        "FedAvg", "McMahan et al., 2017, arXiv 1602.05629", "The server averages the models.", trains="everything"
+    ),
+    "fedit": Method(
+        "FedIT",
+        "Zhang et al., 2023, arXiv 2305.05644",
+        "The server averages A and B apart.",
+        trains="adapters",
+        matrices=(("A", "B"),),
+        own_keys=("lora",),
+    ),
+    "ffa_lora": Method(
+        "FFA-LoRA",
+        "Sun et al., 2024, arXiv 2403.12313",
+        "A stays as it was drawn, so the mean is exact.",
+        trains="adapters",
+        matrices=(("B",),),
+        own_keys=("lora",),
+    ),
+    "flora": Method(
+        "FLoRA",
+        "Wang et al., 2024, arXiv 2409.05976",
+        "The server stacks the adapters; the product is added to the matrices, and new ones are drawn.",
+        trains="adapters",
+        combines="stack",
+        matrices=(("A", "B"),),
+        own_keys=("lora",),
+        refuses={
+            "wire.format": f"{NOT_BUILT} for flora, whose adapters travel as float32",
+            "wire.chunk_bytes": "has no effect with flora: a stack goes down whole; leave it out",
+            "train.optimizer_state": "has nothing to keep with flora, whose adapters are new in each round",
+            "engine.name": f"{NOT_BUILT} for flora: every site would multiply the stack itself, and another "
+            "processor may round it differently; use inprocess",
+        },
+    ),
+    "fedcybgd": Method(
+        "FedCyBGD",
+        "Wang et al., 2024, arXiv 2406.11187",
+        "One client trains in a round; clients take turns.",
+        trains="blocks",
+        asks="one_in_turn",
+    ),
+    "fedprox": Method(
+        "FedProx",
+        "Li et al., 2020, arXiv 1812.06127",
+        "A proximal term in the local loss holds the weights near those of the round's start.",
+        trains="everything",
+        own_keys=("federation.proximal_mu",),
+    ),
+    "local": Method(
+        "local",
+        "",
+        "Every client trains for itself; scores are means over the clients' models.",
+        trains="everything",
+        combines="nothing",
+        refuses=NOTHING_TO_CARRY,
+    ),
+    "central": Method(
+        "central",
+        "",
+        "One client has the data of all.",
+        trains="everything",
+        combines="nothing",
+        pools_data=True,
+        refuses=NOTHING_TO_CARRY,
+    ),
+}
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+
+LAGGING = tuple(name for name, method in METHODS.items() if method.may_lag)
+"""The names of the methods that may have a delay."""
+
+OWNERS: dict[str, tuple[str, ...]] = {
+    key: tuple(name for name, method in METHODS.items() if key in method.own_keys)
+    for key in sorted({key for method in METHODS.values() for key in method.own_keys})
+}
+"""Each key, or section, that belongs to some methods only, with their names."""
 
 
-SOLO_METHODS = ("local", "central")
-"""Those whose clients send nothing and keep a model each."""
+def with_delay(name: str) -> str | None:
+    """Return the name that a method has with a delay; None if it may have none."""
+    return next((lagging for lagging in LAGGING if name in (lagging, METHODS[lagging].without_delay)), None)
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:
-    """Tell how many clients are asked in a round."""
+    """Return how many clients are asked in a round."""
+    method = METHODS[federation["method"]]
+    if method.asks == "one_in_turn" or method.pools_data:
+        return 1
     return max(1, round(float(federation["participation"]) * int(federation["num_clients"])))

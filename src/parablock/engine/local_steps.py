@@ -93,7 +93,7 @@ def local_steps_of(config: RunConfig) -> LocalSteps:
     train = config.train
     if train.num_local_steps != "auto":
         return FixedSteps(train.num_local_steps)
-    alike = config.privacy.secure_aggregation != "none" or config.federation.method == "flora"
+    alike = config.privacy.secure_aggregation != "none" or config.federation.traits.combines == "stack"
     link = Link(**config.link.model_dump())
     return FillTheWait(link, train.min_local_steps, train.max_local_steps, alike=alike)
 

@@ -124,8 +124,8 @@ def checkpoints_kept(config: RunConfig) -> int:
 
 
 def clients_of(config: RunConfig) -> int:
-    """Give how many clients there are: `central` puts all data into one."""
-    return 1 if config.federation.method == "central" else config.federation.num_clients
+    """Return how many clients there are: one where the method pools all data."""
+    return 1 if config.federation.traits.pools_data else config.federation.num_clients
 
 
 def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None) -> ServerPlan:
@@ -150,7 +150,7 @@ def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None)
         checkpoint_every=config.checkpoint.every_rounds,
         server_optimizer=ServerOptimizer(**federation.server_optimizer.model_dump()),
         aggregation_s=None if config.engine.step_time_s is None else 0.0,
-        in_turn=federation.method == "fedcybgd",
+        in_turn=federation.traits.asks == "one_in_turn",
         min_updates=fewest_updates(config),
         deadline_factor=federation.deadline_factor,
         folder=folder,
@@ -166,5 +166,5 @@ def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
 def encoding_of(config: RunConfig) -> Encoding:
     """Return how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
     wire = config.wire
-    chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.method != "flora" else None
+    chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.traits.combines != "stack" else None
     return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)

@@ -149,8 +149,8 @@ def _read_rows(config: RunConfig, all_rows_of: int | None) -> tuple[list[tuple[R
 
 
 def _joined(parts: list[tuple[Row, ...]], config: RunConfig) -> list[tuple[Row, ...]]:
-    """Put all rows into one client where the method is `central`; what is held out stays the same."""
-    if config.federation.method != "central":
+    """Put all rows into one client where the method pools data; what is held out stays the same."""
+    if not config.federation.traits.pools_data:
         return parts
     return [tuple(row for part in parts for row in part)]
 

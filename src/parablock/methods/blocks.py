@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.methods.adapters import fedit_blocks, ffa_lora_blocks
+from parablock.methods.adapters import adapter_blocks
 from parablock.model.blocks import Block, partition_blocks, whole_model
 
 
 def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
-    """Give what the configured method trains and sends; methods of adapters put them into the model.
+    """Return what the configured method trains and sends; methods of adapters put them into the model.
 
     Raises:
         ModelError: The model has no such blocks, or adapters cannot be made.
     """
-    return _BLOCKS.get(config.federation.method, layer_blocks)(model, config)
+    match config.federation.traits.trains:
+        case "blocks":
+            return layer_blocks(model, config)
+        case "everything":
+            return whole_model(model, config.blocks.layers_path)
+        case "adapters":
+            return adapter_blocks(model, config)
 
 
 def layer_blocks(
@@ -41,15 +45,3 @@ def layer_blocks(
         include_head=section.include_head,
         layers_path=section.layers_path,
     )
-
-
-def _everything(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
-    return whole_model(model, config.blocks.layers_path)
-
-
-_BLOCKS: dict[str, Callable[[PreTrainedModel, RunConfig], tuple[Block, ...]]] = {
-    **dict.fromkeys(("fedavg", "fedprox", "local", "central"), _everything),
-    "fedit": fedit_blocks,
-    "ffa_lora": ffa_lora_blocks,
-    "flora": fedit_blocks,
-}

@@ -72,17 +72,22 @@ def draw_a(like: Tensor, seed: int, *indices: int) -> Tensor:
 
 
 def adapter_block(
-    model: PreTrainedModel, *, matrices: Sequence[str] = ("A", "B"), layers_path: str | None = None
+    model: PreTrainedModel,
+    *,
+    index: int = 0,
+    matrices: Sequence[str] = ("A", "B"),
+    layers_path: str | None = None,
 ) -> Block:
     """Make one block of the adapters' parameters, module after module.
 
     Args:
         model: A model with adapters.
+        index: The block's place among the blocks.
         matrices: Which of each adapter's two.
         layers_path: As in `partition_blocks`.
     """
     names = [f"{name}.lora_{letter}.{ADAPTER}.weight" for name, _ in adapted_layers(model) for letter in matrices]
-    return _whole_model(f"adapters, {' and '.join(matrices)}", names, model, layers_path)
+    return _whole_model(f"adapters, {' and '.join(matrices)}", names, model, layers_path, index)
 
 
 def matrices_block(model: PreTrainedModel, *, layers_path: str | None = None) -> Block:
@@ -118,11 +123,13 @@ def merge_adapters(model: PreTrainedModel) -> None:
         vars(model).pop(mark, None)
 
 
-def _whole_model(name: str, names: Sequence[str], model: PreTrainedModel, layers_path: str | None) -> Block:
+def _whole_model(
+    name: str, names: Sequence[str], model: PreTrainedModel, layers_path: str | None, index: int = 0
+) -> Block:
     """Make one block, over all layers, of the parameters that have these names."""
     layers_path, layers = find_layers(model, layers_path)
     return Block(
-        index=0,
+        index=index,
         name=name,
         layers=tuple(range(len(layers))),
         parameter_names=tuple(names),

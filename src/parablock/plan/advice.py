@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import BLOCK_METHODS
+from parablock.config.methods import LAGGING, with_delay
 from parablock.plan.timing import Timing
 from parablock.report.units import format_duration
 
@@ -100,7 +100,7 @@ def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *
     facts = f"an exchange takes {exchange} and a round computes for {compute}"
     changes = _changes(config, advice, num_local_steps)
     if config.federation.delay == 0:
-        overlap = "delay: 1" if config.federation.method in BLOCK_METHODS else "method: parablock"
+        overlap = "delay: 1" if with_delay(config.federation.method) else f"method: {LAGGING[0]}"
         aim = "to hide the exchange" if advice.hides else "to hide what can be hidden of the exchange"
         changes = [f"federation.{overlap}", *changes]
         return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."

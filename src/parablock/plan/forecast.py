@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import LORA_METHODS
+from parablock.config.methods import METHODS
 from parablock.errors import ConfigError
 from parablock.model.blocks import Block
 from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
@@ -18,7 +18,6 @@ from parablock.wire.quantize import payload_bytes
 from parablock.wire.transport import Link
 
 SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
-METHODS = ("parablock", "fl_bcd", "fedavg", *LORA_METHODS)
 ASSUMPTIONS = (
     "the link is as configured, the same for every client; aggregation, evaluation and checkpoints take no time",
     "activations are estimated for the longest examples that data.max_length allows",
@@ -87,9 +86,9 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         InputError: The model cannot be read, plans of this method cannot be made, or, with `probe`, anything
             else that the run needs is missing or wrong.
     """
-    method = config.federation.method
-    if method not in METHODS:
-        raise ConfigError([f"federation.method: plans are made for {', '.join(METHODS)}, not for {method}"])
+    if not config.federation.traits.gathers:  # the walk follows rounds in which a cohort sends
+        names = ", ".join(name for name, method in METHODS.items() if method.gathers)
+        raise ConfigError([f"federation.method: plans are made for {names}, not for {config.federation.method}"])
     return _plan(Scenario(config, probe=probe))
 
 
@@ -97,7 +96,8 @@ def _plan(scenario: Scenario) -> Plan:
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format
     itinerary = scenario.walk(len(blocks), delay)
-    formats = dict.fromkeys((*WIRE_FORMATS, wire_format) if config.federation.method != "flora" else (wire_format,))
+    fixed = "wire.format" in config.federation.traits.refuses
+    formats = dict.fromkeys((wire_format,) if fixed else (*WIRE_FORMATS, wire_format))
     traffic = {name: total_bytes(itinerary, scenario.sizes(blocks, name)) for name in formats}
     timing, serial = (
         scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import LORA_METHODS
 from parablock.model.blocks import Block, find_layers
 
+WAYS = {"blocks": "block", "adapters": "lora", "everything": "full"}
+"""The way of fine-tuning of a method, by what it trains."""
 LORA_RANK = 16
 """Of the adapters that a run without any is compared with."""
 FROZEN_LAYER, TRAINED_LAYER = 1.5, 2.4
@@ -102,6 +103,11 @@ def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config:
     }
 
 
+def adapter_rank(config: RunConfig) -> int:
+    """Return the rank of the run's adapters, or of those that a run without any is compared with."""
+    return config.lora.rank if config.federation.traits.trains == "adapters" else LORA_RANK
+
+
 class _Activations:
     """What autograd keeps of a micro-batch whose examples are as long as they may be."""
 
@@ -137,13 +143,12 @@ def _outputs(layer: nn.Module) -> int:
 def _adapter_parameters(model: PreTrainedModel, config: RunConfig) -> int:
     """Count the parameters of LoRA adapters on every weight matrix of the decoder layers."""
     _, layers = find_layers(model, config.blocks.layers_path)
-    rank = config.lora.rank if config.federation.method in LORA_METHODS else LORA_RANK
-    return rank * sum(sum(_shape(module)) for module in layers.modules())
+    return adapter_rank(config) * sum(sum(_shape(module)) for module in layers.modules())
 
 
 def _base_of_adapters(model: PreTrainedModel, config: RunConfig, adapters: int) -> int:
-    """Give the bytes of what was committed last: the adapters, or the matrices that FLoRA adds them to."""
-    if config.federation.method != "flora":
+    """Give the bytes of what was committed last: the adapters, or the matrices that a stack is added to."""
+    if config.federation.traits.combines != "stack":
         return adapters * FP32
     _, layers = find_layers(model, config.blocks.layers_path)
     elements = sum(math.prod(_shape(module)) for module in layers.modules())

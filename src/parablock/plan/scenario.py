@@ -7,7 +7,7 @@ from statistics import fmean
 
 from parablock.algorithm.parablock import steps_of
 from parablock.config.keys import RunConfig
-from parablock.config.methods import BLOCK_METHODS, LORA_METHODS, cohort_size
+from parablock.config.methods import cohort_size, with_delay
 from parablock.engine.local_steps import local_steps_of
 from parablock.experiment.engines import encoding_of
 from parablock.experiment.fit_blocks import estimated_compute, fitted, flops_of, never_visited
@@ -53,15 +53,15 @@ class Scenario:
         assert isinstance(config.blocks.layers_per_block, int)
         self.layers_per_block = config.blocks.layers_per_block
         self.notes = [f"blocks.layers_per_block: auto is {self.layers_per_block} here"] if asked == "auto" else []
-        method = config.federation.method
-        self.overlaps = method in BLOCK_METHODS
+        method = config.federation.traits
+        self.overlaps = with_delay(config.federation.method) is not None
         own = self.outline  # methods of adapters put them into the model
-        if method in LORA_METHODS:
+        if method.trains == "adapters":
             own = outline_model(config.model.name_or_path, dtype=config.model.dtype)
         self.blocks: tuple[Block, ...] = trained_blocks(own, config)
         self._dtype = str(own.get_parameter(self.blocks[0].parameter_names[0]).dtype).removeprefix("torch.")
         self._stacked = None
-        if method == "flora":
+        if method.combines == "stack":
             matrices = matrices_block(own, layers_path=config.blocks.layers_path)
             size = cohort_size(config.federation.model_dump())
             self._stacked = Stacked(matrices.num_parameters, size)

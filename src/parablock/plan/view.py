@@ -10,9 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import LORA_METHODS
 from parablock.plan.forecast import Plan
-from parablock.plan.memory import LORA_RANK
+from parablock.plan.memory import adapter_rank
 from parablock.report.units import format_bytes, format_duration
 
 MEMORY_ROWS = {"block": "blocks", "lora": "LoRA, r = {}", "full": "all at once"}
@@ -87,11 +86,10 @@ def _speeds(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan, config: RunConfig) -> Table:
-    rank = config.lora.rank if config.federation.method in LORA_METHODS else LORA_RANK
     table = _table("Memory of a client", "training", "all", "model", "gradients, AdamW", "copies", "activations")
     for name, parts in plan.memory_parts.items():
         table.add_row(
-            MEMORY_ROWS[name].format(rank),
+            MEMORY_ROWS[name].format(adapter_rank(config)),
             format_bytes(plan.memory_bytes[name]),
             format_bytes(parts["parameters"]),
             format_bytes(parts["gradients"] + parts["optimizer_state"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -42,7 +42,7 @@ class BlockAdamW:
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
-        proximal_mu: μ of FedProx, which pulls towards the weights as they are now.
+        gradient_terms: Names of `GRADIENT_TERMS`, each with its weight.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BlockAdamW:
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
-        proximal_mu: float = 0.0,
+        gradient_terms: Mapping[str, float],
     ) -> None:
         self._block = block
         self._weights = block if block.dtype == torch.float32 else block.float()
@@ -64,8 +64,8 @@ class BlockAdamW:
         self._steps = moments.step if moments else 0
         self._max_grad_norm = max_grad_norm
         self._views = _views(self._weights, parameters)
-        self._proximal_mu = proximal_mu
-        self._anchors = _views(self._weights.clone(), parameters) if proximal_mu else []
+        self._terms = [(GRADIENT_TERMS[name], weight) for name, weight in gradient_terms.items()]
+        self._anchors = _views(self._weights.clone(), parameters) if self._terms else []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, view))  # type: ignore[no-untyped-call]
             for parameter, view in zip(parameters, self._views, strict=True)
@@ -80,8 +80,8 @@ class BlockAdamW:
 
     def step(self, learning_rate: float) -> None:
         """Take one step with the gradients accumulated since the last one, and free them."""
-        if self._proximal_mu:
-            add_proximal_gradient(self._views, self._anchors, self._proximal_mu)
+        for add_gradient, weight in self._terms:
+            add_gradient(self._views, self._anchors, weight)
         if self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._views, self._max_grad_norm)
         for group in self._optimizer.param_groups:
@@ -139,3 +139,12 @@ def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], 
     for weight, anchor in zip(weights, anchors, strict=True):
         if weight.grad is not None:
             weight.grad.add_(weight.detach() - anchor, alpha=mu)
+
+
+GRADIENT_TERMS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], None]] = {
+    "proximal_mu": add_proximal_gradient,
+}
+"""What a method can add to the gradient, by the key of `federation` that holds its weight.
+
+Each function takes the weights with their gradients, the weights at the start of the round, and that weight.
+"""

@@ -9,8 +9,8 @@ arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -41,7 +41,7 @@ class LocalArguments:
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
         adam_epsilon: AdamW's epsilon.
-        proximal_mu: μ of FedProx; 0 for every other method.
+        gradient_terms: The terms that the method adds to the gradient, each with its weight; see `GRADIENT_TERMS`.
     """
 
     learning_rate: float
@@ -54,7 +54,7 @@ class LocalArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    proximal_mu: float = 0.0
+    gradient_terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _optimizer(
         eps=arguments.adam_epsilon,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,
-        proximal_mu=arguments.proximal_mu,
+        gradient_terms=arguments.gradient_terms,
     )
 
 

@@ -14,6 +14,7 @@ from parablock.data.batches import round_batches
 from parablock.data.prompts import Example
 from parablock.model.device_copy import ArrivingVector
 from parablock.model.params import Replica
+from parablock.training.adamw import GRADIENT_TERMS
 from parablock.training.local import LocalArguments, Moments, train_block
 from parablock.wire.messages import RoundStart
 
@@ -114,7 +115,11 @@ def local_arguments(config: RunConfig) -> LocalArguments:
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         adam_epsilon=train.adam_epsilon,
-        proximal_mu=federation.proximal_mu if federation.method == "fedprox" else 0.0,
+        gradient_terms={
+            name: getattr(federation, name)
+            for name in GRADIENT_TERMS
+            if f"federation.{name}" in federation.traits.own_keys
+        },
     )
 
 
