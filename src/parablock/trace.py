@@ -12,6 +12,8 @@ from typing import Any
 
 from parablock.clock import Clock
 
+TRANSFERS = ("uploading", "downloading")
+
 
 @dataclass(frozen=True)
 class Span:
@@ -71,59 +73,6 @@ class Trace:
         self.spans.append(Span(client_id, lane, activity, start_s, self.clock.now() - start_s, facts))
         if self._on_end is not None:
             self._on_end(client_id, activity)
-
-
-def write_chrome_trace(spans: list[Span], path: Path) -> None:
-    """Write spans as Chrome trace events: one process for each client and one for the server.
-
-    Perfetto and chrome://tracing open it. Times are microseconds; waiting is left out, a gap shows it.
-    """
-    events: list[dict[str, Any]] = []
-    lanes = {"server": 0, "compute": 1, "communication": 2}
-    tracks = sorted(
-        {(span.client_id, span.lane) for span in spans}, key=lambda t: (t[0] is not None, t[0] or 0, t[1])
-    )
-    for client_id, lane in tracks:
-        pid = 0 if client_id is None else client_id + 1
-        process = "server" if client_id is None else f"client {client_id}"
-        events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}})
-        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lanes[lane], "args": {"name": lane}})
-    for span in spans:
-        if span.activity == "waiting":
-            continue
-        events.append(
-            {
-                "ph": "X",
-                "name": span.activity,
-                "cat": span.lane,
-                "pid": 0 if span.client_id is None else span.client_id + 1,
-                "tid": lanes[span.lane],
-                "ts": round(span.start_s * 1e6, 3),
-                "dur": round(span.duration_s * 1e6, 3),
-                "args": span.facts,
-            }
-        )
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-
-
-def read_chrome_trace(path: Path) -> list[Span]:
-    """Read the spans back from a file that `write_chrome_trace` made."""
-    lanes = ("server", "compute", "communication")
-    return [
-        Span(
-            None if event["pid"] == 0 else event["pid"] - 1,
-            lanes[event["tid"]],
-            event["name"],
-            event["ts"] / 1e6,
-            event["dur"] / 1e6,
-            event["args"],
-        )
-        for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        if event["ph"] == "X"
-    ]
-
-
-TRANSFERS = ("uploading", "downloading")
 
 
 @dataclass(frozen=True)
@@ -217,3 +166,53 @@ def _cut(transfer: Span, computing: Sequence[Span]) -> list[TransferPiece]:
 
 def _end(span: Span) -> float:
     return span.start_s + span.duration_s
+
+
+def write_chrome_trace(spans: list[Span], path: Path) -> None:
+    """Write spans as Chrome trace events: one process for each client and one for the server.
+
+    Perfetto and chrome://tracing open it. Times are microseconds; waiting is left out, a gap shows it.
+    """
+    events: list[dict[str, Any]] = []
+    lanes = {"server": 0, "compute": 1, "communication": 2}
+    tracks = sorted(
+        {(span.client_id, span.lane) for span in spans}, key=lambda t: (t[0] is not None, t[0] or 0, t[1])
+    )
+    for client_id, lane in tracks:
+        pid = 0 if client_id is None else client_id + 1
+        process = "server" if client_id is None else f"client {client_id}"
+        events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}})
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lanes[lane], "args": {"name": lane}})
+    for span in spans:
+        if span.activity == "waiting":
+            continue
+        events.append(
+            {
+                "ph": "X",
+                "name": span.activity,
+                "cat": span.lane,
+                "pid": 0 if span.client_id is None else span.client_id + 1,
+                "tid": lanes[span.lane],
+                "ts": round(span.start_s * 1e6, 3),
+                "dur": round(span.duration_s * 1e6, 3),
+                "args": span.facts,
+            }
+        )
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def read_chrome_trace(path: Path) -> list[Span]:
+    """Read the spans back from a file that `write_chrome_trace` made."""
+    lanes = ("server", "compute", "communication")
+    return [
+        Span(
+            None if event["pid"] == 0 else event["pid"] - 1,
+            lanes[event["tid"]],
+            event["name"],
+            event["ts"] / 1e6,
+            event["dur"] / 1e6,
+            event["args"],
+        )
+        for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        if event["ph"] == "X"
+    ]

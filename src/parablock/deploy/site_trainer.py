@@ -122,7 +122,7 @@ def _sealed(
     folder.begin_secrets()
     restored = folder.position.round_index
     first_open = 0 if restored is None else max(0, restored - config.federation.delay)
-    return MaskedMailbox(mailbox, masking.courier(client_id, first_open))
+    return MaskedMailbox(mailbox, masking.make_client(client_id, first_open))
 
 
 def _where(

@@ -47,7 +47,7 @@ from parablock.wire.messages import (
     new_block_value,
     to_bytes,
 )
-from parablock.wire.quantize import QUANTIZED, Encoding, Vector, joined, pack
+from parablock.wire.quantize import QUANTIZED, Encoding, Vector, join_chunks, pack
 
 if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
@@ -302,7 +302,7 @@ class Client:
 
 def decoded(chunks: Sequence[Vector], grid: FixedPointGrid | None) -> Tensor:
     """Give what the server sees of an update, or would see of it alone: flat, fp32."""
-    return joined(chunks) if grid is None else grid.decode(chunks[0].values)
+    return join_chunks(chunks) if grid is None else grid.decode(chunks[0].values)
 
 
 def restore_client(

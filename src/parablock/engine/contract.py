@@ -148,10 +148,10 @@ class MaskedEnd(ServerEnd, Protocol):
 class Masking(Protocol):
     """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
 
-    def courier(self, client_id: int, first_round: int) -> Interceptor:
+    def make_client(self, client_id: int, first_round: int) -> Interceptor:
         """Make a client's side."""
 
-    def collector(self, inner: ServerEnd, first_round: int) -> MaskedEnd:
+    def make_server(self, inner: ServerEnd, first_round: int) -> MaskedEnd:
         """Make the server's side, over a transport."""
 
 

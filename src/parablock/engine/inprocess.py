@@ -165,7 +165,7 @@ def run_in_process(
     transport = MemoryTransport(trace.clock, link, len(trainers))
     checkpoints = _Checkpoints(trace, transport, len(trainers), hooks, faults)
     first_open = 0 if resumed is None else resumed.server.committed + 1
-    collector = masking.collector(transport, first_open) if masking else None
+    collector = masking.make_server(transport, first_open) if masking else None
 
     def make_client(client_id: int, state: ClientState | None = None, kept: ClientSnapshot | None = None) -> Client:
         sent, back = dict[int, list[bytes]](), kept is not None
@@ -186,7 +186,7 @@ def run_in_process(
                 end,
                 trace,
                 stall_timeout_s=plan.stall_timeout_s,
-                courier=masking.courier(client_id, first_open) if masking else None,
+                courier=masking.make_client(client_id, first_open) if masking else None,
             ),
             trace,
             in_flight=in_flight,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate
 from parablock.algorithm.fixed_point import FixedPointAggregation
-from parablock.algorithm.robust import RoundAggregation, scaled
+from parablock.algorithm.robust import RoundAggregation, scale
 from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
 from parablock.errors import CodecError
 from parablock.wire.messages import Update
@@ -281,7 +281,7 @@ class RoundFold:
         self._aggregation.unmask(masks_of(self.round_index, self.expected, self._cuts[0].stop))
 
     def _numbers(self, vector: Vector, factor: float) -> Tensor:
-        return vector.values if self._aggregation.on_grid else scaled(vector.values.float(), factor)
+        return vector.values if self._aggregation.on_grid else scale(vector.values.float(), factor)
 
     def _evening(self) -> dict[int, float]:
         """Give K̄ / K_i for everybody who is folded, so that nobody has more say for more steps.

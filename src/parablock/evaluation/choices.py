@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from parablock.data.prompts import IGNORED_LABEL, Example, Tokenized, tokenize_rows, with_completion
+from parablock.data.prompts import IGNORED_LABEL, Example, Tokenized, tokenize_rows, replace_completion
 from parablock.data.sources import Row
 from parablock.errors import DataError, TrainingError
 from parablock.evaluation.scoring import Sample, TaskResult, context_length, score_examples
@@ -135,7 +135,7 @@ def _tokenize_choices(
     limit: int | None,
 ) -> list[Example]:
     rows = [
-        with_completion(example.row, choice, data_format=data_format)
+        replace_completion(example.row, choice, data_format=data_format)
         for example, choices in zip(examples, choices_of, strict=True)
         for choice in choices
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from parablock.data.prompts import Example, stop_token_ids
+from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.errors import DataError
 from parablock.evaluation.scoring import Sample, TaskResult, context_length, evaluation_mode
 
@@ -175,7 +175,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_token_ids(tokenizer)),
+        eos_token_id=list(find_stop_token_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
     )
     try:

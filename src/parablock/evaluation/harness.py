@@ -34,7 +34,7 @@ class HarnessScore:
     count: int
 
 
-def harness_scores(
+def score_with_harness(
     model_or_run_dir: str,
     tasks: Sequence[str],
     *,

@@ -5,6 +5,7 @@ Shapes: B examples of a batch, T tokens of the longest of them, N labelled token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,6 @@ from torch.nn import functional
 
 from parablock.data.batches import collate
 from parablock.data.prompts import IGNORED_LABEL, Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-import math
-from typing import TYPE_CHECKING
-
 from parablock.errors import DataError
 
 if TYPE_CHECKING:
@@ -110,28 +105,6 @@ def score_examples(
     return [likelihoods[index] for index in range(len(examples))]
 
 
-def _place_in_order(example: Example) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    return len(example.input_ids), example.input_ids, example.labels
-
-
-def _score_batch(model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int) -> list[Likelihood]:
-    batch = collate(examples, pad_token_id=pad_token_id)
-    logits_BTV = model(
-        input_ids=batch.input_ids_BT.to(model.device),
-        attention_mask=batch.attention_mask_BT.to(model.device),
-        use_cache=False,
-    ).logits
-    targets_BT = batch.labels_BT[:, 1:].to(model.device)  # the logits of one position predict the next token
-    counted_BT = targets_BT != IGNORED_LABEL
-    logits_NV = logits_BTV[:, :-1][counted_BT].float()
-    log_probs_BT = torch.zeros(targets_BT.shape, dtype=torch.float64, device=model.device)
-    log_probs_BT[counted_BT] = -functional.cross_entropy(
-        logits_NV, targets_BT[counted_BT], reduction="none"
-    ).double()
-    pairs = zip(log_probs_BT.sum(dim=1).tolist(), counted_BT.sum(dim=1).tolist(), strict=True)
-    return [Likelihood(log_prob, num_tokens) for log_prob, num_tokens in pairs]
-
-
 def evaluate_loss(
     model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
 ) -> float:
@@ -160,3 +133,25 @@ def evaluate_loss(
             remedy="Give test data with completions, or raise data.max_length if the prompts fill it.",
         )
     return -math.fsum(likelihood.log_prob for likelihood in likelihoods) / num_tokens
+
+
+def _place_in_order(example: Example) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return len(example.input_ids), example.input_ids, example.labels
+
+
+def _score_batch(model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int) -> list[Likelihood]:
+    batch = collate(examples, pad_token_id=pad_token_id)
+    logits_BTV = model(
+        input_ids=batch.input_ids_BT.to(model.device),
+        attention_mask=batch.attention_mask_BT.to(model.device),
+        use_cache=False,
+    ).logits
+    targets_BT = batch.labels_BT[:, 1:].to(model.device)  # the logits of one position predict the next token
+    counted_BT = targets_BT != IGNORED_LABEL
+    logits_NV = logits_BTV[:, :-1][counted_BT].float()
+    log_probs_BT = torch.zeros(targets_BT.shape, dtype=torch.float64, device=model.device)
+    log_probs_BT[counted_BT] = -functional.cross_entropy(
+        logits_NV, targets_BT[counted_BT], reduction="none"
+    ).double()
+    pairs = zip(log_probs_BT.sum(dim=1).tolist(), counted_BT.sum(dim=1).tolist(), strict=True)
+    return [Likelihood(log_prob, num_tokens) for log_prob, num_tokens in pairs]

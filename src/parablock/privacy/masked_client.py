@@ -17,15 +17,15 @@ from parablock.errors import CodecError
 from parablock.privacy.masking import (
     SHARE_BYTES,
     Cohorts,
-    agreed,
+    agree_key,
     new_private_key,
     own_mask,
     pair_mask,
     public_key,
     seal,
-    split,
+    split_secret,
     threshold_of,
-    total,
+    add_words,
     unseal,
 )
 from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
@@ -38,8 +38,8 @@ from parablock.wire.sealing import (
     Revealed,
     Roster,
     Shares,
-    content_of,
-    opaque,
+    unpack_bytes,
+    pack_bytes,
 )
 from parablock.wire.transport import Parcel
 
@@ -74,7 +74,7 @@ class MaskedClient:
             return []
         keys = [self._letter_key, *self._mask_keys.values()]
         content = b"".join(public_key(key) for key in keys)
-        return [Parcel(to_bytes(Advertise(self._client_id, opaque(content))), self._first)]
+        return [Parcel(to_bytes(Advertise(self._client_id, pack_bytes(content))), self._first)]
 
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
         """Mask what is an update, as soon as that can be done."""
@@ -104,7 +104,7 @@ class MaskedClient:
         return None
 
     def _shares(self, roster: Roster) -> Shares:
-        content, end = content_of(roster.keys), 0
+        content, end = unpack_bytes(roster.keys), 0
         for client_id in range(self._cohorts.num_clients):
             begin, end = end, end + KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
             self._public.append([content[k : k + KEY_BYTES] for k in range(begin, end, KEY_BYTES)])
@@ -112,8 +112,8 @@ class MaskedClient:
         for t in self._rounds:
             cohort = self._cohorts.of_round[t]
             threshold = threshold_of(len(cohort))
-            seeds = split(self._seeds[t], len(cohort), threshold)
-            keys = split(self._mask_keys[t], len(cohort), threshold)
+            seeds = split_secret(self._seeds[t], len(cohort), threshold)
+            keys = split_secret(self._mask_keys[t], len(cohort), threshold)
             for other, seed, key in zip(cohort, seeds, keys, strict=True):
                 letters[other] += [seed, key]
         self._keep(self._client_id, b"".join(letters[self._client_id]))
@@ -122,10 +122,10 @@ class MaskedClient:
             for other in range(self._cohorts.num_clients)
             if other != self._client_id
         ]
-        return Shares(self._client_id, tuple(map(len, sealed)), opaque(b"".join(sealed)))
+        return Shares(self._client_id, tuple(map(len, sealed)), pack_bytes(b"".join(sealed)))
 
     def _read(self, message: Letters) -> None:
-        content, end = content_of(message.letters), 0
+        content, end = unpack_bytes(message.letters), 0
         others = [other for other in range(self._cohorts.num_clients) if other != self._client_id]
         if len(message.letter_bytes) != len(others):
             raise CodecError(
@@ -150,7 +150,7 @@ class MaskedClient:
             self._kept[t, other] = seed, key
 
     def _letter_key_with(self, other: int) -> bytes:
-        return agreed(self._letter_key, self._public[other][0], "letters")
+        return agree_key(self._letter_key, self._public[other][0], "letters")
 
     def _masked(self, parcel: Parcel) -> Parcel:
         if kind_of(parcel.message) != "Update":
@@ -164,7 +164,7 @@ class MaskedClient:
                 public = self._public[other][self._cohorts.place_of(other, t)]
                 masks.append(pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
         words = message.delta.values.numpy().view(np.uint32)
-        masked = torch.from_numpy(total([words, *masks], size).view(np.int32))
+        masked = torch.from_numpy(add_words([words, *masks], size).view(np.int32))
         return replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))
 
     def _reveal(self, message: Reveal) -> Revealed:
@@ -179,4 +179,4 @@ class MaskedClient:
                 remedy="Two sums would give a single update away; do not trust this server.",
             )
         shares = [self._kept[t, other][0 if other in clients else 1] for other in cohort]
-        return Revealed(t, self._client_id, opaque(b"".join(shares)))
+        return Revealed(t, self._client_id, pack_bytes(b"".join_secret(shares)))

@@ -18,12 +18,12 @@ from parablock.privacy.masked_client import KEY_BYTES
 from parablock.privacy.masking import (
     SHARE_BYTES,
     Cohorts,
-    join,
+    join_secret,
     own_mask,
     pair_mask,
     public_key,
     threshold_of,
-    total,
+    add_words,
 )
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import (
@@ -34,8 +34,8 @@ from parablock.wire.sealing import (
     Revealed,
     Roster,
     Shares,
-    content_of,
-    opaque,
+    unpack_bytes,
+    pack_bytes,
 )
 from parablock.wire.transport import Parcel, ServerEnd
 
@@ -121,7 +121,7 @@ class MaskedServer:
             for other in clients:  # what they have added for the one whose update is missing
                 public = self._key(other, round_index)
                 parts.append(pair_mask(secret, public, round_index, other, client_id, size))
-        return torch.from_numpy(total(parts, size).view(np.int32))
+        return torch.from_numpy(add_words(parts, size).view(np.int32))
 
     def _begin(self) -> None:
         """Let everybody have everybody's keys, then everybody's letters."""
@@ -130,14 +130,14 @@ class MaskedServer:
         everybody = range(self._cohorts.num_clients)
         while missing := [i for i in everybody if i not in self._keys]:
             self._receive(f"the keys of clients {', '.join(map(str, missing))}")
-        roster = to_bytes(Roster(opaque(b"".join(self._keys[i] for i in everybody))))
+        roster = to_bytes(Roster(pack_bytes(b"".join(self._keys[i] for i in everybody))))
         for client_id in everybody:
             self._inner.send(client_id, Parcel(roster, self._first))
         while missing := [i for i in everybody if i not in self._shares]:
             self._receive(f"the shares of clients {', '.join(map(str, missing))}")
         for client_id in everybody:
             letters = [self._letter(sender, client_id) for sender in everybody if sender != client_id]
-            message = Letters(tuple(map(len, letters)), opaque(b"".join(letters)))
+            message = Letters(tuple(map(len, letters)), pack_bytes(b"".join(letters)))
             self._inner.send(client_id, Parcel(to_bytes(message), self._first))
         self._has_begun = True
 
@@ -150,13 +150,13 @@ class MaskedServer:
             return
         message: Message = from_bytes(raw)
         match message:
-            case Advertise() if len(content_of(message.keys)) == self._num_key_bytes(client_id):
-                self._keys.setdefault(client_id, content_of(message.keys))
+            case Advertise() if len(unpack_bytes(message.keys)) == self._num_key_bytes(client_id):
+                self._keys.setdefault(client_id, unpack_bytes(message.keys))
             case Shares() if len(message.letter_bytes) == self._cohorts.num_clients - 1:
                 self._shares.setdefault(client_id, message)
             case Revealed() if message.round_index in self._revealed:
                 cohort = self._cohorts.of_round[message.round_index]
-                content = content_of(message.shares)
+                content = unpack_bytes(message.shares)
                 if client_id in cohort and len(content) == SHARE_BYTES * len(cohort):
                     self._revealed[message.round_index].setdefault(client_id, content)
             case _:
@@ -173,7 +173,7 @@ class MaskedServer:
         shares = self._shares[sender]
         place = receiver - (receiver > sender)
         begin = sum(shares.letter_bytes[:place])
-        return content_of(shares.letters)[begin : begin + shares.letter_bytes[place]]
+        return unpack_bytes(shares.letters)[begin : begin + shares.letter_bytes[place]]
 
     def _key(self, client_id: int, round_index: int) -> bytes:
         begin = KEY_BYTES * self._cohorts.place_of(client_id, round_index)
@@ -182,7 +182,7 @@ class MaskedServer:
     @staticmethod
     def _joined(shares: dict[int, bytes], client_id: int) -> bytes:
         try:
-            return join(shares)
+            return join_secret(shares)
         except ValueError:
             raise _unfit(client_id) from None
 

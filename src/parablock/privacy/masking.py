@@ -27,77 +27,11 @@ from parablock.errors import CodecError
 from parablock.privacy.keystream import Keystream, derive
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
-"""Whole numbers modulo 2^32."""
+"""Integers modulo 2^32."""
 
-
-def new_private_key() -> bytes:
-    """Draw an X25519 key."""
-    return X25519PrivateKey.generate().private_bytes_raw()
-
-
-def public_key(private: bytes) -> bytes:
-    """Give what may be told of a key."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
-
-
-def agreed(private: bytes, public: bytes, *purpose: str | int) -> bytes:
-    """Give the secret that two keys agree upon for a purpose; the same from either side.
-
-    Raises:
-        CodecError: The public key is none.
-    """
-    try:
-        exchanged = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:
-        raise CodecError(
-            f"{public.hex()} is no public key: {error}",
-            cause="It was changed on its way, or somebody wants to know what is masked with it.",
-            remedy="Start the run again; if it happens again, do not trust the server.",
-        ) from None
-    return derive(exchanged, *purpose)
-
-
-def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int, size: int) -> Words:
-    """Give what client_id adds for its pair with another client; what the other adds is its negative.
-
-    Args:
-        private: The key for this round of either of the two.
-        public: That of the other of the two.
-        round_index: The round.
-        client_id: Whose mask.
-        other: With whom.
-        size: How many words.
-    """
-    low, high = sorted((client_id, other))
-    words = Keystream(agreed(private, public, "pair", round_index, low, high)).words(size)
-    return words if client_id == low else np.negative(words)
-
-
-def own_mask(seed: bytes, size: int) -> Words:
-    """Give what a client adds for itself."""
-    return Keystream(derive(seed, "own")).words(size)
-
-
-def seal(key: bytes, sender: int, receiver: int, content: bytes) -> bytes:
-    """Encrypt a letter, of which there is one from one client to another under one key."""
-    return ChaCha20Poly1305(derive(key, sender, receiver)).encrypt(bytes(12), content, None)
-
-
-def unseal(key: bytes, sender: int, receiver: int, letter: bytes) -> bytes:
-    """Decrypt a letter.
-
-    Raises:
-        InvalidTag: It is not what the sender wrote.
-    """
-    return ChaCha20Poly1305(derive(key, sender, receiver)).decrypt(bytes(12), letter, None)
-
-
-def total(parts: Sequence[Words], size: int) -> Words:
-    """Add words modulo 2^32."""
-    sum_ = np.zeros(size, dtype=np.uint32)
-    for part in parts:
-        sum_ += part
-    return sum_
+PRIME = 2**256 + 297
+"""The smallest prime above 2^256; secret shares are numbers below it."""
+SHARE_BYTES = 33
 
 
 def threshold_of(num_clients: int) -> int:
@@ -126,14 +60,77 @@ class Cohorts:
         return 1 + self.rounds_of(client_id).index(round_index)
 
 
-PRIME = 2**256 + 297
-"""The smallest prime above 2^256."""
+def new_private_key() -> bytes:
+    """Draw an X25519 key."""
+    return X25519PrivateKey.generate().private_bytes_raw()
 
 
-SHARE_BYTES = 33
+def public_key(private: bytes) -> bytes:
+    """Give what may be told of a key."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def split(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
+def agree_key(private: bytes, public: bytes, *purpose: str | int) -> bytes:
+    """Give the secret that two keys agree upon for a purpose; the same from either side.
+
+    Raises:
+        CodecError: The public key is none.
+    """
+    try:
+        exchanged = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise CodecError(
+            f"{public.hex()} is no public key: {error}",
+            cause="It was changed on its way, or somebody wants to know what is masked with it.",
+            remedy="Start the run again; if it happens again, do not trust the server.",
+        ) from None
+    return derive(exchanged, *purpose)
+
+
+def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int, size: int) -> Words:
+    """Give what client_id adds for its pair with another client; what the other adds is its negative.
+
+    Args:
+        private: The key for this round of either of the two.
+        public: That of the other of the two.
+        round_index: The round.
+        client_id: Whose mask.
+        other: With whom.
+        size: How many words.
+    """
+    low, high = sorted((client_id, other))
+    words = Keystream(agree_key(private, public, "pair", round_index, low, high)).words(size)
+    return words if client_id == low else np.negative(words)
+
+
+def own_mask(seed: bytes, size: int) -> Words:
+    """Give what a client adds for itself."""
+    return Keystream(derive(seed, "own")).words(size)
+
+
+def seal(key: bytes, sender: int, receiver: int, content: bytes) -> bytes:
+    """Encrypt a letter, of which there is one from one client to another under one key."""
+    return ChaCha20Poly1305(derive(key, sender, receiver)).encrypt(bytes(12), content, None)
+
+
+def unseal(key: bytes, sender: int, receiver: int, letter: bytes) -> bytes:
+    """Decrypt a letter.
+
+    Raises:
+        InvalidTag: It is not what the sender wrote.
+    """
+    return ChaCha20Poly1305(derive(key, sender, receiver)).decrypt(bytes(12), letter, None)
+
+
+def add_words(parts: Sequence[Words], size: int) -> Words:
+    """Add words modulo 2^32."""
+    sum_ = np.zeros(size, dtype=np.uint32)
+    for part in parts:
+        sum_ += part
+    return sum_
+
+
+def split_secret(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
     """Split a secret of 32 bytes; share number i (from 0) is the polynomial's value at i + 1."""
     coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
     shares = []
@@ -145,7 +142,7 @@ def split(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
     return shares
 
 
-def join(shares: Mapping[int, bytes]) -> bytes:
+def join_secret(shares: Mapping[int, bytes]) -> bytes:
     """Give the secret back from as many shares as its threshold, or more.
 
     Args:

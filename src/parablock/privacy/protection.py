@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from parablock.algorithm.robust import Normals, clip_factor, scaled
+from parablock.algorithm.robust import Normals, clip_factor, scale
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Protection:
             round_index: The round.
         """
         factor = clip_factor([delta], self.clip_norm)
-        clipped = scaled(delta, factor)
+        clipped = scale(delta, factor)
         if self.normals is None:
             return clipped, factor
         noise = self.normals(round_index)(delta.numel()).to(delta.device)

@@ -21,11 +21,11 @@ class SecureAggregation:
     seed: int
     stall_timeout_s: float
 
-    def courier(self, client_id: int, first_round: int) -> MaskedClient:
+    def make_client(self, client_id: int, first_round: int) -> MaskedClient:
         """Make a client's side, with secrets that nobody has seen before."""
         return MaskedClient(client_id, self._cohorts(first_round))
 
-    def collector(self, inner: ServerEnd, first_round: int) -> MaskedServer:
+    def make_server(self, inner: ServerEnd, first_round: int) -> MaskedServer:
         """Make the server's side, over a transport."""
         return MaskedServer(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
 

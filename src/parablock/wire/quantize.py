@@ -171,7 +171,7 @@ def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None 
     return Vector(payload_format, flat.numel(), raw)
 
 
-def joined(chunks: Sequence[Vector]) -> Tensor:
+def join_chunks(chunks: Sequence[Vector]) -> Tensor:
     """Give what the receiver sees of a vector that travels in chunks: 1-D, fp32."""
     values = [chunk.values.float() for chunk in chunks]
     return values[0] if len(values) == 1 else torch.cat(values)

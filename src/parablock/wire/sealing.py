@@ -74,12 +74,12 @@ class Revealed:
 Sealing = Advertise | Roster | Shares | Letters | Reveal | Revealed
 
 
-def opaque(content: bytes) -> Vector:
+def pack_bytes(content: bytes) -> Vector:
     """Make a vector of bytes."""
     return pack(torch.frombuffer(bytearray(content), dtype=torch.uint8), "bytes")
 
 
-def content_of(vector: Vector) -> bytes:
+def unpack_bytes(vector: Vector) -> bytes:
     """Give the bytes of a vector."""
     return vector.raw.numpy().tobytes()
 

@@ -123,11 +123,38 @@ class ClientEnd(Protocol):
     def download_s(self, parcel: Parcel) -> float:
         """Tell how long a message that has arrived at the link takes down."""
 
-    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Give the server a message whose time has passed, and count it."""
 
-    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_download(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Count a message whose time has passed."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bandwidth and latency of one client's link.
+
+    Attributes:
+        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
+        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
+        latency_s: One way, seconds.
+    """
+
+    upload_mbps: float | None = None
+    download_mbps: float | None = None
+    latency_s: float = 0.0
+
+    def upload_s(self, wire_bytes: int) -> float:
+        """Seconds that this many bytes take up."""
+        return self.latency_s + _seconds(wire_bytes, self.upload_mbps)
+
+    def download_s(self, wire_bytes: int) -> float:
+        """Seconds that this many bytes take down."""
+        return self.latency_s + _seconds(wire_bytes, self.download_mbps)
+
+
+def _seconds(wire_bytes: int, mbps: float | None) -> float:
+    return 0.0 if mbps is None else wire_bytes * 8 / (mbps * 1e6)
 
 
 class MemoryTransport:
@@ -201,12 +228,12 @@ class MemoryTransport:
         """Tell how long a message takes down."""
         return self._link.download_s(len(parcel.message))
 
-    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Put a message into the server's inbox."""
         self.ledger.count_up(parcel, client_id, seconds)
         self._inbox.put((client_id, parcel.message))
 
-    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_download(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Count a message."""
         self.ledger.count_down(parcel, client_id, seconds)
 
@@ -216,30 +243,3 @@ def _opened(item: Any) -> tuple[int, bytes]:
         raise item
     client_id, message = item
     return client_id, message
-
-
-@dataclass(frozen=True)
-class Link:
-    """Bandwidth and latency of one client's link.
-
-    Attributes:
-        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
-        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
-        latency_s: One way, seconds.
-    """
-
-    upload_mbps: float | None = None
-    download_mbps: float | None = None
-    latency_s: float = 0.0
-
-    def upload_s(self, wire_bytes: int) -> float:
-        """Seconds that this many bytes take up."""
-        return self.latency_s + _seconds(wire_bytes, self.upload_mbps)
-
-    def download_s(self, wire_bytes: int) -> float:
-        """Seconds that this many bytes take down."""
-        return self.latency_s + _seconds(wire_bytes, self.download_mbps)
-
-
-def _seconds(wire_bytes: int, mbps: float | None) -> float:
-    return 0.0 if mbps is None else wire_bytes * 8 / (mbps * 1e6)

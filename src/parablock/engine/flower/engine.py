@@ -62,7 +62,7 @@ def run_over_flower(
     push_a_few_at_a_time(http_grid)
     transport.begin(trace, None if resumed is None else resumed.round_index)
     first_open = 0 if resumed is None else resumed.server.committed + 1
-    collector = masking.collector(transport, first_open) if masking else None
+    collector = masking.make_server(transport, first_open) if masking else None
 
     def on_mark(round_index: int, state: ServerState, memory: dict[str, Any]) -> None:
         clients = tuple(
