@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from parablock.hub import use_cache_when_offline, is_reachable
+from parablock.hub import is_reachable, use_cache_when_offline
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 

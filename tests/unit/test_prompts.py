@@ -15,8 +15,8 @@ from parablock.data.prompts import (
     Tokenized,
     detect_format,
     find_stop_token_ids,
-    tokenize_rows,
     replace_completion,
+    tokenize_rows,
 )
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError

@@ -21,7 +21,7 @@ from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret, threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import pack
-from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, unpack_bytes, pack_bytes
+from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
 from parablock.wire.transport import Parcel
 
 SIZE = 1000
@@ -256,17 +256,19 @@ def test_a_letter_that_was_changed_is_not_read():
         passed(client_id, Parcel(to_bytes(type(message)(message.letter_bytes, pack_bytes(bytes(content)))), 0))
 
     wires.send = changed  # type: ignore[method-assign]
-    with pytest.raises(CodecError, match="client 0 cannot read what client 1 sealed"):
+    with pytest.raises(CodecError, match="client 0 cannot read the letter of client 1"):
         wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
 
 
 def test_what_is_no_key_or_no_letter_is_a_codec_error():
     known = Cohorts(3, {0: (0, 1, 2)})
-    zeros = to_bytes(Roster(pack_bytes(bytes(3 * 2 * 32))))  # a point of low order: everybody knows what it agrees upon
+    zeros = to_bytes(
+        Roster(pack_bytes(bytes(3 * 2 * 32)))
+    )  # a point of low order: everybody knows what it agrees upon
     for roster in (zeros, to_bytes(Roster(pack_bytes(b"short")))):
         with pytest.raises(CodecError, match="is no public key"):
             MaskedClient(0, known).incoming(Parcel(roster, 0))
-    with pytest.raises(CodecError, match="got 1 letters, and 2 others write"):
+    with pytest.raises(CodecError, match="got 1 letters from 2 clients"):
         MaskedClient(0, known).incoming(Parcel(to_bytes(Letters((2,), pack_bytes(b"hi"))), 0))
     wires = Wires(3, {0: (0, 1, 2)})
     wires.upload(0, to_bytes(Revealed(7, 0, pack_bytes(b"nobody asked"))))

@@ -1,8 +1,8 @@
 """Fixed-point updates for secure aggregation: integers whose sum modulo 2^32 is exact in any order.
 
-Client and server have to agree on one number, the step. It follows from the bound C of an update's norm and from the
-number M of clients in a round: with L = ⌊(2^31 − 1) / M⌋ levels on either side of 0 and steps of C / L, no sum of M
-updates overflows 32 bits. Such a step is finer than the rounding of float32 in a mean of these updates.
+Client and server have to agree on one number, the step. It follows from the bound C of an update's norm and from
+the number M of clients in a round: with L = ⌊(2^31 − 1) / M⌋ levels on either side of 0 and steps of C / L, no sum
+of M updates overflows 32 bits. Such a step is finer than the rounding of float32 in a mean of these updates.
 
 Every client has the same weight, since the server cannot check weights inside a sum. One extra element carries
 ‖Δ‖² / C², so that the sum also contains the denominator of ρ.

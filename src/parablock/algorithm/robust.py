@@ -7,16 +7,16 @@ r"""Robust aggregation: median, trimmed mean, Krum, norm clipping, and the noise
 | trimmed_mean | element by element, the mean without the ⌊β M⌋ smallest and largest | the same, below β |
 | krum | the one update whose M − f − 2 nearest neighbours are nearest | replace it by another honest one |
 
-With noise (central differential privacy) every client has the weight 1/M in the mean, and Gaussian noise of standard
-deviation z·C/M is added to every element.
+With noise (central differential privacy) every client has the weight 1/M in the mean, and Gaussian noise of
+standard deviation z·C/M is added to every element.
 
 A rule has two stages. The first looks at whole updates (norms, distances): clipping gives each update a factor, and
 `krum` chooses one. The second folds elements part by part, as the plain mean does. So a rule without a first stage
 can begin before a whole update has come. Either way the result is bitwise that of the whole block.
 
-ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, and over the clients' median
-for the other rules, so that no client can switch the overlay off with a huge update. With noise, ρ may depend on the
-noisy mean alone: it is the mean's squared length, less the expected share of the noise, over C².
+ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, and over the clients'
+median for the other rules, so that no client can switch the overlay off with a huge update. With noise, ρ may
+depend on the noisy mean alone: it is the mean's squared length, less the expected share of the noise, over C².
 
 Source: median and trimmed mean: Yin et al., Byzantine-Robust Distributed Learning, 2018. Krum: Blanchard et al.,
 Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Really Backdoor FL?, 2019.

@@ -1,8 +1,8 @@
 """Chat templates: rows rendered as text that is cut into prompt and completion before tokenization.
 
 The tokenizer's chat template renders a row; without one, a few plain headings do. The template is applied to the
-turns before an assistant turn and up to its end. The lengths of these renderings say where the completion begins and
-ends, so no template token is ever searched for among the ids.
+turns before an assistant turn and up to its end. The lengths of these renderings say where the completion begins
+and ends, so no template token is ever searched for among the ids.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def _apply(row: Row, turns: list[Message], tokenizer: PreTrainedTokenizerBase, *
 
 def _uncuttable(row: Row, index: int) -> DataError:
     return DataError(
-        f"{row.place}: the chat template renders the conversation up to turn {index + 1} differently when later turns "
-        "follow, so prompt and completion cannot be told apart.",
+        f"{row.place}: the chat template renders the conversation up to turn {index + 1} differently when later "
+        "turns follow, so prompt and completion cannot be told apart.",
         cause="The template changes a turn depending on later turns.",
         remedy="Split the conversation into rows that each end with the one assistant turn to learn.",
     )

@@ -1,4 +1,4 @@
-"""Scores of the base model and the tuned one, side by side."""
+"""Evaluation of a model, or of the base model and the tuned one of a run side by side."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Score:
 
     Attributes:
         label: base | tuned | model.
-        name_or_path: Which model.
+        name_or_path: The model.
         value: Loss in nats per token, or the share of right answers.
         count: Examples scored.
-        samples: What it answered, for the tasks that answer.
+        samples: Some of the answers; empty for the loss.
     """
 
     label: str
@@ -57,13 +57,13 @@ def score_models(
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
         sources: Files or `datasets` names.
         task: loss | exact_match | multiple_choice.
-        max_examples: The first so many; None is all.
+        max_examples: Number of rows, from the start; None: all.
         max_new_tokens: Longest answer of exact_match.
-        data_format: A value of `data.format`; None: that of the run, or `auto` without one.
-        config: Rows are cut, and their loss is masked, as in this run; None: as in the run whose directory is
-            given. Without a run they are as long as the model takes, and completions count alone.
+        data_format: A value of `data.format`; None: the run's format, or `auto` without a run.
+        config: The run whose truncation and loss mask apply; None: the run of `model_or_run_dir`. Without a run,
+            the model's context limits the length, and only completions count.
         device: auto | cpu | cuda.
-        tell: Told what is being done.
+        tell: Called with messages about the progress.
 
     Raises:
         InputError: A model or a file is missing or broken, or the rows do not fit the task.

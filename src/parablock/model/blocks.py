@@ -117,8 +117,8 @@ def partition_blocks(
 def halves_of(names: Sequence[str], layers_path: str) -> dict[str, str]:
     """Return the half of its layer, attention | mlp, for each parameter.
 
-    A norm is in the half that it is named after. The exception is `post_attention_layernorm` as the only norm between
-    the two halves, where it feeds the MLP.
+    A norm is in the half that it is named after. The exception is `post_attention_layernorm` as the only norm
+    between the two halves, where it feeds the MLP.
 
     Args:
         names: All parameters of some layers.
@@ -160,8 +160,8 @@ def whole_model(model: PreTrainedModel, layers_path: str | None = None) -> tuple
 def find_layers(model: PreTrainedModel, layers_path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Return the dotted path and the list of a model's decoder layers.
 
-    The list is the one `ModuleList` of the decoder that has an entry for each layer of the configuration and lies in
-    no other `ModuleList`.
+    The list is the one `ModuleList` of the decoder that has an entry for each layer of the configuration and lies
+    in no other `ModuleList`.
 
     Args:
         model: A Hugging Face causal language model.

@@ -1,7 +1,7 @@
-"""The server's side of secure aggregation: it passes keys and letters on, and learns the masks of sums alone.
+"""The server's side of secure aggregation: it forwards keys and letters, and computes the masks of sums.
 
-It stands between the server and its transport. Before the first message of a run passes, everybody has everybody's
-keys and letters; what belongs to the protocol is answered here, and the server sees nothing of it.
+It wraps the server's transport and handles the messages of the protocol, which the server never sees. All clients
+get all keys and letters before the first other message of a run.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from parablock.privacy.masked_client import KEY_BYTES
 from parablock.privacy.masking import (
     SHARE_BYTES,
     Cohorts,
+    add_words,
     join_secret,
     own_mask,
     pair_mask,
     public_key,
     threshold_of,
-    add_words,
 )
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import (
-    SEALING_READERS,
+    SEALING_KINDS,
     Advertise,
     Letters,
     Reveal,
     Revealed,
     Roster,
     Shares,
-    unpack_bytes,
     pack_bytes,
+    unpack_bytes,
 )
 from parablock.wire.transport import Parcel, ServerEnd
 
 
 class MaskedServer:
-    """A server's end of a transport over which updates come masked.
+    """The server's end of a transport, for masked updates.
 
     Args:
         inner: The transport.
-        cohorts: The rounds to come.
-        stall_timeout_s: Patience with a protocol that does not move, seconds.
+        cohorts: The cohorts of future rounds.
+        stall_timeout_s: Seconds without progress of the protocol until a StallError.
     """
 
     def __init__(self, inner: ServerEnd, cohorts: Cohorts, *, stall_timeout_s: float) -> None:
@@ -59,14 +59,14 @@ class MaskedServer:
         self._has_begun = False
 
     def send(self, client_id: int, parcel: Parcel) -> None:
-        """Hand a message over for a client, once everybody has everybody's keys."""
+        """Send a message to a client, after the exchange of keys."""
         self._begin()
         self._inner.send(client_id, parcel)
 
     def receive(
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
-        """Wait for the next message that is not of the protocol."""
+        """Wait for the next message outside the protocol."""
         self._begin()
         while not self._waiting:
             self._take(*self._inner.receive(timeout_s, waiting_for, from_clients))
@@ -75,7 +75,7 @@ class MaskedServer:
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
-        """Wait for the next message that is not of the protocol until then."""
+        """Wait for the next message outside the protocol; None if the clock reaches `deadline_s` first."""
         self._begin()
         while not self._waiting:
             received = self._inner.receive_until(deadline_s, from_clients)
@@ -85,15 +85,12 @@ class MaskedServer:
         return self._waiting.popleft()
 
     def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Give the sum of the masks of these clients' updates; it can be asked for once in a round.
+        """Return the sum of the masks of these clients' updates, once in a round: 1-D, int32.
 
         Args:
             round_index: The round.
-            clients: Whose updates are there; all but a third of the cohort at least.
+            clients: The clients whose updates have come; at least all but a third of the cohort.
             size: Words of an update.
-
-        Returns:
-            1-D, int32.
 
         Raises:
             StallError: Too few clients answer.
@@ -105,7 +102,7 @@ class MaskedServer:
         for client_id in cohort:
             self._inner.send(client_id, Parcel(message, round_index))
         while len(revealed) < threshold_of(len(cohort)):
-            self._receive(f"what hides the sum of round {round_index}, which {len(revealed)} clients have revealed")
+            self._receive(f"the mask shares of round {round_index}, of which {len(revealed)} have come")
         shares = dict(sorted(revealed.items())[: threshold_of(len(cohort))])
         parts = []
         for place, client_id in enumerate(cohort):
@@ -118,13 +115,13 @@ class MaskedServer:
                 continue
             if public_key(secret) != self._key(client_id, round_index):
                 raise _unfit(client_id)
-            for other in clients:  # what they have added for the one whose update is missing
+            for other in clients:  # their pair masks with the client whose update is missing
                 public = self._key(other, round_index)
                 parts.append(pair_mask(secret, public, round_index, other, client_id, size))
         return torch.from_numpy(add_words(parts, size).view(np.int32))
 
     def _begin(self) -> None:
-        """Let everybody have everybody's keys, then everybody's letters."""
+        """Give all clients all keys, then all letters."""
         if self._has_begun:
             return
         everybody = range(self._cohorts.num_clients)
@@ -145,7 +142,7 @@ class MaskedServer:
         self._take(*self._inner.receive(self._stall_timeout_s, waiting_for))
 
     def _take(self, client_id: int, raw: bytes) -> None:
-        if kind_of(raw) not in SEALING_READERS:
+        if kind_of(raw) not in SEALING_KINDS:
             self._waiting.append((client_id, raw))
             return
         message: Message = from_bytes(raw)
@@ -162,7 +159,7 @@ class MaskedServer:
             case _:
                 raise CodecError(
                     f"client {client_id} sent a message of kind {type(message).__name__} that does not fit",
-                    cause="It runs another configuration than the server.",
+                    cause="The client runs another configuration than the server.",
                     remedy="Give all clients the same configuration.",
                 )
 
@@ -190,6 +187,6 @@ class MaskedServer:
 def _unfit(client_id: int) -> CodecError:
     return CodecError(
         f"the shares of client {client_id}'s secret do not fit together",
-        cause="A client sent shares that it was not given, or the letters were changed on their way.",
-        remedy="Start the run again; who it was cannot be told.",
+        cause="A client sent wrong shares, or the letters were changed on their way.",
+        remedy="Start the run again; the client at fault cannot be identified.",
     )
