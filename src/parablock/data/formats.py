@@ -67,24 +67,24 @@ def read_conversation(row: Row, data_format: str) -> list[Message]:
         DataError: A field is missing or is not text, or `messages` is not a list of {role, content}.
     """
     if data_format == "messages":
-        return _messages(row)
+        return _read_messages(row)
     if data_format == "alpaca":
-        instruction, context = _text_field(row, "instruction", data_format), read_alpaca_input(row)
+        instruction, context = _read_text_field(row, "instruction", data_format), read_alpaca_input(row)
         prompt = f"{instruction}\n\n{context}" if context else instruction
     else:
-        prompt = _text_field(row, FORMATS[data_format][0], data_format)
-    completion = _text_field(row, FORMATS[data_format][1], data_format)
+        prompt = _read_text_field(row, FORMATS[data_format][0], data_format)
+    completion = _read_text_field(row, FORMATS[data_format][1], data_format)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
 def read_alpaca_input(row: Row) -> str:
     """Return the optional context of an Alpaca row; empty if there is none."""
-    return _text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
+    return _read_text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
 
 
 def read_text(row: Row) -> str:
     """Return the text of a row of format `text`."""
-    return _text_field(row, "text", "text")
+    return _read_text_field(row, "text", "text")
 
 
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
@@ -101,7 +101,7 @@ def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
     data_format = _format_of(row) if data_format == "auto" else data_format
     if data_format != "messages" and data_format != "text":
         return Row({**row.fields, FORMATS[data_format][1]: completion}, row.source, row.line)
-    turns = _messages(row) if data_format == "messages" else []
+    turns = _read_messages(row) if data_format == "messages" else []
     for index in range(len(turns) - 1, -1, -1):
         if turns[index]["role"] == "assistant":
             changed = {"role": "assistant", "content": completion}
@@ -128,7 +128,7 @@ def _format_of(row: Row) -> str:
     return fits[0]
 
 
-def _messages(row: Row) -> list[Message]:
+def _read_messages(row: Row) -> list[Message]:
     turns = row.fields.get("messages")
     if turns is None:
         raise _missing(row, "messages", "messages")
@@ -143,7 +143,7 @@ def _messages(row: Row) -> list[Message]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _text_field(row: Row, name: str, data_format: str) -> str:
+def _read_text_field(row: Row, name: str, data_format: str) -> str:
     value = row.fields.get(name)
     if value is None:
         raise _missing(row, name, data_format)

@@ -129,7 +129,7 @@ def tokenize_rows(
     renderings = [render[format_of[row.source]](row) for row in rows]
     examples, skipped = [], []
     for row, rendering, pieces_ids in zip(rows, renderings, _encode(renderings, tokenizer), strict=True):
-        example = _example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
+        example = _make_example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
         if example.num_target_tokens:
             examples.append(example)
         elif any(piece.is_completion for piece in rendering.pieces):
@@ -155,7 +155,7 @@ def _format_of_each_source(rows: Sequence[Row], data_format: str) -> dict[str, s
     }
 
 
-def _example(
+def _make_example(
     row: Row, rendering: Rendering, pieces_ids: list[list[int]], max_length: int, *, completion_only_loss: bool
 ) -> Example:
     input_ids: list[int] = []

@@ -117,7 +117,7 @@ def _read_json(source: str, path: Path) -> list[Row]:
     if path.suffix.lower() == ".json" and raw.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return _parse_array(source, raw)
     return [
-        _row(source, line, _parse(source, line, text))
+        _make_row(source, line, _parse(source, line, text))
         for line, text in enumerate(raw.split(b"\n"), start=1)
         if text.strip()
     ]
@@ -135,7 +135,7 @@ def _parse_array(source: str, raw: bytes) -> list[Row]:
         if text[start] == "]":
             return rows
         value, at = decoder.raw_decode(text, start)
-        rows.append(_row(source, line, value))
+        rows.append(_make_row(source, line, value))
         line += text.count("\n", start, at)
 
 
@@ -151,7 +151,7 @@ def _parse(source: str, line: int, text: bytes) -> Any:
     raise DataError(f"{source}, line {line} is not JSON: {reason}.", remedy=_LINES_REMEDY)
 
 
-def _row(source: str, line: int, value: Any) -> Row:
+def _make_row(source: str, line: int, value: Any) -> Row:
     if not isinstance(value, dict):
         raise DataError(
             f"{source}, line {line} holds a value of type {type(value).__name__}, not an object.",

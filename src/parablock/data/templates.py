@@ -100,7 +100,7 @@ def _render_plainly(row: Row, data_format: str, opening: str, eos: str) -> Rende
         user = (
             f"Instruction: {row.fields['instruction']}\n" + (f"Input: {context}\n" if context else "") + "Response:"
         )
-    return _join_pieces([Piece(opening + user, False), *_answer(user, assistant, eos)], assistant)
+    return _join_pieces([Piece(opening + user, False), *_answer_pieces(user, assistant, eos)], assistant)
 
 
 def _render_roles(turns: Sequence[Message], opening: str, eos: str) -> Rendering:
@@ -109,14 +109,14 @@ def _render_roles(turns: Sequence[Message], opening: str, eos: str) -> Rendering
         heading = ("\n" if index else "") + turn["role"].capitalize() + ":"
         pieces.append(Piece(heading, False))
         if turn["role"] == "assistant":
-            pieces += _answer(heading, turn["content"], eos)
+            pieces += _answer_pieces(heading, turn["content"], eos)
             completion = turn["content"] if turn["content"].strip() else completion
         else:
             pieces.append(Piece(f" {turn['content']}", False))
     return _join_pieces(pieces, completion)
 
 
-def _answer(before: str, completion: str, eos: str) -> list[Piece]:
+def _answer_pieces(before: str, completion: str, eos: str) -> list[Piece]:
     """Put one space between prompt and completion, unless either already has white space there."""
     if not completion.strip():
         return [Piece(eos, False)]

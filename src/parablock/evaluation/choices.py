@@ -83,7 +83,7 @@ def find_choices(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     for example in examples:
         completions.setdefault(_group(example.row), set()).add(example.completion.strip())
     return [
-        _given_choices(example)
+        _read_choices(example)
         if example.row.fields.get(CHOICES_FIELD) is not None
         else _group_choices(example.row, completions[_group(example.row)])
         for example in examples
@@ -94,7 +94,7 @@ def _group(row: Row) -> str:
     return str(row.fields.get(GROUP_FIELD))
 
 
-def _given_choices(example: Example) -> tuple[str, ...]:
+def _read_choices(example: Example) -> tuple[str, ...]:
     given, place = example.row.fields[CHOICES_FIELD], example.row.place
     remedy = f'Write them as a list of two or more texts, such as "{CHOICES_FIELD}": ["yes", "no"].'
     if not isinstance(given, list) or not all(isinstance(choice, str) and choice.strip() for choice in given):
@@ -143,10 +143,10 @@ def _tokenize_choices(
             f"{skipped.row.place}: a choice cannot be scored, because {skipped.reason}.",
             remedy="Leave out the rows with such a completion.",
         )
-    return [_only_last_completion(candidate, limit) for candidate in tokenized.examples]
+    return [_mask_prompt(candidate, limit) for candidate in tokenized.examples]
 
 
-def _only_last_completion(candidate: Example, limit: int | None) -> Example:
+def _mask_prompt(candidate: Example, limit: int | None) -> Example:
     """Mask all but the choice itself, and cut the prompt on the left to fit the model's context."""
     num_prompt = len(candidate.prompt_ids)
     labels = (IGNORED_LABEL,) * num_prompt + candidate.labels[num_prompt:]

@@ -92,11 +92,11 @@ def score_with_harness(
                 cause="The harness has no such task, or the data of the task cannot be read.",
                 remedy="`lm-eval ls tasks` lists its tasks; --tasks-dir names a folder with your own.",
             ) from error
-        scores += _read(label, name_or_path, found)
+        scores += _read_scores(label, name_or_path, found)
     return scores
 
 
-def _read(label: str, name_or_path: str, found: Mapping[str, Any]) -> Iterator[HarnessScore]:
+def _read_scores(label: str, name_or_path: str, found: Mapping[str, Any]) -> Iterator[HarnessScore]:
     for task, values in found["results"].items():
         count = found.get("n-samples", {}).get(task, {}).get("effective", 0)
         for metric, value in values.items():

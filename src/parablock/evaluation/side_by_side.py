@@ -70,7 +70,7 @@ def score_models(
     """
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
-    config = config or _config_of(model_or_run_dir)
+    config = config or _read_config(model_or_run_dir)
     rows = [row for source in sources for row in load_rows(source, split="test")][:max_examples]
     scores = []
     for label, name_or_path, dtype in models_of(model_or_run_dir):
@@ -107,7 +107,7 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     Raises:
         ModelError: The run has no model yet, or one for each client.
     """
-    directory, config = RunDirectory(model_or_run_dir), _config_of(model_or_run_dir)
+    directory, config = RunDirectory(model_or_run_dir), _read_config(model_or_run_dir)
     if config is None:
         return [("model", model_or_run_dir, "float32")]
     if not directory.model.is_dir():
@@ -129,7 +129,7 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     return [("base", base.name_or_path, base.dtype), ("tuned", str(Path(directory.model)), base.dtype)]
 
 
-def _config_of(model_or_run_dir: str) -> RunConfig | None:
+def _read_config(model_or_run_dir: str) -> RunConfig | None:
     written = RunDirectory(model_or_run_dir).config
     return load_config(written) if written.exists() else None
 

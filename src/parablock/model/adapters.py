@@ -53,7 +53,7 @@ def add_adapters(
             remedy="Install it: pip install 'parablock[lora]'",
         ) from None
     path, _ = find_layers(model, layers_path)
-    names = _targets(model, path, target_modules)
+    names = _find_targets(model, path, target_modules)
     with torch.random.fork_rng(devices=[]):  # the draws of peft are replaced below
         inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"), model
@@ -82,13 +82,13 @@ def adapter_block(
         layers_path: As in `partition_blocks`.
     """
     names = [f"{name}.lora_{letter}.{ADAPTER}.weight" for name, _ in adapted_layers(model) for letter in matrices]
-    return _whole_model(f"adapters, {' and '.join(matrices)}", names, model, layers_path)
+    return _make_block(f"adapters, {' and '.join(matrices)}", names, model, layers_path)
 
 
 def matrices_block(model: PreTrainedModel, *, layers_path: str | None = None) -> Block:
     """Return one block of the matrices that have adapters, in the same order; see `adapter_block`."""
     names = [f"{name}.base_layer.weight" for name, _ in adapted_layers(model)]
-    return _whole_model("matrices with adapters", names, model, layers_path)
+    return _make_block("matrices with adapters", names, model, layers_path)
 
 
 def draw_adapters(model: PreTrainedModel, *, seed: int, round_index: int, client_id: int) -> Tensor:
@@ -118,7 +118,7 @@ def merge_adapters(model: PreTrainedModel) -> None:
         vars(model).pop(mark, None)
 
 
-def _whole_model(name: str, names: Sequence[str], model: PreTrainedModel, layers_path: str | None) -> Block:
+def _make_block(name: str, names: Sequence[str], model: PreTrainedModel, layers_path: str | None) -> Block:
     """Return one block, over all layers, of the named parameters."""
     layers_path, layers = find_layers(model, layers_path)
     return Block(
@@ -132,7 +132,7 @@ def _whole_model(name: str, names: Sequence[str], model: PreTrainedModel, layers
     )
 
 
-def _targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:
+def _find_targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:
     matrices = [
         name
         for name, module in model.named_modules()

@@ -73,17 +73,17 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
             not a causal language model, the tokenizer is missing, has no pad or end token or has more tokens than
             the model, or the device is missing.
     """
-    _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("init", init, ("pretrained", "random"))
-    torch_device = _device(device)
+    _check_option("dtype", dtype, tuple(DTYPES))
+    _check_option("init", init, ("pretrained", "random"))
+    torch_device = _choose_device(device)
     source = _find_source(name_or_path)
     with _quiet_source(source):
         config = _read_config(source)
-        tokenizer = _load_tokenizer(source)
+        tokenizer = _read_tokenizer(source)
         if init == "random":
-            model = _random_model(source, config, DTYPES[dtype], seed)
+            model = _make_random_model(source, config, DTYPES[dtype], seed)
         else:
-            model = _pretrained_model(source, config, DTYPES[dtype])
+            model = _read_pretrained_model(source, config, DTYPES[dtype])
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -134,13 +134,13 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+def _check_option(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ModelError(f"model.{option} is {value!r}", remedy=f"Choose one of {', '.join(known)}.")
 
 
-def _device(device: str) -> torch.device:
-    _one_of("device", device, ("auto", "cpu", "cuda"))
+def _choose_device(device: str) -> torch.device:
+    _check_option("device", device, ("auto", "cpu", "cuda"))
     present = torch.cuda.is_available()
     if device == "cuda" and not present:
         raise ModelError(
@@ -205,7 +205,7 @@ def _zero_dropout(config: PreTrainedConfig) -> None:
             _zero_dropout(value)
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
@@ -220,7 +220,7 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _make_random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(seed, "model weights"))
@@ -229,7 +229,7 @@ def _random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, see
         raise _unreadable(source, "architecture", error) from error
 
 
-def _pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _read_pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True

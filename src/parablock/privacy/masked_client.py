@@ -79,7 +79,7 @@ class MaskedClient:
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
         """Return a message with its update masked, or keep it until the keys are there."""
         if self._held is None:
-            return [self._masked(parcel)]
+            return [self._mask(parcel)]
         self._held.append(parcel)
         return []
 
@@ -94,16 +94,16 @@ class MaskedClient:
         message = from_bytes(parcel.message)
         match message:
             case Roster():
-                return [Parcel(to_bytes(self._shares(message)), self._first)]
+                return [Parcel(to_bytes(self._seal_shares(message)), self._first)]
             case Letters():
                 self._read(message)
                 held, self._held = self._held or [], None
-                return [self._masked(waiting) for waiting in held]
+                return [self._mask(waiting) for waiting in held]
             case Reveal():
-                return [Parcel(to_bytes(self._reveal(message)), message.round_index)]
+                return [Parcel(to_bytes(self._answer_reveal(message)), message.round_index)]
         return None
 
-    def _shares(self, roster: Roster) -> Shares:
+    def _seal_shares(self, roster: Roster) -> Shares:
         content, end = unpack_bytes(roster.keys), 0
         for client_id in range(self._cohorts.num_clients):
             begin, end = end, end + KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
@@ -152,7 +152,7 @@ class MaskedClient:
     def _letter_key_with(self, other: int) -> bytes:
         return agree_key(self._letter_key, self._public[other][0], "letters")
 
-    def _masked(self, parcel: Parcel) -> Parcel:
+    def _mask(self, parcel: Parcel) -> Parcel:
         if kind_of(parcel.message) != "Update":
             return parcel
         message = from_bytes(parcel.message)
@@ -167,7 +167,7 @@ class MaskedClient:
         masked = torch.from_numpy(add_words([words, *masks], size).view(np.int32))
         return replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))
 
-    def _reveal(self, message: Reveal) -> Revealed:
+    def _answer_reveal(self, message: Reveal) -> Revealed:
         t, clients = message.round_index, message.clients
         cohort = self._cohorts.of_round.get(t, ())
         before = self._revealed.setdefault(t, clients)

@@ -102,12 +102,12 @@ class MaskedServer:
         for client_id in cohort:
             self._inner.send(client_id, Parcel(message, round_index))
         while len(revealed) < threshold_of(len(cohort)):
-            self._receive(f"the mask shares of round {round_index}, of which {len(revealed)} have come")
+            self._receive(f"the mask shares of round {round_index}, which {len(revealed)} clients have revealed")
         shares = dict(sorted(revealed.items())[: threshold_of(len(cohort))])
         parts = []
         for place, client_id in enumerate(cohort):
             begin = place * SHARE_BYTES
-            secret = self._joined(
+            secret = self._join_shares(
                 {cohort.index(i): content[begin : begin + SHARE_BYTES] for i, content in shares.items()}, client_id
             )
             if client_id in clients:
@@ -124,16 +124,16 @@ class MaskedServer:
         """Give all clients all keys, then all letters."""
         if self._has_begun:
             return
-        everybody = range(self._cohorts.num_clients)
-        while missing := [i for i in everybody if i not in self._keys]:
+        all_clients = range(self._cohorts.num_clients)
+        while missing := [i for i in all_clients if i not in self._keys]:
             self._receive(f"the keys of clients {', '.join(map(str, missing))}")
-        roster = to_bytes(Roster(pack_bytes(b"".join(self._keys[i] for i in everybody))))
-        for client_id in everybody:
+        roster = to_bytes(Roster(pack_bytes(b"".join(self._keys[i] for i in all_clients))))
+        for client_id in all_clients:
             self._inner.send(client_id, Parcel(roster, self._first))
-        while missing := [i for i in everybody if i not in self._shares]:
+        while missing := [i for i in all_clients if i not in self._shares]:
             self._receive(f"the shares of clients {', '.join(map(str, missing))}")
-        for client_id in everybody:
-            letters = [self._letter(sender, client_id) for sender in everybody if sender != client_id]
+        for client_id in all_clients:
+            letters = [self._letter(sender, client_id) for sender in all_clients if sender != client_id]
             message = Letters(tuple(map(len, letters)), pack_bytes(b"".join(letters)))
             self._inner.send(client_id, Parcel(to_bytes(message), self._first))
         self._has_begun = True
@@ -177,7 +177,7 @@ class MaskedServer:
         return self._keys[client_id][begin : begin + KEY_BYTES]
 
     @staticmethod
-    def _joined(shares: dict[int, bytes], client_id: int) -> bytes:
+    def _join_shares(shares: dict[int, bytes], client_id: int) -> bytes:
         try:
             return join_secret(shares)
         except ValueError:
