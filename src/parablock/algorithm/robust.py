@@ -16,7 +16,8 @@ can begin before a whole update has come. Either way the result is bitwise that 
 
 ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, and over the clients'
 median for the other rules, so that no client can switch the overlay off with a huge update. With noise, ρ may
-depend on the noisy mean alone: it is the mean's squared length, less the expected share of the noise, over C².
+depend on the noisy mean alone: from its squared length that of the noise is subtracted in expectation, and the
+difference is divided by C².
 
 Source: median and trimmed mean: Yin et al., Byzantine-Robust Distributed Learning, 2018. Krum: Blanchard et al.,
 Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Really Backdoor FL?, 2019.
