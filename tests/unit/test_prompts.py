@@ -398,7 +398,9 @@ def test_a_template_that_frames_only_the_last_turn_can_be_cut(with_template: Any
     ],
 )
 def test_a_template_whose_prefix_is_no_prefix_is_an_error(with_template: Any, template: str) -> None:
-    with pytest.raises(DataError, match=r"set.jsonl, line 1: what the chat template writes up to turn \d is not"):
+    with pytest.raises(
+        DataError, match=r"set.jsonl, line 1: the chat template renders the conversation up to turn \d"
+    ):
         one({"messages": CONVERSATION}, with_template(template))
 
 
