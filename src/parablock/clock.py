@@ -1,9 +1,8 @@
-"""Time: the clock that a run lives by.
+"""The real clock, and the virtual clock of a discrete-event simulation, behind one interface.
 
-Two clocks, one interface. Under `RealClock` a sleep sleeps. Under `VirtualClock` the same threads take part
-in a discrete-event simulation: exactly one of them runs at a time, a sleep only moves the simulated time,
-and computation costs what it took while it had the machine to itself. So a hundred clients on two cores
-show the times of a hundred machines. Neither clock starts a thread; `engine/pipeline.py` does.
+Under `RealClock` a sleep takes real time. Under `VirtualClock` exactly one thread runs at a time, a sleep only
+advances the simulated time, and computation costs the time that it takes with the machine to itself. So a hundred
+clients on two cores show the times of a hundred machines. Neither clock starts a thread; `engine/pipeline.py` does.
 """
 
 from __future__ import annotations
@@ -22,49 +21,49 @@ from parablock.errors import StallError
 
 REAL_SLEEP_SLICE_S = 0.05
 LOOK_S = 0.5
-"""How often somebody who waits looks at something else."""
+"""Seconds between two calls of `look` while a thread waits."""
 
 
 class Thread(Protocol):
-    """What a clock keeps of a thread."""
+    """A thread that can be joined."""
 
     def join(self) -> None:
-        """Wait for its end."""
+        """Wait until the thread ends."""
 
 
 class Stopped(BaseException):
-    """Raised in a waiting thread when another one has failed; never seen by users."""
+    """Raised in a waiting thread when another thread has failed; never seen by users."""
 
 
 class Mailbox(Protocol):
-    """Where one thread waits for what others put."""
+    """A queue that one thread waits at and other threads fill."""
 
     def put(self, item: Any) -> None:
         """Add an item; never waits."""
 
     def get(self, timeout_s: float, waiting_for: str, look: Callable[[], None] | None = None) -> Any:
-        """Take the oldest item, waiting for it.
+        """Wait for the oldest item and take it.
 
         Args:
             timeout_s: Patience, seconds.
-            waiting_for: What for, in words.
-            look: Called now and then while real time passes; what it raises ends the wait.
+            waiting_for: The awaited thing in words, for the error.
+            look: Called now and then while real time passes; an exception that it raises ends the wait.
 
         Raises:
-            StallError: When nothing at all has moved for `timeout_s`; it names what was waited for. Where
-                several wait, whoever has the least patience is told first, and may get things moving again.
+            StallError: Nothing at all has moved for `timeout_s`. Of several waiting threads, the least patient one
+                gets the error first, and may get things moving again.
         """
 
     def get_until(self, deadline_s: float) -> Any:
-        """Take the oldest item, or None when the clock reaches `deadline_s` first."""
+        """Take the oldest item; None if the clock reaches `deadline_s` first."""
 
 
 class Clock(Protocol):
-    """What a run needs of time."""
+    """The clock of a run."""
 
     name: str
     threads: list[Thread]
-    """The threads that take part, for whoever joins them."""
+    """The threads that take part, to be joined at the end."""
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -73,25 +72,25 @@ class Clock(Protocol):
         """Let time pass."""
 
     def working(self, seconds: float | None = None) -> AbstractContextManager[None]:
-        """Account for computation in the block: as it takes, or, under the virtual clock, as `seconds` says."""
+        """Account for computation in the block: its real time, or `seconds` under the virtual clock."""
 
     def mailbox(self) -> Mailbox:
         """Make a mailbox whose waiting this clock understands."""
 
     def expect(self) -> object:
-        """Announce a thread that will soon take part; the result goes to `taking_part`."""
+        """Announce a thread that will soon take part; return its ticket for `taking_part`."""
 
     def taking_part(self, ticket: object) -> AbstractContextManager[None]:
         """Wrap the whole body of an announced thread."""
 
     def progress(self) -> None:
-        """Note that something moved, so that no one who waits loses patience."""
+        """Note that something moved, so that no waiting thread loses patience."""
 
     def stop(self) -> None:
         """Make every waiting thread raise `Stopped`."""
 
     def leave(self) -> None:
-        """Let the others go on without this thread, which will wait for nothing but their end."""
+        """Let the other threads go on without this one, which waits only for their end."""
 
 
 def _stalled(timeout_s: float, waiting_for: str) -> StallError:
@@ -103,7 +102,7 @@ def _stalled(timeout_s: float, waiting_for: str) -> StallError:
 
 
 class RealClock:
-    """Time as it passes."""
+    """Real time."""
 
     name = "real"
 
@@ -120,7 +119,7 @@ class RealClock:
         return time.perf_counter() - self._origin
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, in slices, so that a failure elsewhere ends it."""
+        """Sleep in slices, so that a failure elsewhere ends the sleep."""
         end = self.now() + seconds
         while (left := end - self.now()) > 0:
             if self.stopped:
@@ -130,7 +129,7 @@ class RealClock:
 
     @contextmanager
     def working(self, seconds: float | None = None) -> Iterator[None]:
-        """Real work takes real time; while it lasts, nobody loses patience."""
+        """Keep waiting threads patient while the block computes; `seconds` has no effect."""
         del seconds
         work = object()
         self._working.add(work)
@@ -147,16 +146,16 @@ class RealClock:
         return box
 
     def expect(self) -> object:
-        """Nothing to announce."""
+        """Return None: real threads need no announcement."""
         return None
 
     def taking_part(self, ticket: object) -> AbstractContextManager[None]:
-        """Nothing to wrap."""
+        """Return an empty context."""
         del ticket
         return nullcontext()
 
     def progress(self) -> None:
-        """Start everybody's patience anew."""
+        """Restart the patience of all waiting threads."""
         self.moved_s = self.now()
 
     def stop(self) -> None:
@@ -166,7 +165,7 @@ class RealClock:
             box.put(None)
 
     def leave(self) -> None:
-        """Nothing to hand over."""
+        """Do nothing: real threads run by themselves."""
 
 
 class _RealMailbox:
@@ -208,7 +207,7 @@ class _RealMailbox:
 
 @dataclass(eq=False)
 class _Actor:
-    """A thread of the simulation: it runs when something comes through its gate."""
+    """A thread of the simulation, which runs when its gate opens."""
 
     gate: SimpleQueue[None] = field(default_factory=SimpleQueue)
     wake: int = 0
@@ -221,8 +220,8 @@ _actor: ContextVar[_Actor] = ContextVar("_actor")
 class VirtualClock:
     """Simulated time; the thread that makes the clock is its first actor.
 
-    Only the running actor touches the clock, and it hands over by opening another one's gate, so there is
-    nothing to lock. Who runs next is the earliest to wake, and among equals the first to have asked.
+    Only the running actor touches the clock, and it hands over by opening another actor's gate, so no lock is
+    needed. The next to run is the actor with the earliest wake-up time, and among equals the first that asked.
     """
 
     name = "virtual"
@@ -241,13 +240,13 @@ class VirtualClock:
         return self._now
 
     def sleep(self, seconds: float) -> None:
-        """Let simulated time pass and others run."""
+        """Let simulated time pass and other actors run."""
         self._wake_at(self._now + seconds, _actor.get())
         self._hand_over()
 
     @contextmanager
     def working(self, seconds: float | None = None) -> Iterator[None]:
-        """Run the block while simulated time stands still, then let its cost pass."""
+        """Run the block while simulated time stands still, then advance time by its cost."""
         began = time.perf_counter()
         yield
         self.sleep(time.perf_counter() - began if seconds is None else seconds)
@@ -257,14 +256,14 @@ class VirtualClock:
         return _VirtualMailbox(self)
 
     def expect(self) -> object:
-        """Put a thread that is about to start on the agenda, now."""
+        """Put a thread that is about to start on the agenda; return its actor as the ticket."""
         actor = _Actor()
         self._wake_at(self._now, actor)
         return actor
 
     @contextmanager
     def taking_part(self, ticket: object) -> Iterator[None]:
-        """Wait for the first turn; at the end hand over for good."""
+        """Wait for the first turn, and hand over for good at the end."""
         assert isinstance(ticket, _Actor)
         _actor.set(ticket)
         ticket.gate.get()
@@ -276,7 +275,7 @@ class VirtualClock:
             self._open_next()
 
     def progress(self) -> None:
-        """Nothing to note: whoever is on the agenda moves."""
+        """Do nothing: the agenda alone decides who moves."""
 
     def stop(self) -> None:
         """Wake every blocked actor."""
@@ -304,12 +303,12 @@ class VirtualClock:
     def _open_next(self) -> None:
         while self._agenda:
             when, _, actor, wake = heapq.heappop(self._agenda)
-            if wake == actor.wake:  # otherwise it has been woken since by something earlier
+            if wake == actor.wake:  # otherwise an earlier entry has woken the actor already
                 self._now = max(self._now, when)
                 actor.wake += 1
                 actor.gate.put(None)
                 return
-        if self._blocked:  # nothing can move any more: time passes until the first of them loses patience
+        if self._blocked:  # nothing can move any more: advance to the time when the first actor loses patience
             actor = min(self._blocked, key=lambda blocked: blocked.patience_s)
             self._wake_at(self._now + actor.patience_s, actor)
             self._open_next()
@@ -326,7 +325,7 @@ class _VirtualMailbox:
             self._clock._wake_at(self._clock.now(), self._waiting)
 
     def get(self, timeout_s: float, waiting_for: str, look: Callable[[], None] | None = None) -> Any:
-        del look  # simulated time passes at once
+        del look  # no real time passes while an actor waits
         if not self._items:
             self._waiting = _actor.get()
             self._waiting.patience_s = timeout_s

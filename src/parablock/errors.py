@@ -1,7 +1,7 @@
-"""Every error that ParaBlock raises on purpose.
+"""The exception tree: every error that ParaBlock raises on purpose.
 
     ParaBlockError                 exit code 1: the run failed
-    ├── InputError                 exit code 2: something that the user gave is wrong
+    ├── InputError                 exit code 2: the user's input is wrong
     │   ├── ConfigError            a configuration key or value (all problems at once)
     │   ├── DataError              a data file, a row, a partition
     │   ├── ModelError             a model folder, its architecture, its tokenizer
@@ -10,11 +10,11 @@
     ├── TrainingError              a loss or an update that is not finite
     └── WireError                  bytes that crossed the link
         ├── CodecError             not a message, truncated, altered, or another protocol version
-        ├── LinkError              a transfer that was cut; it is made again
-        └── StallError             a transfer or a peer that stopped moving
+        ├── LinkError              a transfer that was cut and has to be repeated
+        └── StallError             a transfer or a peer that makes no progress
 
-An error says what happened, with the values; whose fault it likely is; and what to do. The three are
-kept apart (`what`, `cause`, `remedy`) so that the command line can print them as one block.
+An error says what happened, with the values; the likely cause; and the remedy. These are separate attributes, so
+that the command line can print them as one block.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ParaBlockError(Exception):
 
     Args:
         what: What happened, with the values that matter.
-        cause: The likely reason and whose it is. May be empty where `what` says it all.
-        remedy: What to do about it. May be empty where nothing can be done.
+        cause: The likely reason. Empty where `what` says it all.
+        remedy: What to do about it. Empty where nothing can be done.
     """
 
     exit_code = 1
@@ -39,7 +39,7 @@ class ParaBlockError(Exception):
 
 
 class InputError(ParaBlockError):
-    """Something that the user gave is wrong; running again without a change fails again."""
+    """The user's input is wrong; running again without a change fails again."""
 
     exit_code = 2
 
@@ -48,8 +48,8 @@ class ConfigError(InputError):
     """One or more configuration problems, reported together.
 
     Args:
-        problems: One line for each, starting with the key path (`train.num_local_steps: …`).
-        source: The file or command line that holds them.
+        problems: A line for each problem, starting with the key path (`train.num_local_steps: …`).
+        source: The file or command line that has the problems.
     """
 
     def __init__(self, problems: Sequence[str], *, source: str = "the configuration") -> None:
@@ -72,15 +72,15 @@ class CheckpointError(InputError):
 
 
 class StorageError(InputError):
-    """The place where results are written: full, read-only, or not a folder."""
+    """The output folder cannot be written: the disk is full or read-only, or the path is not a folder."""
 
 
 class TrainingError(ParaBlockError):
-    """Training went wrong by itself: a loss or an update that is not finite."""
+    """Training failed: a loss or an update is not finite."""
 
 
 class WireError(ParaBlockError):
-    """Bytes between a client and the server."""
+    """A failure between a client and the server."""
 
 
 class CodecError(WireError):
@@ -88,11 +88,11 @@ class CodecError(WireError):
 
 
 class LinkError(WireError):
-    """A transfer that was cut or arrived altered; whoever made it makes it again.
+    """A transfer that was cut or arrived altered; its sender repeats it.
 
     Args:
         what: What happened.
-        retry_after_s: Seconds until it is worth another try.
+        retry_after_s: Seconds to wait before the next attempt.
     """
 
     def __init__(self, what: str, *, retry_after_s: float = 0.0) -> None:
@@ -101,4 +101,4 @@ class LinkError(WireError):
 
 
 class StallError(WireError):
-    """Somebody waited for longer than `federation.stall_timeout_s` without any progress."""
+    """Nothing made progress for longer than `federation.stall_timeout_s`."""

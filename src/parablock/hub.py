@@ -1,7 +1,7 @@
-"""The Hugging Face hub, which may be out of reach.
+"""Offline use of the Hugging Face hub: test the connection once, and read only the cache without one.
 
-Its libraries ask again and again, for half a minute, when nobody answers. Whether anybody does is a matter of
-one connection, so that a misspelt folder on a machine without network is refused at once.
+The hub's libraries retry for half a minute when nothing answers. One test connection instead lets a misspelt folder
+on a machine without network fail at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ PATIENCE_S = 5.0
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Tell whether a server accepts connections.
+    """Return whether a server accepts connections; behind a proxy every server counts as reachable.
 
     Args:
-        endpoint: Its address, `https://huggingface.co`. Behind a proxy nothing is tried, and it counts as
-            reachable: the proxy alone knows.
+        endpoint: The server's address, such as `https://huggingface.co`.
     """
     parts = urlsplit(endpoint)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
@@ -34,14 +33,14 @@ def is_reachable(endpoint: str) -> bool:
 
 
 @contextmanager
-def cache_alone_without_network() -> Iterator[None]:
-    """While the hub is out of reach, let its libraries look into their cache and ask nobody."""
-    from huggingface_hub import constants  # slow to import, and not needed where all is in local files
+def use_cache_when_offline() -> Iterator[None]:
+    """Let the hub's libraries read only their cache while the hub is out of reach."""
+    from huggingface_hub import constants  # slow to import, and not needed for local files
 
     if constants.HF_HUB_OFFLINE or is_reachable(constants.ENDPOINT):
         yield
         return
-    constants.HF_HUB_OFFLINE = True  # all of them read it at every request
+    constants.HF_HUB_OFFLINE = True  # the libraries read it at every request
     try:
         yield
     finally:

@@ -1,8 +1,7 @@
-"""The only source of randomness: a generator for each (seed, purpose, round, client).
+"""Random number generators: one for each (seed, purpose, round, client), and no global one.
 
-Nothing in ParaBlock touches a global generator. A generator is made from the run's seed and from what it
-is for, so a draw depends neither on which thread came first nor on what was drawn before, and a run
-resumed in the middle draws what it would have drawn.
+A draw depends neither on the order of the threads nor on earlier draws. So a resumed run draws the same numbers
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ def seed_for(seed: int, purpose: str, *indices: int) -> int:
 
     Args:
         seed: The run's seed (`seed` in the configuration).
-        purpose: What the draws are for, such as `"cohort"`; purposes never share a stream.
-        *indices: What else tells this stream from its siblings: round_index, client_id, epoch.
+        purpose: The use of the draws, such as `"cohort"`; purposes never share a stream.
+        *indices: Numbers that tell streams of one purpose apart: round_index, client_id, epoch.
 
     Returns:
         An integer in [0, 2**63).
@@ -28,5 +27,5 @@ def seed_for(seed: int, purpose: str, *indices: int) -> int:
 
 
 def generator_for(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """Make the generator of one stream; see `seed_for` for the arguments."""
+    """Return the generator of one stream; see `seed_for` for the arguments."""
     return np.random.Generator(np.random.PCG64(seed_for(seed, purpose, *indices)))

@@ -1,4 +1,4 @@
-"""The record of who did what when: the only timing API of the engine."""
+"""The timeline of a run: spans of all activities, hidden communication, and Chrome trace files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 
 from parablock.clock import Clock
 
+TRANSFERS = ("uploading", "downloading")
+
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time.
+    """An activity of a client or the server.
 
     Attributes:
-        client_id: Who; None for the server.
+        client_id: The client; None for the server.
         lane: compute | communication | server.
         activity: computing, uploading, downloading, waiting, aggregating, evaluating, checkpointing.
         start_s: Seconds since the run began.
         duration_s: Seconds.
-        facts: What it was about: round_index, block_index, payload_bytes.
+        facts: Details: round_index, block_index, payload_bytes.
     """
 
     client_id: int | None
@@ -35,12 +37,12 @@ class Span:
 
 
 class Trace:
-    """The record of a run's spans; appended to by every thread, read after the run.
+    """The record of a run's spans; every thread appends to it, and it is read after the run.
 
     Args:
-        clock: Whose time is recorded.
-        on_begin: Told (client_id, activity) when a span begins, for live display.
-        on_end: Told the same when it ends.
+        clock: The clock of the run.
+        on_begin: Called with (client_id, activity) when a span begins, for live display.
+        on_end: Called with the same arguments when the span ends.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Trace:
 
     @contextmanager
     def span(self, client_id: int | None, lane: str, activity: str, **facts: Any) -> Iterator[None]:
-        """Record how long the block takes, also when it fails."""
+        """Record the time of the block, also if it fails."""
         start_s = self.begin(client_id, activity)
         try:
             yield
@@ -61,7 +63,7 @@ class Trace:
             self.end(client_id, lane, activity, start_s, **facts)
 
     def begin(self, client_id: int | None, activity: str) -> float:
-        """Announce an activity; gives the time."""
+        """Announce an activity; return the time."""
         if self._on_begin is not None:
             self._on_begin(client_id, activity)
         return self.clock.now()
@@ -73,68 +75,15 @@ class Trace:
             self._on_end(client_id, activity)
 
 
-def write_chrome_trace(spans: list[Span], path: Path) -> None:
-    """Write spans as Chrome trace events: one process for each client and one for the server.
-
-    Perfetto and chrome://tracing open it. Times are microseconds; waiting is left out, a gap shows it.
-    """
-    events: list[dict[str, Any]] = []
-    lanes = {"server": 0, "compute": 1, "communication": 2}
-    tracks = sorted(
-        {(span.client_id, span.lane) for span in spans}, key=lambda t: (t[0] is not None, t[0] or 0, t[1])
-    )
-    for client_id, lane in tracks:
-        pid = 0 if client_id is None else client_id + 1
-        process = "server" if client_id is None else f"client {client_id}"
-        events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}})
-        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lanes[lane], "args": {"name": lane}})
-    for span in spans:
-        if span.activity == "waiting":
-            continue
-        events.append(
-            {
-                "ph": "X",
-                "name": span.activity,
-                "cat": span.lane,
-                "pid": 0 if span.client_id is None else span.client_id + 1,
-                "tid": lanes[span.lane],
-                "ts": round(span.start_s * 1e6, 3),
-                "dur": round(span.duration_s * 1e6, 3),
-                "args": span.facts,
-            }
-        )
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-
-
-def read_chrome_trace(path: Path) -> list[Span]:
-    """Read the spans back from a file that `write_chrome_trace` made."""
-    lanes = ("server", "compute", "communication")
-    return [
-        Span(
-            None if event["pid"] == 0 else event["pid"] - 1,
-            lanes[event["tid"]],
-            event["name"],
-            event["ts"] / 1e6,
-            event["dur"] / 1e6,
-            event["args"],
-        )
-        for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        if event["ph"] == "X"
-    ]
-
-
-TRANSFERS = ("uploading", "downloading")
-
-
 @dataclass(frozen=True)
 class TransferPiece:
-    """A part of a transfer that is hidden from its begin to its end, or not at all.
+    """A part of a transfer that is either wholly hidden or not hidden at all.
 
     Attributes:
         span: The whole transfer.
         start_s: Seconds since the run began.
         duration_s: Seconds; more than zero.
-        is_hidden: Whether its client computed all the while.
+        is_hidden: Whether the client computed at the same time.
     """
 
     span: Span
@@ -153,18 +102,18 @@ class ClientTimes:
 
     @property
     def hidden_fraction(self) -> float:
-        """Which part of the communication cost no time; 0 where there was none."""
+        """The share of the communication that cost no time; 0 without communication."""
         return self.hidden_s / self.communication_s if self.communication_s else 0.0
 
 
 def cut_transfers(spans: Iterable[Span]) -> list[TransferPiece]:
-    """Cut every transfer where its client begins or ends to compute.
+    """Cut every transfer where its client begins or ends a computation.
 
     Args:
-        spans: A run's trace; what a client computes does not overlap.
+        spans: A run's trace; the computing spans of one client do not overlap.
 
     Returns:
-        Pieces that cover all transfers, in the order of their begin.
+        Pieces that cover all transfers, by start time.
     """
     spans = list(spans)
     computing: dict[int | None, list[Span]] = defaultdict(list)
@@ -176,14 +125,14 @@ def cut_transfers(spans: Iterable[Span]) -> list[TransferPiece]:
         own = computing[span.client_id]
         first = progress[span.client_id]
         while first < len(own) and _end(own[first]) <= span.start_s:
-            first += 1  # the next transfers begin no earlier, so they skip it too
+            first += 1  # later transfers begin no earlier, so they skip this span too
         progress[span.client_id] = first
         pieces.extend(_cut(span, own[first:]))
     return sorted(pieces, key=lambda piece: piece.start_s)
 
 
 def times_by_client(spans: Iterable[Span]) -> dict[int, ClientTimes]:
-    """Add up each client's seconds of computing, of communication, and of communication that was hidden."""
+    """Add up each client's seconds of computation, communication and hidden communication."""
     spans = list(spans)
     compute, moving, hidden = (
         defaultdict[int, float](float),
@@ -217,3 +166,53 @@ def _cut(transfer: Span, computing: Sequence[Span]) -> list[TransferPiece]:
 
 def _end(span: Span) -> float:
     return span.start_s + span.duration_s
+
+
+def write_chrome_trace(spans: list[Span], path: Path) -> None:
+    """Write spans as Chrome trace events: one process for each client and one for the server.
+
+    Perfetto and chrome://tracing open the file. Times are microseconds; waiting shows as a gap.
+    """
+    events: list[dict[str, Any]] = []
+    lanes = {"server": 0, "compute": 1, "communication": 2}
+    tracks = sorted(
+        {(span.client_id, span.lane) for span in spans}, key=lambda t: (t[0] is not None, t[0] or 0, t[1])
+    )
+    for client_id, lane in tracks:
+        pid = 0 if client_id is None else client_id + 1
+        process = "server" if client_id is None else f"client {client_id}"
+        events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}})
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lanes[lane], "args": {"name": lane}})
+    for span in spans:
+        if span.activity == "waiting":
+            continue
+        events.append(
+            {
+                "ph": "X",
+                "name": span.activity,
+                "cat": span.lane,
+                "pid": 0 if span.client_id is None else span.client_id + 1,
+                "tid": lanes[span.lane],
+                "ts": round(span.start_s * 1e6, 3),
+                "dur": round(span.duration_s * 1e6, 3),
+                "args": span.facts,
+            }
+        )
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def read_chrome_trace(path: Path) -> list[Span]:
+    """Read the spans from a file that `write_chrome_trace` wrote."""
+    lanes = ("server", "compute", "communication")
+    return [
+        Span(
+            None if event["pid"] == 0 else event["pid"] - 1,
+            lanes[event["tid"]],
+            event["name"],
+            event["ts"] / 1e6,
+            event["dur"] / 1e6,
+            event["args"],
+        )
+        for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        if event["ph"] == "X"
+    ]

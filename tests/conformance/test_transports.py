@@ -29,8 +29,8 @@ def test_messages_reach_their_client_and_no_other(make):
 
 def test_updates_reach_the_server_with_their_sender_in_order(make):
     transport = make(Link(), 2)
-    transport.uploaded(1, Parcel(b"a", 0), 0.0)
-    transport.uploaded(0, Parcel(b"b", 0), 0.0)
+    transport.finish_upload(1, Parcel(b"a", 0), 0.0)
+    transport.finish_upload(0, Parcel(b"b", 0), 0.0)
     assert [transport.receive(1.0, "updates"), transport.receive(1.0, "updates")] == [(1, b"a"), (0, b"b")]
 
 
@@ -40,9 +40,9 @@ def test_bytes_and_seconds_are_counted_by_round_client_and_direction(make):
     up_s, down_s = transport.upload_s(large), transport.download_s(large)
     # 0.01 s + 8,000 bit / 0.8 Mbit/s = 0.02 s; 0.01 + 0.005 s
     assert (up_s, down_s) == (pytest.approx(0.02), pytest.approx(0.015))
-    transport.uploaded(0, large, up_s)
-    transport.downloaded(0, large, down_s)
-    transport.uploaded(1, Parcel(b"x" * 500, 4), 0.015)
+    transport.finish_upload(0, large, up_s)
+    transport.finish_download(0, large, down_s)
+    transport.finish_upload(1, Parcel(b"x" * 500, 4), 0.015)
     third, fourth = transport.ledger.of_round(3), transport.ledger.of_round(4)
     assert (third.uplink_bytes, third.downlink_bytes) == (1000, 1000)
     assert (fourth.uplink_bytes, fourth.downlink_bytes) == (500, 0)

@@ -24,7 +24,7 @@ from parablock.experiment.inputs import read_inputs
 from parablock.methods.base import MethodModel, RunInputs
 from parablock.methods.choose import make_method_model
 from parablock.methods.flora import factors_of
-from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
+from parablock.model.adapters import adapted_layers, draw_adapters, matrices_block
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.messages import RoundStart
@@ -130,7 +130,7 @@ def test_every_client_draws_its_own_adapters_anew_in_each_round(workshop: Worksh
 
     def drawn_a(**place: int) -> Tensor:
         pairs = factors.split(
-            fresh_adapters(job.loaded.model, **{"seed": 0, "round_index": 0, "client_id": 0} | place)
+            draw_adapters(job.loaded.model, **{"seed": 0, "round_index": 0, "client_id": 0} | place)
         )
         assert all(not b.any() for _, b in pairs)
         return torch.cat([a.reshape(-1) for a, _ in pairs])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from parablock.evaluation.harness import harness_scores
+from parablock.evaluation.harness import score_with_harness
 from tiny_runs import Workshop, command, write_rows
 
 
@@ -43,7 +43,7 @@ def test_both_models_of_a_run_are_scored_on_a_task_of_a_local_file(
 ) -> None:
     outcome = workshop.run(tmp_path / "run", "federation.num_rounds=8", "train.learning_rate=0.03")
     assert outcome.code == 0, outcome.stderr
-    base, tuned = harness_scores(str(tmp_path / "run"), ["local_sums"], tasks_dir=tasks, device="cpu")
+    base, tuned = score_with_harness(str(tmp_path / "run"), ["local_sums"], tasks_dir=tasks, device="cpu")
     assert [(score.label, score.task, score.metric) for score in (base, tuned)] == [
         ("base", "local_sums", "perplexity"),
         ("tuned", "local_sums", "perplexity"),

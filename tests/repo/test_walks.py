@@ -57,7 +57,7 @@ def carries(value: object, depth: int = 2) -> bool:
 
 @contextmanager
 def followed() -> Iterator[set[str]]:
-    """Collect the files whose functions are called with an update, from the end of the local steps to the commit."""
+    """Collect the files whose functions are called with an update, from the local steps to the commit."""
     files: set[str] = set()
     under_way = threading.Event()
     over = threading.Event()

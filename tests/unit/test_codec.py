@@ -24,7 +24,7 @@ from parablock.wire.messages import (
     to_bytes,
 )
 from parablock.wire.quantize import Vector, pack, payload_bytes
-from parablock.wire.sealing import Advertise, Letters, Reveal, Revealed, Roster, Shares, opaque
+from parablock.wire.sealing import Advertise, Letters, Reveal, Revealed, Roster, Shares, pack_bytes
 
 VALUES = torch.tensor([1.0, -0.1, 3.0e-8, 65504.0])
 
@@ -41,12 +41,12 @@ MESSAGES = [
     Mark(8, stop=True),
     Chunk(2, 7, "difference", pack(VALUES, "int4")),
     update(torch.tensor([2**31 - 1, -(2**31), 0], dtype=torch.int32), "word32"),
-    Advertise(3, opaque(b"keys")),
-    Roster(opaque(b"all keys")),
-    Shares(3, (4, 0), opaque(b"each")),
-    Letters((4, 0), opaque(b"each")),
+    Advertise(3, pack_bytes(b"keys")),
+    Roster(pack_bytes(b"all keys")),
+    Shares(3, (4, 0), pack_bytes(b"each")),
+    Letters((4, 0), pack_bytes(b"each")),
     Reveal(5, (0, 3)),
-    Revealed(5, 3, opaque(b"shares")),
+    Revealed(5, 3, pack_bytes(b"shares")),
 ]
 
 

@@ -141,8 +141,8 @@ def test_too_few_or_too_many_completions_are_an_error_that_says_how_to_give_choi
         ("yes", "not a list of texts"),
         ([1, 2], "not a list of texts"),
         (["yes", " "], "not a list of texts"),
-        ([], "nothing to choose"),
-        (["yes", " yes"], "nothing to choose"),
+        ([], "fewer than two distinct"),
+        (["yes", " yes"], "fewer than two distinct"),
         (["no", "maybe"], "'yes' is not among its choices"),
     ],
 )

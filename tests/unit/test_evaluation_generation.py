@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from parablock.data.batches import collate
-from parablock.data.prompts import Example, stop_token_ids, tokenize_rows
+from parablock.data.prompts import Example, find_stop_token_ids, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
 from parablock.evaluation.generation import answers_match, exact_match, generate_completions
@@ -62,7 +62,7 @@ def loop_generate(model, tokenizer, prompt_ids, *, max_new_tokens: int) -> str:
     with torch.no_grad():
         for _ in range(max_new_tokens):
             ids.append(int(model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-            if ids[-1] in stop_token_ids(tokenizer):
+            if ids[-1] in find_stop_token_ids(tokenizer):
                 break
     return tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True)
 

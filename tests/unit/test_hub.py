@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from parablock.hub import cache_alone_without_network, is_reachable
+from parablock.hub import is_reachable, use_cache_when_offline
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
@@ -53,7 +53,7 @@ def test_libraries_ask_a_hub_within_reach_and_nobody_otherwise(
     asked_offline = []
     for endpoint in (address, nobody):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        with cache_alone_without_network():
+        with use_cache_when_offline():
             asked_offline.append(constants.is_offline_mode())
         assert not constants.is_offline_mode()
     assert asked_offline == [False, True]
@@ -61,6 +61,6 @@ def test_libraries_ask_a_hub_within_reach_and_nobody_otherwise(
 
 def test_an_error_on_the_way_leaves_the_libraries_as_they_were(nobody: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "ENDPOINT", nobody)
-    with pytest.raises(OSError, match="not there"), cache_alone_without_network():
+    with pytest.raises(OSError, match="not there"), use_cache_when_offline():
         raise OSError("not there")
     assert not constants.is_offline_mode()

@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from parablock.data.batches import Batch
 from parablock.errors import DataError, TrainingError
 from parablock.model.blocks import partition_blocks
-from parablock.model.loss import num_label_tokens, summed_loss
+from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, LocalResult, Moments, learning_rate_at, train_block
 
@@ -146,9 +146,9 @@ def test_the_loss_is_that_of_hugging_face(make_model: Callable[..., PreTrainedMo
     batch = make_batch(0)
     inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
     expected = model(**inputs, labels=batch.labels_BT).loss
-    count = num_label_tokens(batch.labels_BT)
+    count = count_label_tokens(batch.labels_BT)
     assert count == int((batch.labels_BT[:, 1:] != -100).sum())
-    loss = summed_loss(model, **named(batch)) / count
+    loss = sum_loss(model, **named(batch)) / count
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     unshifted = nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1), batch.labels_BT.flatten())
     assert abs(unshifted - loss) > 0.01
@@ -166,16 +166,16 @@ def test_logits_are_made_only_where_a_label_is_predicted(make_model: Callable[..
     model, batch = make_model(), make_batch(0)
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _i, logits: sizes.append(logits.numel() // 128))
-    summed_loss(model, **named(batch))
+    sum_loss(model, **named(batch))
     model(batch.input_ids_BT)  # and no hook stays behind
-    assert sizes == [num_label_tokens(batch.labels_BT), batch.input_ids_BT.numel()]
+    assert sizes == [count_label_tokens(batch.labels_BT), batch.input_ids_BT.numel()]
 
 
 def test_a_model_without_a_known_head_has_the_same_loss(make_model: Callable[..., PreTrainedModel]) -> None:
     model, batch = make_model(), make_batch(0)
-    expected = summed_loss(model, **named(batch))
+    expected = sum_loss(model, **named(batch))
     model.get_output_embeddings = lambda: None
-    torch.testing.assert_close(summed_loss(model, **named(batch)), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sum_loss(model, **named(batch)), expected, rtol=1e-6, atol=1e-6)
 
 
 # ── K steps on one block ────────────────────────────────────────────────────────────────────────────
@@ -277,7 +277,7 @@ def test_two_micro_batches_of_four_make_the_step_of_one_of_eight(
     whole = make_batch(1, rows=8)
     whole.labels_BT[:4, :10] = -100  # the halves differ in label tokens, so a mean of means would differ
     halves = [Batch(*(t[part] for t in named(whole).values())) for part in (slice(0, 4), slice(4, 8))]
-    counts = [num_label_tokens(half.labels_BT) for half in halves]
+    counts = [count_label_tokens(half.labels_BT) for half in halves]
     assert counts[0] * 3 < counts[1]
     arguments = replace(PLAIN, adam_epsilon=1e-2)  # a step that depends on the gradient's size, not only its sign
     one = train(make_replica(make_model(dtype=dtype)), 1, [[whole]], arguments)
@@ -485,7 +485,7 @@ def test_backpropagation_ends_at_the_block_and_makes_no_gradient_of_frozen_weigh
             lambda _m, inputs, index=index: entering.update({index: inputs[0].grad_fn is not None})
         )
     replica.activate(block_index)
-    loss = summed_loss(replica.model, **named(make_batch(1)))
+    loss = sum_loss(replica.model, **named(make_batch(1)))
     # no graph below the block or into it; one above it
     assert entering == {index: index > block_index for index in range(NUM_LAYERS)}
     assert trained_leaves(loss) == {id(parameter) for parameter in replica.parameters(block_index)}
@@ -502,7 +502,7 @@ def test_the_higher_the_block_the_less_is_kept_for_the_backward_pass(
         kept.append(saved[0])
     model = make_model().train()
     with saved_bytes() as full:
-        summed_loss(model, **named(make_batch(1)))
+        sum_loss(model, **named(make_batch(1)))
     assert full[0] > kept[0] > kept[1] > kept[2] > kept[3]
     assert kept[3] < full[0] / 2
 

@@ -53,7 +53,7 @@ def test_what_was_sent_before_the_client_attached_arrives_in_order(make):
 @pytest.mark.parametrize("make", CLOCKS)
 def test_an_error_of_the_communication_thread_surfaces_in_the_compute_thread(make, threads_left):
     class Broken(MemoryTransport):
-        def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
             raise CodecError("the cable is cut")
 
     clock = make()

@@ -16,7 +16,7 @@ from parablock.config.load import load_config, parse_config
 from parablock.data.batches import Batch
 from parablock.model.blocks import Block, find_layers, partition_blocks, whole_model
 from parablock.model.load import outline_model
-from parablock.model.loss import summed_loss
+from parablock.model.loss import sum_loss
 from parablock.model.params import Replica
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
@@ -44,7 +44,7 @@ def batch(num_examples: int = 3, length: int = 16) -> Batch:
 
 
 def loss_of(model: Any, given: Batch) -> torch.Tensor:
-    return summed_loss(
+    return sum_loss(
         model,
         input_ids_BT=given.input_ids_BT,
         attention_mask_BT=given.attention_mask_BT,

@@ -14,9 +14,9 @@ from parablock.data.prompts import (
     Example,
     Tokenized,
     detect_format,
-    stop_token_ids,
+    find_stop_token_ids,
+    replace_completion,
     tokenize_rows,
-    with_completion,
 )
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
@@ -363,8 +363,8 @@ def test_generation_stops_at_the_end_of_a_turn_and_of_the_text(
     tiny_tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     end_of_turn = tiny_tokenizer.convert_tokens_to_ids(TURN_END)
-    assert stop_token_ids(tiny_tokenizer) == (tiny_tokenizer.eos_token_id, end_of_turn)
-    assert stop_token_ids(plain_tokenizer) == (plain_tokenizer.eos_token_id,)
+    assert find_stop_token_ids(tiny_tokenizer) == (tiny_tokenizer.eos_token_id, end_of_turn)
+    assert find_stop_token_ids(plain_tokenizer) == (plain_tokenizer.eos_token_id,)
 
 
 # Templates that change what they wrote before
@@ -398,7 +398,9 @@ def test_a_template_that_frames_only_the_last_turn_can_be_cut(with_template: Any
     ],
 )
 def test_a_template_whose_prefix_is_no_prefix_is_an_error(with_template: Any, template: str) -> None:
-    with pytest.raises(DataError, match=r"set.jsonl, line 1: what the chat template writes up to turn \d is not"):
+    with pytest.raises(
+        DataError, match=r"set.jsonl, line 1: the chat template renders the conversation up to turn \d"
+    ):
         one({"messages": CONVERSATION}, with_template(template))
 
 
@@ -483,7 +485,7 @@ def test_another_completion_stands_behind_the_same_prompt(
     tiny_tokenizer: PreTrainedTokenizerFast, data_format: str
 ) -> None:
     row = a_row(FORMAT_ROWS[data_format])
-    other = with_completion(row, "None.", data_format=data_format)
+    other = replace_completion(row, "None.", data_format=data_format)
     (first, second) = tokenized([row, other], tiny_tokenizer).examples
     assert second.prompt_ids == first.prompt_ids
     assert second.completion == "None."
@@ -496,7 +498,7 @@ def test_another_completion_stands_behind_the_same_prompt(
 )
 def test_a_row_without_a_completion_has_none_to_replace(data_format: str, fields: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no completion that could be replaced"):
-        with_completion(a_row(fields), "None.", data_format=data_format)
+        replace_completion(a_row(fields), "None.", data_format=data_format)
 
 
 # Real text

@@ -18,10 +18,10 @@ from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import CodecError, StallError
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
-from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join, split, threshold_of
+from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret, threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
-from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, content_of, opaque
+from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
 from parablock.wire.transport import Parcel
 
 SIZE = 1000
@@ -149,14 +149,14 @@ def test_every_client_counts_once_and_noise_is_that_of_the_mean():
 
 def test_any_shares_up_to_the_threshold_give_the_secret_back_and_fewer_do_not():
     secret = bytes(range(32))
-    shares = dict(enumerate(split(secret, 5, 3)))
+    shares = dict(enumerate(split_secret(secret, 5, 3)))
     for chosen in combinations(range(5), 3):
-        assert join({number: shares[number] for number in chosen}) == secret
-    assert join(shares) == secret
+        assert join_secret({number: shares[number] for number in chosen}) == secret
+    assert join_secret(shares) == secret
     few = {number: shares[number] for number in (0, 4)}
     with suppress(ValueError):  # what they give is seldom even 32 bytes
-        assert join(few) != secret
-    assert split(secret, 5, 3) != list(shares.values())
+        assert join_secret(few) != secret
+    assert split_secret(secret, 5, 3) != list(shares.values())
     assert all(len(share) == SHARE_BYTES for share in shares.values())
 
 
@@ -165,7 +165,7 @@ def test_the_modulus_is_prime_and_above_every_secret():
     assert 2**256 < PRIME < 2**257
     assert all(pow(base, PRIME - 1, PRIME) == 1 for base in (2, 3, 5, 7, 11, 13))
     assert pow(2, PRIME + 1, PRIME + 2) != 1
-    assert join(dict(enumerate(split(b"\xff" * 32, 3, 2)))) == b"\xff" * 32
+    assert join_secret(dict(enumerate(split_secret(b"\xff" * 32, 3, 2)))) == b"\xff" * 32
 
 
 # -- the protocol -----------------------------------------------------------------------------------------------
@@ -232,9 +232,9 @@ def test_shares_that_do_not_fit_are_noticed():
         answers = honest(parcel)
         if not answers or not isinstance(message := from_bytes(answers[0].message), Revealed):
             return answers
-        shares = bytearray(content_of(message.shares))
+        shares = bytearray(unpack_bytes(message.shares))
         shares[SHARE_BYTES + 5] ^= 1
-        return [Parcel(to_bytes(Revealed(0, 2, opaque(bytes(shares)))), 0)]
+        return [Parcel(to_bytes(Revealed(0, 2, pack_bytes(bytes(shares)))), 0)]
 
     wires.couriers[2].incoming = forged  # type: ignore[method-assign]
     wires.silent = {0}  # so that the forged shares are among the two that are used
@@ -251,25 +251,27 @@ def test_a_letter_that_was_changed_is_not_read():
             passed(client_id, parcel)
             return
         message = from_bytes(parcel.message)
-        content = bytearray(content_of(message.letters))
+        content = bytearray(unpack_bytes(message.letters))
         content[3] ^= 1
-        passed(client_id, Parcel(to_bytes(type(message)(message.letter_bytes, opaque(bytes(content)))), 0))
+        passed(client_id, Parcel(to_bytes(type(message)(message.letter_bytes, pack_bytes(bytes(content)))), 0))
 
     wires.send = changed  # type: ignore[method-assign]
-    with pytest.raises(CodecError, match="client 0 cannot read what client 1 sealed"):
+    with pytest.raises(CodecError, match="client 0 cannot read the letter of client 1"):
         wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
 
 
 def test_what_is_no_key_or_no_letter_is_a_codec_error():
     known = Cohorts(3, {0: (0, 1, 2)})
-    zeros = to_bytes(Roster(opaque(bytes(3 * 2 * 32))))  # a point of low order: everybody knows what it agrees upon
-    for roster in (zeros, to_bytes(Roster(opaque(b"short")))):
+    zeros = to_bytes(
+        Roster(pack_bytes(bytes(3 * 2 * 32)))
+    )  # a point of low order: everybody knows what it agrees upon
+    for roster in (zeros, to_bytes(Roster(pack_bytes(b"short")))):
         with pytest.raises(CodecError, match="is no public key"):
             MaskedClient(0, known).incoming(Parcel(roster, 0))
-    with pytest.raises(CodecError, match="got 1 letters, and 2 others write"):
-        MaskedClient(0, known).incoming(Parcel(to_bytes(Letters((2,), opaque(b"hi"))), 0))
+    with pytest.raises(CodecError, match="got 1 letters from 2 clients"):
+        MaskedClient(0, known).incoming(Parcel(to_bytes(Letters((2,), pack_bytes(b"hi"))), 0))
     wires = Wires(3, {0: (0, 1, 2)})
-    wires.upload(0, to_bytes(Revealed(7, 0, opaque(b"nobody asked"))))
+    wires.upload(0, to_bytes(Revealed(7, 0, pack_bytes(b"nobody asked"))))
     with pytest.raises(CodecError, match="kind Revealed that does not fit"):
         for _ in range(9):
             wires.collector.receive(1.0, "")

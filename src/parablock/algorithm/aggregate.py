@@ -1,8 +1,8 @@
-"""What the server makes of a block's updates: the weighted mean, its alignment, one optimizer step.
+"""Aggregation of a block's updates: the weighted mean, its alignment ρ, and the server optimizer's step.
 
-A block may be folded part by part, as its updates come in; the result is bitwise that of the whole. Updates
-are always folded in ascending client_id and with weights that sum to one, so the result does not
-depend on who arrived first, and the mean of a single update is that update bit for bit.
+A block may be folded part by part, as its updates come in; the result is bitwise that of the whole block. Updates
+are always folded in ascending client_id and with weights that sum to one. So the order of arrival has no effect,
+and the mean of a single update is bitwise that update.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 14
-"""Elements whose squares are summed at a time; a norm is the exact sum over pieces, however a block is cut."""
+"""Elements whose squares are summed at a time; a norm is the exact sum over pieces, however the block is cut."""
 
 SLICE = 1 << 16
-"""Elements folded at a time, so that they stay in the cache; a multiple of `PIECE`."""
+"""Elements folded at a time; small enough for the cache, and a multiple of `PIECE`."""
 
 ADAM_BETA2 = 0.99
 ADAM_EPSILON = 1e-3
@@ -27,14 +27,14 @@ ADAM_EPSILON = 1e-3
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The updates of one round, folded.
+    """The aggregate of one round's updates.
 
     Attributes:
         mean_delta: Δ̄ = Σ w_i Δ_i / Σ w_i, flat, fp32.
-        rho: ‖Δ̄‖² / Σ w_i‖Δ_i‖² in [0, 1], with the w_i divided by their sum: 1 where the clients agree, 0
-            where they cancel. 1 by definition where no client moved.
+        rho: ‖Δ̄‖² / Σ w_i‖Δ_i‖² in [0, 1], with the w_i divided by their sum: 1 if the clients agree, 0 if their
+            updates cancel, and 1 by definition if no client moved.
         squared_delta: Mean squared element of Δ̄.
-        stack: The factors that Δ̄ is the product of, where it travels as those; else None.
+        stack: The stacked factors whose product is Δ̄; None if Δ̄ itself travels.
     """
 
     mean_delta: Tensor
@@ -45,7 +45,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """How Δ̄ moves a block: `none` adds it; `momentum` and `adam` keep moments for each block.
+    """The server optimizer: `none` adds Δ̄ to the block; `momentum` and `adam` keep moments for each block.
 
     Attributes:
         name: none | momentum | adam.
@@ -60,10 +60,10 @@ class ServerOptimizer:
 
 @dataclass(frozen=True)
 class Folded:
-    """A run of whole pieces of a block, folded over the clients.
+    """Consecutive whole pieces of a block, folded over the clients.
 
     Attributes:
-        mean: Δ̄ there, flat, fp32.
+        mean: This part of Δ̄, flat, fp32.
         squared_mean: ‖Δ̄‖² of each piece.
         squared_norms: Σ w_i‖Δ_i‖² of each piece.
     """
@@ -77,10 +77,10 @@ def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
     """Fold the same part of each client's update; a part begins at a multiple of `PIECE` elements.
 
     Args:
-        updates: For each client_id that part of its Δ (flat, fp32) and its number of training examples.
+        updates: For each client_id this part of its Δ (flat, fp32) and its number of training examples.
 
     Raises:
-        ValueError: When there is no update, or no example behind them.
+        ValueError: There is no update, or the updates have no examples.
     """
     total = sum(num_examples for _, num_examples in updates.values())
     if total <= 0:
@@ -106,11 +106,11 @@ def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
 
 
 def join(parts: Sequence[Folded], mean: Tensor | None = None) -> Aggregate:
-    """Make one aggregate of the parts of a block, in order; the same however the block was cut.
+    """Join the parts of a block, in order, into one aggregate; the cuts have no effect.
 
     Args:
-        parts: All of them.
-        mean: Their means one after the other, where they lie so already.
+        parts: All parts of the block.
+        mean: The concatenated means, if they already are in one tensor; None: concatenate them.
     """
     if mean is None:
         mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])
@@ -138,8 +138,8 @@ def apply_update(
         value: x^b, flat, in the run's dtype.
         mean_delta: Δ̄, flat, fp32.
         moments: The optimizer's state for this block; empty at its first visit.
-        optimizer: What to do with Δ̄.
-        into: Memory for the sum, which may be Δ̄'s own where nobody needs it any more; None: new.
+        optimizer: The server optimizer.
+        into: Memory for the sum, which may be that of Δ̄ if Δ̄ is no longer needed; None: new memory.
 
     Returns:
         The new x^b in the same dtype (summed in fp32, rounded once), and the new moments.
@@ -160,7 +160,7 @@ def apply_update(
 
 
 def _slices(length: int) -> list[slice]:
-    """Cut a part into slices of whole pieces and what is left, so that no sum depends on where a part begins."""
+    """Cut a part into slices of whole pieces and a rest, so that no sum depends on where the part begins."""
     whole = length - length % PIECE
     ends = [*range(SLICE, whole, SLICE), *([whole] if whole else []), *([length] if length > whole else [])]
     return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]

@@ -1,4 +1,4 @@
-r"""Aggregation rules: what the server makes of a block's updates when some of them may be hostile.
+r"""Robust aggregation: median, trimmed mean, Krum, norm clipping, and the noise of differential privacy.
 
 | rule | the aggregate Δ̄ of M updates | a hostile minority can |
 |---|---|---|
@@ -7,17 +7,17 @@ r"""Aggregation rules: what the server makes of a block's updates when some of t
 | trimmed_mean | element by element, the mean without the ⌊β M⌋ smallest and largest | the same, below β |
 | krum | the one update whose M − f − 2 nearest neighbours are nearest | replace it by another honest one |
 
-With noise (central differential privacy) every client counts once in the mean, so that each is at most 1/M of it,
-and Gaussian noise of deviation z·C/M is added to every element.
+With noise (central differential privacy) every client has the weight 1/M in the mean, and Gaussian noise of
+standard deviation z·C/M is added to every element.
 
-A rule has two stages. What concerns an update as a whole (its norm, its distance from others) gives each a
-factor; 0 leaves it out. What concerns elements is folded part by part, as for the plain mean. So all rules but
-`krum`, and `clip_norm`, can begin before a whole update has come; either way the result is bitwise that of
-the whole block.
+A rule has two stages. The first looks at whole updates (norms, distances): clipping gives each update a factor, and
+`krum` chooses one. The second folds elements part by part, as the plain mean does. So a rule without a first stage
+can begin before a whole update has come. Either way the result is bitwise that of the whole block.
 
-ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, as ever, and over the
-median of the clients for the others, so that nobody switches the overlay off by sending something huge. With
-noise it may be made of nothing but the noisy mean: its squared length less what noise adds on average, over C².
+ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, and over the clients'
+median for the other rules, so that no client can switch the overlay off with a huge update. With noise, ρ may
+depend on the noisy mean alone: from its squared length that of the noise is subtracted in expectation, and the
+difference is divided by C².
 
 Source: median and trimmed mean: Yin et al., Byzantine-Robust Distributed Learning, 2018. Krum: Blanchard et al.,
 Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Really Backdoor FL?, 2019.
@@ -38,22 +38,22 @@ from torch import Tensor
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate, Folded, fold, join
 
 Parts = Iterable[Tensor]
-"""A client's whole update: consecutive parts, each beginning at a multiple of `PIECE` elements and of a length that
-is the same for all clients. It may be gone through more than once, and need not be in memory at once."""
+"""A client's whole update in consecutive parts, which all clients cut alike, at multiples of `PIECE` elements. The
+parts may be iterated more than once, and need not be in memory at once."""
 
 Normals = Callable[[int], Tensor]
-"""Gives the next so many standard normal numbers, fp32."""
+"""n → the next n standard normal numbers, fp32."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a round's updates become one.
+    """The aggregation rule of a run.
 
     Attributes:
         name: mean | median | trimmed_mean | krum.
         trim_fraction: β: the part of the clients that is cut at either end.
         assumed_attackers: f, for krum.
-        clip_norm: C: longer updates are shortened to this length before anything else; None: none is.
+        clip_norm: C: longer updates are first shortened to this length; None: no clipping.
         noise_multiplier: z, with the mean of clipped updates; 0: no noise.
     """
 
@@ -65,20 +65,19 @@ class Rule:
 
     @property
     def needs_whole(self) -> bool:
-        """Whether nothing can be folded before every update is there to its end."""
+        """Whether folding has to wait until every update is complete."""
         return self.name == "krum" or self.clip_norm is not None
 
 
 class RoundAggregation:
-    """One round's updates on their way into an aggregate.
+    """The aggregation of one round's updates, part by part.
 
     Args:
-        rule: What to do.
-        normals: Gives the noise of the clients that take part; needed where the rule adds some.
+        rule: The aggregation rule.
+        normals: Participating clients → their noise; needed if the rule adds noise.
 
     Attributes:
-        folds_parts: Whether a chunk may be folded part by part, as the updates' elements have nothing to do with
-            each other.
+        folds_parts: Whether elements are independent, so that a part can be folded by itself.
         masks: The sum of the masks that hide the updates, 1-D, int32; None if they carry none.
     """
 
@@ -102,35 +101,32 @@ class RoundAggregation:
 
     @property
     def bounds_updates(self) -> bool:
-        """Whether no update, however long, can do more than its share."""
+        """Whether the rule itself limits the effect of a long update."""
         return self._rule.noise_multiplier > 0
 
     def look_at(self, updates: Mapping[int, Parts]) -> None:
-        """Take what depends on whole updates: how far each is shortened, and which one krum chooses."""
+        """Run the first stage on whole updates: compute the clip factors, and let krum choose."""
         if self._rule.clip_norm is not None:
             self._factors = {i: clip_factor(parts, self._rule.clip_norm) for i, parts in updates.items()}
         if self._rule.name == "krum":
-            shortened = {i: _shortened(parts, self._factor(i)) for i, parts in updates.items()}
+            shortened = {i: _shorten(parts, self._factor(i)) for i, parts in updates.items()}
             self._chosen = krum(shortened, self._rule.assumed_attackers)
 
     def fold_into(self, mean: Tensor) -> None:
-        """Say where Δ̄ of all parts goes, one after the other; they then need not be joined at the end.
+        """Set the memory for Δ̄, so that its parts need not be joined at the end.
 
         Args:
-            mean: As long as all parts together, flat, fp32; it belongs to the aggregate from then on.
+            mean: As long as the block, flat, fp32; the aggregate owns it from then on.
         """
         self._mean, self._num_folded = mean, 0
 
     def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
-        """Fold the next part of every update.
+        """Fold the next part of every update; return this part of Δ̄, flat, fp32.
 
         Args:
-            updates: For each client_id that part of its Δ (flat, fp32) and its number of training examples.
-
-        Returns:
-            Δ̄ there, flat, fp32.
+            updates: For each client_id this part of its Δ (flat, fp32) and its number of training examples.
         """
-        folded = self._folded(updates)
+        folded = self._fold_part(updates)
         if self._mean is not None:
             place = self._mean[self._num_folded : self._num_folded + folded.mean.numel()]
             folded = replace(folded, mean=place.copy_(folded.mean))
@@ -139,19 +135,18 @@ class RoundAggregation:
         return folded.mean
 
     def aggregate(self) -> Aggregate:
-        """Give the aggregate of all parts."""
+        """Return the aggregate of all parts."""
         joined = join(self._parts, self._mean)
         if self._normals is not None:
-            return self._without_expected_noise(joined)
+            return self._subtract_expected_noise(joined)
         if self._rule.name == "mean":
             return joined
         typical = median(fsum(squares) for squares in zip(*self._squares, strict=True))
         squared = fsum(square for part in self._parts for square in part.squared_mean)
         return replace(joined, rho=min(1.0, squared / typical) if typical > 0 else 1.0)
 
-    def _folded(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
-        """Fold a part."""
-        updates = {i: (scaled(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
+    def _fold_part(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
+        updates = {i: (scale(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
         if self._normals is not None:
             return self._fold_with_noise(updates)
         if self._rule.name == "mean":
@@ -165,16 +160,16 @@ class RoundAggregation:
         return Folded(mean, tuple(_squares(mean)), ())
 
     def _fold_with_noise(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
-        mean = self._noisy(fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean, tuple(updates))
+        mean = self._add_noise(fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean, tuple(updates))
         return Folded(mean, tuple(_squares(mean)), ())
 
-    def _noisy(self, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
+    def _add_noise(self, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
         assert self._normals is not None and self._rule.clip_norm is not None
         self._draw = self._draw or self._normals(clients)
         self._deviation = self._rule.noise_multiplier * self._rule.clip_norm / len(clients)
         return mean.add_(self._deviation * self._draw(mean.numel()))
 
-    def _without_expected_noise(self, joined: Aggregate) -> Aggregate:
+    def _subtract_expected_noise(self, joined: Aggregate) -> Aggregate:
         assert self._rule.clip_norm is not None
         size = joined.mean_delta.numel()
         squared = joined.squared_delta * size - size * self._deviation**2
@@ -197,18 +192,18 @@ def aggregate_by(
 
 
 def squared_norm(parts: Parts) -> float:
-    """Give ‖Δ‖²: the exact sum over pieces, however the update was cut."""
+    """Return ‖Δ‖²: the exact sum over pieces, however the update was cut."""
     return fsum(square for part in parts for square in _squares(part))
 
 
 def clip_factor(parts: Parts, clip_norm: float) -> float:
-    """Give what an update has to be multiplied by so that it is no longer than `clip_norm`; at most 1."""
+    """Return the factor, at most 1, that shortens an update to `clip_norm`."""
     norm = sqrt(squared_norm(parts))
     return clip_norm / norm if norm > clip_norm else 1.0
 
 
-def scaled(delta: Tensor, factor: float) -> Tensor:
-    """Give factor · Δ; the update itself for 1."""
+def scale(delta: Tensor, factor: float) -> Tensor:
+    """Return factor · Δ; the update itself for 1."""
     return delta if factor == 1.0 else delta * factor
 
 
@@ -227,14 +222,11 @@ def sorted_mean(deltas: Sequence[Tensor], num_cut: int) -> Tensor:
 
 
 def krum(updates: Mapping[int, Parts], assumed_attackers: int) -> int:
-    """Choose the update with the smallest sum of squared distances from its nearest neighbours.
+    """Return the client_id whose update has the smallest sum of squared distances from its nearest neighbours.
 
     Args:
         updates: For each client_id its whole update.
         assumed_attackers: f; each update is compared with its M − f − 2 nearest neighbours, at least one.
-
-    Returns:
-        The client_id; the smallest where several are alike.
     """
     clients = sorted(updates)
     squares = {pair: array("d") for pair in combinations(clients, 2)}
@@ -252,14 +244,14 @@ def krum(updates: Mapping[int, Parts], assumed_attackers: int) -> int:
 
 
 def _num_cut(rule: Rule, num_updates: int) -> int:
-    """How many are cut at either end; the median keeps the middle one, or the two in the middle."""
+    """Return how many elements to cut at either end; the median keeps the middle one or two."""
     if rule.name == "median":
         return (num_updates - 1) // 2
     return min(int(rule.trim_fraction * num_updates), (num_updates - 1) // 2)
 
 
-def _shortened(parts: Parts, factor: float) -> Iterator[Tensor]:
-    return (scaled(part, factor) for part in parts)
+def _shorten(parts: Parts, factor: float) -> Iterator[Tensor]:
+    return (scale(part, factor) for part in parts)
 
 
 def _squares(vector: Tensor) -> list[float]:

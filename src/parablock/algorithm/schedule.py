@@ -1,9 +1,9 @@
-"""The block schedule: which block each round trains.
+"""Schedules: the block that each round trains, and the clients that take part.
 
-A schedule is a function of the run's seed, of the blocks that were trained before (`history`), and, for
-`importance`, of what their last aggregates measured. Where there are more blocks than rounds in flight, no
-schedule trains a block whose update is still on its way. `shuffled` keeps half of all blocks away in any case,
-and `random` the last one, so that runs which differ in a small delay alone train the same blocks.
+A schedule is a function of the run's seed, of the blocks trained before (`history`) and, for `importance`, of the
+sizes of their last aggregates. If there are more blocks than rounds in flight, no schedule trains a block whose
+update is still on its way. `shuffled` always excludes half of all blocks, and `random` the last one. So runs that
+differ only in a small delay train the same blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def next_block(
         num_blocks: B.
         delay: d; the last d blocks are in flight.
         seed: The run's seed.
-        squared_delta: For each block the mean squared element of its last committed Δ̄; infinite before.
+        squared_delta: For each block the mean squared element of its last committed Δ̄; infinite before the first.
 
     Returns:
         b_t, in 0 … num_blocks − 1.
@@ -69,9 +69,9 @@ def _importance(block: int, history: Sequence[int], squared_delta: Sequence[floa
 def blocks_never_visited(
     schedule: str, *, num_rounds: int, num_blocks: int, delay: int, seed: int
 ) -> tuple[int, ...]:
-    """List the blocks that a run of this length would never train.
+    """Return the blocks that a run of this length would never train.
 
-    `importance` visits every block before it returns to any, so it is followed without measurements.
+    `importance` visits every block before it returns to any, so no measurements are needed.
     """
     history: list[int] = []
     for _ in range(num_rounds):
@@ -89,7 +89,7 @@ def blocks_never_visited(
 
 
 def cohort(round_index: int, *, num_clients: int, participation: float, seed: int) -> tuple[int, ...]:
-    """Draw the clients that are asked in a round: `participation` of them, at least one, ascending."""
+    """Draw the clients of a round, ascending: the share `participation` of them, at least one."""
     size = max(1, round(participation * num_clients))
     if size >= num_clients:
         return tuple(range(num_clients))
@@ -98,7 +98,7 @@ def cohort(round_index: int, *, num_clients: int, participation: float, seed: in
 
 
 def client_in_turn(history: Sequence[int], round_index: int, *, num_clients: int, num_blocks: int) -> int:
-    """Give the one client that trains the block of a round.
+    """Return the one client that trains the block of a round.
 
     With at least as many blocks as clients, block b is client b mod M's at every visit; with fewer, clients
     b, b + B, b + 2B … share it and take turns.

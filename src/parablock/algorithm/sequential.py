@@ -1,7 +1,7 @@
-"""The oracle: the same method in one thread, without bytes, links or clocks.
+"""The oracle: a sequential reference implementation of the method, without threads, bytes or clocks.
 
-Every engine must end with bitwise these numbers, for every delay, link speed and clock: the overlap is a
-schedule, not mathematics.
+Every engine must end with bitwise the same numbers, for every delay, link speed and clock: the overlap changes the
+schedule, not the mathematics.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from parablock.algorithm.parablock import (
 from parablock.algorithm.schedule import client_in_turn, cohort, next_block
 
 Solve = Callable[[int, int, int, tuple[Tensor, ...]], Tensor]
-"""(client_id, round_index, block_index, working parameters v) → y^b: the K local steps on block b."""
+"""(client_id, round_index, block_index, working parameters v) → y^b, after K local steps on block b."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class OracleProblem:
     """A federated run without its data and model.
 
     Attributes:
-        num_examples: Training examples of each client; their number is M.
+        num_examples: Training examples of each of the M clients.
         num_rounds: T.
         delay: d.
         in_flight: own | aligned | none.
         schedule: A block schedule by name, or the block of every round.
         participation: Part of the clients in a cohort.
-        server_optimizer: What the server does with Δ̄.
+        server_optimizer: The server optimizer.
         seed: The run's seed.
-        encode: What a delta becomes on its way up, given (Δ, block_index, round_index, client_id).
-        aggregate: What the server makes of a round's updates, given ({client_id: (Δ, examples)}, round_index).
-        announce: What the clients see of a new value, given (new, old view, round_index); None where exact.
-        in_turn: One client a round, as FedCyBGD has it, in place of a cohort.
+        encode: (Δ, block_index, round_index, client_id) → Δ as the server decodes it.
+        aggregate: ({client_id: (Δ, examples)}, round_index) → the round's aggregate.
+        announce: (new value, old view, round_index) → new view of the clients; None if the downlink is exact.
+        in_turn: Whether one client trains in each round, as in FedCyBGD, instead of a cohort.
         lost: (client_id, round_index) of updates that never arrive, or are refused.
-        trained: Who trains in each round, where that is not the cohort of `participation`.
-        min_updates: With fewer updates a round is void.
+        trained: The clients of each round; None: the cohort of `participation`.
+        min_updates: A round with fewer updates is void.
     """
 
     num_examples: Sequence[int]
@@ -103,7 +103,7 @@ def run_sequential(params: Sequence[Tensor], problem: OracleProblem, solve: Solv
     for t in range(problem.num_rounds):
         commit_through(t - 1 - problem.delay)
         b = _block_of_round(problem, server)
-        server = schedule_round(server, b, (1,))  # what K is, `solve` knows
+        server = schedule_round(server, b, (1,))  # `solve` knows K
         updates.append({})
         for i in _cohort_of_round(problem, server, t):
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)

@@ -1,4 +1,4 @@
-"""FLoRA: LoRA whose aggregate is exact, because the server stacks the adapters instead of averaging them.
+"""FLoRA: LoRA with exact aggregation, by stacking the clients' adapters instead of averaging them.
 
     ΔW = Σ w_k (α / r) B_k A_k = (α / r) [B_1 … B_M] [w_1 A_1; …; w_M A_M]
 
@@ -7,12 +7,12 @@ Source: Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Het
 
 | symbol | here |
 |---|---|
-| A_k, B_k | `Factors.split(…)` of what client k sends, one pair for each matrix |
-| w_k | number of examples of client k over that of all |
+| A_k, B_k | `Factors.split(…)` of client k's update, one pair for each matrix |
+| w_k | client k's share of all examples |
 | ⊕, stacking | `Factors.stack(…)`: A by rows, times w_k; B by columns |
-| ΔW | `Factors.product(…)`: what the server and every client add to the matrices, bitwise the same |
+| ΔW | `Factors.product(…)`: added to the matrices by the server and every client, bitwise alike |
 
-Every client trains adapters that are drawn anew in each round, since those of the last one are in the matrices.
+Every client draws new adapters in each round, since the matrices already contain those of the last one.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Factors:
-    """What flat vectors of A and B mean: for each matrix A by rows, then B by rows.
+    """The layout of A and B in a flat vector: for each matrix A by rows, then B by rows.
 
     Attributes:
         shapes: (outputs, inputs) of each matrix.
-        transposed: Whether the model keeps a matrix as inputs × outputs, as GPT-2 does.
+        transposed: For each matrix, whether the model stores it as inputs × outputs, as GPT-2 does.
         rank: r of one client.
         scale: α / r.
     """
@@ -49,14 +49,14 @@ class Factors:
 
     @property
     def num_elements(self) -> int:
-        """Of the adapters of one client."""
+        """Number of elements of one client's adapters."""
         return self.rank * sum(outputs + inputs for outputs, inputs in self.shapes)
 
     def split(self, flat: Tensor) -> Pairs:
-        """Give A (rank × inputs) and B (outputs × rank) of each matrix, of one client or stacked.
+        """Return A (rank × inputs) and B (outputs × rank) of each matrix, of one client or stacked.
 
         Raises:
-            CodecError: It is of no whole number of clients.
+            CodecError: The length of `flat` fits no whole number of clients.
         """
         clients, rest = divmod(flat.numel(), self.num_elements)
         if rest or not clients:
@@ -72,8 +72,8 @@ class Factors:
         ]
 
     def product(self, flat: Tensor) -> Tensor:
-        """Give (α / r) B A of all matrices, one after the other as the model keeps them: flat, fp32."""
-        # cloned, so that the sums are done in the same order wherever in memory a message lies
+        """Return (α / r) B A of all matrices, one after the other, laid out as in the model: flat, fp32."""
+        # cloned: the order of the sums must not depend on the memory alignment of a message
         products = [self.scale * (b.float().clone() @ a.float().clone()) for a, b in self.split(flat)]
         laid = [p.T if turned else p for p, turned in zip(products, self.transposed, strict=True)]
         return torch.cat([matrix.reshape(-1) for matrix in laid])
@@ -89,13 +89,13 @@ class Factors:
         return torch.cat([piece.reshape(-1) for piece in pieces])
 
     def squared_norm(self, flat: Tensor) -> float:
-        """Give the squared norm of `product`, from products of r × r."""
+        """Return the squared norm of `product`, computed from r × r matrices."""
         squares = ((b.double().T @ b.double()) * (a.double() @ a.double().T) for a, b in self.split(flat))
         return self.scale**2 * fsum(float(square.sum()) for square in squares)
 
 
 class StackAggregation(RoundAggregation):
-    """One round's adapters on their way into an aggregate, which has the stack beside ΔW."""
+    """The aggregation of one round's adapters: the aggregate has the stack beside ΔW."""
 
     folds_parts = False
 
@@ -104,14 +104,14 @@ class StackAggregation(RoundAggregation):
         self._factors_of, self._stack, self._mean_square = factors, torch.empty(0), 0.0
 
     def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
-        """Stack all updates, which are one part; gives the stack."""
+        """Stack all updates as one part; return the stack."""
         total = sum(num_examples for _, num_examples in updates.values())
         self._mean_square = fsum(n / total * self._factors_of.squared_norm(own) for own, n in updates.values())
         self._stack = self._factors_of.stack(updates)
         return self._stack
 
     def aggregate(self) -> Aggregate:
-        """Give ΔW, with the stack that it is the product of."""
+        """Return ΔW with the stack whose product it is."""
         mean = self._factors_of.product(self._stack)
         squared = float(mean.double().square().sum())
         rho = min(1.0, squared / self._mean_square) if self._mean_square > 0 else 1.0

@@ -204,10 +204,10 @@ def evaluate(
 def _evaluate_by_harness(
     model_or_run_dir: str, tasks: str, tasks_dir: Path | None, max_examples: int | None
 ) -> None:
-    from parablock.evaluation.harness import harness_scores
+    from parablock.evaluation.harness import score_with_harness
 
     with console.status("scoring") as status:
-        scores = harness_scores(
+        scores = score_with_harness(
             model_or_run_dir,
             [task.strip() for task in tasks.split(",")],
             tasks_dir=tasks_dir,

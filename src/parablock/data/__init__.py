@@ -1,4 +1,10 @@
-"""From files to batches: sources → formats → templates → prompts, and partition → batches.
+"""Data, from files to batches; no file here knows the model, the algorithm or the wire.
 
-Nothing here knows a model, an algorithm or a message; rows and examples are immutable values.
+sources     rows from files or a hub dataset
+formats     the meaning of a row's fields
+templates   text, cut into prompt and completion
+prompts     token ids and labels
+partition   the rows of each client
+histogram   a partition as text and as counts
+batches     the micro-batches of a client's round
 """

@@ -1,10 +1,10 @@
-"""Cut a client's examples into batches, as a function of (seed, client, step) and of nothing else.
+"""Batches of a client's examples, as a pure function of (seed, client, step).
 
-A client's stream is epoch after epoch, each a permutation of its own drawn for (seed, client_id, epoch).
-Step k of the client's life takes the positions k·n … (k+1)·n − 1 of the stream, n examples to a step, across
-the borders of epochs. So there is no position to remember between rounds and none to restore after a crash.
+A client's stream is a sequence of epochs, each a permutation drawn for (seed, client_id, epoch). With n examples a
+step, step k of the client takes the positions k·n … (k+1)·n − 1 of the stream, across epochs. So no position has to
+be remembered between rounds or restored after a crash.
 
-Shapes: B examples of a micro-batch, T tokens of the longest of them.
+Shapes: B examples of a micro-batch, T tokens of the longest one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from parablock.seeding import generator_for
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A micro-batch, padded on the right; all three are int64 on the CPU.
+    """A micro-batch, padded on the right; all tensors are int64 on the CPU.
 
     Args:
         input_ids_BT: Token ids.
         attention_mask_BT: 1 for a token, 0 for padding.
-        labels_BT: Token ids, or `IGNORED_LABEL` where the loss leaves a token out; never shifted.
+        labels_BT: Token ids, or `IGNORED_LABEL` for tokens that the loss ignores; never shifted.
     """
 
     input_ids_BT: torch.Tensor  # noqa: N815
@@ -35,14 +35,11 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
-    """Pad examples to the longest of them.
+    """Pad examples to the longest one; return a batch with a row for each example, in the given order.
 
     Args:
         examples: At least one.
-        pad_token_id: The id that fills `input_ids_BT`; masked out, so its value does not matter to the loss.
-
-    Returns:
-        One batch with a row for each example, in the given order.
+        pad_token_id: The id that fills `input_ids_BT`; it is masked out and has no effect on the loss.
     """
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids_BT = torch.full(shape, pad_token_id, dtype=torch.long)
@@ -67,20 +64,20 @@ def round_batches(
     gradient_accumulation_steps: int,
     pad_token_id: int,
 ) -> list[list[Batch]]:
-    """Make the batches of one client's round.
+    """Return the batches of one client's round.
 
     Args:
         examples: The client's examples, in the same order in every round.
         seed: The run's seed.
-        client_id: Whose stream it is.
-        first_step: How many local steps precede this round: round_index × num_local_steps where that is fixed.
+        client_id: The client.
+        first_step: Number of local steps before this round: round_index × num_local_steps if K is fixed.
         num_local_steps: K, the number of optimizer steps.
         per_device_train_batch_size: Examples of a micro-batch.
         gradient_accumulation_steps: Micro-batches of a step.
         pad_token_id: See `collate`.
 
     Returns:
-        For each local step, its micro-batches. A client with fewer examples than a step takes sees some twice.
+        The micro-batches of each local step. If a step takes more examples than there are, some repeat.
 
     Raises:
         DataError: The client has no examples.
@@ -88,7 +85,7 @@ def round_batches(
     if not examples:
         raise DataError(
             f"Client {client_id} has no examples to train on.",
-            cause="It was given no rows, or all of them were skipped because nothing in them is trained on.",
+            cause="It has no rows, or all its rows were skipped because they have no token to train on.",
             remedy="Look at the histogram and the list of skipped rows; raise data.max_length or leave it out.",
         )
     size = per_device_train_batch_size
@@ -105,7 +102,7 @@ def round_batches(
 
 
 def _stream(num_examples: int, seed: int, client_id: int, *, start: int, count: int) -> list[int]:
-    """Give the indices at positions start … start + count − 1 of a client's endless stream."""
+    """Return the indices at positions start … start + count − 1 of a client's endless stream."""
     first_epoch, offset = divmod(start, num_examples)
     last_epoch = (start + count - 1) // num_examples
     indices: list[int] = []

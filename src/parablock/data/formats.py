@@ -1,4 +1,4 @@
-"""What the fields of a row mean: five formats, told apart by their field names.
+"""Data formats: chat messages, prompt and completion, Alpaca, GSM8K and plain text, detected by field names.
 
     messages           messages: [{role, content}, …]
     prompt_completion  prompt, completion
@@ -6,7 +6,7 @@
     gsm8k              question, answer
     text               text
 
-A row of any of the first four is a conversation; a text is only itself.
+A row of the first four formats is a conversation; a row of `text` is not.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ Message = dict[str, str]
 
 
 def detect_format(rows: Sequence[Row]) -> str:
-    """Find the one format that all rows have.
+    """Return the one format that all rows have: a key of `FORMATS`.
 
-    A `text` field beside the fields of another format is taken as a rendering of that one and left alone.
+    A `text` field beside the fields of another format is ignored, as a rendering of the row.
 
     Args:
         rows: At least one row.
-
-    Returns:
-        A key of `FORMATS`.
 
     Raises:
         DataError: A row fits no format or more than one, or two rows differ; names file, line and fields.
@@ -56,7 +53,7 @@ def detect_format(rows: Sequence[Row]) -> str:
     return found
 
 
-def conversation(row: Row, data_format: str) -> list[Message]:
+def read_conversation(row: Row, data_format: str) -> list[Message]:
     """Read a row as a conversation.
 
     Args:
@@ -64,42 +61,39 @@ def conversation(row: Row, data_format: str) -> list[Message]:
         data_format: Any format but `text`.
 
     Returns:
-        The turns; all formats but `messages` give one user turn and one assistant turn.
+        The turns; one user turn and one assistant turn in all formats but `messages`.
 
     Raises:
         DataError: A field is missing or is not text, or `messages` is not a list of {role, content}.
     """
     if data_format == "messages":
-        return _messages(row)
+        return _read_messages(row)
     if data_format == "alpaca":
-        instruction, context = _text_field(row, "instruction", data_format), alpaca_input(row)
+        instruction, context = _read_text_field(row, "instruction", data_format), read_alpaca_input(row)
         prompt = f"{instruction}\n\n{context}" if context else instruction
     else:
-        prompt = _text_field(row, FORMATS[data_format][0], data_format)
-    completion = _text_field(row, FORMATS[data_format][1], data_format)
+        prompt = _read_text_field(row, FORMATS[data_format][0], data_format)
+    completion = _read_text_field(row, FORMATS[data_format][1], data_format)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def alpaca_input(row: Row) -> str:
-    """Give the optional context of an Alpaca row, empty where there is none."""
-    return _text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
+def read_alpaca_input(row: Row) -> str:
+    """Return the optional context of an Alpaca row; empty if there is none."""
+    return _read_text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
 
 
-def plain_text(row: Row) -> str:
-    """Give the text of a row of format `text`."""
-    return _text_field(row, "text", "text")
+def read_text(row: Row) -> str:
+    """Return the text of a row of format `text`."""
+    return _read_text_field(row, "text", "text")
 
 
-def with_completion(row: Row, completion: str, *, data_format: str) -> Row:
-    """Put another completion behind the same prompt, as multiple choice needs it.
+def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
+    """Return a copy of a row with another completion, for multiple choice.
 
     Args:
         row: A row of `data_format`.
-        completion: What replaces the reference; in `messages`, the last assistant turn.
-        data_format: Any format but `text`, or `auto` for the row's own.
-
-    Returns:
-        A new row from the same place.
+        completion: The new completion; in `messages`, it replaces the last assistant turn.
+        data_format: Any format but `text`, or `auto` to detect it.
 
     Raises:
         DataError: The row has no prompt apart from its completion (format `text`, no assistant turn).
@@ -107,7 +101,7 @@ def with_completion(row: Row, completion: str, *, data_format: str) -> Row:
     data_format = _format_of(row) if data_format == "auto" else data_format
     if data_format != "messages" and data_format != "text":
         return Row({**row.fields, FORMATS[data_format][1]: completion}, row.source, row.line)
-    turns = _messages(row) if data_format == "messages" else []
+    turns = _read_messages(row) if data_format == "messages" else []
     for index in range(len(turns) - 1, -1, -1):
         if turns[index]["role"] == "assistant":
             changed = {"role": "assistant", "content": completion}
@@ -128,17 +122,18 @@ def _format_of(row: Row) -> str:
     if len(fits) != 1:
         problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
         raise DataError(
-            f"{row.place} {problem}: it has the fields {_fields(row)}.", remedy=f"{_needs()} Or set data.format."
+            f"{row.place} {problem}: it has the fields {_fields(row)}.",
+            remedy=f"{_list_formats()} Or set data.format.",
         )
     return fits[0]
 
 
-def _messages(row: Row) -> list[Message]:
+def _read_messages(row: Row) -> list[Message]:
     turns = row.fields.get("messages")
     if turns is None:
         raise _missing(row, "messages", "messages")
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.place}: messages is {_kind(turns)}, not a list of turns.", remedy=_needs())
+        raise DataError(f"{row.place}: messages is {_kind(turns)}, not a list of turns.", remedy=_list_formats())
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise DataError(
@@ -148,7 +143,7 @@ def _messages(row: Row) -> list[Message]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _text_field(row: Row, name: str, data_format: str) -> str:
+def _read_text_field(row: Row, name: str, data_format: str) -> str:
     value = row.fields.get(name)
     if value is None:
         raise _missing(row, name, data_format)
@@ -161,7 +156,7 @@ def _missing(row: Row, name: str, data_format: str) -> DataError:
     return DataError(
         f"{row.place} has no value in field {name}, which the format {data_format} needs; it has the fields "
         f"{_fields(row)}.",
-        remedy=_needs(),
+        remedy=_list_formats(),
     )
 
 
@@ -173,5 +168,5 @@ def _fields(row: Row) -> str:
     return ", ".join(row.fields) or "(none)"
 
 
-def _needs() -> str:
+def _list_formats() -> str:
     return "Formats need: " + "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items()) + "."

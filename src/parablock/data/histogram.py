@@ -1,4 +1,4 @@
-"""Show a partition, as text before a run starts and as counts for its report: who has how much, and of what."""
+"""The histogram of a partition: examples and labels of each client, as text and as counts for the report."""
 
 from __future__ import annotations
 
@@ -20,28 +20,26 @@ def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = N
 
     Args:
         parts: The rows of each client, by client_id; at least one client.
-        field: Also count the values of this field, the most frequent ones by name.
+        field: A field whose values are also counted, the most frequent ones by name; None: no field.
 
     Returns:
-        Lines of at most `WIDTH` characters: one for each client, or a histogram of client sizes where there
-        are too many clients for that.
+        Lines of at most `WIDTH` characters: one for each client, or a histogram of sizes if there are many clients.
     """
     sizes = [len(part) for part in parts]
-    lines = _of_sizes(parts, sizes, field) if len(parts) > _MOST_CLIENTS else _of_clients(parts, sizes, field)
+    lines = _draw_sizes(parts, sizes, field) if len(parts) > _MOST_CLIENTS else _draw_clients(parts, sizes, field)
     return [line.rstrip()[:WIDTH] for line in lines]
 
 
 def count_examples(parts: Sequence[Sequence[Example]], *, field: str | None = None) -> list[dict[str, Any]]:
-    """Count what each client trains on.
+    """Count the examples, tokens and labels of each client.
 
     Args:
         parts: The examples of each client, by client_id.
-        field: The field whose values are counted; None: the sources are.
+        field: The field whose values are the labels; None: the sources are the labels.
 
     Returns:
-        For each client `examples`, `tokens`, `target_tokens` (those that the loss counts) and `labels`: the
-        number of examples of each of the `MAX_LABELS` labels that are most frequent over all clients, and of
-        `OTHER_LABELS` together.
+        For each client `examples`, `tokens`, `target_tokens` (those that the loss counts) and `labels`: the number
+        of examples of each label, where all but the `MAX_LABELS` most frequent labels count as `OTHER_LABELS`.
     """
     labels = [Counter(_label(example.row, field) for example in part) for part in parts]
     total = Counter[str]()
@@ -53,7 +51,7 @@ def count_examples(parts: Sequence[Sequence[Example]], *, field: str | None = No
             "examples": len(part),
             "tokens": sum(len(example.input_ids) for example in part),
             "target_tokens": sum(example.num_target_tokens for example in part),
-            "labels": _merged(counts, named),
+            "labels": _merge_rare(counts, named),
         }
         for part, counts in zip(parts, labels, strict=True)
     ]
@@ -65,13 +63,13 @@ def _label(row: Row, field: str | None) -> str:
     return str(row.fields.get(field))[:60]
 
 
-def _merged(counts: Counter[str], named: set[str]) -> dict[str, int]:
+def _merge_rare(counts: Counter[str], named: set[str]) -> dict[str, int]:
     rest = sum(count for label, count in counts.items() if label not in named)
     shown = {label: count for label, count in counts.items() if label in named}
     return {**shown, OTHER_LABELS: shown.get(OTHER_LABELS, 0) + rest} if rest else shown
 
 
-def _of_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
+def _draw_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
     lines = [f"{len(parts)} clients, {sum(sizes)} examples"]
     for client_id, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         line = f"client {client_id:>2} {size:>8} {_bar(size, max(sizes)):<{_BAR}}  "
@@ -79,7 +77,7 @@ def _of_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str
     return lines
 
 
-def _of_sizes(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
+def _draw_sizes(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
     smallest, largest = min(sizes), max(sizes)
     lines = [
         f"{len(parts)} clients, {sum(sizes)} examples; smallest {smallest} (client {sizes.index(smallest)}), "
@@ -110,7 +108,7 @@ def _median(values: Sequence[int]) -> int:
 
 
 def _labels(part: Sequence[Row], field: str, room: int) -> str:
-    """Name as many labels as fit into `room` characters, the most frequent first."""
+    """List as many labels as fit into `room` characters, the most frequent first."""
     counts = Counter(str(row.fields.get(field)) for row in part)
     top = [
         f"{_short(label)} {count}" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -123,7 +121,7 @@ def _labels(part: Sequence[Row], field: str, room: int) -> str:
 
 
 def _short(label: str) -> str:
-    """Keep the end of a long label: names that a set's name begins differ there."""
+    """Keep the end of a long label: labels with a common prefix differ there."""
     return label if len(label) <= _LABEL else "…" + label[1 - _LABEL :]
 
 

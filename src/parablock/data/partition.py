@@ -1,4 +1,4 @@
-"""Split rows over clients: at random, by Dirichlet label skew, by a field, or one file each."""
+"""Partition of the data over clients: at random, by Dirichlet label skew, by a field, or by file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["SCHEMES", "Partition", "partition_histogram", "partition_rows"]
 SCHEMES = ("iid", "dirichlet", "by_field", "by_file")
 
 Partition = tuple[tuple[Row, ...], ...]
-"""The rows of each client, by client_id; disjoint, and together all rows."""
+"""The rows of each client, by client_id; every row has exactly one client."""
 
 
 def partition_rows(
@@ -30,26 +30,26 @@ def partition_rows(
     field: str | None = None,
     seed: int,
 ) -> Partition:
-    """Give every row to one client.
+    """Assign every row to one client.
 
     Args:
         rows_per_source: The rows of each source, in the configured order.
-        scheme: `iid` (shuffled, equal shares), `dirichlet` (each value of `field` shared out by a draw from
+        scheme: `iid` (shuffled, equal shares), `dirichlet` (the rows of each value of `field` split by a draw from
             Dirichlet(alpha)), `by_field` (one value of `field` per client, values sorted) or `by_file`
             (one source per client).
-        num_clients: How many clients there are.
-        alpha: Concentration of `dirichlet`; the smaller, the more the clients differ.
-        field: The field that `dirichlet` and `by_field` look at.
-        seed: The run's seed; the same seed gives the same partition.
+        num_clients: Number of clients.
+        alpha: Concentration of `dirichlet`; clients differ more for a smaller alpha.
+        field: The field that `dirichlet` and `by_field` use.
+        seed: The run's seed.
 
     Returns:
         A non-empty tuple of rows for each client.
 
     Raises:
-        DataError: The scheme cannot give every client something, or a row lacks the field.
+        DataError: The scheme would leave a client without rows, or a row lacks the field.
     """
     if scheme == "by_file":
-        return _by_file(rows_per_source, num_clients)
+        return _split_by_file(rows_per_source, num_clients)
     rows = [row for source in rows_per_source for row in source]
     if num_clients < 1 or len(rows) < num_clients:
         raise DataError(
@@ -57,15 +57,15 @@ def partition_rows(
             remedy="Every client needs at least one row: lower federation.num_clients or add data.",
         )
     if scheme == "iid":
-        return _iid(rows, num_clients, seed)
+        return _split_iid(rows, num_clients, seed)
     if scheme == "dirichlet":
-        return _dirichlet(rows, num_clients, alpha, _checked_field(rows, scheme, field), seed)
+        return _split_dirichlet(rows, num_clients, alpha, _check_field(rows, scheme, field), seed)
     if scheme == "by_field":
-        return _by_field(rows, num_clients, _checked_field(rows, scheme, field))
+        return _split_by_field(rows, num_clients, _check_field(rows, scheme, field))
     raise DataError(f"Unknown partition scheme {scheme!r}.", remedy=f"Known are {', '.join(SCHEMES)}.")
 
 
-def _by_file(rows_per_source: Sequence[Sequence[Row]], num_clients: int) -> Partition:
+def _split_by_file(rows_per_source: Sequence[Sequence[Row]], num_clients: int) -> Partition:
     if len(rows_per_source) != num_clients:
         names = ", ".join(rows[0].source if rows else "(empty)" for rows in rows_per_source)
         raise DataError(
@@ -79,19 +79,19 @@ def _by_file(rows_per_source: Sequence[Sequence[Row]], num_clients: int) -> Part
     return tuple(tuple(rows) for rows in rows_per_source)
 
 
-def _iid(rows: Sequence[Row], num_clients: int, seed: int) -> Partition:
-    from flwr_datasets.partitioner import IidPartitioner  # slow to import, as are the two below
+def _split_iid(rows: Sequence[Row], num_clients: int, seed: int) -> Partition:
+    from flwr_datasets.partitioner import IidPartitioner  # slow to import, like the two below
 
     order = generator_for(seed, "partition").permutation(len(rows)).tolist()
-    return _split(rows, IidPartitioner(num_partitions=num_clients), order=order)
+    return _split_with(rows, IidPartitioner(num_partitions=num_clients), order=order)
 
 
-def _dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field: str, seed: int) -> Partition:
+def _split_dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field: str, seed: int) -> Partition:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     if alpha <= 0:
         raise DataError(f"alpha is {alpha}.", cause="A Dirichlet distribution needs alpha > 0.", remedy="Raise it.")
-    values, labels = _labels(rows, field)
+    values, labels = _number_labels(rows, field)
     partitioner = DirichletPartitioner(
         num_partitions=num_clients,
         partition_by="label",
@@ -100,7 +100,7 @@ def _dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field: str, 
         seed=seed_for(seed, "partition"),
     )
     try:
-        return _split(rows, partitioner, labels=labels)
+        return _split_with(rows, partitioner, labels=labels)
     except ValueError as error:
         raise DataError(
             f"No Dirichlet({alpha}) draw over {len(rows)} rows and {len(values)} values of {field!r} gave each of "
@@ -110,10 +110,10 @@ def _dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field: str, 
         ) from error
 
 
-def _by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partition:
+def _split_by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partition:
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
-    values, labels = _labels(rows, field)
+    values, labels = _number_labels(rows, field)
     if len(values) != num_clients:
         shown = ", ".join(repr(value) for value in values[:10]) + (", …" if len(values) > 10 else "")
         raise DataError(
@@ -121,13 +121,13 @@ def _by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partition:
             f"{num_clients} clients: {shown}.",
             remedy=f"Set federation.num_clients: {len(values)}, or choose another field.",
         )
-    return _split(rows, NaturalIdPartitioner(partition_by="label"), labels=labels)
+    return _split_with(rows, NaturalIdPartitioner(partition_by="label"), labels=labels)
 
 
-def _checked_field(rows: Sequence[Row], scheme: str, field: str | None) -> str:
+def _check_field(rows: Sequence[Row], scheme: str, field: str | None) -> str:
     if field is None:
         raise DataError(
-            f"Partition scheme {scheme} needs a field to look at, and none is set.",
+            f"Partition scheme {scheme} needs a field, and none is set.",
             remedy=f"Set data.partition.field to one of: {', '.join(rows[0].fields)}.",
         )
     for row in rows:
@@ -141,22 +141,22 @@ def _checked_field(rows: Sequence[Row], scheme: str, field: str | None) -> str:
     return field
 
 
-def _labels(rows: Sequence[Row], field: str) -> tuple[list[Any], list[int]]:
-    """Number the values of a field in sorted order: numbers first, then everything else as text."""
+def _number_labels(rows: Sequence[Row], field: str) -> tuple[list[Any], list[int]]:
+    """Number the values of a field in sorted order: numbers first, then all others as text."""
     present = {row.fields[field] for row in rows}
     values = sorted(present, key=lambda v: (0, v, "") if isinstance(v, int | float) else (1, 0, str(v)))
     number = {value: label for label, value in enumerate(values)}
     return values, [number[row.fields[field]] for row in rows]
 
 
-def _split(
+def _split_with(
     rows: Sequence[Row],
     partitioner: Any,
     *,
     order: Sequence[int] | None = None,
     labels: Sequence[int] | None = None,
 ) -> Partition:
-    """Let a partitioner of flwr-datasets split a table of row index and label, and look the rows up."""
+    """Split the rows with a partitioner of flwr-datasets, by a table of row index and label."""
     import datasets
 
     index = order if order is not None else range(len(rows))
@@ -169,7 +169,7 @@ def _split(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the library's progress bars and repeated-draw warnings off the terminal; errors still pass."""
+    """Hide the library's progress bars and warnings about repeated draws; errors still pass."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,8 +1,8 @@
-"""Turn rows into token ids and labels.
+"""Tokenization of rows into token ids and labels, with the prompt masked out of the loss.
 
-A label is the token's own id where the loss counts it and `IGNORED_LABEL` where it does not. Prompt and
-completion are cut as text (`templates`) and meet at a token boundary, so the mask is exact and generation
-starts from the very ids that training saw before the completion.
+The label of a token is its own id, or `IGNORED_LABEL` if the loss ignores it. Prompt and completion are cut as text
+(`templates`) and meet at a token boundary. So the mask is exact, and generation starts from exactly the ids that
+training saw before the completion.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from parablock.data.formats import FORMATS, detect_format, with_completion
+from parablock.data.formats import FORMATS, detect_format, replace_completion
 from parablock.data.sources import Row
-from parablock.data.templates import Rendering, renderer, stop_token_ids
+from parablock.data.templates import Rendering, find_stop_token_ids, make_renderer
 from parablock.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,26 +26,26 @@ __all__ = [
     "Skipped",
     "Tokenized",
     "detect_format",
-    "stop_token_ids",
+    "find_stop_token_ids",
+    "replace_completion",
     "tokenize_rows",
-    "with_completion",
 ]
 
 IGNORED_LABEL = -100
-"""The label of a token that the loss leaves out; PyTorch's and Transformers' own value."""
+"""The label of a token that the loss ignores, as in PyTorch and Transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as the model sees it.
+    """A tokenized row.
 
     Args:
         input_ids: The whole text, at most `max_length` ids.
         labels: As long as `input_ids`; not shifted, as Transformers models expect them.
-        prompt_ids: What to generate from: all that precedes the last completion, never cut. For format `text`,
-            at most the opening token.
-        completion: The reference that a generation is compared with, as it stands in the row.
-        row: Where it came from.
+        prompt_ids: The prompt for generation: all ids before the last completion, never truncated. For format
+            `text`, at most the opening token.
+        completion: The last completion as in the row, the reference for generated answers.
+        row: The row.
         is_truncated: Whether the right end was cut off to fit `max_length`.
     """
 
@@ -58,13 +58,13 @@ class Example:
 
     @property
     def num_target_tokens(self) -> int:
-        """How many tokens the loss counts; the first one has nothing before it and is never predicted."""
+        """Number of tokens that the loss counts; the first token is never predicted."""
         return sum(label != IGNORED_LABEL for label in self.labels[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that would have trained nothing, and why."""
+    """A row without a token to train on, and the reason."""
 
     row: Row
     reason: str
@@ -72,12 +72,12 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """What became of a list of rows; every row is in one of the two, in the given order.
+    """The result of tokenizing rows: every row is an example or skipped, in the given order.
 
     Args:
         examples: At least one.
         skipped: Rows whose labels are all masked.
-        data_format: The format that the rows were read in; `auto` where their sources have different ones.
+        data_format: The format of the rows; `auto` if their sources have different formats.
     """
 
     examples: tuple[Example, ...]
@@ -85,7 +85,7 @@ class Tokenized:
     data_format: str
 
     def summary(self) -> str:
-        """Say in one line what a run trains on."""
+        """Summarize the examples in one line."""
         total = sum(len(example.input_ids) for example in self.examples)
         targets = sum(example.num_target_tokens for example in self.examples)
         truncated = sum(example.is_truncated for example in self.examples)
@@ -105,21 +105,18 @@ def tokenize_rows(
     max_length: int,
     completion_only_loss: bool,
 ) -> Tokenized:
-    """Make an example of every row that can train something.
+    """Tokenize rows; skip those that have no token to train on.
 
     Args:
         rows: At least one row.
-        tokenizer: The model's; its chat template is used where it has one.
-        data_format: A key of `FORMATS`, or `auto` to detect that of each source.
+        tokenizer: The model's tokenizer; its chat template is used if it has one.
+        data_format: A key of `FORMATS`, or `auto` to detect the format of each source.
         max_length: Longest example in tokens; a longer one loses its right end.
-        completion_only_loss: Whether the loss counts assistant turns (or the whole text, for format `text`)
-            alone, instead of every token.
-
-    Returns:
-        Examples and skipped rows.
+        completion_only_loss: Whether the loss counts only assistant turns (for format `text`, the whole text)
+            instead of every token.
 
     Raises:
-        DataError: No rows, an unknown format, a row that does not fit it, or nothing left to train on.
+        DataError: No rows, an unknown format, a row that does not fit it, or no row to train on.
         ModelError: The tokenizer has no end-of-sequence token.
     """
     if not rows:
@@ -128,11 +125,11 @@ def tokenize_rows(
         raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
     format_of = _format_of_each_source(rows, data_format)
     formats = set(format_of.values())
-    render = {name: renderer(tokenizer, data_format=name) for name in formats}
+    render = {name: make_renderer(tokenizer, data_format=name) for name in formats}
     renderings = [render[format_of[row.source]](row) for row in rows]
     examples, skipped = [], []
     for row, rendering, pieces_ids in zip(rows, renderings, _encode(renderings, tokenizer), strict=True):
-        example = _example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
+        example = _make_example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
         if example.num_target_tokens:
             examples.append(example)
         elif any(piece.is_completion for piece in rendering.pieces):
@@ -148,7 +145,7 @@ def tokenize_rows(
 
 
 def _format_of_each_source(rows: Sequence[Row], data_format: str) -> dict[str, str]:
-    """Give the format of each file: sites may write their rows in different ways, and each in one."""
+    """Return the format of each source; the sources may differ."""
     by_source: dict[str, list[Row]] = {}
     for row in rows:
         by_source.setdefault(row.source, []).append(row)
@@ -158,7 +155,7 @@ def _format_of_each_source(rows: Sequence[Row], data_format: str) -> dict[str, s
     }
 
 
-def _example(
+def _make_example(
     row: Row, rendering: Rendering, pieces_ids: list[list[int]], max_length: int, *, completion_only_loss: bool
 ) -> Example:
     input_ids: list[int] = []
@@ -185,8 +182,8 @@ def _example(
 def _encode(renderings: Sequence[Rendering], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
     """Tokenize the pieces of every rendering.
 
-    They are parts of the whole text's ids where all cuts fall between its tokens, which is how the model
-    knows its text. Where a cut falls into a token, the pieces are tokenized one by one instead.
+    If all cuts fall between tokens of the whole text, the pieces are slices of its ids. If a cut falls inside a
+    token, the pieces are tokenized one by one instead.
     """
     texts = [[piece.text for piece in rendering.pieces] for rendering in renderings]
     prefixes_ids = _encode_each([_prefixes(of_row) for of_row in texts], tokenizer)
@@ -212,7 +209,7 @@ def _encode_each(groups: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizer
     flat = [text for group in groups for text in group]
     if not flat:
         return []
-    # verbose=False: no warning about texts beyond the model's length, which are cut here
+    # verbose=False: no warning about texts longer than the model's context, which are cut later
     ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
     return [[next(ids) for _ in group] for group in groups]
 

@@ -1,6 +1,6 @@
-"""Read rows from where they lie: JSON lines, Parquet, or a dataset on the Hugging Face hub.
+"""Data sources: rows from JSON lines, Parquet, or a dataset on the Hugging Face hub.
 
-A row keeps the file and line it came from, so that every later complaint can name them.
+A row keeps its file and line, so that every later error can name them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parablock.errors import DataError
-from parablock.hub import cache_alone_without_network
+from parablock.hub import use_cache_when_offline
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _REFUSED_SUFFIXES = (".csv", ".txt")
@@ -28,12 +28,12 @@ _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example as it was found.
+    """One row of a data source.
 
     Args:
-        fields: Field name → value; treated as immutable by everybody.
-        source: The file or the dataset name that it came from.
-        line: 1-based line of the file, or position in a Parquet file or a dataset.
+        fields: Field name → value; nobody changes it.
+        source: The file or the dataset name.
+        line: Line of the file, or position in a Parquet file or a dataset, from 1.
     """
 
     fields: dict[str, Any]
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Where the row came from, as error messages name it."""
+        """The source and line of the row, for error messages."""
         return f"{self.source}, line {self.line}"
 
 
@@ -51,7 +51,7 @@ def load_rows(source: str, *, split: str) -> list[Row]:
 
     Args:
         source: A local `.jsonl`, `.json` or `.parquet` file, or a dataset of the hub, `name` or `name:config`.
-            What exists here, has a file's suffix, or starts with `.`, `/` or `~` is a file.
+            A path that exists, has the suffix of a file, or starts with `.`, `/` or `~` is a file.
         split: The split of a hub dataset (`train`, `test`); a local file is one split already.
 
     Returns:
@@ -72,13 +72,9 @@ def load_rows(source: str, *, split: str) -> list[Row]:
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:
-    """Hash the content of rows in their order, whatever file they lie in.
+    """Hash the fields of rows, in the order of the rows: 64 hexadecimal digits.
 
-    Args:
-        rows: The rows; only their fields count, and the order of the fields in a row does not.
-
-    Returns:
-        64 hexadecimal digits.
+    The files of the rows and the order of the fields in a row have no effect.
     """
     digest = hashlib.sha256()
     for row in rows:
@@ -121,14 +117,14 @@ def _read_json(source: str, path: Path) -> list[Row]:
     if path.suffix.lower() == ".json" and raw.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return _parse_array(source, raw)
     return [
-        _row(source, line, _parse(source, line, text))
+        _make_row(source, line, _parse(source, line, text))
         for line, text in enumerate(raw.split(b"\n"), start=1)
         if text.strip()
     ]
 
 
 def _parse_array(source: str, raw: bytes) -> list[Row]:
-    _parse(source, 1, raw)  # the whole text is valid from here on; what follows only finds the lines
+    _parse(source, 1, raw)  # the whole text is valid from here on; the rest only finds the lines
     text, decoder = raw.decode("utf-8-sig"), json.JSONDecoder()
     rows: list[Row] = []
     at = text.index("[") + 1
@@ -139,7 +135,7 @@ def _parse_array(source: str, raw: bytes) -> list[Row]:
         if text[start] == "]":
             return rows
         value, at = decoder.raw_decode(text, start)
-        rows.append(_row(source, line, value))
+        rows.append(_make_row(source, line, value))
         line += text.count("\n", start, at)
 
 
@@ -155,7 +151,7 @@ def _parse(source: str, line: int, text: bytes) -> Any:
     raise DataError(f"{source}, line {line} is not JSON: {reason}.", remedy=_LINES_REMEDY)
 
 
-def _row(source: str, line: int, value: Any) -> Row:
+def _make_row(source: str, line: int, value: Any) -> Row:
     if not isinstance(value, dict):
         raise DataError(
             f"{source}, line {line} holds a value of type {type(value).__name__}, not an object.",
@@ -179,19 +175,19 @@ def _unreadable(source: str, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or str(error)
     return DataError(
         f"{source} cannot be read: {reason}",
-        cause="The file is damaged, is not of the kind that its suffix says, or may not be read by this user.",
+        cause="The file is damaged, is of another kind than its suffix says, or may not be read by this user.",
         remedy="Fetch or export it again, or check its permissions.",
     )
 
 
 def _read_hub(source: str, *, split: str) -> list[Row]:
-    import datasets  # slow to import, and only needed here
+    import datasets  # slow to import
 
     name, _, config = source.partition(":")
     try:
-        with cache_alone_without_network():
+        with use_cache_when_offline():
             values = datasets.load_dataset(name, config or None, split=split)
-    except OSError as error:  # not found, gated, no network: all are kinds of it
+    except OSError as error:  # not found, gated, or no network
         raise DataError(
             f"{source!r} is neither a file here nor reachable as a dataset on the hub: {error}",
             cause=f"Files are looked for from {Path.cwd()}; the hub needs a network or a filled cache.",

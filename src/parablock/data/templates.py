@@ -1,8 +1,8 @@
-"""Render a row to text that is cut, before any tokenisation, into prompt and completion.
+"""Chat templates: rows rendered as text that is cut into prompt and completion before tokenization.
 
-The model's own chat template does it where the tokenizer has one, else a few plain headings. A template
-is asked what it writes before an assistant turn and up to the end of it; where a completion begins and ends
-follows from the lengths of these renderings, and no template token is ever looked for among the ids.
+The tokenizer's chat template renders a row; without one, a few plain headings do. The template is applied to the
+turns before an assistant turn and up to its end. The lengths of these renderings say where the completion begins
+and ends, so no template token is ever searched for among the ids.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
-from parablock.data.formats import Message, alpaca_input, conversation, plain_text
+from parablock.data.formats import Message, read_alpaca_input, read_conversation, read_text
 from parablock.data.sources import Row
 from parablock.errors import DataError, ModelError
 
@@ -34,23 +34,23 @@ class Rendering:
     """A row as text.
 
     Args:
-        pieces: The whole text, in order; what precedes the last completion is the prompt to generate from.
-        completion: The last completion as the row has it, without what the template adds.
+        pieces: The whole text, in order; the text before the last completion is the prompt for generation.
+        completion: The last completion as in the row, without additions of the template.
     """
 
     pieces: tuple[Piece, ...]
     completion: str
 
 
-def renderer(tokenizer: PreTrainedTokenizerBase, *, data_format: str) -> Callable[[Row], Rendering]:
-    """Make the function that renders rows for one tokenizer.
+def make_renderer(tokenizer: PreTrainedTokenizerBase, *, data_format: str) -> Callable[[Row], Rendering]:
+    """Return the function that renders rows for one tokenizer.
 
     Args:
-        tokenizer: The model's tokenizer; its chat template is used where it has one.
+        tokenizer: The model's tokenizer; its chat template is used if it has one.
         data_format: A key of `FORMATS`.
 
     Returns:
-        Row → Rendering; it raises DataError for a row that the template refuses or cannot cut.
+        Row → Rendering; raises DataError for a row that the template refuses or that cannot be cut.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token.
@@ -66,41 +66,41 @@ def renderer(tokenizer: PreTrainedTokenizerBase, *, data_format: str) -> Callabl
     if tokenizer.chat_template is None:
         return lambda row: _render_plainly(row, data_format, opening, tokenizer.eos_token)
     closing = tuple({token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token})
-    return lambda row: _render_by_template(row, conversation(row, data_format), tokenizer, closing)
+    return lambda row: _render_by_template(row, read_conversation(row, data_format), tokenizer, closing)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tell at which tokens generation ends: end of sequence, and what the chat template ends a turn with."""
+def find_stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that end a generation: end of sequence, and the chat template's end of a turn."""
     probe = Row({"prompt": "q", "completion": "a"}, "the chat template", 1)
-    ending = renderer(tokenizer, data_format="prompt_completion")(probe).pieces[-1].text
+    ending = make_renderer(tokenizer, data_format="prompt_completion")(probe).pieces[-1].text
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
     return tuple(sorted({tokenizer.eos_token_id} | special.intersection(ids)))
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give the token that this tokenizer puts before a text by itself, if any."""
+    """Return the token that this tokenizer puts before every text; empty if there is none."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ""
 
 
 def _render_text(row: Row, opening: str, eos: str) -> Rendering:
-    text = plain_text(row)
-    return _rendering([Piece(opening, False), Piece(text + eos, bool(text.strip()))], text)
+    text = read_text(row)
+    return _join_pieces([Piece(opening, False), Piece(text + eos, bool(text.strip()))], text)
 
 
 def _render_plainly(row: Row, data_format: str, opening: str, eos: str) -> Rendering:
     if data_format == "messages":
-        return _render_roles(conversation(row, data_format), opening, eos)
-    user, assistant = (turn["content"] for turn in conversation(row, data_format))
+        return _render_roles(read_conversation(row, data_format), opening, eos)
+    user, assistant = (turn["content"] for turn in read_conversation(row, data_format))
     if data_format == "gsm8k":
         user = f"Question: {user}\nAnswer:"
     elif data_format == "alpaca":
-        context = alpaca_input(row)
+        context = read_alpaca_input(row)
         user = (
             f"Instruction: {row.fields['instruction']}\n" + (f"Input: {context}\n" if context else "") + "Response:"
         )
-    return _rendering([Piece(opening + user, False), *_answer(user, assistant, eos)], assistant)
+    return _join_pieces([Piece(opening + user, False), *_answer_pieces(user, assistant, eos)], assistant)
 
 
 def _render_roles(turns: Sequence[Message], opening: str, eos: str) -> Rendering:
@@ -109,15 +109,15 @@ def _render_roles(turns: Sequence[Message], opening: str, eos: str) -> Rendering
         heading = ("\n" if index else "") + turn["role"].capitalize() + ":"
         pieces.append(Piece(heading, False))
         if turn["role"] == "assistant":
-            pieces += _answer(heading, turn["content"], eos)
+            pieces += _answer_pieces(heading, turn["content"], eos)
             completion = turn["content"] if turn["content"].strip() else completion
         else:
             pieces.append(Piece(f" {turn['content']}", False))
-    return _rendering(pieces, completion)
+    return _join_pieces(pieces, completion)
 
 
-def _answer(before: str, completion: str, eos: str) -> list[Piece]:
-    """Set a completion apart from the prompt by one space, unless either brings white space of its own."""
+def _answer_pieces(before: str, completion: str, eos: str) -> list[Piece]:
+    """Put one space between prompt and completion, unless either already has white space there."""
     if not completion.strip():
         return [Piece(eos, False)]
     space = "" if not before or before[-1].isspace() or completion[0].isspace() else " "
@@ -146,14 +146,14 @@ def _render_by_template(
         completion, at = turn["content"], end
     if at == len(whole) and not whole.rstrip().endswith(closing):
         pieces.append(Piece(tokenizer.eos_token, True))
-    return _rendering([*pieces, Piece(whole[at:], False)], completion)
+    return _join_pieces([*pieces, Piece(whole[at:], False)], completion)
 
 
 def _turn_end(whole: str, before: str, until: str, content: str, eos: str) -> int:
-    """Find where a turn in the middle ends, or −1.
+    """Return the end of a turn in the middle, or −1 if it cannot be found.
 
-    A conversation cut after the turn (`until`) may differ from the whole one in two harmless ways: the
-    template closes it with the end-of-sequence token, or opens only the last turn with a frame for reasoning.
+    The conversation up to this turn (`until`) may differ from the whole one in two harmless ways: the template adds
+    the end-of-sequence token at its end, or opens only the last turn with a frame for reasoning.
     """
     turn = until[len(before) :]
     bare = turn[max(turn.find(content.strip()), 0) :]
@@ -166,7 +166,7 @@ def _turn_end(whole: str, before: str, until: str, content: str, eos: str) -> in
 def _apply(row: Row, turns: list[Message], tokenizer: PreTrainedTokenizerBase, *, generate: bool) -> str:
     if not turns:
         raise DataError(
-            f"{row.place}: the conversation begins with the assistant, so there is nothing that it answers.",
+            f"{row.place}: the conversation begins with the assistant, so the assistant has nothing to answer.",
             remedy="Put a user or a system turn first.",
         )
     try:
@@ -175,21 +175,21 @@ def _apply(row: Row, turns: list[Message], tokenizer: PreTrainedTokenizerBase, *
         raise DataError(
             f"{row.place}: the chat template of the tokenizer refuses the conversation "
             f"({', '.join(turn['role'] for turn in turns)}): {error}",
-            remedy="Change the roles or their order to what the model knows.",
+            remedy="Use roles, and an order of roles, that the template accepts.",
         ) from error
 
 
 def _uncuttable(row: Row, index: int) -> DataError:
     return DataError(
-        f"{row.place}: what the chat template writes up to turn {index + 1} is not the beginning of what it writes "
-        "for the whole conversation, so prompt and completion cannot be told apart.",
-        cause="The template changes a turn by what follows it.",
-        remedy="Split the conversation into rows that end with the one assistant turn to learn.",
+        f"{row.place}: the chat template renders the conversation up to turn {index + 1} differently when later "
+        "turns follow, so prompt and completion cannot be told apart.",
+        cause="The template changes a turn depending on later turns.",
+        remedy="Split the conversation into rows that each end with the one assistant turn to learn.",
     )
 
 
-def _rendering(pieces: Sequence[Piece], completion: str) -> Rendering:
-    """Join neighbours of one kind and drop what is empty."""
+def _join_pieces(pieces: Sequence[Piece], completion: str) -> Rendering:
+    """Join neighbouring pieces of one kind and drop empty ones."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].is_completion == piece.is_completion:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER, ServerState, news_for
 from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Welcome, to_bytes
-from parablock.wire.quantize import Encoding, Vector, bytes_per_element, joined, pack
+from parablock.wire.quantize import Encoding, Vector, bytes_per_element, join_chunks, pack
 from parablock.wire.transport import Parcel, ServerTransport
 
 
@@ -82,7 +82,7 @@ class Downlink:
     def announce(self, block_index: int, value: Tensor, view: Tensor) -> Tensor:
         """Give what the clients see of a new value: the view plus the difference that was packed in chunks."""
         assert value.shape == view.shape
-        return (view.float() + joined(self._announced[block_index])).to(view.dtype)
+        return (view.float() + join_chunks(self._announced[block_index])).to(view.dtype)
 
     def announce_news(self, block_index: int, news: tuple[str, Vector] | None) -> None:
         """Note what the coming commit sends in place of a value; None if it sends the value."""

@@ -171,7 +171,7 @@ class FaultyEnd:
         self._check_up("download")
         return self._seconds("download", parcel, self._inner.download_s(parcel))
 
-    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Give the server what arrives of a message."""
         t, sent = parcel.round_index, parcel
         if "upload" in self._cut_s:
@@ -181,19 +181,19 @@ class FaultyEnd:
             return
         if self._is_in_the_middle(parcel):
             if self._faults.take(client_id, t, ("upload",), ("corrupt",)):
-                self._inner.uploaded(client_id, replace(parcel, message=_one_bit_off(parcel.message)), seconds)
+                self._inner.finish_upload(client_id, replace(parcel, message=_one_bit_off(parcel.message)), seconds)
                 raise LinkError(f"a bit of what client {client_id} sent flipped on its way")
             if self._faults.take(client_id, t, ("upload",), ("drop",)):
                 self._given_up.add(t)
                 sent = Parcel(to_bytes(Skip(t)), t)
-        self._inner.uploaded(client_id, self._poisoned(sent), seconds)
+        self._inner.finish_upload(client_id, self._poisoned(sent), seconds)
 
-    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_download(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Count a message, unless it did not arrive as it was sent."""
         if "download" in self._cut_s:
             self._inner.ledger.count_down(_half(parcel), client_id, seconds)
             self._go_down("download")
-        self._inner.downloaded(client_id, parcel, seconds)
+        self._inner.finish_download(client_id, parcel, seconds)
         if self._faults.take(client_id, parcel.round_index, ("download",), ("corrupt",)):
             try:
                 decode(_one_bit_off(parcel.message))

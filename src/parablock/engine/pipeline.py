@@ -135,8 +135,8 @@ class Pipeline:
                         up.queue.extend(self._interceptor.outgoing(parcel) if self._interceptor else (parcel,))
                 if self._abandoned:
                     return
-                self._end_transfer(up, self._transport.uploaded)
-                if (arrived := self._end_transfer(down, self._transport.downloaded)) is not None:
+                self._end_transfer(up, self._transport.finish_upload)
+                if (arrived := self._end_transfer(down, self._transport.finish_download)) is not None:
                     answers = self._interceptor.incoming(arrived) if self._interceptor else None
                     if answers is None:
                         self._inbox.put(arrived.message)

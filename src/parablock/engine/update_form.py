@@ -23,13 +23,13 @@ from torch import Tensor
 from parablock.algorithm.aggregate import Aggregate
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.parablock import delta_of
-from parablock.algorithm.robust import Normals, RoundAggregation, Rule, scaled
+from parablock.algorithm.robust import Normals, RoundAggregation, Rule, scale
 from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.errors import CodecError
 from parablock.model.device_copy import ArrivingVector
 from parablock.privacy.protection import Protection
 from parablock.wire.messages import new_block_value
-from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, joined, pack
+from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, join_chunks, pack
 
 NoiseOfRound = Callable[[int, tuple[int, ...]], Normals]
 """(round_index, clients) → the noise that the server adds to the mean of their updates."""
@@ -98,7 +98,7 @@ class UpdateForm(ABC):
 
     def decode(self, chunks: Sequence[Vector]) -> Tensor:
         """Return the update that the server sees: flat, fp32."""
-        return joined(chunks)
+        return join_chunks(chunks)
 
     def misfit(self, vector: Vector) -> str:
         """Say why a payload is of another form; empty if it fits."""
@@ -106,7 +106,7 @@ class UpdateForm(ABC):
 
     def numbers(self, vector: Vector, factor: float) -> Tensor:
         """Return a payload as the aggregation folds it: factor · Δ, fp32."""
-        return scaled(vector.values.float(), factor)
+        return scale(vector.values.float(), factor)
 
     @abstractmethod
     def aggregation(self, round_index: int) -> RoundAggregation:
@@ -232,7 +232,7 @@ class StackedAdapters(UpdateForm):
     def new_value(self, held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
         """Add the product of the stack to the matrices."""
         if kind == "stack":
-            kind, vectors = "difference", [pack(self.factors.product(joined(vectors)), "float32")]
+            kind, vectors = "difference", [pack(self.factors.product(join_chunks(vectors)), "float32")]
         return super().new_value(held, block_index, kind, vectors)
 
 

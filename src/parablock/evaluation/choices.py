@@ -1,8 +1,7 @@
-"""Multiple choice by likelihood: the model is given each choice as the completion and takes the likeliest.
+"""Multiple-choice accuracy: the model chooses the completion with the highest likelihood.
 
-The score of a choice is the mean log-probability of its tokens, those that end the turn included. The mean
-keeps long choices from losing for their length alone, and the end of the turn tells a choice from one that
-merely begins with it.
+The score of a choice is the mean log-probability of its tokens, including those that end the turn. The mean does
+not punish length, and the end of the turn tells a choice from a longer one that begins with it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from parablock.data.prompts import IGNORED_LABEL, Example, Tokenized, tokenize_rows, with_completion
+from parablock.data.prompts import IGNORED_LABEL, Example, Tokenized, replace_completion, tokenize_rows
 from parablock.data.sources import Row
 from parablock.errors import DataError, TrainingError
 from parablock.evaluation.scoring import Sample, TaskResult, context_length, score_examples
@@ -34,21 +33,21 @@ def multiple_choice(
     batch_size: int = 16,
     num_samples: int = 3,
 ) -> TaskResult:
-    """Score the share of examples of which the model finds the reference the likeliest choice.
+    """Compute the share of examples whose reference is the model's likeliest choice.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
-        tokenized: The examples; where their rows have no choices, `find_choices` says which they are.
+        tokenizer: The model's tokenizer.
+        tokenized: The examples; `find_choices` finds their choices.
         batch_size: Choices that go through the model at once.
-        num_samples: How many examples the result shows.
+        num_samples: Number of examples that the result shows.
 
     Returns:
-        Accuracy, count and samples; a tie goes to the choice that stands first.
+        Accuracy, count and samples; a tie goes to the first choice.
 
     Raises:
-        DataError: If the choices are missing or wrong, or one is too long for the model.
-        TrainingError: If a likelihood is not finite.
+        DataError: The choices are missing or wrong, or one is too long for the model.
+        TrainingError: A likelihood is not finite.
     """
     examples = tokenized.examples
     choices_of = find_choices(examples)
@@ -67,27 +66,24 @@ def multiple_choice(
 
 
 def find_choices(examples: Sequence[Example]) -> list[tuple[str, ...]]:
-    """Find out between what the model has to choose.
+    """Return the choices of each example.
 
-    The field `choices` of a row is a list of texts, the completion among them. Without that field, the choices
-    are the distinct completions of all examples with the same `template` field (of all, where there is no such
-    field), in alphabetical order. White space around a choice does not count.
+    The field `choices` of a row is a list of texts, including the completion. Without it, the choices are the
+    distinct completions of all examples with the same field `template` (or with none), in alphabetical order. White
+    space around a choice does not count.
 
     Args:
         examples: At least one.
 
-    Returns:
-        The choices of each example.
-
     Raises:
-        DataError: If `choices` is not such a list, or there are fewer than two distinct completions, or more
-            than `MAX_GROUP_CHOICES`.
+        DataError: `choices` is not such a list, or there are fewer than two distinct completions, or more than
+            `MAX_GROUP_CHOICES`.
     """
     completions: dict[str, set[str]] = {}
     for example in examples:
         completions.setdefault(_group(example.row), set()).add(example.completion.strip())
     return [
-        _given_choices(example)
+        _read_choices(example)
         if example.row.fields.get(CHOICES_FIELD) is not None
         else _group_choices(example.row, completions[_group(example.row)])
         for example in examples
@@ -98,18 +94,18 @@ def _group(row: Row) -> str:
     return str(row.fields.get(GROUP_FIELD))
 
 
-def _given_choices(example: Example) -> tuple[str, ...]:
+def _read_choices(example: Example) -> tuple[str, ...]:
     given, place = example.row.fields[CHOICES_FIELD], example.row.place
     remedy = f'Write them as a list of two or more texts, such as "{CHOICES_FIELD}": ["yes", "no"].'
     if not isinstance(given, list) or not all(isinstance(choice, str) and choice.strip() for choice in given):
         raise DataError(f"{place}: {CHOICES_FIELD} is not a list of texts: {given!r}.", remedy=remedy)
     choices = tuple(dict.fromkeys(choice.strip() for choice in given))
     if len(choices) < 2:
-        raise DataError(f"{place}: {CHOICES_FIELD} leaves nothing to choose: {given!r}.", remedy=remedy)
+        raise DataError(f"{place}: {CHOICES_FIELD} has fewer than two distinct texts: {given!r}.", remedy=remedy)
     if example.completion.strip() not in choices:
         raise DataError(
             f"{place}: the completion {example.completion!r} is not among its {CHOICES_FIELD} {given!r}.",
-            remedy="Add it to the list, spelled in the same way.",
+            remedy="Add it to the list, with the same spelling.",
         )
     return choices
 
@@ -135,7 +131,7 @@ def _tokenize_choices(
     limit: int | None,
 ) -> list[Example]:
     rows = [
-        with_completion(example.row, choice, data_format=data_format)
+        replace_completion(example.row, choice, data_format=data_format)
         for example, choices in zip(examples, choices_of, strict=True)
         for choice in choices
     ]
@@ -147,11 +143,11 @@ def _tokenize_choices(
             f"{skipped.row.place}: a choice cannot be scored, because {skipped.reason}.",
             remedy="Leave out the rows with such a completion.",
         )
-    return [_only_last_completion(candidate, limit) for candidate in tokenized.examples]
+    return [_mask_prompt(candidate, limit) for candidate in tokenized.examples]
 
 
-def _only_last_completion(candidate: Example, limit: int | None) -> Example:
-    """Mask all but the choice itself, and cut the prompt on the left to what the model can look at."""
+def _mask_prompt(candidate: Example, limit: int | None) -> Example:
+    """Mask all but the choice itself, and cut the prompt on the left to fit the model's context."""
     num_prompt = len(candidate.prompt_ids)
     labels = (IGNORED_LABEL,) * num_prompt + candidate.labels[num_prompt:]
     if limit is None or len(labels) <= limit:

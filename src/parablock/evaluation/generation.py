@@ -1,4 +1,4 @@
-"""Exact match: let the model answer by greedy generation and compare its answers with the references."""
+"""Exact match: greedy generation of answers, compared with the references."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from parablock.data.prompts import Example, stop_token_ids
+from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.errors import DataError
 from parablock.evaluation.scoring import Sample, TaskResult, context_length, evaluation_mode
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ANSWER_MARK = "####"
-"""What GSM8K and its like write before the final answer."""
+"""The mark before the final answer in GSM8K and similar data."""
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 
@@ -32,21 +32,18 @@ def exact_match(
     batch_size: int = 16,
     num_samples: int = 3,
 ) -> TaskResult:
-    """Score the share of examples whose generated answer is the reference; see `answers_match`.
+    """Compute the share of examples whose generated answer is the reference; see `answers_match`.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         examples: Prompts and references, at least one.
         max_new_tokens: Longest answer in tokens.
         batch_size: Prompts that are answered at once.
-        num_samples: How many examples the result shows.
-
-    Returns:
-        Score, count and samples.
+        num_samples: Number of examples that the result shows.
 
     Raises:
-        DataError: If there are no examples, or one has no prompt or no room for an answer.
+        DataError: There are no examples, or one has no prompt or no room for an answer.
     """
     if not examples:
         raise DataError("There are no examples to answer.", remedy="Give test data with at least one row.")
@@ -63,19 +60,15 @@ def exact_match(
 
 
 def answers_match(prediction: str, reference: str) -> bool:
-    """Compare a generated answer with the reference.
+    """Return whether a generated answer agrees with the reference.
 
-    A reference that ends with `#### 42` wants the same number after the last `####` of the prediction, however
-    it is written (`$1,000.` is 1000); what stands before and after it does not matter. After `####` words may
-    stand instead of a number; they, and any reference without the mark, want equal words: white space at the
-    ends, its amount, and upper or lower case do not matter.
+    If the reference ends with a number after `####`, the number after the last `####` of the prediction must be the
+    same, in any notation (`$1,000.` is 1000). The text before and after it does not count. If words follow `####`,
+    or the reference has no mark, the words must be equal, except for white space and case.
 
     Args:
-        prediction: What the model wrote.
+        prediction: The model's answer.
         reference: The completion of the row.
-
-    Returns:
-        Whether they say the same.
     """
     if ANSWER_MARK not in reference:
         return _normalise(prediction) == _normalise(reference)
@@ -89,7 +82,7 @@ def answers_match(prediction: str, reference: str) -> bool:
 
 
 def _final_answer(text: str) -> str:
-    """Give the line after the last mark, without what people write into numbers and after them."""
+    """Return the line after the last mark, without commas, dollar signs and the full stop."""
     line = text.rpartition(ANSWER_MARK)[2].strip().partition("\n")[0]
     return _normalise(line.replace(",", "").replace("$", "")).removesuffix(".")
 
@@ -106,23 +99,23 @@ def generate_completions(
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> list[str]:
-    """Answer the prompts of examples greedily: the likeliest token each time, until a turn ends.
+    """Answer the prompts of examples by greedy decoding, until the turn ends.
 
-    The model's own generation settings (sampling, penalties, forced tokens) have no say. Of a prompt too
-    long for the model's context the end is kept, with room for `max_new_tokens`.
+    The model's own generation settings (sampling, penalties, forced tokens) have no effect. A prompt that is too
+    long for the model's context loses its beginning, so that `max_new_tokens` fit.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
-        examples: Only their `prompt_ids` are looked at.
+        tokenizer: The model's tokenizer.
+        examples: Examples, of which only `prompt_ids` are used.
         max_new_tokens: Longest answer in tokens.
-        batch_size: Prompts that are answered at once, the shorter ones padded on the left.
+        batch_size: Prompts that are answered at once, padded on the left.
 
     Returns:
-        The answers in the order of the examples, without the prompt and without special tokens.
+        The answers in the order of the examples, without prompts and special tokens.
 
     Raises:
-        DataError: If an example has no prompt, or the context has no room for a prompt and an answer.
+        DataError: An example has no prompt, or the context has no room for a prompt and an answer.
     """
     limit = context_length(model)
     room = None if limit is None else limit - max_new_tokens
@@ -168,14 +161,14 @@ def _generate_batch(
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """Put plain greedy search in place of the model's generation settings for a while."""
-    from transformers import GenerationConfig  # slow to import, and only needed here
+    """Replace the model's generation settings by plain greedy search in the block."""
+    from transformers import GenerationConfig  # slow to import
 
     kept = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_token_ids(tokenizer)),
+        eos_token_id=list(find_stop_token_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
     )
     try:

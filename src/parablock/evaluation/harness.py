@@ -1,4 +1,4 @@
-"""Scores by lm-evaluation-harness: the base model and the tuned one, on tasks that others use too."""
+"""Evaluation by lm-evaluation-harness: scores of the base model and the tuned one on public tasks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class HarnessScore:
 
     Attributes:
         label: base | tuned | model.
-        name_or_path: Which model.
-        task: The task, as the harness names it.
-        metric: The metric, with its filter where it has one: `acc`, `exact_match,flexible-extract`.
+        name_or_path: The model.
+        task: The harness's name of the task.
+        metric: The metric, with its filter if it has one: `acc`, `exact_match,flexible-extract`.
         value: Its value.
         count: Examples scored.
     """
@@ -34,7 +34,7 @@ class HarnessScore:
     count: int
 
 
-def harness_scores(
+def score_with_harness(
     model_or_run_dir: str,
     tasks: Sequence[str],
     *,
@@ -48,11 +48,10 @@ def harness_scores(
     Args:
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
         tasks: Names of tasks or groups.
-        tasks_dir: A folder with task files (YAML) of your own; then only these are known, and the network is
-            not needed.
-        max_examples: The first so many of each task; None is all.
+        tasks_dir: A folder with task files (YAML) that replace the harness's own; needs no network.
+        max_examples: Number of examples of each task, from its start; None: all.
         device: auto | cpu | cuda.
-        tell: Told what is being done.
+        tell: Called with messages about the progress.
 
     Raises:
         InputError: The harness is not installed, or a model, a task or its data is missing or broken.
@@ -90,14 +89,14 @@ def harness_scores(
         except (KeyError, ValueError, OSError) as error:
             raise DataError(
                 f"the harness cannot run {', '.join(tasks)}: {' '.join(str(error).split())}",
-                cause="It knows no such task, or the data of the task cannot be read.",
-                remedy="`lm-eval ls tasks` lists its own; --tasks-dir names a folder with yours.",
+                cause="The harness has no such task, or the data of the task cannot be read.",
+                remedy="`lm-eval ls tasks` lists its tasks; --tasks-dir names a folder with your own.",
             ) from error
-        scores += _read(label, name_or_path, found)
+        scores += _read_scores(label, name_or_path, found)
     return scores
 
 
-def _read(label: str, name_or_path: str, found: Mapping[str, Any]) -> Iterator[HarnessScore]:
+def _read_scores(label: str, name_or_path: str, found: Mapping[str, Any]) -> Iterator[HarnessScore]:
     for task, values in found["results"].items():
         count = found.get("n-samples", {}).get(task, {}).get("effective", 0)
         for metric, value in values.items():

@@ -1,10 +1,11 @@
-"""What every task of this room shares: log-probabilities of labelled tokens, and the form of a result.
+"""Log-probabilities of labelled tokens, the loss, and the result type of all evaluation tasks.
 
 Shapes: B examples of a batch, T tokens of the longest of them, N labelled tokens of the batch, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,6 @@ from torch.nn import functional
 
 from parablock.data.batches import collate
 from parablock.data.prompts import IGNORED_LABEL, Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-import math
-from typing import TYPE_CHECKING
-
 from parablock.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How likely a model finds the labelled tokens of one example.
+    """The likelihood of the labelled tokens of one example.
 
     Attributes:
         log_prob: Sum of the natural logarithms of their probabilities.
-        num_tokens: How many they are.
+        num_tokens: Number of labelled tokens.
     """
 
     log_prob: float
@@ -42,7 +37,7 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scored example, to be read by people."""
+    """One scored example, for people to read."""
 
     prompt: str
     reference: str
@@ -54,9 +49,9 @@ class TaskResult:
     """The outcome of a task on a set of examples.
 
     Attributes:
-        score: Share of the examples that were right, 0 … 1.
-        count: How many examples.
-        samples: The first few of them.
+        score: Share of right examples, 0 … 1.
+        count: Number of examples.
+        samples: The first few examples.
     """
 
     score: float
@@ -66,7 +61,7 @@ class TaskResult:
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Switch to evaluation without gradients; afterwards every module has the mode that it had before."""
+    """Switch to evaluation mode without gradients; restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -78,18 +73,17 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tell how many tokens the model can look at, or None where its configuration does not say."""
+    """Return the model's context length in tokens; None if its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def score_examples(
     model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int
 ) -> list[Likelihood]:
-    """Compute the likelihood of each example's labelled tokens, in float32 whatever the model's dtype.
+    """Compute the likelihood of each example's labelled tokens, in float32 for every dtype of the model.
 
-    Batches are cut from the examples in a fixed order of their own, by length first to save padding, so the
-    result for an example depends neither on the order in which they are given nor, but for rounding, on
-    the batch size.
+    Examples are sorted before they are cut into batches, by length first to save padding. So the result of an
+    example does not depend on the given order or, except for rounding, on the batch size.
 
     Args:
         model: A causal language model.
@@ -108,6 +102,36 @@ def score_examples(
             batch = [examples[index] for index in chosen]
             likelihoods.update(zip(chosen, _score_batch(model, batch, pad_token_id=pad_token_id), strict=True))
     return [likelihoods[index] for index in range(len(examples))]
+
+
+def evaluate_loss(
+    model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
+) -> float:
+    """Compute the mean cross-entropy over all labelled tokens of all examples.
+
+    Every token has the same weight, so a long completion counts more than a short one. The order of the examples
+    has no effect on the result, not even by a bit.
+
+    Args:
+        model: A causal language model; the mode of its modules is restored afterwards.
+        examples: The evaluation data; tokens with a masked label are context only.
+        pad_token_id: The id that fills a batch.
+        batch_size: Examples that go through the model at once.
+
+    Returns:
+        Nats per token, computed in float32; not finite if the model's numbers are not.
+
+    Raises:
+        DataError: No example has a labelled token.
+    """
+    likelihoods = score_examples(model, examples, pad_token_id=pad_token_id, batch_size=batch_size)
+    num_tokens = sum(likelihood.num_tokens for likelihood in likelihoods)
+    if num_tokens == 0:
+        raise DataError(
+            f"None of {len(examples)} examples to evaluate on has a token that the loss counts.",
+            remedy="Give test data with completions, or raise data.max_length if the prompts fill it.",
+        )
+    return -math.fsum(likelihood.log_prob for likelihood in likelihoods) / num_tokens
 
 
 def _place_in_order(example: Example) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
@@ -130,33 +154,3 @@ def _score_batch(model: PreTrainedModel, examples: Sequence[Example], *, pad_tok
     ).double()
     pairs = zip(log_probs_BT.sum(dim=1).tolist(), counted_BT.sum(dim=1).tolist(), strict=True)
     return [Likelihood(log_prob, num_tokens) for log_prob, num_tokens in pairs]
-
-
-def evaluate_loss(
-    model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
-) -> float:
-    """Compute the mean cross-entropy over all labelled tokens of all examples.
-
-    Every token weighs the same, so a long completion weighs more than a short one, as in training on them
-    all at once. The order of the examples changes no bit of the result.
-
-    Args:
-        model: A causal language model; modules in training mode are in it again afterwards.
-        examples: What it is evaluated on; tokens with a masked label count as context only.
-        pad_token_id: The id that fills a batch.
-        batch_size: Examples that go through the model at once; a matter of memory and speed.
-
-    Returns:
-        Nats per token, computed in float32; not finite if the model's numbers are not.
-
-    Raises:
-        DataError: If no example has a labelled token.
-    """
-    likelihoods = score_examples(model, examples, pad_token_id=pad_token_id, batch_size=batch_size)
-    num_tokens = sum(likelihood.num_tokens for likelihood in likelihoods)
-    if num_tokens == 0:
-        raise DataError(
-            f"None of {len(examples)} examples to evaluate on has a token that the loss counts.",
-            remedy="Give test data with completions, or raise data.max_length if the prompts fill it.",
-        )
-    return -math.fsum(likelihood.log_prob for likelihood in likelihoods) / num_tokens

@@ -1,4 +1,4 @@
-"""Scores of the base model and the tuned one, side by side."""
+"""Evaluation of a model, or of the base model and the tuned one of a run side by side."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Score:
 
     Attributes:
         label: base | tuned | model.
-        name_or_path: Which model.
+        name_or_path: The model.
         value: Loss in nats per token, or the share of right answers.
         count: Examples scored.
-        samples: What it answered, for the tasks that answer.
+        samples: Some of the answers; empty for the loss.
     """
 
     label: str
@@ -57,20 +57,20 @@ def score_models(
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
         sources: Files or `datasets` names.
         task: loss | exact_match | multiple_choice.
-        max_examples: The first so many; None is all.
+        max_examples: Number of rows, from the start; None: all.
         max_new_tokens: Longest answer of exact_match.
-        data_format: A value of `data.format`; None: that of the run, or `auto` without one.
-        config: Rows are cut, and their loss is masked, as in this run; None: as in the run whose directory is
-            given. Without a run they are as long as the model takes, and completions count alone.
+        data_format: A value of `data.format`; None: the run's format, or `auto` without a run.
+        config: The run whose truncation and loss mask apply; None: the run of `model_or_run_dir`. Without a run,
+            the model's context limits the length, and only completions count.
         device: auto | cpu | cuda.
-        tell: Told what is being done.
+        tell: Called with messages about the progress.
 
     Raises:
         InputError: A model or a file is missing or broken, or the rows do not fit the task.
     """
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
-    config = config or _config_of(model_or_run_dir)
+    config = config or _read_config(model_or_run_dir)
     rows = [row for source in sources for row in load_rows(source, split="test")][:max_examples]
     scores = []
     for label, name_or_path, dtype in models_of(model_or_run_dir):
@@ -107,7 +107,7 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     Raises:
         ModelError: The run has no model yet, or one for each client.
     """
-    directory, config = RunDirectory(model_or_run_dir), _config_of(model_or_run_dir)
+    directory, config = RunDirectory(model_or_run_dir), _read_config(model_or_run_dir)
     if config is None:
         return [("model", model_or_run_dir, "float32")]
     if not directory.model.is_dir():
@@ -129,7 +129,7 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     return [("base", base.name_or_path, base.dtype), ("tuned", str(Path(directory.model)), base.dtype)]
 
 
-def _config_of(model_or_run_dir: str) -> RunConfig | None:
+def _read_config(model_or_run_dir: str) -> RunConfig | None:
     written = RunDirectory(model_or_run_dir).config
     return load_config(written) if written.exists() else None
 

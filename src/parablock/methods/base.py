@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from parablock.config.keys import RunConfig
-from parablock.data.prompts import Example, stop_token_ids
+from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.engine.update_form import UpdateForm
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.model.adapters import merge_adapters
@@ -104,7 +104,7 @@ class MethodModel:
         """Write what `conclude` made, and give its `model_sha256`."""
         model, tokenizer = self._replica.model, self._job.loaded.tokenizer
         if model.generation_config is not None:  # plain `generate` stops where training ended a turn
-            model.generation_config.eos_token_id = list(stop_token_ids(tokenizer))
+            model.generation_config.eos_token_id = list(find_stop_token_ids(tokenizer))
         save_model(model, tokenizer, directory)
         return model_sha256(directory)
 

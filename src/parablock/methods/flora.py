@@ -14,7 +14,7 @@ from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
 from parablock.engine.update_form import StackedAdapters
 from parablock.methods.base import MethodModel, RunInputs
-from parablock.model.adapters import adapted_layers, fresh_adapters, matrices_block
+from parablock.model.adapters import adapted_layers, draw_adapters, matrices_block
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.training.trainer import LocalTrainer, Trained, Trainer
@@ -53,7 +53,7 @@ class FloraTrainer:
     def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
         """Take the round's local steps on new adapters; give these."""
         self._matrices.load_all(working)
-        fresh = fresh_adapters(
+        fresh = draw_adapters(
             self._adapters.model, seed=self._seed, round_index=start.round_index, client_id=self._client_id
         )
         return self._trainer.train(start, (fresh,))

@@ -1,7 +1,7 @@
 """LoRA adapters, made by `peft` inside a model: W x + (alpha / rank) B A x, with W frozen.
 
-A is drawn from the run's seed and B is zero, so that every client starts with the same adapters and the
-model with the base model's function. Source: Hu et al., LoRA, 2021 (arXiv 2106.09685).
+A is drawn from the run's seed and B is zero. So every client starts with the same adapters, and the model computes
+the same function as the base model. Source: Hu et al., LoRA, 2021 (arXiv 2106.09685).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def add_adapters(
     layers_path: str | None = None,
     seed: int,
 ) -> None:
-    """Put an adapter on weight matrices of the decoder layers, in place.
+    """Add adapters to weight matrices of the decoder layers, in place.
 
     Args:
         model: A causal language model.
         rank: Rows of A and columns of B.
-        alpha: The adapter's product is multiplied by alpha / rank.
-        target_modules: Ends of the names of modules, such as `q_proj`; empty: every matrix of the layers.
+        alpha: The scale of an adapter is alpha / rank.
+        target_modules: Last parts of module names, such as `q_proj`; empty: every matrix of the layers.
         layers_path: As in `partition_blocks`.
-        seed: The run's seed, which A follows from.
+        seed: The run's seed, from which A is drawn.
 
     Raises:
         ModelError: `peft` is not installed, or the model has no module of such a name.
@@ -53,8 +53,8 @@ def add_adapters(
             remedy="Install it: pip install 'parablock[lora]'",
         ) from None
     path, _ = find_layers(model, layers_path)
-    names = _targets(model, path, target_modules)
-    with torch.random.fork_rng(devices=[]):  # what peft draws is replaced below
+    names = _find_targets(model, path, target_modules)
+    with torch.random.fork_rng(devices=[]):  # the draws of peft are replaced below
         inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"), model
         )
@@ -78,7 +78,7 @@ def adapter_block(
     matrices: Sequence[str] = ("A", "B"),
     layers_path: str | None = None,
 ) -> Block:
-    """Make one block of the adapters' parameters, module after module.
+    """Return one block of the adapters' parameters, module after module.
 
     Args:
         model: A model with adapters.
@@ -87,17 +87,17 @@ def adapter_block(
         layers_path: As in `partition_blocks`.
     """
     names = [f"{name}.lora_{letter}.{ADAPTER}.weight" for name, _ in adapted_layers(model) for letter in matrices]
-    return _whole_model(f"adapters, {' and '.join(matrices)}", names, model, layers_path, index)
+    return _make_block(f"adapters, {' and '.join(matrices)}", names, model, layers_path, index)
 
 
 def matrices_block(model: PreTrainedModel, *, layers_path: str | None = None) -> Block:
-    """Make one block of the matrices that have adapters, in the same order; see `adapter_block`."""
+    """Return one block of the matrices that have adapters, in the same order; see `adapter_block`."""
     names = [f"{name}.base_layer.weight" for name, _ in adapted_layers(model)]
-    return _whole_model("matrices with adapters", names, model, layers_path)
+    return _make_block("matrices with adapters", names, model, layers_path)
 
 
-def fresh_adapters(model: PreTrainedModel, *, seed: int, round_index: int, client_id: int) -> Tensor:
-    """Draw what a client of FLoRA starts a round with: A as LoRA does, its own; B zero; flat, as `Factors`."""
+def draw_adapters(model: PreTrainedModel, *, seed: int, round_index: int, client_id: int) -> Tensor:
+    """Draw a FLoRA client's adapters for a round: A as in LoRA, B zero; flat, in the layout of `Factors`."""
     pieces = []
     for index, (_, layer) in enumerate(adapted_layers(model)):
         drawn = draw_a(layer.lora_A[ADAPTER].weight, seed, round_index, client_id, index)
@@ -106,14 +106,14 @@ def fresh_adapters(model: PreTrainedModel, *, seed: int, round_index: int, clien
 
 
 def adapted_layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the modules that have an adapter, with their names, in the model's order."""
+    """Yield the names and modules that have an adapter, in the model's order."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add every adapter to its matrix and take it out; a model without adapters stays as it is."""
+    """Add every adapter to its matrix and remove the adapter; a model without adapters stays as it is."""
     for name, layer in list(adapted_layers(model)):
         base = layer.get_base_layer()
         with torch.no_grad():
@@ -123,10 +123,10 @@ def merge_adapters(model: PreTrainedModel) -> None:
         vars(model).pop(mark, None)
 
 
-def _whole_model(
+def _make_block(
     name: str, names: Sequence[str], model: PreTrainedModel, layers_path: str | None, index: int = 0
 ) -> Block:
-    """Make one block, over all layers, of the parameters that have these names."""
+    """Return one block, over all layers, of the named parameters."""
     layers_path, layers = find_layers(model, layers_path)
     return Block(
         index=index,
@@ -139,7 +139,7 @@ def _whole_model(
     )
 
 
-def _targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:
+def _find_targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:
     matrices = [
         name
         for name, module in model.named_modules()

@@ -1,9 +1,8 @@
 """The partition of a model into ordered, disjoint blocks: the only file that knows parameter names.
 
 A block is a group of neighbouring decoder layers, or one half of each of them: the attention, or the MLP.
-The embeddings, and the final norm with the head, are blocks of their own only when asked for; otherwise they
-stay frozen. Tied embeddings are one parameter and belong to one block: the embeddings' when there is one, else
-the head's.
+The embeddings, and the final norm with the head, are blocks only on request; otherwise they stay frozen. Tied
+embeddings are one parameter of one block: the embeddings if they are a block, else the head.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from transformers import PreTrainedModel
 from parablock.errors import ModelError
 
 ATTENTION_SIDE = ("attn", "attention", "input_layernorm", "ln_1")
-"""What names inside a layer hold in its attention half, its norms included; all others are the MLP's."""
+"""Parts of parameter names in the attention half of a layer, norms included; all others belong to the MLP."""
 
 SPLITS = ("layer", "attention_mlp")
 HALVES = ("attention", "mlp")
 """The halves of a layer, from its input to its output."""
 
 INPUT_SIDE = ("embed", "wte", "wpe", "project_in")
-"""What names of parameters outside the layers hold when they come before the first layer."""
+"""Parts of parameter names that come before the first layer."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class Block:
 
     Attributes:
         index: Position in the ordered partition.
-        name: For people: `layers.3`, `layers.4-5`, `layers.3.mlp`, `embeddings` or `head`.
+        name: A readable name: `layers.3`, `layers.4-5`, `layers.3.mlp`, `embeddings` or `head`.
         layers: Indices of its decoder layers, ascending; empty for embeddings and head.
         parameter_names: Its parameters, in the order of their elements in the block's flat vector.
-        num_parameters: Number of elements of all of them.
-        lowest_layer: The first decoder layer that backpropagation goes through when this block is
-            trained; the number of layers when it goes through none.
-        layers_path: Where the model keeps its decoder layers.
-        half: attention | mlp, where the block holds only that half of its layers.
+        num_parameters: Number of their elements.
+        lowest_layer: The first decoder layer that backpropagation reaches when this block is trained; the number
+            of layers if it reaches none.
+        layers_path: Dotted path of the model's decoder layers.
+        half: attention | mlp; None if the block has both halves of its layers.
     """
 
     index: int
@@ -66,18 +65,15 @@ def partition_blocks(
 
     Args:
         model: Any Hugging Face causal language model.
-        layers_per_block: Decoder layers in a block; the last block takes what is left.
+        layers_per_block: Decoder layers in a block; the last block may have fewer.
         split: `layer`, or `attention_mlp`: two blocks for each group of layers, their attention and their MLPs.
-        include_embeddings: Make token and position embeddings block 0.
-        include_head: Make the final norm and the head the last block.
-        layers_path: Dotted path of the list of decoder layers, for an architecture where it is not found.
-
-    Returns:
-        The blocks in order.
+        include_embeddings: Whether token and position embeddings are block 0.
+        include_head: Whether the final norm and the head are the last block.
+        layers_path: Dotted path of the list of decoder layers, if `find_layers` cannot find it.
 
     Raises:
-        ModelError: If the layers are not found, `layers_per_block` does not fit their number, there is no
-            such split, or a block would have no parameter of its own.
+        ModelError: The layers are not found, `layers_per_block` does not fit their number, the split is unknown, or
+            a block would have no parameter.
     """
     path, layers = find_layers(model, layers_path)
     count = len(layers)
@@ -119,14 +115,14 @@ def partition_blocks(
 
 
 def halves_of(names: Sequence[str], layers_path: str) -> dict[str, str]:
-    """Tell in which half of its layer each parameter is: attention | mlp.
+    """Return the half of its layer, attention | mlp, for each parameter.
 
-    A norm is in the half that its name names, but for `post_attention_layernorm` where it is the only norm between
-    the two: there it feeds the MLP.
+    A norm is in the half that it is named after. The exception is `post_attention_layernorm` as the only norm
+    between the two halves, where it feeds the MLP.
 
     Args:
         names: All parameters of some layers.
-        layers_path: Where the model keeps its decoder layers.
+        layers_path: Dotted path of the model's decoder layers.
     """
     sandwiched = any("feedforward" in name for name in names)
     halves = {}
@@ -139,7 +135,7 @@ def halves_of(names: Sequence[str], layers_path: str) -> dict[str, str]:
 
 
 def whole_model(model: PreTrainedModel, layers_path: str | None = None) -> tuple[Block]:
-    """Make one block of all parameters, embeddings and head included, as FedAvg trains and sends them.
+    """Return one block of all parameters, embeddings and head included, as FedAvg trains and sends them.
 
     Args:
         model: Any Hugging Face causal language model.
@@ -162,20 +158,17 @@ def whole_model(model: PreTrainedModel, layers_path: str | None = None) -> tuple
 
 
 def find_layers(model: PreTrainedModel, layers_path: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Find the decoder layers of a model.
+    """Return the dotted path and the list of a model's decoder layers.
 
-    They are the one `ModuleList` of the decoder that has as many entries as the configuration has layers
-    and lies in no other `ModuleList`.
+    The list is the one `ModuleList` of the decoder that has an entry for each layer of the configuration and lies
+    in no other `ModuleList`.
 
     Args:
         model: A Hugging Face causal language model.
-        layers_path: Dotted path of the list, for a model where this rule does not find it.
-
-    Returns:
-        The dotted path and the list.
+        layers_path: Dotted path of the list, if this rule does not find it.
 
     Raises:
-        ModelError: If there is no such list, or more than one; it says how to name it.
+        ModelError: There is no such list, or more than one.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if layers_path is not None:
@@ -212,7 +205,7 @@ def _names_inside(model: PreTrainedModel, path: str, group: Sequence[int]) -> li
 
 
 def _names_outside(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
-    """Give the parameters before the layers and those after them; tied embeddings are in both."""
+    """Return the parameters before the layers and those after them; tied embeddings are in both."""
     read_in = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     output = model.get_output_embeddings()
     read_out = {id(parameter) for parameter in output.parameters()} if output is not None else set()

@@ -1,10 +1,10 @@
-"""What leaves the model's device for the CPU: by a stream of its own, through pinned memory, part by part.
+"""Asynchronous device-to-CPU copy: a flat vector, part by part, on a side stream into pinned memory.
 
     device, main stream     ── K local steps ──► y^b ──────────────── goes on
     device, side stream                          └─ part 0 ─ part 1 ─ part 2 ─►
     CPU, compute thread                                     └─ Δ, encoding of part 0 ─ of part 1 ─ …
 
-So a part is worked on while the next one is on its way.
+So the CPU works on a part while the next one is being copied.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import torch
 from torch import Tensor
 
 PART = 1 << 22
-"""Elements that are waited for at a time."""
+"""Elements that are copied at a time."""
 
 
 class ArrivingVector(Protocol):
-    """A flat vector of which parts are taken, on the CPU: a tensor, or one that is on its way."""
+    """A flat vector on the CPU that may still be arriving, such as a tensor."""
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        """Give some of the elements; `[:]` gives all."""
+        """Wait for some of the elements and return them; `[:]` returns all."""
 
 
 def copy_to_cpu(flat: Tensor) -> ArrivingVector:
-    """Take a vector as it is now to the CPU.
+    """Start a copy of a vector to the CPU.
 
     Args:
-        flat: 1-D. On another device than the CPU it must stay as it is until its last part has been taken.
+        flat: 1-D. On another device than the CPU, it must not change until its last part has been read.
     """
     return flat.clone() if flat.device.type == "cpu" else _DeviceCopy(flat)
 
 
 class _DeviceCopy:
-    """A vector on its way; it is waited for as far as it is looked at."""
+    """A vector that is being copied; reading a part waits only for that part."""
 
     def __init__(self, flat: Tensor) -> None:
         made, stream = torch.Event(flat.device), torch.Stream(flat.device)
         made.record(torch.accelerator.current_stream(flat.device))
         stream.wait_event(made)
         self._here = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        self._source: Tensor | None = flat  # torch would give its memory to others
+        self._source: Tensor | None = flat  # without a reference, torch would reuse its memory
         self._arrivals: deque[tuple[int, torch.Event]] = deque()
         self._arrived = 0
         with stream:

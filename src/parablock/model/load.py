@@ -1,11 +1,11 @@
-"""Read a causal language model with its tokenizer.
+"""Loading of Hugging Face causal language models and their tokenizers.
 
-Every way in which a model folder can be wrong is an error that names the folder and the remedy. Nothing
-that Transformers prints on the way reaches the user: what matters of it (missing tensors, wrong shapes)
-is an error here. Tensors of the checkpoint that a causal language model has no use for are left out.
+Every fault of a model folder is an error that names the folder and the remedy. Messages of Transformers are hidden
+from the user: the important ones (missing tensors, wrong shapes) are errors here. Tensors of the checkpoint that a
+causal language model does not use are ignored.
 
-What Transformers raises about a damaged file may be of any class, so any exception of one of its readers is
-taken as the folder's fault and told with its reason.
+Transformers may raise any class of exception for a damaged file. So every exception of its readers becomes a
+ModelError with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError
-from parablock.hub import cache_alone_without_network
+from parablock.hub import use_cache_when_offline
 from parablock.seeding import seed_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,9 +41,9 @@ class LoadedModel:
     """A model ready for block training.
 
     Attributes:
-        model: A causal language model in evaluation mode, every dropout at zero.
-        tokenizer: Its tokenizer; it has a pad token.
-        name_or_path: Where they came from, as the user wrote it.
+        model: A causal language model in evaluation mode, with every dropout at zero.
+        tokenizer: The model's tokenizer, with a pad token.
+        name_or_path: The model's folder or id, as the user wrote it.
     """
 
     model: PreTrainedModel
@@ -54,38 +54,36 @@ class LoadedModel:
 def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: int) -> LoadedModel:
     """Read a causal language model and its tokenizer.
 
-    A run is a deterministic function of its seed, so every dropout (and layer drop, and router jitter) is
-    set to zero, in the configuration and in the modules: training mode and evaluation mode give the same
-    numbers, and a saved model says so in its config.json.
+    A run is a deterministic function of its seed. So every dropout, layer drop and router jitter is set to zero, in
+    the configuration (and a saved config.json) and in the modules: training and evaluation mode compute the same.
 
     Args:
         name_or_path: A folder, or a Hugging Face id.
         dtype: Precision of the parameters, `float32` or `bfloat16`.
-        device: `cpu`, `cuda`, or `auto` (cuda where there is one).
-        init: `pretrained` reads the weights; `random` draws them on the CPU from `seed`, whatever the
-            device, so that the folder needs a configuration and a tokenizer only.
+        device: `cpu`, `cuda`, or `auto` (cuda if available).
+        init: `pretrained` reads the weights; `random` draws them from `seed`, always on the CPU, and needs only a
+            configuration and a tokenizer in the folder.
         seed: The run's seed; it has no effect on pretrained weights.
 
     Returns:
-        The model on its device, and its tokenizer, whose pad token is the end-of-text token where it
-        had none.
+        The model on its device, and its tokenizer. A missing pad token becomes the end-of-text token.
 
     Raises:
-        ModelError: For a folder or id that cannot be read, weights that do not fit the configuration, an
-            architecture that is not a causal language model, a tokenizer that is missing, has no pad or
-            end token or has more tokens than the model, or a device that is not there.
+        ModelError: The folder or id cannot be read, the weights do not fit the configuration, the architecture is
+            not a causal language model, the tokenizer is missing, has no pad or end token or has more tokens than
+            the model, or the device is missing.
     """
-    _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("init", init, ("pretrained", "random"))
-    torch_device = _device(device)
-    source = find_source(name_or_path)
-    with reading(source):
-        config = read_config(source)
-        tokenizer = _load_tokenizer(source)
+    _check_option("dtype", dtype, tuple(DTYPES))
+    _check_option("init", init, ("pretrained", "random"))
+    torch_device = _choose_device(device)
+    source = _find_source(name_or_path)
+    with _quiet_source(source):
+        config = _read_config(source)
+        tokenizer = _read_tokenizer(source)
         if init == "random":
-            model = _random_model(source, config, DTYPES[dtype], seed)
+            model = _make_random_model(source, config, DTYPES[dtype], seed)
         else:
-            model = _pretrained_model(source, config, DTYPES[dtype])
+            model = _read_pretrained_model(source, config, DTYPES[dtype])
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -93,16 +91,36 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
     return LoadedModel(model.to(torch_device).eval(), tokenizer, name_or_path)
 
 
+def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
+    """Return a model on the `meta` device: its parameters have names, shapes and ties, but no memory.
+
+    Args:
+        name_or_path: A folder that holds config.json, or a Hugging Face id.
+        dtype: Precision of the parameters, `float32` or `bfloat16`.
+
+    Raises:
+        ModelError: The configuration cannot be read, or is not that of a causal language model.
+    """
+    source = _find_source(name_or_path)
+    with _quiet_source(source):
+        config = _read_config(source)
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        except Exception as error:
+            raise _unreadable(source, "architecture", error) from error
+
+
 @contextmanager
-def reading(source: str) -> Iterator[None]:
-    """Be quiet while a model is read and, where it is no folder, do not wait for a hub out of reach."""
-    with quiet_transformers(), nullcontext() if Path(source).is_dir() else cache_alone_without_network():
+def _quiet_source(source: str) -> Iterator[None]:
+    """Hide messages while a model is read and, unless it is a folder, use the cache if the hub is out of reach."""
+    with quiet_transformers(), nullcontext() if Path(source).is_dir() else use_cache_when_offline():
         yield
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep warnings and progress bars of Transformers away from the user while it reads or writes a model."""
+    """Hide warnings and progress bars of Transformers while it reads or writes a model."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -116,13 +134,13 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+def _check_option(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ModelError(f"model.{option} is {value!r}", remedy=f"Choose one of {', '.join(known)}.")
 
 
-def _device(device: str) -> torch.device:
-    _one_of("device", device, ("auto", "cpu", "cuda"))
+def _choose_device(device: str) -> torch.device:
+    _check_option("device", device, ("auto", "cpu", "cuda"))
     present = torch.cuda.is_available()
     if device == "cuda" and not present:
         raise ModelError(
@@ -133,8 +151,8 @@ def _device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and present else "cpu")
 
 
-def find_source(name_or_path: str) -> str:
-    """Tell where a model is: the folder itself, or a name to ask the hub for."""
+def _find_source(name_or_path: str) -> str:
+    """Return the source of a model: the path of a folder, or an id on the hub."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return str(path)
@@ -149,8 +167,8 @@ def find_source(name_or_path: str) -> str:
     )
 
 
-def unreadable(source: str, part: str, error: Exception) -> ModelError:
-    """Make the error for a part of a model that cannot be read."""
+def _unreadable(source: str, part: str, error: Exception) -> ModelError:
+    """Return the error for a part of a model that cannot be read."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if Path(source).is_dir():
         cause = f"A file in the folder is missing or damaged: {reason}"
@@ -161,12 +179,12 @@ def unreadable(source: str, part: str, error: Exception) -> ModelError:
     return ModelError(f"The {part} of {source} cannot be read", cause=cause, remedy=remedy)
 
 
-def read_config(source: str) -> PreTrainedConfig:
+def _read_config(source: str) -> PreTrainedConfig:
     """Read the configuration of a causal language model."""
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise unreadable(source, "configuration", error) from error
+        raise _unreadable(source, "configuration", error) from error
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not causal or getattr(config, "is_decoder", True) is False:
         raise ModelError(
@@ -187,11 +205,11 @@ def _zero_dropout(config: PreTrainedConfig) -> None:
             _zero_dropout(value)
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise unreadable(source, "tokenizer", error) from error
+        raise _unreadable(source, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -202,22 +220,22 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _make_random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(seed, "model weights"))
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        raise unreadable(source, "architecture", error) from error
+        raise _unreadable(source, "architecture", error) from error
 
 
-def _pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _read_pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:
-        raise unreadable(source, "weights", error) from error
+        raise _unreadable(source, "weights", error) from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if missing or mismatched:
@@ -237,29 +255,5 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
         raise ModelError(
             f"The tokenizer of {source} has token ids up to {highest}, and its model has {rows} embeddings",
             cause="The tokenizer is another model's, or tokens were added without resizing the model.",
-            remedy="Use the tokenizer the model was trained with, or resize the embeddings and save it again.",
+            remedy="Use the tokenizer of this model, or resize the embeddings and save the model again.",
         )
-
-
-def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
-    """Make a causal language model without values.
-
-    Args:
-        name_or_path: A folder that holds config.json, or a Hugging Face id.
-        dtype: Precision of the parameters, `float32` or `bfloat16`.
-
-    Returns:
-        The model on the `meta` device: its parameters have names, shapes and ties, and no memory.
-
-    Raises:
-        ModelError: For a folder or id whose configuration cannot be read, or is not that of a causal
-            language model.
-    """
-    source = find_source(name_or_path)
-    with reading(source):
-        config = read_config(source)
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-        except Exception as error:
-            raise unreadable(source, "architecture", error) from error

@@ -1,6 +1,6 @@
-"""The next-token loss at the labels, for training and evaluation alike.
+"""The next-token loss of a causal language model on the labelled tokens.
 
-Shapes: B examples, T positions, N positions that predict a label token, V vocabulary.
+Shapes: B examples, T positions, D hidden size, N positions that predict a labelled token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,34 +9,32 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
-IGNORED = -100
-"""The label of a token that has no part in the loss."""
+from parablock.data.prompts import IGNORED_LABEL
 
 
-def num_label_tokens(labels_BT: Tensor) -> int:
-    """Count the label tokens that some position predicts; nothing predicts the first token of a row."""
-    return int((labels_BT[:, 1:] != IGNORED).sum())
+def count_label_tokens(labels_BT: Tensor) -> int:
+    """Count the labelled tokens; the first token of a row is never predicted and does not count."""
+    return int((labels_BT[:, 1:] != IGNORED_LABEL).sum())
 
 
-def summed_loss(
+def sum_loss(
     model: PreTrainedModel, *, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
 ) -> Tensor:
-    """Sum the next-token cross-entropy over the label tokens of a batch, in fp32.
+    """Sum the next-token cross-entropy over the labelled tokens of a batch, in fp32.
 
-    Logits are made only where a label token is predicted: the hidden states of the other positions are
-    left out on their way into the head.
+    Only the hidden states that predict a labelled token enter the head, so no other logits are computed.
 
     Args:
         model: A causal language model.
         input_ids_BT: Tokens, on any device.
-        attention_mask_BT: 0 where there is padding.
-        labels_BT: The tokens again, `IGNORED` where they have no part in the loss.
+        attention_mask_BT: 1 for a token, 0 for padding.
+        labels_BT: The tokens again, or `IGNORED_LABEL` for tokens that the loss ignores.
 
     Returns:
-        The sum in nats, a scalar; divided by `num_label_tokens` it is Hugging Face's loss.
+        The sum in nats, a scalar; divided by `count_label_tokens` it is Hugging Face's loss.
     """
-    next_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED).to(model.device)
-    predicts_BT = next_BT != IGNORED
+    next_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).to(model.device)
+    predicts_BT = next_BT != IGNORED_LABEL
     selected = False
 
     def select(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""A client's copy of the model, whose parameters are views into one flat buffer for each block.
+"""A model replica whose parameters are views into flat buffers, one for each block.
 
-What travels, what is committed and what is trained is always one block's flat vector; here it meets the
-model. Only the block that is being trained requires gradients.
+Messages, commits and training all handle one block's flat vector; this file connects it with the model. Only the
+block in training requires gradients.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Replica:
 
     The parameters of a block become views into its buffer, in the order of `Block.parameter_names` and
     without gaps: the buffer has exactly `num_parameters` elements, as on the wire. Parameters outside all
-    blocks stay as they are, frozen. Moving or casting the model afterwards would cut the views.
+    blocks stay as they are, frozen. Moving or casting the model afterwards would break the views.
 
     A replica belongs to one thread.
 
     Args:
         model: A causal language model, in its final precision and on its device.
-        blocks: Its partition.
+        blocks: The partition of the model.
 
     Raises:
-        ModelError: If the parameters of a block differ in dtype or device.
+        ModelError: The parameters of a block differ in dtype or device.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
@@ -50,11 +50,11 @@ class Replica:
         self.deactivate()
 
     def parameters(self, block_index: int) -> tuple[nn.Parameter, ...]:
-        """Give the parameters of a block, in the order of its flat vector."""
+        """Return the parameters of a block, in the order of its flat vector."""
         return self._parameters[block_index]
 
     def buffer(self, block_index: int) -> Tensor:
-        """Give the flat buffer of a block itself: 1-D, on the model's device; writing to it needs `invalidate`."""
+        """Return a block's own flat buffer: 1-D, on the model's device; call `invalidate` after writing to it."""
         return self._buffers[block_index]
 
     def read(self, block_index: int) -> Tensor:
@@ -62,15 +62,14 @@ class Replica:
         return self._buffers[block_index].to("cpu", copy=True)
 
     def load(self, block_index: int, flat: Tensor) -> None:
-        """Set a block's parameters; loading the very same object again is free.
+        """Set a block's parameters; loading the same tensor object again costs nothing.
 
         Args:
             block_index: The block.
-            flat: Its new values: 1-D, `num_parameters` long, the model's dtype. It is known again as long
-                as somebody else keeps it, and must not be changed until then.
+            flat: The new values: 1-D, `num_parameters` long, the model's dtype; must not be changed afterwards.
 
         Raises:
-            ModelError: If its size or dtype is another.
+            ModelError: `flat` has another size or dtype than the block.
         """
         loaded = self._loaded[block_index]
         if loaded is not None and loaded() is flat:
@@ -87,24 +86,24 @@ class Replica:
         self._loaded[block_index] = ref(flat)
 
     def load_all(self, flats: Sequence[Tensor]) -> None:
-        """Set the parameters of all blocks, one flat vector for each, in order; see `load`."""
+        """Set the parameters of all blocks from one flat vector for each, in order; see `load`."""
         for block, flat in zip(self.blocks, flats, strict=True):
             self.load(block.index, flat)
 
     def invalidate(self, block_index: int) -> None:
-        """Say that a block's parameters were changed in place, so that the next `load` copies."""
+        """Note that a block's parameters were changed in place, so that the next `load` copies."""
         self._loaded[block_index] = None
 
     def activate(self, block_index: int, *, gradient_checkpointing: bool = False) -> None:
-        """Make one block the only one that requires gradients, with the model in training mode.
+        """Let only one block require gradients, and set the model to training mode.
 
         Args:
             block_index: The block to be trained.
-            gradient_checkpointing: Recompute activations in the backward pass, without reentrance, in the
-                layers that it reaches: from the block's lowest layer upwards.
+            gradient_checkpointing: Whether the backward pass recomputes activations, in the layers that it reaches:
+                from the block's lowest layer upwards.
 
         Raises:
-            ModelError: If the architecture's layers cannot be checkpointed.
+            ModelError: The architecture's layers do not support gradient checkpointing.
         """
         self.deactivate()
         if gradient_checkpointing:
@@ -135,8 +134,8 @@ class Replica:
 
 
 def _set_checkpointing(module: Any, *, on: bool) -> None:
-    # Flags that each layer of Transformers looks at; its own switch knows all layers or none.
-    # The recomputation draws nothing at random, because every dropout is zero.
+    # Each layer of Transformers reads these flags; the model's own switch sets all layers or none.
+    # Recomputation draws no random numbers, because every dropout is zero.
     module.gradient_checkpointing = on
     if on:
         module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""Write a model as a Hugging Face checkpoint, and tell whether two checkpoints hold the same weights."""
+"""Hugging Face checkpoints: write one, and hash weights to compare two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from parablock.model.load import quiet_transformers
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path | str) -> None:
     """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer.
 
-    The files are written beside `directory` and renamed when they are whole; an earlier `directory` is
+    The files are written beside `directory` and renamed when they are complete; an earlier `directory` is
     replaced. The model may be a `Replica`'s, whose parameters share storage.
 
     Args:
@@ -28,7 +28,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         directory: The folder to make.
 
     Raises:
-        StorageError: If the folder cannot be written (full, read-only, or a file has its name).
+        StorageError: The folder cannot be written: the disk is full or read-only, or a file has its name.
     """
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
@@ -41,7 +41,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         partial.mkdir(parents=True)
         with quiet_transformers():
             model.generation_config = _valid_generation_config(kept)
-            model.save_pretrained(partial)  # copies apart what shares storage, and writes tied weights once
+            model.save_pretrained(partial)  # separates shared storage, and writes tied weights once
             tokenizer.save_pretrained(partial)
         shutil.rmtree(previous, ignore_errors=True)
         if directory.exists():
@@ -51,8 +51,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"The model cannot be written to {directory}: {error}",
-            cause="The disk is full or read-only, or the name is taken by something that is not a folder.",
-            remedy="Free some space or give another output directory; nothing half-written was left there.",
+            cause="The disk is full or read-only, or the path is not a folder.",
+            remedy="Free some space or give another output directory; no incomplete files were left there.",
         ) from error
     finally:
         model.generation_config = kept
@@ -60,18 +60,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 
 def model_sha256(directory: Path | str) -> str:
-    """Hash the tensors of a checkpoint: name, dtype, shape and bytes of each, in the order of the names.
+    """Hash the tensors of a checkpoint: 64 hexadecimal digits.
 
-    How the tensors are spread over files, and the files' metadata, have no effect.
+    Names, dtypes, shapes and values count; metadata, and the distribution of tensors over files, have no effect.
 
     Args:
         directory: A folder with `*.safetensors`.
 
-    Returns:
-        64 hexadecimal digits.
-
     Raises:
-        ModelError: If the folder has no safetensors, or one that cannot be read.
+        ModelError: The folder has no safetensors, or one cannot be read.
     """
     directory = Path(directory)
     digest = hashlib.sha256()
@@ -91,7 +88,7 @@ def model_sha256(directory: Path | str) -> str:
 
 
 def base_sha256(model: PreTrainedModel) -> str:
-    """Hash the weights of a model in memory, tied ones once: 64 hexadecimal digits."""
+    """Hash the weights of a model in memory, tied weights once: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         _hash_tensor(digest, name, tensor.detach().cpu())
@@ -106,7 +103,7 @@ def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:
     try:
         config.validate(strict=True)
-    except ValueError:  # such as a temperature without do_sample; Transformers refuses to save those
+    except ValueError:  # such as a temperature without do_sample; Transformers refuses to save it
         return GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )

@@ -1,1 +1,10 @@
-"""What keeps an update from being read: clipping, noise and its accounting, sums of which nobody sees a part."""
+"""Privacy of updates: clipping, noise and its accounting, and secure aggregation.
+
+protection           clipping, and noise added by the client
+accounting           ε for a δ
+keystream            secret random numbers from a key
+masking              masks, keys and secret shares
+masked_client        the client's side of secure aggregation
+masked_server        the server's side
+secure_aggregation   both sides, made for a run
+"""

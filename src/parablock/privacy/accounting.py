@@ -1,17 +1,16 @@
-"""How much noise protects a client: ε for a δ, from Google's dp-accounting.
+"""Privacy accounting: ε for a δ, from Google's dp-accounting.
 
-The unit is the client: two runs are neighbours when they differ in all that one client has, its updates being
-replaced by zeros. Every round in which a client is asked releases its update once, whichever block it is of.
+The unit of protection is the client: two runs are neighbours if the updates of one client are replaced by zeros. A
+client releases one update, of whatever block, in every round in which it takes part.
 
-`central`: the server adds noise of standard deviation z·C to the sum of updates no longer than C, so that one
-client's update is hidden among as much noise as a Gaussian mechanism of multiplier z has. The protection is against
-those who see the model, not against the server.
+`central`: the server adds noise of standard deviation z·C to the sum of updates no longer than C. This is a
+Gaussian mechanism with multiplier z. It protects against everybody who sees the model, but not against the server.
 
-`local`: each client adds noise of that deviation itself. Here two inputs are any two updates, which are up to 2·C
-apart, so that the multiplier counts half. The protection is against the server too.
+`local`: each client adds noise of standard deviation z·C itself. Two updates differ by up to 2·C, so the multiplier
+counts half. It also protects against the server.
 
-Cohorts are drawn from the run's seed, which everybody knows, and by number, not each client by itself. So a smaller
-participation counts as fewer rounds of a client, and nothing is claimed for the secrecy of the sample.
+Cohorts have a fixed size and are drawn from the run's seed, which is not secret. So a smaller participation counts
+as fewer rounds of a client, without amplification by sampling.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from dp_accounting import GaussianDpEvent
 from dp_accounting.rdp import RdpAccountant
 
 LOCAL_DISTANCE = 2.0
-"""How many clip norms two updates can be apart."""
+"""Largest distance of two updates, in clip norms."""
 
 
 @dataclass(frozen=True)
 class Accountant:
-    """What noise is worth.
+    """The privacy accountant of a run.
 
     Attributes:
         noise_multiplier: z: the noise's standard deviation over the clip norm.
@@ -40,7 +39,7 @@ class Accountant:
     delta: float
 
     def epsilon(self, num_releases: int) -> float:
-        """Give ε after a client's update has been released so many times.
+        """Return ε after `num_releases` updates of a client.
 
         Source: Rényi accounting, Mironov 2017, with the conversion of Canonne, Kamath and Steinke 2020.
         """

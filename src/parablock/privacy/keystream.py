@@ -1,9 +1,8 @@
-"""Secret randomness: streams that nobody can predict without their key.
+"""Secret random streams: ChaCha20 keystreams for noise and masks.
 
-`seeding` makes draws that anybody can repeat who knows the run's seed, which stands in the configuration. Noise
-that hides an update, and masks, must not be such draws. They come from ChaCha20 under a key from the operating
-system; whoever has the key can repeat them, which is how a resumed run adds the same noise to the same update
-and not fresh noise, with which the first could be averaged out.
+Draws of `seeding` can be repeated with the run's seed, which is not secret. So noise and masks come from ChaCha20
+instead, under a key from the operating system. A resumed run uses the same key and adds the same noise to the same
+update; fresh noise would allow averaging.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def new_key() -> bytes:
 
 
 def derive(key: bytes, *purpose: str | int) -> bytes:
-    """Derive the key of one purpose; those of others tell nothing about it.
+    """Derive the key of one purpose, which the keys of other purposes do not reveal.
 
     Source: HKDF, RFC 5869.
     """
@@ -36,7 +35,7 @@ def derive(key: bytes, *purpose: str | int) -> bytes:
 
 
 class Keystream:
-    """The ChaCha20 stream of a key, which is used for nothing else.
+    """The ChaCha20 stream of a key; the key has no other use.
 
     Args:
         key: From `derive`.
@@ -46,14 +45,11 @@ class Keystream:
         self._cipher = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def words(self, num_words: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-        """Draw the next uniform words of 32 bits."""
+        """Draw the next uniform 32-bit words."""
         return np.frombuffer(self._cipher.update(bytes(4 * num_words)), dtype="<u4")
 
     def normals(self, num_elements: int) -> Tensor:
-        """Draw the next standard normal numbers, in pairs: an odd number leaves one behind.
-
-        Returns:
-            1-D, fp32.
+        """Draw the next standard normal numbers, in pairs; return them 1-D, fp32.
 
         Source: Box and Muller, 1958, on 53 random bits.
         """

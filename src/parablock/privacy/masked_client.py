@@ -1,7 +1,7 @@
-"""A client's side of secure aggregation: it lives in the communication thread and masks what goes up.
+"""The client's side of secure aggregation: it masks updates in the communication thread.
 
-The compute thread knows nothing of it: it hands over updates in words of the grid and gets whatever is not part of
-the protocol. So masks take no time from training, and a snapshot holds what the client has, not what it sent.
+The compute thread hands over fixed-point updates and never sees messages of the protocol. So masks take no time
+from training, and a snapshot holds the plain update.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from parablock.errors import CodecError
 from parablock.privacy.masking import (
     SHARE_BYTES,
     Cohorts,
-    agreed,
+    add_words,
+    agree_key,
     new_private_key,
     own_mask,
     pair_mask,
     public_key,
     seal,
-    split,
+    split_secret,
     threshold_of,
-    total,
     unseal,
 )
 from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
 from parablock.wire.quantize import pack
 from parablock.wire.sealing import (
-    SEALING_READERS,
+    SEALING_KINDS,
     Advertise,
     Letters,
     Reveal,
     Revealed,
     Roster,
     Shares,
-    content_of,
-    opaque,
+    pack_bytes,
+    unpack_bytes,
 )
 from parablock.wire.transport import Parcel
 
@@ -47,11 +47,11 @@ KEY_BYTES = 32
 
 
 class MaskedClient:
-    """One client's secrets, and what it says and keeps to itself.
+    """One client's secrets and its part of the protocol.
 
     Args:
-        client_id: Whose.
-        cohorts: The rounds to come.
+        client_id: The client.
+        cohorts: The cohorts of future rounds.
     """
 
     def __init__(self, client_id: int, cohorts: Cohorts) -> None:
@@ -63,48 +63,48 @@ class MaskedClient:
         self._seeds = {t: secrets.token_bytes(KEY_BYTES) for t in self._rounds}
         self._public: list[list[bytes]] = []
         self._kept: dict[tuple[int, int], tuple[bytes, bytes]] = {}
-        """For each (round, client): my shares of its seed and of its key."""
+        """For each (round, client): this client's shares of the other's seed and key."""
         self._revealed: dict[int, tuple[int, ...]] = {}
         self._held: list[Parcel] | None = []
-        """Updates that wait for the keys of the others; None: they are there."""
+        """Updates that wait for the keys of the others; None once the keys are there."""
 
     def opening(self) -> list[Parcel]:
-        """Give what is said before anything else."""
-        if self._public:  # it was gone and is back
+        """Return the first messages of this client."""
+        if self._public:  # the client was gone and is back
             return []
         keys = [self._letter_key, *self._mask_keys.values()]
         content = b"".join(public_key(key) for key in keys)
-        return [Parcel(to_bytes(Advertise(self._client_id, opaque(content))), self._first)]
+        return [Parcel(to_bytes(Advertise(self._client_id, pack_bytes(content))), self._first)]
 
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
-        """Mask what is an update, as soon as that can be done."""
+        """Return a message with its update masked, or keep it until the keys are there."""
         if self._held is None:
-            return [self._masked(parcel)]
+            return [self._mask(parcel)]
         self._held.append(parcel)
         return []
 
     def incoming(self, parcel: Parcel) -> list[Parcel] | None:
-        """Answer what belongs to the protocol; None for everything else.
+        """Return the answers to a message of the protocol; None for any other message.
 
         Raises:
-            CodecError: The server asks for what must not be told, or somebody's letter cannot be read.
+            CodecError: The server asks for forbidden shares, or a letter cannot be read.
         """
-        if kind_of(parcel.message) not in SEALING_READERS:
+        if kind_of(parcel.message) not in SEALING_KINDS:
             return None
         message = from_bytes(parcel.message)
         match message:
             case Roster():
-                return [Parcel(to_bytes(self._shares(message)), self._first)]
+                return [Parcel(to_bytes(self._seal_shares(message)), self._first)]
             case Letters():
                 self._read(message)
                 held, self._held = self._held or [], None
-                return [self._masked(waiting) for waiting in held]
+                return [self._mask(waiting) for waiting in held]
             case Reveal():
-                return [Parcel(to_bytes(self._reveal(message)), message.round_index)]
+                return [Parcel(to_bytes(self._answer_reveal(message)), message.round_index)]
         return None
 
-    def _shares(self, roster: Roster) -> Shares:
-        content, end = content_of(roster.keys), 0
+    def _seal_shares(self, roster: Roster) -> Shares:
+        content, end = unpack_bytes(roster.keys), 0
         for client_id in range(self._cohorts.num_clients):
             begin, end = end, end + KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
             self._public.append([content[k : k + KEY_BYTES] for k in range(begin, end, KEY_BYTES)])
@@ -112,8 +112,8 @@ class MaskedClient:
         for t in self._rounds:
             cohort = self._cohorts.of_round[t]
             threshold = threshold_of(len(cohort))
-            seeds = split(self._seeds[t], len(cohort), threshold)
-            keys = split(self._mask_keys[t], len(cohort), threshold)
+            seeds = split_secret(self._seeds[t], len(cohort), threshold)
+            keys = split_secret(self._mask_keys[t], len(cohort), threshold)
             for other, seed, key in zip(cohort, seeds, keys, strict=True):
                 letters[other] += [seed, key]
         self._keep(self._client_id, b"".join(letters[self._client_id]))
@@ -122,14 +122,14 @@ class MaskedClient:
             for other in range(self._cohorts.num_clients)
             if other != self._client_id
         ]
-        return Shares(self._client_id, tuple(map(len, sealed)), opaque(b"".join(sealed)))
+        return Shares(self._client_id, tuple(map(len, sealed)), pack_bytes(b"".join(sealed)))
 
     def _read(self, message: Letters) -> None:
-        content, end = content_of(message.letters), 0
+        content, end = unpack_bytes(message.letters), 0
         others = [other for other in range(self._cohorts.num_clients) if other != self._client_id]
         if len(message.letter_bytes) != len(others):
             raise CodecError(
-                f"client {self._client_id} got {len(message.letter_bytes)} letters, and {len(others)} others write",
+                f"client {self._client_id} got {len(message.letter_bytes)} letters from {len(others)} clients",
                 cause="The server runs another configuration.",
             )
         for other, size in zip(others, message.letter_bytes, strict=True):
@@ -138,8 +138,8 @@ class MaskedClient:
                 self._keep(other, unseal(self._letter_key_with(other), other, self._client_id, content[begin:end]))
             except InvalidTag:
                 raise CodecError(
-                    f"client {self._client_id} cannot read what client {other} sealed for it",
-                    cause="It was changed on its way, or one of them has begun anew with other keys.",
+                    f"client {self._client_id} cannot read the letter of client {other}",
+                    cause="The letter was changed on its way, or one of the clients restarted with other keys.",
                     remedy="Start the run again; if it happens again, do not trust the server.",
                 ) from None
 
@@ -150,9 +150,9 @@ class MaskedClient:
             self._kept[t, other] = seed, key
 
     def _letter_key_with(self, other: int) -> bytes:
-        return agreed(self._letter_key, self._public[other][0], "letters")
+        return agree_key(self._letter_key, self._public[other][0], "letters")
 
-    def _masked(self, parcel: Parcel) -> Parcel:
+    def _mask(self, parcel: Parcel) -> Parcel:
         if kind_of(parcel.message) != "Update":
             return parcel
         message = from_bytes(parcel.message)
@@ -164,10 +164,10 @@ class MaskedClient:
                 public = self._public[other][self._cohorts.place_of(other, t)]
                 masks.append(pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
         words = message.delta.values.numpy().view(np.uint32)
-        masked = torch.from_numpy(total([words, *masks], size).view(np.int32))
+        masked = torch.from_numpy(add_words([words, *masks], size).view(np.int32))
         return replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))
 
-    def _reveal(self, message: Reveal) -> Revealed:
+    def _answer_reveal(self, message: Reveal) -> Revealed:
         t, clients = message.round_index, message.clients
         cohort = self._cohorts.of_round.get(t, ())
         before = self._revealed.setdefault(t, clients)
@@ -176,7 +176,7 @@ class MaskedClient:
                 f"client {self._client_id} was asked to reveal the sum of clients {clients} in round {t}, after "
                 f"{before}, of {cohort}",
                 cause="The server asks for two sums of one round, or for one of too few.",
-                remedy="Two sums would give a single update away; do not trust this server.",
+                remedy="Two sums would reveal a single update; do not trust this server.",
             )
         shares = [self._kept[t, other][0 if other in clients else 1] for other in cohort]
-        return Revealed(t, self._client_id, opaque(b"".join(shares)))
+        return Revealed(t, self._client_id, pack_bytes(b"".join(shares)))

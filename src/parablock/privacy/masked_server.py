@@ -1,7 +1,7 @@
-"""The server's side of secure aggregation: it passes keys and letters on, and learns the masks of sums alone.
+"""The server's side of secure aggregation: it forwards keys and letters, and computes the masks of sums.
 
-It stands between the server and its transport. Before the first message of a run passes, everybody has everybody's
-keys and letters; what belongs to the protocol is answered here, and the server sees nothing of it.
+It wraps the server's transport and handles the messages of the protocol, which the server never sees. All clients
+get all keys and letters before the first other message of a run.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from parablock.privacy.masked_client import KEY_BYTES
 from parablock.privacy.masking import (
     SHARE_BYTES,
     Cohorts,
-    join,
+    add_words,
+    join_secret,
     own_mask,
     pair_mask,
     public_key,
     threshold_of,
-    total,
 )
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import (
-    SEALING_READERS,
+    SEALING_KINDS,
     Advertise,
     Letters,
     Reveal,
     Revealed,
     Roster,
     Shares,
-    content_of,
-    opaque,
+    pack_bytes,
+    unpack_bytes,
 )
 from parablock.wire.transport import Ledger, Parcel, ServerTransport
 
 
 class MaskedServer:
-    """A server's end of a transport over which updates come masked.
+    """The server's end of a transport, for masked updates.
 
     Args:
         inner: The transport.
-        cohorts: The rounds to come.
-        stall_timeout_s: Patience with a protocol that does not move, seconds.
+        cohorts: The cohorts of future rounds.
+        stall_timeout_s: Seconds without progress of the protocol until a StallError.
     """
 
     def __init__(self, inner: ServerTransport, cohorts: Cohorts, *, stall_timeout_s: float) -> None:
@@ -68,14 +68,14 @@ class MaskedServer:
         return self._inner.is_there(client_id)
 
     def send(self, client_id: int, parcel: Parcel) -> None:
-        """Hand a message over for a client, once everybody has everybody's keys."""
+        """Send a message to a client, after the exchange of keys."""
         self._begin()
         self._inner.send(client_id, parcel)
 
     def receive(
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
-        """Wait for the next message that is not of the protocol."""
+        """Wait for the next message outside the protocol."""
         self._begin()
         while not self._waiting:
             self._take(*self._inner.receive(timeout_s, waiting_for, from_clients))
@@ -84,7 +84,7 @@ class MaskedServer:
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
-        """Wait for the next message that is not of the protocol until then."""
+        """Wait for the next message outside the protocol; None if the clock reaches `deadline_s` first."""
         self._begin()
         while not self._waiting:
             received = self._inner.receive_until(deadline_s, from_clients)
@@ -94,15 +94,12 @@ class MaskedServer:
         return self._waiting.popleft()
 
     def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Give the sum of the masks of these clients' updates; it can be asked for once in a round.
+        """Return the sum of the masks of these clients' updates, once in a round: 1-D, int32.
 
         Args:
             round_index: The round.
-            clients: Whose updates are there; all but a third of the cohort at least.
+            clients: The clients whose updates have come; at least all but a third of the cohort.
             size: Words of an update.
-
-        Returns:
-            1-D, int32.
 
         Raises:
             StallError: Too few clients answer.
@@ -114,12 +111,12 @@ class MaskedServer:
         for client_id in cohort:
             self._inner.send(client_id, Parcel(message, round_index))
         while len(revealed) < threshold_of(len(cohort)):
-            self._receive(f"what hides the sum of round {round_index}, which {len(revealed)} clients have revealed")
+            self._receive(f"the mask shares of round {round_index}, which {len(revealed)} clients have revealed")
         shares = dict(sorted(revealed.items())[: threshold_of(len(cohort))])
         parts = []
         for place, client_id in enumerate(cohort):
             begin = place * SHARE_BYTES
-            secret = self._joined(
+            secret = self._join_shares(
                 {cohort.index(i): content[begin : begin + SHARE_BYTES] for i, content in shares.items()}, client_id
             )
             if client_id in clients:
@@ -127,26 +124,26 @@ class MaskedServer:
                 continue
             if public_key(secret) != self._key(client_id, round_index):
                 raise _unfit(client_id)
-            for other in clients:  # what they have added for the one whose update is missing
+            for other in clients:  # their pair masks with the client whose update is missing
                 public = self._key(other, round_index)
                 parts.append(pair_mask(secret, public, round_index, other, client_id, size))
-        return torch.from_numpy(total(parts, size).view(np.int32))
+        return torch.from_numpy(add_words(parts, size).view(np.int32))
 
     def _begin(self) -> None:
-        """Let everybody have everybody's keys, then everybody's letters."""
+        """Give all clients all keys, then all letters."""
         if self._has_begun:
             return
-        everybody = range(self._cohorts.num_clients)
-        while missing := [i for i in everybody if i not in self._keys]:
+        all_clients = range(self._cohorts.num_clients)
+        while missing := [i for i in all_clients if i not in self._keys]:
             self._receive(f"the keys of clients {', '.join(map(str, missing))}")
-        roster = to_bytes(Roster(opaque(b"".join(self._keys[i] for i in everybody))))
-        for client_id in everybody:
+        roster = to_bytes(Roster(pack_bytes(b"".join(self._keys[i] for i in all_clients))))
+        for client_id in all_clients:
             self._inner.send(client_id, Parcel(roster, self._first))
-        while missing := [i for i in everybody if i not in self._shares]:
+        while missing := [i for i in all_clients if i not in self._shares]:
             self._receive(f"the shares of clients {', '.join(map(str, missing))}")
-        for client_id in everybody:
-            letters = [self._letter(sender, client_id) for sender in everybody if sender != client_id]
-            message = Letters(tuple(map(len, letters)), opaque(b"".join(letters)))
+        for client_id in all_clients:
+            letters = [self._letter(sender, client_id) for sender in all_clients if sender != client_id]
+            message = Letters(tuple(map(len, letters)), pack_bytes(b"".join(letters)))
             self._inner.send(client_id, Parcel(to_bytes(message), self._first))
         self._has_begun = True
 
@@ -154,24 +151,24 @@ class MaskedServer:
         self._take(*self._inner.receive(self._stall_timeout_s, waiting_for))
 
     def _take(self, client_id: int, raw: bytes) -> None:
-        if kind_of(raw) not in SEALING_READERS:
+        if kind_of(raw) not in SEALING_KINDS:
             self._waiting.append((client_id, raw))
             return
         message: Message = from_bytes(raw)
         match message:
-            case Advertise() if len(content_of(message.keys)) == self._num_key_bytes(client_id):
-                self._keys.setdefault(client_id, content_of(message.keys))
+            case Advertise() if len(unpack_bytes(message.keys)) == self._num_key_bytes(client_id):
+                self._keys.setdefault(client_id, unpack_bytes(message.keys))
             case Shares() if len(message.letter_bytes) == self._cohorts.num_clients - 1:
                 self._shares.setdefault(client_id, message)
             case Revealed() if message.round_index in self._revealed:
                 cohort = self._cohorts.of_round[message.round_index]
-                content = content_of(message.shares)
+                content = unpack_bytes(message.shares)
                 if client_id in cohort and len(content) == SHARE_BYTES * len(cohort):
                     self._revealed[message.round_index].setdefault(client_id, content)
             case _:
                 raise CodecError(
                     f"client {client_id} sent a message of kind {type(message).__name__} that does not fit",
-                    cause="It runs another configuration than the server.",
+                    cause="The client runs another configuration than the server.",
                     remedy="Give all clients the same configuration.",
                 )
 
@@ -182,16 +179,16 @@ class MaskedServer:
         shares = self._shares[sender]
         place = receiver - (receiver > sender)
         begin = sum(shares.letter_bytes[:place])
-        return content_of(shares.letters)[begin : begin + shares.letter_bytes[place]]
+        return unpack_bytes(shares.letters)[begin : begin + shares.letter_bytes[place]]
 
     def _key(self, client_id: int, round_index: int) -> bytes:
         begin = KEY_BYTES * self._cohorts.place_of(client_id, round_index)
         return self._keys[client_id][begin : begin + KEY_BYTES]
 
     @staticmethod
-    def _joined(shares: dict[int, bytes], client_id: int) -> bytes:
+    def _join_shares(shares: dict[int, bytes], client_id: int) -> bytes:
         try:
-            return join(shares)
+            return join_secret(shares)
         except ValueError:
             raise _unfit(client_id) from None
 
@@ -199,6 +196,6 @@ class MaskedServer:
 def _unfit(client_id: int) -> CodecError:
     return CodecError(
         f"the shares of client {client_id}'s secret do not fit together",
-        cause="A client sent shares that it was not given, or the letters were changed on their way.",
-        remedy="Start the run again; who it was cannot be told.",
+        cause="A client sent wrong shares, or the letters were changed on their way.",
+        remedy="Start the run again; the client at fault cannot be identified.",
     )

@@ -1,16 +1,19 @@
-r"""Masks that cancel in a sum: the cryptography of secure aggregation.
+r"""The cryptography of secure aggregation: pairwise masks, key agreement, sealed letters, secret sharing.
 
-In round t, client i of a cohort sends, instead of its words x_i on the grid, modulo 2^32
+In round t, client i of a cohort sends, instead of its fixed-point words x_i, modulo 2^32
 
     y_i = x_i + PRG(b_i) + Σ_{j > i} PRG(s_ij) − Σ_{j < i} PRG(s_ij)
 
-where s_ij is the secret that i and j agree upon (X25519 of keys made for this round alone, then HKDF), and b_i is
-its own. In the sum over all clients the s_ij cancel. Where j sent nothing, the others' shares of its key give the
-server every s_ij; where i did send, their shares of b_i let the server take PRG(b_i) off. Nobody gives both for one
-client and round, so that no update is ever without a mask.
+where s_ij is the secret that i and j agree on (X25519 with keys of this round alone, then HKDF), and b_i is a
+secret of client i. In the sum over all clients the masks of s_ij cancel. If client j sends nothing, the others'
+shares of its key let the server compute every s_ij. If client i sends its update, the others' shares of b_i let the
+server subtract PRG(b_i). No client reveals both shares for one client and round, so no update is ever without a
+mask.
+
+The secrets are split with Shamir's scheme over a prime field.
 
 Source: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, figure 4 in the
-honest-but-curious model: keys are not signed, and the server is taken to deliver what it was given.
+honest-but-curious model: keys are not signed, and the server is trusted to deliver keys and letters unchanged.
 """
 
 from __future__ import annotations
@@ -27,59 +30,89 @@ from parablock.errors import CodecError
 from parablock.privacy.keystream import Keystream, derive
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
-"""Whole numbers modulo 2^32."""
+"""Integers modulo 2^32."""
+
+PRIME = 2**256 + 297
+"""The smallest prime above 2^256; secret shares are numbers below it."""
+SHARE_BYTES = 33
+
+
+def threshold_of(num_clients: int) -> int:
+    """Return the number of clients of a cohort that have to stay: all but a third."""
+    return num_clients - num_clients // 3
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """The cohorts of the rounds that secrets are made for.
+
+    Attributes:
+        num_clients: Number of clients.
+        of_round: For each future round its cohort, ascending.
+    """
+
+    num_clients: int
+    of_round: Mapping[int, tuple[int, ...]]
+
+    def rounds_of(self, *clients: int) -> list[int]:
+        """Return the rounds in which all of these clients take part."""
+        return [t for t, cohort in self.of_round.items() if set(clients) <= set(cohort)]
+
+    def place_of(self, client_id: int, round_index: int) -> int:
+        """Return the index of a round's key among a client's keys; key 0 is for letters."""
+        return 1 + self.rounds_of(client_id).index(round_index)
 
 
 def new_private_key() -> bytes:
-    """Draw an X25519 key."""
+    """Draw an X25519 private key."""
     return X25519PrivateKey.generate().private_bytes_raw()
 
 
 def public_key(private: bytes) -> bytes:
-    """Give what may be told of a key."""
+    """Return the public key of a private key."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def agreed(private: bytes, public: bytes, *purpose: str | int) -> bytes:
-    """Give the secret that two keys agree upon for a purpose; the same from either side.
+def agree_key(private: bytes, public: bytes, *purpose: str | int) -> bytes:
+    """Return the key that two sides agree on for a purpose.
 
     Raises:
-        CodecError: The public key is none.
+        CodecError: The public key is invalid.
     """
     try:
         exchanged = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise CodecError(
             f"{public.hex()} is no public key: {error}",
-            cause="It was changed on its way, or somebody wants to know what is masked with it.",
+            cause="The key was changed on its way, or somebody tries to read the masked updates.",
             remedy="Start the run again; if it happens again, do not trust the server.",
         ) from None
     return derive(exchanged, *purpose)
 
 
 def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int, size: int) -> Words:
-    """Give what client_id adds for its pair with another client; what the other adds is its negative.
+    """Return the mask of a client for its pair with another client, whose own mask is the negative.
 
     Args:
-        private: The key for this round of either of the two.
-        public: That of the other of the two.
+        private: The private key for this round of one of the two clients.
+        public: The public key for this round of the other one.
         round_index: The round.
-        client_id: Whose mask.
-        other: With whom.
-        size: How many words.
+        client_id: The client that adds the mask.
+        other: The other client of the pair.
+        size: Number of words.
     """
     low, high = sorted((client_id, other))
-    words = Keystream(agreed(private, public, "pair", round_index, low, high)).words(size)
+    words = Keystream(agree_key(private, public, "pair", round_index, low, high)).words(size)
     return words if client_id == low else np.negative(words)
 
 
 def own_mask(seed: bytes, size: int) -> Words:
-    """Give what a client adds for itself."""
+    """Return a client's own mask."""
     return Keystream(derive(seed, "own")).words(size)
 
 
 def seal(key: bytes, sender: int, receiver: int, content: bytes) -> bytes:
-    """Encrypt a letter, of which there is one from one client to another under one key."""
+    """Encrypt the one letter of a client to another under one key."""
     return ChaCha20Poly1305(derive(key, sender, receiver)).encrypt(bytes(12), content, None)
 
 
@@ -87,12 +120,12 @@ def unseal(key: bytes, sender: int, receiver: int, letter: bytes) -> bytes:
     """Decrypt a letter.
 
     Raises:
-        InvalidTag: It is not what the sender wrote.
+        InvalidTag: The letter is not as the sender wrote it.
     """
     return ChaCha20Poly1305(derive(key, sender, receiver)).decrypt(bytes(12), letter, None)
 
 
-def total(parts: Sequence[Words], size: int) -> Words:
+def add_words(parts: Sequence[Words], size: int) -> Words:
     """Add words modulo 2^32."""
     sum_ = np.zeros(size, dtype=np.uint32)
     for part in parts:
@@ -100,41 +133,8 @@ def total(parts: Sequence[Words], size: int) -> Words:
     return sum_
 
 
-def threshold_of(num_clients: int) -> int:
-    """Tell how many clients of a cohort have to stay: all but a third."""
-    return num_clients - num_clients // 3
-
-
-@dataclass(frozen=True)
-class Cohorts:
-    """The rounds that secrets are made for.
-
-    Attributes:
-        num_clients: How many there are.
-        of_round: For each round to come its cohort, ascending.
-    """
-
-    num_clients: int
-    of_round: Mapping[int, tuple[int, ...]]
-
-    def rounds_of(self, *clients: int) -> list[int]:
-        """Give the rounds in which all of these clients are asked."""
-        return [t for t, cohort in self.of_round.items() if set(clients) <= set(cohort)]
-
-    def place_of(self, client_id: int, round_index: int) -> int:
-        """Give a client's place among its keys for that round: key 0 is for letters."""
-        return 1 + self.rounds_of(client_id).index(round_index)
-
-
-PRIME = 2**256 + 297
-"""The smallest prime above 2^256."""
-
-
-SHARE_BYTES = 33
-
-
-def split(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
-    """Split a secret of 32 bytes; share number i (from 0) is the polynomial's value at i + 1."""
+def split_secret(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
+    """Split a secret of 32 bytes; share i, from 0, is the polynomial's value at i + 1."""
     coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
     shares = []
     for x in range(1, num_shares + 1):
@@ -145,14 +145,14 @@ def split(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
     return shares
 
 
-def join(shares: Mapping[int, bytes]) -> bytes:
-    """Give the secret back from as many shares as its threshold, or more.
+def join_secret(shares: Mapping[int, bytes]) -> bytes:
+    """Return the secret, from at least as many shares as the threshold.
 
     Args:
-        shares: For each number of a share (from 0) the share.
+        shares: Each share by its number, from 0.
 
     Raises:
-        ValueError: They are not shares of one secret of 32 bytes, as far as can be seen.
+        ValueError: The shares yield no secret of 32 bytes; not every wrong share is detected.
     """
     places = {number + 1: int.from_bytes(share, "big") for number, share in shares.items()}
     secret = 0

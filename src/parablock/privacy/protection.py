@@ -1,4 +1,4 @@
-"""What a client does to its update before it leaves: clipping, and noise where the server is not trusted."""
+"""Client-side protection of an update: clipping, and noise for local differential privacy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from parablock.algorithm.robust import Normals, clip_factor, scaled
+from parablock.algorithm.robust import Normals, clip_factor, scale
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Protection:
     """Clip an update, then add noise.
 
     Attributes:
-        clip_norm: C: no update leaves longer than this, before noise.
-        noise_multiplier: z: the noise of each element has the standard deviation z·C; 0 adds none.
-        normals: Gives the draws of a round; needed with noise.
+        clip_norm: C: the largest norm of an update before noise.
+        noise_multiplier: z: the noise of each element has the standard deviation z·C; 0: no noise.
+        normals: round_index → the draws of the round; needed with noise.
     """
 
     clip_norm: float
@@ -25,14 +25,14 @@ class Protection:
     normals: Callable[[int], Normals] | None = None
 
     def apply(self, delta: Tensor, round_index: int) -> tuple[Tensor, float]:
-        """Give what may be sent of Δ, and the factor that clipping shortened it by.
+        """Return the protected Δ, and the factor of clipping.
 
         Args:
             delta: Δ, flat, fp32.
             round_index: The round.
         """
         factor = clip_factor([delta], self.clip_norm)
-        clipped = scaled(delta, factor)
+        clipped = scale(delta, factor)
         if self.normals is None:
             return clipped, factor
         noise = self.normals(round_index)(delta.numel()).to(delta.device)

@@ -1,4 +1,4 @@
-"""Secure aggregation of a run: its cohorts, and the two sides that are made for them."""
+"""Secure aggregation of a run: its cohorts, and the sides of client and server for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parablock.wire.transport import ServerTransport
 
 @dataclass(frozen=True)
 class SecureAggregation:
-    """What server and clients have to know alike; names as in the configuration."""
+    """Secure aggregation as server and clients must agree on it; names as in the configuration."""
 
     num_clients: int
     num_rounds: int
@@ -22,11 +22,11 @@ class SecureAggregation:
     stall_timeout_s: float
 
     def client_side(self, client_id: int, first_round: int) -> MaskedClient:
-        """Make a client's side, with secrets that nobody has seen before."""
+        """Make a client's side, with fresh secrets."""
         return MaskedClient(client_id, self._cohorts(first_round))
 
     def server_side(self, inner: ServerTransport, first_round: int) -> MaskedServer:
-        """Make the server's side, over a transport."""
+        """Make the server's side, around a transport."""
         return MaskedServer(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
 
     def _cohorts(self, first_round: int) -> Cohorts:

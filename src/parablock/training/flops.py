@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from parablock.data.batches import Batch
 from parablock.model.blocks import Block, find_layers, halves_of
-from parablock.model.loss import num_label_tokens
+from parablock.model.loss import count_label_tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tokens:
     def of(batch: Batch) -> Tokens:
         """Count those of a batch."""
         examples, length = batch.input_ids_BT.shape
-        return Tokens(examples * length, examples * length * length, num_label_tokens(batch.labels_BT))
+        return Tokens(examples * length, examples * length * length, count_label_tokens(batch.labels_BT))
 
     @staticmethod
     def at_most(*, num_examples: int, max_length: int) -> Tokens:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 from parablock.data.batches import Batch
 from parablock.errors import DataError, TrainingError
 from parablock.model.device_copy import ArrivingVector, copy_to_cpu
-from parablock.model.loss import num_label_tokens, summed_loss
+from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
 from parablock.training.adamw import BlockAdamW
 from parablock.training.adamw import Moments as Moments
@@ -159,7 +159,7 @@ def _optimizer(
 
 def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
     """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
-    label_tokens = sum(num_label_tokens(batch.labels_BT) for batch in micro_batches)
+    label_tokens = sum(count_label_tokens(batch.labels_BT) for batch in micro_batches)
     if not label_tokens:
         raise DataError(
             f"There is no label token to train on ({where})",
@@ -168,7 +168,7 @@ def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch]
         )
     total = 0.0
     for batch in micro_batches:
-        summed = summed_loss(
+        summed = sum_loss(
             model,
             input_ids_BT=batch.input_ids_BT,
             attention_mask_BT=batch.attention_mask_BT,

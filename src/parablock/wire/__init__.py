@@ -1,1 +1,8 @@
-"""Messages as bytes, and the link that carries them."""
+"""Messages, their bytes, and the links that carry them.
+
+messages    all messages between server and clients
+sealing     the messages of secure aggregation
+codec       message framing: header, vectors, checksum
+quantize    payload formats, exact and quantized
+transport   the two ends of a transport, and the traffic ledger
+"""

@@ -1,4 +1,4 @@
-"""Bytes: a header, vectors, a checksum; nothing is trusted before it is checked.
+"""The binary message format: header, vectors and checksum, all checked before use.
 
     offset  bytes  what
     0       4      magic, b"PBLK"
@@ -7,10 +7,10 @@
     10      8      P, length of the payload, little endian
     18      H      header: a JSON object in UTF-8; its `vectors` list describes the payload
     18+H    P      payload: the vectors one after another, little endian
-    18+H+P  4      CRC-32 of everything before, little endian
+    18+H+P  4      CRC-32 of all bytes before, little endian
 
-How many bytes a vector of n elements takes stands in `quantize`. A CRC-32 finds every flipped bit and
-every burst of up to 32; it is no protection against a forger, which is what TLS is for.
+`quantize` defines the bytes of a vector. A CRC-32 detects every flipped bit and every burst of up to 32 bits; it is
+no protection against forgery, which needs TLS.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ PREFIX = struct.Struct("<4sHIQ")
 CHECKSUM = struct.Struct("<I")
 MAX_HEADER_BYTES = 1 << 20
 MAX_ELEMENTS = 1 << 48
-"""Of a vector: more than any message has, and few enough to count exactly."""
+"""Largest number of elements that a header may claim for a vector."""
 
 
 def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
-    """Make a message.
+    """Encode a message.
 
     Args:
-        header: JSON-able fields; the key `vectors` is the codec's own.
-        vectors: What the payload holds.
+        header: JSON-serializable fields; the key `vectors` is reserved for the codec.
+        vectors: The content of the payload.
     """
     described = [{"format": vector.format, "shape": [vector.num_elements]} for vector in vectors]
     head = json.dumps({**header, "vectors": described}, separators=(",", ":"), allow_nan=False).encode()
@@ -53,25 +53,22 @@ def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
 
 
 def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
-    """Read a message back.
-
-    Returns:
-        The header without `vectors`, and the vectors.
+    """Decode a message; return the header without `vectors`, and the vectors.
 
     Raises:
-        CodecError: Not a message, another protocol version, truncated or too long, altered on the way, or
-            a header that does not describe the payload. Nothing is allocated before the lengths agree.
+        CodecError: The bytes are no message, of another protocol version, truncated, too long or altered, or the
+            header does not describe the payload. Nothing is allocated before the lengths agree.
     """
-    header_bytes, num_payload_bytes = _checked_lengths(message)
+    header_bytes, num_payload_bytes = _check_lengths(message)
     _check_sum(message)
     start = PREFIX.size + header_bytes
-    header = _header(message[PREFIX.size : start])
+    header = _read_header(message[PREFIX.size : start])
     described = header.pop("vectors", None)
     sizes = _vector_sizes(described)
     if sum(sizes) != num_payload_bytes:
         raise CodecError(
             f"a message describes {sum(sizes)} payload bytes and carries {num_payload_bytes}",
-            cause="The sender's header and payload do not belong together.",
+            cause="The header and the payload of the sender do not fit together.",
         )
     vectors = []
     for description, size in zip(described or (), sizes, strict=True):
@@ -83,21 +80,21 @@ def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
 
 
 def header_of(message: bytes) -> dict[str, Any]:
-    """Read a message's header alone, before anything is checked; empty where there is none that can be read."""
+    """Return a message's header, unchecked; empty if it cannot be read."""
     if len(message) < PREFIX.size:
         return {}
     end = PREFIX.size + min(PREFIX.unpack_from(message)[2], MAX_HEADER_BYTES)
     try:
-        return _header(message[PREFIX.size : end])
+        return _read_header(message[PREFIX.size : end])
     except CodecError:
         return {}
 
 
-def _checked_lengths(message: bytes) -> tuple[int, int]:
+def _check_lengths(message: bytes) -> tuple[int, int]:
     if len(message) < PREFIX.size + CHECKSUM.size or message[:4] != MAGIC:
         raise CodecError(
             f"{len(message)} bytes that begin with {message[:4]!r} are not a ParaBlock message",
-            cause="Something else talks to this port, or the message was cut right at its start.",
+            cause="Another program talks to this port, or the message was cut at its start.",
         )
     _, version, header_bytes, num_payload_bytes = PREFIX.unpack_from(message)
     if version != PROTOCOL_VERSION:
@@ -110,8 +107,8 @@ def _checked_lengths(message: bytes) -> tuple[int, int]:
     if len(message) != expected or header_bytes > MAX_HEADER_BYTES:
         raise CodecError(
             f"a message of {expected} bytes arrived with {len(message)}",
-            cause="It was cut or run together on its way.",
-            remedy="It has to be sent again.",
+            cause="The message was cut, or joined with another one, on its way.",
+            remedy="Send the message again.",
         )
     return header_bytes, num_payload_bytes
 
@@ -123,11 +120,11 @@ def _check_sum(message: bytes) -> None:
         raise CodecError(
             f"a message of {len(message)} bytes has checksum {found:08x}, not {declared:08x} as it declares",
             cause="At least one bit changed on the way.",
-            remedy="It has to be sent again.",
+            remedy="Send the message again.",
         )
 
 
-def _header(raw: bytes) -> dict[str, Any]:
+def _read_header(raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -1,57 +1,79 @@
-"""What server and clients say to each other, and how each message becomes bytes.
+"""All messages between server and clients, and their encoding as bytes.
 
-    server ── RoundStart(t): the block of round t, and the commits that the client has not seen ──► client
+    server ── RoundStart(t): the block of round t, and the commits that the client lacks ──► client
     client ── Update(t): Δ of round t, in one or more chunks ──► server
-    server ── Chunk: a part of a new value, ahead of the RoundStart or Finish that speaks of it ──► client
+    server ── Chunk: a part of a new value, ahead of the RoundStart or Finish that announces it ──► client
     server ── Mark(t): hand in your state as of the start of round t (and stop, if it says so) ──► client
     server ── Finish: the last commits; nothing more to train ──► client
-    client ── Skip(t): there will be no update of round t from me ──► server
+    client ── Skip(t): I will send no update of round t ──► server
     client ── Join: I am back, and hold these versions ──► server
-    server ── Welcome: what comes after this fits these versions; what came before is void ──► client
+    server ── Welcome: later messages fit these versions; earlier ones are void ──► client
 
-A new value of a block travels exactly, in the run's dtype (`value`), or, where the wire format is
-narrower, as the difference from what the client holds (`difference`), whose rounding the server keeps. One
-that has been streamed (`streamed`) is already there in chunks.
+The new value of a block is of one of these kinds:
+
+| kind | content of the vector |
+|---|---|
+| value | the new value, exactly, in the run's dtype |
+| difference | the new value minus the one that the client holds; the server keeps the rounding error |
+| stack | stacked adapters, whose product the client adds to the value that it holds (FLoRA) |
+| streamed | nothing, because the value has already come in chunks |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, StrictBool, StrictInt, TypeAdapter
 from torch import Tensor
 
 from parablock.errors import CodecError
 from parablock.wire.codec import decode, encode, header_of
 from parablock.wire.quantize import Vector
-from parablock.wire.sealing import SEALING_READERS, Sealing
-
-T = TypeVar("T")
+from parablock.wire.sealing import Sealing
 
 MAX_PROBLEM_CHARACTERS = 1000
-"""Longest problem that a client may tell, in characters."""
+"""Longest `Skip.problem`, in characters."""
+
+
+def _read_seconds(text: object) -> float:
+    if not isinstance(text, str) or not 0 <= (seconds := float(text)) < math.inf:
+        raise ValueError(f"{text!r} is no length of time")
+    return seconds
+
+
+def _check_problem(text: str) -> str:
+    if len(text) > MAX_PROBLEM_CHARACTERS or not text.isprintable():
+        raise ValueError(f"{len(text)} characters, not at most {MAX_PROBLEM_CHARACTERS} on one line")
+    return text
+
+
+StrictFloat = InstanceOf[float]
+Seconds = Annotated[float, BeforeValidator(_read_seconds)]
+Kind = Annotated[str, Field(pattern="^(value|difference|stack|streamed)$")]
 
 
 @dataclass(frozen=True)
 class NewValue:
-    """One block's new value on its way down.
+    """The new value of one block, on its way to a client.
 
     Attributes:
         block_index: The block.
-        version: The round whose aggregate made it.
+        version: The round whose aggregate made the value.
         rho: ρ of that aggregate.
-        kind: value (replaces) | difference (added to what the client holds) | streamed (came in chunks).
-        vector: The value or the difference; empty where streamed.
+        kind: value | difference | stack | streamed.
+        vector: The content, by kind.
     """
 
-    block_index: int
-    version: int
-    rho: float
-    kind: str
-    vector: Vector
+    block_index: StrictInt
+    version: StrictInt
+    rho: Annotated[StrictFloat, Field(ge=0, le=1)]
+    kind: Kind
+    vector: InstanceOf[Vector]
 
 
 @dataclass(frozen=True)
@@ -60,29 +82,29 @@ class Chunk:
 
     Attributes:
         block_index: The block.
-        version: The round whose aggregate makes it.
-        kind: value | difference.
+        version: The round whose aggregate makes the value.
+        kind: value | difference | stack.
         vector: The next elements.
     """
 
-    block_index: int
-    version: int
-    kind: str
-    vector: Vector
+    block_index: StrictInt
+    version: StrictInt
+    kind: Kind
+    vector: InstanceOf[Vector]
 
 
 @dataclass(frozen=True)
 class RoundStart:
     """Round t begins: train `block_index` after taking over `news`, which ends with round `committed`.
 
-    The round has `num_local_steps` steps; `steps_before` have been asked for in all rounds before it.
+    The round has `num_local_steps` steps; all rounds before it had `steps_before` steps together.
     """
 
-    round_index: int
-    block_index: int
-    num_local_steps: int
-    steps_before: int
-    committed: int
+    round_index: StrictInt
+    block_index: StrictInt
+    num_local_steps: StrictInt
+    steps_before: StrictInt
+    committed: StrictInt
     news: tuple[NewValue, ...]
 
 
@@ -90,16 +112,16 @@ class RoundStart:
 class Finish:
     """The drain: the last commits; there is nothing more to train."""
 
-    committed: int
+    committed: StrictInt
     news: tuple[NewValue, ...]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A checkpoint: hand in the state as of the start of round t; `stop`: and leave."""
+    """A checkpoint: hand in the state as of the start of round t, and leave if `stop` is true."""
 
-    round_index: int
-    stop: bool
+    round_index: StrictInt
+    stop: StrictBool
 
 
 @dataclass(frozen=True)
@@ -109,57 +131,58 @@ class Update:
     Attributes:
         round_index: t.
         block_index: b_t.
-        client_id: Who.
-        num_examples: Its weight w_i.
+        client_id: The client.
+        num_examples: The client's weight w_i.
         committed: The newest commit that its training started from.
         train_loss: Mean loss over the local steps.
         num_local_steps: K.
         compute_s: Seconds of local training.
-        chunk_index: 0 … num_chunks − 1; they are sent in order.
-        num_chunks: How many there are.
-        delta: Those elements of Δ.
+        chunk_index: 0 … num_chunks − 1; chunks are sent in order.
+        num_chunks: Number of chunks.
+        delta: The elements of Δ in this chunk.
     """
 
-    round_index: int
-    block_index: int
-    client_id: int
-    num_examples: int
-    committed: int
-    train_loss: float
-    num_local_steps: int
-    compute_s: float
-    chunk_index: int
-    num_chunks: int
-    delta: Vector
+    round_index: StrictInt
+    block_index: StrictInt
+    client_id: StrictInt
+    num_examples: StrictInt
+    committed: StrictInt
+    train_loss: StrictFloat
+    num_local_steps: StrictInt
+    compute_s: Seconds
+    chunk_index: StrictInt
+    num_chunks: StrictInt
+    delta: InstanceOf[Vector]
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A client gives round t up: its update will not come; `problem` says why, where its training failed."""
+    """A client gives round t up: its update will not come; `problem` says why if training failed."""
 
-    round_index: int
-    problem: str = ""
+    round_index: StrictInt
+    problem: Annotated[str, AfterValidator(_check_problem)] = ""
 
 
 @dataclass(frozen=True)
 class Join:
-    """A client is back after it was gone.
+    """A client is back after an absence.
 
     Attributes:
-        versions: The version that it holds of every block.
-        sent: The rounds whose updates it sends again after this, because it does not know whether they arrived.
+        versions: The client's version of every block.
+        sent: The rounds whose updates the client sends again, because it does not know whether they arrived.
     """
 
-    versions: tuple[int, ...]
-    sent: tuple[int, ...]
+    versions: tuple[StrictInt, ...]
+    sent: tuple[StrictInt, ...]
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """The answer to `Join`: what comes after this is meant for what the client holds now."""
+    """The answer to `Join`: later messages fit the versions that the client holds."""
 
 
 Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Join | Welcome | Sealing
+_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 def to_bytes(message: Message) -> bytes:
@@ -173,7 +196,9 @@ def to_bytes(message: Message) -> bytes:
             fields["news"] = [[new.block_index, new.version, new.rho, new.kind] for new in value]
             vectors.extend(new.vector for new in value)
         elif name == "compute_s":
-            fields[name] = f"{value:.16e}"  # exact, and of one width: a measured time must not move the byte counts
+            fields[name] = (
+                f"{value:.16e}"  # exact, and of fixed width: byte counts must not depend on measured times
+            )
         else:
             fields["kind_of_value" if name == "kind" else name] = value
     return encode(fields, vectors)
@@ -183,31 +208,31 @@ def from_bytes(raw: bytes) -> Message:
     """Decode any message.
 
     Raises:
-        CodecError: As `decode`, or an unknown kind, or a field that is missing or of the wrong type.
+        CodecError: As `decode`, or the kind is unknown, or a field is missing or of the wrong type.
     """
     fields, vectors = decode(raw)
-    reader = _READERS.get(str(fields.get("kind")))
-    if reader is None:
+    kind = str(fields.get("kind"))
+    if kind not in _KINDS:
         raise CodecError(
-            f"a message is of kind {fields.get('kind')!r}; there are {', '.join(_READERS)}",
+            f"a message is of kind {fields.get('kind')!r}; there are {', '.join(_KINDS)}",
             cause="The sender is not ParaBlock, or a newer release.",
         )
     try:
-        return reader(fields, vectors)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return _read(kind, fields, vectors)
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CodecError(
-            f"a {fields['kind']} message lacks or misstates a field: {error!r}",
+            f"a {kind} message lacks or misstates a field: {error!r}",
             cause="The sender is not ParaBlock.",
         ) from None
 
 
 def kind_of(raw: bytes) -> str:
-    """Say of which kind a message is, without decoding it; nothing where that cannot be seen."""
+    """Return the kind of a message without decoding it; empty if it cannot be seen."""
     return str(header_of(raw).get("kind", ""))
 
 
 def describe(raw: bytes) -> str:
-    """Say what a message is, for people: its kind, round, block and chunk."""
+    """Describe a message for people: its kind, round, block and chunk."""
     try:
         message = from_bytes(raw)
     except CodecError:
@@ -219,136 +244,45 @@ def describe(raw: bytes) -> str:
     return f"its {type(message).__name__} ({', '.join(words)})" if words else f"its {type(message).__name__}"
 
 
-def _typed(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
-    value = fields[name]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{name} is {value!r}, not {kind.__name__}")
-    return value
+def _read(kind: str, fields: Mapping[str, Any], vectors: list[Vector]) -> Message:
+    validate, hints = _reader(kind)
+    values: dict[str, Any] = {}
+    unread = iter(vectors)
+    for name, hint in hints.items():
+        if hint is Vector:
+            values[name] = next(unread, None)
+        elif name == "news":
+            if not isinstance(fields[name], list):
+                raise TypeError(f"news is {fields[name]!r}, not a list")
+            names = ("block_index", "version", "rho", "kind")
+            values[name] = tuple(
+                {**dict(zip(names, entry, strict=True)), "vector": next(unread, None)} for entry in fields[name]
+            )
+        else:
+            values[name] = fields["kind_of_value" if name == "kind" else name]
+    if surplus := len(list(unread)):
+        raise ValueError(f"it carries {surplus} vectors too many")
+    message: Message = validate(values)
+    return message
 
 
-def _integers(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    return tuple(_typed({name: value}, name, int) for value in _typed(fields, name, list))
-
-
-def _no_vectors(vectors: list[Vector]) -> None:
-    if vectors:
-        raise ValueError(f"it carries {len(vectors)} vectors")
-
-
-def _news(fields: Mapping[str, Any], vectors: list[Vector]) -> tuple[NewValue, ...]:
-    entries = _typed(fields, "news", list)
-    return tuple(_new_value(entry, vector) for entry, vector in zip(entries, vectors, strict=True))
-
-
-def _new_value(entry: Sequence[object], vector: Vector) -> NewValue:
-    block_index, version, rho, kind = entry
-    numbers = {"block_index": block_index, "version": version}
-    alignment = _typed({"rho": rho}, "rho", float)
-    if not 0 <= alignment <= 1:
-        raise ValueError(f"rho is {alignment}, not in 0 … 1")
-    block, made_by = (_typed(numbers, name, int) for name in numbers)
-    return NewValue(block, made_by, alignment, _kind(kind), vector)
-
-
-def _kind(kind: object) -> str:
-    if kind not in ("value", "difference", "stack", "streamed"):
-        raise ValueError(f"a new value is {kind!r}, not value, difference, stack or streamed")
-    return str(kind)
-
-
-def _read_update(fields: Mapping[str, Any], vectors: list[Vector]) -> Update:
-    (delta,) = vectors
-    names = (
-        "round_index",
-        "block_index",
-        "client_id",
-        "num_examples",
-        "committed",
-        "num_local_steps",
-        "chunk_index",
-        "num_chunks",
-    )
-    numbers = {name: _typed(fields, name, int) for name in names}
-    return Update(
-        **numbers,
-        train_loss=_typed(fields, "train_loss", float),
-        compute_s=_seconds(_typed(fields, "compute_s", str)),
-        delta=delta,
-    )
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{text} is no length of time")
-    return value
-
-
-def _read_round_start(fields: Mapping[str, Any], vectors: list[Vector]) -> RoundStart:
-    names = ("round_index", "block_index", "num_local_steps", "steps_before", "committed")
-    numbers = {name: _typed(fields, name, int) for name in names}
-    return RoundStart(**numbers, news=_news(fields, vectors))
-
-
-def _read_finish(fields: Mapping[str, Any], vectors: list[Vector]) -> Finish:
-    return Finish(_typed(fields, "committed", int), _news(fields, vectors))
-
-
-def _read_welcome(fields: Mapping[str, Any], vectors: list[Vector]) -> Welcome:
-    del fields
-    _no_vectors(vectors)
-    return Welcome()
-
-
-def _read_skip(fields: Mapping[str, Any], vectors: list[Vector]) -> Skip:
-    _no_vectors(vectors)
-    problem = _typed(fields, "problem", str)
-    if len(problem) > MAX_PROBLEM_CHARACTERS or not problem.isprintable():
-        raise ValueError(f"a problem in {len(problem)} characters, of at most {MAX_PROBLEM_CHARACTERS} on one line")
-    return Skip(_typed(fields, "round_index", int), problem)
-
-
-def _read_join(fields: Mapping[str, Any], vectors: list[Vector]) -> Join:
-    _no_vectors(vectors)
-    return Join(_integers(fields, "versions"), _integers(fields, "sent"))
-
-
-def _read_chunk(fields: Mapping[str, Any], vectors: list[Vector]) -> Chunk:
-    (vector,) = vectors
-    return Chunk(
-        _typed(fields, "block_index", int), _typed(fields, "version", int), _kind(fields["kind_of_value"]), vector
-    )
-
-
-def _read_mark(fields: Mapping[str, Any], vectors: list[Vector]) -> Mark:
-    _no_vectors(vectors)
-    return Mark(_typed(fields, "round_index", int), _typed(fields, "stop", bool))
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any], list[Vector]], Message]] = {
-    "RoundStart": _read_round_start,
-    "Finish": _read_finish,
-    "Mark": _read_mark,
-    "Update": _read_update,
-    "Chunk": _read_chunk,
-    "Skip": _read_skip,
-    "Join": _read_join,
-    "Welcome": _read_welcome,
-    **SEALING_READERS,
-}
+@cache
+def _reader(kind: str) -> tuple[Any, dict[str, Any]]:
+    """Return the validator of a kind of message, and the types of its fields."""
+    return TypeAdapter(_KINDS[kind]).validator.validate_python, get_type_hints(_KINDS[kind])
 
 
 def new_block_value(held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
-    """Give what a client holds of a block after a new value, in the dtype that it holds now.
+    """Return a client's new value of a block, in the dtype of the one that it holds.
 
     Args:
-        held: What it holds now.
+        held: The value that the client holds.
         block_index: The block, for the error.
         kind: value | difference.
         vectors: The new value or the difference, whole or in chunks.
 
     Raises:
-        CodecError: When they are not of the block's length together.
+        CodecError: The vectors together are not as long as the block.
     """
     size = sum(vector.num_elements for vector in vectors)
     if size != held.numel():

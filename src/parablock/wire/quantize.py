@@ -1,4 +1,4 @@
-r"""Payload formats: a flat vector as bytes, exactly or with few bits.
+r"""Quantization and payload formats: a flat vector as bytes, exactly or with few bits.
 
 | format | bytes of n elements | error |
 |---|---|---|
@@ -8,12 +8,12 @@ r"""Payload formats: a flat vector as bytes, exactly or with few bits.
 | int4 | ⌈n/2⌉ + 2·⌈n/64⌉ | half a step of max\|group\|/7 |
 | int2 | ⌈n/4⌉ + 2·⌈n/64⌉ | half a step of max\|group\|/1 |
 
-A quantised vector is cut into groups; each has a scale, the largest magnitude over the largest level, kept
-in bfloat16 and rounded up, so that no element is clipped. Levels are symmetric and 0 is one of them.
-`nearest` rounds to the nearest level. `stochastic` rounds up with the probability that makes the expected
-value the element itself (to one part in 2^16 of a step), so that the mean over clients stays right.
+A quantized vector is cut into groups. Each group has a scale, the largest magnitude over the largest level, rounded
+up to bfloat16 so that no element is clipped. Levels are symmetric around 0.
+`nearest` rounds to the nearest level. `stochastic` rounds up or down at random, so that the expected value is the
+element itself (to one part in 2^16 of a step) and the mean over clients is unbiased.
 
-Layout: all scales, then all levels plus the largest level, 8/bits of them in a byte, the first lowest.
+Layout: all scales, then all codes (level + largest level), 8/bits codes in a byte, the first in the lowest bits.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from parablock.seeding import generator_for
 
 @dataclass(frozen=True)
 class Quantized:
-    """A format of few bits.
+    """A quantized format.
 
     Attributes:
-        bits: Of a level: 8, 4 or 2.
+        bits: Bits of a level: 8, 4 or 2.
         group: Elements that share a scale.
     """
 
@@ -43,29 +43,29 @@ class Quantized:
 
     @property
     def levels(self) -> int:
-        """The largest level; they run from −levels to +levels."""
+        """The largest level L; the levels are −L … L."""
         return int(2 ** (self.bits - 1) - 1)
 
 
 FLOATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZED = {"int8": Quantized(8, 256), "int4": Quantized(4, 64), "int2": Quantized(2, 64)}
 WORDS: dict[str, torch.dtype] = {"word32": torch.int32, "bytes": torch.uint8}
-"""Whole numbers of the grid of secure aggregation, and what is opaque: keys, shares."""
+"""Fixed-point words of secure aggregation, and raw bytes: keys and shares."""
 FORMATS = (*FLOATS, *QUANTIZED)
-"""What `wire.format` can be."""
+"""The values of `wire.format`."""
 CHUNK_PIECE = 1 << 14
-"""A chunk is a multiple of so many elements, so that groups and norms do not see where it was cut."""
+"""Chunks are multiples of this many elements, so that no group and no norm depends on the cuts."""
 PIECE = 1 << 17
-"""Elements quantised at a time, so that they stay in the cache; a multiple of every group."""
+"""Elements quantized at a time; small enough for the cache, and a multiple of every group."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """A flat vector in the bytes that travel.
+    """An encoded flat vector.
 
     Attributes:
         format: One of `FORMATS` or `WORDS`.
-        num_elements: Its length.
+        num_elements: Number of elements.
         raw: The payload: 1-D uint8, `payload_bytes(num_elements, format)` long.
     """
 
@@ -75,7 +75,7 @@ class Vector:
 
     @property
     def values(self) -> Tensor:
-        """What the receiver sees: 1-D; bfloat16 for that format, int32 and uint8 for `WORDS`, else float32."""
+        """The decoded values: 1-D; bfloat16 for that format, int32 and uint8 for `WORDS`, else float32."""
         if self.format in FLOATS:
             return self.raw.view(FLOATS[self.format])
         if self.format in WORDS:
@@ -83,21 +83,21 @@ class Vector:
         return _dequantize(self.raw, self.num_elements, QUANTIZED[self.format])
 
     def part(self, part: slice) -> Vector:
-        """Give some of the elements, as they are in the whole; the first is at a multiple of `CHUNK_PIECE`."""
+        """Return some of the elements, bitwise as in the whole; the first is at a multiple of `CHUNK_PIECE`."""
         raws = [self.raw[place] for place in payload_ranges(self.num_elements, self.format, part)]
         return Vector(self.format, part.stop - part.start, raws[0] if len(raws) == 1 else torch.cat(raws))
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How vectors become bytes; names as in the section `wire` of the configuration.
+    """The encoding of vectors; names as in the section `wire` of the configuration.
 
     Attributes:
         format: Payload format.
-        rounding: stochastic | nearest, for the quantised formats.
-        error_feedback: Carry what rounding kept back of a block to its next visit.
-        seed: The run's seed; every draw is of (seed, round, client).
-        chunk_bytes: About the payload of a chunk; None sends a vector whole.
+        rounding: stochastic | nearest, for the quantized formats.
+        error_feedback: Whether a block's rounding error is added to its next update.
+        seed: The run's seed; draws depend on (seed, round, client).
+        chunk_bytes: Approximate payload of a chunk; None: no chunks.
     """
 
     format: str
@@ -107,17 +107,17 @@ class Encoding:
     chunk_bytes: int | None = None
 
     def noise(self, round_index: int, client_id: int) -> np.random.Generator | None:
-        """Give the draws that round one vector; the server's own are those of client −1."""
+        """Return the generator that rounds one vector, None for nearest; the server is client −1."""
         if self.rounding == "nearest":
             return None
         return generator_for(self.seed, "rounding", round_index, client_id)
 
     def payload_bytes(self, num_elements: int) -> int:
-        """Tell how many bytes a vector takes."""
+        """Return the bytes of a vector."""
         return payload_bytes(num_elements, self.format)
 
     def cut(self, num_elements: int) -> list[slice]:
-        """Cut a vector into chunks of about `chunk_bytes`: whole pieces, and what is left; at least one."""
+        """Cut a vector into chunks of about `chunk_bytes`: whole pieces and a rest; at least one chunk."""
         if self.chunk_bytes is None or not num_elements:
             return [slice(0, num_elements)]
         size = max(1, int(self.chunk_bytes / bytes_per_element(self.format)) // CHUNK_PIECE) * CHUNK_PIECE
@@ -125,7 +125,7 @@ class Encoding:
 
 
 def payload_bytes(num_elements: int, payload_format: str) -> int:
-    """Tell how many bytes a vector takes in a format."""
+    """Return the bytes of a vector in a format."""
     exact = FLOATS | WORDS
     if payload_format in exact:
         return num_elements * exact[payload_format].itemsize
@@ -134,12 +134,12 @@ def payload_bytes(num_elements: int, payload_format: str) -> int:
 
 
 def payload_ranges(num_elements: int, payload_format: str, part: slice) -> list[slice]:
-    """Tell where in a vector's payload that of some of its elements lies, in order.
+    """Return the byte ranges of some elements in a vector's payload, in order.
 
     Args:
         num_elements: The length of the vector.
         payload_format: One of `FORMATS` or `WORDS`.
-        part: Those elements; the first is at a multiple of `CHUNK_PIECE`.
+        part: The elements; the first is at a multiple of `CHUNK_PIECE`.
     """
     exact = FLOATS | WORDS
     if payload_format in exact:
@@ -154,13 +154,12 @@ def payload_ranges(num_elements: int, payload_format: str, part: slice) -> list[
 
 
 def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None = None) -> Vector:
-    """Make the bytes of a vector.
+    """Encode a vector.
 
     Args:
         values: 1-D, finite.
         payload_format: One of `FORMATS` or `WORDS`.
-        noise: Rounds stochastically with these draws; None rounds to nearest. Floats are always rounded to
-            nearest.
+        noise: The draws of stochastic rounding, for quantized formats; None: round to nearest.
     """
     flat = values.detach().cpu()
     exact = FLOATS | WORDS
@@ -171,14 +170,14 @@ def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None 
     return Vector(payload_format, flat.numel(), raw)
 
 
-def joined(chunks: Sequence[Vector]) -> Tensor:
-    """Give what the receiver sees of a vector that travels in chunks: 1-D, fp32."""
+def join_chunks(chunks: Sequence[Vector]) -> Tensor:
+    """Return the decoded values of a vector in chunks: 1-D, fp32."""
     values = [chunk.values.float() for chunk in chunks]
     return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def bytes_per_element(payload_format: str) -> float:
-    """Tell what an element takes, without the scales."""
+    """Return the bytes of an element, without the scales."""
     return FLOATS[payload_format].itemsize if payload_format in FLOATS else QUANTIZED[payload_format].bits / 8
 
 
@@ -198,7 +197,7 @@ def _quantize(values: Tensor, kind: Quantized, noise: np.random.Generator | None
         scale = _from_bfloat16(scale_bits)
         inverse = torch.where(scale > 0, 1 / scale, torch.zeros(())).unsqueeze(1)
         levels = torch.addcmul(_offsets(groups, kind, noise), groups, inverse)
-        # float32 arithmetic may leave the range by a rounding error; truncation is floor, for all are positive
+        # clamp: float32 may leave the range by a rounding error; truncation is floor for positive numbers
         codes = levels.clamp_(0, 2 * kind.levels).to(torch.uint8).view(-1)
         begin, end = first // per_byte, min(ceil(n / per_byte), (first + PIECE) // per_byte)
         packed[begin:end] = _pack_codes(codes, kind)[: end - begin]
@@ -206,7 +205,7 @@ def _quantize(values: Tensor, kind: Quantized, noise: np.random.Generator | None
 
 
 def _offsets(groups: Tensor, kind: Quantized, noise: np.random.Generator | None) -> Tensor:
-    """Give what is added before truncation: the largest level, and ½ or a uniform draw of 16 bits."""
+    """Return the offsets before truncation: the largest level, plus ½ or a uniform draw of 16 bits."""
     if noise is None:
         return torch.full((), kind.levels + 0.5).expand_as(groups)
     words = noise.integers(0, 1 << 64, size=groups.numel() // 4, dtype=np.uint64)
@@ -242,7 +241,7 @@ def _dequantize(raw: Tensor, n: int, kind: Quantized) -> Tensor:
 
 
 def _bfloat16_at_least(scale: Tensor) -> Tensor:
-    """Round non-negative fp32 up to bfloat16; gives its bits as int16."""
+    """Round non-negative fp32 up to bfloat16; return the bits as int16."""
     return ((scale.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
 
 

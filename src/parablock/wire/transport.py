@@ -1,8 +1,9 @@
-"""Carrying messages, and counting what was carried.
+"""Transports: the links between server and clients, and the ledger of their traffic.
 
-A transport has two ends. The server's: `send` (returns at once) and `receive` (waits). A client's, used by
-its communication thread alone: it is told what arrives (`attach`), asks how long a transfer takes, lets that
-time pass, and then says that it is done. The two directions of a link do not slow each other down.
+A transport has two ends. The server's end has `send` (returns at once) and `receive` (waits). A client's end
+belongs to the client's communication thread: the thread gets arriving messages (`attach`), asks for the time of a
+transfer, lets that time pass, and then finishes the transfer. The two directions of a link do not slow each other
+down.
 """
 
 from __future__ import annotations
@@ -18,42 +19,19 @@ from parablock.clock import Clock
 
 @dataclass(frozen=True)
 class Parcel:
-    """A message and the round that its bytes are counted for; only the message travels."""
+    """A message, and the round that its bytes count for; only the message travels."""
 
     message: bytes
     round_index: int
 
 
-@dataclass(frozen=True)
-class Link:
-    """Bandwidth and latency of one client's link.
-
-    Attributes:
-        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
-        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
-        latency_s: One way, seconds.
-    """
-
-    upload_mbps: float | None = None
-    download_mbps: float | None = None
-    latency_s: float = 0.0
-
-    def upload_s(self, wire_bytes: int) -> float:
-        """Seconds that this many bytes take up."""
-        return self.latency_s + _seconds(wire_bytes, self.upload_mbps)
-
-    def download_s(self, wire_bytes: int) -> float:
-        """Seconds that this many bytes take down."""
-        return self.latency_s + _seconds(wire_bytes, self.download_mbps)
-
-
 @dataclass
 class Traffic:
-    """What crossed the links in one round.
+    """The traffic of one round.
 
     Attributes:
-        up: For each client its bytes up and the seconds that they took.
-        down: For each client its bytes down and the seconds that they took.
+        up: For each client the bytes and seconds of its uploads.
+        down: For each client the bytes and seconds of its downloads.
     """
 
     up: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -61,27 +39,27 @@ class Traffic:
 
     @property
     def uplink_bytes(self) -> int:
-        """Bytes up, all clients."""
+        """Uploaded bytes of all clients."""
         return sum(wire_bytes for wire_bytes, _ in self.up.values())
 
     @property
     def downlink_bytes(self) -> int:
-        """Bytes down, all clients."""
+        """Downloaded bytes of all clients."""
         return sum(wire_bytes for wire_bytes, _ in self.down.values())
 
     def seconds(self, client_id: int) -> float:
-        """Seconds that a client's link was busy."""
+        """Return the seconds that a client's link was busy."""
         return self.up.get(client_id, (0, 0.0))[1] + self.down.get(client_id, (0, 0.0))[1]
 
 
 class Ledger:
-    """Bytes and seconds of every round, counted where they cross the link."""
+    """The traffic of every round, counted where it crosses the link."""
 
     def __init__(self) -> None:
         self._rounds: dict[int, Traffic] = {}
 
     def of_round(self, round_index: int) -> Traffic:
-        """Give the traffic of one round so far."""
+        """Return the traffic of one round so far."""
         return self._rounds.setdefault(round_index, Traffic())
 
     def count_up(self, parcel: Parcel, client_id: int, seconds: float) -> None:
@@ -93,7 +71,7 @@ class Ledger:
         _add(self.of_round(parcel.round_index).down, client_id, len(parcel.message), seconds)
 
     def restore_downlink(self, rounds: Mapping[Any, Mapping[Any, Sequence[Any]]]) -> None:
-        """Take back what was counted down before an interruption; uploads are made again."""
+        """Restore the downloads counted before an interruption; uploads are repeated and counted anew."""
         for t, clients in rounds.items():
             for client_id, (wire_bytes, seconds) in clients.items():
                 _add(self.of_round(int(t)).down, int(client_id), int(wire_bytes), float(seconds))
@@ -108,7 +86,7 @@ class StopAsked(BaseException):
     """The run is asked to stop while it waits for clients that are gone; users never see it.
 
     Args:
-        gone: Who.
+        gone: The clients.
     """
 
     def __init__(self, gone: Iterable[int]) -> None:
@@ -122,9 +100,6 @@ class ServerTransport(Protocol):
 
     A transport is made with `asked_to_stop`. While it waits for a client that is gone, it raises `StopAsked` as
     soon as that is true; a client that is there, and only takes its time, is waited for.
-
-    Attributes:
-        ledger: Bytes and seconds of every round.
     """
 
     @property
@@ -144,66 +119,92 @@ class ServerTransport(Protocol):
 
         Args:
             timeout_s: Patience, seconds without any progress.
-            waiting_for: What for, in words.
-            from_clients: Whose messages are missed, None: anybody's; a transport that has to ask asks them.
+            waiting_for: The awaited thing in words, for the error.
+            from_clients: The clients whose messages are missing, for transports that poll; None: all clients.
 
         Raises:
-            StallError: When nothing has moved for `timeout_s`.
+            StallError: Nothing has moved for `timeout_s`.
             StopAsked: See above.
         """
 
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
-        """Wait for the next message of any client, or give None when the clock reaches `deadline_s` first."""
+        """Wait for the next message of any client; None if the clock reaches `deadline_s` first."""
 
 
 class ClientEnd(Protocol):
-    """A client's end of a transport; its communication thread owns it.
+    """A client's end of a transport, owned by the client's communication thread.
 
-    `upload_s`, `download_s`, `uploaded` and `downloaded` may raise a `LinkError`: the transfer is then made
-    again from its beginning, which is the last good chunk.
+    All methods but `attach` may raise a `LinkError`: the transfer is then repeated from its beginning, which is the
+    last good chunk.
     """
 
     def attach(self, client_id: int, deliver: Callable[[Parcel], None]) -> None:
-        """Say who takes what arrives for this client."""
+        """Set the receiver of the messages for this client."""
 
     def upload_s(self, parcel: Parcel) -> float:
-        """Tell how long a message takes up."""
+        """Return the seconds of an upload."""
 
     def download_s(self, parcel: Parcel) -> float:
-        """Tell how long a message that has arrived at the link takes down."""
+        """Return the seconds of a download that has arrived at the link."""
 
-    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
-        """Give the server a message whose time has passed, and count it."""
+    def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Deliver a message to the server when its time has passed, and count it."""
 
-    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
-        """Count a message whose time has passed."""
+    def finish_download(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Count a message when its time has passed."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bandwidth and latency of one client's link.
+
+    Attributes:
+        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
+        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
+        latency_s: One way, seconds.
+    """
+
+    upload_mbps: float | None = None
+    download_mbps: float | None = None
+    latency_s: float = 0.0
+
+    def upload_s(self, wire_bytes: int) -> float:
+        """Return the seconds of an upload of this size."""
+        return self.latency_s + _seconds(wire_bytes, self.upload_mbps)
+
+    def download_s(self, wire_bytes: int) -> float:
+        """Return the seconds of a download of this size."""
+        return self.latency_s + _seconds(wire_bytes, self.download_mbps)
+
+
+def _seconds(wire_bytes: int, mbps: float | None) -> float:
+    return 0.0 if mbps is None else wire_bytes * 8 / (mbps * 1e6)
 
 
 class MemoryTransport:
-    """Both ends in one process, over shaped links.
+    """Both ends in one process, over simulated links.
 
     Args:
-        clock: Whose time the links take.
+        clock: The clock of the run.
         link: The link of each client.
-        num_clients: How many there are.
+        num_clients: Number of clients.
         asked_to_stop: Whether the user wants the run to stop.
     """
 
     def __init__(
         self, clock: Clock, link: Link, num_clients: int, asked_to_stop: Callable[[], bool] = lambda: False
     ) -> None:
-        self._clock, self._link, self._asked_to_stop = clock, link, asked_to_stop
+        self._clock, self._link, self._clients, self._asked_to_stop = clock, link, range(num_clients), asked_to_stop
         self._inbox = clock.mailbox()
         self._deliver: dict[int, Callable[[Parcel], None]] = {}
         self._early = {client_id: deque[Parcel]() for client_id in range(num_clients)}
         self._gone: set[int] = set()
-        self._clients = range(num_clients)
         self.ledger = Ledger()
 
     def send(self, client_id: int, parcel: Parcel) -> None:
-        """Put a message before the client's link; one that has not attached yet finds it there."""
+        """Deliver a message to a client, or keep it until the client attaches."""
         if client_id in self._deliver:
             self._deliver[client_id](parcel)
         else:
@@ -212,55 +213,54 @@ class MemoryTransport:
     def receive(
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
-        """Wait for the next message of any client; they come by themselves."""
+        """Wait for the next message of any client."""
         awaited = self._clients if from_clients is None else from_clients
-        return _opened(
-            self._inbox.get(timeout_s, waiting_for, partial(check_for_stop, self, awaited, self._asked_to_stop))
-        )
+        check = partial(check_for_stop, self, awaited, self._asked_to_stop)
+        return _open(self._inbox.get(timeout_s, waiting_for, check))
 
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
-        """Wait for the next message of any client until then."""
+        """Wait for the next message of any client; None if the clock reaches `deadline_s` first."""
         del from_clients
         item = self._inbox.get_until(deadline_s)
-        return None if item is None else _opened(item)
+        return None if item is None else _open(item)
 
     def fail(self, error: BaseException) -> None:
-        """Let the server's `receive` raise an error that a client ended with."""
+        """Let the server's `receive` raise the error of a failed client."""
         self._inbox.put(error)
 
     def attach(self, client_id: int, deliver: Callable[[Parcel], None]) -> None:
-        """Deliver from now on, beginning with what was sent before."""
+        """Deliver from now on, beginning with the messages that were kept."""
         for parcel in self._early.pop(client_id, ()):
             deliver(parcel)
         self._deliver[client_id] = deliver
         self._gone.discard(client_id)
 
     def detach(self, client_id: int) -> None:
-        """Deliver nothing more to a client that is gone; should it come back, it finds the newest message."""
+        """Stop delivering to a client that is gone, and keep only the newest message for its return."""
         del self._deliver[client_id]
         self._early[client_id] = deque(maxlen=1)
         self._gone.add(client_id)
 
     def is_there(self, client_id: int) -> bool:
-        """Tell whether a client has not gone, or is back."""
+        """Return whether a client has not gone, or is back."""
         return client_id not in self._gone
 
     def upload_s(self, parcel: Parcel) -> float:
-        """Tell how long a message takes up."""
+        """Return the seconds of an upload."""
         return self._link.upload_s(len(parcel.message))
 
     def download_s(self, parcel: Parcel) -> float:
-        """Tell how long a message takes down."""
+        """Return the seconds of a download."""
         return self._link.download_s(len(parcel.message))
 
-    def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
-        """Put a message into the server's inbox."""
+    def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+        """Count a message and put it into the server's inbox."""
         self.ledger.count_up(parcel, client_id, seconds)
         self._inbox.put((client_id, parcel.message))
 
-    def downloaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
+    def finish_download(self, client_id: int, parcel: Parcel, seconds: float) -> None:
         """Count a message."""
         self.ledger.count_down(parcel, client_id, seconds)
 
@@ -276,12 +276,8 @@ def check_for_stop(transport: ServerTransport, awaited: Collection[int], asked_t
         raise StopAsked(gone)
 
 
-def _opened(item: Any) -> tuple[int, bytes]:
+def _open(item: Any) -> tuple[int, bytes]:
     if isinstance(item, BaseException):
         raise item
     client_id, message = item
     return client_id, message
-
-
-def _seconds(wire_bytes: int, mbps: float | None) -> float:
-    return 0.0 if mbps is None else wire_bytes * 8 / (mbps * 1e6)
