@@ -1,4 +1,4 @@
-"""Save and restore a run; the one list of what its state is.
+"""Checkpoints: save and restore a run. The files below are the one list of its state.
 
     round-000008/
       state.json            the round, versions, ρ, history, what the clients had sent, progress of the records
@@ -7,8 +7,8 @@
       trace.json            the spans so far
 
 Everything else follows from the configuration and the seed: data order, schedules, cohorts. A client's base
-is the server's view, so it is not stored. A checkpoint is written beside its place and renamed into it, and
-every file is verified when it is read; the one before is kept, and stands in when the newest is damaged.
+is the server's view, so it is not stored. A checkpoint is written beside its place and renamed into it. Every
+file is verified when it is read; the checkpoint before stands in for a damaged one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState
 from parablock.errors import CheckpointError, StorageError
-from parablock.storage.files import _sync, storage
+from parablock.storage.files import flush_to_disk, storage
 from parablock.trace import Span
 
 FORMAT_VERSION = 2
@@ -40,12 +40,12 @@ class ClientSnapshot:
     """A client at the start of a round.
 
     Attributes:
-        client_id: Who.
+        client_id: The client.
         versions: Its block versions.
         rho: Its ρ of each block.
-        sent: The messages of its updates in flight, by round, in order, as they were sent.
-        memory: What its trainer remembers.
-        residuals: With error feedback, what rounding has kept back of each block.
+        sent: The messages of its updates in flight: round → messages, in order, as they were sent.
+        memory: State that its trainer keeps between visits.
+        residuals: With error feedback, the rounding error that is held back of each block.
     """
 
     client_id: int
@@ -64,7 +64,7 @@ class RunState:
         round_index: The next round.
         server: Its state before it starts that round.
         clients: Every client's snapshot.
-        progress: What the records need to go on: plain values.
+        progress: State of the records, as plain values.
         spans: The trace so far.
     """
 
@@ -79,7 +79,7 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
     """Write `directory/round-NNNNNN`, then remove all but the newest `keep`.
 
     Raises:
-        StorageError: It cannot be written; what was there before is untouched.
+        StorageError: The checkpoint cannot be written; earlier ones are untouched.
     """
     place = directory / f"round-{state.round_index:06d}"
     partial = directory / f".{place.name}.partial"
@@ -89,10 +89,10 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
             partial.mkdir(parents=True)
             _write_parts(partial, state)
             for path in partial.iterdir():
-                _sync(path)
+                flush_to_disk(path)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
-            _sync(directory)
+            flush_to_disk(directory)
     except StorageError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -105,14 +105,14 @@ def load_newest(directory: Path, rounds: Collection[int] | None = None) -> tuple
     """Read the newest undamaged checkpoint.
 
     Args:
-        directory: Where they are.
-        rounds: Only of these rounds; None: of any.
+        directory: The folder of the checkpoints.
+        rounds: Rounds to choose from; None if any will do.
 
     Returns:
-        The state, or None where no checkpoint was ever finished; and why newer ones were passed over.
+        The state, and why newer checkpoints were passed over. The state is None if none was ever finished.
 
     Raises:
-        CheckpointError: There are checkpoints and all are damaged.
+        CheckpointError: All checkpoints are damaged.
     """
     passed_over: list[str] = []
     for place in _checkpoints(directory):
