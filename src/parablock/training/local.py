@@ -1,9 +1,8 @@
-"""Local training: K AdamW steps on the active block, all other blocks frozen (y^b from v^b).
+"""Local training: K AdamW steps on one block, all other blocks frozen (y^b from v^b).
 
-Gradients, moments and the fp32 master copy exist for the active block alone. Autograd does the rest: the
-frozen layers below the block run without a graph, and the frozen layers above it pass gradients through
-without computing those of their weights. The model sees no random number, so a visit is a function of its
-arguments.
+Gradients, moments and the fp32 master copy exist for the active block alone. Frozen layers below the block run
+without a graph; frozen layers above it pass gradients through without computing those of their weights. The model
+draws no random number, so a visit is a function of its arguments.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from parablock.training.adamw import Moments as Moments
 
 @dataclass(frozen=True)
 class LocalArguments:
-    """How a block is trained; names as in Hugging Face `TrainingArguments`.
+    """Optimizer and schedule of local training; names as in Hugging Face `TrainingArguments`.
 
     Attributes:
         learning_rate: Peak learning rate of AdamW.
-        total_steps: Local steps of the whole run (num_rounds × K), which the schedule spans.
+        total_steps: Local steps of the whole run (num_rounds × K), the span of the schedule.
         weight_decay: Decoupled decay of the weight matrices; norms and biases have none.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
         lr_scheduler_type: Shape of the schedule after the warm-up.
-        warmup_ratio: Part of `total_steps` over which the learning rate rises from zero.
+        warmup_ratio: Fraction of `total_steps` over which the learning rate rises from zero.
         gradient_checkpointing: Recompute activations, from the active block upwards.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
@@ -59,12 +58,12 @@ class LocalArguments:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What K local steps made of a block.
+    """The result of K local steps on a block.
 
     Attributes:
-        trained: y^b: flat, fp32, on the CPU or on its way there; `[:]` gives it whole.
+        trained: y^b: flat, fp32, on the CPU or on its way there; `[:]` is the whole vector.
         train_loss: Mean over the steps of the loss per label token, in nats.
-        moments: The optimizer's state, to be given to the block's next visit or dropped.
+        moments: The optimizer's state, for the block's next visit.
     """
 
     trained: ArrivingVector
@@ -84,25 +83,23 @@ def train_block(
 ) -> LocalResult:
     """Take K = len(step_batches) AdamW steps on one block.
 
-    A bf16 block is stepped in an fp32 master copy, into which gradients move as they are made; an fp32
-    block is stepped in place. Afterwards the replica holds no gradient, and the block counts as changed.
+    Afterwards the replica holds no gradient, and the block counts as changed.
 
     Args:
-        replica: The client's model, whose other blocks are loaded already.
+        replica: The client's model, with its other blocks loaded.
         block_index: The active block.
         start: v^b, the working parameters: flat, the model's dtype. It is not changed.
         step_batches: The micro-batches of each step.
         arguments: Optimizer and schedule.
-        first_step: Number of local steps before these in the run, for the schedule.
-        moments: The optimizer's state at the end of the block's last visit, to go on from; it is not
-            changed. None starts anew.
+        first_step: Number of earlier local steps of the run, for the schedule.
+        moments: The optimizer's state after the block's last visit, which is not changed; None for a fresh start.
 
     Returns:
         The trained block, the loss, and the optimizer's state.
 
     Raises:
-        TrainingError: If a loss or the trained block is not finite.
-        DataError: If all labels of a step are masked.
+        TrainingError: A loss or the trained block is not finite.
+        DataError: All labels of a step are masked.
     """
     replica.load(block_index, start)
     losses = []
@@ -126,11 +123,10 @@ def train_block(
 
 
 def learning_rate_at(arguments: LocalArguments, step: int) -> float:
-    """Give the learning rate of a local step of the run, by the schedules of Transformers.
+    """Return the learning rate of a local step, by the schedules of Transformers.
 
     Args:
-        arguments: Peak, shape, warm-up and span of the schedule. A constant schedule with a warm-up is
-            Transformers' `constant_with_warmup`.
+        arguments: Peak, shape, warm-up and span of the schedule.
         step: 0-based local step of the run.
     """
     warmup = math.ceil(arguments.warmup_ratio * arguments.total_steps)
@@ -158,7 +154,7 @@ def _optimizer(
 
 
 def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
-    """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
+    """Add up the gradients of a step's loss, per label token of all its micro-batches; return the loss."""
     label_tokens = sum(num_label_tokens(batch.labels_BT) for batch in micro_batches)
     if not label_tokens:
         raise DataError(
