@@ -2,7 +2,8 @@
 
 Parameters, gradients, optimizer state and copies are counted from shapes. Activations are estimated as a multiple
 of the outputs of a layer's weight matrices. The multiple is smaller for a frozen layer, because autograd does not
-keep the inputs of its matrices. Both were measured on Llama, Qwen, Gemma and Phi layers; GPT-2 keeps more, OPT less.
+keep the inputs of its matrices. Both are measured on Llama, Qwen, Gemma and Phi layers; GPT-2 keeps more, OPT
+less.
 """
 
 from __future__ import annotations

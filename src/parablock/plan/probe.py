@@ -122,7 +122,7 @@ def _measure(job: RunInputs, flops: FlopModel) -> _Speed:
 
 
 def _start(job: RunInputs, round_index: int, block_index: int) -> RoundStart:
-    """Return the request for a round of few steps."""
+    """Ask for a round of few steps."""
     configured = job.config.train.num_local_steps
     steps = min(PROBE_STEPS, configured) if isinstance(configured, int) else PROBE_STEPS
     return RoundStart(

@@ -41,7 +41,7 @@ class BlockAdamW:
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
-        proximal_mu: μ of FedProx, which pulls towards the initial weights.
+        proximal_mu: μ of FedProx, which pulls towards the weights as they are now.
     """
 
     def __init__(

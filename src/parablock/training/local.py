@@ -31,11 +31,11 @@ class LocalArguments:
 
     Attributes:
         learning_rate: Peak learning rate of AdamW.
-        total_steps: Local steps of the whole run (num_rounds × K), the span of the schedule.
+        total_steps: Local steps of the whole run (num_rounds × K), which the schedule spans.
         weight_decay: Decoupled decay of the weight matrices; norms and biases have none.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
         lr_scheduler_type: Shape of the schedule after the warm-up.
-        warmup_ratio: Fraction of `total_steps` over which the learning rate rises from zero.
+        warmup_ratio: Part of `total_steps` over which the learning rate rises from zero.
         gradient_checkpointing: Recompute activations, from the active block upwards.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
@@ -91,8 +91,9 @@ def train_block(
         start: v^b, the working parameters: flat, the model's dtype. It is not changed.
         step_batches: The micro-batches of each step.
         arguments: Optimizer and schedule.
-        first_step: Number of earlier local steps of the run, for the schedule.
-        moments: The optimizer's state after the block's last visit, which is not changed; None for a fresh start.
+        first_step: Number of local steps before these in the run, for the schedule.
+        moments: The optimizer's state at the end of the block's last visit, to go on from; it is not
+            changed. None starts anew.
 
     Returns:
         The trained block, the loss, and the optimizer's state.
@@ -126,7 +127,8 @@ def learning_rate_at(arguments: LocalArguments, step: int) -> float:
     """Return the learning rate of a local step, by the schedules of Transformers.
 
     Args:
-        arguments: Peak, shape, warm-up and span of the schedule.
+        arguments: Peak, shape, warm-up and span of the schedule. A constant schedule with a warm-up is
+            Transformers' `constant_with_warmup`.
         step: 0-based local step of the run.
     """
     warmup = math.ceil(arguments.warmup_ratio * arguments.total_steps)
@@ -154,7 +156,7 @@ def _optimizer(
 
 
 def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
-    """Add up the gradients of a step's loss, per label token of all its micro-batches; return the loss."""
+    """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
     label_tokens = sum(num_label_tokens(batch.labels_BT) for batch in micro_batches)
     if not label_tokens:
         raise DataError(
