@@ -124,7 +124,7 @@ def train_block(
 
 
 def learning_rate_at(arguments: LocalArguments, step: int) -> float:
-    """Return the learning rate of a local step, by the schedules of Transformers.
+    """Give the learning rate of a local step of the run, by the schedules of Transformers.
 
     Args:
         arguments: Peak, shape, warm-up and span of the schedule. A constant schedule with a warm-up is
