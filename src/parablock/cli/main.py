@@ -246,7 +246,7 @@ def compare(
     config: Annotated[Path, typer.Argument(help="A YAML file; its data, seed and link hold for every method.")],
     output_dir: OutputDir,
     methods: Annotated[
-        str, typer.Option(help="Separated by commas; docs/baselines.md says what each does.")
+        str, typer.Option(help="Separated by commas; docs/baselines.md describes each.")
     ] = "parablock,fl_bcd",
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: the configuration's.")] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
@@ -299,7 +299,7 @@ def doctor() -> None:
     with console.status("checking this machine"):
         findings = examine()
     styles = {"ok": "", "warning": "yellow", "problem": "red"}
-    table = _table("", "what", "found", "what to do")
+    table = _table("", "check", "found", "cure")
     for finding in findings:
         status_text = Text(finding.status, style=styles[finding.status])
         table.add_row(status_text, finding.name, finding.value, finding.remedy)

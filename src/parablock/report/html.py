@@ -118,7 +118,7 @@ def _pictures(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
 
 def _about_gantt(run: RunRecord, gantt: Figure) -> str:
     text = (
-        "Three rows for each client: computing, sending, receiving. Orange is what computation did not hide. "
+        "Three rows for each client: computing, sending, receiving. Computation did not hide the orange transfers. "
         "Drag to zoom in, double-click to go back."
     )
     left_out = []

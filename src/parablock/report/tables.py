@@ -139,7 +139,7 @@ def environment_table(run: RunRecord) -> Table:
     rows.append(("time of the whole command", format_duration(run.summary["elapsed_s"])))
     rows.append(("base model, sha256", str(manifest.get("base_sha256") or UNKNOWN)))
     rows.append(("tuned model, sha256", str(run.summary["model_sha256"] or UNKNOWN)))
-    return Table(("what", "found"), tuple(rows), num_words=2)
+    return Table(("item", "value"), tuple(rows), num_words=2)
 
 
 def comparison_table(runs: Sequence[RunRecord]) -> Table:

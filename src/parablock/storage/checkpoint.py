@@ -1,7 +1,7 @@
 """Checkpoints: save and restore a run. The files below are the one list of its state.
 
     round-000008/
-      state.json            the round, versions, ρ, history, what the clients had sent, progress of the records
+      state.json            the round, versions, ρ, history, progress of the records, hashes
       server.safetensors    x and view of every block, server-optimizer moments
       client-000.safetensors  its updates in flight, as they were sent; moments and residuals, if kept
       trace.json            the spans so far
@@ -172,10 +172,10 @@ def _read(place: Path) -> RunState:
     if meta["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is version {meta['format_version']}, this release reads {FORMAT_VERSION}")
     if meta.pop("own_sha256") != _own_sha256(meta):
-        raise ValueError("state.json is not what was written")
+        raise ValueError("state.json has changed since it was written")
     for name, declared in meta["sha256"].items():
         if _sha256(place / name) != declared:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} has changed since it was written")
     tensors = load_file(place / "server.safetensors")
     blocks = range(len(meta["server"]["versions"]))
     params = tuple(tensors[f"params.{b}"] for b in blocks)

@@ -180,9 +180,9 @@ def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch]
     return total
 
 
-def _not_finite(what: str, where: str) -> TrainingError:
+def _not_finite(subject: str, where: str) -> TrainingError:
     return TrainingError(
-        f"{what} is not finite ({where})",
+        f"{subject} is not finite ({where})",
         cause="Most often the learning rate is too high; or a weight of the model is not finite.",
         remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0.",
     )

@@ -24,7 +24,7 @@ ASSUMED_FLOPS = {
 
 @dataclass(frozen=True)
 class Compute:
-    """How long clients compute.
+    """The computation time of clients.
 
     Attributes:
         round_s: (block, round_index, client_id, num_local_steps) → seconds; any block of the model will do.
