@@ -14,7 +14,7 @@ from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, LocalResult, train_block
 
-TEXTS = (b"the cat sat on the mat. " * 3, b"a dog ran in the park.. " * 3)  # one text for each of two clients
+TEXTS = (b"the cat sat on the mat. " * 3, b"a dog ran in the park.. " * 3)  # what each of two clients has
 ARGUMENTS = LocalArguments(learning_rate=1e-2, total_steps=48)
 
 

@@ -101,7 +101,7 @@ def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *
     changes = _changes(config, advice, num_local_steps)
     if config.federation.delay == 0:
         overlap = "delay: 1" if config.federation.method in BLOCK_METHODS else "method: parablock"
-        aim = "to hide the exchange" if advice.hides else "to hide as much of the exchange as possible"
+        aim = "to hide the exchange" if advice.hides else "to hide what can be hidden of the exchange"
         changes = [f"federation.{overlap}", *changes]
         return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."
     if timing.cover_s <= timing.compute_s:
