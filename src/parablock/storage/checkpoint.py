@@ -182,7 +182,7 @@ def _read(place: Path) -> RunState:
     server = ServerState(
         params=params,
         view=tuple(tensors.get(f"view.{b}", params[b]) for b in blocks),
-        moments=tuple(_numbered(tensors, f"moments.{b}.") for b in blocks),
+        moments=tuple(_read_numbered(tensors, f"moments.{b}.") for b in blocks),
         committed=meta["server"]["committed"],
         **{name: tuple(meta["server"][name]) for name in ("versions", "rho", "squared_delta", "history")},
         local_steps=tuple(map(tuple, meta["server"]["local_steps"])),
@@ -215,7 +215,7 @@ def _messages(tensors: Mapping[str, Tensor]) -> dict[int, list[bytes]]:
     return sent
 
 
-def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
+def _read_numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
     count = sum(name.startswith(prefix) for name in tensors)
     return tuple(tensors[f"{prefix}{k}"] for k in range(count))
 
