@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def show_progress() -> Iterator[tuple[Any, Any]]:
+def watched() -> Iterator[tuple[Any, Any]]:
     """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
 
     Yields:
@@ -46,7 +46,7 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
 
 
 def print_summary(summary: dict[str, Any], directory: Path) -> None:
-    """Print the results of a run, and what to open."""
+    """Print what came of a run, and what to open."""
     exit_when_interrupted(summary, directory)
     console.print(
         f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "

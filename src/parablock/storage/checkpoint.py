@@ -29,7 +29,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState
 from parablock.errors import CheckpointError, StorageError
-from parablock.storage.files import flush_to_disk, storage
+from parablock.storage.files import _sync, storage
 from parablock.trace import Span
 
 FORMAT_VERSION = 2
@@ -89,10 +89,10 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
             partial.mkdir(parents=True)
             _write_parts(partial, state)
             for path in partial.iterdir():
-                flush_to_disk(path)
+                _sync(path)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
-            flush_to_disk(directory)
+            _sync(directory)
     except StorageError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

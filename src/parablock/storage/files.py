@@ -1,4 +1,4 @@
-"""Atomic file writes, a lock on a folder, and write errors that say what to do."""
+"""TODO parablock.storage.files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parablock.errors import StorageError
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path` into a `StorageError` that says what to do."""
+    """Turn failures to write below `path` into a `StorageError` that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -37,23 +37,23 @@ def storage(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    with write_beside(path) as beside:
+    """Write a small text file so that there is never half of it."""
+    with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def write_beside(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; the finished file is renamed to `path`.
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write a file to; it takes the name `path` when it is whole.
 
     Raises:
-        StorageError: The file cannot be written; the one that was there before is untouched.
+        StorageError: It cannot be written; what was there before is untouched.
     """
     beside = path.with_name(f".{path.name}.partial")
     try:
         with storage(path):
             yield beside
-            flush_to_disk(beside)
+            _sync(beside)
             beside.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -61,8 +61,7 @@ def write_beside(path: Path) -> Iterator[Path]:
         raise
 
 
-def flush_to_disk(path: Path) -> None:
-    """Make a file or a folder outlive a power cut (fsync)."""
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,14 +73,14 @@ def flush_to_disk(path: Path) -> None:
 def claimed(
     folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
 ) -> Iterator[None]:
-    """Lock a folder against other processes while the block lasts; the end of this process unlocks it too.
+    """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
 
     Args:
-        folder: The folder; the lock is on the folder itself and needs no file.
-        remedy: What to do about a process that holds the lock.
+        folder: The folder; it is locked itself, without a file of its own.
+        remedy: What to do about a process that has it.
 
     Raises:
-        StorageError: Another process is at work there.
+        StorageError: Another one is at work there.
     """
     with storage(folder):
         place = os.open(folder, os.O_RDONLY)
