@@ -1,6 +1,7 @@
-"""Two clients in one process fine-tune a tiny Llama on word problems; model and text are made here.
+"""A run from Python: two clients in one process fine-tune a tiny Llama on word problems.
 
-Each client has a topic of its own and a slow link. While an update travels, the client trains the next block.
+The script makes model and text. Each client has a topic of its own and a slow link. While an update travels, the
+client trains the next block.
 
     python examples/01_two_clients.py [OUTPUT_DIR]
 """
@@ -15,7 +16,7 @@ from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_p
 
 
 def main(output_dir: Path) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # a run tells the logger `parablock` how it goes
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # a run reports to the logger `parablock`
 
     made = output_dir / "made"
     files = make_word_problems(made, num_clients=2, examples_per_client=200, seed=0)

@@ -1,6 +1,6 @@
-"""Your text, your model: fine-tune a Hugging Face folder on a JSONL file, split over two clients.
+"""Fine-tune your own Hugging Face model on your own JSONL file, split over two clients.
 
-Without arguments both are made here: 200 rows of prompt and completion, and a tiny Llama.
+Without arguments the script makes both: 200 rows of prompt and completion, and a tiny Llama.
 
     python examples/02_your_own_jsonl.py [TEXT.jsonl MODEL_FOLDER [OUTPUT_DIR]]
 """
@@ -19,7 +19,7 @@ QUESTIONS = ("{} is the capital of", "Name the country of {}:", "{} lies in", "W
 
 
 def make_text(path: Path) -> Path:
-    """Write twenty questions about capitals, ten times."""
+    """Write a file of twenty questions about capitals, ten times each."""
     pairs = [(question.format(city), country) for question in QUESTIONS for city, country in CAPITALS.items()]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
@@ -30,7 +30,7 @@ def main(text: Path, model: Path, output_dir: Path) -> None:
     config = RunConfig(
         model={"name_or_path": str(model)},
         data={"train": [str(text)], "max_length": 256, "test_fraction": 0.1},
-        blocks={"include_embeddings": True},  # the made model knows nothing yet; a pretrained one can do without
+        blocks={"include_embeddings": True},  # a random model needs this, a pretrained one does not
         federation={"num_clients": 2, "num_rounds": 24},
         train={"num_local_steps": 4, "learning_rate": 2e-3},
         engine={"clock": "virtual"},  # simulated time: the clients take turns and share one copy of the model

@@ -1,4 +1,4 @@
-"""An architecture that nobody knows, and ParaBlock's pieces alone: partition, train a block, aggregate."""
+"""Your own architecture, and ParaBlock's pieces alone: partition a model, train a block, aggregate."""
 
 import copy
 
@@ -46,7 +46,7 @@ def train(client: int, round_index: int, block: int, working: tuple[Tensor, ...]
 
 
 print("blocks:", ", ".join(f"{block.name} ({block.num_parameters:,})" for block in blocks))
-# One round by hand: both clients train block 1, and the server commits the mean of what changed.
+# One round by hand: both clients train block 1, and the server commits the mean of their changes.
 results = [train(client, 0, 1, tuple(params)) for client in range(2)]
 aggregate = average({i: (result.trained[:] - params[1], len(TEXTS[i])) for i, result in enumerate(results)})
 params[1] = params[1] + aggregate.mean_delta

@@ -1,6 +1,6 @@
-"""A real deployment on one machine: Flower's server, a process for each site, TLS and keys, taken down again.
+"""A real deployment on one machine: Flower's server, a process for each site, TLS and keys.
 
-The same run in one process gives the same model, bit for bit: a deployment changes where things happen, not what.
+The same run in one process ends with the same model, bit for bit.
 
     pip install "parablock[flower]"
     python examples/04_deployment.py [OUTPUT_DIR]

@@ -1,6 +1,6 @@
-"""FL-BCD (delay 0) against ParaBlock (delay 1): same model, text, seed and link; only the delay differs.
+"""Compare FL-BCD (delay 0) and ParaBlock (delay 1) on the same model, text, seed and link.
 
-The clock is virtual: four clients show the times of four machines, whatever this machine is.
+The clock is virtual: four clients show the times of four machines, on any machine.
 
     python examples/05_compare_methods.py [OUTPUT_DIR]
 """

@@ -1,4 +1,4 @@
-"""`python -m parablock`: the command line."""
+"""`python -m parablock`, the same as the command `parablock`."""
 
 from parablock.cli.main import main
 

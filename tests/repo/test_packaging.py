@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKE_A_JOB = """
 from pathlib import Path
-from parablock.demo import make_tiny_llama, make_word_problems
+from parablock.demo.material import make_tiny_llama, make_word_problems
 files = make_word_problems(Path("made"), num_clients=2, examples_per_client=20, seed=0)
 make_tiny_llama(Path("made/model"), (file.read_text() for file in files), seed=0)
 """

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -18,17 +14,16 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def short_probes(monkeypatch: pytest.MonkeyPatch):
+def short_probe(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "COMPUTE_PROBE_S", 0.02)
-    monkeypatch.setattr(doctor, "LINK_PROBE_S", 0.02)
 
 
-def test_the_examination_names_versions_devices_room_extras_and_both_probes():
+def test_the_examination_names_versions_devices_room_extras_and_a_probe():
     findings = examine()
     assert [finding.name for finding in findings if finding.name != "cuda"] == [
         *("python", "parablock", "torch", "transformers", "datasets", "cpu", "memory", "disk", "temporary folder"),
         *("cryptography", "dp_accounting", "flwr", "lm_eval", "tensorboard", "wandb"),
-        *("compute probe", "link probe"),
+        "compute probe",
     ]
     assert sum(finding.name == "cuda" for finding in findings) >= 1
     assert all(finding.value for finding in findings)
@@ -103,22 +98,3 @@ def test_the_compute_probe_tells_a_positive_speed_and_its_device():
     number, unit = finding.value.split(" ")[:2]
     assert (finding.status, unit, float(number) >= 0) == ("ok", "GFLOP/s", True)
     assert ("cuda" if torch.cuda.is_available() else "cpu") in finding.value
-
-
-def test_the_link_probe_leaves_no_thread_and_no_socket_behind(threads_left: Callable[[], set[threading.Thread]]):
-    before = set(psutil.Process().net_connections("all"))
-    finding = doctor._probe_link()
-    assert (finding.status, "MB/s" in finding.value) == ("ok", True)
-    assert not threads_left()
-    assert not set(psutil.Process().net_connections("all")) - before
-    with socket.create_server(("127.0.0.1", 0)):
-        assert set(psutil.Process().net_connections("all")) - before, "one that is left would be seen"
-
-
-def test_a_machine_that_forbids_local_connections_gets_a_problem(monkeypatch: pytest.MonkeyPatch):
-    def forbidden(*args: object, **options: object):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(socket, "create_server", forbidden)
-    finding = doctor._probe_link()
-    assert (finding.status, "Operation not permitted" in finding.value) == ("problem", True)

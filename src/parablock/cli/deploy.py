@@ -7,25 +7,27 @@ from typing import Annotated
 
 import typer
 
-from parablock.cli.terminal import conclude, watched
+from parablock.cli.terminal import print_summary, watched
 from parablock.errors import ConfigError
 
 deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
 
-Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and node keys; for trials on one machine.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Use neither TLS nor node keys; for trials on one machine.")
+]
 
 Lanes = Annotated[
     int,
-    typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: one for both directions, or one for each."),
+    typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: 1 for both directions, or 2, one for each."),
 ]
 
 
 @deploy.command()
 def keys(
-    sites: Annotated[int, typer.Option("--sites", min=1, help="How many sites.")],
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Number of sites.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", help="A new folder.")],
     host: Annotated[
-        list[str] | None, typer.Option("--host", help="A name or address of the server, more than once.")
+        list[str] | None, typer.Option("--host", help="A name or address of the server; repeatable.")
     ] = None,
 ) -> None:
     """Make the server's certificate and a key pair for each site.
@@ -36,8 +38,10 @@ def keys(
 
     hosts = host or ["localhost", "127.0.0.1"]
     make_keys(output_dir, sites, hosts)
-    typer.echo(f"{output_dir}/server stays at the server; its certificate is for {', '.join(hosts)}.")
-    typer.echo(f"{output_dir}/site-0 … site-{sites - 1}: give each to its site alone, over a safe way.")
+    typer.echo(f"{output_dir}/server stays on the server; its certificate is for {', '.join(hosts)}.")
+    typer.echo(
+        f"{output_dir}/site-0 … site-{sites - 1}: hand each to its site alone, over a channel that you trust."
+    )
 
 
 @deploy.command()
@@ -70,7 +74,7 @@ def client(
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Start a site: Flower's SuperNodes, which reach out to the server. Ctrl-C ends them.
+    """Start a site: Flower's SuperNodes, which connect to the server. Ctrl-C ends them.
 
     Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
     """
@@ -91,12 +95,12 @@ def local(
     config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
     clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
     lanes: Lanes = 1,
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Bring up a SuperLink, SuperNodes and trainers on this machine, run, and take everything down again.
+    """Start a SuperLink, SuperNodes and trainers on this machine, run, and stop all of them again.
 
     Example: parablock deploy local configs/t0.yaml --clients 2 --output-dir runs/deployed
     """
@@ -109,7 +113,7 @@ def local(
         summary = deploy_local(
             settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
         )
-    conclude(summary, output_dir)
+    print_summary(summary, output_dir)
 
 
 @deploy.command()
@@ -117,9 +121,9 @@ def app(
     config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
     clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
 ) -> None:
-    """Write a run as a Flower app, which `flwr run` takes: in Flower's simulation, on this machine.
+    """Write a run as a Flower app, for `flwr run` in Flower's simulation on this machine.
 
     Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/simulated
     """

@@ -1,7 +1,6 @@
-"""What `parablock doctor` finds on this machine: versions, devices, room, extras, and two short probes.
+"""The checks of `parablock doctor`: versions, devices, memory, disk, extras, and a short compute probe.
 
-Every check is a function that returns findings and never raises: what is missing or broken is what it is
-there to tell. The probes are bounded in time, not in work, so that a slow machine is not made to wait.
+A check returns findings and never raises. The probe is bounded in time, so that a slow machine need not wait.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import selectors
 import shutil
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,7 +23,6 @@ from packaging.requirements import Requirement
 Status = Literal["ok", "warning", "problem"]
 
 COMPUTE_PROBE_S = 1.0
-LINK_PROBE_S = 1.0
 _GIB = 2**30
 _SHOWN_PACKAGES = ("torch", "transformers", "datasets")
 _EXTRAS = {
@@ -41,14 +37,13 @@ _EXTRAS = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the examination.
+    """One line of the result.
 
     Attributes:
-        name: What was looked at.
-        value: What was found, with units.
-        status: `ok`; `warning`, when something runs worse or is missing but not needed; `problem`, when
-            runs will fail.
-        remedy: What to do about it; empty when there is nothing to do.
+        name: The thing that was checked.
+        value: Its state, with units.
+        status: `ok`; `warning` if runs are slower or an extra is missing; `problem` if runs will fail.
+        remedy: What to do about it; empty if nothing is to be done.
     """
 
     name: str
@@ -58,10 +53,10 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the machine and the installation.
+    """Check the machine and the installation.
 
     Returns:
-        The findings, in the order in which they should be read.
+        The findings, in reading order.
     """
     return [
         *_find_versions(),
@@ -71,7 +66,6 @@ def examine() -> list[Finding]:
         _find_temporary_folder(Path(tempfile.gettempdir())),
         *(_find_extra(name, purpose) for name, purpose in _EXTRAS.items()),
         _probe_compute(),
-        _probe_link(),
     ]
 
 
@@ -88,7 +82,7 @@ def _find_versions() -> list[Finding]:
 
 
 def _find_package(name: str, requirement: Requirement | None) -> Finding:
-    """Compare the installed version of a package with what ParaBlock's own metadata asks for."""
+    """Compare the installed version of a package with the one that ParaBlock requires."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -124,7 +118,7 @@ def _find_free_disk(folder: Path) -> Finding:
     try:
         free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
-        value = f"the folder cannot be looked at: {error.strerror or error}"
+        value = f"the folder cannot be read: {error.strerror or error}"
         return Finding("disk", value, "problem", "Change to a folder that exists and that you can read.")
     value = f"{free_bytes / _GIB:.1f} GiB free in {folder.absolute()}"
     if free_bytes < 1 * _GIB:
@@ -152,7 +146,7 @@ def _find_extra(name: str, purpose: str) -> Finding:
 
 
 def _probe_compute() -> Finding:
-    """Multiply float32 matrices for `COMPUTE_PROBE_S` on the device that `device: auto` takes."""
+    """Multiply float32 matrices for `COMPUTE_PROBE_S` on the device that `device: auto` chooses."""
     device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 512)
     try:
         matrix = torch.full((size, size), 1.0 / size, device=device)
@@ -168,38 +162,3 @@ def _probe_compute() -> Finding:
         return Finding("compute probe", f"failed on {device}: {error}", "problem", remedy)
     gigaflops = num_products * 2 * size**3 / elapsed_s / 1e9
     return Finding("compute probe", f"{gigaflops:.1f} GFLOP/s (float32 on {device})")
-
-
-def _probe_link() -> Finding:
-    """Send bytes to ourselves over TCP for `LINK_PROBE_S`; the fastest that an exchange can be here."""
-    try:
-        with (
-            socket.create_server(("127.0.0.1", 0)) as listener,
-            socket.create_connection(listener.getsockname()) as sender,
-            listener.accept()[0] as receiver,
-        ):
-            megabytes_per_s = _pump(sender, receiver)
-    except OSError as error:
-        remedy = "Allow TCP connections to 127.0.0.1; local deployments need them."
-        return Finding("link probe", f"failed: {error.strerror or error}", "problem", remedy)
-    return Finding("link probe", f"{megabytes_per_s:.0f} MB/s (TCP on 127.0.0.1)")
-
-
-def _pump(sender: socket.socket, receiver: socket.socket) -> float:
-    """Send and receive in turn, in one thread, whenever the kernel is ready for either; return MB/s."""
-    outgoing, incoming = bytes(2**18), bytearray(2**18)
-    sender.setblocking(False)
-    receiver.setblocking(False)
-    num_bytes, elapsed_s = 0, 0.0
-    with selectors.DefaultSelector() as selector:
-        selector.register(sender, selectors.EVENT_WRITE)
-        selector.register(receiver, selectors.EVENT_READ)
-        start = time.perf_counter()
-        while elapsed_s < LINK_PROBE_S:
-            for key, _ in selector.select(timeout=LINK_PROBE_S):
-                if key.fileobj is sender:
-                    sender.send(outgoing)
-                else:
-                    num_bytes += receiver.recv_into(incoming)
-            elapsed_s = time.perf_counter() - start
-    return num_bytes / elapsed_s / 1e6

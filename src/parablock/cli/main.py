@@ -1,4 +1,4 @@
-"""The command line; no logic of its own.
+"""The commands of `parablock`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C with everything saved.
 """
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.deploy import deploy
-from parablock.cli.terminal import conclude, console, exit_when_interrupted, watched
+from parablock.cli.terminal import console, exit_when_interrupted, print_summary, watched
 from parablock.errors import ParaBlockError
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     if version:
@@ -48,7 +48,7 @@ def _root(
 def run(
     config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
     output_dir: OutputDir,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
 ) -> None:
     """Run one federated fine-tuning.
 
@@ -56,17 +56,17 @@ def run(
     """
     from parablock.config.load import load_config
 
-    settings = load_config(config, overrides or [])  # before torch is loaded: what is wrong is said at once
+    settings = load_config(config, overrides or [])  # before torch is loaded, so that errors show at once
     from parablock.experiment.run import run as run_experiment
 
     with watched() as (progress, stop):
         summary = run_experiment(settings, output_dir, progress=progress, asked_to_stop=stop)
-    conclude(summary, output_dir)
+    print_summary(summary, output_dir)
 
 
 @app.command()
 def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of an earlier run.")]) -> None:
-    """Go on from the newest checkpoint, bitwise as if the run had never stopped.
+    """Continue a run from its newest checkpoint; the result is bitwise that of a run that never stopped.
 
     Example: parablock resume runs/t0
     """
@@ -79,18 +79,20 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
             from parablock.experiment.run import resume as resume_experiment
 
             summary = resume_experiment(directory, progress=progress, asked_to_stop=stop)
-    conclude(summary, directory)
+    print_summary(summary, directory)
 
 
 @app.command()
 def blocks(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or id.")],
     layers_per_block: Annotated[int, typer.Option(help="Decoder layers in a block.")] = 1,
-    split: Annotated[str, typer.Option(help="layer, or attention_mlp: attention and MLPs apart.")] = "layer",
+    split: Annotated[
+        str, typer.Option(help="layer, or attention_mlp: attention and MLPs as separate blocks.")
+    ] = "layer",
     include_embeddings: Annotated[bool, typer.Option(help="Make the embeddings a block.")] = False,
     include_head: Annotated[bool, typer.Option(help="Make the final norm and the head a block.")] = False,
     layers_path: Annotated[
-        str | None, typer.Option(help="Where the decoder layers are, e.g. model.layers.")
+        str | None, typer.Option(help="Path of the decoder layers, such as model.layers.")
     ] = None,
 ) -> None:
     """Show the partition of a model: block, layers, parameters, bytes.
@@ -126,13 +128,13 @@ def blocks(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
     upload_mbps: Annotated[float | None, typer.Option(help="Instead of link.upload_mbps, 10^6 bit/s.")] = None,
     download_mbps: Annotated[float | None, typer.Option(help="Instead of link.download_mbps.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load model and data and time real steps here.")] = False,
     output_format: Annotated[Literal["text", "json"], typer.Option("--format", help="Tables or JSON.")] = "text",
 ) -> None:
-    """Tell before a run what it will take: blocks, bytes, time, memory, and what to change.
+    """Predict what a run will take: blocks, bytes, time, memory, and what to change.
 
     Example: parablock plan configs/t0.yaml --upload-mbps 10 --download-mbps 30
     """
@@ -156,14 +158,14 @@ def plan(
 def evaluate(
     model_or_run_dir: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a run directory.")],
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="A file or a `datasets` name; more than once.")
+        list[str] | None, typer.Option("--data", help="A file or a `datasets` name; repeatable.")
     ] = None,
     task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
-    max_examples: Annotated[int | None, typer.Option(min=1, help="Score the first so many.")] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Score only the first examples.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
     data_format: Annotated[
         str | None,
-        typer.Option("--format", help="How a row becomes an example; as in the run, where one is given."),
+        typer.Option("--format", help="How a row becomes an example; default: as in the run."),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
     harness: Annotated[str, typer.Option(help="Instead of --data: tasks of lm-evaluation-harness.")] = "",
@@ -224,12 +226,12 @@ def _evaluate_by_harness(
 @app.command()
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(help="A run; runs to compare it with may follow. Or a folder of runs.")
+        list[Path], typer.Argument(help="A run and those to compare it with, or a folder of runs.")
     ],
 ) -> None:
-    """Write report.html, which needs no network, and report.md into the first folder, from the files of runs.
+    """Write report.html and report.md into the first folder, from the files of runs.
 
-    Several runs get a table of the settings in which they differ, beside loss, time and bytes.
+    The page needs no network. Several runs get a table of the settings in which they differ.
 
     Example: parablock report runs/overlapped runs/serial
     """
@@ -244,12 +246,12 @@ def compare(
     config: Annotated[Path, typer.Argument(help="A YAML file; its data, seed and link hold for every method.")],
     output_dir: OutputDir,
     methods: Annotated[
-        str, typer.Option(help="Separated by commas; docs/baselines.md says what each does.")
+        str, typer.Option(help="Separated by commas; docs/baselines.md describes each.")
     ] = "parablock,fl_bcd",
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: the configuration's.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, more than once.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
     particular: Annotated[
-        list[str] | None, typer.Option("--for", help="method:key=value, for that method alone; more than once.")
+        list[str] | None, typer.Option("--for", help="method:key=value, for that method alone; repeatable.")
     ] = None,
     tasks: Annotated[str, typer.Option(help="exact_match, multiple_choice or both, on data.test.")] = "",
 ) -> None:
@@ -270,9 +272,9 @@ def compare(
 
 @app.command()
 def demo(
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Where the run goes.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="A folder for the results.")] = None,
 ) -> None:
-    """Fine-tune a tiny model over four clients in a few minutes, and show what was learned and hidden.
+    """Fine-tune a tiny model over four clients in a few minutes, and show loss, time and overlap.
 
     Example: parablock demo --output-dir runs/demo
     """
@@ -288,16 +290,16 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Look at this machine: versions, devices, room, missing extras, a short compute and link probe.
+    """Check this machine: versions, devices, memory, disk, missing extras, and a short speed test.
 
     Example: parablock doctor
     """
     from parablock.cli.doctor import examine
 
-    with console.status("looking at this machine"):
+    with console.status("checking this machine"):
         findings = examine()
     styles = {"ok": "", "warning": "yellow", "problem": "red"}
-    table = _table("", "what", "found", "what to do")
+    table = _table("", "check", "found", "cure")
     for finding in findings:
         status_text = Text(finding.status, style=styles[finding.status])
         table.add_row(status_text, finding.name, finding.value, finding.remedy)
@@ -307,7 +309,7 @@ def doctor() -> None:
 
 
 def _table(*headings: str) -> Table:
-    """Make a table in which a long number or path goes on in the next line, instead of being cut."""
+    """Make a table that wraps long numbers and paths, instead of cutting them."""
     table = Table()
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -315,7 +317,7 @@ def _table(*headings: str) -> Table:
 
 
 def main() -> None:
-    """Run the command line; turn our own errors into one block on stderr and an exit code."""
+    """Run the command line; print a `ParaBlockError` on stderr and exit with its code."""
     try:
         app()
     except ParaBlockError as error:

@@ -1,4 +1,4 @@
-"""What the commands that run something show: progress, Ctrl-C, and the last lines."""
+"""Progress, Ctrl-C and the last lines of the commands that run something."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ INTERRUPTED = 130
 
 @contextmanager
 def watched() -> Iterator[tuple[Any, Any]]:
-    """Show progress; the first Ctrl-C asks the run to stop at the next round, the second ends it at once.
+    """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
 
-    A run whose round waits for a client that is gone stops without it; see `engine.stopping`.
+    Yields:
+        The progress display, and a function that returns whether the user asked to stop.
     """
     from parablock.experiment.progress import make_progress
 
@@ -44,8 +45,8 @@ def watched() -> Iterator[tuple[Any, Any]]:
                 signal.signal(number, handler)
 
 
-def conclude(summary: dict[str, Any], directory: Path) -> None:
-    """Say what came of a run, and what to open."""
+def print_summary(summary: dict[str, Any], directory: Path) -> None:
+    """Print what came of a run, and what to open."""
     exit_when_interrupted(summary, directory)
     console.print(
         f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "
@@ -61,7 +62,7 @@ def conclude(summary: dict[str, Any], directory: Path) -> None:
 
 
 def exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:
-    """Leave with a code of its own where the user stopped the run."""
+    """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
         console.print(
             f"stopped and saved; go on with: parablock resume {directory}", highlight=False, soft_wrap=True

@@ -1,13 +1,12 @@
-"""What the quickstart needs on a machine without real data or a model: both are made here, from a seed.
+"""Made-up data and a tiny model for demos and tests: word problems and a random Llama, both from a seed.
 
-`make_word_problems` writes arithmetic word problems and plain instructions in the format of GSM8K, each
-client with a topic of its own, so that the split is as uneven as real sites are. `make_tiny_llama` writes a
-random Llama with a tokenizer learned from given texts, small enough to fine-tune on two CPU cores.
+`make_word_problems` writes arithmetic word problems and plain instructions in the format of GSM8K. Each client
+has a topic of its own, so that the split is as uneven as that of real sites. `make_tiny_llama` writes a random
+Llama that two CPU cores can fine-tune, with a tokenizer trained on given texts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -19,9 +18,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parablock.errors import DataError, StorageError
+from parablock.errors import DataError
 from parablock.model.save import save_model
 from parablock.seeding import generator_for, seed_for
+from parablock.storage.files import storage, write_atomically
 
 TEST_FILE_NAME = "test.jsonl"
 OWN_TOPIC_SHARE = 0.8
@@ -90,15 +90,14 @@ _TOPICS: dict[str, Callable[[np.random.Generator], Problem]] = {
 def make_word_problems(directory: Path, *, num_clients: int, examples_per_client: int, seed: int) -> list[Path]:
     """Write one JSONL file of word problems for each client, and a common test file.
 
-    A row has `question`, `answer` (one line of reasoning, then `#### N`) and `template` (its topic). There are
-    as many topics as clients, but at least two and at most five. Most rows of client i are of topic i modulo
-    the number of topics; the others are of any topic. The test file,
-    `TEST_FILE_NAME`, goes through the topics in turn. Which questions are held out for it is decided by a
-    hash of the question, so that none of them is in a client's file.
+    A row has `question`, `answer` (one line of reasoning, then `#### N`) and `template` (its topic). Most rows of
+    a client are of its own topic, the others of any topic. The test file, `TEST_FILE_NAME`, goes through the
+    topics in turn. A hash of the question decides which questions are held out for it, so that none of them is
+    in a client's file.
 
     Args:
-        directory: Where the files are written; made when it is missing.
-        num_clients: How many client files, at least 1.
+        directory: The folder for the files; made if it is missing.
+        num_clients: Number of client files, at least 1.
         examples_per_client: Rows in each of them, at least 1.
         seed: Decides every row.
 
@@ -106,8 +105,8 @@ def make_word_problems(directory: Path, *, num_clients: int, examples_per_client
         The client files, in the order of the clients.
 
     Raises:
-        DataError: If `num_clients` or `examples_per_client` is below 1.
-        StorageError: If a file cannot be written.
+        DataError: `num_clients` or `examples_per_client` is below 1.
+        StorageError: A file cannot be written.
     """
     for key, value in (("num_clients", num_clients), ("examples_per_client", examples_per_client)):
         if value < 1:
@@ -116,11 +115,11 @@ def make_word_problems(directory: Path, *, num_clients: int, examples_per_client
     topics = list(_TOPICS)[: max(2, num_clients)]
     for client_id, path in enumerate(paths):
         draw = generator_for(seed, "demo train", client_id)
-        _write_whole(path, _client_rows(client_id, topics, examples_per_client, draw))
+        _write_rows(path, _client_rows(client_id, topics, examples_per_client, draw))
     draw = generator_for(seed, "demo test")
     num_test = max(4 * len(topics), num_clients * examples_per_client // HELD_OUT_ONE_IN)
     tested = itertools.islice(itertools.cycle(topics), num_test)
-    _write_whole(directory / TEST_FILE_NAME, [_row(topic, draw, held_out=True) for topic in tested])
+    _write_rows(directory / TEST_FILE_NAME, [_row(topic, draw, held_out=True) for topic in tested])
     return paths
 
 
@@ -134,50 +133,38 @@ def _client_rows(
 
 
 def _row(topic: str, draw: np.random.Generator, *, held_out: bool) -> dict[str, str]:
-    """Draw a problem of `topic` until one is on the wanted side of the train/test split."""
+    """Draw problems of `topic` until one is on the wanted side of the train/test split."""
     while True:
         question, reasoning, answer = _TOPICS[topic](draw)
         if (hashlib.sha256(question.encode()).digest()[0] % HELD_OUT_ONE_IN == 0) == held_out:
             return {"question": question, "answer": f"{reasoning}\n#### {answer}", "template": topic}
 
 
-def _write_whole(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write a JSONL file completely or not at all: into a temporary file, then renamed."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            cause="The disk may be full, or the folder is read-only or not a folder.",
-            remedy="Free some space or choose another folder.",
-        ) from error
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int, num_layers: int = 8) -> Path:
-    """Write a random Llama of under two million parameters and a tokenizer learned from `texts`.
+    """Write a random Llama of under two million parameters, and a tokenizer trained on `texts`.
 
     Args:
-        directory: The checkpoint's folder, in the format of Hugging Face.
-        texts: What the byte-level BPE tokenizer learns its merges from; it can write any other text too.
+        directory: The model folder, in the format of Hugging Face.
+        texts: Training texts of the byte-level BPE tokenizer, which can encode any other text too.
         seed: Decides the weights.
-        num_layers: Its decoder layers.
+        num_layers: Number of decoder layers.
 
     Returns:
         `directory`.
 
     Raises:
-        DataError: If `texts` is empty.
-        StorageError: If the checkpoint cannot be written.
+        DataError: `texts` is empty.
+        StorageError: The model cannot be written.
     """
     texts = list(texts)
     if not any(texts):
-        raise DataError("There is no text to learn a tokenizer from.", remedy="Give at least one text.")
+        raise DataError("There is no text to train a tokenizer on.", remedy="Give at least one text.")
     tokenizer = _train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -195,16 +182,16 @@ def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int, num_lay
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed_for(seed, "demo model"))
         model = LlamaForCausalLM(config)
-        # The tied embeddings stay as drawn when blocks of layers alone are trained. A logit is at most the
-        # norm of the final hidden state, √hidden_size, times that of an embedding, so embeddings of the
-        # usual deviation could never say anything with confidence: theirs is chosen for norm 1.
+        # The tied embeddings are not trained, and a logit is at most √hidden_size (the norm of the final hidden
+        # state) times the norm of an embedding. With the usual deviation no prediction could be confident, so
+        # this deviation makes the norm 1.
         model.get_input_embeddings().weight.normal_(std=config.hidden_size**-0.5)
     save_model(model, tokenizer, directory)
     return directory
 
 
 def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE with single digits, so that a number is always spelled the same way."""
+    """Train a byte-level BPE that splits numbers into digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,7 +1,7 @@
-"""The quickstart: a tiny model learns over four clients in a few minutes, and a timeline shows what was hidden.
+"""The run of `parablock demo`: a tiny model, four clients, a few minutes, and a timeline at the end.
 
-Real instructions and a small pretrained model are used where a `shared` folder lies beside the project;
-otherwise a tiny Llama with random weights learns word problems, both made here.
+With a `shared` folder beside the project, a small pretrained model learns real instructions. Otherwise a random
+tiny Llama learns word problems.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ NUM_SCORED = 96
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the quickstart did.
+    """The result of the demo.
 
     Attributes:
         directory: The run directory.
-        is_real: Whether it used real text and a pretrained model.
+        is_real: Whether text and model are real, and not made up.
         summary: The run's summary.
-        scores: Exact match of the base model and of the tuned one; empty when interrupted.
+        scores: Exact match of the base model and of the tuned one; empty if the run was interrupted.
     """
 
     directory: Path
@@ -46,7 +46,7 @@ class DemoResult:
 
 
 def free_directory(parent: Path) -> Path:
-    """Give the first of parent/demo, parent/demo-2, … that does not exist."""
+    """Return the first of parent/demo, parent/demo-2, … that does not exist."""
     candidate, number = parent / "demo", 1
     while candidate.exists():
         number += 1
@@ -64,11 +64,11 @@ def find_shared() -> Path | None:
 
 
 def demo_config(shared: Path | None, made: Path) -> RunConfig:
-    """Configure the quickstart.
+    """Configure the demo.
 
     Args:
-        shared: Where real data and a model are; None to generate both.
-        made: Where generated files go.
+        shared: The folder with real data and a model; None to make up both.
+        made: The folder for made-up files.
     """
     if shared is not None:
         train = [str(shared / f"data/t0/{family}.train.jsonl") for family in FAMILIES]
@@ -102,10 +102,10 @@ def demo_config(shared: Path | None, made: Path) -> RunConfig:
 
 
 def run_demo(directory: Path, *, progress: Progress, asked_to_stop: Callable[[], bool]) -> DemoResult:
-    """Run the quickstart.
+    """Run the demo.
 
     Raises:
-        InputError: The folder holds a run already, or cannot be written.
+        StorageError: The folder holds a run already, or cannot be written.
     """
     RunDirectory(directory).check_unused()
     shared = find_shared()
@@ -121,7 +121,7 @@ def run_demo(directory: Path, *, progress: Progress, asked_to_stop: Callable[[],
 
 
 def describe_demo(outcome: DemoResult) -> list[str]:
-    """Say what happened: what was learned, what was hidden, what to open."""
+    """Return the last lines of the demo: the timeline, loss and overlap, and what to open."""
     summary, directory = outcome.summary, outcome.directory
     if not outcome.scores:
         return []

@@ -1,9 +1,8 @@
-"""`blocks.layers_per_block: auto`: the largest blocks whose exchange a round's computation still hides.
+"""`blocks.layers_per_block: auto`: choose the largest blocks whose exchange a round's computation hides.
 
-Larger blocks train more of the model in a round; a block is too large when its exchange takes longer than the
-computation that runs beside it. How long a step takes is stated by `engine.step_time_s`, or estimated from
-operations and an ordinary device. Since overlap is worth its staleness from about four blocks on, no choice leaves
-fewer; and none leaves a block that the rounds would never train.
+Larger blocks train more of the model in a round, until their exchange takes longer than the computation beside it.
+The time of a step is `engine.step_time_s`, or that of an ordinary device. No choice leaves fewer than `MIN_BLOCKS`
+blocks, because fewer are not worth the staleness, and none leaves a block that the rounds would never train.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ def never_visited(config: RunConfig, num_blocks: int) -> tuple[int, ...]:
 
 
 def estimated_compute(config: RunConfig, flops: FlopModel) -> Compute:
-    """Take the stated time of a step, or that of an ordinary device."""
+    """Return the stated time of a step, or else that of an ordinary device."""
     if config.engine.step_time_s is not None:
         return stated_compute(config.engine.step_time_s)
     return assumed_compute(config, flops)
 
 
 def flops_of(config: RunConfig, model: PreTrainedModel) -> FlopModel:
-    """Count the operations of a model as the run trains it."""
+    """Return the operations of a model as the run trains it."""
     return FlopModel(
         model,
         layers_path=config.blocks.layers_path,
@@ -55,10 +54,10 @@ def flops_of(config: RunConfig, model: PreTrainedModel) -> FlopModel:
 
 
 def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """Put a number where `blocks.layers_per_block` is `auto`; give any other configuration back as it is.
+    """Replace `blocks.layers_per_block: auto` by a number; return any other configuration unchanged.
 
     Args:
-        config: The run; with `auto` its link has a speed and its number of local steps is given.
+        config: The run; with `auto`, its link has a speed and its number of local steps is a number.
         model: The model or its outline.
     """
     if config.blocks.layers_per_block != "auto":
@@ -84,7 +83,7 @@ def _largest_that_fits(config: RunConfig, model: PreTrainedModel) -> int:
 
 
 def _hides(config: RunConfig, compute: Compute, blocks: tuple[Block, ...]) -> bool:
-    """Tell whether a mean round computes for as long as the exchange of the largest block takes."""
+    """Return whether a mean round computes for as long as the exchange of the largest block takes."""
     steps, encoding = config.train.num_local_steps, encoding_of(config)
     assert isinstance(steps, int)
     largest = max(block.num_parameters for block in blocks)

@@ -1,8 +1,8 @@
-"""What a run shows while it goes on: a live display on a terminal, plain lines anywhere else.
+"""Progress of a run: a live display on a terminal, plain lines anywhere else.
 
-Both take the rows that are written to `metrics.jsonl` and words about what a client is doing; neither sees
-a live object of the run. `begins` and `ends` are called from the clients' threads. They do nothing but one
-assignment in a dictionary, which is safe without a lock and costs nothing; the display reads a copy when it draws.
+Both are told the rows of `metrics.jsonl` and the activities of the clients; neither sees a live object of the run.
+The clients' threads call `begins` and `ends`, which do one assignment in a dictionary. That is safe without a lock,
+and the display reads a copy when it draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPARKLINE_LENGTH = 32
 
 @dataclass(frozen=True)
 class _Lamp:
-    """A column of the picture: lit for the clients that are at this activity."""
+    """A column of the display, lit for the clients with this activity."""
 
     activity: str
     title: str
@@ -50,25 +50,25 @@ _LAMP_WIDTH = 7
 
 
 class Progress(Protocol):
-    """What an engine tells while a run goes on; leaving the context closes the display."""
+    """A display that an engine reports to; leaving the context closes it."""
 
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
-        """Begin the display of the rounds from `first_round`, which a resume sets, to `num_rounds` − 1."""
+        """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0."""
 
     def begins(self, client_id: int, activity: str) -> None:
-        """Tell that a client begins computing, uploading, downloading or waiting. Any thread may call it."""
+        """Report that a client begins computing, uploading, downloading or waiting. Any thread may call this."""
 
     def ends(self, client_id: int, activity: str) -> None:
-        """Tell that it is done with it. Any thread may call it."""
+        """Report that a client ends an activity. Any thread may call this."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
-        """Show a finished round, given its line of `metrics.jsonl`; a loss that it lacks is not shown."""
+        """Show a finished round, from its row of `metrics.jsonl`."""
 
     def message(self, text: str) -> None:
         """Show a line that belongs to no round."""
 
     def close(self) -> None:
-        """End the display; a second time does nothing."""
+        """End the display; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +84,7 @@ def make_progress(*, console: Console, plain: bool | None = None) -> Progress:
 
     Args:
         console: Where it is shown.
-        plain: True for plain lines; False for the live display, of which anything but a terminal gets the
-            last picture only; None for the live display exactly on a terminal that can move its cursor.
+        plain: Whether to write plain lines; None for plain lines unless the terminal can move its cursor.
 
     Returns:
         A display that has not begun.
@@ -96,23 +95,21 @@ def make_progress(*, console: Console, plain: bool | None = None) -> Progress:
 
 
 class _Pace:
-    """The time that the remaining rounds will take, at the mean pace of this session's rounds."""
+    """The time that the remaining rounds will take, at the mean pace of this session."""
 
     def __init__(self, *, now_s: Callable[[], float], num_rounds: int, first_round: int) -> None:
         self.num_rounds, self.first_round = num_rounds, first_round
         self._now_s, self._start_s = now_s, now_s()
 
     def remaining(self, num_done: int) -> str:
-        """Estimate from the first `num_done` rounds of the run."""
+        """Estimate the remaining time after `num_done` rounds of the run."""
         elapsed_s = self._now_s() - self._start_s
         remaining_s = elapsed_s / (num_done - self.first_round) * (self.num_rounds - num_done)
         return f"ETA {format_duration(remaining_s)}" if num_done < self.num_rounds else "done"
 
 
 class PlainProgress(Progress):
-    """One line a round; of a long run about `MAX_PLAIN_LINES` lines and every evaluation.
-
-    The bytes and seconds of a line are those of its round alone.
+    """One line a round; a long run gets about `MAX_PLAIN_LINES` lines, and one for each evaluation.
 
     Args:
         console: Where the lines go; they are not wrapped.
@@ -123,19 +120,19 @@ class PlainProgress(Progress):
         self._console, self._now_s = console, now_s
 
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
-        """Write one line about what is to come."""
+        """Write the number of rounds and clients."""
         self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
 
     def begins(self, client_id: int, activity: str) -> None:
-        """Show nothing: what each client does at the moment is no line of a log."""
+        """Show nothing: activities are too short for a log."""
 
     def ends(self, client_id: int, activity: str) -> None:
         """Show nothing."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
-        """Write the round's line, unless it is thinned out."""
+        """Write the line of a round; of a long run most rounds are skipped."""
         num_done, pace = row["round_index"] + 1, self._pace
         at_an_end = num_done in (pace.first_round + 1, pace.num_rounds)
         if at_an_end or num_done % self._stride == 0 or row.get("eval_loss") is not None:
@@ -146,11 +143,11 @@ class PlainProgress(Progress):
         self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
-        """Do nothing: every line is written when it is known."""
+        """Do nothing: all lines are written."""
 
 
 def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
-    """Write the facts of one round, each of fixed width where it can be, leaving out those it lacks."""
+    """List the facts of one round, without those that it lacks."""
     width = len(str(num_rounds))
     facts = [f"round {row['round_index'] + 1:>{width}}/{num_rounds}"]
     if (block_index := row.get("block_index")) is not None:
@@ -165,7 +162,7 @@ def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
 
 
 class LoggedProgress(PlainProgress):
-    """The plain lines, given to the logger `parablock` at level INFO: what a run shows that is started from Python.
+    """The plain lines, sent to the logger `parablock` at level INFO; for runs that are started from Python.
 
     Args:
         now_s: The clock behind the ETA, in seconds from any origin.
@@ -180,7 +177,7 @@ class LoggedProgress(PlainProgress):
 
 
 class LiveProgress(Progress):
-    """A display that is drawn over and over: rounds and ETA, losses, bytes, what each client does now.
+    """A display that is redrawn in place: rounds and ETA, losses, bytes, and the activity of each client.
 
     Args:
         console: A terminal.
@@ -206,22 +203,22 @@ class LiveProgress(Progress):
         self._live = Live(self, console=console, refresh_per_second=4)
 
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
-        """Begin to draw."""
+        """Begin the display."""
         self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
         self._task = self._bar.add_task("", total=num_rounds, completed=first_round, eta="")
         self._num_clients = num_clients
         self._live.start(refresh=True)
 
     def begins(self, client_id: int, activity: str) -> None:
-        """Light a lamp with the next drawing."""
+        """Light a lamp."""
         self._lit[client_id, activity] = True
 
     def ends(self, client_id: int, activity: str) -> None:
-        """Put it out again."""
+        """Put out a lamp."""
         self._lit[client_id, activity] = False
 
     def round_done(self, row: Mapping[str, Any]) -> None:
-        """Take a round into the picture."""
+        """Update the display after a round."""
         num_done = row["round_index"] + 1
         self._bar.update(self._task, completed=num_done, eta=self._pace.remaining(num_done))
         if row.get("block_index") is not None:
@@ -233,16 +230,16 @@ class LiveProgress(Progress):
         self._downlink_bytes += row["downlink_bytes"]
 
     def message(self, text: str) -> None:
-        """Write a line above the picture."""
+        """Write a line above the display."""
         self._console.print(Text(text))
 
     def close(self) -> None:
-        """Stop drawing; the losses and bytes stay on the screen, the clients, who are done, do not."""
+        """Stop the display; losses and bytes stay on the screen, the clients do not."""
         self._num_clients = 0
         self._live.stop()
 
     def __rich__(self) -> Group:
-        """Draw the present state; the display's own thread calls it."""
+        """Draw the present state; the display's own thread calls this."""
         clients = ("", self._draw_clients()) if self._num_clients else ()
         return Group("", self._bar, self._draw_facts(), *clients)
 
@@ -257,7 +254,7 @@ class LiveProgress(Progress):
         return facts
 
     def _draw_clients(self) -> Table:
-        """Draw a row of lamps for each client: its two threads side by side."""
+        """Draw a row of lamps for each client."""
         clients = Table.grid(padding=(0, 2))
         clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS))
         lit = self._lit.copy()

@@ -1,8 +1,7 @@
-"""Trackers: programs of others that show curves while a run goes on, given the figures of each round.
+"""Experiment trackers: TensorBoard and Weights & Biases.
 
-A tracker is told the numbers of `metrics.jsonl` under the same names, with the number of rounds done as the
-step; step 0 holds the base model's eval loss. Trackers are extras: what is asked for and not installed is said
-before a run starts.
+A tracker gets the numbers of `metrics.jsonl` under the same names, with the number of finished rounds as the step;
+step 0 holds the base model's eval loss.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from parablock.storage.run_directory import Row
 
 
 class Tracker(Protocol):
-    """Where figures go."""
+    """A program that records figures over steps."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record figures.
 
         Args:
-            step: Rounds done.
-            values: Figures by their names.
+            step: Number of finished rounds.
+            values: Name → figure.
         """
 
     def close(self) -> None:
-        """Write what is left; a second time does nothing."""
+        """Write all that is pending; a second call does nothing."""
 
 
 class TensorBoardTracker(Tracker):
@@ -37,7 +36,7 @@ class TensorBoardTracker(Tracker):
 
     Args:
         directory: The run directory.
-        first_step: Where this session begins; what an earlier one wrote from there on is not shown.
+        first_step: The first step of this session; later steps of earlier sessions are dropped.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
@@ -46,7 +45,7 @@ class TensorBoardTracker(Tracker):
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event for each figure, and out to the disk: TensorBoard reads along."""
+        """Write one event for each figure to disk, where TensorBoard reads along."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -57,15 +56,15 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """A Weights & Biases run, kept on this machine: `wandb sync DIR/wandb/offline-run-*` sends it, if you want.
+    """An offline run of Weights & Biases; `wandb sync DIR/wandb/offline-run-*` uploads it.
 
     Args:
-        directory: The run directory; its configuration is recorded too.
+        directory: The run directory.
         config: The configuration as plain values.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it calls home even offline, unless told before
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise it calls home even offline
         import wandb
 
         earlier = sorted((directory / "wandb").glob("offline-run-*"))
@@ -97,18 +96,18 @@ class WandbTracker(Tracker):
 
 
 class Trackers(Tracker):
-    """Several trackers as one; none of them is fine too."""
+    """Any number of trackers as one."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Tell each."""
+        """Record the figures with each tracker."""
         for tracker in self._trackers:
             tracker.log(step, values)
 
     def close(self) -> None:
-        """Close each."""
+        """Close each tracker."""
         for tracker in self._trackers:
             tracker.close()
 
@@ -117,10 +116,10 @@ def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers whose package is not installed.
 
     Args:
-        names: `report_to` of the configuration; a tracker is called as its package is.
+        names: `report_to` of the configuration; a tracker has the name of its package.
 
     Raises:
-        ConfigError: For all that are missing, with the command that installs each.
+        ConfigError: Packages are missing; the error has the command that installs each.
     """
     missing = [name for name in names if not _is_installed(name)]
     if missing:
@@ -155,6 +154,6 @@ def open_trackers(names: Sequence[str], directory: Path, *, first_step: int, con
 
 
 def figures_of(row: Row) -> dict[str, float]:
-    """Give the numbers of a round; what it lacks is left out, and of the participants the number is told."""
+    """Return the numbers of a round, with the number of participants in place of their list."""
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "round_index"}
     return {**numbers, "participants": len(row["participants"])}

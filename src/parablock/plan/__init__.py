@@ -1,6 +1,9 @@
-"""What a run will take, told before it: bytes, time, memory, and which settings to change.
+"""`parablock plan`: predict bytes, time and memory of a run from its configuration, and advise on settings.
 
-`scenario` has the outline of the model and its blocks; `probe` and the package `estimate` tell how long they train;
-`itinerary` walks through the rounds, `traffic` counts their bytes, `timing` puts both on a clock; `memory` adds
-up a client. `forecast` joins them to a plan, `advice` recommends, `view` prints.
+- `forecast`: the plan, joined from the files below.
+- `scenario`: the configured run, whose link, delay, block size and wire format can be varied.
+- `itinerary`: the rounds: which clients are asked, and which blocks they are sent.
+- `traffic`: bytes of the messages. `timing`: computation and messages on a clock.
+- `probe`: seconds of computation, measured on this machine.
+- `memory`: memory of a client. `advice`: settings that hide the exchange. `view`: the plan as tables.
 """

@@ -1,16 +1,16 @@
-"""Which settings let the computation cover the communication, and which to change first.
+"""Recommend settings that hide the communication under the computation.
 
-The rule. With delay 1 an exchange is hidden when a round computes for at least as long; with delay 2 it may
-take two rounds, when no direction of the link is busy for longer than one. Settings are tried in
-the order in which they cost the least, and the first that hide the exchange are recommended:
+With delay 1 an exchange is hidden if a round computes for at least as long. With delay 2 it may take two rounds, if
+no direction of the link is busy for longer than one. Settings are tried in this order, the cheapest first, and the
+first ones that hide the exchange are recommended:
 
 1. the configured blocks and steps, and the wire format from the configured one down to int8;
 2. the narrowest of these, and the fewest local steps up to `train.max_local_steps`;
-3. likewise with int4;
-4. all of it again with one decoder layer fewer in a block, down to one.
+3. the same with int4;
+4. steps 1 to 3 with one decoder layer fewer in a block, down to one.
 
-Where some block would never be visited, it begins with the smallest blocks for which the rounds suffice. If
-nothing hides the exchange, the last resort is recommended and the link stays the bottleneck.
+If some block would never be visited, the search starts with the smallest blocks that the rounds can cover. If
+nothing hides the exchange, the last settings tried are recommended and the link stays the bottleneck.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from parablock.report.units import format_duration
 
 WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4")
 """Widest first."""
-AS_GOOD = "int8"
-"""The narrowest format that is chosen before more local steps are."""
+NARROWEST_BEFORE_STEPS = "int8"
+"""The narrowest format to try before more local steps."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A size of blocks and what it costs.
+    """The costs of a block size.
 
     Attributes:
         layers_per_block: The size.
         step_s: Mean seconds of a local step.
-        cover_s: For each wire format, how long a round has to compute to hide the exchange, seconds.
+        cover_s: Wire format → seconds of computation that hide the exchange.
     """
 
     layers_per_block: int
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings that hide the exchange, or come closest to it."""
+    """Settings that hide the exchange, or come closest to hiding it."""
 
     layers_per_block: int
     num_local_steps: int
@@ -59,15 +59,15 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
     """Apply the rule of this module.
 
     Args:
-        cases: Sizes of blocks, the preferred one first; at least one.
-        num_local_steps: The configured K; never fewer are recommended.
-        max_local_steps: Most steps that may be recommended, unless more are configured.
-        wire_format: The configured format; a wider one is never recommended.
+        cases: Block sizes, the preferred one first; at least one.
+        num_local_steps: The configured K, and the fewest steps to recommend.
+        max_local_steps: The most steps to recommend, unless more are configured.
+        wire_format: The configured format, and the widest one to recommend.
     """
     most = max(num_local_steps, max_local_steps)
     narrower = list(WIRE_FORMATS[_width(wire_format) :]) or [wire_format]
-    gentle = [name for name in narrower if _width(name) <= _width(AS_GOOD)]
-    resorts = [name for name in narrower if _width(name) >= _width(AS_GOOD)] or [wire_format]
+    gentle = [name for name in narrower if _width(name) <= _width(NARROWEST_BEFORE_STEPS)]
+    resorts = [name for name in narrower if _width(name) >= _width(NARROWEST_BEFORE_STEPS)] or [wire_format]
     for case in cases:
         for name in gentle:
             if case.cover_s[name] <= num_local_steps * case.step_s:
@@ -81,13 +81,13 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
 
 
 def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *, num_local_steps: int) -> str:
-    """Say in one sentence whether overlap hides the communication, and what to change.
+    """Return one sentence: whether overlap hides the communication, and what to change.
 
     Args:
         config: The run.
-        timing: Its times.
-        serial: Its times with delay 0.
-        advice: What is recommended for it.
+        timing: Times of the run.
+        serial: Times of the run with delay 0.
+        advice: Recommended settings.
         num_local_steps: K, as configured or as the run chooses it.
     """
     link = config.link
@@ -117,7 +117,7 @@ def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *
 
 
 def _changes(config: RunConfig, advice: Advice, num_local_steps: int) -> list[str]:
-    """List what is recommended and not configured, as lines of a configuration."""
+    """List the recommended changes, as lines of a configuration."""
     pairs = [
         ("blocks.layers_per_block", config.blocks.layers_per_block, advice.layers_per_block),
         ("train.num_local_steps", num_local_steps, advice.num_local_steps),
@@ -127,5 +127,5 @@ def _changes(config: RunConfig, advice: Advice, num_local_steps: int) -> list[st
 
 
 def _width(wire_format: str) -> int:
-    """Give the position in the order of widths; a format that is not in it is narrower than all."""
+    """Return the position in `WIRE_FORMATS`; any other format is narrower than all of them."""
     return WIRE_FORMATS.index(wire_format) if wire_format in WIRE_FORMATS else len(WIRE_FORMATS)

@@ -1,4 +1,4 @@
-"""The plan of a run: partition, bytes, time, memory and advice from a configuration alone."""
+"""Predict a run from its configuration: partition, bytes, time, memory, advice."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Times are seconds, those of a round means over all rounds.
+    """The prediction of a run. Times are in seconds; those of a round are means over all rounds.
 
     Attributes:
-        num_blocks: B; with fedavg all parameters are one block, with LoRA all adapters are.
-        blocks: index, name, layers, parameters, and bytes of an update's payload, for each block.
-        bytes_per_client_round: Up and down of one client in one round, for each wire format that the method has.
+        num_blocks: B; all parameters are one block with fedavg, and all adapters with LoRA.
+        blocks: For each block: index, name, layers, parameters, and bytes of an update's payload.
+        bytes_per_client_round: For each wire format of the method, up and down of one client in one round.
         total_bytes: All clients, whole run, in the configured format.
-        compute_s: Of the slowest client.
-        communication_s: Of the client whose link is busy longest, both directions added up.
-        round_s: Of a round in this run, with what overlaps.
-        sequential_s: Of a round with computation and communication one after the other.
-        exchange_s: From the end of a computation to its aggregate's arrival; hidden where it is no longer than
+        compute_s: Computation of the slowest client.
+        communication_s: Both directions of the client whose link is busy longest.
+        round_s: A round of this run, with overlap.
+        sequential_s: A round with computation and communication one after the other.
+        exchange_s: Time from the end of a computation to its aggregate's arrival; it is hidden if it is at most
             `compute_s`.
-        serial_s: Of a round with delay 0, where chunks may still go up and down at the same time.
-        hours: The whole run; evaluation is not counted.
-        memory_bytes: Of one client, for block training, LoRA and full fine-tuning.
+        serial_s: A round with delay 0, in which chunks may go up and down at the same time.
+        hours: The whole run without evaluation.
+        memory_bytes: One client, for block training, LoRA and full fine-tuning.
         never_visited: Blocks that these rounds would not train.
         recommended: layers_per_block, num_local_steps, format.
         traffic: For each wire format, uplink and downlink bytes of the whole run, all clients.
-        links: At several speeds: exchange, round without and with overlap, and what overlap saves.
-        memory_parts: What `memory_bytes` is made of.
+        links: At several speeds: exchange, round without and with overlap, and the time saved.
+        memory_parts: The parts of `memory_bytes`.
         compute_source: stated | assumed | probed.
-        assumptions: What the figures rest on.
-        verdict: One sentence: does overlap hide the communication, and what to change.
+        assumptions: The basis of the figures.
+        verdict: Whether overlap hides the communication, and what to change, in one sentence.
     """
 
     num_blocks: int
@@ -79,12 +79,12 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
 
     Args:
         config: The run.
-        probe: Load the model and the data, and time real steps on this machine. Otherwise nothing but the
-            model's config.json is read.
+        probe: Load the model and the data, and time real steps on this machine. Otherwise only the model's
+            config.json is read.
 
     Raises:
-        InputError: The model cannot be read, plans of this method cannot be made, or, with `probe`, anything
-            else that the run needs is missing or wrong.
+        InputError: The model cannot be read, the method cannot be planned, or, with `probe`, some other input
+            of the run is wrong.
     """
     if not config.federation.traits.gathers:  # the walk follows rounds in which a cohort sends
         names = ", ".join(name for name, method in METHODS.items() if method.gathers)
@@ -146,7 +146,7 @@ def _describe(block: Block, wire_format: str) -> dict[str, Any]:
 
 
 def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
-    """Compare rounds with and without overlap, on the configured link where it has a speed, and on others."""
+    """Compare rounds with and without overlap, on the configured link if it has a speed, and on other links."""
     blocks, own = scenario.blocks, scenario.link
     speeds: list[tuple[float | None, float | None]] = [(mbps, mbps) for mbps in SHOWN_MBPS]
     if (own.upload_mbps, own.download_mbps) not in [(None, None), *speeds]:
@@ -182,7 +182,7 @@ def _advise(scenario: Scenario) -> Advice:
 
 
 def _cases(scenario: Scenario) -> Iterator[Case]:
-    """Give sizes of blocks with their costs: the configured size, or one that the rounds suffice for, first."""
+    """Yield block sizes and their costs, from the configured size, or one that the rounds can cover, down."""
     start = scenario.layers_per_block
     while start < scenario.flops.num_layers and scenario.never_visited(scenario.partition(start)):
         start += 1

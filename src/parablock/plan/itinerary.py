@@ -1,4 +1,4 @@
-"""The rounds of a run, followed as the server follows them, without a tensor: who is asked and told what."""
+"""Replay the schedule of a run without tensors: blocks, cohorts, and the news that each message brings."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from parablock.config.keys import RunConfig
 from parablock.experiment.engines import encoding_of
 
 News = tuple[tuple[int, Literal["streamed", "fresh", "missed"]], ...]
-"""New blocks that a message tells a client of: streamed ahead of it, fresh (the client held the value just
-before), or missed."""
+"""New values of blocks in a message: streamed ahead of it, fresh (the client held the value before), or missed."""
 
 
 @dataclass(frozen=True)
 class Itinerary:
-    """What a run asks of whom, and what each client is told.
+    """The schedule of a run.
 
     Attributes:
         blocks: b_t of each round.
-        news: For each round, each client of the cohort with the news that the start of the round brings.
-        streams: For each round, the clients to whom its new value is streamed.
-        drain: The news that the end of the run brings to every client.
-        marks: The rounds before which every client is sent a checkpoint mark.
+        news: For each round, client of the cohort → news in its `RoundStart`.
+        streams: For each round, the clients to which its new value is streamed.
+        drain: Client → news in its `Finish`.
+        marks: The rounds that a checkpoint mark precedes.
     """
 
     blocks: tuple[int, ...]
@@ -39,12 +38,12 @@ class Itinerary:
 def walk(config: RunConfig, num_blocks: int, delay: int) -> Itinerary:
     """Follow the server through all rounds.
 
-    The schedule `importance` depends on what a run measures; it is followed as if all blocks were equal.
+    The schedule `importance` depends on measured deltas; here all blocks count as equal.
 
     Args:
         config: Rounds, clients, schedule, participation, streaming, checkpoints, seed.
         num_blocks: B.
-        delay: d, which may be another than the configured one.
+        delay: d, which may differ from the configured delay.
     """
     return _Walk(config, num_blocks, delay).itinerary()
 

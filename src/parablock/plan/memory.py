@@ -1,9 +1,9 @@
 """Memory of one client for three ways of fine-tuning: blocks, LoRA, and all parameters.
 
-Parameters, gradients, optimizer state and copies are counted from shapes. Activations are estimated: what
-autograd keeps of a decoder layer is close to a multiple of the outputs of its weight matrices, and the
-multiple is smaller where the layer is frozen, because the inputs of its matrices are then not kept. The two
-multiples are measured on Llama, Qwen, Gemma and Phi layers; others differ (GPT-2 keeps more, OPT less).
+Parameters, gradients, optimizer state and copies are counted from shapes. Activations are estimated as a multiple
+of the outputs of a layer's weight matrices. The multiple is smaller for a frozen layer, because autograd does not
+keep the inputs of its matrices. Both are measured on Llama, Qwen, Gemma and Phi layers; GPT-2 keeps more, OPT
+less.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from parablock.model.blocks import Block, find_layers
 WAYS = {"blocks": "block", "adapters": "lora", "everything": "full"}
 """The way of fine-tuning of a method, by what it trains."""
 LORA_RANK = 16
-"""Of the adapters that a run without any is compared with."""
+"""Rank of the adapters in the comparison, for runs without LoRA."""
 FROZEN_LAYER, TRAINED_LAYER = 1.5, 2.4
-"""Bytes that autograd keeps of a layer, per byte of its matrices' outputs."""
+"""Bytes of activations that autograd keeps of a layer, per byte of its matrices' outputs."""
 FP32 = 4
 
 
@@ -32,13 +32,13 @@ class Memory:
     """Bytes of one client.
 
     Attributes:
-        parameters: The model, and adapters where there are some.
-        gradients: Of what is trained.
+        parameters: The model, with its adapters.
+        gradients: Gradients of the trained parameters, fp32.
         optimizer_state: Both moments of AdamW, fp32.
-        fp32_copies: Master copies, where the model is not fp32.
-        base_copy: The last committed values of what is exchanged.
+        fp32_copies: Master copies, if the model is not fp32.
+        base_copy: The last committed values of the exchanged parameters.
         updates: The trained copy and the updates in flight, fp32.
-        activations: Estimated, of a micro-batch of the longest examples.
+        activations: An estimate, for a micro-batch of the longest examples.
     """
 
     parameters: int
@@ -51,12 +51,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
 def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config: RunConfig) -> dict[str, Memory]:
-    """Tell what a client needs, for `block`, `lora` and `full`.
+    """Return the memory of a client, for `block`, `lora` and `full`.
 
     Args:
         model: The model or its outline, in the run's precision.
@@ -109,7 +109,7 @@ def adapter_rank(config: RunConfig) -> int:
 
 
 class _Activations:
-    """What autograd keeps of a micro-batch whose examples are as long as they may be."""
+    """Bytes that autograd keeps of a micro-batch of the longest examples."""
 
     def __init__(self, model: PreTrainedModel, config: RunConfig) -> None:
         train = config.train
@@ -119,12 +119,12 @@ class _Activations:
         _, layers = find_layers(model, config.blocks.layers_path)
         self.layer_bytes = [int(positions * itemsize * _outputs(layer)) for layer in layers]
         self._boundary_bytes = int(positions * itemsize * text.hidden_size)
-        # logits, the same in fp32 where they are not, their softmax, and its gradient
+        # the logits, their fp32 copy if they are not fp32, their softmax, and its gradient
         self._logit_bytes = int(positions * text.vocab_size * (3 * FP32 + (itemsize if itemsize != FP32 else 0)))
         self._checkpointing = train.gradient_checkpointing
 
     def kept(self, lowest: int, trained: Any) -> int:
-        """Give the bytes when backpropagation goes down to layer `lowest` and some layers are trained."""
+        """Return the bytes when backpropagation goes down to layer `lowest` and some layers are trained."""
         kept = [
             (TRAINED_LAYER if layer in trained else FROZEN_LAYER) * size
             for layer, size in enumerate(self.layer_bytes)
@@ -156,10 +156,10 @@ def _base_of_adapters(model: PreTrainedModel, config: RunConfig, adapters: int) 
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """Give (inputs, outputs) of a module with a weight matrix, and zeros for any other."""
+    """Return (inputs, outputs) of a module with a weight matrix, and zeros for any other module."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2:
         return 0, 0
-    # GPT-2 keeps its matrices the other way round and calls the module Conv1D
+    # Conv1D of GPT-2 stores its matrix transposed
     rows, columns = map(int, weight.shape)
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)

@@ -1,9 +1,8 @@
-"""How long a client computes in a round, measured on this machine.
+"""Measure on this machine how long each client computes in each round.
 
-A probe loads the model and the data of the run and takes real local steps of real batches on a few blocks,
-by the code that a run takes them by. What it learns is how many seconds an operation takes when such a block
-is trained. The batches of all rounds follow from the seed, so their sizes are known, and with them the
-seconds of each client in each round.
+A probe loads the model and the data, and runs the trainer on real batches of a few blocks. It learns how many
+seconds an operation takes when such a block is trained. The batches of all rounds follow from the seed; their sizes
+give the seconds of each client in each round.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ PROBE_STEPS = 4
 PROBE_REPEATS = 5
 PROBE_BUDGET_S = 30.0
 SIZED_BATCHES = 8192
-"""Most batches whose sizes are looked at; further rounds are taken to be like these."""
+"""Most batches whose sizes are counted; further rounds are assumed to repeat them."""
 
 
 def probed_compute(config: RunConfig) -> Compute:
     """Measure real steps on this machine.
 
     Raises:
-        InputError: The model or the data cannot be read, or `engine.step_time_s` is given as well.
+        InputError: The model or the data cannot be read, or `engine.step_time_s` is set.
     """
     if config.engine.step_time_s is not None:
         raise ConfigError(
@@ -77,13 +76,13 @@ def probed_compute(config: RunConfig) -> Compute:
 
 @dataclass(frozen=True)
 class _Speed:
-    """What a probe has learned.
+    """The result of a probe.
 
     Attributes:
         depths: The lowest layers of the probed blocks, ascending.
-        medians: Seconds per operation at each, the median of its visits.
-        deviations: Of every visit from that median, as a factor. Rounds take one each, because a round lasts
-            as long as its slowest client.
+        medians: For each depth, the median seconds per operation.
+        deviations: For each visit, its seconds over that median. A round of a client draws one of them, because
+            a round lasts as long as its slowest client.
     """
 
     depths: tuple[int, ...]
@@ -91,12 +90,12 @@ class _Speed:
     deviations: tuple[float, ...]
 
     def seconds_per_flop(self, lowest_layer: int) -> float:
-        """Give the seconds per operation when backpropagation goes down to a layer."""
+        """Return the seconds per operation when backpropagation goes down to a layer."""
         return float(np.interp(lowest_layer, self.depths, self.medians))
 
 
 def _measure(job: RunInputs, flops: FlopModel) -> _Speed:
-    """Time visits of a few blocks in turn, so that a slow moment of the machine hits all of them."""
+    """Time visits of a few blocks in turn, so that a slow moment of the machine affects all of them."""
     replica = Replica(job.loaded.model, job.blocks)
     working = tuple(replica.read(block.index) for block in job.blocks)
     trainers = _trainers(job, replica)
@@ -162,7 +161,7 @@ def _trainers(job: RunInputs, replica: Replica) -> list[LocalTrainer]:
 
 
 def _round_tokens(job: RunInputs) -> Callable[[int, int, int], Tokens]:
-    """Give what a client works on in a round of some steps; rounds repeat when there are very many."""
+    """Return a function (round, client, steps) → tokens; the sizes repeat after `SIZED_BATCHES` batches."""
     batches = job.config.train.gradient_accumulation_steps * len(job.train)
 
     @cache

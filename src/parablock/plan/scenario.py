@@ -1,4 +1,4 @@
-"""A run as it is looked at before it: its model in outline, and what parts of it would take."""
+"""A run before it starts: the shapes of its model, and the cost of each part."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ from parablock.wire.transport import Link
 
 
 class Scenario:
-    """A configured run, whose link, delay, block size and wire format can be varied.
+    """A configured run whose link, delay, block size and wire format can be varied.
 
     Args:
         config: The run.
-        probe: Measure how long this machine computes.
+        probe: Whether to measure the computation on this machine.
 
     Attributes:
-        config: With a number of layers in a block, also where it is left to the link.
+        config: The configuration, with a number for `blocks.layers_per_block`.
         outline: The model without values, and without adapters.
         layers_per_block: As configured, or chosen for the link.
-        notes: What was left to the plan.
+        notes: Choices that the configuration leaves to the plan, in words.
         overlaps: Whether the configured method can have a delay.
-        blocks: What the configured method trains and sends: blocks, all parameters, or adapters.
+        blocks: The blocks that the method trains and sends; all parameters or all adapters count as one block.
         flops: Operations of a step.
         compute: Seconds of a round's computation.
         link: As configured.
-        local_steps: K of each client, or of all; where it is left to the run, what the run chooses for a block of
-            ordinary size.
-        num_local_steps: The smallest of them, that of the slowest client.
-        walk: Of (number of blocks, delay): its rounds.
+        local_steps: K of each client, or one K for all; with `auto`, the choice for a block of mean size.
+        num_local_steps: The smallest K, that of the slowest client.
+        walk: (number of blocks, delay) → itinerary.
     """
 
     def __init__(self, config: RunConfig, *, probe: bool) -> None:
@@ -81,7 +80,7 @@ class Scenario:
         return never_visited(self.config, len(blocks))
 
     def sizes(self, blocks: tuple[Block, ...], wire_format: str) -> Sizes:
-        """Measure the messages."""
+        """Return the bytes of all messages."""
         own = blocks is self.blocks
         return Sizes(
             [block.num_parameters for block in blocks],
@@ -92,7 +91,7 @@ class Scenario:
         )
 
     def time(self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int) -> Timing:
-        """Put the rounds on the clock."""
+        """Return the times of the rounds."""
         itinerary = self.walk(len(blocks), delay)
 
         def compute_s(b: int, round_index: int, client_id: int) -> float:

@@ -1,9 +1,9 @@
-"""When everything happens: the rounds of a run on a clock, by the rules of engine and link.
+"""Simulate the times of a run: computation and messages on a clock, by the rules of the engine and the link.
 
 A client computes in one thread and communicates in another; its link carries one message at a time in each
-direction. The server starts round t when it has committed round t − 1 − d. It commits a round chunk by chunk:
-each is folded when it has come from every client, and its new value goes down at once. Aggregation,
-evaluation and the writing of checkpoints are taken to cost nothing.
+direction. The server starts round t after it has committed round t − 1 − d. It commits a round chunk by chunk: it
+folds a chunk as soon as every client has sent it, and sends its new value down at once. Aggregation, evaluation and
+checkpoints take no time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from parablock.wire.transport import Link
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a run takes; all but `wall_s` are means over the rounds.
+    """Times of a run; all but `wall_s` are means over the rounds.
 
     Attributes:
-        compute_s: Of the slowest client.
-        communication_s: Of the client whose link is busy longest, both directions added up.
-        sequential_s: Of the client for which both together take longest.
-        exchange_s: From the end of the computation to the aggregate's arrival, when nothing is in the way.
-        cover_s: How long a round has to compute to hide the exchange: with delay 1 as long as it takes; a
-            longer delay leaves it more rounds, but no direction of the link may need more than one.
-        round_s: Of this run: `wall_s` over the number of rounds, so that filling and draining are included.
+        compute_s: Computation of the slowest client.
+        communication_s: Both directions of the client whose link is busy longest.
+        sequential_s: Computation and communication of the client for which they take longest together.
+        exchange_s: Time from the end of the computation to the aggregate's arrival, on a free link.
+        cover_s: The computation that hides the exchange. With delay 1 it is as long as the exchange; a longer
+            delay leaves the exchange more rounds, but each direction of the link only one.
+        round_s: `wall_s` over the number of rounds, so that filling and draining are included.
         wall_s: The whole run.
     """
 
@@ -43,7 +43,7 @@ class Timing:
 
 @dataclass
 class _Client:
-    """When the compute thread and the two directions of the link are free."""
+    """Times at which the compute thread and the two directions of the link are free."""
 
     compute_s: float = 0.0
     up_s: float = 0.0
@@ -53,12 +53,12 @@ class _Client:
 def time_rounds(
     itinerary: Itinerary, sizes: Sizes, compute_s: Callable[[int, int, int], float], link: Link, *, delay: int
 ) -> Timing:
-    """Put a run on the clock.
+    """Return the times of a run.
 
     Args:
-        itinerary: What is asked of whom; it has to be that of this delay.
+        itinerary: The schedule of the run, for this delay.
         sizes: Bytes of the messages.
-        compute_s: Seconds that (block, round, client) computes.
+        compute_s: (block, round, client) → seconds of computation.
         link: Every client's link.
         delay: d.
     """
@@ -142,10 +142,10 @@ class _Run:
             self._committed, self._committed_s = t, folded_s
 
     def _stream(self, block: int, begin_s: float, not_before_s: float) -> tuple[float, float]:
-        """Carry a block's chunks up from `begin_s` and their new values down as soon as they are folded.
+        """Carry a block's chunks up from `begin_s`, and their new values down as soon as they are folded.
 
         Returns:
-            When the last chunk is folded, and when its new value has arrived where the way down is free.
+            The times at which the last chunk is folded, and at which its new value arrives on a free link.
         """
         up, down = self._sizes.update(block), self._sizes.new_value(block)
         chunk_up_s, chunk_down_s = self._link.upload_s(up.chunk_bytes), self._link.download_s(down.chunk_bytes)
@@ -159,7 +159,7 @@ class _Run:
         return folded_s, max(ends_s)
 
     def _exchange(self, t: int) -> tuple[float, float]:
-        """Give how long an exchange of this round's block takes, and its busier direction alone."""
+        """Return the seconds of an exchange of this round's block, and those of its busier direction."""
         b, streamed = self._itinerary.blocks[t], bool(self._itinerary.streams[t])
         folded_s, arrived_s = self._stream(b, 0.0, 0.0)
         starts = self._itinerary.news[t].values()

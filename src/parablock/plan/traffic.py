@@ -1,7 +1,7 @@
-"""What will cross the links, in bytes.
+"""Bytes of all messages of a run.
 
-They are those of real messages, made by the wire's own encoder with vectors that have a length and no
-content. What differs from a run are digits of numbers that are not known before, a few bytes a message.
+The wire's own encoder makes each message, with vectors that have a length and no content. A run differs in the
+digits of measured numbers, by a few bytes a message.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from parablock.wire.messages import Chunk, Finish, Mark, Message, NewValue, Roun
 from parablock.wire.quantize import Encoding, Vector, bytes_per_element, payload_bytes
 
 TYPICAL_FRACTION = 0.1234567890123456
-"""Stands for any number between 0 and 1 that only a run knows; it has as many digits."""
+"""A stand-in for a measured number between 0 and 1, with as many digits."""
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """What travels down where adapters are stacked and not averaged.
+    """Sizes of the way down for a method that stacks adapters instead of averaging them.
 
     Attributes:
-        num_elements: Of the matrices that the product of the stack is added to; who missed one gets them whole.
-        num_updates: How many adapters a stack is of.
+        num_elements: Elements of the matrices that the stack is added to; a client that missed a stack gets them.
+        num_updates: Number of adapters in a stack.
     """
 
     num_elements: int
@@ -36,12 +36,12 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Shipment:
-    """A vector on its way, in chunks of which the last may be smaller.
+    """A vector in chunks, one message each.
 
     Attributes:
-        num_chunks: How many messages.
-        chunk_bytes: Of each but the last.
-        last_bytes: Of the last.
+        num_chunks: Number of messages.
+        chunk_bytes: Size of each message but the last.
+        last_bytes: Size of the last message.
     """
 
     num_chunks: int
@@ -50,7 +50,7 @@ class Shipment:
 
     @property
     def total_bytes(self) -> int:
-        """All messages."""
+        """The sum over all messages."""
         return (self.num_chunks - 1) * self.chunk_bytes + self.last_bytes
 
 
@@ -58,11 +58,11 @@ class Sizes:
     """Bytes of messages in one wire format.
 
     Args:
-        num_elements: Of each block.
+        num_elements: Elements of each block.
         dtype: Precision of the model, in which values travel exactly.
-        wire_format: Of updates, and of differences where it is narrower than the model.
-        chunk_bytes: About the payload of a chunk; None sends vectors whole.
-        stacked: What goes down in place of the one block's new value; None: new values do.
+        wire_format: Format of updates, and of differences if it is narrower than `dtype`.
+        chunk_bytes: Approximate payload of a chunk; None to send vectors whole.
+        stacked: Sizes of a stack that goes down in place of the new value; None for methods without stacks.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Sizes:
         self.mark = _message_bytes(Mark(99, stop=False), ())
 
     def _update(self, block: int) -> Shipment:
-        """Measure an update of a block."""
+        """Return the size of an update of a block."""
         return self._ship(block, lambda chunk, count: _update_message(block, chunk, count), self._format)
 
     def _new_value(self, block: int) -> Shipment:
-        """Measure a streamed new value of a block."""
+        """Return the size of a streamed new value of a block."""
         kind, name = ("difference", self._format) if self._is_lossy else ("value", self._dtype)
         return self._ship(block, lambda chunk, _count: Chunk(block, 98, kind, chunk), name)
 
@@ -98,7 +98,7 @@ class Sizes:
         return Shipment(len(cuts), first, last)
 
     def _round_start(self, news: News) -> int:
-        """Measure the start of a round that brings these news."""
+        """Return the bytes of a `RoundStart` with these news."""
         values = self._new_values(news)
         start = RoundStart(
             round_index=99, block_index=9, num_local_steps=9, steps_before=999, committed=98, news=values
@@ -106,7 +106,7 @@ class Sizes:
         return _message_bytes(start, [value.vector for value in values])
 
     def _finish(self, news: News) -> int:
-        """Measure the end of the run that brings these news."""
+        """Return the bytes of a `Finish` with these news."""
         values = self._new_values(news)
         return _message_bytes(Finish(99, values), [value.vector for value in values])
 
@@ -136,12 +136,12 @@ class TotalBytes:
 
     @property
     def bytes_per_client_round(self) -> int:
-        """Up and down, for one client in one round."""
+        """Up and down of one client in one round."""
         return round((self.uplink_bytes + self.downlink_bytes) / self.num_visits)
 
 
 def total_bytes(itinerary: Itinerary, sizes: Sizes) -> TotalBytes:
-    """Add up a whole run."""
+    """Add up the bytes of a whole run."""
     visits: Counter[int] = Counter()
     streams: Counter[int] = Counter()
     told: Counter[News] = Counter()
@@ -177,11 +177,11 @@ def _update_message(block: int, delta: Vector, num_chunks: int) -> Update:
 
 
 def _hollow(num_elements: int, payload_format: str) -> Vector:
-    """Make a vector that has a length and no content."""
+    """Return a vector that has a length and no content."""
     return Vector(payload_format, num_elements, torch.empty(0, dtype=torch.uint8))
 
 
 def _message_bytes(message: Message, vectors: Sequence[Vector]) -> int:
-    """Give the length of a message whose vectors are hollow as if they were not."""
+    """Return the bytes of a message as if its hollow vectors had content."""
     payload = sum(payload_bytes(vector.num_elements, vector.format) for vector in vectors)
     return len(to_bytes(message)) + payload

@@ -1,4 +1,4 @@
-"""A plan as people read it: four short tables, and what follows from them."""
+"""Print a plan: tables of blocks, bytes, times and memory, then the verdict and the advice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMORY_ROWS = {"block": "blocks", "lora": "LoRA, r = {}", "full": "all at once"}
 
 
 def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
-    """Yield what to print of a plan, in order."""
+    """Yield the tables and lines of a plan, in order."""
     yield _blocks(plan, config)
     yield _bytes(plan, config)
     yield _speeds(plan)

@@ -1,1 +1,9 @@
-"""What people read: progress, tables, pictures, from run-directory data alone."""
+"""Reports of runs: tables and figures, made from the files of run directories alone.
+
+- `reading`: a run, read from its directory; everything below starts from it.
+- `units`: bytes, durations and curves as text.
+- `tables`: the tables of a report, and their Markdown.
+- `figures`, `gantt`: the Plotly figures: loss, blocks and clients; the timeline.
+- `html`: the page with all of them. `write`: `report.html` and `report.md` on disk.
+- `curves`: the SVG of a comparison. `timeline`: the timeline as text, for a terminal.
+"""

@@ -1,4 +1,4 @@
-"""The picture of a comparison: eval loss against rounds, seconds and bytes, as an SVG that stands alone."""
+"""SVG of a comparison: eval loss of several runs against rounds, seconds and bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANEL, GAP, LEFT, TOP, HEIGHT = 300, 55, 55, 20, 220
 
 
 def curves_svg(runs: Sequence[RunRecord]) -> str:
-    """Draw the eval loss of every run, the base model's first, in one panel for each axis."""
+    """Draw the eval loss of every run, from the base model's on, in one panel for each x axis."""
     curves = [
         [point for point in loss_points(run, "eval_loss") if point["loss"] is not None and isfinite(point["loss"])]
         for run in runs
@@ -57,16 +57,16 @@ def _panel(number: int, axis: str, curves: Sequence[Sequence[dict[str, float]]],
     for tick in _ticks(low, high):
         x, y = place(0.0, tick)
         parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for which, curve in enumerate(curves):
+    for run, curve in enumerate(curves):
         points = " ".join("{:.1f},{:.1f}".format(*place(point[axis] / unit, point["loss"])) for point in curve)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{_color(which)}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{_color(run)}" stroke-width="2"/>')
     middle = left + PANEL / 2
     parts.append(f'<text x="{middle}" y="{TOP + HEIGHT + 32}" text-anchor="middle">{AXES[axis]}</text>')
     return "".join(parts)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Give a few round numbers between two values."""
+    """Return a few round numbers between two values."""
     step = 10 ** floor(log10(high - low))
     step *= next(factor for factor in (0.2, 0.5, 1.0, 2.0) if (high - low) / (factor * step) <= 6)
     first = -floor(-low / step)

@@ -1,22 +1,22 @@
-"""The pictures of a report, as Plotly figures in plain JSON.
+"""Plotly figures of a report, as plain JSON: loss, blocks, clients.
 
 A colour is `var(--name)`, a custom property of the page's style sheet, or `ramp(0.5)`, a place between the
-two ends of its ramp: the page fills in what suits the light or the dark theme. What all figures share (fonts,
-margins, grid) is in the page's script.
+two ends of its colour ramp: the page fills in the colours of the light or the dark theme. Fonts, margins and
+grids are in the page's script.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, product
 from typing import Any
 
 from parablock.report.reading import RunRecord
 
 Figure = dict[str, Any]
-"""`data` and `layout` as Plotly has them; `axes` where the x axis can be switched."""
+"""`data` and `layout` as in Plotly; `axes` if the reader can switch the x axis."""
 
 MAX_LABELS = 7
 MAX_NAMED_CLIENTS = 6
@@ -26,8 +26,7 @@ NUM_RUN_COLORS = 8
 def loss_figure(runs: Sequence[RunRecord]) -> Figure:
     """Draw train and eval loss against rounds, seconds and bytes.
 
-    One run shows both losses. Of several runs each has a colour; their train losses are a click away in the
-    legend.
+    Several runs show their eval losses, a colour for each; a click on the legend adds their train losses.
     """
     traces: list[Figure] = []
     axes: dict[str, list[list[float]]] = {"rounds": [], "seconds": [], "bytes": []}
@@ -48,7 +47,7 @@ def loss_figure(runs: Sequence[RunRecord]) -> Figure:
 
 
 def loss_points(run: RunRecord, key: str) -> list[dict[str, Any]]:
-    """List a loss with what had been spent when it was measured; the base model's comes first."""
+    """List a loss with the rounds, seconds and bytes spent until then; the base model's loss comes first."""
     seconds = accumulate(row["round_s"] for row in run.rows)
     num_bytes = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in run.rows)
     points = [
@@ -76,9 +75,9 @@ def _loss_trace(run: RunRecord, key: str, points: list[dict[str, Any]], number: 
 
 
 def blocks_figure(run: RunRecord) -> Figure:
-    """Draw the norm of each block's mean delta at each visit, and beside it how often each was visited.
+    """Draw the norm of each block's mean delta at each visit, and a bar for its number of visits.
 
-    Deep blocks are at one end of the ramp, shallow ones at the other; the bars are the key to the lines.
+    Lines and bars of a block share a colour, from shallow blocks to deep ones.
     """
     visits: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in run.rows:
@@ -132,7 +131,7 @@ def _block_trace(name: str, color: str, rows: Sequence[dict[str, Any]]) -> Figur
 
 
 def clients_figure(run: RunRecord) -> Figure:
-    """Draw how many examples each client has; stacked by label where clients hold more than one."""
+    """Draw the number of examples of each client, stacked by label if a client has several labels."""
     clients: list[dict[str, Any]] = run.manifest.get("clients", [])
     total = Counter[str]()
     for client in clients:
@@ -176,21 +175,16 @@ def _only_label(client: dict[str, Any]) -> str:
 
 
 def _ticks(names: Sequence[str], *, most: int) -> dict[str, Any]:
-    """Name the places 0, 1, … of an axis, as many as can be read."""
+    """Name the positions 0, 1, … of an axis; leave names out if there are too many to read."""
     step = math.ceil(len(names) / most) or 1
     return {"tickvals": list(range(0, len(names), step)), "ticktext": list(names[::step])}
 
 
 def escape(text: str) -> str:
-    """Keep Plotly from reading a name as its little HTML."""
+    """Escape the characters that Plotly reads as HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def tidy(value: float | None) -> float | None:
-    """Keep the digits that a picture can show; what is not finite is left out."""
+    """Round to the digits that a figure shows; None if the value is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
-
-
-def tidy_all(values: Iterable[float]) -> list[float | None]:
-    """Apply `tidy` to each."""
-    return [tidy(value) for value in values]

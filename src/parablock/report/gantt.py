@@ -1,4 +1,4 @@
-"""The timeline as a picture: three rows for each client, and which transfers computation hid."""
+"""The timeline of a run as a Plotly figure (Gantt chart): three rows for each client."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MAX_BARS = 16_000
 MAX_GAP_S = 0.002
 FIRST_ROUNDS = 8
 
-# Where the rows of client i lie: i plus this; and how thick their bars are.
+# For each activity: the row's distance from client i, and the thickness of its bars.
 _ROWS = {"computing": (-0.19, 0.34), "uploading": (0.09, 0.16), "downloading": (0.28, 0.16)}
 
 
 @dataclass
 class _Bars:
-    """One colour of the picture, column by column."""
+    """All bars of one colour, column by column."""
 
     name: str
     color: str
@@ -55,19 +55,19 @@ class _Bars:
 
 
 def gantt_figure(spans: Sequence[Span]) -> Figure:
-    """Draw what each client computed, sent and received when.
+    """Draw when each client computed, sent and received, and which transfers its computation hid.
 
     Args:
-        spans: A run's trace. Of more than `MAX_CLIENTS` clients the first ones are drawn, and of more than
-            `MAX_BARS` bars the first rounds.
+        spans: A run's trace. Only the first `MAX_CLIENTS` clients are drawn, and the rounds that fit into
+            `MAX_BARS` bars.
 
     Returns:
-        A figure that begins with the first `FIRST_ROUNDS` rounds in view; `views` holds that range and that
-        of all rounds, and `num_rounds` and `num_clients` say how much is drawn.
+        A figure that opens with the first `FIRST_ROUNDS` rounds in view. `views` holds that range and the range
+        of all rounds; `num_rounds` and `num_clients` say how much is drawn.
     """
     own = [span for span in spans if span.client_id is not None and span.client_id < MAX_CLIENTS]
     computing = [span for span in own if span.activity == "computing"]
-    pieces = cut_transfers([*computing, *_joined(own)])
+    pieces = cut_transfers([*computing, *_join_chunks(own)])
     num_rounds = _rounds_that_fit(computing, pieces)
     computed = _Bars("computing", "var(--computing)")
     hidden, exposed = _Bars("hidden", "var(--hidden)"), _Bars("not hidden", "var(--exposed)")
@@ -103,8 +103,8 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
     }
 
 
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Join the chunks of a streamed message that follow each other at once."""
+def _join_chunks(spans: Sequence[Span]) -> list[Span]:
+    """Join the chunks of a streamed message that follow each other without a gap."""
     transfers = [span for span in spans if span.activity in TRANSFERS]
     joined: list[Span] = []
     for span in sorted(transfers, key=lambda span: (span.client_id or 0, span.activity, span.start_s)):

@@ -1,7 +1,6 @@
-"""A report as one page that needs nothing else: style, script, Plotly and every figure are inside.
+"""The HTML report: one page that holds its style, scripts, Plotly and figures.
 
-The page carries a content security policy that lets it load nothing and run nothing but its own two scripts,
-which are named by their hashes.
+The page's content security policy names its two scripts by their hashes; nothing else is loaded or run.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ SCRIPTS = ("plotly-basic.min.js", "report.js")
 
 
 def render_html(runs: Sequence[RunRecord], detailed: RunRecord | None, folder: Path) -> str:
-    """Write the page.
+    """Return the page.
 
     Args:
-        runs: All runs; more than one are compared.
-        detailed: The run that is shown in detail, if any.
-        folder: Where the page will lie; its links to the reports of other runs start there.
+        runs: All runs; several are compared.
+        detailed: The run to show in detail, or None.
+        folder: The folder of the page, where its links to the reports of other runs start.
     """
     figures: dict[str, Figure] = {}
     sections: list[str] = []
@@ -73,8 +72,8 @@ def _comparison(runs: Sequence[RunRecord], figures: dict[str, Figure], folder: P
             _section("What differs", "Settings that are not the same in all runs.", _table(differences_table(runs)))
         )
     if (settings := ablation_table(runs)).rows:
-        told = "A row for each setting; runs that differ in their seed alone share one, with mean ± deviation."
-        parts.append(_section("What each setting does", told, _table(settings)))
+        note = "A row for each setting; runs that differ in their seed alone share one, with mean ± deviation."
+        parts.append(_section("What each setting does", note, _table(settings)))
     return parts
 
 
@@ -111,7 +110,7 @@ def _pictures(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
         _section(
             "Blocks",
             "How far each visit moved its block, and how often each was visited. Lines and bars share colours.",
-            _figure("blocks", "Norms and visits of the blocks") + _folded("Table", _table(blocks_table(run))),
+            _figure("blocks", "Norms and visits of the blocks") + _fold("Table", _table(blocks_table(run))),
         ),
         _section("Clients", "What each client trained on, and how it spent its time.", clients),
     ]
@@ -119,7 +118,7 @@ def _pictures(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
 
 def _about_gantt(run: RunRecord, gantt: Figure) -> str:
     text = (
-        "Three rows for each client: computing, sending, receiving. Orange is what computation did not hide. "
+        "Three rows for each client: computing, sending, receiving. Computation did not hide the orange transfers. "
         "Drag to zoom in, double-click to go back."
     )
     left_out = []
@@ -178,10 +177,10 @@ def _cell(text: str, links: Mapping[str, str]) -> str:
 
 def _whole_configuration(run: RunRecord) -> str:
     text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
-    return _folded("config.yaml", f"<pre>{escape(text)}</pre>")
+    return _fold("config.yaml", f"<pre>{escape(text)}</pre>")
 
 
-def _folded(title: str, content: str) -> str:
+def _fold(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 

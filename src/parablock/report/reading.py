@@ -1,4 +1,4 @@
-"""A run as its files tell it: what every table and picture of a report is made from."""
+"""Read runs from their directories, for the tables and figures of a report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class RunRecord:
     """One run, read from its directory.
 
     Attributes:
-        name: What it is called in tables and legends; unique among the runs of a report.
-        path: Its directory.
+        name: Its name in tables and legends, unique among the runs of a report.
+        path: The run directory.
         summary: `summary.json`.
         manifest: `manifest.json`.
         config: `config.yaml` as plain values.
-        rows: `metrics.jsonl`, one for each committed round.
+        rows: `metrics.jsonl`, one row for each committed round.
         spans: `trace.json`, without waiting.
     """
 
@@ -38,31 +38,31 @@ class RunRecord:
     spans: tuple[Span, ...]
 
     def block_name(self, block_index: int) -> str:
-        """Give the layers of a block, as the manifest names them."""
+        """Return the name of a block, which says its layers."""
         blocks = self.manifest.get("blocks", [])
         return str(blocks[block_index]["name"]) if block_index < len(blocks) else f"block {block_index}"
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[RunRecord, ...]:
-    """Read runs and tell them apart by the shortest ends of their paths that differ.
+    """Read runs, and name each by the shortest end of its path that tells it apart.
 
     Args:
         paths: Run directories; at least one, each once.
 
     Raises:
-        InputError: One of them holds no run that has ended, or a file is damaged.
+        InputError: A directory holds no run that has ended, or a file is damaged.
     """
     names = _distinct_names([path.resolve() for path in paths])
     return tuple(_read_run(path, name) for path, name in zip(paths, names, strict=True))
 
 
 def is_run(path: Path) -> bool:
-    """Tell whether a folder holds a run, ended or not."""
+    """Return whether a folder holds a run, ended or not."""
     return RunDirectory(path).config.exists()
 
 
 def has_ended(path: Path) -> bool:
-    """Tell whether a folder holds a run that has ended: completed, interrupted or failed."""
+    """Return whether a folder holds a run that completed, was interrupted, or failed."""
     return is_run(path) and RunDirectory(path).summary.exists()
 
 

@@ -1,4 +1,7 @@
-"""The tables of a report: rows of text, which Markdown and HTML lay out."""
+"""Tables of a report: of one run (headline to environment), and of several (comparison, differences, ablation).
+
+A `Table` holds text; `to_markdown` and `report.html` lay it out.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from parablock.report.units import format_bytes, format_duration
 from parablock.trace import times_by_client
 
 UNKNOWN = "–"
+SEED = "seed"
+"""The key in which repetitions of a run differ; an ablation has their mean."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class Fact:
     """A headline figure.
 
     Attributes:
-        label: What it is.
+        label: Its name.
         value: The figure, with its unit.
-        detail: What it is compared with, or made of.
+        detail: A figure to compare it with, or its parts.
     """
 
     label: str
@@ -32,12 +37,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text.
+    """A table of text.
 
     Attributes:
         header: The names of the columns.
-        rows: As long as the header, each.
-        num_words: How many columns, from the left, hold words; the others hold figures.
+        rows: The cells; each row is as long as the header.
+        num_words: Number of columns of words, from the left; the others hold figures.
     """
 
     header: tuple[str, ...]
@@ -46,17 +51,13 @@ class Table:
 
 
 def headline(run: RunRecord) -> tuple[Fact, ...]:
-    """Say what a run came to."""
+    """Return the headline figures of a run: loss, hidden communication, time, bytes."""
     summary = run.summary
     base, tuned = summary["initial_eval_loss"], summary["final_eval_loss"]
     up, down = summary["uplink_bytes"], summary["downlink_bytes"]
     clock = "simulated" if summary["clock"] == "virtual" else "real"
     return (
-        Fact(
-            "eval loss",
-            UNKNOWN if tuned is None else f"{tuned:.3f}",
-            f"base model: {base:.3f}",
-        ),
+        Fact("eval loss", UNKNOWN if tuned is None else f"{tuned:.3f}", f"base model: {base:.3f}"),
         Fact("communication hidden", f"{summary['overlap_fraction']:.0%}", "under the same client's computation"),
         Fact(
             f"{clock} time",
@@ -73,7 +74,7 @@ def headline(run: RunRecord) -> tuple[Fact, ...]:
 
 
 def clients_table(run: RunRecord) -> Table:
-    """Show what each client has and how it spent its time."""
+    """Show the data of each client and how it spent its time."""
     counts = run.manifest.get("clients", [])
     times = times_by_client(run.spans)
     visits = {i: sum(i in row["participants"] for row in run.rows) for i in range(run.summary["num_clients"])}
@@ -98,7 +99,7 @@ def clients_table(run: RunRecord) -> Table:
 
 
 def blocks_table(run: RunRecord) -> Table:
-    """Show how often each block was visited and how far it moved at its first and its last visit."""
+    """Show the visits of each block, and how far it moved at the first and the last one."""
     rows = []
     for block in run.manifest.get("blocks", []):
         visits = [row for row in run.rows if row["block_index"] == block["index"]]
@@ -127,7 +128,7 @@ def settings_table(run: RunRecord) -> Table:
 
 
 def environment_table(run: RunRecord) -> Table:
-    """Show what ran where."""
+    """Show the versions, the machine and the hashes of a run."""
     manifest = run.manifest
     rows = [("run directory", str(run.path.resolve())), ("parablock", str(manifest.get("parablock", UNKNOWN)))]
     rows.append(("commit", str(manifest.get("commit") or UNKNOWN)))
@@ -138,11 +139,11 @@ def environment_table(run: RunRecord) -> Table:
     rows.append(("time of the whole command", format_duration(run.summary["elapsed_s"])))
     rows.append(("base model, sha256", str(manifest.get("base_sha256") or UNKNOWN)))
     rows.append(("tuned model, sha256", str(run.summary["model_sha256"] or UNKNOWN)))
-    return Table(("what", "found"), tuple(rows), num_words=2)
+    return Table(("item", "value"), tuple(rows), num_words=2)
 
 
 def comparison_table(runs: Sequence[RunRecord]) -> Table:
-    """Put the results of several runs side by side."""
+    """Show the results of several runs, one below the other."""
     rows = []
     for run in runs:
         summary = run.summary
@@ -162,16 +163,8 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
             )
         )
     header = (
-        "run",
-        "method",
-        "status",
-        "delay",
-        "rounds",
-        "eval loss",
-        "time, s",
-        "sequential, s",
-        "hidden",
-        "bytes",
+        *("run", "method", "status", "delay", "rounds"),
+        *("eval loss", "time, s", "sequential, s", "hidden", "bytes"),
     )
     return Table(header, tuple(rows), num_words=3)
 
@@ -188,50 +181,11 @@ def differences_table(runs: Sequence[RunRecord]) -> Table:
     return Table(("setting", *(run.name for run in runs)), tuple(rows), num_words=len(runs) + 1)
 
 
-def to_markdown(table: Table) -> str:
-    """Lay a table out as Markdown, figures to the right."""
-    rule = ["---" if column < table.num_words else "---:" for column in range(len(table.header))]
-    lines = [table.header, tuple(rule), *table.rows]
-    return (
-        "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
-    )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give the leaves of a configuration by their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        leaves.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return leaves
-
-
-def _default_settings() -> dict[str, Any]:
-    required = {"model": {"name_or_path": "-"}, "data": {"train": ["-"]}}
-    defaults = flatten(RunConfig.model_validate(required).model_dump(mode="json"))
-    return {key: value for key, value in defaults.items() if key not in ("model.name_or_path", "data.train")}
-
-
-def short(value: Any, *, most: int = 3) -> str:
-    """Write a setting in the width of a cell."""
-    if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
-        return str(value)
-    items = [str(item) for item in value]
-    return ", ".join(items[:most]) + (f", … {len(items)} in all" if len(items) > most else "")
-
-
-SEED = "seed"
-"""Runs that differ in nothing else are repetitions: a row has their mean."""
-
-
 def ablation_table(runs: Sequence[RunRecord]) -> Table:
-    """Put the settings that differ beside loss, time and bytes; one row for each setting, a mean over its seeds.
-
-    Args:
-        runs: Any number; rows come in their order.
+    """Show the settings that differ beside loss, time and bytes: a row for each combination, averaged over seeds.
 
     Returns:
-        A table without rows where nothing but the seed differs.
+        The table, in the order of the runs; it has no rows if only the seed differs.
     """
     settings = [flatten(run.config) for run in runs]
     known = {key: None for own in settings for key in own if key != SEED}
@@ -250,13 +204,45 @@ def _results(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return (
         str(len(group)),
         f"{fmean(summary['initial_eval_loss'] for summary in group):.4f}",
-        UNKNOWN if None in losses else _spread(losses),
+        UNKNOWN if None in losses else spread(losses),
         f"{fmean(summary['wall_time_s'] for summary in group):.1f}",
         f"{megabytes:.2f}",
         f"{fmean(summary['overlap_fraction'] for summary in group):.0%}",
     )
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Write a mean and, of several values, their standard deviation."""
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+def to_markdown(table: Table) -> str:
+    """Return a table as Markdown, with figures aligned to the right."""
+    rule = ["---" if column < table.num_words else "---:" for column in range(len(table.header))]
+    lines = [table.header, tuple(rule), *table.rows]
+    return (
+        "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a configuration by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return leaves
+
+
+def _default_settings() -> dict[str, Any]:
+    required = {"model": {"name_or_path": "-"}, "data": {"train": ["-"]}}
+    defaults = flatten(RunConfig.model_validate(required).model_dump(mode="json"))
+    return {key: value for key, value in defaults.items() if key not in ("model.name_or_path", "data.train")}
+
+
+def short(value: Any, *, most: int = 3) -> str:
+    """Shorten a setting to the width of a cell."""
+    if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+        return str(value)
+    items = [str(item) for item in value]
+    return ", ".join(items[:most]) + (f", … {len(items)} in all" if len(items) > most else "")
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Return the mean and, of several values, their standard deviation."""
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -1,4 +1,4 @@
-"""The timeline as text: what each client's two threads did, and what was hidden."""
+"""The timeline of a run as text: compute and communication of each client, one above the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_timeline(
         max_rounds: Rounds shown, as far as the axis reaches.
 
     Returns:
-        Lines of text; none where nothing was recorded.
+        Lines of text; an empty list if the trace is empty.
     """
     moving = [span for span in spans if span.client_id is not None and span.activity in _MARKS]
     early = [span for span in moving if span.facts.get("round_index", 0) < max_rounds]

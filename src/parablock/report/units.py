@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, durations, and a curve in one line of text."""
+"""Format bytes and durations, and draw a curve in one line of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BLOCKS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Write a number of bytes in decimal units, as network speeds are: 1 MB is 10^6 bytes."""
+    """Format bytes in decimal units, as for network speeds: 1 MB is 10^6 bytes."""
     value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.95 and len(units) > 1:
         value /= 1000
@@ -18,7 +18,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_duration(duration_s: float) -> str:
-    """Write a duration coarsely: seconds below two minutes, minutes below two hours, then hours."""
+    """Format a duration: seconds, then minutes, then hours and minutes."""
     if duration_s < 9.95:
         return f"{duration_s:.1f} s"
     if duration_s < 120:

@@ -1,4 +1,4 @@
-"""Writing a report: one page and one Markdown file, from run directories alone."""
+"""Write the report of one or several runs: `report.html` and `report.md`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 
 
 def write_report(directories: Sequence[Path | str]) -> Path:
-    """Report on runs: `report.html` and `report.md` in the first of the folders.
+    """Write `report.html` and `report.md` into the first of the folders.
 
     Args:
-        directories: A run directory; the runs that it is compared with may follow. A folder that is no run
-            stands for all runs in it that have ended, and gets a comparison without the details of one.
+        directories: A run directory, and the runs to compare it with. A folder that is no run stands for all
+            ended runs in it, and gets a comparison alone.
 
     Returns:
-        The page.
+        The path of `report.html`.
 
     Raises:
         InputError: A folder holds no run that has ended, or a file is damaged.
@@ -60,11 +60,11 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> str:
-    """Write the tables.
+    """Return all tables as Markdown.
 
     Args:
-        runs: All runs; more than one are compared.
-        detailed: The run that is shown in detail, if any.
+        runs: All runs; several are compared.
+        detailed: The run to show in detail, or None.
     """
     parts: list[str] = []
     if len(runs) > 1 or detailed is None:

@@ -1,14 +1,14 @@
-"""Save and restore a run; the one list of what its state is.
+"""Checkpoints: save and restore a run. The files below are the one list of its state.
 
     round-000008/
-      state.json            the round, versions, ρ, history, what the clients had sent, progress of the records
+      state.json            the round, versions, ρ, history, progress of the records, hashes
       server.safetensors    x and view of every block, server-optimizer moments
       client-000.safetensors  its updates in flight, as they were sent; moments and residuals, if kept
       trace.json            the spans so far
 
 Everything else follows from the configuration and the seed: data order, schedules, cohorts. A client's base
-is the server's view, so it is not stored. A checkpoint is written beside its place and renamed into it, and
-every file is verified when it is read; the one before is kept, and stands in when the newest is damaged.
+is the server's view, so it is not stored. A checkpoint is written beside its place and renamed into it. Every
+file is verified when it is read; the checkpoint before stands in for a damaged one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class ClientSnapshot:
     """A client at the start of a round.
 
     Attributes:
-        client_id: Who.
+        client_id: The client.
         versions: Its block versions.
         rho: Its ρ of each block.
-        sent: The messages of its updates in flight, by round, in order, as they were sent.
-        memory: What its trainer remembers.
-        residuals: With error feedback, what rounding has kept back of each block.
+        sent: The messages of its updates in flight: round → messages, in order, as they were sent.
+        memory: State that its trainer keeps between visits.
+        residuals: With error feedback, the rounding error that is held back of each block.
     """
 
     client_id: int
@@ -64,7 +64,7 @@ class RunState:
         round_index: The next round.
         server: Its state before it starts that round.
         clients: Every client's snapshot.
-        progress: What the records need to go on: plain values.
+        progress: State of the records, as plain values.
         spans: The trace so far.
     """
 
@@ -79,7 +79,7 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
     """Write `directory/round-NNNNNN`, then remove all but the newest `keep`.
 
     Raises:
-        StorageError: It cannot be written; what was there before is untouched.
+        StorageError: The checkpoint cannot be written; earlier ones are untouched.
     """
     place = directory / f"round-{state.round_index:06d}"
     partial = directory / f".{place.name}.partial"
@@ -105,14 +105,14 @@ def load_newest(directory: Path, rounds: Collection[int] | None = None) -> tuple
     """Read the newest undamaged checkpoint.
 
     Args:
-        directory: Where they are.
-        rounds: Only of these rounds; None: of any.
+        directory: The folder of the checkpoints.
+        rounds: Rounds to choose from; None if any will do.
 
     Returns:
-        The state, or None where no checkpoint was ever finished; and why newer ones were passed over.
+        The state, and why newer checkpoints were passed over. The state is None if none was ever finished.
 
     Raises:
-        CheckpointError: There are checkpoints and all are damaged.
+        CheckpointError: All checkpoints are damaged.
     """
     passed_over: list[str] = []
     for place in _checkpoints(directory):
@@ -172,17 +172,17 @@ def _read(place: Path) -> RunState:
     if meta["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is version {meta['format_version']}, this release reads {FORMAT_VERSION}")
     if meta.pop("own_sha256") != _own_sha256(meta):
-        raise ValueError("state.json is not what was written")
+        raise ValueError("state.json has changed since it was written")
     for name, declared in meta["sha256"].items():
         if _sha256(place / name) != declared:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} has changed since it was written")
     tensors = load_file(place / "server.safetensors")
     blocks = range(len(meta["server"]["versions"]))
     params = tuple(tensors[f"params.{b}"] for b in blocks)
     server = ServerState(
         params=params,
         view=tuple(tensors.get(f"view.{b}", params[b]) for b in blocks),
-        moments=tuple(_numbered(tensors, f"moments.{b}.") for b in blocks),
+        moments=tuple(_read_numbered(tensors, f"moments.{b}.") for b in blocks),
         committed=meta["server"]["committed"],
         **{name: tuple(meta["server"][name]) for name in ("versions", "rho", "squared_delta", "history")},
         local_steps=tuple(map(tuple, meta["server"]["local_steps"])),
@@ -215,7 +215,7 @@ def _messages(tensors: Mapping[str, Tensor]) -> dict[int, list[bytes]]:
     return sent
 
 
-def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
+def _read_numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
     count = sum(name.startswith(prefix) for name in tensors)
     return tuple(tensors[f"{prefix}{k}"] for k in range(count))
 

@@ -1,4 +1,4 @@
-"""A run directory on disk, and the figures that follow from its rows and spans."""
+"""The run directory: all files of one run, and the totals of its rows and spans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunDirectory:
     """The files of one run.
 
     Args:
-        path: The folder; made by `create`.
+        path: The folder, which `create` makes.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -36,7 +36,7 @@ class RunDirectory:
         """Refuse a folder that holds a run already.
 
         Raises:
-            StorageError: It does, or no folder can be made there.
+            StorageError: The folder holds a run, or cannot be made.
         """
         with storage(self.path):
             above = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
@@ -60,7 +60,7 @@ class RunDirectory:
         """Make the folder with its configuration and manifest.
 
         Raises:
-            StorageError: It holds a run already, or cannot be written.
+            StorageError: The folder holds a run already, or cannot be written.
         """
         self.check_unused()
         made = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
@@ -75,7 +75,7 @@ class RunDirectory:
             raise
 
     def _unmake(self, folders: Sequence[Path]) -> None:
-        """Remove what `create` had begun; folders that were there before stay."""
+        """Remove the files and folders that `create` has made; folders that were there before stay."""
         for path in (self.config, self.manifest, self.metrics):
             with suppress(OSError):
                 path.unlink()
@@ -87,7 +87,7 @@ class RunDirectory:
         """Refuse a folder without an unfinished run.
 
         Raises:
-            CheckpointError: It says which.
+            CheckpointError: There is no run, or it is complete.
         """
         if not self.config.exists() or not self.manifest.exists():
             raise CheckpointError(
@@ -101,24 +101,24 @@ class RunDirectory:
             )
 
     def append(self, row: Row) -> None:
-        """Add a round."""
+        """Append a round to `metrics.jsonl`."""
         with storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def rows_before(self, round_index: int) -> list[Row]:
-        """Read the rounds before this one and forget all others, and a line that was cut.
+        """Read the rounds before `round_index`, and drop all later lines from the file.
 
         Raises:
-            CheckpointError: One of them is not there.
+            CheckpointError: A round is missing.
         """
         rows: list[Row] = []
         try:
             for line in self.metrics.read_text(encoding="utf-8").splitlines()[:round_index]:
                 rows.append(json.loads(line))
         except (OSError, ValueError):
-            pass  # the count tells
+            pass  # the check below finds a line that is missing
         if [row.get("round_index") for row in rows if isinstance(row, dict)] != list(range(round_index)):
             raise CheckpointError(
                 f"{self.metrics} does not hold the {round_index} rounds that the checkpoint has behind it",
@@ -138,16 +138,16 @@ class RunDirectory:
             write_chrome_trace(spans, beside)
 
     def write_secret(self, key: bytes) -> None:
-        """Keep the key of a run's noise, which nobody but this user may read."""
+        """Write the key of a run's noise, readable for this user alone."""
         with storage(self.secret):
             self.secret.touch(mode=0o600)
             self.secret.write_text(key.hex() + "\n", encoding="ascii")
 
     def read_secret(self) -> bytes:
-        """Read the key back.
+        """Read the key of the noise.
 
         Raises:
-            CheckpointError: It is gone or damaged.
+            CheckpointError: The file is gone or damaged.
         """
         try:
             return bytes.fromhex(self.secret.read_text(encoding="ascii"))
@@ -162,7 +162,7 @@ class RunDirectory:
         """Read `summary.json`.
 
         Raises:
-            CheckpointError: It is damaged.
+            CheckpointError: The file is damaged.
         """
         return _read_object(self.summary)
 
@@ -170,7 +170,7 @@ class RunDirectory:
         """Read `manifest.json`.
 
         Raises:
-            CheckpointError: It is damaged.
+            CheckpointError: The file is damaged.
         """
         return _read_object(self.manifest)
 
@@ -190,16 +190,15 @@ _ANEW = "Put back a copy of it, or start the run anew in another folder."
 
 
 def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]:
-    """Add up what rounds cost.
+    """Add up the times and bytes of all rounds.
 
     Args:
         rows: All rounds.
         spans: The trace.
 
     Returns:
-        compute_s, communication_s: sums over rounds of the slowest client's; sequential_s: of the client
-        whose compute and communication together are slowest, which is what the same rounds would take one
-        after the other; overlap_fraction; uplink_bytes, downlink_bytes; bytes_per_client_round.
+        compute_s, communication_s: sums over rounds of the slowest client's; sequential_s: the same rounds
+        without overlap; overlap_fraction; uplink_bytes, downlink_bytes; bytes_per_client_round.
     """
     visits = sum(len(row["participants"]) for row in rows)
     uplink, downlink = (sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes"))
@@ -215,9 +214,9 @@ def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]
 
 
 def overlap_fraction(spans: Iterable[Span]) -> float:
-    """Tell which part of all clients' communication time was hidden under their own computation.
+    """Return the fraction of all clients' communication time that their own computation hid.
 
-    Communication is the time that bytes move on a client's link; waiting for other clients is not.
+    Communication is the time in which bytes move on a client's link; waiting for other clients is not counted.
     """
     times = times_by_client(spans).values()
     total = sum(client.communication_s for client in times)

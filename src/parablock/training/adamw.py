@@ -1,4 +1,4 @@
-"""AdamW over the active block: weights and moments in one flat fp32 vector each."""
+"""AdamW on one block, whose weights and moments are flat fp32 vectors."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ class Moments:
 
 
 class BlockAdamW:
-    """AdamW on parameters that are views into one flat vector.
+    """AdamW on parameters that are views into one flat vector; a context that collects gradients while it is open.
 
-    An fp32 block is stepped where it lies; another one in a master copy, which is rounded into the block
-    after each step. As soon as autograd has made a gradient it moves, in fp32, to the weights that are stepped.
-    Matrices decay; norms and biases, which have one dimension, do not. Used as a context, which collects
-    gradients until it is left.
+    An fp32 block is stepped in place, any other one in a master copy that is rounded into the block after each
+    step. Each gradient moves, in fp32, to the stepped weights as soon as autograd has made it. Only matrices
+    decay, not norms and biases.
 
     Args:
         parameters: The block's parameters, in the order of its flat vector.
         block: The flat vector that they are views of.
-        moments: State to go on from, which is not changed; None starts anew.
+        moments: State to start from, which is not changed; None for a fresh start.
         betas: Decay of the first and of the second moment.
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
@@ -94,11 +93,11 @@ class BlockAdamW:
 
     @property
     def weights(self) -> Tensor:
-        """The weights that are stepped: flat, fp32, on the model's device."""
+        """The stepped weights: flat, fp32, on the model's device."""
         return self._weights
 
     def moments(self) -> Moments:
-        """Give the state; the optimizer must not be stepped afterwards."""
+        """Return the state; the optimizer must not be stepped afterwards."""
         return Moments(self._exp_avg, self._exp_avg_sq, self._steps)
 
     def __enter__(self) -> Self:
@@ -132,7 +131,7 @@ def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], 
     """Add μ (w − w_t) to the gradient of each weight, in place.
 
     Args:
-        weights: w, with their gradients; one without a gradient stays without.
+        weights: w, with their gradients; a weight without a gradient is skipped.
         anchors: w_t, of the same shapes.
         mu: μ.
     """

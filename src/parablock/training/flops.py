@@ -1,4 +1,4 @@
-"""Floating-point operations of a local step on one block, from the shapes of a model alone.
+"""Floating-point operations (FLOPs) of a local step on one block, from the shapes of a model.
 
 | symbol | meaning |
 |---|---|
@@ -12,9 +12,9 @@
     gradient of the input  2 N W_l + 10 N·length·A    layers from the block's lowest one up;  2 L H
     gradient of weights    2 N W_l                    layers of the block;  2 L H when the head is trained
 
-A block of MLPs alone ends the backward pass before the attention of its lowest layer, whose two terms are left out.
-The attention's backward makes its scores once more, hence 10 and not 8. Norms, activation functions and the
-optimizer are left out: they are few operations, though not nothing on a small model.
+For a block of MLPs alone, the backward pass ends before the attention of its lowest layer, whose two terms are
+left out. The backward pass of the attention recomputes its scores, hence 10 and not 8. Norms, activation functions
+and the optimizer are not counted: they are few operations, except on a small model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from parablock.model.loss import count_label_tokens
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a batch, or several together, makes a model work on.
+    """Tokens of one or several batches, as the operations count them.
 
     Attributes:
         positions: Σ N.
-        pairs: Σ N·length, what the attention looks at.
+        pairs: Σ N·length, for the attention.
         labels: Σ L.
     """
 
@@ -48,24 +48,24 @@ class Tokens:
 
     @staticmethod
     def of(batch: Batch) -> Tokens:
-        """Count those of a batch."""
+        """Count the tokens of a batch."""
         examples, length = batch.input_ids_BT.shape
         return Tokens(examples * length, examples * length * length, count_label_tokens(batch.labels_BT))
 
     @staticmethod
     def at_most(*, num_examples: int, max_length: int) -> Tokens:
-        """Count those of the longest examples possible, with a label at every position."""
+        """Count the tokens of the longest possible examples, with a label at every position."""
         positions = num_examples * max_length
         return Tokens(positions, positions * max_length, positions)
 
 
 class FlopModel:
-    """Operations of a step on a block of one model.
+    """Counts the operations of a step on a block of one model.
 
     Args:
         model: The model or its outline.
-        layers_path: Where the decoder layers are, when they are not found.
-        gradient_checkpointing: Whether the layers that the backward pass reaches are computed twice.
+        layers_path: Path of the decoder layers; None to search for them.
+        gradient_checkpointing: Whether layers are computed again in the backward pass.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class FlopModel:
         return len(self.matrices)
 
     def step(self, block: Block, tokens: Tokens) -> float:
-        """Count the operations of forward and backward when `block` is trained on `tokens`."""
+        """Count the operations of the forward and backward pass that train `block` on `tokens`."""
         reached = self.num_layers - block.lowest_layer - (block.half == "mlp")
         head = 2 * tokens.labels * self.head
         forward = self._layers(0, tokens) + head
@@ -113,7 +113,7 @@ class FlopModel:
 
 
 def attention_width(model: PreTrainedModel) -> int:
-    """Give heads × head dimension of a model's decoder."""
+    """Return heads × head dimension of a model's decoder."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", 1)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads

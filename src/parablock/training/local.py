@@ -1,9 +1,8 @@
-"""Local training: K AdamW steps on the active block, all other blocks frozen (y^b from v^b).
+"""Local training: K AdamW steps on one block, all other blocks frozen (y^b from v^b).
 
-Gradients, moments and the fp32 master copy exist for the active block alone. Autograd does the rest: the
-frozen layers below the block run without a graph, and the frozen layers above it pass gradients through
-without computing those of their weights. The model sees no random number, so a visit is a function of its
-arguments.
+Gradients, moments and the fp32 master copy exist for the active block alone. Frozen layers below the block run
+without a graph; frozen layers above it pass gradients through without computing those of their weights. The model
+draws no random number, so a visit is a function of its arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from parablock.training.adamw import Moments as Moments
 
 @dataclass(frozen=True)
 class LocalArguments:
-    """How a block is trained; names as in Hugging Face `TrainingArguments`.
+    """Optimizer and schedule of local training; names as in Hugging Face `TrainingArguments`.
 
     Attributes:
         learning_rate: Peak learning rate of AdamW.
@@ -59,12 +58,12 @@ class LocalArguments:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What K local steps made of a block.
+    """The result of K local steps on a block.
 
     Attributes:
-        trained: y^b: flat, fp32, on the CPU or on its way there; `[:]` gives it whole.
+        trained: y^b: flat, fp32, on the CPU or on its way there; `[:]` is the whole vector.
         train_loss: Mean over the steps of the loss per label token, in nats.
-        moments: The optimizer's state, to be given to the block's next visit or dropped.
+        moments: The optimizer's state, for the block's next visit.
     """
 
     trained: ArrivingVector
@@ -84,11 +83,10 @@ def train_block(
 ) -> LocalResult:
     """Take K = len(step_batches) AdamW steps on one block.
 
-    A bf16 block is stepped in an fp32 master copy, into which gradients move as they are made; an fp32
-    block is stepped in place. Afterwards the replica holds no gradient, and the block counts as changed.
+    Afterwards the replica holds no gradient, and the block counts as changed.
 
     Args:
-        replica: The client's model, whose other blocks are loaded already.
+        replica: The client's model, with its other blocks loaded.
         block_index: The active block.
         start: v^b, the working parameters: flat, the model's dtype. It is not changed.
         step_batches: The micro-batches of each step.
@@ -101,8 +99,8 @@ def train_block(
         The trained block, the loss, and the optimizer's state.
 
     Raises:
-        TrainingError: If a loss or the trained block is not finite.
-        DataError: If all labels of a step are masked.
+        TrainingError: A loss or the trained block is not finite.
+        DataError: All labels of a step are masked.
     """
     replica.load(block_index, start)
     losses = []
@@ -182,9 +180,9 @@ def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch]
     return total
 
 
-def _not_finite(what: str, where: str) -> TrainingError:
+def _not_finite(subject: str, where: str) -> TrainingError:
     return TrainingError(
-        f"{what} is not finite ({where})",
+        f"{subject} is not finite ({where})",
         cause="Most often the learning rate is too high; or a weight of the model is not finite.",
         remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0.",
     )

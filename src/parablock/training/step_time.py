@@ -1,4 +1,4 @@
-"""How long a client computes in a round: as the configuration states, or as an ordinary device would."""
+"""Seconds of local training: as stated in the configuration, or assumed for an ordinary device."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ASSUMED_FLOPS = {
     ("cuda", "float32"): 1e13,
     ("cuda", "bfloat16"): 5e13,
 }
-"""Operations per second of a CPU core and of a GPU: what an ordinary one reaches on a language model."""
+"""Operations per second that an ordinary CPU core or GPU reaches on a language model."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds that a client computes.
+    """The computation time of clients.
 
     Attributes:
-        round_s: Of (block, round_index, client_id, num_local_steps); any partition's blocks will do.
+        round_s: (block, round_index, client_id, num_local_steps) → seconds; any block of the model will do.
         source: stated | assumed | probed.
-        assumption: What the times rest on, for people.
+        assumption: The basis of these times, in words.
     """
 
     round_s: Callable[[Block, int, int, int], float]
@@ -38,7 +38,7 @@ class Compute:
 
 
 def stated_compute(step_time_s: float) -> Compute:
-    """Take `engine.step_time_s` for every step on every block."""
+    """Return `engine.step_time_s` for every step on every block."""
     return Compute(
         lambda _block, _round, _client, num_local_steps: num_local_steps * step_time_s,
         "stated",
@@ -47,7 +47,7 @@ def stated_compute(step_time_s: float) -> Compute:
 
 
 def assumed_compute(config: RunConfig, flops: FlopModel) -> Compute:
-    """Assume an ordinary device, and examples that are as long as they may be."""
+    """Assume an ordinary device, and examples of the maximum length."""
     train = config.train
     size = train.per_device_train_batch_size * train.gradient_accumulation_steps
     tokens = Tokens.at_most(num_examples=size, max_length=config.data.max_length)
@@ -68,19 +68,19 @@ def assumed_compute(config: RunConfig, flops: FlopModel) -> Compute:
 
 
 def num_threads(config: RunConfig) -> int:
-    """Give the torch threads of a client: as configured, or a fair share of this machine's cores."""
+    """Return the torch threads of a client: as configured, or a fair share of this machine's cores."""
     cores = os.cpu_count() or 1
     return config.engine.num_threads or max(1, cores // min(cores, config.federation.num_clients))
 
 
 def device(config: RunConfig) -> str:
-    """Tell where local training runs, cpu or cuda."""
+    """Return the device of local training, cpu or cuda."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     return found if config.model.device == "auto" else config.model.device
 
 
 def crowding(config: RunConfig, threads: int) -> tuple[float, str]:
-    """Tell how much slower clients are that share this machine, which they do under the real clock."""
+    """Return how much slower clients are because they share this machine, and a note on it."""
     if config.engine.name != "inprocess" or config.engine.clock == "virtual":
         return 1.0, ""
     on_cpu = device(config) == "cpu"
@@ -88,12 +88,12 @@ def crowding(config: RunConfig, threads: int) -> tuple[float, str]:
     cores = os.cpu_count() or 1
     factor = max(1.0, asked * threads / cores) if on_cpu else float(asked)
     shared = f"{cores} cores" if on_cpu else "one GPU"
-    told = (
+    note = (
         f"; {asked} clients share {shared}: {factor:.3g} times as long (engine.clock: virtual gives each its own)"
     )
-    return factor, told if factor > 1 else ""
+    return factor, note if factor > 1 else ""
 
 
 def format_flops(flops_per_s: float) -> str:
-    """Write a speed."""
+    """Format a speed."""
     return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
