@@ -232,7 +232,7 @@ class Client:
         """Take the local steps; give their loss, q(Δ) in chunks, and what the server will see of it."""
         t, b = start.round_index, start.block_index
         v = working_parameters(self.state, self._in_flight)
-        result = self._trainer.train(start, v)
+        result = self._trainer.train(t, b, start.num_local_steps, start.steps_before, v)
         if self._factors is not None:
             return result.train_loss, *self._encode(result.trained, result.trained[:].numel(), t, b)
         return result.train_loss, *self._encode(_Delta(result.trained, v[b]), v[b].numel(), t, b)
