@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from parablock.cli.terminal import conclude, watched
+from parablock.cli.terminal import print_summary, watched
 from parablock.errors import ConfigError
 
 deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
@@ -109,7 +109,7 @@ def local(
         summary = deploy_local(
             settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
         )
-    conclude(summary, output_dir)
+    print_summary(summary, output_dir)
 
 
 @deploy.command()

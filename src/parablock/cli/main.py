@@ -18,7 +18,7 @@ from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.deploy import deploy
-from parablock.cli.terminal import conclude, console, exit_when_interrupted, watched
+from parablock.cli.terminal import console, exit_when_interrupted, print_summary, watched
 from parablock.errors import ParaBlockError
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def run(
 
     with watched() as (progress, stop):
         summary = run_experiment(settings, output_dir, progress=progress, asked_to_stop=stop)
-    conclude(summary, output_dir)
+    print_summary(summary, output_dir)
 
 
 @app.command()
@@ -79,7 +79,7 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
             from parablock.experiment.run import resume as resume_experiment
 
             summary = resume_experiment(directory, progress=progress, asked_to_stop=stop)
-    conclude(summary, directory)
+    print_summary(summary, directory)
 
 
 @app.command()

@@ -44,8 +44,8 @@ def watched() -> Iterator[tuple[Any, Any]]:
                 signal.signal(number, handler)
 
 
-def conclude(summary: dict[str, Any], directory: Path) -> None:
-    """Say what came of a run, and what to open."""
+def print_summary(summary: dict[str, Any], directory: Path) -> None:
+    """Print what came of a run, and what to open."""
     exit_when_interrupted(summary, directory)
     console.print(
         f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "

@@ -101,10 +101,10 @@ class FloraModel(MethodModel):
         self._without_adapters()
         return super().evaluate(params)
 
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Make the model of the last matrices, and score it."""
+    def finish_model(self, params: Sequence[Tensor]) -> float:
+        """Make the model of the last matrices, and return its loss."""
         self._without_adapters()
-        return super().conclude(params)
+        return super().finish_model(params)
 
     def _without_adapters(self) -> None:
         self._adapters.load(0, torch.zeros_like(self._adapters.read(0)))

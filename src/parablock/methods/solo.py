@@ -70,8 +70,8 @@ class SoloModels(MethodModel):
         del params  # nothing is in them
         return fmean(super(SoloModels, self).evaluate(client.own) for client in self._apart)
 
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Score every client's last model, and give the mean."""
+    def finish_model(self, params: Sequence[Tensor]) -> float:
+        """Score every client's last model, and return the mean."""
         return self.evaluate(params)
 
     def export(self, directory: Path) -> str:
