@@ -7,7 +7,6 @@ random Llama with a tokenizer learned from given texts, small enough to fine-tun
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -19,9 +18,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parablock.errors import DataError, StorageError
+from parablock.errors import DataError
 from parablock.model.save import save_model
 from parablock.seeding import generator_for, seed_for
+from parablock.storage.files import storage, write_atomically
 
 TEST_FILE_NAME = "test.jsonl"
 OWN_TOPIC_SHARE = 0.8
@@ -116,11 +116,11 @@ def make_word_problems(directory: Path, *, num_clients: int, examples_per_client
     topics = list(_TOPICS)[: max(2, num_clients)]
     for client_id, path in enumerate(paths):
         draw = generator_for(seed, "demo train", client_id)
-        _write_whole(path, _client_rows(client_id, topics, examples_per_client, draw))
+        _write_rows(path, _client_rows(client_id, topics, examples_per_client, draw))
     draw = generator_for(seed, "demo test")
     num_test = max(4 * len(topics), num_clients * examples_per_client // HELD_OUT_ONE_IN)
     tested = itertools.islice(itertools.cycle(topics), num_test)
-    _write_whole(directory / TEST_FILE_NAME, [_row(topic, draw, held_out=True) for topic in tested])
+    _write_rows(directory / TEST_FILE_NAME, [_row(topic, draw, held_out=True) for topic in tested])
     return paths
 
 
@@ -141,22 +141,10 @@ def _row(topic: str, draw: np.random.Generator, *, held_out: bool) -> dict[str, 
             return {"question": question, "answer": f"{reasoning}\n#### {answer}", "template": topic}
 
 
-def _write_whole(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write a JSONL file completely or not at all: into a temporary file, then renamed."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            cause="The disk may be full, or the folder is read-only or not a folder.",
-            remedy="Free some space or choose another folder.",
-        ) from error
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int, num_layers: int = 8) -> Path:
