@@ -40,13 +40,9 @@ batches = [Batch(ids, torch.ones_like(ids), ids) for ids in (torch.tensor([list(
 
 
 def train(client: int, round_index: int, block: int, working: tuple[Tensor, ...]) -> LocalResult:
-    replica, steps, place = (
-        replicas[client],
-        [[batches[client]]] * 4,
-        {"first_step": 4 * round_index, "total_steps": 48},
-    )
+    replica, steps, first_step = replicas[client], [[batches[client]]] * 4, 4 * round_index
     replica.load_all(working)
-    return train_block(replica, block, working[block], steps, ARGUMENTS, **place, moments=None)
+    return train_block(replica, block, working[block], steps, ARGUMENTS, first_step=first_step, total_steps=48)
 
 
 print("blocks:", ", ".join(f"{block.name} ({block.num_parameters:,})" for block in blocks))

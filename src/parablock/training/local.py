@@ -79,7 +79,7 @@ def train_block(
     *,
     first_step: int,
     total_steps: int,
-    moments: Moments | None,
+    moments: Moments | None = None,
 ) -> LocalResult:
     """Take K = len(step_batches) AdamW steps on one block.
 
