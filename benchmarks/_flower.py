@@ -17,12 +17,10 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from parablock.algorithm.parablock import NEVER
 from parablock.config.keys import RunConfig
 from parablock.experiment.inputs import read_inputs
 from parablock.methods.base import RunInputs
 from parablock.methods.choose import make_method_model
-from parablock.wire.messages import RoundStart
 from parablock.wire.transport import Link
 
 Point = dict[str, Any]
@@ -53,10 +51,9 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Point]]:
     steps, step_s = config.train.num_local_steps, config.engine.step_time_s
     assert isinstance(steps, int) and step_s is not None
     for t in range(config.federation.num_rounds):
-        start = RoundStart(t, 0, steps, steps_before=t * steps, committed=NEVER, news=())
         replies = []
         for trainer in fleet.trainers:
-            trained = trainer.train(start, (to_flat(arrays),)).trained[:]
+            trained = trainer.train(t, 0, steps, t * steps, (to_flat(arrays),)).trained[:]
             metrics = MetricRecord({"num-examples": trainer.num_examples})
             replies.append(Reply(RecordDict({"arrays": to_arrays(trained, job), "metrics": metrics})))
         one_way = arrays.count_bytes()

@@ -84,9 +84,10 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
     class Sleeper:
         num_examples, step_time_s = 1, None
 
-        def train(self, start: Any, working: Any) -> Trained:
+        def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
+            del round_index
             time.sleep(wanted["compute_s"])
-            return Trained(working[start.block_index] + noise, 0.0)
+            return Trained(rest[-1][block_index] + noise, 0.0)
 
         def memory(self) -> dict[str, Any]:
             return {}

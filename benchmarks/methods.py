@@ -56,7 +56,6 @@ from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import ASSUMED_FLOPS
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.transport import Link
 
 Found = dict[str, Any]
@@ -250,8 +249,16 @@ class Idle:
     def __init__(self, step_time_s: float, sends: int | None) -> None:
         self.step_time_s, self._sends = step_time_s, sends
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        own = working[start.block_index].float() if self._sends is None else torch.zeros(self._sends)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        del round_index, num_local_steps, steps_before
+        own = working[block_index].float() if self._sends is None else torch.zeros(self._sends)
         return Trained(own, 0.0)
 
     def memory(self) -> dict[str, Tensor]:

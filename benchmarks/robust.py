@@ -34,7 +34,6 @@ from parablock.experiment.inputs import read_inputs
 from parablock.model.params import Replica
 from parablock.trace import Trace
 from parablock.training.trainer import LocalTrainer, Trained, Trainer, local_arguments
-from parablock.wire.messages import RoundStart
 from parablock.wire.transport import Link
 
 ATTACKS = {"none": 1.0, "sign flip": -1.0, "flip and scale": -10.0}
@@ -57,9 +56,16 @@ class Attacker:
     def __post_init__(self) -> None:
         self.num_examples, self.step_time_s = self.honest.num_examples, self.honest.step_time_s
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        found = self.honest.train(start, working)
-        v = working[start.block_index].float()
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        found = self.honest.train(round_index, block_index, num_local_steps, steps_before, working)
+        v = working[block_index].float()
         return replace(found, trained=v + self.factor * (found.trained[:].float() - v))
 
     def memory(self) -> dict[str, Tensor]:

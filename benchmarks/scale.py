@@ -42,7 +42,6 @@ from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import ASSUMED_FLOPS
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
 from parablock.wire.transport import Link
 
@@ -128,8 +127,16 @@ class Stand:
     def __init__(self, step_time_s: float) -> None:
         self.step_time_s = step_time_s
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(working[start.block_index].float() + 0.001 * (1 + start.round_index), 1.0)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        del num_local_steps, steps_before
+        return Trained(working[block_index].float() + 0.001 * (1 + round_index), 1.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}

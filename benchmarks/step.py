@@ -38,7 +38,7 @@ from parablock.model.load import DTYPES, load_model
 from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, train_block
 
-ARGUMENTS = LocalArguments(learning_rate=1e-4, total_steps=1_000_000)
+ARGUMENTS = LocalArguments(learning_rate=1e-4)
 LORA_RANK = 16
 WAYS = ("block", "by hand", "full", "lora")
 
@@ -113,7 +113,9 @@ def measure(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, An
 
     def visit(b: int) -> Tensor:
         steps = [[batch] for batch in batches]
-        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, moments=None).trained[:]
+        return train_block(
+            replica, b, starts[b], steps, ARGUMENTS, first_step=0, total_steps=1, moments=None
+        ).trained[:]
 
     def by_hand(b: int) -> None:
         train_by_hand(plain, replica.blocks[b].parameter_names, batches)

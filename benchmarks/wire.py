@@ -24,7 +24,6 @@ from parablock.engine.server import ServerPlan
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, pack, payload_bytes
 from parablock.wire.transport import Link
 
@@ -97,8 +96,16 @@ class Instant:
 
     num_examples, step_time_s = 1, None
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(working[start.block_index] + start.round_index, 0.0)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        del num_local_steps, steps_before
+        return Trained(working[block_index] + round_index, 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}

@@ -15,7 +15,7 @@ from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, LocalResult, train_block
 
 TEXTS = (b"the cat sat on the mat. " * 3, b"a dog ran in the park.. " * 3)  # what each of two clients has
-ARGUMENTS = LocalArguments(learning_rate=1e-2, total_steps=48)
+ARGUMENTS = LocalArguments(learning_rate=1e-2)
 
 
 class ConvLM(PreTrainedModel):  # bytes through causal convolutions, in a list called `stages`
@@ -42,7 +42,7 @@ batches = [Batch(ids, torch.ones_like(ids), ids) for ids in (torch.tensor([list(
 def train(client: int, round_index: int, block: int, working: tuple[Tensor, ...]) -> LocalResult:
     replica, steps, first_step = replicas[client], [[batches[client]]] * 4, 4 * round_index
     replica.load_all(working)
-    return train_block(replica, block, working[block], steps, ARGUMENTS, first_step=first_step, moments=None)
+    return train_block(replica, block, working[block], steps, ARGUMENTS, first_step=first_step, total_steps=48)
 
 
 print("blocks:", ", ".join(f"{block.name} ({block.num_parameters:,})" for block in blocks))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 
 SIZE = 5
 
@@ -65,8 +64,15 @@ class ToyTrainer:
     def __init__(self, client_id: int, num_examples: int, step_time_s: float | None = 1.0) -> None:
         self.client_id, self.num_examples, self.step_time_s = client_id, num_examples, step_time_s
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(solve(self.client_id, start.round_index, start.block_index, working), 0.0)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        return Trained(solve(self.client_id, round_index, block_index, working), 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}

@@ -43,7 +43,6 @@ from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial
@@ -276,9 +275,16 @@ def test_a_trainer_that_dies_in_the_middle_of_an_update_sends_it_whole_again(tmp
 
 def test_a_site_four_times_slower_is_asked_again_and_changes_nothing(tmp_path: Path):
     class Slow(ToyTrainer):
-        def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        def train(
+            self,
+            round_index: int,
+            block_index: int,
+            num_local_steps: int,
+            steps_before: int,
+            working: tuple[Tensor, ...],
+        ) -> Trained:
             time.sleep(0.4 if self.client_id == 0 else 0.1)  # a site may wait 0.3 s for its trainer
-            return super().train(start, working)
+            return super().train(round_index, block_index, num_local_steps, steps_before, working)
 
     method = replace(plan(1, CHUNKED), num_rounds=4)
     result, grid = over_flower(tmp_path, method, make_trainer=Slow)

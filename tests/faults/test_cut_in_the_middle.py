@@ -19,7 +19,6 @@ from parablock.engine.update_form import Differences
 from parablock.seeding import seed_for
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
 from parablock.wire.transport import Link
 
@@ -37,9 +36,16 @@ class Walker:
     def __init__(self, client_id: int) -> None:
         self.client_id, self.num_examples = client_id, 3 + client_id
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, start.round_index))
-        v = working[start.block_index].float()
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
+        v = working[block_index].float()
         return Trained(0.9 * v + 0.01 * torch.randn(v.shape, generator=generator), 0.0)
 
     def memory(self) -> dict[str, Tensor]:

@@ -40,10 +40,10 @@ class Diverging(ToyTrainer):
         super().__init__(client_id, num_examples, step_s)
         self.rounds = rounds
 
-    def train(self, start, working):
-        if start.round_index in self.rounds:
+    def train(self, round_index, *rest):
+        if round_index in self.rounds:
             raise TrainingError("The training loss is not finite")
-        return super().train(start, working)
+        return super().train(round_index, *rest)
 
 
 @dataclass

@@ -27,7 +27,6 @@ from parablock.methods.flora import factors_of
 from parablock.model.adapters import adapted_layers, draw_adapters, matrices_block
 from parablock.seeding import generator_for
 from parablock.trace import Trace
-from parablock.wire.messages import RoundStart
 from tiny_runs import NUM_CLIENTS, Workshop, metrics_of
 
 EXAMPLES = {0: 1, 1: 5, 2: 2}
@@ -112,8 +111,7 @@ def test_a_round_adds_the_mean_of_what_the_clients_learned(workshop: Workshop) -
     job = job_of(workshop, "federation.num_rounds=1")
     fleet = make_method_model(job)
     factors = factors_of(job.loaded.model, job.config)
-    start = RoundStart(0, 0, 2, 0, -1, ())
-    learned = {i: (t.train(start, fleet.params).trained, t.num_examples) for i, t in enumerate(fleet.trainers)}
+    learned = {i: (t.train(0, 0, 2, 0, fleet.params).trained, t.num_examples) for i, t in enumerate(fleet.trainers)}
     (before,) = fleet.params
     (after,) = run(job, fleet).server.params
     total = sum(n for _, n in learned.values())
@@ -181,7 +179,7 @@ def test_outside_training_the_adapters_add_nothing(workshop: Workshop) -> None:
     job = job_of(workshop)
     fleet = make_method_model(job)
     before = fleet.evaluate(fleet.params)
-    fleet.trainers[0].train(RoundStart(0, 0, 2, 0, -1, ()), fleet.params)
+    fleet.trainers[0].train(0, 0, 2, 0, fleet.params)
     assert any(layer.lora_B["default"].weight.any() for _, layer in adapted_layers(job.loaded.model))
     assert fleet.evaluate(fleet.params) == before
     assert fleet.evaluate((fleet.params[0] * 1.1,)) != before

@@ -22,12 +22,11 @@ from parablock.model.params import Replica
 from parablock.trace import Trace
 from parablock.training.local import LocalArguments, train_block
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 
 EXAMPLES, ROUNDS = [2, 3], 6
-ARGUMENTS = LocalArguments(learning_rate=0.01, total_steps=ROUNDS)
+ARGUMENTS = LocalArguments(learning_rate=0.01)
 
 
 class HalfLayers:
@@ -43,7 +42,14 @@ class HalfLayers:
         batch = Batch(ids, torch.ones_like(ids), ids)
         self.replica.load_all(working)
         return train_block(
-            self.replica, block_index, working[block_index], [[batch]], ARGUMENTS, first_step=0, moments=None
+            self.replica,
+            block_index,
+            working[block_index],
+            [[batch]],
+            ARGUMENTS,
+            first_step=0,
+            total_steps=ROUNDS,
+            moments=None,
         ).trained
 
 
@@ -55,8 +61,15 @@ class ClientOf:
     def __init__(self, model: HalfLayers, client_id: int) -> None:
         self._model, self._client_id, self.num_examples = model, client_id, EXAMPLES[client_id]
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(self._model.solve(self._client_id, start.round_index, start.block_index, working), 0.0)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        return Trained(self._model.solve(self._client_id, round_index, block_index, working), 0.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}

@@ -20,7 +20,6 @@ from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.update_form import Differences
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
@@ -38,12 +37,18 @@ class PacedTrainer(ToyTrainer):
         super().__init__(client_id, num_examples, step_time_s)
         self.taken = 0
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        assert start.steps_before == self.taken
-        self.taken += start.num_local_steps
-        steps = start.num_local_steps
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        assert steps_before == self.taken
+        self.taken += num_local_steps
         return Trained(
-            solve(self.client_id, start.round_index, start.block_index, working, num_local_steps=steps), 0.0
+            solve(self.client_id, round_index, block_index, working, num_local_steps=num_local_steps), 0.0
         )
 
 
@@ -95,9 +100,16 @@ def test_more_steps_give_a_client_no_more_say():
     # One walks up and one down, by 1/8 a step: together they stay where they are, whoever is fast. The mean of the
     # updates themselves, +K_0 / 8 and −K_1 / 8, would follow the fast one.
     class Walker(ToyTrainer):
-        def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        def train(
+            self,
+            round_index: int,
+            block_index: int,
+            num_local_steps: int,
+            steps_before: int,
+            working: tuple[Tensor, ...],
+        ) -> Trained:
             step = (0.125, -0.125)[self.client_id]
-            return Trained(working[start.block_index] + start.num_local_steps * step, 0.0)
+            return Trained(working[block_index] + num_local_steps * step, 0.0)
 
     def end_of(step_s: tuple[float, float]) -> float:
         plan = ServerPlan(

@@ -31,7 +31,7 @@ from parablock.model.params import Replica
 from parablock.training.local import LocalArguments, LocalResult, Moments, learning_rate_at, train_block
 
 NUM_LAYERS = 4
-PLAIN = LocalArguments(learning_rate=1e-2, total_steps=100, max_grad_norm=0.0)
+PLAIN = LocalArguments(learning_rate=1e-2, max_grad_norm=0.0)
 
 
 @pytest.fixture
@@ -83,10 +83,20 @@ def train(
     *,
     start: Tensor | None = None,
     first_step: int = 0,
+    total_steps: int = 100,
     moments: Moments | None = None,
 ) -> LocalResult:
     start = replica.read(block_index) if start is None else start
-    return train_block(replica, block_index, start, batches, arguments, first_step=first_step, moments=moments)
+    return train_block(
+        replica,
+        block_index,
+        start,
+        batches,
+        arguments,
+        first_step=first_step,
+        total_steps=total_steps,
+        moments=moments,
+    )
 
 
 def plain_loop(
@@ -373,7 +383,7 @@ def test_each_argument_of_adamw_takes_effect(
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.25])
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_the_learning_rate_is_that_of_a_scheduler_of_transformers(name: str, warmup_ratio: float) -> None:
-    arguments = replace(PLAIN, total_steps=12, lr_scheduler_type=name, warmup_ratio=warmup_ratio)
+    arguments = replace(PLAIN, lr_scheduler_type=name, warmup_ratio=warmup_ratio)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     hf_name = "constant_with_warmup" if name == "constant" else name
     scheduler = get_scheduler(hf_name, optimizer, int(12 * warmup_ratio), 12)
@@ -382,26 +392,30 @@ def test_the_learning_rate_is_that_of_a_scheduler_of_transformers(name: str, war
         expected.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    assert [learning_rate_at(arguments, step) for step in range(12)] == pytest.approx(expected)
+    assert [learning_rate_at(arguments, step, 12) for step in range(12)] == pytest.approx(expected)
     assert (len(set(expected)) == 1) == (name == "constant" and not warmup_ratio)
     # steps beyond the planned end keep the last value, also where a cosine would rise again
-    assert learning_rate_at(arguments, 20) == learning_rate_at(arguments, 12)
+    assert learning_rate_at(arguments, 20, 12) == learning_rate_at(arguments, 12, 12)
 
 
 def test_a_step_uses_the_learning_rate_of_its_place_in_the_run(
     make_model: Callable[..., PreTrainedModel],
 ) -> None:
-    linear = replace(PLAIN, total_steps=10, lr_scheduler_type="linear")
+    linear = replace(PLAIN, lr_scheduler_type="linear")
 
     def trained(arguments: LocalArguments, first_step: int) -> Tensor:
-        return train(make_replica(make_model()), 1, steps(1), arguments, first_step=first_step).trained
+        return train(
+            make_replica(make_model()), 1, steps(1), arguments, first_step=first_step, total_steps=10
+        ).trained
 
     # 1 − 4/10 of the way down is left at step 4
     assert torch.equal(trained(linear, 4), trained(replace(PLAIN, learning_rate=PLAIN.learning_rate * 0.6), 0))
     assert difference(trained(linear, 4), trained(linear, 5)) > 1e-4
     assert torch.equal(trained(PLAIN, 4), trained(PLAIN, 5))
-    two = train(make_replica(make_model()), 1, steps(1, 2), linear, first_step=8)  # rates 0.2 and 0.1
-    one = train(make_replica(make_model()), 1, steps(1), linear, first_step=8)
+    two = train(
+        make_replica(make_model()), 1, steps(1, 2), linear, first_step=8, total_steps=10
+    )  # rates 0.2 and 0.1
+    one = train(make_replica(make_model()), 1, steps(1), linear, first_step=8, total_steps=10)
     second_step = difference(two.trained, one.trained)
     assert (
         second_step
@@ -566,19 +580,21 @@ def float_bytes() -> int:
 
 
 def test_kept_moments_go_on_where_the_last_visit_ended(make_model: Callable[..., PreTrainedModel]) -> None:
-    arguments = replace(PLAIN, weight_decay=0.1, lr_scheduler_type="cosine", total_steps=6)
-    together = train(make_replica(make_model()), 1, steps(1, 2, 3, 4), arguments)
+    arguments = replace(PLAIN, weight_decay=0.1, lr_scheduler_type="cosine")
+    together = train(make_replica(make_model()), 1, steps(1, 2, 3, 4), arguments, total_steps=6)
     replica = make_replica(make_model())
-    first = train(replica, 1, steps(1, 2), arguments)
+    first = train(replica, 1, steps(1, 2), arguments, total_steps=6)
     kept = first.moments.exp_avg.clone(), first.moments.exp_avg_sq.clone()
-    second = train(replica, 1, steps(3, 4), arguments, start=first.trained, first_step=2, moments=first.moments)
+    second = train(
+        replica, 1, steps(3, 4), arguments, start=first.trained, first_step=2, total_steps=6, moments=first.moments
+    )
     assert torch.equal(second.trained, together.trained)
     assert torch.equal(second.moments.exp_avg, together.moments.exp_avg)
     assert torch.equal(second.moments.exp_avg_sq, together.moments.exp_avg_sq)
     assert (first.moments.step, second.moments.step, together.moments.step) == (2, 4, 4)
     assert torch.equal(first.moments.exp_avg, kept[0])  # what was given is not changed
     assert torch.equal(first.moments.exp_avg_sq, kept[1])
-    reset = train(replica, 1, steps(3, 4), arguments, start=first.trained, first_step=2)
+    reset = train(replica, 1, steps(3, 4), arguments, start=first.trained, first_step=2, total_steps=6)
     assert difference(reset.trained, together.trained) > 1e-4
     assert reset.moments.step == 2
 
@@ -593,9 +609,9 @@ def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(
     start = replica.read(1)
     broken = start.clone()
     broken[0] = float("nan")
-    linear = replace(PLAIN, total_steps=10, lr_scheduler_type="linear")
+    linear = replace(PLAIN, lr_scheduler_type="linear")
     with pytest.raises(TrainingError, match=r"loss is not finite \(block 1, local step 5, learning rate 0\.005"):
-        train(replica, 1, steps(1), linear, start=broken, first_step=5)
+        train(replica, 1, steps(1), linear, start=broken, first_step=5, total_steps=10)
     # and the replica is as after any other visit
     assert not any(parameter.requires_grad for parameter in replica.model.parameters())
     assert not replica.model.training

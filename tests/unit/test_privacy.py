@@ -20,7 +20,6 @@ from parablock.privacy.keystream import Keystream, derive, new_key
 from parablock.privacy.protection import Protection
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 
@@ -127,8 +126,15 @@ class Spiky:
 
     num_examples, step_time_s = 1, 1.0
 
-    def train(self, start: RoundStart, working: tuple[torch.Tensor, ...]) -> Trained:
-        return Trained(working[start.block_index] + torch.tensor([1.0] + 63 * [0.01]).repeat(2), 0.0)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[torch.Tensor, ...],
+    ) -> Trained:
+        return Trained(working[block_index] + torch.tensor([1.0] + 63 * [0.01]).repeat(2), 0.0)
 
     def memory(self) -> dict[str, torch.Tensor]:
         return {}

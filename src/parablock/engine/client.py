@@ -197,7 +197,7 @@ class Client:
         """Take the local steps; return their loss, and the update as it leaves."""
         t, b = start.round_index, start.block_index
         v = working_parameters(self.state, self._plan.in_flight)
-        result = self._trainer.train(start, v)
+        result = self._trainer.train(t, b, start.num_local_steps, start.steps_before, v)
         local = LocalUpdate(t, self.client_id, result.trained, v[b], self._residuals.get(b), self._protection)
         encoded = self._plan.form.encode(local)
         if encoded.residual is not None:

@@ -1,4 +1,4 @@
-"""A job: a configuration with the model, the data and the partition that it names, read and checked."""
+"""Read a run's inputs: rows, the base model and its blocks, tokens, and notes on them for the user."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parablock import __version__
-from parablock.config.keys import RunConfig
+from parablock.config.keys import BlocksSection, DataSection, ModelSection, RunConfig, TrainSection
 from parablock.data.histogram import count_examples, partition_histogram
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
@@ -28,6 +30,21 @@ from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a run starts from.
+
+    Attributes:
+        loaded: The model and its tokenizer.
+        sha256: The hash of its weights.
+        num_parameters: The number of its weights.
+    """
+
+    loaded: LoadedModel
+    sha256: str
+    num_parameters: int
+
+
 def read_inputs(
     config: RunConfig, tell: Callable[[str], None] = lambda _: None, *, all_rows_of: int | None = None
 ) -> RunInputs:
@@ -35,63 +52,53 @@ def read_inputs(
 
     Args:
         config: The run.
-        tell: Told what is being done, since a large model takes its time.
+        tell: Called with a line of text before each step that can take long.
         all_rows_of: The client that all training rows belong to, at a site with rows of its own; nothing is
             held out there.
 
     Raises:
         InputError: For the first thing that is missing or wrong, before anything is written.
     """
-    config = _resolved(config)
+    config = _resolve(config)
     torch.set_num_threads(config.engine.num_threads or 1)
     tell(f"reading {len(config.data.train) + len(config.data.test)} data sources")
-    parts, held_out = _read_rows(config, all_rows_of)
-    model = config.model
-    tell(f"loading {model.name_or_path}")
-    loaded = load_model(
-        model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=config.seed
+    parts, held_out = read_rows(
+        config.data,
+        num_clients=config.federation.num_clients,
+        seed=config.seed,
+        pooled=config.federation.traits.pools_data,
+        all_rows_of=all_rows_of,
     )
-    base_hash = base_sha256(loaded.model)  # before a method puts adapters into it
-    num_parameters = loaded.model.num_parameters()
-    asked, config = config.blocks.layers_per_block, fitted(config, loaded.model)
-    blocks = _partition_model(config, loaded)
-    tokenized = [_tokenize(config, loaded, rows) for rows in parts]
-    scored = _tokenize(config, loaded, held_out)
-    notes = [
-        f"{loaded.name_or_path}: {num_parameters:,} parameters in {config.model.dtype}, "
-        f"{len(blocks)} block{'s' * (len(blocks) != 1)}",
-        *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if asked == "auto" else []),
-        *partition_histogram(parts, field=config.data.partition.field),
-        *(
-            f"client {i}: {part.summary()}"
-            for i, part in enumerate(tokenized)
-            if len(tokenized) <= 20 or part.skipped
-        ),
-        f"test: {scored.summary()}",
-        *_skipped_rows(tokenized),
-        *_frozen_noise(config, loaded, blocks),
-    ]
-    manifest = {
-        "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
-        "base_sha256": base_hash,
-        "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
-        "clients": count_examples([part.examples for part in tokenized], field=config.data.partition.field),
-        "seed": config.seed,
-        **_environment(),
-    }
+    tell(f"loading {config.model.name_or_path}")
+    base = load_base(config.model, seed=config.seed)
+    asked = config.blocks
+    config, blocks = cut_model(config, base.loaded.model)
+    *train, test = (tokenize(rows, base.loaded.tokenizer, config.data, config.train) for rows in (*parts, held_out))
     return RunInputs(
         config=config,
-        loaded=loaded,
+        loaded=base.loaded,
         blocks=blocks,
-        train=tuple(part.examples for part in tokenized),
-        test=_sample(scored.examples, config),
-        notes=tuple(notes),
-        manifest=manifest,
+        train=tuple(part.examples for part in train),
+        test=_sample(test.examples, config.evaluation.max_examples, config.seed),
+        notes=(
+            *describe_model(base, config.model, blocks),
+            *_describe_auto(asked, config.blocks),
+            *describe_data(parts, train, test, config.data.partition.field),
+            *_warn_of_random_ends(base.loaded.model, config.model, blocks),
+        ),
+        manifest={
+            "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
+            "base_sha256": base.sha256,
+            "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
+            "clients": count_examples([part.examples for part in train], field=config.data.partition.field),
+            "seed": config.seed,
+            **_environment(),
+        },
     )
 
 
-def _resolved(config: RunConfig) -> RunConfig:
-    """Write down what depends on the machine, so that a resumed run does not."""
+def _resolve(config: RunConfig) -> RunConfig:
+    """Write this machine's defaults into the configuration, so that a resumed run does not depend on its own."""
     cores = os.cpu_count() or 1
     share = config.engine.num_threads or max(1, cores // min(cores, config.federation.num_clients))
     data, model = config.data, config.model
@@ -107,96 +114,155 @@ def _resolved(config: RunConfig) -> RunConfig:
 
 
 def _absolute(source: str) -> str:
-    """Give the full path of a file or folder that is here; leave the name of anything else alone."""
+    """Return the full path of a file or folder that is here, and any other name as it is."""
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
-def _read_rows(config: RunConfig, all_rows_of: int | None) -> tuple[list[tuple[Row, ...]], list[Row]]:
-    """Read and split the rows; without test files, hold a part of each client's rows out."""
-    data, federation = config.data, config.federation
+def read_rows(
+    data: DataSection, *, num_clients: int, seed: int, pooled: bool = False, all_rows_of: int | None = None
+) -> tuple[list[tuple[Row, ...]], list[Row]]:
+    """Read the rows and share them out; without test files, hold out a part of each client's rows.
+
+    Args:
+        data: The sources and their partition.
+        num_clients: Number of clients.
+        seed: The run's seed.
+        pooled: Give all rows to one client after the partition; the rows that are held out stay the same.
+        all_rows_of: See `read_inputs`.
+
+    Returns:
+        The training rows of each client, and the test rows.
+    """
     sources = [load_rows(source, split="train") for source in data.train]
     if all_rows_of is not None:
-        rows = tuple(row for source in sources for row in source)
-        return [rows if i == all_rows_of else () for i in range(federation.num_clients)], []
+        return [_joined(sources) if i == all_rows_of else () for i in range(num_clients)], []
     held_out = [row for source in data.test for row in load_rows(source, split="test")]
     if not data.train:  # every site brings its own
-        return [()] * federation.num_clients, held_out
-    parts: list[tuple[Row, ...]] = list(
+        return [()] * num_clients, held_out
+    parts = list(
         partition_rows(
             sources,
             scheme=data.partition.scheme,
-            num_clients=federation.num_clients,
+            num_clients=num_clients,
             alpha=data.partition.alpha,
             field=data.partition.field,
-            seed=config.seed,
+            seed=seed,
         )
     )
-    if held_out:
-        return _joined(parts, config), held_out
+    if not held_out:
+        parts, held_out = _hold_out(parts, data.test_fraction, seed)
+    return [_joined(parts)] if pooled else parts, held_out
+
+
+def _joined(parts: Sequence[Sequence[Row]]) -> tuple[Row, ...]:
+    return tuple(row for part in parts for row in part)
+
+
+def _hold_out(
+    parts: Sequence[tuple[Row, ...]], fraction: float, seed: int
+) -> tuple[list[tuple[Row, ...]], list[Row]]:
+    """Draw a part of each client's rows; return the rest of each client, and all that were drawn."""
+    kept, held_out = list[tuple[Row, ...]](), list[Row]()
     for client_id, rows in enumerate(parts):
-        order = generator_for(config.seed, "held-out", client_id).permutation(len(rows))
-        size = max(1, round(data.test_fraction * len(rows)))
+        order = generator_for(seed, "held-out", client_id).permutation(len(rows))
+        size = max(1, round(fraction * len(rows)))
         if size >= len(rows):
             raise DataError(
                 f"client {client_id} has {len(rows)} row{'s' * (len(rows) != 1)}: none would be left to train on",
                 cause="data.test is empty, so a part of each client's rows is held out.",
                 remedy="Give data.test, or more rows, or fewer clients.",
             )
-        out = set(order[:size].tolist())
-        held_out.extend(row for k, row in enumerate(rows) if k in out)
-        parts[client_id] = tuple(row for k, row in enumerate(rows) if k not in out)
-    return _joined(parts, config), held_out
+        drawn = set(order[:size].tolist())
+        held_out.extend(row for k, row in enumerate(rows) if k in drawn)
+        kept.append(tuple(row for k, row in enumerate(rows) if k not in drawn))
+    return kept, held_out
 
 
-def _joined(parts: list[tuple[Row, ...]], config: RunConfig) -> list[tuple[Row, ...]]:
-    """Put all rows into one client where the method pools data; what is held out stays the same."""
-    if not config.federation.traits.pools_data:
-        return parts
-    return [tuple(row for part in parts for row in part)]
+def load_base(model: ModelSection, *, seed: int) -> BaseModel:
+    """Load the base model, and hash it before a method puts adapters into it."""
+    loaded = load_model(model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=seed)
+    return BaseModel(loaded, base_sha256(loaded.model), loaded.model.num_parameters())
 
 
-def _partition_model(config: RunConfig, loaded: LoadedModel) -> tuple[Block, ...]:
-    section, federation = config.blocks, config.federation
-    blocks = trained_blocks(loaded.model, config)
+def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tuple[Block, ...]]:
+    """Cut the model into the blocks that the method trains.
+
+    Args:
+        config: The whole run, since `layers_per_block: auto` weighs a block's exchange against its training.
+        model: The model; methods of adapters put them into it.
+
+    Returns:
+        The configuration with a number for `layers_per_block`, and the blocks.
+
+    Raises:
+        ConfigError: The rounds would never train some block.
+    """
+    config = fitted(config, model)
+    blocks = trained_blocks(model, config)
     never = never_visited(config, len(blocks))
-    if never and not section.allow_unvisited:
+    if never and not config.blocks.allow_unvisited:
+        names = ", ".join(f"block {b} ({blocks[b].name})" for b in never)
         raise ConfigError(
             [
-                f"federation.num_rounds: {federation.num_rounds} rounds of the {section.schedule} schedule would "
-                f"never train {_names(blocks, never)} of {len(blocks)} blocks; give at least {len(blocks)} rounds, "
+                f"federation.num_rounds: {config.federation.num_rounds} rounds of the {config.blocks.schedule} "
+                f"schedule would never train {names} of {len(blocks)} blocks; give at least {len(blocks)} rounds, "
                 "or larger blocks (blocks.layers_per_block), or accept it with blocks.allow_unvisited: true"
             ]
         )
-    return blocks
+    return config, blocks
 
 
-def _names(blocks: Sequence[Block], indices: Sequence[int]) -> str:
-    return ", ".join(f"block {b} ({blocks[b].name})" for b in indices)
-
-
-def _tokenize(config: RunConfig, loaded: LoadedModel, rows: Sequence[Row]) -> Tokenized:
-    if not rows:  # they are at another site
-        return Tokenized((), (), config.data.format)
+def tokenize(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection, train: TrainSection
+) -> Tokenized:
+    """Tokenize rows as the configuration says; there are none where the rows are at another site."""
+    if not rows:
+        return Tokenized((), (), data.format)
     return tokenize_rows(
         rows,
-        loaded.tokenizer,
-        data_format=config.data.format,
-        max_length=config.data.max_length,
-        completion_only_loss=config.train.completion_only_loss,
+        tokenizer,
+        data_format=data.format,
+        max_length=data.max_length,
+        completion_only_loss=train.completion_only_loss,
     )
 
 
-def _skipped_rows(parts: Sequence[Tokenized]) -> list[str]:
-    skipped = [entry for part in parts for entry in part.skipped]
-    lines = [f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]]
-    return lines + ([f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else [])
+def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]) -> list[str]:
+    """Say what is trained, in one line."""
+    size = f"{base.num_parameters:,} parameters in {model.dtype}"
+    return [f"{base.loaded.name_or_path}: {size}, {len(blocks)} block{'s' * (len(blocks) != 1)}"]
 
 
-def _frozen_noise(config: RunConfig, loaded: LoadedModel, blocks: Sequence[Block]) -> list[str]:
-    """Warn of matrices that were drawn at random and that no block trains."""
-    if config.model.init != "random":
+def _describe_auto(asked: BlocksSection, found: BlocksSection) -> list[str]:
+    is_auto = asked.layers_per_block == "auto"
+    return [f"blocks.layers_per_block: auto is {found.layers_per_block} here"] if is_auto else []
+
+
+def describe_data(
+    parts: Sequence[Sequence[Row]], train: Sequence[Tokenized], test: Tokenized, field: str | None
+) -> list[str]:
+    """Say in lines of text who trains on what, and which rows are not trained on.
+
+    Args:
+        parts: The training rows of each client.
+        train: The same, tokenized.
+        test: The test rows, tokenized.
+        field: The field that the partition looks at.
+    """
+    skipped = [entry for part in train for entry in part.skipped]
+    return [
+        *partition_histogram(parts, field=field),
+        *(f"client {i}: {part.summary()}" for i, part in enumerate(train) if len(train) <= 20 or part.skipped),
+        f"test: {test.summary()}",
+        *(f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]),
+        *([f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else []),
+    ]
+
+
+def _warn_of_random_ends(model: PreTrainedModel, section: ModelSection, blocks: Sequence[Block]) -> list[str]:
+    """Warn of embeddings and a head that were drawn at random and that no block trains."""
+    if section.init != "random":
         return []
-    model = loaded.model
     trained = {id(model.get_parameter(name)) for block in blocks for name in block.parameter_names}
     ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     frozen = {name: end.weight for name, end in ends.items() if end is not None and id(end.weight) not in trained}
@@ -209,12 +275,11 @@ def _frozen_noise(config: RunConfig, loaded: LoadedModel, blocks: Sequence[Block
     ]
 
 
-def _sample(examples: tuple[Example, ...], config: RunConfig) -> tuple[Example, ...]:
-    """Take the same `max_examples` test examples every time, from all of them alike."""
-    most = config.evaluation.max_examples
-    if len(examples) <= most:
+def _sample(examples: tuple[Example, ...], max_examples: int, seed: int) -> tuple[Example, ...]:
+    """Draw the same `max_examples` test examples every time, from all of them alike."""
+    if len(examples) <= max_examples:
         return examples
-    drawn = generator_for(config.seed, "evaluation").choice(len(examples), size=most, replace=False)
+    drawn = generator_for(seed, "evaluation").choice(len(examples), size=max_examples, replace=False)
     return tuple(examples[k] for k in sorted(drawn.tolist()))
 
 
@@ -234,7 +299,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Give the commit of the source tree that is running, where it is one."""
+    """Return the commit of the source tree that is running; None if it is no repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -94,14 +94,14 @@ class MethodModel:
         self._replica.load_all(params)
         return self._loss()
 
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Make the model that will be written, and score it; nothing is trained afterwards."""
+    def finish_model(self, params: Sequence[Tensor]) -> float:
+        """Make the model that will be written, and return its loss; nothing is trained afterwards."""
         self._replica.load_all(params)
         merge_adapters(self._replica.model)
         return self._loss()
 
     def export(self, directory: Path) -> str:
-        """Write what `conclude` made, and give its `model_sha256`."""
+        """Write the finished model, and return its `model_sha256`."""
         model, tokenizer = self._replica.model, self._job.loaded.tokenizer
         if model.generation_config is not None:  # plain `generate` stops where training ended a turn
             model.generation_config.eos_token_id = list(find_stop_token_ids(tokenizer))

@@ -18,7 +18,6 @@ from parablock.model.adapters import adapted_layers, draw_adapters, matrices_blo
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.training.trainer import LocalTrainer, Trained, Trainer
-from parablock.wire.messages import RoundStart
 
 
 def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
@@ -50,13 +49,20 @@ class FloraTrainer:
         self._matrices, self._adapters = matrices, adapters
         self.num_examples, self.step_time_s = trainer.num_examples, trainer.step_time_s
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        """Take the round's local steps on new adapters; give these."""
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        """Take the local steps of a round on new adapters; return the trained adapters."""
         self._matrices.load_all(working)
         fresh = draw_adapters(
-            self._adapters.model, seed=self._seed, round_index=start.round_index, client_id=self._client_id
+            self._adapters.model, seed=self._seed, round_index=round_index, client_id=self._client_id
         )
-        return self._trainer.train(start, (fresh,))
+        return self._trainer.train(round_index, block_index, num_local_steps, steps_before, (fresh,))
 
     def memory(self) -> dict[str, Tensor]:
         """Nothing outlives a round."""
@@ -97,10 +103,10 @@ class FloraModel(MethodModel):
         self._without_adapters()
         return super().evaluate(params)
 
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Make the model of the last matrices, and score it."""
+    def finish_model(self, params: Sequence[Tensor]) -> float:
+        """Make the model of the last matrices, and return its loss."""
         self._without_adapters()
-        return super().conclude(params)
+        return super().finish_model(params)
 
     def _without_adapters(self) -> None:
         self._adapters.load(0, torch.zeros_like(self._adapters.read(0)))

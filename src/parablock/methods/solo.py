@@ -16,7 +16,6 @@ from torch import Tensor
 
 from parablock.methods.base import MethodModel, RunInputs
 from parablock.training.trainer import Trained, Trainer
-from parablock.wire.messages import RoundStart
 
 
 class SoloTrainer:
@@ -31,9 +30,16 @@ class SoloTrainer:
         self._trainer, self.own = trainer, start
         self.num_examples, self.step_time_s = trainer.num_examples, trainer.step_time_s
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        """Take the round's local steps on the own model; give a block of no elements."""
-        result = self._trainer.train(start, self.own)
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        """Take the local steps of a round on the own model; return a block of no elements."""
+        result = self._trainer.train(round_index, block_index, num_local_steps, steps_before, self.own)
         self.own = (result.trained[:].to(self.own[0].dtype),)
         return Trained(working[0].float(), result.train_loss)
 
@@ -64,8 +70,8 @@ class SoloModels(MethodModel):
         del params  # nothing is in them
         return fmean(super(SoloModels, self).evaluate(client.own) for client in self._apart)
 
-    def conclude(self, params: Sequence[Tensor]) -> float:
-        """Score every client's last model, and give the mean."""
+    def finish_model(self, params: Sequence[Tensor]) -> float:
+        """Score every client's last model, and return the mean."""
         return self.evaluate(params)
 
     def export(self, directory: Path) -> str:

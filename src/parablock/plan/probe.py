@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from parablock.algorithm.parablock import NEVER, delta_of
+from parablock.algorithm.parablock import delta_of
 from parablock.config.keys import RunConfig
 from parablock.data.batches import Batch, round_batches
 from parablock.errors import ConfigError
@@ -30,7 +30,6 @@ from parablock.training.flops import FlopModel, Tokens
 from parablock.training.local import LocalArguments
 from parablock.training.step_time import Compute, crowding, device, format_flops
 from parablock.training.trainer import LocalTrainer
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import pack
 
 PROBED_BLOCKS = 4
@@ -101,18 +100,20 @@ def _measure(job: RunInputs, flops: FlopModel) -> _Speed:
     trainers = _trainers(job, replica)
     chosen = sorted({round(k) for k in np.linspace(0, len(job.blocks) - 1, PROBED_BLOCKS)})
     measured: dict[int, list[float]] = {job.blocks[b].lowest_layer: [] for b in chosen}
-    trainers[0].train(_start(job, 0, chosen[-1]), working)  # warms up caches and allocators
+    steps = _num_local_steps(job)
+    trainers[0].train(0, chosen[-1], steps, 0, working)  # warms up caches and allocators
     began, visits = time.perf_counter(), 0
     for repeat in range(PROBE_REPEATS):
         for b in chosen:
             if repeat and time.perf_counter() - began > PROBE_BUDGET_S:
                 break
-            client_id, start = visits % len(trainers), _start(job, repeat, b)
+            client_id, first_step = visits % len(trainers), repeat * steps
             started = time.perf_counter()
-            delta = delta_of(trainers[client_id].train(start, working).trained[:], working[b])
+            result = trainers[client_id].train(repeat, b, steps, first_step, working)
+            delta = delta_of(result.trained[:], working[b])
             pack(delta, job.config.wire.format)
             seconds = time.perf_counter() - started
-            batches = _batches(job, client_id, start.steps_before, start.num_local_steps)
+            batches = _batches(job, client_id, first_step, steps)
             operations = flops.step(job.blocks[b], sum(map(Tokens.of, batches), Tokens()))
             measured[job.blocks[b].lowest_layer].append(seconds / operations)
             visits += 1
@@ -121,25 +122,16 @@ def _measure(job: RunInputs, flops: FlopModel) -> _Speed:
     return _Speed(tuple(medians), tuple(medians.values()), tuple(deviations))
 
 
-def _start(job: RunInputs, round_index: int, block_index: int) -> RoundStart:
-    """Ask for a round of few steps."""
+def _num_local_steps(job: RunInputs) -> int:
+    """Return the configured steps of a round, or a few where these are many."""
     configured = job.config.train.num_local_steps
-    steps = min(PROBE_STEPS, configured) if isinstance(configured, int) else PROBE_STEPS
-    return RoundStart(
-        round_index=round_index,
-        block_index=block_index,
-        num_local_steps=steps,
-        steps_before=round_index * steps,
-        committed=NEVER,
-        news=(),
-    )
+    return min(PROBE_STEPS, configured) if isinstance(configured, int) else PROBE_STEPS
 
 
 def _trainers(job: RunInputs, replica: Replica) -> list[LocalTrainer]:
     train = job.config.train
     arguments = LocalArguments(
         learning_rate=train.learning_rate,
-        total_steps=PROBE_REPEATS,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         gradient_checkpointing=train.gradient_checkpointing,

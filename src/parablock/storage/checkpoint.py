@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState
-from parablock.errors import CheckpointError, StorageError
-from parablock.storage.files import _sync, storage
+from parablock.errors import CheckpointError
+from parablock.storage.files import folder_written_beside
 from parablock.trace import Span
 
 FORMAT_VERSION = 2
@@ -82,20 +82,8 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
         StorageError: The checkpoint cannot be written; earlier ones are untouched.
     """
     place = directory / f"round-{state.round_index:06d}"
-    partial = directory / f".{place.name}.partial"
-    try:
-        with storage(place):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _write_parts(partial, state)
-            for path in partial.iterdir():
-                _sync(path)
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
-            _sync(directory)
-    except StorageError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with folder_written_beside(place) as beside:
+        _write_parts(beside, state)
     for old in _checkpoints(directory)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return place

@@ -1,10 +1,11 @@
-"""TODO parablock.storage.files."""
+"""Write files and folders whole or not at all, and keep one process in a folder."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,12 +45,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a place beside `path` to write a file to; it takes the name `path` when it is whole.
+    """Yield a place beside `path` to write a file to; it takes the name `path` when it is whole.
 
     Raises:
         StorageError: It cannot be written; what was there before is untouched.
     """
-    beside = path.with_name(f".{path.name}.partial")
+    beside = _beside(path)
     try:
         with storage(path):
             yield beside
@@ -59,6 +60,33 @@ def written_beside(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             beside.unlink()
         raise
+
+
+@contextmanager
+def folder_written_beside(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` to write files to; it takes the name `folder` when it is whole.
+
+    Raises:
+        StorageError: It cannot be written; nothing half-written is left.
+    """
+    beside = _beside(folder)
+    try:
+        with storage(folder):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for path in beside.iterdir():
+                _sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+            _sync(folder.parent)
+    except StorageError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _sync(path: Path) -> None:

@@ -1,1 +1,8 @@
-"""How long a client computes, told before it does: operations of a step, an ordinary device, blocks that fit."""
+"""Local training of a client, and how long it takes.
+
+trainer: the protocol `Trainer`, and training on the client's own examples.
+local: K local steps on one block.
+adamw: AdamW on the parameters of one block.
+flops: operations of a local step.
+step_time: seconds of a local step, stated or estimated for an ordinary device.
+"""

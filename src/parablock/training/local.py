@@ -31,11 +31,10 @@ class LocalArguments:
 
     Attributes:
         learning_rate: Peak learning rate of AdamW.
-        total_steps: Local steps of the whole run (num_rounds × K), which the schedule spans.
         weight_decay: Decoupled decay of the weight matrices; norms and biases have none.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
         lr_scheduler_type: Shape of the schedule after the warm-up.
-        warmup_ratio: Part of `total_steps` over which the learning rate rises from zero.
+        warmup_ratio: Part of the schedule over which the learning rate rises from zero.
         gradient_checkpointing: Recompute activations, from the active block upwards.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
@@ -44,7 +43,6 @@ class LocalArguments:
     """
 
     learning_rate: float
-    total_steps: int
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
@@ -79,7 +77,8 @@ def train_block(
     arguments: LocalArguments,
     *,
     first_step: int,
-    moments: Moments | None,
+    total_steps: int,
+    moments: Moments | None = None,
 ) -> LocalResult:
     """Take K = len(step_batches) AdamW steps on one block.
 
@@ -91,7 +90,8 @@ def train_block(
         start: v^b, the working parameters: flat, the model's dtype. It is not changed.
         step_batches: The micro-batches of each step.
         arguments: Optimizer and schedule.
-        first_step: Number of local steps before these in the run, for the schedule.
+        first_step: Place in the schedule of the first of these steps, from zero.
+        total_steps: Local steps that the schedule spans.
         moments: The optimizer's state at the end of the block's last visit, to go on from; it is not
             changed. None starts anew.
 
@@ -108,7 +108,7 @@ def train_block(
         replica.activate(block_index, gradient_checkpointing=arguments.gradient_checkpointing)
         with _optimizer(replica, block_index, arguments, moments) as optimizer:
             for step, micro_batches in enumerate(step_batches, first_step):
-                learning_rate = learning_rate_at(arguments, step)
+                learning_rate = learning_rate_at(arguments, step, total_steps)
                 where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
                 losses.append(_accumulate_gradients(replica.model, micro_batches, where))
                 optimizer.step(learning_rate)
@@ -123,21 +123,22 @@ def train_block(
     return LocalResult(trained, math.fsum(losses) / len(losses), optimizer.moments())
 
 
-def learning_rate_at(arguments: LocalArguments, step: int) -> float:
-    """Give the learning rate of a local step of the run, by the schedules of Transformers.
+def learning_rate_at(arguments: LocalArguments, step: int, total_steps: int) -> float:
+    """Return the learning rate of a local step, by the schedules of Transformers.
 
     Args:
-        arguments: Peak, shape, warm-up and span of the schedule. A constant schedule with a warm-up is
+        arguments: Peak, shape and warm-up of the schedule. A constant schedule with a warm-up is
             Transformers' `constant_with_warmup`.
-        step: 0-based local step of the run.
+        step: Place in the schedule, from zero.
+        total_steps: Local steps that the schedule spans.
     """
-    warmup = math.ceil(arguments.warmup_ratio * arguments.total_steps)
+    warmup = math.ceil(arguments.warmup_ratio * total_steps)
     name: str = arguments.lr_scheduler_type
     if name == "constant" and warmup:
         name = "constant_with_warmup"
     unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
-    schedule = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=arguments.total_steps)
-    return arguments.learning_rate * float(schedule.lr_lambdas[0](min(step, arguments.total_steps)))
+    schedule = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return arguments.learning_rate * float(schedule.lr_lambdas[0](min(step, total_steps)))
 
 
 def _optimizer(

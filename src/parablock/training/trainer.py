@@ -1,9 +1,9 @@
-"""Local training of one client: its examples, its copy of the model, its optimizer arguments."""
+"""Trainer, the local training of one client: the protocol, its result, and training on the client's examples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +16,55 @@ from parablock.model.device_copy import ArrivingVector
 from parablock.model.params import Replica
 from parablock.training.adamw import GRADIENT_TERMS
 from parablock.training.local import LocalArguments, Moments, train_block
-from parablock.wire.messages import RoundStart
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a round's local steps.
+
+    Attributes:
+        trained: y^b, or the adapters of a client that sends adapters; flat, fp32, on the CPU or on its way there.
+        train_loss: Mean loss over the steps.
+    """
+
+    trained: ArrivingVector
+    train_loss: float
+
+
+class Trainer(Protocol):
+    """Local training of one client, and what it remembers between rounds.
+
+    Attributes:
+        num_examples: Number of the client's training examples.
+        step_time_s: Simulated seconds of a local step; None: as measured.
+    """
+
+    num_examples: int
+    step_time_s: float | None
+
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        """Take the local steps of a round.
+
+        Args:
+            round_index: t.
+            block_index: b, the block that is trained.
+            num_local_steps: K of this round.
+            steps_before: Local steps that this client took in earlier rounds, which its batches follow.
+            working: v, the working parameters to start from: one flat vector for each block.
+        """
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what has to survive a restart."""
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Restore what `memory` returned."""
 
 
 class LocalTrainer:
@@ -27,7 +75,7 @@ class LocalTrainer:
         examples: Its training examples.
         replica: The model that it trains with. Clients whose turns never overlap may share one.
         train: The `train` section of the configuration.
-        arguments: The same for the local optimizer.
+        arguments: The arguments of the local optimizer.
         num_rounds: T, which the learning-rate schedule spans.
         seed: The run's seed.
         pad_token_id: What short examples are padded with.
@@ -54,10 +102,16 @@ class LocalTrainer:
         self.num_examples = len(examples)
         self.step_time_s = step_time_s
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        """Take the round's local steps on its block, starting from the working parameters."""
+    def train(
+        self,
+        round_index: int,
+        block_index: int,
+        num_local_steps: int,
+        steps_before: int,
+        working: tuple[Tensor, ...],
+    ) -> Trained:
+        """Take the local steps of a round; see `Trainer.train`."""
         self._replica.load_all(working)
-        block_index, num_local_steps = start.block_index, start.num_local_steps
         result = train_block(
             self._replica,
             block_index,
@@ -66,15 +120,16 @@ class LocalTrainer:
                 self._examples,
                 seed=self._seed,
                 client_id=self._client_id,
-                first_step=start.steps_before,
+                first_step=steps_before,
                 num_local_steps=num_local_steps,
                 per_device_train_batch_size=self._train.per_device_train_batch_size,
                 gradient_accumulation_steps=self._train.gradient_accumulation_steps,
                 pad_token_id=self._pad_token_id,
             ),
+            self._arguments,
             # the learning rate follows the rounds, whatever number of steps each of them has
-            replace(self._arguments, total_steps=self._num_rounds * num_local_steps),
-            first_step=start.round_index * num_local_steps,
+            first_step=round_index * num_local_steps,
+            total_steps=self._num_rounds * num_local_steps,
             moments=self._moments.get(block_index),
         )
         if self._train.optimizer_state == "keep":
@@ -82,7 +137,7 @@ class LocalTrainer:
         return Trained(result.trained, result.train_loss)
 
     def memory(self) -> dict[str, Tensor]:
-        """Give the kept moments as named tensors."""
+        """Return the kept moments as named tensors."""
         return {
             f"{block_index}.{name}": torch.as_tensor(value)
             for block_index, moments in self._moments.items()
@@ -90,7 +145,7 @@ class LocalTrainer:
         }
 
     def remember(self, memory: dict[str, Tensor]) -> None:
-        """Take the kept moments back."""
+        """Restore the kept moments."""
         by_block: dict[int, dict[str, Tensor]] = {}
         for key, value in memory.items():
             block_index, name = key.split(".", 1)
@@ -102,11 +157,10 @@ class LocalTrainer:
 
 
 def local_arguments(config: RunConfig) -> LocalArguments:
-    """Give what the local optimizer follows."""
+    """Return the arguments of the local optimizer."""
     train, federation = config.train, config.federation
     return LocalArguments(
         learning_rate=train.learning_rate,
-        total_steps=federation.num_rounds,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=train.lr_scheduler_type,
@@ -121,33 +175,3 @@ def local_arguments(config: RunConfig) -> LocalArguments:
             if f"federation.{name}" in federation.traits.own_keys
         },
     )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What K local steps gave.
-
-    Attributes:
-        trained: y^b, flat, fp32, on the CPU or on its way there; of a client that sends adapters, these.
-        train_loss: Mean loss over the steps.
-    """
-
-    trained: ArrivingVector
-    train_loss: float
-
-
-class Trainer(Protocol):
-    """Local training of one client, and what it remembers between rounds."""
-
-    num_examples: int
-    step_time_s: float | None
-    """Simulated seconds of a local step; None: as measured."""
-
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        """Take the round's local steps on its block, starting from the working parameters."""
-
-    def memory(self) -> dict[str, Tensor]:
-        """Give what has to survive a restart."""
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        """Take back what `memory` gave."""

@@ -1,0 +1,227 @@
+"""Recorder, which keeps a run's records: its rounds, trace, checkpoints, trackers and summary."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from parablock.algorithm.parablock import ServerState
+from parablock.clock import Clock, RealClock, VirtualClock
+from parablock.config.keys import RunConfig
+from parablock.errors import StorageError
+from parablock.experiment.engines import checkpoints_kept
+from parablock.experiment.progress import Progress
+from parablock.experiment.protections import privacy_spent
+from parablock.experiment.trackers import figures_of, open_trackers
+from parablock.methods.base import MethodModel
+from parablock.storage.checkpoint import RunState, save_checkpoint
+from parablock.storage.run_directory import Row, RunDirectory, time_and_bytes
+from parablock.trace import Trace
+from parablock.wire.messages import Update
+from parablock.wire.transport import Traffic
+
+Summary = dict[str, Any]
+
+
+class Recorder:
+    """The records of a run, from the start or from a checkpoint.
+
+    Args:
+        config: The run.
+        directory: Where the records go.
+        progress: Shows them while the run goes on.
+        model: The model, which is scored between rounds.
+        began: When this process began with the run, by `time.perf_counter`.
+        state: The checkpoint that the run goes on from; None at the start, when the base model is scored.
+
+    Attributes:
+        trace: The spans so far; its clock is the run's.
+        unsaved: Why the last checkpoint could not be written; None if it could.
+        troubles: What went wrong in the run, for the summary.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        progress: Progress,
+        model: MethodModel,
+        *,
+        began: float,
+        state: RunState | None,
+    ) -> None:
+        self._config, self._directory, self._progress, self._model = config, directory, progress, model
+        self._began, self._elapsed_before, self._last_commit_s, start_s = began, 0.0, 0.0, 0.0
+        self.unsaved: StorageError | None = None
+        self.troubles: dict[str, Any] = {}
+        if state is None:
+            self._rows = directory.rows_before(0)
+            self._initial_eval_loss = model.evaluate(model.params)
+            progress.message(f"base model: eval loss {self._initial_eval_loss:.4f}")
+        else:
+            self._rows = directory.rows_before(state.server.committed + 1)
+            stored = state.progress
+            self._initial_eval_loss, start_s = stored["initial_eval_loss"], stored["clock_s"]
+            self._elapsed_before, self._last_commit_s = stored["elapsed_s"], stored["last_commit_s"]
+            progress.message(f"resuming at round {state.round_index}")
+        self._trackers = open_trackers(
+            config.report_to,
+            directory.path,
+            first_step=len(self._rows) + 1 if state else 0,
+            config=config.model_dump(mode="json"),
+        )
+        if state is None:
+            self._trackers.log(0, {"eval_loss": self._initial_eval_loss})
+        is_virtual = config.engine.clock == "virtual"
+        self._clock: Clock = VirtualClock(start_s=start_s) if is_virtual else RealClock(start_s=start_s)
+        self.trace = Trace(self._clock, on_begin=self._begins, on_end=self._ends)
+        self.trace.spans.extend(state.spans if state else [])
+
+    def _begins(self, client_id: int | None, activity: str) -> None:
+        if client_id is not None:
+            self._progress.begins(client_id, activity)
+
+    def _ends(self, client_id: int | None, activity: str) -> None:
+        if client_id is not None:
+            self._progress.ends(client_id, activity)
+
+    @property
+    def num_done(self) -> int:
+        """Return the number of rounds that are done."""
+        return len(self._rows)
+
+    def on_commit(self, server: ServerState, updates: list[Update], traffic: Traffic) -> None:
+        """Record a round, scored where it is due; the last one waits for `record_last`."""
+        now = self._clock.now()
+        row = _row(server, updates, traffic, round_s=now - self._last_commit_s)
+        row |= privacy_spent(self._config, server.committed + 1)
+        self._last_commit_s = now
+        every = self._config.evaluation.every_rounds
+        is_last = server.committed == self._config.federation.num_rounds - 1
+        if every and (server.committed + 1) % every == 0 and not is_last:
+            with self._clock.working(0.0):
+                row["eval_loss"] = self._model.evaluate(server.params)
+        self._rows.append(row)
+        if not is_last:
+            self._record(row)
+
+    def record_last(self, traffic: Traffic, eval_loss: float) -> None:
+        """Record the last round.
+
+        Args:
+            traffic: Its traffic, with that of the drain.
+            eval_loss: The loss of the finished model.
+        """
+        row = self._rows[-1]
+        row["downlink_bytes"] = traffic.downlink_bytes
+        before_s = row["communication_s"]
+        row["communication_s"] = max((traffic.seconds(i) for i in row["participants"]), default=0.0)
+        row["sequential_s"] += row["communication_s"] - before_s  # the drain follows the round
+        row["eval_loss"] = eval_loss
+        self._record(row)
+
+    def _record(self, row: Row) -> None:
+        self._directory.append(row)
+        self._progress.round_done(row)
+        self._trackers.log(row["round_index"] + 1, figures_of(row))
+
+    def on_checkpoint(self, state: RunState) -> None:
+        """Save a checkpoint, with what the records need to go on.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        progress = {
+            **state.progress,
+            "initial_eval_loss": self._initial_eval_loss,
+            "elapsed_s": self._elapsed_s(),
+            "clock_s": self._clock.now(),
+            "last_commit_s": self._last_commit_s,
+        }
+        keep = checkpoints_kept(self._config)
+        try:
+            save_checkpoint(self._directory.checkpoints, replace(state, progress=progress), keep=keep)
+        except StorageError as error:
+            self.unsaved = error
+            raise
+
+    def write_summary(self, status: str, **outcome: Any) -> Summary:
+        """Close the trackers, and write the trace and `summary.json`.
+
+        Args:
+            status: completed | interrupted | failed.
+            outcome: Values in place of those that a run has before its end.
+
+        Returns:
+            What stands in `summary.json`.
+        """
+        federation = self._config.federation
+        self._trackers.close()
+        summary: Summary = {
+            "status": status,
+            "method": federation.method,
+            "delay": federation.delay,
+            "num_rounds": federation.num_rounds,
+            "rounds_done": len(self._rows),
+            "num_clients": federation.num_clients,
+            "num_blocks": self._model.num_blocks,
+            "seed": self._config.seed,
+            "clock": self._config.engine.clock,
+            "initial_eval_loss": self._initial_eval_loss,
+            "final_eval_loss": None,
+            "wall_time_s": self._clock.now(),
+            "elapsed_s": self._elapsed_s(),
+            **time_and_bytes(self._rows, self.trace.spans),
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "model_sha256": None,
+            **privacy_spent(self._config, len(self._rows)),
+            **self.troubles,
+            **outcome,
+        }
+        self._directory.write_trace(self.trace.spans)
+        self._directory.write_summary(summary)
+        return summary
+
+    def _elapsed_s(self) -> float:
+        return self._elapsed_before + time.perf_counter() - self._began
+
+
+def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> Row:
+    """Make a line of `metrics.jsonl`; a void round has no update and no loss."""
+    t, b = server.committed, server.history[server.committed]
+    total = sum(update.num_examples for update in updates)
+    train_loss = sum(update.train_loss * update.num_examples for update in updates) / total if updates else None
+    communication = {update.client_id: traffic.seconds(update.client_id) for update in updates}
+    squared_delta = server.squared_delta[b] if updates else 0.0
+    return {
+        "round_index": t,
+        "block_index": b,
+        "train_loss": train_loss,
+        "eval_loss": None,
+        "compute_s": max((update.compute_s for update in updates), default=0.0),
+        "communication_s": max(communication.values(), default=0.0),
+        "round_s": round_s,
+        "sequential_s": max(
+            (update.compute_s + communication[update.client_id] for update in updates), default=0.0
+        ),
+        "uplink_bytes": traffic.uplink_bytes,
+        "downlink_bytes": traffic.downlink_bytes,
+        "staleness": max((t - 1 - update.committed for update in updates), default=0),
+        "participants": [update.client_id for update in updates],
+        "rho": server.rho[b],
+        "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
+        "num_local_steps": max(server.local_steps[t]),
+        "participant_steps": [update.num_local_steps for update in updates],
+    }
+
+
+def _peak_memory_bytes() -> int:
+    """Return the peak of the GPU's allocations, or of this process's resident memory (all clients together)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
