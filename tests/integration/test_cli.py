@@ -401,7 +401,7 @@ def test_no_option_is_without_a_run_that_shows_its_effect():
     shown = set().union(*(keys_of(override) for override in overrides)) | ELSEWHERE_IN_THIS_FILE | IN_OTHER_TESTS
     keys = list(known_keys())
     options = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
-    assert options - shown == {"report_to"}  # tests/unit/test_trackers.py
+    assert options - shown == {"report_to"}  # tests/unit/experiment/test_trackers.py
     assert shown <= options
 
 

@@ -1,6 +1,6 @@
 """`parablock` where torch has a second device, `other`, on which the model lies as it does on a GPU.
 
-python tests/other_device.py LIBRARY run CONFIG --output-dir FOLDER
+python tests/support/other_device.py LIBRARY run CONFIG --output-dir FOLDER
 """
 
 from __future__ import annotations
