@@ -6,7 +6,7 @@ import pytest
 
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.engine.pipeline import Machines, Pipeline
-from parablock.errors import CodecError, StallError
+from parablock.errors import CodecError
 from parablock.trace import Trace
 from parablock.wire.transport import Link, MemoryTransport, Parcel
 
@@ -41,16 +41,6 @@ def test_sending_does_not_wait_and_leaving_sends_what_is_left(make, threads_left
 
 
 @pytest.mark.parametrize("make", CLOCKS)
-def test_what_was_sent_before_the_client_attached_arrives_in_order(make):
-    clock = make()
-    transport = MemoryTransport(clock, Link(), 1)
-    transport.send(0, Parcel(b"first", 0))
-    with pipeline(clock, transport) as lane:
-        transport.send(0, Parcel(b"second", 1))
-        assert [lane.receive(), lane.receive()] == [b"first", b"second"]
-
-
-@pytest.mark.parametrize("make", CLOCKS)
 def test_an_error_of_the_communication_thread_surfaces_in_the_compute_thread(make, threads_left):
     class Broken(MemoryTransport):
         def uploaded(self, client_id: int, parcel: Parcel, seconds: float) -> None:
@@ -73,17 +63,6 @@ def test_an_error_of_the_compute_thread_leaves_no_thread_and_does_not_wait_for_t
         raise ZeroDivisionError
     assert clock.now() < 1.0
     assert not threads_left()
-
-
-@pytest.mark.parametrize("make", CLOCKS)
-def test_waiting_for_a_silent_server_ends_and_says_for_what(make):
-    clock = make()
-    transport = MemoryTransport(clock, Link(), 1)
-    with (
-        pytest.raises(StallError, match="client 0"),
-        pipeline(clock, transport, stall_timeout_s=0.05) as lane,
-    ):
-        lane.receive()
 
 
 @pytest.mark.parametrize("make", CLOCKS)
