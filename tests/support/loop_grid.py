@@ -145,3 +145,14 @@ class LoopGrid(Grid):
             except (OSError, EOFError):
                 self.is_over.wait(0.01)
         return Reply(client_id, wanted=Place(folder.finished or 0), idle=True, finished=True)
+
+
+class Online(LoopGrid):
+    """A Grid that only says who is online."""
+
+    def __init__(self) -> None:
+        super().__init__([], lambda *_: None, lambda *_: "carry")
+        self.nodes: set[int] = set()
+
+    def get_node_ids(self) -> set[int]:
+        return self.nodes

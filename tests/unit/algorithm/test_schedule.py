@@ -4,7 +4,7 @@ from math import inf
 
 import pytest
 
-from parablock.algorithm.schedule import SCHEDULES, blocks_never_visited, cohort, next_block
+from parablock.algorithm.schedule import SCHEDULES, blocks_never_visited, client_in_turn, cohort, next_block
 
 
 def blocks_of(schedule: str, rounds: int, *, num_blocks: int = 6, delay: int = 1, seed: int = 0) -> list[int]:
@@ -90,3 +90,20 @@ def test_cohorts_are_drawn_by_round_and_seed_and_ascend():
     )
     assert cohort(3, num_clients=10, participation=1.0, seed=0) == tuple(range(10))
     assert len(cohort(3, num_clients=10, participation=0.01, seed=0)) == 1
+
+
+@pytest.mark.parametrize(("num_clients", "num_blocks"), [(4, 4), (2, 5), (3, 8), (5, 2), (8, 3), (3, 1)])
+def test_blocks_have_owners_and_everybody_has_a_turn(num_clients: int, num_blocks: int) -> None:
+    history = [t % num_blocks for t in range(6 * num_clients * num_blocks)]
+    turns = [
+        (client_in_turn(history, t, num_clients=num_clients, num_blocks=num_blocks), block)
+        for t, block in enumerate(history)
+    ]
+    assert {client for client, _ in turns} == set(range(num_clients))
+    assert {block for _, block in turns} == set(range(num_blocks))
+    blocks_of = {client: {b for c, b in turns if c == client} for client in range(num_clients)}
+    owners = [sum(block in blocks for blocks in blocks_of.values()) for block in range(num_blocks)]
+    if num_blocks >= num_clients:
+        assert owners == [1] * num_blocks
+    else:
+        assert {len(blocks) for blocks in blocks_of.values()} == {1}

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -31,9 +32,12 @@ from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError, StorageError
 from parablock.model.blocks import partition_blocks
-from parablock.model.load import LoadedModel, load_model, quiet_transformers
+from parablock.model.load import LoadedModel, load_model, outline_model, quiet_transformers
 from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
+from parablock.plan.memory import FP32, memory_per_client
+from planning import config_of
+from tiny_runs import Workshop
 
 VOCABULARY = 300
 
@@ -384,3 +388,16 @@ def test_the_small_pretrained_model_is_read_and_written_with_the_same_sha(tmp_pa
     loaded = load(source, dtype="float32")
     save_model(loaded.model, loaded.tokenizer, tmp_path / "copy")
     assert model_sha256(tmp_path / "copy") != model_sha256(source)
+
+
+def test_an_outline_has_the_shapes_of_the_model_and_no_memory(workshop: Workshop) -> None:
+    outline = outline_model(str(workshop.model), dtype="bfloat16")
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert outline.dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workshop.model))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in outline.named_parameters()} == shapes
+    assert (
+        FP32 * outline.num_parameters()
+        == memory_per_client(model, partition_blocks(outline, layers_per_block=1), config_of())["full"].parameters
+    )

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
-from rich.console import Console
 from transformers import BertConfig, LlamaConfig
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
-from parablock.errors import ConfigError, DataError, ModelError
-from parablock.plan.advice import Advice, Case, recommend
-from parablock.plan.forecast import Plan, make_plan
-from parablock.plan.probe import probed_compute
+from parablock.errors import ConfigError, ModelError
+from parablock.plan.forecast import make_plan
 from parablock.plan.scenario import Scenario
-from parablock.plan.view import show_plan
 from parablock.training.flops import Tokens
 from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, crowding
-from tiny_runs import Workshop, sum_row, write_rows
+from planning import plan_of
+from tiny_runs import Workshop
 
 PROMISED_KEYS = [
     *("num_blocks", "blocks", "bytes_per_client_round", "total_bytes", "compute_s", "communication_s", "round_s"),
@@ -53,10 +48,6 @@ def outlined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_of(workshop: Workshop, *overrides: str) -> Plan:
-    return make_plan(load_config(workshop.config, overrides))
-
-
 def large_config(folder: Path, **sections: Any) -> RunConfig:
     base: dict[str, Any] = {
         "model": {"name_or_path": str(folder), "dtype": "bfloat16", "device": "cpu"},
@@ -64,9 +55,6 @@ def large_config(folder: Path, **sections: Any) -> RunConfig:
         "engine": {"clock": "virtual", "step_time_s": 2.0},
     }
     return parse_config(base | sections)
-
-
-# -- from a configuration alone -------------------------------------------------------------------------------
 
 
 def test_config_json_is_enough_for_a_model_that_would_fill_sixteen_gigabytes(outlined: Path) -> None:
@@ -121,18 +109,12 @@ def test_a_method_that_trains_no_blocks_is_refused(workshop: Workshop) -> None:
         make_plan(config.model_copy(update={"federation": federation}))
 
 
-# -- blocks that are never visited ----------------------------------------------------------------------------
-
-
 def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recommended(workshop: Workshop) -> None:
     short = plan_of(workshop, "federation.num_rounds=2", "blocks.schedule=cyclic")
     assert short.never_visited == [2, 3]
     assert short.recommended["layers_per_block"] == 2
     enough = plan_of(workshop, "federation.num_rounds=4", "blocks.schedule=cyclic")
     assert (enough.never_visited, enough.recommended["layers_per_block"]) == ([], 1)
-
-
-# -- time -----------------------------------------------------------------------------------------------------
 
 
 def test_stated_steps_count_and_more_steps_compute_longer(workshop: Workshop) -> None:
@@ -221,58 +203,6 @@ def test_several_speeds_are_shown_and_the_configured_link_first(workshop: Worksh
     assert [row["upload_mbps"] for row in unlimited] == [4, 10, 30, 100]
 
 
-# -- recommendation -------------------------------------------------------------------------------------------
-
-COVER_S = {"float32": 8.0, "bfloat16": 4.0, "int8": 2.0, "int4": 1.0}
-
-
-def advice_for(step_s: float, *, steps: int = 4, most: int = 16, wire_format: str = "float32") -> Advice:
-    large, small = Case(2, step_s, COVER_S), Case(1, step_s, {name: s / 2 for name, s in COVER_S.items()})
-    return recommend([large, small], num_local_steps=steps, max_local_steps=most, wire_format=wire_format)
-
-
-@pytest.mark.parametrize(
-    ("step_s", "expected"),
-    [
-        (2.0, Advice(2, 4, "float32", hides=True)),  # 4 · 2 s covers 8 s
-        (1.0, Advice(2, 4, "bfloat16", hides=True)),
-        (0.5, Advice(2, 4, "int8", hides=True)),
-        (0.2, Advice(2, 10, "int8", hides=True)),  # no format that is as good does it alone: ⌈2 / 0.2⌉ steps
-        (0.0625, Advice(2, 16, "int4", hides=True)),  # int8 would need 32 steps
-        (0.04, Advice(1, 13, "int4", hides=True)),  # so would int4 here; blocks of half the size need ⌈0.5 / 0.04⌉
-        (0.01, Advice(1, 16, "int4", hides=False)),
-    ],
-)
-def test_the_rule_changes_the_format_then_the_steps_then_the_blocks(step_s: float, expected: Advice) -> None:
-    assert advice_for(step_s) == expected
-
-
-def test_fewer_steps_or_a_wider_format_are_never_recommended() -> None:
-    assert advice_for(100.0, steps=20) == Advice(2, 20, "float32", hides=True)
-    assert advice_for(100.0, wire_format="int8").format == "int8"
-    assert advice_for(0.0625, wire_format="int4") == Advice(2, 16, "int4", hides=True)
-
-
-def test_what_is_recommended_reacts_to_the_link_and_then_hides_the_exchange(workshop: Workshop) -> None:
-    wide = plan_of(workshop, "link.upload_mbps=50", "link.download_mbps=50", "link.latency_s=0.001")
-    assert wide.recommended == {"layers_per_block": 1, "num_local_steps": 2, "format": "float32"}
-    assert wide.verdict.startswith("Overlap hides the communication")
-    narrow = ["link.upload_mbps=0.2", "link.download_mbps=0.2"]
-    before = plan_of(workshop, *narrow)
-    advised = before.recommended
-    assert advised["format"] == "int8" and advised["num_local_steps"] > 2
-    assert before.exchange_s > before.compute_s and "only a part" in before.verdict
-    assert f"train.num_local_steps: {advised['num_local_steps']}, wire.format: int8" in before.verdict
-    after = plan_of(
-        workshop,
-        *(*narrow, f"wire.format={advised['format']}", "federation.num_rounds=40"),
-        f"train.num_local_steps={advised['num_local_steps']}",
-    )
-    assert after.verdict.startswith("Overlap hides the communication")
-    assert after.round_s < 1.1 * after.compute_s and after.serial_s > 1.5 * after.round_s
-    assert before.round_s > 1.5 * before.compute_s
-
-
 def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(workshop: Workshop) -> None:
     auto = ("blocks={split: attention_mlp, layers_per_block: auto}", "federation.num_rounds=8")
     fast = plan_of(workshop, *auto, "link={upload_mbps: 10, download_mbps: 10}")
@@ -300,67 +230,3 @@ def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_l
     assert whole.num_blocks == 1 and all(row["saving"] == 0 for row in whole.links)
     hopeless = plan_of(workshop, "link.upload_mbps=0.001", "link.download_mbps=0.001")
     assert hopeless.verdict.startswith("The link is the bottleneck")
-
-
-# -- probe ----------------------------------------------------------------------------------------------------
-
-
-def test_a_probe_takes_real_steps_and_knows_every_clients_batches(workshop: Workshop, tmp_path: Path) -> None:
-    long_rows = [sum_row(k, k) | {"prompt": f"{k} plus {k}? " * 6} for k in range(8)]
-    files = [str(write_rows(tmp_path / "long.jsonl", long_rows)), str(workshop.client_file(0))]
-    config = load_config(
-        workshop.config,
-        [
-            *("engine.step_time_s=null", f"data.train={json.dumps(files)}"),
-            *("federation.num_clients=2", "federation.num_rounds=2", "data.max_length=256"),
-        ],
-    )
-    plan = make_plan(config, probe=True)  # two rounds do not reach all blocks, which is no error here
-    assert plan.compute_source == "probed" and plan.compute_s > 0
-    assert len(plan.never_visited) == 2 and "GFLOP/s on the cpu of this machine" in plan.assumptions[0]
-    compute, block = probed_compute(config), Scenario(config, probe=False).blocks[0]
-    assert compute.round_s(block, 0, 0, 4) > compute.round_s(block, 0, 0, 2) > 0
-    # client 0 has examples five times as long; what the machine deviates is less
-    assert fmean(compute.round_s(block, t, 0, 2) for t in range(9)) > 1.5 * fmean(
-        compute.round_s(block, t, 1, 2) for t in range(9)
-    )
-
-
-def test_a_probe_beside_a_stated_step_and_a_probe_without_data_are_errors(workshop: Workshop) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.step_time_s.*leave one of them out"):
-        make_plan(load_config(workshop.config), probe=True)
-    missing = ["engine.step_time_s=null", "data.train=[a.jsonl,b.jsonl,c.jsonl,d.jsonl]"]
-    make_plan(load_config(workshop.config, missing))  # without a probe no data is read
-    with pytest.raises(DataError, match=r"a\.jsonl"):
-        make_plan(load_config(workshop.config, missing), probe=True)
-
-
-# -- text -----------------------------------------------------------------------------------------------------
-
-
-def shown(workshop: Workshop, *overrides: str) -> str:
-    config = load_config(workshop.config, overrides)
-    written = io.StringIO()
-    console = Console(width=100, file=written)
-    for part in show_plan(make_plan(config), config):
-        console.print(part, markup=False, soft_wrap=isinstance(part, str))
-    return written.getvalue()
-
-
-def test_the_text_is_short_and_says_what_to_do(workshop: Workshop) -> None:
-    text = shown(workshop)
-    assert len(text.splitlines()) < 60
-    assert "layers.0 … layers.3" in text and "float32 (configured)" in text and "LoRA, r = 16" in text
-    assert "6 rounds of 4 clients" in text and "Recommended: blocks.layers_per_block: 1" in text
-    assert "wire.format: float32, as configured." in text
-    assert "as configured." not in shown(workshop, "link.upload_mbps=1", "link.download_mbps=1")
-    assert "Never trained" not in text
-    assert "Never trained in 2 rounds: layers.2, layers.3" in shown(
-        workshop, "federation.num_rounds=2", "blocks.schedule=cyclic"
-    )
-
-
-def test_blocks_of_another_size_have_a_line_of_their_own(workshop: Workshop) -> None:
-    text = shown(workshop, "blocks.include_embeddings=true", "blocks.layers_per_block=3")
-    for name in ("embeddings", "layers.0-2", "layers.3"):
-        assert name in text
