@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,10 @@ def _summary(
         "peak_memory_bytes": 1_700_000_000,
         "model_sha256": "a" * 64 if status == "completed" else None,
     }
+
+
+def figures_in(page: str) -> dict[str, Any]:
+    """Read the figures of a report's page."""
+    (content,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.DOTALL)
+    figures: dict[str, Any] = json.loads(content)
+    return figures

@@ -14,7 +14,6 @@ from parablock.plan.forecast import Plan, make_plan
 from tiny_runs import Workshop
 
 
-
 def config_of(**sections: Any) -> RunConfig:
     return parse_config({"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}} | sections)
 

@@ -34,6 +34,9 @@ VOCABULARY = 300
 Row = dict[str, Any]
 
 
+Runs = Callable[..., Path]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended, and what it said."""

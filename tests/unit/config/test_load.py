@@ -302,6 +302,8 @@ def test_all_problems_are_said_at_once_each_with_its_key():
         ({"federation.server_optimizer.name": False}, "federation.server_optimizer.name: must not be false"),
         ({"data.max_length": 4}, "data.max_length"),
         ({"data.partition.scheme": "by_field"}, "data.partition: scheme by_field needs `field`"),
+        ({"data.partition.scheme": "dirichlet"}, "data.partition: scheme dirichlet needs `field`"),
+        ({"train": 4}, "train: "),
         ({"checkpoint.keep": 0}, "checkpoint.keep"),
         ({"seed": -1}, "seed"),
         ({"federation": 3}, "federation"),

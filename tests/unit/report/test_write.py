@@ -7,17 +7,10 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from made_runs import make_run
+from made_runs import figures_in, make_run
 from parablock.report.write import write_report
 from tiny_runs import command
-
-
-def figures_in(page: str) -> dict[str, Any]:
-    (content,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.DOTALL)
-    figures: dict[str, Any] = json.loads(content)
-    return figures
 
 
 def test_a_report_on_one_run_has_its_details_and_no_comparison(tmp_path: Path):
