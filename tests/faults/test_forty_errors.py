@@ -10,15 +10,14 @@ import hashlib
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from broken_inputs import write_broken_files, write_broken_models
-from tiny_runs import Workshop, command, half_written, make_workshop, sum_row, write_rows
+from tiny_runs import Workshop, command, half_written, sum_row, write_rows
 
 IID = "--set data.partition.scheme=iid --set federation.num_clients=2"
 
@@ -138,13 +137,8 @@ ERRORS = [Wrong(*map(str.strip, re.split(r"[|\n]", row))) for row in re.split(r"
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Iterator[Path]:
+def folder(workshop: Workshop) -> Iterator[Path]:
     """The current folder of a user with good and broken files, models and runs."""
-    workshop = make_workshop(tmp_path_factory.mktemp("forty"), tiny_llama, tiny_tokenizer)
     path = workshop.path
     write_broken_files(path)
     write_broken_models(workshop)

@@ -9,19 +9,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import errors
 from parablock.config.keys import RunConfig
 from parablock.config.load import known_keys
 from parablock.config.section import NOT_BUILT
-from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
+from tiny_runs import Workshop, metrics_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -173,13 +172,8 @@ def test_every_error_that_can_be_met_has_a_heading() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Path:
+def finished(workshop: Workshop) -> Path:
     """A run directory."""
-    workshop: Workshop = make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
     outcome = workshop.run(workshop.path / "run")
     assert outcome.code == 0, outcome.stderr
     return workshop.path / "run"
