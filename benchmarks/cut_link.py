@@ -27,7 +27,7 @@ from rich.console import Console
 from parablock.config.keys import RunConfig
 from parablock.deploy.one_machine import Deployment
 
-sys.path.append(str(REPOSITORY / "tests"))
+sys.path.append(str(REPOSITORY / "tests" / "support"))
 from cuttable_proxy import PIECE, CuttableProxy
 
 SITES = 2

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tiny_runs import Workshop, make_workshop
+from tiny_runs import Runs, Workshop, half_written, make_workshop
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -110,3 +110,21 @@ def workshop(
 ) -> Workshop:
     """A folder for whole runs in a second, of the module's own."""
     return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def runs(workshop: Workshop) -> Runs:
+    """Return the run directory for these overrides, running at the first time; what it said is beside it."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run_dir(*overrides: str) -> Path:
+        if overrides not in made:
+            path = workshop.path / "runs" / str(len(made))
+            outcome = workshop.run(path, *overrides)
+            assert outcome.code == 0, outcome.stderr
+            assert half_written(path) == []
+            path.with_suffix(".log").write_text(outcome.stdout)
+            made[overrides] = path
+        return made[overrides]
+
+    return run_dir

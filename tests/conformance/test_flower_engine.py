@@ -24,7 +24,6 @@ from parablock.clock import RealClock
 from parablock.engine.client import Client
 from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.flower import grid as grid_module
 from parablock.engine.flower import lanes
 from parablock.engine.flower.engine import run_over_flower
 from parablock.engine.flower.exchange import Request
@@ -46,6 +45,7 @@ from parablock.training.trainer import Trained
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial
+from transports import make_impatient
 
 ONE, TWO = [("both",)], [("up", "down")]
 LANES = {"one lane": ONE, "two lanes": TWO, "one and two": ONE + TWO}
@@ -127,14 +127,7 @@ def protection_of(plan: ServerPlan) -> Protection | None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """An exchange that is overdue is made again after a moment, as it is after a minute in earnest."""
-    monkeypatch.setattr(lanes, "WAIT_S", 0.3)
-    monkeypatch.setattr(lanes, "SLACK_S", 0.2)
-    monkeypatch.setattr(grid_module, "POLL_S", 0.005)
-    monkeypatch.setattr(lanes, "LEAST_BYTES", 1 << 10)
-    monkeypatch.setattr(lanes, "LEAST_FRAME_BYTES", 100)  # messages are cut into several
-    monkeypatch.setattr(lanes, "PUSH_S", 0.1)
-    monkeypatch.setattr(lanes, "STREAM_S", 0.1)
+    make_impatient(monkeypatch)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

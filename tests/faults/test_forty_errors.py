@@ -7,17 +7,17 @@ of what can be wrong with values, rows and disks stands in `test_wrong_inputs.py
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from broken_inputs import write_broken_files, write_broken_models
-from tiny_runs import Workshop, command, half_written, make_workshop, sum_row, write_rows
+from tiny_runs import Workshop, command, half_written, sum_row, write_rows
 
 IID = "--set data.partition.scheme=iid --set federation.num_clients=2"
 
@@ -39,227 +39,106 @@ class Wrong:
     cure: str
 
 
-ERRORS = [
-    # plan: the configuration
-    Wrong("plan nowhere.yaml", "nowhere.yaml has 1 problem", "there is no file", "give the path of a YAML file"),
-    Wrong("plan broken.yaml", "broken.yaml", "it is not YAML", "in line 2, column 1"),
-    Wrong("plan twice.yaml", "twice.yaml", "the key 'seed' stands there twice", "in line 2, column 1"),
-    Wrong("plan list.yaml", "list.yaml", "it must hold sections", "such as `model:` and `data:`"),
-    Wrong("plan minimal.yaml", "minimal.yaml", "not given", "data: required"),
-    Wrong(
-        "plan run.yaml --set train.lerning_rate=1",
-        "train.lerning_rate",
-        "unknown key",
-        "did you mean `train.learning_rate`?",
-    ),
-    Wrong(
-        "plan run.yaml --set train.learning_rate=fast",
-        "train.learning_rate",
-        "given: 'fast'",
-        "should be a valid number",
-    ),
-    Wrong("plan run.yaml --upload-mbps 0", "link.upload_mbps", "given: 0.0", "should be greater than 0"),
-    Wrong("plan run.yaml --set seed", "'seed'", "is not key=value", "such as train.num_local_steps=4"),
-    Wrong(
-        "plan run.yaml --set federation.method=fl_bcd --set federation.delay=2",
-        "federation",
-        "method fl_bcd has delay 0, not 2",
-        "for a delay choose parablock",
-    ),
-    Wrong(
-        "plan run.yaml --set federation.method=fedavg --set federation.delay=0 --set blocks.layers_per_block=2",
-        "blocks.layers_per_block",
-        "method fedavg, which trains no blocks",
-        "leave it out",
-    ),
-    Wrong(
-        "plan run.yaml --set federation.num_clients=3",
-        "by_file makes one client of each file",
-        "data.train has 4 and federation.num_clients is 3",
-        "make them equal",
-    ),
-    Wrong(
-        "plan run.yaml --probe",
-        "engine.step_time_s",
-        "it states that a step takes 0.05 s, and --probe measures it",
-        "leave one of them out",
-    ),
-    # plan and blocks: the model
-    Wrong(
-        "plan run.yaml --set model.name_or_path=./nowhere",
-        "no model folder ./nowhere",
-        "That path does not exist",
-        "Give a folder that holds config.json",
-    ),
-    Wrong(
-        "plan run.yaml --set model.name_or_path=encoder_decoder",
-        "encoder_decoder is of type t5",
-        "It is an encoder",
-        "Choose a decoder-only model",
-    ),
-    Wrong(
-        "plan run.yaml --set blocks.layers_per_block=9",
-        "blocks.layers_per_block is 9",
-        "the model has 4 decoder layers",
-        "Choose a number from 1 to 4",
-    ),
-    Wrong(
-        "blocks config_not_json",
-        "The configuration of config_not_json",
-        "not a valid JSON file",
-        "Copy or download the model again",
-    ),
-    Wrong(
-        "blocks model --layers-path model.strata",
-        "'model.strata', which names no ModuleList",
-        "Lists of modules in this model: model.layers",
-        "blocks.layers_path: model.layers",
-    ),
-    # run: the model, the rows, the folder
-    Wrong(
-        "run run.yaml --output-dir out --set model.name_or_path=without_tokenizer",
-        "The tokenizer of ",
-        "missing or damaged",
-        "Copy or download the model again",
-    ),
-    Wrong(
-        "run run.yaml --output-dir out --set model.name_or_path=incomplete_weights",
-        "1 tensors are missing",
-        "The checkpoint is incomplete",
-        "Get the whole checkpoint again",
-    ),
-    Wrong(
-        "run run.yaml --output-dir out --set model.name_or_path=small_vocabulary",
-        "its model has 50 embeddings",
-        "The tokenizer is another model's",
-        "Use the tokenizer the model was trained with",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=rows.jsonk",
-        "'rows.jsonk'",
-        "Files are looked for from",
-        "check the name",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=row.jsonl",
-        "row.jsonl does not exist",
-        "Relative paths start from",
-        "Did you mean rows.jsonl?",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=rows.csv",
-        "rows.csv",
-        "has the suffix '.csv', which cannot be read",
-        "Supported are .jsonl",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=broken.jsonl",
-        "broken.jsonl, line 4",
-        "is not JSON: Unterminated string",
-        "one JSON object per line",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=empty.jsonl",
-        "empty.jsonl is empty",
-        "it holds no row",
-        "Give a source with at least one example",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=fields.jsonl",
-        "fields.jsonl, line",
-        "it has the fields frage, antwort",
-        "Or set data.format",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=silent.jsonl",
-        "None of 2 rows has anything to train on",
-        "because the completion is empty",
-        "give rows with completions",
-    ),
-    Wrong(
-        f"run run.yaml --output-dir out {IID} --set data.train=corrupt.parquet",
-        "corrupt.parquet cannot be read",
-        "The file is damaged",
-        "Fetch or export it again",
-    ),
-    Wrong(
-        "run run.yaml --output-dir out --set federation.num_rounds=3",
-        "federation.num_rounds: 3 rounds",
-        "would never train block",
-        "give at least 4 rounds",
-    ),
-    Wrong(
-        "run run.yaml --output-dir rows.jsonl/out",
-        "rows.jsonl/out cannot be a folder",
-        "rows.jsonl is a file",
-        "Give a folder as --output-dir",
-    ),
-    Wrong(
-        "run run.yaml --output-dir finished",
-        "finished holds a run already",
-        "A run never writes over another one",
-        "parablock resume finished",
-    ),
-    # compare, eval, report
-    Wrong(
-        "compare run.yaml --output-dir out --methods parablock,parablock",
-        "--methods",
-        "parablock, parablock",
-        "give each method once",
-    ),
-    Wrong("compare run.yaml --output-dir out --seeds 0,x", "--seeds", "'0,x'", "give whole numbers such as 0,1,2"),
-    Wrong(
-        "eval unfinished --data test.jsonl",
-        "the run in unfinished has no model yet",
-        "It was interrupted, or it failed",
-        "parablock resume unfinished",
-    ),
-    Wrong("eval model --data test.jsonl --task vibes", "'vibes'", "there is no task", "Choose one of loss"),
-    Wrong(
-        "eval model --data plain.jsonl --task exact_match",
-        "plain.jsonl, line 1",
-        "has no prompt to generate from",
-        "evaluate the loss instead",
-    ),
-    Wrong(
-        "eval model --data choices.jsonl --task multiple_choice",
-        "choices.jsonl, line 1",
-        "not among its choices",
-        "Add it to the list",
-    ),
-    Wrong("report folder", "folder holds no run", "that has ended", "Give the --output-dir of a `parablock run`"),
-    # resume
-    Wrong("resume folder", "folder holds no run", "it has no config.yaml", "Give the --output-dir"),
-    Wrong("resume finished", "the run in finished is complete", "nothing to resume", "parablock eval finished"),
-    Wrong(
-        "resume damaged",
-        "every checkpoint in damaged/checkpoints is damaged",
-        "Files were changed, or the disk lost them",
-        "Start the run anew",
-    ),
-    Wrong(
-        "resume half_a_manifest",
-        "half_a_manifest/manifest.json cannot be read",
-        "changed by hand, or the disk lost a part",
-        "Put back a copy of it",
-    ),
-    Wrong(
-        "resume other_rows",
-        "the data (data_sha256) is not what it was",
-        "changed in the meantime",
-        "Put back what changed, or start a new run",
-    ),
-]
+# A command, and below it what happened | why | what to do.
+TABLE = f"""
+plan nowhere.yaml
+  nowhere.yaml has 1 problem | there is no file | give the path of a YAML file
+plan broken.yaml
+  broken.yaml | it is not YAML | in line 2, column 1
+plan twice.yaml
+  twice.yaml | the key 'seed' stands there twice | in line 2, column 1
+plan list.yaml
+  list.yaml | it must hold sections | such as `model:` and `data:`
+plan minimal.yaml
+  minimal.yaml | not given | data: required
+plan run.yaml --set train.lerning_rate=1
+  train.lerning_rate | unknown key | did you mean `train.learning_rate`?
+plan run.yaml --set train.learning_rate=fast
+  train.learning_rate | given: 'fast' | should be a valid number
+plan run.yaml --upload-mbps 0
+  link.upload_mbps | given: 0.0 | should be greater than 0
+plan run.yaml --set seed
+  'seed' | is not key=value | such as train.num_local_steps=4
+plan run.yaml --set federation.method=fl_bcd --set federation.delay=2
+  federation | method fl_bcd has delay 0, not 2 | for a delay choose parablock
+plan run.yaml --set federation.method=fedavg --set federation.delay=0 --set blocks.layers_per_block=2
+  blocks.layers_per_block | method fedavg, which trains no blocks | leave it out
+plan run.yaml --set federation.num_clients=3
+  by_file makes one client of each file | data.train has 4 and federation.num_clients is 3 | make them equal
+plan run.yaml --probe
+  engine.step_time_s | it states that a step takes 0.05 s, and --probe measures it | leave one of them out
+plan run.yaml --set model.name_or_path=./nowhere
+  no model folder ./nowhere | That path does not exist | Give a folder that holds config.json
+plan run.yaml --set model.name_or_path=encoder_decoder
+  encoder_decoder is of type t5 | It is an encoder | Choose a decoder-only model
+plan run.yaml --set blocks.layers_per_block=9
+  blocks.layers_per_block is 9 | the model has 4 decoder layers | Choose a number from 1 to 4
+blocks config_not_json
+  The configuration of config_not_json | not a valid JSON file | Copy or download the model again
+blocks model --layers-path model.strata
+  'model.strata', which names no ModuleList
+  Lists of modules in this model: model.layers | blocks.layers_path: model.layers
+run run.yaml --output-dir out --set model.name_or_path=without_tokenizer
+  The tokenizer of  | missing or damaged | Copy or download the model again
+run run.yaml --output-dir out --set model.name_or_path=incomplete_weights
+  1 tensors are missing | The checkpoint is incomplete | Get the whole checkpoint again
+run run.yaml --output-dir out --set model.name_or_path=small_vocabulary
+  its model has 50 embeddings | The tokenizer is another model's | Use the tokenizer the model was trained with
+run run.yaml --output-dir out {IID} --set data.train=rows.jsonk
+  'rows.jsonk' | Files are looked for from | check the name
+run run.yaml --output-dir out {IID} --set data.train=row.jsonl
+  row.jsonl does not exist | Relative paths start from | Did you mean rows.jsonl?
+run run.yaml --output-dir out {IID} --set data.train=rows.csv
+  rows.csv | has the suffix '.csv', which cannot be read | Supported are .jsonl
+run run.yaml --output-dir out {IID} --set data.train=broken.jsonl
+  broken.jsonl, line 4 | is not JSON: Unterminated string | one JSON object per line
+run run.yaml --output-dir out {IID} --set data.train=empty.jsonl
+  empty.jsonl is empty | it holds no row | Give a source with at least one example
+run run.yaml --output-dir out {IID} --set data.train=fields.jsonl
+  fields.jsonl, line | it has the fields frage, antwort | Or set data.format
+run run.yaml --output-dir out {IID} --set data.train=silent.jsonl
+  None of 2 rows has anything to train on | because the completion is empty | give rows with completions
+run run.yaml --output-dir out {IID} --set data.train=corrupt.parquet
+  corrupt.parquet cannot be read | The file is damaged | Fetch or export it again
+run run.yaml --output-dir out --set federation.num_rounds=3
+  federation.num_rounds: 3 rounds | would never train block | give at least 4 rounds
+run run.yaml --output-dir rows.jsonl/out
+  rows.jsonl/out cannot be a folder | rows.jsonl is a file | Give a folder as --output-dir
+run run.yaml --output-dir finished
+  finished holds a run already | A run never writes over another one | parablock resume finished
+compare run.yaml --output-dir out --methods parablock,parablock
+  --methods | parablock, parablock | give each method once
+compare run.yaml --output-dir out --seeds 0,x
+  --seeds | '0,x' | give whole numbers such as 0,1,2
+eval unfinished --data test.jsonl
+  the run in unfinished has no model yet | It was interrupted, or it failed | parablock resume unfinished
+eval model --data test.jsonl --task vibes
+  'vibes' | there is no task | Choose one of loss
+eval model --data plain.jsonl --task exact_match
+  plain.jsonl, line 1 | has no prompt to generate from | evaluate the loss instead
+eval model --data choices.jsonl --task multiple_choice
+  choices.jsonl, line 1 | not among its choices | Add it to the list
+report folder
+  folder holds no run | that has ended | Give the --output-dir of a `parablock run`
+resume folder
+  folder holds no run | it has no config.yaml | Give the --output-dir
+resume finished
+  the run in finished is complete | nothing to resume | parablock eval finished
+resume damaged
+  every checkpoint in damaged/checkpoints is damaged
+  Files were changed, or the disk lost them | Start the run anew
+resume half_a_manifest
+  half_a_manifest/manifest.json cannot be read | changed by hand, or the disk lost a part | Put back a copy of it
+resume other_rows
+  the data (data_sha256) is not what it was | changed in the meantime | Put back what changed, or start a new run
+"""
+
+ERRORS = [Wrong(*map(str.strip, re.split(r"[|\n]", row))) for row in re.split(r"\n(?=\w)", TABLE.strip())]
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Iterator[Path]:
+def folder(workshop: Workshop) -> Iterator[Path]:
     """The current folder of a user with good and broken files, models and runs."""
-    workshop = make_workshop(tmp_path_factory.mktemp("forty"), tiny_llama, tiny_tokenizer)
     path = workshop.path
     write_broken_files(path)
     write_broken_models(workshop)
@@ -297,9 +176,8 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, str]:
     """What every command says on stderr; each must have ended with 2 and changed nothing."""
-    told = {}
+    told, before = {}, contents(folder)
     for wrong in ERRORS:
-        before = contents(folder)
         outcome = command(*shlex.split(wrong.line))
         assert outcome.code == 2, (wrong.line, outcome)
         assert contents(folder) == before, wrong.line

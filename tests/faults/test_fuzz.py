@@ -99,11 +99,7 @@ def test_a_header_that_lies_under_a_right_checksum_is_refused_or_makes_a_message
 
 LIES = {
     "more elements than a float can count": {"vectors": [{"format": "int4", "shape": [10**400]}]},
-    "more elements than there is memory": {"vectors": [{"format": "float32", "shape": [2**62]}]},
-    "a negative number": {"vectors": [{"format": "float32", "shape": [-1]}]},
-    "a number that is none": {"vectors": [{"format": "float32", "shape": [True]}]},
     "a number of too many digits": {"round_index": 10**4000},
-    "a compute time without end": {"compute_s": "inf"},
     "a nest": {"vectors": json.loads("[" * 400 + "]" * 400)},
 }
 

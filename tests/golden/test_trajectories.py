@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from toy import initial, loss_of, solve

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,
     NUM_LAYERS,
+    Runs,
     Workshop,
     command,
     command_apart,
-    half_written,
     metrics_of,
     sum_row,
     summary_of,
@@ -47,25 +46,6 @@ METRICS_KEYS = {
 MANIFEST_KEYS = {"parablock", "commit", "python", "packages", "machine", "seed", "data_sha256", "base_sha256"}
 BLOCK_PARAMETERS = 9280
 COMMANDS = ("run", "resume", "blocks", "eval", "demo", "doctor")
-
-Runs = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def runs(workshop: Workshop) -> Runs:
-    """Give the run directory for these overrides, running at the first time."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def run_dir(*overrides: str) -> Path:
-        if overrides not in made:
-            path = workshop.path / "runs" / str(len(made))
-            outcome = workshop.run(path, *overrides)
-            assert outcome.code == 0, outcome.stderr
-            assert half_written(path) == []
-            made[overrides] = path
-        return made[overrides]
-
-    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +381,7 @@ def test_no_option_is_without_a_run_that_shows_its_effect():
     shown = set().union(*(keys_of(override) for override in overrides)) | ELSEWHERE_IN_THIS_FILE | IN_OTHER_TESTS
     keys = list(known_keys())
     options = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
-    assert options - shown == {"report_to"}  # tests/unit/test_trackers.py
+    assert options - shown == {"report_to"}  # tests/unit/experiment/test_trackers.py
     assert shown <= options
 
 

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from parablock.config.load import load_config
 from parablock.experiment.run import resume, run
-from tiny_runs import Workshop, metrics_of, summary_of
+from tiny_runs import Runs, Workshop, metrics_of, summary_of
 
 KILLED = "faults=[{client: 3, round: 2, at: train, kind: kill}]"
 BRIEFLY = "faults=[{client: 3, round: 2, at: train, kind: kill, value: 1.0}]"
-
-
-@pytest.fixture(scope="module")
-def runs(workshop: Workshop) -> Callable[..., Path]:
-    made: dict[tuple[str, ...], Path] = {}
-
-    def give(*overrides: str) -> Path:
-        if overrides not in made:
-            path = workshop.path / "runs" / str(len(made))
-            outcome = workshop.run(path, *overrides)
-            assert outcome.code == 0, outcome.stderr
-            path.with_suffix(".log").write_text(outcome.stdout)
-            made[overrides] = path
-        return made[overrides]
-
-    return give
 
 
 def participants(run_dir: Path) -> list[list[int]]:
     return [row["participants"] for row in metrics_of(run_dir)]
 
 
-def test_the_summary_counts_each_kind_of_fault_and_of_refused_updates(runs: Callable[..., Path]):
+def test_the_summary_counts_each_kind_of_fault_and_of_refused_updates(runs: Runs):
     run_dir = runs(
         "faults=[{client: 2, round: 1, at: upload, kind: nan},"
         " {client: 1, round: 3, at: train, kind: scale, value: 1e9}, {client: 0, round: 4, at: upload, kind: drop},"
@@ -52,7 +33,7 @@ def test_the_summary_counts_each_kind_of_fault_and_of_refused_updates(runs: Call
     assert not {"faults", "refused_updates"} & set(summary_of(runs()))
 
 
-def test_with_a_deadline_a_dead_client_costs_less_time_than_the_patience(runs: Callable[..., Path]):
+def test_with_a_deadline_a_dead_client_costs_less_time_than_the_patience(runs: Runs):
     patient, hurried = runs(KILLED), runs(KILLED, "federation.deadline_factor=2.0")
     assert participants(patient)[2:] == participants(hurried)[2:] == [[0, 1, 2]] * 4
     assert summary_of(patient)["model_sha256"] == summary_of(hurried)["model_sha256"]
@@ -61,7 +42,7 @@ def test_with_a_deadline_a_dead_client_costs_less_time_than_the_patience(runs: C
 
 
 def test_with_min_updates_the_server_waits_for_who_is_back_and_the_model_is_the_undisturbed_one(
-    runs: Callable[..., Path],
+    runs: Runs,
 ):
     hurried = runs(BRIEFLY, "federation.deadline_factor=1.2")
     waits = runs(BRIEFLY, "federation.deadline_factor=1.2", "federation.min_updates=4")

@@ -1,7 +1,7 @@
 """A model that lies on another device than the CPU: every tensor is moved where it has to be.
 
-The device is one that torch has beside the CPU on any machine (tests/other_device.cpp). How fast a GPU is cannot be
-told from it, nor what a GPU's own kernels give.
+The device is one that torch has beside the CPU on any machine (tests/support/other_device.cpp). It does not tell
+how fast a GPU is, nor what the kernels of a GPU give.
 """
 
 from __future__ import annotations

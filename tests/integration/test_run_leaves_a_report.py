@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from made_runs import figures_in
 from parablock.config.load import load_config
 from parablock.experiment.run import run
 from tiny_runs import Workshop, command, metrics_of, summary_of
 
 
 def figures_of_page(directory: Path) -> dict[str, Any]:
-    page = (directory / "report.html").read_text()
-    (content,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.DOTALL)
-    figures: dict[str, Any] = json.loads(content)
-    return figures
+    return figures_in((directory / "report.html").read_text())
 
 
 def manifest_of(directory: Path) -> dict[str, Any]:

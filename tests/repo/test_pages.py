@@ -9,21 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock import errors
 from parablock.config.keys import RunConfig
 from parablock.config.load import known_keys
 from parablock.config.methods import METHODS
 from parablock.config.section import NOT_BUILT
-from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
+from tiny_runs import Workshop, metrics_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -131,57 +130,6 @@ def test_the_readme_has_the_figures_of_the_records(results: ModuleType, tmp_path
     assert "(docs/results.md#the-same-rate)" in alone and alone.startswith(text[:300])
 
 
-def test_the_first_table_says_which_bars_are_missed(results: ModuleType) -> None:
-    def record(is_met: bool) -> dict[str, Any]:
-        bar = {
-            "name": "int4 bytes / float32 bytes",
-            "value": 0.125,
-            "limit": 0.14,
-            "at_most": True,
-            "is_met": is_met,
-        }
-        return {"wire": {"bars": [bar]}}
-
-    headings = {"wire": "The wire: bytes"}
-    (*_, met), (*_, missed) = (results.glance(record(is_met), headings) for is_met in (True, False))
-    assert met.endswith("](#the-wire-bytes) | 0.125 | ≤ 0.14 |")
-    assert "**0.125**, missed" in missed
-    assert "1 bars; 0 of them are missed" in results.missed(record(True), headings)
-    assert "1 of them are missed, under [The wire: bytes](#the-wire-bytes)" in results.missed(
-        record(False), headings
-    )
-
-
-def test_the_results_say_where_lora_wins(results: ModuleType) -> None:
-    ends = {"parablock": 4.0, "fedit": 4.5}
-    columns = [{"parablock": [4.0, 5.0], "fedit": [4.0, 4.5]}, {"parablock": [4.0], "fedit": [None]}]
-    *rows, told = results.losses_table(["10 s", "20 s"], columns, ends)
-    assert "| FedIT | **4.2500** | 4.5000† |" in rows
-    assert told.endswith("column by column: FedIT, ParaBlock.\nA LoRA method wins 1 of 2 columns.")
-    assert "wins 0 of 1 columns" in results.losses_table(["20 s"], columns[1:], ends)[-1]
-
-
-def test_the_results_show_seconds_and_families_where_a_record_has_them(results: ModuleType) -> None:
-    def run(delay: int, loss: float, right: float) -> dict[str, Any]:
-        scores = {"ag_news": {"loss": {"value": loss, "rows": 9}, "exact_match": {"value": right, "rows": 7}}}
-        curve = [[2.0 - delay, 5.0], [4.0 / (1 + delay), loss]]
-        losses = {"initial_eval_loss": 6.0, "final_eval_loss": loss, "seconds": curve[-1][0], "num_rounds": 2}
-        return losses | {"curve": curve, "scores": scores}
-
-    record = json.loads((results.RESULTS / "quality_gsm8k.json").read_text())
-    row = {"seed": 7, "runs": [run(0, 4.0, 0.25), run(1, 3.5, 0.75)], "time_ratio": 0.5}
-    plain = results.SECTIONS["quality_gsm8k"](record | {"results": [row]})
-    assert "| 7 | 4.0000 | 4.0 | 2.0 | 0.500 | 3.5000 (2) |" in plain
-    assert "| 2.0 | 5.0000 | 3.5000 |" in plain  # the last losses by then
-    assert "ag_news" not in plain
-    base = {"ag_news": {"loss": {"value": 6.0, "rows": 9}, "exact_match": {"value": 0.0, "rows": 7}}}
-    scored = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"base_scores": base}]})
-    assert "| ag_news | loss, 9 rows | 6.000 | 4.000 | 3.500 |" in scored
-    assert "| ag_news | exact match, 7 rows | 0.00 | 0.25 | 0.75 |" in scored
-    never = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"time_ratio": None}]})
-    assert "| 7 | 4.0000 | 4.0 | never |  | 3.5000 (2) |" in never
-
-
 # -- troubleshooting ------------------------------------------------------------------------------------------
 
 
@@ -236,13 +184,8 @@ def test_every_error_that_can_be_met_has_a_heading() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Path:
+def finished(workshop: Workshop) -> Path:
     """A run directory."""
-    workshop: Workshop = make_workshop(tmp_path_factory.mktemp("workshop"), tiny_llama, tiny_tokenizer)
     outcome = workshop.run(workshop.path / "run")
     assert outcome.code == 0, outcome.stderr
     return workshop.path / "run"

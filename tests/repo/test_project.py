@@ -104,12 +104,6 @@ def test_the_pages_name_only_commands_that_exist(page: Path, program: Any) -> No
     assert wrong_commands(page.read_text(), targets, program) == []
 
 
-def test_the_readme_shows_the_two_first_commands() -> None:
-    shown = list(commands((ROOT / "README.md").read_text()))
-    assert ["make", "demo"] in shown
-    assert ["make", "test"] in shown
-
-
 def test_a_command_that_does_not_exist_is_found(program: Any) -> None:
     page = "\n".join(
         [
@@ -169,7 +163,7 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     assert broken_links(text, tmp_path) == ["gone.md", "gone.svg"]
 
 
-# -- version, licence, pins -----------------------------------------------------------------------------------
+# -- version, pins --------------------------------------------------------------------------------------------
 
 
 def pyproject() -> dict[str, Any]:
@@ -189,20 +183,6 @@ def test_the_changelog_starts_with_the_version_that_is_built() -> None:
 def test_the_newest_version_is_the_first_and_not_the_largest() -> None:
     assert newest_version("## [Unreleased]\n## [0.2.0] - x\n## [0.10.0] - y\n") == "0.2.0"
     assert newest_version("# Changelog\n") is None
-
-
-def licence_of(text: str) -> str | None:
-    title = " ".join(text.split()[:4])
-    return "Apache-2.0" if title == "Apache License Version 2.0," else None
-
-
-def test_the_licence_is_apache_2_in_the_file_and_in_the_build() -> None:
-    assert licence_of((ROOT / "LICENSE").read_text()) == pyproject()["project"]["license"] == "Apache-2.0"
-
-
-def test_another_licence_is_not_taken_for_it() -> None:
-    assert licence_of("MIT License\n\nCopyright") is None
-    assert licence_of("Apache License Version 1.1, 2000") is None
 
 
 def outside_venv(hooks: dict[str, Any]) -> list[str]:
@@ -301,10 +281,6 @@ def test_the_configuration_of_the_readme_is_valid_as_it_stands() -> None:
     assert parse_config(yaml.safe_load(example)).federation.num_rounds == 48
     with pytest.raises(ConfigError, match="num_rounds"):
         parse_config(yaml.safe_load(example.replace("num_rounds", "num_round")))
-
-
-def test_there_is_a_configuration_to_start_from() -> None:
-    assert list((ROOT / "configs").glob("*.yaml"))
 
 
 def test_an_unknown_section_is_found() -> None:

@@ -1,13 +1,25 @@
+"""Spans of a trace: recorded, cut into what was hidden and what was not, written and read."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from parablock.clock import VirtualClock
 from parablock.report.timeline import draw_timeline
 from parablock.storage.run_directory import overlap_fraction
-from parablock.trace import Span, Trace, read_chrome_trace, write_chrome_trace
+from parablock.trace import (
+    ClientTimes,
+    Span,
+    Trace,
+    cut_transfers,
+    read_chrome_trace,
+    times_by_client,
+    write_chrome_trace,
+)
 
 
 def spans() -> list[Span]:
@@ -68,3 +80,64 @@ def test_the_timeline_shows_both_threads():
             [*spans(), spans()[0].__class__(7, "compute", "computing", 0, 1, {"round_index": 0})], max_clients=1
         )
     )
+
+
+def computing(start_s: float, end_s: float, client_id: int = 0) -> Span:
+    return Span(client_id, "compute", "computing", start_s, end_s - start_s, {"round_index": 0})
+
+
+def moving(activity: str, start_s: float, end_s: float, client_id: int = 0) -> Span:
+    return Span(client_id, "communication", activity, start_s, end_s - start_s, {"round_index": 0})
+
+
+def ruler(spans: list[Span]) -> list[tuple[float, float, bool]]:
+    return [(p.start_s, p.start_s + p.duration_s, p.is_hidden) for p in cut_transfers(spans)]
+
+
+def test_a_transfer_is_cut_where_its_client_begins_and_ends_to_compute():
+    spans = [computing(0, 2), computing(3, 6), computing(8, 9), moving("uploading", 1, 8)]
+    assert ruler(spans) == [(1, 2, True), (2, 3, False), (3, 6, True), (6, 8, False)]
+
+
+def test_another_clients_computation_hides_nothing():
+    spans = [moving("uploading", 1, 4), computing(0, 9, client_id=1)]
+    assert ruler(spans) == [(1, 4, False)]
+    assert ruler([*spans, computing(0, 9)]) == [(1, 4, True)]
+
+
+def test_waiting_and_the_server_neither_hide_nor_move():
+    waiting = Span(0, "compute", "waiting", 0.0, 9.0, {})
+    server = Span(None, "server", "aggregating", 0.0, 9.0, {"round_index": 0})
+    assert ruler([waiting, server, moving("downloading", 1, 2)]) == [(1, 2, False)]
+
+
+def test_both_directions_at_once_are_hidden_by_the_same_computation():
+    # up 0–10: 0–6 and 7–10 are hidden, 9 s; down 5–8: 5–6 and 7–8 are hidden, 2 s; together 11 of 13 s
+    spans = [computing(0, 6), computing(7, 12), moving("uploading", 0, 10), moving("downloading", 5, 8)]
+    assert times_by_client(spans) == {0: ClientTimes(11, 13, 11)}
+    assert overlap_fraction(spans) == pytest.approx(11 / 13)
+    assert overlap_fraction([*spans[1:]]) == pytest.approx(4 / 13)
+
+
+def test_a_transfer_of_no_time_has_no_pieces_and_a_client_without_any_has_no_fraction():
+    assert ruler([computing(0, 2), moving("uploading", 1, 1)]) == []
+    assert times_by_client([computing(0, 2)])[0].hidden_fraction == 0.0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10), st.booleans()), max_size=12),
+    st.lists(st.integers(0, 4), max_size=12),
+)
+def test_pieces_cover_every_transfer_once_and_agree_with_the_clock_ticked_by_hand(transfers, work):
+    spans, now = [], 0
+    for k, length in enumerate(work):  # computing and pauses take turns
+        if k % 2 == 0 and length:
+            spans.append(computing(now, now + length))
+        now += length
+    seconds = {second for span in spans for second in range(int(span.start_s), int(span.start_s + span.duration_s))}
+    names = [("uploading" if up else "downloading", start, start + length) for start, length, up in transfers]
+    spans += [moving(*name) for name in names]
+    ticks = [second for _, start, end in names for second in range(start, end)]
+    pieces = cut_transfers(spans)
+    assert sum(piece.duration_s for piece in pieces) == len(ticks)
+    assert sum(piece.duration_s for piece in pieces if piece.is_hidden) == sum(tick in seconds for tick in ticks)

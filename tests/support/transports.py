@@ -1,0 +1,149 @@
+"""Every transport behind one face: a server and its clients meet, exchange bytes, and part.
+
+A new transport is one more row of `TRANSPORTS`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from loop_grid import LoopGrid
+from parablock.clock import Clock, RealClock, VirtualClock
+from parablock.engine.flower import grid as grid_module
+from parablock.engine.flower import lanes
+from parablock.engine.flower.exchange import Request
+from parablock.engine.flower.grid import GridTransport
+from parablock.engine.flower.local_socket import address_of, listen, secret_of
+from parablock.engine.flower.mailbox import TrainerMailbox
+from parablock.engine.flower.session import SessionFolder
+from parablock.engine.pipeline import Machines, Pipeline
+from parablock.trace import Trace
+from parablock.wire.transport import Ledger, Link, MemoryTransport, Parcel, StopAsked
+
+END = Parcel(b"the end", 99)
+"""The server's last message, as every run has one: a client ends once it has it."""
+
+
+class Gone(Exception):  # noqa: N818
+    """Raised by a client that vanishes without a word."""
+
+
+class Mail(Protocol):
+    """A client's side, as its compute thread sees it."""
+
+    def send(self, message: bytes, round_index: int) -> None: ...
+
+    def receive(self) -> bytes: ...
+
+
+class Meet(Protocol):
+    """Let a server and clients, numbered from 0, do what they do; return what was counted.
+
+    Args:
+        server: Called with the server's end and its clock.
+        client: Called with its number and its side, in a thread of each client.
+        num_clients: How many there are.
+        patience_s: How long anybody waits where nothing moves, seconds.
+        asked_to_stop: Whether the user wants the run to stop.
+    """
+
+    def __call__(
+        self,
+        server: Callable[[GridTransport | MemoryTransport, Clock], None],
+        client: Callable[[int, Mail], None],
+        *,
+        num_clients: int = 2,
+        patience_s: float = 10.0,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> Ledger: ...
+
+
+def part(transport: GridTransport | MemoryTransport, num_clients: int) -> None:
+    for client_id in range(num_clients):
+        transport.send(client_id, END)
+
+
+def in_memory(make_clock: Callable[[], Clock], folder: Path) -> Meet:
+    def meet(server, client, *, num_clients=2, patience_s=10.0, asked_to_stop=lambda: False):
+        clock = make_clock()
+        transport, trace = MemoryTransport(clock, Link(), num_clients, asked_to_stop), Trace(clock)
+
+        def body(client_id: int) -> None:
+            try:
+                with Pipeline(client_id, transport, trace, stall_timeout_s=patience_s) as mail:
+                    client(client_id, mail)
+                    assert mail.receive() == END.message
+            except Gone:
+                transport.detach(client_id)
+
+        bodies = [partial(body, client_id) for client_id in range(num_clients)]
+        with Machines(clock, bodies, transport.fail, stall_timeout_s=patience_s):
+            server(transport, clock)
+            part(transport, num_clients)
+        return transport.ledger
+
+    return meet
+
+
+def over_flower(carries: Sequence[tuple[str, ...]], folder: Path) -> Meet:
+    def meet(server, client, *, num_clients=2, patience_s=10.0, asked_to_stop=lambda: False):
+        dirs = [folder / str(client_id) for client_id in range(num_clients)]
+        gone = set[int]()
+
+        def serve(client_id: int, session: SessionFolder) -> None:
+            secret, listener = secret_of(dirs[client_id]), listen(address_of(dirs[client_id]))
+            trace = Trace(RealClock())
+            mailbox = TrainerMailbox(client_id, listener, secret, session, trace, epoch_s=0.0, lease_s=patience_s)
+            with suppress(Exception), mailbox:  # the server is told of an error
+                try:
+                    client(client_id, mailbox)
+                    assert mailbox.receive() == END.message
+                except Gone:
+                    gone.add(client_id)
+                    grid.is_over.wait()
+
+        def start(client_id: int, session: SessionFolder) -> None:
+            threading.Thread(target=serve, args=(client_id, session), daemon=True).start()
+
+        grid = LoopGrid(dirs, start, lambda client_id, _: "refuse" if client_id in gone else "carry", carries)
+        opening, clock = Request("run", "session", None, "", ""), RealClock()
+        transport = GridTransport(grid, num_clients, opening, epoch_s=lambda: 0.0, tell=lambda _: None)
+        transport.gather(10.0)
+        transport.begin(Trace(clock), None, asked_to_stop)
+        try:
+            server(transport, clock)
+            part(transport, num_clients)
+            with suppress(StopAsked):  # it need not wait for who is gone
+                transport.close(patience_s)
+        finally:
+            transport.leave()
+            grid.is_over.set()
+        return transport.ledger
+
+    return meet
+
+
+TRANSPORTS: dict[str, Callable[[Path], Meet]] = {
+    "memory, real clock": partial(in_memory, RealClock),
+    "memory, virtual clock": partial(in_memory, VirtualClock),
+    "Flower, one lane": partial(over_flower, [("both",)]),
+    "Flower, two lanes": partial(over_flower, [("up", "down")]),
+}
+
+
+def make_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an exchange over Flower again after a moment, as after a minute in earnest, and cut messages small."""
+    monkeypatch.setattr(lanes, "WAIT_S", 0.3)
+    monkeypatch.setattr(lanes, "SLACK_S", 0.2)
+    monkeypatch.setattr(grid_module, "POLL_S", 0.005)
+    monkeypatch.setattr(lanes, "LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(lanes, "LEAST_FRAME_BYTES", 100)  # messages are cut into several
+    monkeypatch.setattr(lanes, "PUSH_S", 0.1)
+    monkeypatch.setattr(lanes, "STREAM_S", 0.1)

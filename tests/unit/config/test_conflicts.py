@@ -1,0 +1,196 @@
+"""Settings that cannot work together, or would have no effect, are refused at their key."""
+
+from __future__ import annotations
+
+import pytest
+
+from dotted import REQUIRED, nested, parsed, problems
+from parablock.config.conflicts import conflicts
+from parablock.config.load import parse_config
+from parablock.config.section import NOT_BUILT
+
+# What this version refuses together, by the key that the refusal names.
+NOT_BUILT_YET = {
+    "engine.name": {"federation.method": "flora", "federation.delay": 0, "engine.name": "flower"},
+    "wire.format": {"federation.method": "flora", "federation.delay": 0, "wire.format": "bfloat16"},
+}
+
+
+# Built or not, these would change nothing as they stand.
+WITHOUT_EFFECT = {
+    "data.partition.alpha": ({"data.partition.alpha": 0.1}, "dirichlet"),
+    "data.test_fraction": ({"data.test_fraction": 0.2, "data.test": ["test.jsonl"]}, "where `test` is empty"),
+    "federation.server_optimizer learning_rate": ({"federation.server_optimizer.learning_rate": 0.5}, "name none"),
+    "federation.server_optimizer momentum": ({"federation.server_optimizer.momentum": 0.5}, "name none"),
+    "privacy mode": ({"privacy.mode": "local"}, "noise_multiplier above 0"),
+    "privacy delta": ({"privacy.clip_norm": 1.0, "privacy.delta": 1e-6}, "noise_multiplier above 0"),
+    "privacy noise_multiplier": ({"privacy.noise_multiplier": 1.0}, "needs clip_norm"),
+    "federation trim_fraction": ({"federation.trim_fraction": 0.3}, "trimmed_mean only"),
+    "federation assumed_attackers": ({"federation.assumed_attackers": 2}, "krum only"),
+    "federation.proximal_mu": ({"federation.proximal_mu": 0.5}, "fedprox only"),
+    "federation.participation": ({"federation.method": "local", "federation.participation": 0.5}, "never meet"),
+    "federation.aggregation": ({"federation.method": "fedcybgd", "federation.aggregation": "median"}, "never meet"),
+    "federation.server_optimizer": (
+        {"federation.method": "central", "federation.server_optimizer.name": "adam"},
+        "sends nothing",
+    ),
+    "lora.rank": ({"lora.rank": 4}, "fedit, ffa_lora"),
+    "train min_local_steps": ({"train.min_local_steps": 2}, "num_local_steps: auto only"),
+    "train max_local_steps": ({"train.max_local_steps": 9}, "num_local_steps: auto only"),
+    "wire rounding": ({"wire.rounding": "nearest"}, "not with float32"),
+    "wire error_feedback": ({"wire.error_feedback": True}, "not with float32"),
+    "wire.chunk_bytes": ({"wire.chunk_bytes": 65536, "wire.streaming": False}, "streaming: true only"),
+    "engine.step_time_s": ({"engine.step_time_s": 0.1}, "virtual"),
+}
+
+
+def test_problems_that_join_sections_come_once_the_sections_are_right():
+    values = {"data.partition.scheme": "by_file", "federation.num_clients": 3}
+    (problem,) = problems(values)
+    assert "data.train has 1 and federation.num_clients is 3" in problem
+    assert parse_config(nested({**REQUIRED, **values, "federation.num_clients": 1})).federation.num_clients == 1
+
+
+def test_sites_that_would_choose_their_own_blocks_are_refused():
+    fitting = parsed(blocks__layers_per_block="auto", link__upload_mbps=10).model_dump()
+    assert conflicts(fitting, {}) == []
+    fitting["engine"]["name"] = "flower"
+    ((key, problem),) = conflicts(fitting, {})
+    assert key == "blocks.layers_per_block" and "each site would choose for itself" in problem
+
+
+@pytest.mark.parametrize(
+    "method", ["fl_bcd", "fedavg", "fedprox", "fedit", "ffa_lora", "flora", "fedcybgd", "local", "central"]
+)
+def test_a_method_without_delay_refuses_one(method: str):
+    (problem,) = problems({"federation.method": method, "federation.delay": 1})
+    assert problem.startswith(f"federation: method {method} has delay 0, not 1")
+
+
+def test_a_method_without_blocks_refuses_what_is_said_of_them():
+    fedavg = {"federation.method": "fedavg", "federation.delay": 0}
+    found = problems({**fedavg, "blocks.layers_per_block": 2, "blocks.schedule": "cyclic"})
+    assert {problem.split(":")[0] for problem in found} == {"blocks.layers_per_block", "blocks.schedule"}
+    assert all("no effect with method fedavg" in problem and "leave it out" in problem for problem in found)
+    kept = parsed(federation__method="fedavg", blocks__layers_path="model.layers")  # it says where the layers are
+    assert kept.blocks.layers_path == "model.layers"
+    assert parsed(federation__method="fl_bcd", blocks__layers_per_block=2).blocks.layers_per_block == 2
+
+
+@pytest.mark.parametrize("key", NOT_BUILT_YET)
+def test_what_is_not_built_is_refused_and_says_so(key: str):
+    (problem,) = problems(NOT_BUILT_YET[key])
+    assert problem.startswith(f"{key}: {NOT_BUILT_YET[key][key]} {NOT_BUILT}")
+    without = {other: value for other, value in NOT_BUILT_YET[key].items() if other != key}
+    parse_config(nested({**REQUIRED, **without}))
+
+
+def test_all_that_stacked_adapters_leave_no_room_for_is_said_at_once():
+    asked = {
+        "federation.aggregation": "median",
+        "federation.server_optimizer.name": "momentum",
+        "privacy.clip_norm": 1.0,
+        "wire.chunk_bytes": 65536,
+        "train.optimizer_state": "keep",
+    }
+    found = problems({"federation.method": "flora", "federation.delay": 0, **asked})
+    keys = ["federation.aggregation", "federation.server_optimizer", *list(asked)[2:]]
+    assert [problem.partition(":")[0] for problem in found] == keys
+    assert all("flora" in problem for problem in found)
+    parse_config(nested({**REQUIRED, "federation.method": "fedit", "federation.delay": 0, **asked}))
+
+
+CONFLICTS = {
+    "privacy.clip_norm": ({"federation.method": "local", "federation.delay": 0, "privacy.clip_norm": 1.0}, "local"),
+    "privacy.noise_multiplier": (
+        {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0, "federation.aggregation": "median"},
+        "not in a median",
+    ),
+    "wire.error_feedback": (
+        {"privacy.clip_norm": 1.0, "wire.error_feedback": True, "wire.format": "int8"},
+        "privacy.clip_norm",
+    ),
+    "federation.aggregation": ({"federation.aggregation": "median", "federation.num_clients": 2}, "there are 2"),
+    "federation.trim_fraction": ({"federation.aggregation": "trimmed_mean", "federation.num_clients": 4}, "0.25"),
+    "federation.assumed_attackers": ({"federation.aggregation": "krum", "federation.num_clients": 4}, "at most 0"),
+}
+
+
+def test_all_that_a_sum_without_parts_cannot_be_combined_with_is_said_at_once():
+    found = problems(
+        {
+            "privacy.secure_aggregation": "masked",
+            "federation.aggregation": "median",
+            "federation.num_clients": 2,
+            "federation.participation": 0.9,
+            "wire.format": "int8",
+        }
+    )
+    assert [problem.partition(":")[0] for problem in found] == [
+        *("federation.aggregation", "privacy.clip_norm", "wire.streaming", "wire.format", "federation.num_clients")
+    ]
+    assert all("privacy.secure_aggregation: masked" in problem for problem in found[1:])
+    works = {"privacy.secure_aggregation": "masked", "privacy.clip_norm": 1.0, "wire.streaming": False}
+    parse_config(nested({**REQUIRED, **works, "privacy.noise_multiplier": 1.0}))
+    (problem,) = problems({**works, "privacy.noise_multiplier": 1.0, "privacy.mode": "local"})
+    assert problem.startswith("privacy.mode: local noise leaves the grid")
+
+
+@pytest.mark.parametrize("key", CONFLICTS)
+def test_settings_that_cannot_work_together_are_refused_at_their_key(key: str):
+    values, needed = CONFLICTS[key]
+    (problem,) = problems(values)
+    assert problem.startswith(f"{key}: ")
+    assert needed in problem
+
+
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
+def test_an_option_that_would_have_no_effect_is_refused(key: str):
+    values, needed = WITHOUT_EFFECT[key]
+    (problem,) = problems(values)
+    section, _, name = key.replace(" ", ".").rpartition(".")
+    assert section in problem
+    assert name in problem
+    assert needed in problem
+
+
+WRONG_FAULTS = {
+    "no client": (
+        {"client": 8, "round": 0, "at": "train", "kind": "drop"},
+        "faults.0.client: there is no client 8 of 8",
+    ),
+    "no round": (
+        {"client": 0, "round": 64, "at": "train", "kind": "drop"},
+        "faults.0.round: there is no round 64 of 64",
+    ),
+    "a kind elsewhere": ({"client": 0, "round": 0, "at": "commit", "kind": "nan"}, "there is no nan at commit"),
+    "no value": (
+        {"client": 0, "round": 0, "at": "train", "kind": "delay"},
+        "delay at train needs a value: seconds",
+    ),
+    "a value too many": (
+        {"client": 0, "round": 0, "at": "train", "kind": "nan", "value": 2},
+        "has no effect with nan",
+    ),
+    "no such key": (
+        {"client": 0, "round": 0, "at": "train", "kind": "drop", "vlaue": 2},
+        "faults.0.vlaue: unknown key; known here: client, round, at, kind, value",
+    ),
+    "before it began": (
+        {"client": 0, "round": 0, "at": "train", "kind": "kill", "value": -1},
+        "at least 0, not -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FAULTS)
+def test_a_fault_that_cannot_happen_is_refused(case: str):
+    fault, words = WRONG_FAULTS[case]
+    (problem,) = problems({"faults": [fault]})
+    assert words in problem
+
+
+def test_a_commit_cannot_need_more_updates_than_are_asked_for():
+    (problem,) = problems({"federation.min_updates": 3, "federation.participation": 0.25})
+    assert problem == "federation.min_updates: 3 of 2 updates: so many are asked for in a round"
+    assert parsed(federation__min_updates=8).federation.min_updates == 8

@@ -1,0 +1,214 @@
+"""What `parablock deploy` writes and starts: commands, and the environment of Flower's processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+
+from parablock.deploy.one_machine import Deployment
+from parablock.deploy.processes import (
+    LARGE_PAGES,
+    TUNABLES,
+    ServerFiles,
+    check_site_keys,
+    environment,
+    run_status,
+    server_environment,
+    site_environment,
+    superlink_command,
+    supernode_command,
+    supernodes_of,
+    write_connection,
+)
+from parablock.engine.flower.courier import trainer_environment
+from parablock.engine.flower.stream import PART_BYTES, together_bytes
+from parablock.errors import ConfigError
+
+HAS_GLIBC = platform.libc_ver()[0] == "glibc"
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = """
+import re
+buffer = b"x" * (64 << 20)
+print(sum(int(kb) for kb in re.findall("AnonHugePages: *([0-9]+) kB", open("/proc/self/smaps").read())) >> 10)
+"""
+
+
+def said(code: str, env: dict[str, str]) -> int:
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(
+    not PAGES.exists() or "[madvise]" not in PAGES.read_text(), reason="large pages are not for who asks here"
+)
+def test_large_buffers_take_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(TUNABLES, raising=False)
+    assert said(LARGE, environment(tmp_path)) > 0  # MiB; all of it where memory is not in pieces
+    assert said(LARGE, dict(os.environ)) == 0
+
+
+def test_what_a_user_asks_of_the_c_library_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(TUNABLES, "glibc.malloc.arena_max=2")
+    assert environment(tmp_path)[TUNABLES] == f"{LARGE_PAGES}:glibc.malloc.arena_max=2"
+
+
+def test_an_array_is_one_object_for_flower(tmp_path: Path):
+    content = f"bytes({together_bytes(PART_BYTES)})"
+    code = f"from flwr.app import Array; print(len(Array('uint8', (1,), 'x', {content}).slice_array()))"
+    assert said(code, environment(tmp_path)) == 1
+    assert said(code, dict(os.environ)) == 2
+
+
+def test_a_server_moves_one_object_of_each_site_at_a_time(tmp_path: Path):
+    code = """
+import threading, time
+from flwr.superlink.grid.http_grid import pull_objects
+lock, now, most = threading.Lock(), 0, 0
+def carry(name, content=b""):
+    global now, most
+    with lock:
+        now += 1
+        most = max(most, now)
+    time.sleep(0.05)
+    with lock:
+        now -= 1
+    return content
+names = [str(i) for i in range(6)]
+assert set(pull_objects(names, carry)) == set(names)
+print(most)
+"""
+    assert said(code, server_environment(tmp_path)) == 1
+    assert said(code, environment(tmp_path)) == min(2, os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(("calls_it", "concurrent"), [("warm.superexec()", [1, 1]), ("", [2, 2])])
+def test_a_clientapp_moves_one_object_at_a_time_and_its_supernode_several(
+    tmp_path: Path, calls_it: str, concurrent: list[int]
+):
+    code = f"""
+from contextlib import suppress
+from parablock.deploy import warm
+warm._begin_to_keep, warm._load = lambda: None, lambda name: lambda: 0
+with suppress(SystemExit):
+    {calls_it or "pass"}
+from flwr.supercore import constant
+print(constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS, constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=site_environment(tmp_path), capture_output=True, text=True, check=True
+    )
+    assert [int(number) for number in done.stdout.split()] == concurrent
+
+
+@pytest.mark.skipif(not HAS_GLIBC, reason="the C library here takes no such settings")
+def test_a_site_uses_the_memory_of_a_message_again_and_a_server_gives_it_back(tmp_path: Path):
+    code = """
+import re
+def kept():
+    return sum(int(kb) for kb in re.findall("(?m)^VmRSS:\\s*([0-9]+) kB", open("/proc/self/status").read())) >> 10
+before = kept()
+some = [b"x" * (10 << 20) for _ in range(3)]
+del some
+print(kept() - before)  # MiB
+"""
+    assert said(code, site_environment(tmp_path)) > 20
+    assert said(code, server_environment(tmp_path)) < 5
+
+
+def test_a_site_looks_for_messages_twice_as_often_as_a_server_looks_for_runs(tmp_path: Path):
+    code = """
+from flwr.supercore.superexec import run_superexec
+print(round(1000 * run_superexec._get_task_poll_interval()))
+"""
+    assert said(code, site_environment(tmp_path)) == 500  # ms
+    assert said(code, server_environment(tmp_path)) == 1000
+
+
+@pytest.mark.skipif(not HAS_GLIBC, reason="the C library here takes no such settings")
+def test_a_trainer_uses_the_memory_of_a_block_again_whatever_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = """
+import resource
+def new_pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+block = b"x" * (64 << 20)
+del block
+before = new_pages()
+block = b"x" * (64 << 20)
+print(new_pages() - before)
+"""
+    at_site = site_environment(tmp_path)
+    for name, value in at_site.items():
+        monkeypatch.setenv(name, value)
+    assert said(code, trainer_environment()) == 0
+    assert said(code, at_site) > 16  # large pages at least
+
+
+def test_a_server_that_does_not_answer_leaves_the_status_unknown(tmp_path: Path):
+    files = ServerFiles(tmp_path, None, "127.0.0.1:9")
+    write_connection(files)
+    assert run_status(files, "1") == "unknown"
+
+
+def test_the_defaults_are_the_safe_ones(tmp_path: Path):
+    server = superlink_command(ServerFiles(tmp_path, tmp_path, "127.0.0.1:8000"))
+    site = supernode_command("host:8000", tmp_path, tmp_path / "site.yaml", 9094)
+    assert "--enable-supernode-auth" in server and "--ssl-certfile" in server
+    assert "--root-certificates" in site and "--auth-supernode-private-key" in site
+    assert "--insecure" not in server + site
+    assert "--insecure" in superlink_command(ServerFiles(tmp_path, None, "127.0.0.1:8000"))
+    assert site[site.index("--node-config") + 1] == f'site="{tmp_path / "site.yaml"}" carries="both"'
+
+
+def test_each_supernode_of_a_site_has_a_key_a_folder_and_a_port_of_its_own(tmp_path: Path):
+    (up, up_env), (down, down_env) = supernodes_of(tmp_path / "home", "host:8000", tmp_path, tmp_path, 9094, 2)
+    for option in ("--port", "--auth-supernode-private-key", "--node-config"):
+        assert up[up.index(option) + 1] != down[down.index(option) + 1]
+    assert up_env["FLWR_HOME"] != down_env["FLWR_HOME"]
+    assert [words[-1] for words in (up, down)] == [str(tmp_path / "site.key"), str(tmp_path / "down.key")]
+    ((both, _),) = supernodes_of(tmp_path / "home", "host:8000", None, tmp_path, 9094, 1)
+    assert 'carries="both"' in both[both.index("--node-config") + 1]
+
+
+def test_a_leftover_of_a_deployment_is_ended_and_a_stranger_with_its_number_is_not(tmp_path: Path):
+    deployment = Deployment(tmp_path / "run", 1)
+    deployment.folder.mkdir(parents=True)
+    (deployment.folder / "flower").touch()
+    wait = [sys.executable, "-c", "print(flush=True); input()"]
+    with ExitStack() as stack:
+        ours, stranger = (
+            stack.enter_context(subprocess.Popen([*wait, word], stdin=PIPE, stdout=PIPE, start_new_session=True))
+            for word in (str(deployment.site_file(0)), f"{deployment.folder}-of-another")
+        )
+        for process in (ours, stranger):
+            process.stdout.readline()
+        numbers = {"superlink": ours.pid, "supernode-0": stranger.pid}
+        (deployment.folder / "processes.json").write_text(json.dumps(numbers))
+        with pytest.raises(FileExistsError), deployment:  # what was left is ended first; then it cannot start
+            pass
+        assert ours.wait(10) == -signal.SIGKILL
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
+    assert stranger.returncode == 0
+
+
+def test_a_folder_without_a_sites_keys_is_refused(tmp_path: Path):
+    (tmp_path / "ca.pem").touch()
+    with pytest.raises(ConfigError, match=r"has no site\.key; give a folder site-N"):
+        check_site_keys(tmp_path, 1)
+    (tmp_path / "site.key").touch()
+    check_site_keys(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"has no down\.key"):
+        check_site_keys(tmp_path, 2)
+    (tmp_path / "down.key").touch()
+    check_site_keys(tmp_path, 2)

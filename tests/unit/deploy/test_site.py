@@ -1,0 +1,80 @@
+"""A site and its file: what the server tells it, and what it brings itself."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+import yaml
+
+from parablock.config.load import parse_config
+from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
+from parablock.deploy.superlink import server_config
+from parablock.errors import ConfigError
+
+SERVER = {
+    "model": {"name_or_path": "/server/model"},
+    "data": {"train": [], "test": ["/server/test.jsonl"], "max_length": 64},
+    "engine": {"name": "flower"},
+    "report_to": ["tensorboard"],
+    "seed": 5,
+}
+
+
+def test_the_server_tells_no_path_and_a_site_brings_its_own(tmp_path: Path):
+    shared = shared_config(parse_config(SERVER))
+    assert "/server" not in shared and "tensorboard" not in shared
+    file = tmp_path / "site.yaml"
+    site = {"client_id": 1, "state_dir": "state", "model": {"name_or_path": "/site/model"}, "num_threads": 3}
+    file.write_text(yaml.safe_dump({**site, "data": {"train": ["/site/rows.jsonl"]}}))
+    loaded = load_site(file)
+    config = configuration_at(loaded, shared)
+    assert loaded.state_dir == tmp_path / "state"
+    assert (config.model.name_or_path, config.data.train) == ("/site/model", ("/site/rows.jsonl",))
+    assert (config.seed, config.data.max_length, config.engine.num_threads) == (5, 64, 3)
+
+
+def test_a_server_without_rows_of_its_own_needs_some_to_score_on(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name_or_path: m}\ndata: {test: [t.jsonl]}\n")
+    config = server_config(file)
+    assert (config.data.train, config.engine.name) == ((), "flower")
+    file.write_text("model: {name_or_path: m}\ndata: {max_length: 64}\n")
+    with pytest.raises(ConfigError, match=r"data\.train: names no file"):
+        server_config(file)
+
+
+def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):
+    file = tmp_path / "site.yaml"
+    file.write_text("client_id: -1\nstate_dirr: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_site(file)
+    said = str(caught.value)
+    assert "client_id" in said and "did you mean `state_dir`" in said and "model: required" in said
+
+
+def test_a_supernode_without_a_site_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PARABLOCK_SITE", raising=False)
+    for node_config, run_config in (({}, {"output-dir": "/run"}), ({"partition-id": 1}, {"output-dir": ""})):
+        with pytest.raises(ConfigError, match="deploy client"):
+            site_file(node_config, run_config)
+    monkeypatch.setenv("PARABLOCK_SITE", "/a.yaml")
+    assert site_file({}, {}) == Path("/a.yaml")
+    assert site_file({"site": "/b.yaml", "partition-id": 1}, {"output-dir": "/run"}) == Path("/b.yaml")
+
+
+def test_a_site_that_is_told_to_end_ends_with_its_process():
+    program = (
+        "import os, sys; from parablock.deploy.processes import keep_running; "
+        "waits = 'print(flush=True); import time; time.sleep(60)'; "
+        "keep_running([([sys.executable, '-c', waits], os.environ)] * 2, tell=print)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=PIPE) as site:
+        assert site.stdout.readline() + site.stdout.readline() == b"\n\n"
+        site.terminate()
+        assert site.wait(10) == 128 + signal.SIGTERM
+        assert site.stdout.read() == b""  # closed: nobody is left who could write

@@ -1,0 +1,232 @@
+"""A plan as a whole: what it needs, what it says, what it recommends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertConfig, LlamaConfig
+
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config, parse_config
+from parablock.errors import ConfigError, ModelError
+from parablock.plan.forecast import make_plan
+from parablock.plan.scenario import Scenario
+from parablock.training.flops import Tokens
+from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, crowding
+from planning import plan_of
+from tiny_runs import Workshop
+
+PROMISED_KEYS = [
+    *("num_blocks", "blocks", "bytes_per_client_round", "total_bytes", "compute_s", "communication_s", "round_s"),
+    *("sequential_s", "hours", "memory_bytes", "never_visited", "recommended"),
+]
+FURTHER_KEYS = [
+    *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict"),
+]
+FORMATS = ["float32", "bfloat16", "int8", "int4"]
+
+
+@pytest.fixture(scope="module")
+def outlined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration of an 8-billion-parameter Llama and nothing else."""
+    folder = tmp_path_factory.mktemp("eight-billion")
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def large_config(folder: Path, **sections: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "model": {"name_or_path": str(folder), "dtype": "bfloat16", "device": "cpu"},
+        "data": {"train": ["nowhere.jsonl"]},
+        "engine": {"clock": "virtual", "step_time_s": 2.0},
+    }
+    return parse_config(base | sections)
+
+
+def test_config_json_is_enough_for_a_model_that_would_fill_sixteen_gigabytes(outlined: Path) -> None:
+    plan = make_plan(large_config(outlined))
+    layer = 4096 * (4096 + 1024 + 1024 + 4096 + 3 * 14336) + 2 * 4096
+    assert plan.num_blocks == 32
+    assert {block["parameters"] for block in plan.blocks} == {layer}
+    assert [block["layers"] for block in plan.blocks] == [[k] for k in range(32)]
+    assert plan.blocks[0]["bytes"] == 4 * layer  # wire.format: float32
+    parameters = 32 * layer + 2 * 128256 * 4096 + 4096
+    assert plan.memory_parts["full"]["parameters"] == 2 * parameters
+    # gradients, moments and master copy, 16 bytes a parameter
+    full = plan.memory_parts["full"]
+    assert full["gradients"] + full["optimizer_state"] + full["fp32_copies"] == 16 * parameters
+    assert plan.memory_bytes["lora"] < plan.memory_bytes["block"] < plan.memory_bytes["full"] / 4
+    with_ends = make_plan(large_config(outlined, blocks={"include_embeddings": True, "include_head": True}))
+    assert [block["name"] for block in (with_ends.blocks[0], with_ends.blocks[-1])] == ["embeddings", "head"]
+
+
+def test_a_folder_without_configuration_and_one_without_language_model_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        make_plan(large_config(tmp_path / "gone"))
+    with pytest.raises(ModelError, match="configuration"):
+        make_plan(large_config(tmp_path))
+    BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a causal language model"):
+        make_plan(large_config(tmp_path))
+
+
+def test_the_keys_are_frozen_and_the_whole_is_json(workshop: Workshop) -> None:
+    content = json.loads(json.dumps(asdict(plan_of(workshop))))
+    assert sorted(content) == sorted([*PROMISED_KEYS, *FURTHER_KEYS])
+    assert {"index", "layers", "parameters", "bytes"} <= set(content["blocks"][0])
+    assert list(content["bytes_per_client_round"]) == list(content["traffic"]) == FORMATS
+    assert list(content["memory_bytes"]) == list(content["memory_parts"]) == ["block", "lora", "full"]
+    assert list(content["recommended"]) == ["layers_per_block", "num_local_steps", "format"]
+    per_round = content["bytes_per_client_round"]
+    assert per_round["float32"] > per_round["bfloat16"] > per_round["int8"] > per_round["int4"]
+
+
+def test_a_format_beyond_the_four_is_added_when_it_is_configured(workshop: Workshop) -> None:
+    plan = plan_of(workshop, "wire.format=int2")
+    assert list(plan.bytes_per_client_round) == [*FORMATS, "int2"]
+    assert plan.bytes_per_client_round["int2"] < plan.bytes_per_client_round["int4"]
+    assert plan.recommended["format"] == "int2"
+
+
+def test_a_method_that_trains_no_blocks_is_refused(workshop: Workshop) -> None:
+    config = load_config(workshop.config)
+    federation = config.federation.model_copy(update={"method": "central"})
+    with pytest.raises(ConfigError, match=r"federation\.method: plans are made for .*, not for central"):
+        make_plan(config.model_copy(update={"federation": federation}))
+
+
+def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recommended(workshop: Workshop) -> None:
+    short = plan_of(workshop, "federation.num_rounds=2", "blocks.schedule=cyclic")
+    assert short.never_visited == [2, 3]
+    assert short.recommended["layers_per_block"] == 2
+    enough = plan_of(workshop, "federation.num_rounds=4", "blocks.schedule=cyclic")
+    assert (enough.never_visited, enough.recommended["layers_per_block"]) == ([], 1)
+
+
+def test_stated_steps_count_and_more_steps_compute_longer(workshop: Workshop) -> None:
+    # step_time_s is 0.05 in this configuration, K is 2
+    assert plan_of(workshop).compute_s == pytest.approx(0.1)
+    assert plan_of(workshop, "train.num_local_steps=6").compute_s == pytest.approx(0.3)
+    assert plan_of(workshop, "engine.step_time_s=0.2").compute_s == pytest.approx(0.4)
+    assert plan_of(workshop).compute_source == "stated"
+
+
+def test_without_a_statement_an_ordinary_device_and_the_longest_examples_are_assumed(workshop: Workshop) -> None:
+    config = load_config(workshop.config, ["engine.step_time_s=null", "engine.num_threads=2"])
+    plan = make_plan(config)
+    assert plan.compute_source == "assumed"
+    assert "60 GFLOP/s on the cpu" in plan.assumptions[0] and "64 tokens" in plan.assumptions[0]
+    scenario = Scenario(config, probe=False)
+    tokens = Tokens.at_most(num_examples=4, max_length=64)
+    seconds = 2 * scenario.flops.step(scenario.blocks[1], tokens) / (2 * ASSUMED_FLOPS["cpu", "float32"])
+    compute = assumed_compute(config, scenario.flops)
+    assert compute.round_s(scenario.blocks[1], 0, 0, 2) == pytest.approx(seconds)
+    assert compute.round_s(scenario.blocks[0], 0, 0, 2) > seconds > compute.round_s(scenario.blocks[3], 0, 0, 2)
+    assert make_plan(load_config(workshop.config, ["engine.step_time_s=null", "data.max_length=32"])).compute_s < (
+        plan.compute_s
+    )
+
+
+def test_accumulation_and_checkpointing_make_steps_longer(workshop: Workshop) -> None:
+    def computes(*overrides: str) -> float:
+        return plan_of(workshop, "engine.step_time_s=null", *overrides).compute_s
+
+    assert computes("train.gradient_accumulation_steps=3") == pytest.approx(3 * computes())
+    assert computes() < computes("train.gradient_checkpointing=true") < 2 * computes()
+
+
+def test_clients_that_share_this_machine_are_slower_under_the_real_clock(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    real = ["engine.clock=real", "engine.step_time_s=null", "engine.num_threads=1"]
+    factor, told = crowding(load_config(workshop.config, real), 1)
+    assert factor == 2.0 and "4 clients share 2 cores" in told
+    half = load_config(workshop.config, [*real, "federation.participation=0.5"])
+    assert crowding(half, 1) == (1.0, "")
+    assert crowding(load_config(workshop.config), 1) == (1.0, "")
+    assert plan_of(workshop, *real).compute_s == pytest.approx(
+        2 * plan_of(workshop, "engine.step_time_s=null", "engine.num_threads=1").compute_s
+    )
+
+
+def test_steps_that_fill_the_wait_follow_the_link(workshop: Workshop) -> None:
+    def computes(mbps: float) -> float:
+        link = [f"link.upload_mbps={mbps}", f"link.download_mbps={mbps}", "link.latency_s=0"]
+        return plan_of(workshop, "train.num_local_steps=auto", *link).compute_s
+
+    # 9,280 parameters in fp32 are 296,960 bit, one chunk: 0.297 s up and then down at 1 Mbit/s, 12 steps of 0.05 s
+    assert computes(1.0) == pytest.approx(12 * 0.05)
+    assert computes(100.0) == pytest.approx(0.05)
+
+
+def test_overlap_saves_most_where_exchange_and_computation_are_equally_long(workshop: Workshop) -> None:
+    def saving(step_time_s: float) -> float:
+        rows = plan_of(
+            workshop,
+            *("wire.streaming=false", "link.latency_s=0", "federation.num_rounds=64"),
+            *("checkpoint.every_rounds=0", f"engine.step_time_s={step_time_s}"),
+        ).links
+        (row,) = (row for row in rows if row["upload_mbps"] == row["download_mbps"] == 4)
+        assert row["saving"] == pytest.approx(1 - row["overlapped_s"] / row["serial_s"])
+        return row["saving"]
+
+    # at 4 Mbit/s an exchange takes 2 · 0.075 s; a round has 2 steps
+    long, equal, short = saving(1.0), saving(0.075), saving(0.002)
+    assert 0 < long < 0.1 and long < equal
+    assert 0.45 < equal <= 0.5
+    assert short <= 0.5
+
+
+def test_several_speeds_are_shown_and_the_configured_link_first(workshop: Workshop) -> None:
+    rows = plan_of(workshop, "link.upload_mbps=7", "link.download_mbps=20").links
+    assert [(row["upload_mbps"], row["download_mbps"]) for row in rows] == [
+        (7, 20),
+        *((speed, speed) for speed in (4, 10, 30, 100)),
+    ]
+    assert all(before["exchange_s"] > after["exchange_s"] for before, after in itertools.pairwise(rows[1:]))
+    unlimited = plan_of(workshop, "link.upload_mbps=null", "link.download_mbps=null").links
+    assert [row["upload_mbps"] for row in unlimited] == [4, 10, 30, 100]
+
+
+def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(workshop: Workshop) -> None:
+    auto = ("blocks={split: attention_mlp, layers_per_block: auto}", "federation.num_rounds=8")
+    fast = plan_of(workshop, *auto, "link={upload_mbps: 10, download_mbps: 10}")
+    slow = plan_of(workshop, *auto, "link={upload_mbps: 5, download_mbps: 5}")
+    assert [block["name"] for block in fast.blocks] == [
+        f"layers.{layers}.{half}" for layers in ("0-1", "2-3") for half in ("attention", "mlp")
+    ]
+    assert (fast.num_blocks, slow.num_blocks) == (4, 8)
+    assert fast.verdict.startswith("Overlap hides the communication")
+    assert "blocks.layers_per_block: auto is 2 here" in fast.assumptions
+    assert not any("auto is" in line for line in plan_of(workshop).assumptions)
+    hopeless = plan_of(workshop, *auto, "link={upload_mbps: 0.01, download_mbps: 0.01}")
+    endless = plan_of(workshop, *auto, "link={upload_mbps: 10000, download_mbps: 10000}")
+    assert (hopeless.num_blocks, endless.num_blocks) == (8, 4)  # the smallest there are, and never fewer than four
+    few_rounds = plan_of(workshop, auto[0], "federation.num_rounds=4", "link={upload_mbps: 5, download_mbps: 5}")
+    assert few_rounds.num_blocks == 4  # smaller ones would not all be visited
+
+
+def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_link(workshop: Workshop) -> None:
+    unlimited = ["link.upload_mbps=null", "link.download_mbps=null", "link.latency_s=0"]
+    assert plan_of(workshop, *unlimited).verdict.startswith("No link speed is given")
+    assert "set federation.delay: 1." in plan_of(workshop, "federation.delay=0").verdict
+    whole = plan_of(workshop, "federation.method=fedavg", "federation.delay=0")
+    assert "set federation.method: parablock" in whole.verdict
+    assert whole.num_blocks == 1 and all(row["saving"] == 0 for row in whole.links)
+    hopeless = plan_of(workshop, "link.upload_mbps=0.001", "link.download_mbps=0.001")
+    assert hopeless.verdict.startswith("The link is the bottleneck")

@@ -1,0 +1,49 @@
+"""Run directories as a report reads them: what is missing or damaged is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from made_runs import make_run
+from parablock.errors import InputError
+from parablock.report.reading import read_runs
+from parablock.report.write import write_report
+
+
+def test_runs_are_told_apart_by_the_shortest_ends_of_their_paths(tmp_path: Path):
+    paths = [make_run(tmp_path / name) for name in ("x/one", "y/one", "y/two")]
+    assert [run.name for run in read_runs(paths)] == ["x/one", "y/one", "y/two"]
+    assert [run.name for run in read_runs(paths[1:])] == ["one", "two"]
+    with pytest.raises(InputError, match="named twice"):
+        read_runs([paths[0], tmp_path / "y" / ".." / "x" / "one"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.yaml", None, "holds no run"),
+        ("summary.json", None, "has not ended"),
+        ("trace.json", None, "trace.json"),
+        ("trace.json", "{", "JSONDecodeError"),
+        ("metrics.jsonl", '{"round_index": 0', "JSONDecodeError"),
+        ("summary.json", "[]", "is not a JSON object"),
+        ("config.yaml", "a: [", "ParserError"),
+        ("config.yaml", "word", "config.yaml does not hold sections"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_and_nothing_is_written(tmp_path, file, content, said):
+    run = make_run(tmp_path / "run")
+    (run / file).unlink() if content is None else (run / file).write_text(content)
+    with pytest.raises(InputError, match=said) as raised:
+        write_report([run])
+    assert raised.value.remedy
+    assert not list(run.glob("report.*"))
+
+
+def test_a_folder_without_runs_and_one_that_is_not_there_are_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="holds no run"):
+        write_report([tmp_path])
+    with pytest.raises(InputError, match="there is no folder"):
+        write_report([tmp_path / "gone"])

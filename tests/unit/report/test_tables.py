@@ -1,0 +1,127 @@
+"""The tables of a report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from made_runs import make_run
+from parablock.report.reading import RunRecord, read_runs
+from parablock.report.tables import (
+    UNKNOWN,
+    Table,
+    ablation_table,
+    blocks_table,
+    clients_table,
+    comparison_table,
+    differences_table,
+    environment_table,
+    headline,
+    settings_table,
+    to_markdown,
+)
+
+
+def a_run(tmp_path: Path, **sizes: Any) -> RunRecord:
+    return read_runs([make_run(tmp_path / "run", **sizes)])[0]
+
+
+def cells(table: Table, column: str) -> list[str]:
+    at = table.header.index(column)
+    return [row[at] for row in table.rows]
+
+
+def test_the_headline_says_what_was_learned_hidden_and_spent(tmp_path: Path):
+    run = a_run(tmp_path)
+    facts = {fact.label: fact for fact in headline(run)}
+    assert facts["eval loss"].value == f"{run.rows[-1]['eval_loss']:.3f}"
+    assert facts["eval loss"].detail == "base model: 3.800"
+    assert facts["communication hidden"].value == f"{run.summary['overlap_fraction']:.0%}" != "0%"
+    assert facts["simulated time"].value == "24 s"  # 12 rounds of 2 s
+    assert facts["simulated time"].detail == "instead of 43 s one after the other"  # 12 · (2 + 0.9 + 0.7)
+    assert facts["bytes"].value == "104.5 MB"  # 12 rounds · 3 clients · 2 ways · 2 bytes · 725,504
+
+
+def test_a_run_that_was_stopped_has_no_tuned_loss(tmp_path: Path):
+    facts = headline(a_run(tmp_path, status="interrupted"))
+    assert facts[0].value == UNKNOWN
+
+
+def test_the_clients_table_adds_up_counts_and_seconds_of_each(tmp_path: Path):
+    run = a_run(tmp_path)
+    table = clients_table(run)
+    assert cells(table, "examples") == [str(client["examples"]) for client in run.manifest["clients"]]
+    assert cells(table, "communication, s") == ["19.2"] * 3  # 12 · (0.9 + 0.7)
+    assert cells(table, "rounds") == ["12"] * 3
+    rows = tuple({**row, "participants": [0, 2]} for row in run.rows)
+    assert cells(clients_table(replace(run, rows=rows)), "rounds") == ["12", "0", "12"]
+    bare = replace(run, manifest={}, spans=())
+    assert {cells(clients_table(bare), column)[0] for column in ("examples", "compute, s", "hidden")} == {UNKNOWN}
+
+
+def test_the_blocks_table_compares_the_first_and_the_last_visit(tmp_path: Path):
+    run = a_run(tmp_path)
+    table = blocks_table(run)
+    first, *_, last = [row["delta_norm"] for row in run.rows if row["block_index"] == 1]
+    assert (cells(table, "first norm")[1], cells(table, "last norm")[1]) == (f"{first:.3g}", f"{last:.3g}")
+    assert cells(table, "visits") == ["3"] * 4
+    assert cells(blocks_table(replace(run, rows=run.rows[:2])), "last norm").count(UNKNOWN) == 2
+
+
+def test_only_settings_that_are_not_the_default_are_listed(tmp_path: Path):
+    table = settings_table(a_run(tmp_path, train={"num_local_steps": 3, "learning_rate": 1e-4}))
+    settings = dict(table.rows)
+    assert settings["train.num_local_steps"] == "3"
+    assert "train.learning_rate" not in settings  # given, and the default
+    assert settings["data.train"] == "site-0.jsonl, site-1.jsonl, site-2.jsonl"
+    many = dict(settings_table(a_run(tmp_path / "b", num_clients=9)).rows)
+    assert many["data.train"].endswith("… 9 in all")
+
+
+def test_the_environment_names_versions_machine_and_models(tmp_path: Path):
+    found = dict(environment_table(a_run(tmp_path)).rows)
+    assert (found["torch"], found["cpu_count"]) == ("2.13.0", "2")
+    assert found["tuned model, sha256"] == "a" * 64
+    assert "cuda" not in found
+
+
+def test_a_comparison_shows_results_and_the_settings_that_differ(tmp_path: Path):
+    runs = read_runs([make_run(tmp_path / "over"), make_run(tmp_path / "serial", delay=0)])
+    table = comparison_table(runs)
+    assert cells(table, "run") == ["over", "serial"]
+    assert cells(table, "method") == ["parablock", "fl_bcd"]
+    assert cells(table, "hidden")[1] == "0%" != cells(table, "hidden")[0]
+    different = {row[0]: row[1:] for row in differences_table(runs).rows}
+    assert different == {"federation.delay": ("1", "0"), "federation.method": ("parablock", "fl_bcd")}
+
+
+def test_settings_that_differ_stand_beside_results_with_a_mean_over_seeds(tmp_path: Path):
+    runs = [make_run(tmp_path / f"{delay}-{seed}", delay=delay, seed=seed) for delay in (1, 0) for seed in (0, 1)]
+    losses = [4.0, 5.0, 3.0, 3.0]
+    for run, loss in zip(runs, losses, strict=True):
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"final_eval_loss": loss}))
+    table = ablation_table(read_runs(runs))
+    assert table.header[:3] == ("federation.method", "federation.delay", "seeds")
+    assert cells(table, "federation.delay") == ["1", "0"]
+    assert cells(table, "seeds") == ["2", "2"]
+    assert cells(table, "eval loss") == ["4.5000 ± 0.7071", "3.0000 ± 0.0000"]
+    seconds = [float(cell) for cell in cells(table, "time, s")]
+    assert seconds[0] < seconds[1]
+    alone = ablation_table(read_runs(runs[:2]))  # nothing but the seed differs
+    assert alone.rows == ()
+    one, other = read_runs([runs[0], runs[2]])
+    assert cells(ablation_table([one, other]), "eval loss") == ["4.0000", "3.0000"]
+
+
+def test_a_setting_whose_run_was_stopped_has_no_loss(tmp_path: Path):
+    whole, stopped = make_run(tmp_path / "whole"), make_run(tmp_path / "stopped", delay=0, status="interrupted")
+    assert cells(ablation_table(read_runs([whole, stopped])), "eval loss")[1] == UNKNOWN
+    assert cells(ablation_table(read_runs([whole, stopped])), "eval loss")[0] != UNKNOWN
+
+
+def test_markdown_puts_figures_to_the_right_and_keeps_a_bar_inside_its_cell():
+    table = Table(("name", "n"), (("a|b", "1"),))
+    assert to_markdown(table) == "| name | n |\n| --- | ---: |\n| a\\|b | 1 |\n"
