@@ -179,6 +179,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Found:
     return {"columns": list(columns), "rows": [list(row) for row in rows]}
 
 
+def table_of(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> Found:
+    """Make a table of a section from rows, and from a template for the cells of each column."""
+    return table(list(columns), ([template.format(**row) for template in columns.values()] for row in rows))
+
+
 def spread(values: Iterable[float], digits: int = 4) -> str:
     """Write a mean and, of several values, their standard deviation."""
     values = list(values)
