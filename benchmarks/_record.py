@@ -28,15 +28,18 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import parablock
 from parablock.config import RunConfig, parse_config
 from parablock.demo import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.engine.client import Trained
 from parablock.experiment import resume, run
 from parablock.model.blocks import partition_blocks
 from parablock.model.outline import outline_model
 from parablock.report.progress import PlainProgress
 from parablock.report.records import RunDirectory
+from parablock.wire.messages import RoundStart
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -75,6 +78,22 @@ class Bar:
 
 # -- subcommands ----------------------------------------------------------------------------------------------
 
+HELP = {
+    "seed": "seed",
+    "seeds": "seeds",
+    "clients": "clients of a run",
+    "rounds": "rounds of a run; at least one for each block",
+    "steps": "local steps of a round, K",
+    "batch_size": "examples of a step",
+    "learning_rate": "of AdamW",
+    "max_length": "tokens of an example",
+    "max_examples": "held-out examples that the loss is of",
+    "step_time_s": "simulated seconds of a local step",
+    "mbps": "10^6 bit/s, each way",
+    "repeats": "repeats",
+}
+"""What options that several benchmarks have are for."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -85,8 +104,9 @@ class Benchmark:
         about: What it measures.
         measure: Measures with the options, and calls `record`, more than once where it takes long.
         section: Makes the section of a record, from the record alone.
-        options: By name, with `_` for `-`: (default, help) or (default, help, more arguments of `add_argument`). A
-            list takes several values, False is a switch, and the type is that of the default.
+        options: By name, with `_` for `-`: a default whose help is in `HELP`, or (default, help), or (default,
+            help, more arguments of `add_argument`). A list takes several values, False is a switch, and the type
+            is that of the default.
         smoke: What `--smoke` has as defaults instead.
         example: Options of an example, for the help.
     """
@@ -95,7 +115,7 @@ class Benchmark:
     about: str
     measure: Callable[[Options, Console], None]
     section: Callable[[Found], Found]
-    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     smoke: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""
 
@@ -129,7 +149,8 @@ def make_parser(
             epilog=f"example: python benchmarks/{Path(sys.argv[0]).name} {benchmark.name} {benchmark.example}",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        for name, (default, said, *more) in benchmark.options.items():
+        for name, option in benchmark.options.items():
+            default, said, *more = option if isinstance(option, tuple) else (option, HELP[name])
             flag, first = f"--{name.replace('_', '-')}", default[0] if isinstance(default, list) else default
             how: dict[str, Any] = {"type": type(first)} if first is not None else {}
             how |= {"nargs": "+"} if isinstance(default, list) else {}
@@ -344,6 +365,30 @@ def balanced_link(model: str, round_s: float) -> Found:
     blocks = partition_blocks(outline_model(model, dtype="float32"), layers_per_block=1)
     block_bytes = 4 * max(block.num_parameters for block in blocks)
     return link(2 * (block_bytes + 600) * 8e-6 / round_s)
+
+
+class Idle:
+    """A trainer whose steps take simulated time only.
+
+    Args:
+        step_time_s: Of a step.
+        sends: Elements that it sends; None: those of the block.
+    """
+
+    num_examples = 1
+
+    def __init__(self, step_time_s: float | None = None, sends: int | None = None) -> None:
+        self.step_time_s, self._sends = step_time_s, sends
+
+    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        block = working[start.block_index].float() if self._sends is None else torch.zeros(self._sends)
+        return Trained(block + 0.001 * (1 + start.round_index), 1.0)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        assert not memory
 
 
 def fresh_folder(options: Options) -> Path:
