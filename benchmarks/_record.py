@@ -120,6 +120,14 @@ class Benchmark:
     example: str = ""
 
 
+def benchmark(
+    measure: Callable[[Options, Console], None], section: Callable[[Found], Found], *rest: Any
+) -> Benchmark:
+    """Make a subcommand whose name and help are those of the function that measures; the rest is as there."""
+    about = (measure.__doc__ or "").partition("\n")[0].rstrip(".")
+    return Benchmark(measure.__name__, about, measure, section, *rest)
+
+
 def main(description: str | None, benchmarks: Sequence[Benchmark]) -> None:
     """Read the command line, and run the benchmark that it names."""
     options = make_parser(description, benchmarks).parse_args()
