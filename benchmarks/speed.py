@@ -1,4 +1,4 @@
-"""How fast: a local step, the wire, overlap in real time, slow links, many clients, a plan, a report.
+"""How fast: a local step, the wire, overlap in real time, slow links, many clients, a plan.
 
 .venv/bin/python benchmarks/speed.py step
 """
@@ -9,8 +9,6 @@ import copy
 import ctypes
 import multiprocessing
 import os
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +26,11 @@ import torch
 from _record import (
     SHARED,
     Bar,
-    Benchmark,
     Found,
+    Idle,
     Material,
     Options,
+    benchmark,
     configured,
     fresh_folder,
     generated,
@@ -58,7 +57,6 @@ from parablock.assembly import server_plan
 from parablock.clock import RealClock, VirtualClock
 from parablock.config import RunConfig
 from parablock.data.batches import Batch
-from parablock.engine.client import Trained
 from parablock.engine.folding import RoundFold
 from parablock.engine.inprocess import Hooks, run_in_process
 from parablock.engine.server import ServerPlan
@@ -77,11 +75,10 @@ from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
 from parablock.report.progress import PlainProgress
 from parablock.report.records import RunDirectory
-from parablock.report.write import write_report
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.link import Link
-from parablock.wire.messages import RoundStart, Update
+from parablock.wire.messages import Update
 from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, Vector, bytes_per_element, pack, payload_bytes
 
 CHUNK_BYTES = 4_194_304
@@ -113,7 +110,7 @@ PLANS = {
     "narrow link, delay 0, int8": (8.0, {"federation.delay": 0, "wire.format": "int8"}),
 }
 
-# ── step
+# -- step -----------------------------------------------------------------------------------------------------
 
 
 def step(options: Options, console: Console) -> None:
@@ -304,11 +301,11 @@ class PeakMemory:
         self.peak_bytes = peak - self._before
 
 
-# ── wire
+# -- wire -----------------------------------------------------------------------------------------------------
 
 
 def wire(options: Options, console: Console) -> None:
-    """Bytes and speed of every format, what streaming saves, what aggregation of many updates needs."""
+    """Measure bytes and speed of every format, what streaming saves, what aggregation of many updates needs."""
     torch.set_num_threads(1)
     formats, streaming = measure_formats(options), measure_streaming(options)
     aggregation = measure_aggregation(options)
@@ -377,24 +374,6 @@ def measure_formats(options: Options) -> list[Found]:
     return rows
 
 
-class Stand:
-    """A trainer whose steps cost simulated time only."""
-
-    num_examples = 1
-
-    def __init__(self, step_time_s: float | None = None) -> None:
-        self.step_time_s = step_time_s
-
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        return Trained(working[start.block_index].float() + 0.001 * (1 + start.round_index), 1.0)
-
-    def memory(self) -> dict[str, Tensor]:
-        return {}
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        del memory
-
-
 def measure_streaming(options: Options) -> Found:
     """Exchange one block of 24 chunks between two clients and the server, whole and streamed, in real time."""
     chunks, link = 24, Link(upload_mbps=40.0, download_mbps=40.0)
@@ -405,7 +384,7 @@ def measure_streaming(options: Options) -> Found:
             encoding = Encoding("float32", **chunk)
             plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, encoding, FixedSteps(1), 60.0, 0)
             clock, hooks = RealClock(), Hooks(lambda *_: None, lambda _: None)
-            run_in_process(params, [Stand(), Stand()], plan, Trace(clock), hooks, link=link, in_flight="own")
+            run_in_process(params, [Idle(), Idle()], plan, Trace(clock), hooks, link=link, in_flight="own")
             seconds[name].append(clock.now() / 2)
     up_and_down = 2 * link.upload_s(4 * chunks * CHUNK_PIECE)
     found = {name: median(values) for name, values in seconds.items()}
@@ -502,7 +481,7 @@ def disk_speed(folder: Path, num_bytes: int) -> float:
         return 1e-9 * num_bytes / (time.perf_counter() - began)
 
 
-# ── overlap
+# -- overlap --------------------------------------------------------------------------------------------------
 
 
 def overlap(options: Options, console: Console) -> None:
@@ -561,7 +540,7 @@ def overlap_section(found: Found) -> Found:
     return section("Real time", text, table_of(found["results"], columns))
 
 
-# ── slow link
+# -- slow link ------------------------------------------------------------------------------------------------
 
 
 def slow_link(options: Options, console: Console) -> None:
@@ -625,7 +604,7 @@ def outline(size: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-# ── scale
+# -- scale ----------------------------------------------------------------------------------------------------
 
 
 def scale(options: Options, console: Console) -> None:
@@ -695,7 +674,7 @@ def simulate(config: RunConfig, cohort: int, full_size: int, options: Options) -
 
     run_in_process(
         params,
-        [Stand(options.compute_s / options.steps)] * options.clients,
+        [Idle(options.compute_s / options.steps)] * options.clients,
         server_plan(config),
         Trace(clock),
         Hooks(on_commit, lambda _: None),
@@ -745,7 +724,7 @@ def bandwidths(size: str, options: Options) -> list[Found]:
     return rows
 
 
-# ── clients
+# -- clients --------------------------------------------------------------------------------------------------
 
 
 def clients(options: Options, console: Console) -> None:
@@ -806,7 +785,7 @@ def clients_section(found: Found) -> Found:
     return section("Many clients", "On one machine, virtual clock, delay 1.", table_of(rows, columns))
 
 
-# ── plan
+# -- plan -----------------------------------------------------------------------------------------------------
 
 
 def plan(options: Options, console: Console) -> None:
@@ -862,168 +841,39 @@ def measured(config: RunConfig, directory: Path) -> Found:
     return times | {"bytes_per_client_round": summary["bytes_per_client_round"]}
 
 
-# ── report
-
-
-def report(options: Options, console: Console) -> None:
-    """Measure how large the report of a long run of many clients is, how fast it is written, and how soon usable.
-
-    The browser is headless Chromium. A page is usable when its last figure is drawn and answers the mouse. Every
-    opening is a new page in a warm browser.
-    """
-    folder = fresh_folder(options)
-    settings = SMALL | {"evaluation.every_rounds": 8, "evaluation.max_examples": 8, "train.num_local_steps": 1}
-    settings |= {"link.upload_mbps": 20, "link.download_mbps": 40, "link.latency_s": 0.005, "federation.delay": 1}
-    material = generated(folder / "material", num_clients=options.clients)
-    config = configured(material, settings | training(options))
-    run_quietly(config, folder / "run")
-    began = time.perf_counter()
-    page = write_report([folder / "run"])
-    written_s = time.perf_counter() - began
-    drawn_s = open_page(page, options.repeats)
-    results = {"bytes": page.stat().st_size, "written_s": written_s, "drawn_s": drawn_s}
-    bars = [
-        Bar("bytes of report.html", results["bytes"], 5e6),
-        Bar("seconds to write it", written_s, 1.0),
-        Bar("seconds until it can be used, median", median(drawn_s), 2.0),
-    ]
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
-
-
-def report_section(found: Found) -> Found:
-    options, results = found["options"], found["results"]
-    row = [f"{results['bytes'] / 1e6:.2f}", f"{results['written_s']:.2f}", f"{median(results['drawn_s']):.2f}"]
-    text = f"Of {options['rounds']} rounds of {options['clients']} clients, opened in Chromium."
-    return section("A report", text, table(["MB", "s to write", "s until it can be used, median"], [row]))
-
-
-def open_page(page: Path, repeats: int) -> list[float]:
-    """Open a page a few times; return the seconds from navigation to the last figure."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        sys.exit("Chromium is missing: make browser")
-    arguments = webdriver.ChromeOptions()
-    arguments.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        arguments.add_argument(argument)
-    browser, found = webdriver.Chrome(options=arguments, service=Service(driver)), []
-    drawn = "return performance.getEntriesByName('drawn')[0]?.startTime"
-    try:
-        for _ in range(repeats):
-            browser.get("about:blank")
-            browser.get(page.resolve().as_uri())
-            found.append(
-                float(WebDriverWait(browser, 60).until(lambda driven: driven.execute_script(drawn))) / 1000
-            )
-    finally:
-        browser.quit()
-    return found
-
-
-K, ROUNDS, REPEATS = "local steps of a round, K", "rounds of a run; at least 8, one for each block", "medians count"
-STEP_OPTIONS = {
-    "model": (str(SHARED / "models" / "tiny-base"), "a model folder; left out when absent"),
-    "only": (None, "names of models; all when left out", {"nargs": "+"}),
-    "dtype": ("float32", "precision", {"choices": sorted(DTYPES)}),
-    "batch_size": (8, "examples of a step"),
-    "length": (48, "tokens of an example"),
-    "steps": (4, "local steps of a visit, K"),
-    "blocks": (4, "blocks that are visited, from the first to the last"),
-    "repeats": (5, "visits of each block"),
-    "threads": (1, "torch threads"),
-}
-WIRE_OPTIONS = {
-    "elements": (4_000_000, "length of the vector of the format table"),
-    "repeats": (5, REPEATS),
-    "updates": (64, "updates that are aggregated"),
-    "block": (50_000_000, "parameters of the aggregated block"),
-    "formats": (["float32", "int8", "int4"], "of aggregated updates", {"nargs": "*"}),
-    "fold_repeats": (1, "repeats of what goes through a file"),
-}
-OVERLAP_OPTIONS = {
-    "rounds": (16, ROUNDS),
-    "steps": (2, K),
-    "repeats": (3, REPEATS),
-    "loads": ([0.77, 0.95], "time of an exchange / computation of a round"),
-    "upload_share": (0.5, "the upload's part of the exchange"),
-}
-SLOW_OPTIONS = {"mbps": (30.0, "each way"), "compute_s": (40.0, "simulated seconds that a round computes")}
-SCALE_OPTIONS = SLOW_OPTIONS | {
-    "clients": (1000, "clients of the run"),
-    "cohorts": ([10, 25, 50, 100], "clients of a round"),
-    "rounds": (6, "rounds of a run"),
-    "steps": (8, K),
-    "batch_size": (8, "examples of a step, in the table of bandwidths"),
-    "length": (512, "tokens of an example, there"),
-}
-CLIENTS_OPTIONS = {
-    "clients": ([4, 100], "few clients, and many", {"nargs": 2}),
-    "rounds": (8, ROUNDS),
-    "steps": (2, K),
-    "step_time_s": (0.5, "simulated seconds of a local step"),
-}
-PLAN_OPTIONS = {
-    "rounds": (8, ROUNDS),
-    "steps": (2, K),
-    "repeats": (3, REPEATS),
-    "cpu_time": (False, "count processor seconds, on a busy machine"),
-}
-REPORT_OPTIONS = {"clients": (20, "clients"), "rounds": (100, ROUNDS), "repeats": (5, "how often it is opened")}
+STEP = {"model": (str(SHARED / "models" / "tiny-base"), "a model folder; left out when absent")}
+STEP |= {"only": (None, "names of models; all when left out", {"nargs": "+"}), "batch_size": 8, "repeats": 5}
+STEP |= {"dtype": ("float32", "precision", {"choices": sorted(DTYPES)}), "length": (48, "tokens of an example")}
+STEP |= {"steps": (4, "local steps of a visit, K"), "threads": (1, "torch threads")}
+STEP |= {"blocks": (4, "blocks that are visited, from the first to the last")}
 STEP_SMOKE = {"batch_size": 1, "length": 8, "steps": 1, "repeats": 1, "blocks": 2}
+WIRE = {"elements": (4_000_000, "length of the vector of the format table"), "repeats": 5}
+WIRE |= {"updates": (64, "updates that are aggregated"), "block": (50_000_000, "parameters of their block")}
+WIRE |= {"formats": (["float32", "int8", "int4"], "of aggregated updates", {"nargs": "*"})}
+WIRE |= {"fold_repeats": (1, "repeats of what goes through a file")}
 WIRE_SMOKE = {"elements": 200_000, "repeats": 1, "updates": 4, "block": 400_000}
+OVERLAP = {"rounds": 16, "steps": 2, "repeats": 3, "upload_share": (0.5, "the upload's part of the exchange")}
+OVERLAP |= {"loads": ([0.77, 0.95], "time of an exchange / computation of a round")}
 OVERLAP_SMOKE = {"rounds": 8, "steps": 1, "repeats": 1, "loads": [0.85]}
+SLOW = {"mbps": 30.0, "compute_s": (40.0, "simulated seconds that a round computes"), "rounds": 10}
+SCALE = SLOW | {"clients": 1000, "cohorts": ([10, 25, 50, 100], "clients of a round"), "rounds": 6, "steps": 8}
+SCALE |= {"batch_size": 8, "length": (512, "tokens of an example, in the table of bandwidths")}
+SCALE_SMOKE = {"clients": 8, "cohorts": [2, 4], "rounds": 4}
+CLIENTS = {
+    "clients": ([4, 100], "few clients, and many", {"nargs": 2}),
+    "rounds": 8,
+    "steps": 2,
+    "step_time_s": 0.5,
+}
+PLAN = {"rounds": 8, "steps": 2, "repeats": 3, "cpu_time": (False, "count processor seconds, on a busy machine")}
 BENCHMARKS = (
-    Benchmark("step", "time and memory of a step", step, step_section, STEP_OPTIONS, STEP_SMOKE, "--repeats 3"),
-    Benchmark("wire", "bytes, speed, the server's fold", wire, wire_section, WIRE_OPTIONS, WIRE_SMOKE),
-    Benchmark(
-        "overlap",
-        "delay 1 and 0 in real time",
-        overlap,
-        overlap_section,
-        OVERLAP_OPTIONS,
-        OVERLAP_SMOKE,
-        "--loads 0.77",
-    ),
-    Benchmark(
-        "slow_link",
-        "a layer of 8B, 30 Mbit/s",
-        slow_link,
-        slow_link_section,
-        SLOW_OPTIONS | {"rounds": (10, ROUNDS)},
-        {"rounds": 8},
-        "--mbps 10",
-    ),
-    Benchmark(
-        "scale",
-        "a thousand clients, and bandwidths",
-        scale,
-        scale_section,
-        SCALE_OPTIONS,
-        {"clients": 8, "cohorts": [2, 4], "rounds": 4},
-        "--cohorts 50",
-    ),
-    Benchmark(
-        "clients",
-        "a hundred clients on this machine",
-        clients,
-        clients_section,
-        CLIENTS_OPTIONS,
-        {"clients": [2, 5], "steps": 1},
-        "--clients 4 200",
-    ),
-    Benchmark("plan", "plans against runs", plan, plan_section, PLAN_OPTIONS, {"repeats": 1}, "--cpu-time"),
-    Benchmark(
-        "report",
-        "a report in Chromium",
-        report,
-        report_section,
-        REPORT_OPTIONS,
-        {"clients": 2, "rounds": 8, "repeats": 1},
-    ),
+    benchmark(step, step_section, STEP, STEP_SMOKE, "--repeats 3"),
+    benchmark(wire, wire_section, WIRE, WIRE_SMOKE, "--repeats 3"),
+    benchmark(overlap, overlap_section, OVERLAP, OVERLAP_SMOKE, "--loads 0.77"),
+    benchmark(slow_link, slow_link_section, SLOW, {"rounds": 8}, "--mbps 10"),
+    benchmark(scale, scale_section, SCALE, SCALE_SMOKE, "--cohorts 50"),
+    benchmark(clients, clients_section, CLIENTS, {"clients": [2, 5], "steps": 1}, "--clients 4 200"),
+    benchmark(plan, plan_section, PLAN, {"repeats": 1}, "--cpu-time"),
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import resource
@@ -22,7 +21,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from multiprocessing.process import BaseProcess
 from operator import truediv
 from pathlib import Path
 from statistics import fmean
@@ -59,7 +57,6 @@ from torch import Tensor
 from parablock.algorithm.grid import EXTRA_WORDS, Grid, GridAggregation
 from parablock.algorithm.robust import Rule
 from parablock.assembly import server_plan
-from parablock.cli import main as main_of_parablock
 from parablock.clock import VirtualClock
 from parablock.config import RunConfig, load_config, parse_config
 from parablock.deploy.local import Deployment, resume_local, watch
@@ -109,9 +106,8 @@ def rounds_recorded(directory: Path) -> int:
 def kill_resume(options: Options, console: Console) -> None:
     """Kill a run at random moments and resume it: the model must be that of the run that nobody disturbed.
 
-    The command line runs in a process of its own, forked from one that has torch loaded. A moment is a round drawn
-    at random and a random part of a round after it. A run that ends before its kill does not count, and another
-    moment is drawn for it. Another seed is run too: its model must differ.
+    A moment is a round drawn at random and a random part of a round after it. A run that ends before its kill does
+    not count, and another moment is drawn for it. Another seed is run too: its model must differ.
     """
     folder = fresh_folder(options)
     families = ("ag_news", "app_reviews", "glue_qqp")
@@ -167,14 +163,14 @@ def run_to_the_end(config: RunConfig, directory: Path) -> float:
 def kill_and_resume(config: RunConfig, directory: Path, after_rounds: int, after_s: float) -> Found:
     """Kill a run so many seconds after so many of its rounds, and resume it."""
     process, run = start(config, directory), RunDirectory(directory)
-    while process.is_alive() and rounds_recorded(directory) < after_rounds:
+    while process.poll() is None and rounds_recorded(directory) < after_rounds:
         time.sleep(POLL_S / 10)
     time.sleep(after_s)
     process.kill()
-    process.join()
+    process.wait()
     complete = run.summary.exists() and run.read_summary()["status"] == "completed"
     rounds, checkpoints = rounds_recorded(directory), sorted(path.name for path in run.checkpoints.glob("round-*"))
-    was_running = process.exitcode != 0 and not complete
+    was_running = process.returncode != 0 and not complete
     if was_running:
         finish(parablock(directory, "resume", str(directory)), directory)
     origin = checkpoints[-1] if checkpoints else "the start"
@@ -182,37 +178,25 @@ def kill_and_resume(config: RunConfig, directory: Path, after_rounds: int, after
     return found | {"model_sha256": sha256(directory)}
 
 
-def start(config: RunConfig, directory: Path) -> BaseProcess:
+def start(config: RunConfig, directory: Path) -> subprocess.Popen[bytes]:
     """Start a run and wait until there is something of it to resume."""
     file = directory.with_suffix(".yaml")
     file.write_text(config.to_yaml(), encoding="utf-8")
     process = parablock(directory, "run", str(file), "--output-dir", str(directory))
-    while process.is_alive() and not RunDirectory(directory).config.exists():
+    while process.poll() is None and not RunDirectory(directory).config.exists():
         time.sleep(POLL_S / 10)
     return process
 
 
-def parablock(directory: Path, *arguments: str) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["parablock.cli", "parablock.experiment"])
-    process = context.Process(target=command_line, args=(arguments, str(directory.with_suffix(".log"))))
-    process.start()
-    return process
+def parablock(directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command line; what it says goes into a file beside the run."""
+    with directory.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "parablock", *arguments], stdout=log, stderr=log)
 
 
-def command_line(arguments: tuple[str, ...], log: str) -> None:
-    """Be the command line: what it says goes into a file."""
-    with Path(log).open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["parablock", *arguments]
-    main_of_parablock()
-
-
-def finish(process: BaseProcess, directory: Path) -> None:
-    process.join()
-    if process.exitcode:
-        sys.exit(f"parablock ended with {process.exitcode}:\n{directory.with_suffix('.log').read_text()}")
+def finish(process: subprocess.Popen[bytes], directory: Path) -> None:
+    if process.wait():
+        sys.exit(f"parablock ended with {process.returncode}:\n{directory.with_suffix('.log').read_text()}")
 
 
 # -- a deployment of real processes, killed or cut off --------------------------------------------------------
@@ -226,7 +210,7 @@ def kill_sites(options: Options, console: Console) -> None:
     process that nobody disturbs. A kill that comes after the run's end does not count.
     """
     folder = fresh_folder(options)
-    config = deployed(generated(folder / "material", num_clients=SITES), options, layers_per_block=2)
+    config = deployed(generated(folder / "material", num_clients=SITES), options, 2, 131_072)
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
     draw, runs = generator_for(options.seed, "kill sites"), list[Found]()
     while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
@@ -309,7 +293,7 @@ def cut_link(options: Options, console: Console) -> None:
     new values on their way down: what more crosses the proxy than without a cut was sent again.
     """
     folder = fresh_folder(options)
-    config = deployed(material_of(options), options, layers_per_block=4, chunk_bytes=options.chunk_bytes)
+    config = deployed(material_of(options), options, 4, options.chunk_bytes)
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
     blocks = RunDirectory(folder / "one-process").read_manifest()["blocks"]
     block_bytes = 4 * max(block["parameters"] for block in blocks)
@@ -422,16 +406,14 @@ def quiet() -> PlainProgress:
     return PlainProgress(console=Console(quiet=True))
 
 
-def deployed(
-    material: Material, options: Options, *, layers_per_block: int, chunk_bytes: int = 131_072
-) -> RunConfig:
-    paths = [[str(Path(file).absolute()) for file in files] for files in (material.train[:SITES], material.test)]
-    absolute = Material(str(Path(material.model).absolute()), tuple(paths[0]), tuple(paths[1]))
+def deployed(material: Material, options: Options, layers_per_block: int, chunk_bytes: int) -> RunConfig:
+    files = ([material.model], material.train[:SITES], material.test)
+    model, train, test = (tuple(str(Path(file).absolute()) for file in some) for some in files)
     settings = SMALL | UNSCORED | {"train.num_local_steps": 1, "train.per_device_train_batch_size": 2}
     settings |= {"engine.name": "flower", "engine.clock": None, "checkpoint.every_rounds": 1}
     settings |= {"evaluation.max_examples": 16, "federation.min_updates": SITES, **training(options)}
     settings |= {"blocks.layers_per_block": layers_per_block, "wire.chunk_bytes": chunk_bytes}
-    return configured(absolute, settings)
+    return configured(Material(model[0], train, test), settings)
 
 
 def in_one_process(config: RunConfig, directory: Path, other_seed: int = 0) -> str:
