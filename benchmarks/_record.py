@@ -148,6 +148,8 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """Make a parser with a subcommand for each benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = " ".join(each.name for each in benchmarks)
+    parser.add_argument("--names", action="version", version=names, help="list the benchmarks")
     subcommands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for benchmark in benchmarks:
         made = subcommands.add_parser(

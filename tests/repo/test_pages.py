@@ -104,7 +104,7 @@ def test_a_record_that_changed_makes_the_results_stale(results: ModuleType, tmp_
         (tmp_path / record.name).write_text(record.read_text())
     assert results.page(tmp_path) == results.page()
     changed = json.loads((tmp_path / "rate.json").read_text())
-    changed["results"]["FL-BCD"]["slope"] += 0.01
+    changed["section"]["parts"][-1]["rows"][0][1] = "-0.5 ± 0.1"
     (tmp_path / "rate.json").write_text(json.dumps(changed))
     assert results.page(tmp_path) != results.page()
 
@@ -127,46 +127,13 @@ def test_the_first_table_says_which_bars_are_missed(results: ModuleType) -> None
             "at_most": True,
             "is_met": is_met,
         }
-        return {"wire": {"bars": [bar]}}
+        return {"wire": {"bars": [bar], "section": {"title": "The wire: bytes"}}}
 
-    headings = {"wire": "The wire: bytes"}
-    (*_, met), (*_, missed) = (results.glance(record(is_met), headings) for is_met in (True, False))
+    (*_, met), (*_, missed) = (results.glance(record(is_met)) for is_met in (True, False))
     assert met.endswith("](#the-wire-bytes) | 0.125 | ≤ 0.14 |")
     assert "**0.125**, missed" in missed
-    assert "1 bars; 0 of them are missed" in results.missed(record(True), headings)
-    assert "1 of them are missed, under [The wire: bytes](#the-wire-bytes)" in results.missed(
-        record(False), headings
-    )
-
-
-def test_the_results_say_where_lora_wins(results: ModuleType) -> None:
-    ends = {"parablock": 4.0, "fedit": 4.5}
-    columns = [{"parablock": [4.0, 5.0], "fedit": [4.0, 4.5]}, {"parablock": [4.0], "fedit": [None]}]
-    *rows, told = results.losses_table(["10 s", "20 s"], columns, ends)
-    assert "| FedIT | **4.2500** | 4.5000† |" in rows
-    assert told.endswith("column by column: FedIT, ParaBlock.\nA LoRA method wins 1 of 2 columns.")
-    assert "wins 0 of 1 columns" in results.losses_table(["20 s"], columns[1:], ends)[-1]
-
-
-def test_the_results_show_seconds_and_families_where_a_record_has_them(results: ModuleType) -> None:
-    def run(delay: int, loss: float, right: float) -> dict[str, Any]:
-        scores = {"ag_news": {"loss": {"value": loss, "rows": 9}, "exact_match": {"value": right, "rows": 7}}}
-        curve = [[2.0 - delay, 5.0], [4.0 / (1 + delay), loss]]
-        losses = {"initial_eval_loss": 6.0, "final_eval_loss": loss, "seconds": curve[-1][0], "num_rounds": 2}
-        return losses | {"curve": curve, "scores": scores}
-
-    record = json.loads((results.RESULTS / "quality_gsm8k.json").read_text())
-    row = {"seed": 7, "runs": [run(0, 4.0, 0.25), run(1, 3.5, 0.75)], "time_ratio": 0.5}
-    plain = results.SECTIONS["quality_gsm8k"](record | {"results": [row]})
-    assert "| 7 | 4.0000 | 4.0 | 2.0 | 0.500 | 3.5000 (2) |" in plain
-    assert "| 2.0 | 5.0000 | 3.5000 |" in plain  # the last losses by then
-    assert "ag_news" not in plain
-    base = {"ag_news": {"loss": {"value": 6.0, "rows": 9}, "exact_match": {"value": 0.0, "rows": 7}}}
-    scored = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"base_scores": base}]})
-    assert "| ag_news | loss, 9 rows | 6.000 | 4.000 | 3.500 |" in scored
-    assert "| ag_news | exact match, 7 rows | 0.00 | 0.25 | 0.75 |" in scored
-    never = results.SECTIONS["quality_gsm8k"](record | {"results": [row | {"time_ratio": None}]})
-    assert "| 7 | 4.0000 | 4.0 | never |  | 3.5000 (2) |" in never
+    assert "1 bars; 0 of them are missed" in results.missed(record(True))
+    assert "1 of them are missed, under [The wire: bytes](#the-wire-bytes)" in results.missed(record(False))
 
 
 # -- troubleshooting ------------------------------------------------------------------------------------------
