@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from _record import (
+    HELP,
     Bar,
-    Benchmark,
     Found,
     Idle,
     Material,
     Options,
     balanced_link,
+    benchmark,
     configured,
     curve_of,
     ended_with,
@@ -83,7 +84,6 @@ from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding, pack
 
 STEP_S = 0.25
-SMOKE = {"seeds": [0], "rounds": 8, "steps": 1, "max_examples": 16}
 
 
 def dumped(config: RunConfig) -> Found:
@@ -193,7 +193,10 @@ def rounded(wire: Encoding) -> Callable[[Tensor, int, int, int], Tensor]:
 
 
 def rate(options: Options, console: Console) -> None:
-    """Average ‖∇f‖² over T rounds with a step ∝ 1/√T; theory bounds the slope over T, both logarithmic, by −1/2."""
+    """Fit the slope of the squared norm of the gradient against T, without a model; theory bounds it by −1/2.
+
+    The norm is averaged over T rounds with a step ∝ 1/√T; the slope is that of its logarithm against log T.
+    """
     found: Found = {}
     for name, how in VARIANTS.items():
         corrected = name != "correction off"
@@ -259,7 +262,7 @@ KNOBS: dict[str, dict[str, Found]] = {
 
 
 def ablations(options: Options, console: Console) -> None:
-    """Average ‖∇f‖² over the last quarter of the rounds, at each place of each knob."""
+    """Turn one knob at a time, on the problem of the rate: the gradient in the last quarter of the rounds."""
 
     def squared_gradient(delay: int, seed: int, how: Found) -> float:
         values = squared_norms(options.rounds, seed, CONSTANT_STEP, **{"delay": delay} | how)
@@ -314,7 +317,7 @@ ABOUT_T0 = (
 
 
 def quality(options: Options, console: Console) -> None:
-    """Compare both delays for each data set, schedule and seed."""
+    """Compare the last loss of delay 1 with that of delay 0 on T0 and GSM8K: how soon, and the right answers."""
     found: list[Found] = []
     for schedule, name, seed in product(options.schedules, options.only, options.seeds):
         found.append(rivals(name, schedule, seed, options, console))
@@ -518,10 +521,11 @@ WORD_RUNS = {"fl_bcd": 0, "parablock": 1, "parablock, more rounds": 1}
 
 
 def words(options: Options, console: Console) -> None:
-    """Deal word problems, which a small model can learn, by topic; a small α gives each client few topics.
+    """Compare losses at equal rounds and times to the same loss on word problems, by how much clients differ.
 
-    The learning rate decays, so that runs of equal rounds are compared where they have settled: one round of lag is
-    a fixed number of rounds, which a run whose loss still falls at its end would show as a worse loss.
+    The problems, which a small model can learn, are dealt by topic; a small α gives each client few topics. The
+    learning rate decays, so that runs of equal rounds are compared where they have settled: one round of lag is a
+    fixed number of rounds, which a run whose loss still falls at its end would show as a worse loss.
     """
     found: list[Found] = []
     folder = Path(options.work_dir) / "material"
@@ -578,14 +582,12 @@ def words_bars(found: list[Found]) -> list[Bar]:
 def words_section(found: Found) -> Found:
     rows, options = [], found["options"]
     for alpha, group in by_alpha(found["results"]).items():
-        losses = [
-            [row[run][key] for row in group]
-            for run, key in (("fl_bcd", "initial"), ("fl_bcd", "loss"), ("parablock", "loss"))
-        ]
-        matches = [[row[name].get("exact_match", 0.0) for row in group] for name in ("fl_bcd", "parablock")]
+        columns = (("fl_bcd", "initial"), ("fl_bcd", "loss"), ("parablock", "loss"))
+        losses = [spread(row[run][key] for row in group) for run, key in columns]
+        right = [spread((row[name].get("exact_match", 0.0) for row in group), 2) for name, _ in columns[1:]]
         times = ["never" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}" for row in group]
-        cells = [*map(spread, losses), spread([row["ratio"] for row in group]), *(spread(v, 2) for v in matches)]
-        rows.append([f"{alpha:g}", str(len(group)), *cells, ", ".join(times)])
+        ratio = spread(row["ratio"] for row in group)
+        rows.append([f"{alpha:g}", str(len(group)), *losses, ratio, *right, ", ".join(times)])
     head = ["α", "seeds", "base model", "FL-BCD", "ParaBlock", "ratio", "exact match, FL-BCD", "ParaBlock"]
     made = table([*head, "time to FL-BCD's loss / its time"], rows)
     if max(options["alphas"]) < 0.3:
@@ -627,11 +629,12 @@ SILENT = ("local", "central")
 
 
 def methods(options: Options, console: Console) -> None:
-    """Run every method through the same clients, wire, data order and evaluation.
+    """Compare all methods on T0, one family a client, at equal rounds, seconds and bytes.
 
-    The learning rate of each kind of method is the best of a grid, on a seed that is not used afterwards. A local
-    step takes as long as its operations do on an assumed core. A loss does not depend on the link, so each method
-    is run once; how long its rounds take over a link of another speed, the same engine tells without training.
+    All run through the same clients, wire, data order and evaluation. The learning rate of each kind of method is
+    the best of a grid, on a seed that is not used afterwards. A local step takes as long as its operations do on an
+    assumed core. A loss does not depend on the link, so each method is run once; how long its rounds take over a
+    link of another speed, the same engine tells without training.
     """
     rates = dict(zip(KINDS, options.rates, strict=True)) if options.rates else tuned_rates(options, console)
     example = dumped(method_config("parablock", rates["blocks"], 0, options))
@@ -642,12 +645,13 @@ def methods(options: Options, console: Console) -> None:
         for kind, of_kind in KINDS.items():
             wanted = [method for method in of_kind if method in options.only]
             found["runs"] += [method_run(method, rates[kind], seed, options, console) for method in wanted]
-        names = dict.fromkeys(run["method"] for run in found["runs"])
-        found["round_s"] = {name: {str(u): round_s(name, u, options) for u in options.links} for name in names}
+        runs = by_method(found["runs"])
+        found["round_s"] = {name: {str(u): round_s(name, u, options) for u in options.links} for name in runs}
         found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
-        ends = final_losses(found)
-        ratio = "parablock" in ends and "fl_bcd" in ends and fmean(ends["parablock"]) / fmean(ends["fl_bcd"])
-        bars = [Bar("T0: final loss of ParaBlock / FL-BCD, means", ratio, 1.02)] if ratio else []
+        bars = []
+        if {"parablock", "fl_bcd"} <= set(runs):
+            ends = [fmean(run["curve"][-1][2] for run in runs[name]) for name in ("parablock", "fl_bcd")]
+            bars = [Bar("T0: final loss of ParaBlock / FL-BCD, means", ends[0] / ends[1], 1.02)]
         record(options, found, bars, config=example, console=console)  # in case the rest is not reached
 
 
@@ -762,11 +766,8 @@ def loss_at(curve: list[list[float]], place: float, axis: int) -> float | None:
 
 def losses_at(found: Found, place: Callable[[str], float], axis: int) -> Found:
     """Read the curves of each method that sends anything off at its place."""
-    losses: Found = {}
-    for run in found["runs"]:
-        if run["method"] not in SILENT:
-            losses.setdefault(run["method"], []).append(loss_at(run["curve"], place(run["method"]), axis))
-    return losses
+    sending = {name: runs for name, runs in by_method(found["runs"]).items() if name not in SILENT}
+    return {name: [loss_at(run["curve"], place(name), axis) for run in runs] for name, runs in sending.items()}
 
 
 def equal_seconds(found: Found, options: Options) -> Found:
@@ -788,19 +789,16 @@ def equal_bytes(found: Found) -> Found:
     return {f"{at / 1e6:.1f}": losses_at(found, lambda _, at=at: at, 1) for at in places}
 
 
-def final_losses(found: Found) -> dict[str, list[float]]:
-    ends: dict[str, list[float]] = {}
-    for run in found["runs"]:
-        ends.setdefault(run["method"], []).append(run["curve"][-1][2])
-    return ends
+def by_method(runs: Sequence[Found]) -> dict[str, list[Found]]:
+    return {
+        name: [run for run in runs if run["method"] == name] for name in dict.fromkeys(r["method"] for r in runs)
+    }
 
 
 def methods_section(found: Found) -> Found:
     results, options = found["results"], found["options"]
-    runs: dict[str, list[Found]] = {}
-    for run in results["runs"]:
-        runs.setdefault(run["method"], []).append(run)
-    ends = final_losses(results)
+    runs = by_method(results["runs"])
+    ends = {name: [run["curve"][-1][2] for run in group] for name, group in runs.items()}
     base = spread([run["curve"][0][2] for run in next(iter(runs.values()))])
     rows = [["base model", "", base, "", *[""] * len(options["links"])]]
     for name, (run, *_) in runs.items():
@@ -883,7 +881,10 @@ SETTINGS: dict[str, Sequence[tuple[str, ...]]] = {
 
 
 def model_ablations(options: Options, console: Console) -> None:
-    """Train a small random Llama; a folder for each setting points at the runs that differ in it."""
+    """Change one setting at a time on a small random Llama, for the tables of `parablock report`.
+
+    A folder for each setting points at the runs that differ in it.
+    """
     folder, found = Path(options.work_dir), Found()
     material = generated(folder / "material", num_clients=options.clients, examples_per_client=120, num_layers=4)
     settings = training(options) | balanced_link(material.model, STEP_S * options.steps)
@@ -937,7 +938,7 @@ WAYS = [
 
 
 def formats(options: Options, console: Console) -> None:
-    """Run float32 and int4 for all seeds, and every way of rounding to few bits for the first."""
+    """Compare the last loss with few bits on the wire, on T0; every way of rounding for the first seed."""
 
     def config_of(wire: Found, seed: int) -> RunConfig:
         settings = {f"wire.{key}": value for key, value in wire.items()}
@@ -962,22 +963,18 @@ def formats(options: Options, console: Console) -> None:
 
 
 def formats_section(found: Found) -> Found:
-    seeds, cells = found["results"]["seeds"], found["results"]["cells"]
-    rows = []
-    for name in ("float32", "int4"):
-        runs = [row[name] for row in seeds]
-        losses = spread([run["final_eval_loss"] for run in runs])
-        rows.append([name, losses, f"{runs[0]['uplink_bytes'] / 1e6:.1f}"])
-    exact = seeds[0]["float32"]["final_eval_loss"]
+    (first, *_), cells = (seeds := found["results"]["seeds"]), found["results"]["cells"]
+    rows = [
+        [name, spread(row[name]["final_eval_loss"] for row in seeds), f"{first[name]['uplink_bytes'] / 1e6:.1f}"]
+        for name in ("float32", "int4")
+    ]
     by_way = [
-        [
-            f"{pair[0]['format']}, {pair[0]['rounding']}",
-            *(f"{cell['final_eval_loss'] / exact:.4f}" for cell in pair),
-        ]
-        for pair in zip(cells[::2], cells[1::2], strict=True)
+        [f"{one['format']}, {one['rounding']}"]
+        + [f"{cell['final_eval_loss'] / first['float32']['final_eval_loss']:.4f}" for cell in (one, other)]
+        for one, other in zip(cells[::2], cells[1::2], strict=True)
     ]
     ways = [
-        f"Loss over that with float32, seed {seeds[0]['seed']}:",
+        f"Loss over that with float32, seed {first['seed']}:",
         table(["format, rounding", "no error feedback", "error feedback"], by_way),
     ]
     return section(
@@ -1006,9 +1003,10 @@ OURS, STOCK = "ParaBlock, int4", "Flower's FedAvg"
 
 
 def peers(options: Options, console: Console) -> None:
-    """Follow each method to a loss: it has reached it at the first evaluation that is not above it.
+    """Measure seconds and bytes to a loss on a slow link: ParaBlock, FL-BCD, and Flower's FedAvg.
 
-    A local step takes the same time in all of them, which favours those that train everything.
+    A method has reached the loss at the first evaluation that is not above it. A local step takes the same time in
+    all of them, which favours those that train everything.
     """
     found = [peer(name, options, console) for name in options.only]
     ours, stock = (next(row for row in found if row["peer"] == name)["to_loss"] for name in (OURS, STOCK))
@@ -1124,95 +1122,39 @@ def several(choices: Iterable[str]) -> tuple[Any, ...]:
     return (list(choices), "which of them", {"choices": list(choices)})
 
 
-TASK_EXAMPLES = "held-out examples of a family; 0: do not score families"
-RATES = f"learning rates of {', '.join(KINDS)}; left out: tuned first"
+SEEDS, DECAY = {"seeds": [0, 1, 2]}, "how the learning rate goes on: constant, linear or cosine"
+SMOKE = {"seeds": [0], "rounds": 8, "steps": 1, "max_examples": 16}
 TRAINED = {"rounds": 24, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "max_length": 96}
+RATE = {"seeds": ([0, 1, 2, 3, 4], "2 to 6, 8 or 10 of them"), "rounds": ([80, 160, 320, 640], "T")}
+FAMILY = "held-out examples of a family; 0: do not score families"
+QUALITY = TRAINED | SEEDS | {"rounds": 32, "steps": 4, "max_length": 128, "max_examples": 384}
+QUALITY |= {"lr_scheduler_type": ("constant", DECAY), "only": several(("t0", "gsm8k"))}
+QUALITY |= {"schedules": (["shuffled"], "orders of the blocks"), "task_examples": (48, FAMILY)}
+WORDS = SEEDS | {"rounds": 96, "steps": 2, "batch_size": 2, "learning_rate": 1e-3, "max_examples": 64}
+WORDS |= {"alphas": ([0.3, 0.1], "Dirichlet α"), "schedule": ("cosine", DECAY)}
+WORDS_SMOKE = {"seeds": [0], "alphas": [0.3], "rounds": 8, "steps": 1}
+METHODS = SEEDS | {"rounds": 16, "steps": 2, "batch_size": 2, "max_length": 128, "max_examples": 96}
+METHODS |= {"links": ([10.0, 30.0, 100.0], HELP["mbps"]), "task_examples": (24, FAMILY), "only": several(NAMES)}
+METHODS |= {"rates": (None, f"of {', '.join(KINDS)}; left out: tuned first", {"type": float, "nargs": len(KINDS)})}
+MODEL = SEEDS | {"only": several(SETTINGS), "rounds": 32, "clients": 8, "steps": 2, "learning_rate": 3e-3}
+MODEL_SMOKE = {"only": ["delay"], "seeds": [0, 1], "rounds": 6, "clients": 2, "steps": 1}
+FORMATS = TRAINED | SEEDS | {"max_examples": 192, "no_table": (False, "int4 against float32 only")}
+PEER = TRAINED | {"only": several(PEERS), "mbps": 10.0, "step_time_s": 0.1, "max_examples": 96, "seed": 0}
+PEER |= {"loss": (3.0, "held-out loss that is to be reached"), "full_rounds": (8, "rounds of Flower's methods")}
+PEER_SMOKE = {"only": [OURS, STOCK], "rounds": 8, "full_rounds": 2, "steps": 1, "max_examples": 8, "loss": 8.0}
 BENCHMARKS = (
-    Benchmark(
-        "rate",
-        "Slope of the mean squared gradient norm against T, without a model.",
-        rate,
-        rate_section,
-        {"seeds": ([0, 1, 2, 3, 4], "2 to 6, 8 or 10 of them"), "rounds": ([80, 160, 320, 640], "T")},
-        {"seeds": [0, 1], "rounds": [10, 20, 40]},
-        "--seeds 0 1",
+    benchmark(rate, rate_section, RATE, {"seeds": [0, 1], "rounds": [10, 20, 40]}, "--seeds 0 1"),
+    benchmark(
+        ablations, ablations_section, SEEDS | {"rounds": (150, "T")}, {"seeds": [0], "rounds": 12}, "--seeds 0"
     ),
-    Benchmark(
-        "ablations",
-        "One knob at a time, on the problem of the rate.",
-        ablations,
-        ablations_section,
-        {"seeds": [0, 1, 2], "rounds": (150, "T")},
-        {"seeds": [0], "rounds": 12},
-        "--seeds 0",
+    benchmark(quality, quality_section, QUALITY, SMOKE, "--only t0 --seeds 0 --rounds 16"),
+    benchmark(words, words_section, WORDS, WORDS_SMOKE, "--alphas 0.3 --seeds 0"),
+    benchmark(
+        methods, methods_section, METHODS, SMOKE | {"max_examples": 8, "links": [10.0]}, "--only parablock fl_bcd"
     ),
-    Benchmark(
-        "quality",
-        "Final loss of delay 1 against delay 0 on T0 and GSM8K, how soon, and the right answers.",
-        quality,
-        quality_section,
-        TRAINED
-        | {"seeds": [0, 1, 2], "rounds": 32, "steps": 4, "max_length": 128, "max_examples": 384}
-        | {"lr_scheduler_type": ("constant", "constant, linear or cosine"), "only": several(("t0", "gsm8k"))}
-        | {"schedules": (["shuffled"], "orders of the blocks"), "task_examples": (48, TASK_EXAMPLES)},
-        SMOKE,
-        "--only t0 --seeds 0 --rounds 16",
-    ),
-    Benchmark(
-        "words",
-        "Word problems: loss at equal rounds and time to the same loss, by how much clients differ.",
-        words,
-        words_section,
-        {"seeds": [0, 1, 2], "alphas": ([0.3, 0.1], "Dirichlet α"), "rounds": 96, "steps": 2, "batch_size": 2}
-        | {"learning_rate": 1e-3, "schedule": ("cosine", "constant, linear or cosine"), "max_examples": 64},
-        {"seeds": [0], "alphas": [0.3], "rounds": 8, "steps": 1},
-        "--alphas 0.3 --seeds 0",
-    ),
-    Benchmark(
-        "methods",
-        "All methods on T0, one family a client, at equal rounds, seconds and bytes.",
-        methods,
-        methods_section,
-        {"seeds": [0, 1, 2], "rounds": 16, "steps": 2, "batch_size": 2, "max_length": 128, "max_examples": 96}
-        | {"links": ([10.0, 30.0, 100.0], "10^6 bit/s, each way"), "task_examples": (24, TASK_EXAMPLES)}
-        | {"only": several(NAMES), "rates": (None, RATES, {"type": float, "nargs": len(KINDS)})},
-        SMOKE | {"max_examples": 8, "task_examples": 2, "links": [10.0]},
-        "--only parablock fl_bcd",
-    ),
-    Benchmark(
-        "model_ablations",
-        "One setting at a time, on a small model, in the tables of `parablock report`.",
-        model_ablations,
-        model_ablations_section,
-        {"only": several(SETTINGS), "seeds": [0, 1, 2], "rounds": 32, "clients": 8, "steps": 2}
-        | {"learning_rate": 3e-3},
-        {"only": ["delay"], "seeds": [0, 1], "rounds": 6, "clients": 2, "steps": 1},
-        "--only delay --seeds 0",
-    ),
-    Benchmark(
-        "formats",
-        "Final loss with few bits on the wire, on T0.",
-        formats,
-        formats_section,
-        TRAINED | {"seeds": [0, 1, 2], "max_examples": 192, "no_table": (False, "int4 against float32 only")},
-        SMOKE,
-        "--seeds 0 --no-table",
-    ),
-    Benchmark(
-        "peers",
-        "Seconds and bytes to a loss on a slow link: ParaBlock, FL-BCD, and Flower's FedAvg.",
-        peers,
-        peers_section,
-        TRAINED
-        | {"only": several(PEERS), "loss": (3.0, "held-out loss that is to be reached"), "mbps": 10.0, "seed": 0}
-        | {
-            "full_rounds": (8, "rounds of the methods that train everything"),
-            "step_time_s": 0.1,
-            "max_examples": 96,
-        },
-        {"only": [OURS, STOCK], "rounds": 8, "full_rounds": 2, "steps": 1, "max_examples": 8, "loss": 8.0},
-        "--loss 2.5 --mbps 30",
-    ),
+    benchmark(model_ablations, model_ablations_section, MODEL, MODEL_SMOKE, "--only delay --seeds 0"),
+    benchmark(formats, formats_section, FORMATS, SMOKE, "--seeds 0 --no-table"),
+    benchmark(peers, peers_section, PEER, PEER_SMOKE, "--loss 2.5 --mbps 30"),
 )
 
 if __name__ == "__main__":
