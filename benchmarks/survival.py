@@ -578,21 +578,17 @@ def robust(options: Options, console: Console) -> None:
     The last clients attack in every round: they send their update with its sign turned, or ten times too long as
     well.
     """
+    rule = "federation.aggregation"
     rules = {
         "mean": {},
         "mean, clipped": {"privacy.mode": "central", "privacy.clip_norm": options.clip_norm},
-        "median": {"federation.aggregation": "median"},
-        "trimmed mean": {
-            "federation.aggregation": "trimmed_mean",
-            "federation.trim_fraction": options.trim_fraction,
-        },
-        "krum": {"federation.aggregation": "krum", "federation.assumed_attackers": options.attackers},
+        "median": {rule: "median"},
+        "trimmed mean": {rule: "trimmed_mean", "federation.trim_fraction": options.trim_fraction},
+        "krum": {rule: "krum", "federation.assumed_attackers": options.attackers},
     }
     material = material_of(options, num_clients=options.clients)
-    settings = (
-        SCORED | training(options) | {"federation.num_clients": options.clients, "data.partition.scheme": None}
-    )
-    found = []
+    settings = SCORED | {"federation.num_clients": options.clients, "data.partition.scheme": None}
+    settings, found = settings | training(options), []
     for attack in options.attacks:
         for name in options.rules if attack != "none" else ["mean"]:
             job = prepare(configured(material, settings | rules[name]))
@@ -642,6 +638,7 @@ def robust_section(found: Found) -> Found:
 # -- secure aggregation ---------------------------------------------------------------------------------------
 
 CLIENTS, DROPPING = 8, (2, 5)
+DEVIATIONS = ("deviations_of_masked_from_uniform", "deviations_of_plain_from_uniform")
 GRIDS = {"none": "float32, nobody drops", "plain": "grid, two of eight drop", "masked": "masked, the same drop"}
 
 
@@ -655,12 +652,11 @@ def secure_aggregation(options: Options, console: Console) -> None:
     """
     torch.set_num_threads(1)
     protocol, runs = measure_protocol(options.size, options.num_rounds), dict[str, Found]()
+    same, *away = (protocol[key] for key in ("is_bitwise_the_plain_sum", *DEVIATIONS))
     bars = [
-        Bar(
-            "masked sum is bitwise the plain one, two of eight drop", protocol["is_bitwise_the_plain_sum"], 1, False
-        ),
-        Bar("masked update against uniform, deviations", protocol["deviations_of_masked_from_uniform"], 4),
-        Bar("plain grid against uniform, deviations", protocol["deviations_of_plain_from_uniform"], 100, False),
+        Bar("masked sum is bitwise the plain one, two of eight drop", same, 1, False),
+        Bar("masked update against uniform, deviations", away[0], 4),
+        Bar("plain grid against uniform, deviations", away[1], 100, False),
     ]
     material = material_of(options, num_clients=CLIENTS)
     settings = SCORED | training(options) | {"wire.streaming": False}
@@ -672,14 +668,7 @@ def secure_aggregation(options: Options, console: Console) -> None:
     for grid in options.grids:
         own = {} if grid == "none" else secure | {"privacy.secure_aggregation": grid}
         summary = kept_run(configured(material, settings | own), options.work_dir, grid).read_summary()
-        kept = (
-            "initial_eval_loss",
-            "final_eval_loss",
-            "model_sha256",
-            "elapsed_s",
-            "uplink_bytes",
-            "downlink_bytes",
-        )
+        kept = ("initial_eval_loss", "final_eval_loss", "model_sha256", "elapsed_s", "uplink_bytes")
         runs[grid] = {key: summary[key] for key in kept}
         console.print(f"{grid}: {runs[grid]}")
     if set(runs) == set(GRIDS):
@@ -797,8 +786,7 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
         "reveal_bytes_per_client": (wires.wire_bytes - before) / CLIENTS,
         "update_bytes": len(updates[first]),
         "is_bitwise_the_plain_sum": bool(torch.equal(masked, plain)),
-        "deviations_of_masked_from_uniform": deviations(came[first][0]),
-        "deviations_of_plain_from_uniform": deviations(words[first][0]),
+        **dict(zip(DEVIATIONS, (deviations(came[first][0]), deviations(words[first][0])), strict=True)),
     }
 
 
