@@ -9,6 +9,8 @@ import copy
 import ctypes
 import multiprocessing
 import os
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -73,6 +75,7 @@ from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
+from parablock.report.write import write_report
 from parablock.report.progress import PlainProgress
 from parablock.report.records import RunDirectory
 from parablock.seeding import generator_for
@@ -841,6 +844,54 @@ def measured(config: RunConfig, directory: Path) -> Found:
     return times | {"bytes_per_client_round": summary["bytes_per_client_round"]}
 
 
+def report(options: Options, console: Console) -> None:
+    """Measure how large the report of a long run of many clients is, how soon written, and how soon usable.
+
+    The browser is headless Chromium. A page is usable when its last figure is drawn and answers the mouse. Every
+    opening is a new page in a warm browser.
+    """
+    folder = fresh_folder(options)
+    settings = SMALL | {"evaluation.every_rounds": 8, "evaluation.max_examples": 8, "train.num_local_steps": 1}
+    settings |= {"link.upload_mbps": 20, "link.download_mbps": 40, "link.latency_s": 0.005, "federation.delay": 1}
+    material = generated(folder / "material", num_clients=options.clients)
+    config = configured(material, settings | training(options))
+    run_quietly(config, folder / "run")
+    began = time.perf_counter()
+    page = write_report([folder / "run"])
+    written_s = time.perf_counter() - began
+    drawn_s = open_page(page, options.repeats)
+    results = {"bytes": page.stat().st_size, "written_s": written_s, "drawn_s": drawn_s}
+    bars = [Bar("bytes of report.html", results["bytes"], 5e6), Bar("seconds to write it", written_s, 1.0)]
+    bars.append(Bar("seconds until it can be used, median", median(drawn_s), 2.0))
+    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+
+
+def report_section(found: Found) -> Found:
+    options, results = found["options"], found["results"]
+    row = [f"{results['bytes'] / 1e6:.2f}", f"{results['written_s']:.2f}", f"{median(results['drawn_s']):.2f}"]
+    text = f"Of {options['rounds']} rounds of {options['clients']} clients, opened in Chromium."
+    return section("A report", text, table(["MB", "s to write", "s until it can be used, median"], [row]))
+
+
+def open_page(page: Path, repeats: int) -> list[float]:
+    """Open a page a few times; return the seconds from navigation to the last figure."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    how, found = webdriver.ChromeOptions(), list[float]()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        how.add_argument(argument)
+    how.binary_location = shutil.which("chromium") or sys.exit("Chromium is missing: make browser")
+    drawn = "return performance.getEntriesByName('drawn')[0]?.startTime"
+    with webdriver.Chrome(options=how, service=Service(shutil.which("chromedriver"))) as browser:
+        for _ in range(repeats):
+            browser.get("about:blank")
+            browser.get(page.resolve().as_uri())
+            found.append(WebDriverWait(browser, 60).until(lambda driven: driven.execute_script(drawn)) / 1000)
+    return found
+
+
 STEP = {"model": (str(SHARED / "models" / "tiny-base"), "a model folder; left out when absent")}
 STEP |= {"only": (None, "names of models; all when left out", {"nargs": "+"}), "batch_size": 8, "repeats": 5}
 STEP |= {"dtype": ("float32", "precision", {"choices": sorted(DTYPES)}), "length": (48, "tokens of an example")}
@@ -866,6 +917,7 @@ CLIENTS = {
     "step_time_s": 0.5,
 }
 PLAN = {"rounds": 8, "steps": 2, "repeats": 3, "cpu_time": (False, "count processor seconds, on a busy machine")}
+REPORT = {"clients": 20, "rounds": 100, "repeats": (5, "how often it is opened")}
 BENCHMARKS = (
     benchmark(step, step_section, STEP, STEP_SMOKE, "--repeats 3"),
     benchmark(wire, wire_section, WIRE, WIRE_SMOKE, "--repeats 3"),
@@ -874,6 +926,9 @@ BENCHMARKS = (
     benchmark(scale, scale_section, SCALE, SCALE_SMOKE, "--cohorts 50"),
     benchmark(clients, clients_section, CLIENTS, {"clients": [2, 5], "steps": 1}, "--clients 4 200"),
     benchmark(plan, plan_section, PLAN, {"repeats": 1}, "--cpu-time"),
+    benchmark(
+        report, report_section, REPORT, {"clients": 2, "rounds": 8, "repeats": 1}, "--rounds 200 --clients 10"
+    ),
 )
 
 if __name__ == "__main__":
