@@ -75,9 +75,9 @@ from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
-from parablock.report.write import write_report
 from parablock.report.progress import PlainProgress
 from parablock.report.records import RunDirectory
+from parablock.report.write import write_report
 from parablock.seeding import generator_for
 from parablock.trace import Trace
 from parablock.wire.link import Link
