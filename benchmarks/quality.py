@@ -211,7 +211,7 @@ def rate(options: Options, console: Console) -> None:
     serial, overlapped = found["FL-BCD"]["slope"], found["ParaBlock"]["slope"]
     bars = [Bar("slope of FL-BCD", serial, -0.45), Bar("slope of ParaBlock", overlapped, -0.45)]
     bars.append(Bar("|slope of ParaBlock − slope of FL-BCD|", abs(overlapped - serial), 0.05))
-    facts = {"blocks": BLOCKS, "block_size": SIZE, "clients": CLIENTS, "examples": EXAMPLES, "batch": BATCH}
+    facts: Found = {"blocks": BLOCKS, "block_size": SIZE, "clients": CLIENTS, "examples": EXAMPLES, "batch": BATCH}
     facts |= {"local_steps": STEPS, "regularisation": REGULARISATION}
     record(options, found, bars, config={"variants": VARIANTS, "problem": facts}, console=console)
 
@@ -742,7 +742,7 @@ def round_s(method: str, mbps: float, options: Options) -> float:
     blocks, _, factors = trained_of("fedavg" if method in SILENT else method, material_of(options).model)
     rounds = (4 if method == "fedcybgd" else 2) * len(blocks)
     plan = replace(server_plan(config, factors=factors), num_rounds=rounds)
-    clock, sends = VirtualClock(), factors and factors.num_elements
+    clock, sends = VirtualClock(), factors.num_elements if factors else None
     run_in_process(
         [torch.zeros(0 if method in SILENT else block.num_parameters) for block in blocks],
         [Idle(config.engine.step_time_s, sends) for _ in range(plan.num_clients)],
@@ -785,8 +785,11 @@ def equal_bytes(found: Found) -> Found:
     """Return each method's losses when so many bytes have crossed a client's link."""
     few = (*LORA_METHODS, "parablock")
     whole = max(run["curve"][-1][1] for run in found["runs"] if run["method"] in few)
-    places = [share * whole for share in (0.125, 0.25, 0.5, 1.0)]
-    return {f"{at / 1e6:.1f}": losses_at(found, lambda _, at=at: at, 1) for at in places}
+
+    def losses(num_bytes: float) -> Found:
+        return losses_at(found, lambda _: num_bytes, 1)
+
+    return {f"{at / 1e6:.1f}": losses(at) for at in (share * whole for share in (0.125, 0.25, 0.5, 1.0))}
 
 
 def by_method(runs: Sequence[Found]) -> dict[str, list[Found]]:
@@ -973,7 +976,7 @@ def formats_section(found: Found) -> Found:
         + [f"{cell['final_eval_loss'] / first['float32']['final_eval_loss']:.4f}" for cell in (one, other)]
         for one, other in zip(cells[::2], cells[1::2], strict=True)
     ]
-    ways = [
+    ways: list[str | Found] = [
         f"Loss over that with float32, seed {first['seed']}:",
         table(["format, rounding", "no error feedback", "error feedback"], by_way),
     ]
@@ -1072,8 +1075,9 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Found]]:
 
     def to_arrays(flat: Tensor) -> ArrayRecord:
         parameters = {name: job.loaded.model.get_parameter(name) for name in job.blocks[0].parameter_names}
-        pieces = zip(parameters.items(), flat.split([each.numel() for each in parameters.values()]), strict=True)
-        return ArrayRecord({name: Array(piece.view(like.shape).numpy()) for (name, like), piece in pieces})
+        pieces = torch.split(flat, [each.numel() for each in parameters.values()])
+        cut = zip(parameters.items(), pieces, strict=True)
+        return ArrayRecord({name: Array(piece.view(like.shape).numpy()) for (name, like), piece in cut})
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     job = prepare(config)
@@ -1092,7 +1096,7 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Found]]:
             content = RecordDict({"arrays": to_arrays(trained), "metrics": metrics})
             replies.append(SimpleNamespace(content=content, has_error=lambda: False))
         one_way = arrays.count_bytes()
-        arrays, _ = strategy.aggregate_train(t + 1, replies)
+        arrays, _ = strategy.aggregate_train(t + 1, replies)  # type: ignore[arg-type,assignment]
         seconds += shaped.download_s(one_way) + steps * step_time_s + shaped.upload_s(one_way)
         moved += 2 * one_way * len(replies)
         loss = fleet.evaluate((to_flat(arrays),))
@@ -1122,9 +1126,10 @@ def several(choices: Iterable[str]) -> tuple[Any, ...]:
     return (list(choices), "which of them", {"choices": list(choices)})
 
 
-SEEDS, DECAY = {"seeds": [0, 1, 2]}, "how the learning rate goes on: constant, linear or cosine"
+SEEDS: Found = {"seeds": [0, 1, 2]}
+DECAY = "how the learning rate goes on: constant, linear or cosine"
 SMOKE = {"seeds": [0], "rounds": 8, "steps": 1, "max_examples": 16}
-TRAINED = {"rounds": 24, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "max_length": 96}
+TRAINED: Found = {"rounds": 24, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "max_length": 96}
 RATE = {"seeds": ([0, 1, 2, 3, 4], "2 to 6, 8 or 10 of them"), "rounds": ([80, 160, 320, 640], "T")}
 FAMILY = "held-out examples of a family; 0: do not score families"
 QUALITY = TRAINED | SEEDS | {"rounds": 32, "steps": 4, "max_length": 128, "max_examples": 384}
