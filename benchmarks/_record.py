@@ -180,7 +180,7 @@ def make_parser(
 def record(options: Options, results: Any, bars: Sequence[Bar], *, config: Any, console: Console) -> None:
     """Show the section of what was found, say which bars are met, and write what was found, how and where."""
     content = facts(options) | {
-        "config": config,
+        "config": config.model_dump(mode="json") if isinstance(config, RunConfig) else config,
         "bars": [asdict(bar) | {"is_met": bar.is_met} for bar in bars],
         "results": results,
     }

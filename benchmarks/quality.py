@@ -86,8 +86,12 @@ from parablock.wire.quantize import Encoding, pack
 STEP_S = 0.25
 
 
-def dumped(config: RunConfig) -> Found:
-    return config.model_dump(mode="json")
+def grouped(rows: Sequence[Found], *keys: str) -> dict[Any, list[Found]]:
+    """Sort rows by what they have under some keys."""
+    groups: dict[Any, list[Found]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys) if keys[1:] else row[keys[0]]].append(row)
+    return groups
 
 
 def balanced(material: Material, options: Options) -> Found:
@@ -321,7 +325,7 @@ def quality(options: Options, console: Console) -> None:
     found: list[Found] = []
     for schedule, name, seed in product(options.schedules, options.only, options.seeds):
         found.append(rivals(name, schedule, seed, options, console))
-        example = dumped(quality_config(name, schedule, DELAYS[1], seed, options))
+        example = quality_config(name, schedule, DELAYS[1], seed, options)
         record(options, found, quality_bars(found), config=example, console=console)  # the rest may not be reached
 
 
@@ -378,11 +382,9 @@ def rivals(name: str, schedule: str, seed: int, options: Options, console: Conso
 
 
 def quality_bars(found: list[Found]) -> list[Bar]:
-    groups: dict[str, list[Found]] = defaultdict(list)
-    for row in found:
-        groups[f"{row['data']}, {row['schedule']}"].append(row)
     bars = []
-    for name, rows in groups.items():
+    for names, rows in grouped(found, "data", "schedule").items():
+        name = ", ".join(names)
         serial, overlapped = (fmean(row["runs"][delay]["final_eval_loss"] for row in rows) for delay in DELAYS)
         base = fmean(row["runs"][0]["initial_eval_loss"] for row in rows)
         times = [9.99 if row["time_ratio"] is None else row["time_ratio"] for row in rows]
@@ -561,16 +563,12 @@ def words(options: Options, console: Console) -> None:
                 break
         row["ratio"] = row["parablock"]["loss"] / row["fl_bcd"]["loss"]
         found.append(row)
-        record(options, found, words_bars(found), config=dumped(config), console=console)
-
-
-def by_alpha(found: list[Found]) -> dict[float, list[Found]]:
-    return {alpha: [row for row in found if row["alpha"] == alpha] for alpha in {r["alpha"]: 0 for r in found}}
+        record(options, found, words_bars(found), config=config, console=console)
 
 
 def words_bars(found: list[Found]) -> list[Bar]:
     bars = []
-    for alpha, rows in by_alpha(found).items():
+    for alpha, rows in grouped(found, "alpha").items():
         ratio = fmean(row["parablock"]["loss"] for row in rows) / fmean(row["fl_bcd"]["loss"] for row in rows)
         times = [inf if row["time_ratio"] is None else row["time_ratio"] for row in rows]
         if alpha >= 0.3:
@@ -581,7 +579,7 @@ def words_bars(found: list[Found]) -> list[Bar]:
 
 def words_section(found: Found) -> Found:
     rows, options = [], found["options"]
-    for alpha, group in by_alpha(found["results"]).items():
+    for alpha, group in grouped(found["results"], "alpha").items():
         columns = (("fl_bcd", "initial"), ("fl_bcd", "loss"), ("parablock", "loss"))
         losses = [spread(row[run][key] for row in group) for run, key in columns]
         right = [spread((row[name].get("exact_match", 0.0) for row in group), 2) for name, _ in columns[1:]]
@@ -637,7 +635,7 @@ def methods(options: Options, console: Console) -> None:
     link of another speed, the same engine tells without training.
     """
     rates = dict(zip(KINDS, options.rates, strict=True)) if options.rates else tuned_rates(options, console)
-    example = dumped(method_config("parablock", rates["blocks"], 0, options))
+    example = method_config("parablock", rates["blocks"], 0, options)
     skipped = options.smoke or not options.task_examples
     base = {} if skipped else family_scores(material_of(options).model, options, "base")
     found: Found = {"learning_rates": rates, "runs": [], "base": base}
@@ -645,7 +643,7 @@ def methods(options: Options, console: Console) -> None:
         for kind, of_kind in KINDS.items():
             wanted = [method for method in of_kind if method in options.only]
             found["runs"] += [method_run(method, rates[kind], seed, options, console) for method in wanted]
-        runs = by_method(found["runs"])
+        runs = grouped(found["runs"], "method")
         found["round_s"] = {name: {str(u): round_s(name, u, options) for u in options.links} for name in runs}
         found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
         bars = []
@@ -766,7 +764,7 @@ def loss_at(curve: list[list[float]], place: float, axis: int) -> float | None:
 
 def losses_at(found: Found, place: Callable[[str], float], axis: int) -> Found:
     """Read the curves of each method that sends anything off at its place."""
-    sending = {name: runs for name, runs in by_method(found["runs"]).items() if name not in SILENT}
+    sending = {name: runs for name, runs in grouped(found["runs"], "method").items() if name not in SILENT}
     return {name: [loss_at(run["curve"], place(name), axis) for run in runs] for name, runs in sending.items()}
 
 
@@ -792,15 +790,9 @@ def equal_bytes(found: Found) -> Found:
     return {f"{at / 1e6:.1f}": losses(at) for at in (share * whole for share in (0.125, 0.25, 0.5, 1.0))}
 
 
-def by_method(runs: Sequence[Found]) -> dict[str, list[Found]]:
-    return {
-        name: [run for run in runs if run["method"] == name] for name in dict.fromkeys(r["method"] for r in runs)
-    }
-
-
 def methods_section(found: Found) -> Found:
     results, options = found["results"], found["options"]
-    runs = by_method(results["runs"])
+    runs = grouped(results["runs"], "method")
     ends = {name: [run["curve"][-1][2] for run in group] for name, group in runs.items()}
     base = spread([run["curve"][0][2] for run in next(iter(runs.values()))])
     rows = [["base model", "", base, "", *[""] * len(options["links"])]]
@@ -890,13 +882,12 @@ def model_ablations(options: Options, console: Console) -> None:
     """
     folder, found = Path(options.work_dir), Found()
     material = generated(folder / "material", num_clients=options.clients, examples_per_client=120, num_layers=4)
-    settings = training(options) | balanced_link(material.model, STEP_S * options.steps)
-    settings |= {
+    settings = balanced(material, options) | {
+        "federation.delay": 1,
         "data.max_length": 160,
         "data.partition": {"scheme": "dirichlet", "alpha": 1.0, "field": "template"},
         "train.per_device_train_batch_size": 4,
         "train.lr_scheduler_type": "cosine",
-        "engine.step_time_s": STEP_S,
         "evaluation.every_rounds": 0,
         "evaluation.max_examples": 120,
     }
@@ -904,7 +895,7 @@ def model_ablations(options: Options, console: Console) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
         pointers = []
         for number, (overrides, seed) in enumerate(product(SETTINGS[name], options.seeds)):
-            tree = dumped(configured(material, settings | {"federation.delay": 1, "seed": seed}))
+            tree = configured(material, settings | {"seed": seed}).model_dump(mode="json")
             del tree["federation"]["method"]  # it follows the delay
             run = kept_run(parse_config(overridden(tree, overrides)), str(folder / "all"), f"seed-{seed}").path
             pointer = folder / name / f"{number:02d}"
@@ -913,7 +904,7 @@ def model_ablations(options: Options, console: Console) -> None:
             pointers.append(pointer)
         made = ablation_table(read_runs(pointers))
         found[name] = {"header": made.header, "rows": made.rows, "command": f"parablock report {folder / name}"}
-        base = dumped(configured(material, settings | {"federation.delay": 1, "seed": options.seeds[0]}))
+        base = configured(material, settings | {"seed": options.seeds[0]})
         record(options, found, [], config=base, console=console)  # after each, in case the rest is not reached
 
 
@@ -961,7 +952,7 @@ def formats(options: Options, console: Console) -> None:
     cells = [wire | ended(wire, options.seeds[0]) for wire in chosen]
     exact, few = (fmean(row[name]["final_eval_loss"] for row in seeds) for name in ("float32", "int4"))
     bars = [Bar(f"final loss of int4 / float32, means of {len(seeds)} seeds", few / exact, 1.01)]
-    example = dumped(config_of({"format": "int4"}, options.seeds[0]))
+    example = config_of({"format": "int4"}, options.seeds[0])
     record(options, {"seeds": seeds, "cells": cells}, bars, config=example, console=console)
 
 
@@ -1017,7 +1008,7 @@ def peers(options: Options, console: Console) -> None:
         Bar(f"{key} to the loss, ParaBlock int4 / FedAvg", ours[key] / stock[key], 0.25)
         for key in (("seconds", "bytes") if ours and stock else ())
     ]
-    record(options, found, bars, config=dumped(peer_config(OURS, options)), console=console)
+    record(options, found, bars, config=peer_config(OURS, options), console=console)
 
 
 def peer_config(name: str, options: Options) -> RunConfig:
