@@ -528,7 +528,7 @@ def overlap(options: Options, console: Console) -> None:
         ratio = median(row["ratio"] for row in same)
         bars.append(Bar(f"load {load:g}: wall time of delay 1 / delay 0, median", ratio, 0.60))
         bars.append(Bar(f"load {load:g}: overlap_fraction of delay 1, median", hidden, 0.90, at_most=False))
-    record(options, found, bars, config=configs[1].model_dump(mode="json"), console=console)
+    record(options, found, bars, config=configs[1], console=console)
 
 
 def overlap_section(found: Found) -> Found:
@@ -571,7 +571,7 @@ def slow_link(options: Options, console: Console) -> None:
         runs.append({"format": wire_format, "delay": delay, **found})
     bars = [Bar("round / compute with int4", runs[0]["ratio"], 1.05)]
     results = {"layer_parameters": full, "block_parameters": small, "runs": runs}
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def slow_link_section(found: Found) -> Found:
@@ -642,7 +642,7 @@ def scale(options: Options, console: Console) -> None:
         Bar("memory of the largest / one full-size copy a client", copies, 0.01),
     ]
     results = {"cohorts": cohorts, "bandwidths": [row for size in SHAPES for row in bandwidths(size, options)]}
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def scale_section(found: Found) -> Found:
@@ -751,7 +751,7 @@ def clients(options: Options, console: Console) -> None:
         Bar(f"simulated time of {most} clients / {fewest}, step time measured", many_measured / few_measured, 1.5),
         Bar("threads of a client", (found[1]["peak_python_threads"] - 1) / most, 2),
     ]
-    record(options, found, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, found, bars, config=config, console=console)
 
 
 def counted_run(config: RunConfig, directory: Path) -> Found:
@@ -863,7 +863,7 @@ def report(options: Options, console: Console) -> None:
     results = {"bytes": page.stat().st_size, "written_s": written_s, "drawn_s": drawn_s}
     bars = [Bar("bytes of report.html", results["bytes"], 5e6), Bar("seconds to write it", written_s, 1.0)]
     bars.append(Bar("seconds until it can be used, median", median(drawn_s), 2.0))
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def report_section(found: Found) -> Found:

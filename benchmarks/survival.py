@@ -132,7 +132,7 @@ def kill_resume(options: Options, console: Console) -> None:
         Bar("runs of another seed that do", float(other == expected), 0),
     ]
     results = {"undisturbed": expected, "another_seed": other, "undisturbed_s": undisturbed_s, "trials": trials}
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def kill_resume_section(found: Found) -> Found:
@@ -224,7 +224,7 @@ def kill_sites(options: Options, console: Console) -> None:
         Bar("runs of another seed that do", float(other == expected), 0),
     ]
     results = {"undisturbed": expected, "another_seed": other, "runs": runs}
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def kill_sites_section(found: Found) -> Found:
@@ -311,7 +311,7 @@ def cut_link(options: Options, console: Console) -> None:
     same = sum(results[name]["model_sha256"] == expected for name in ("undisturbed", "up", "down"))
     bars.append(Bar("runs that end with the model of one process", same, 3, at_most=False))
     bars.append(Bar("runs of another seed that do", float(other == expected), 0))
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def cut_link_section(found: Found) -> Found:
@@ -457,7 +457,7 @@ def soak(options: Options, console: Console) -> None:
             Bar("final loss with 30 % dropping / undisturbed, means", truediv(*losses), 1.03),
         ]
     config = soak_config(options, material, options.rounds, [], options.seeds[0])
-    record(options, found, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, found, bars, config=config, console=console)
 
 
 LOSSES = ("initial_eval_loss", "final_eval_loss_undisturbed", "final_eval_loss")
@@ -612,8 +612,7 @@ def robust(options: Options, console: Console) -> None:
         for row in found
         if row["attack"] != "none" and row["rule"] in ("median", "trimmed mean")
     ]
-    plain = configured(material, settings).model_dump(mode="json")
-    record(options, found, bars, config=plain, console=console)
+    record(options, found, bars, config=configured(material, settings), console=console)
 
 
 def clean_loss(rows: list[Found]) -> float:
@@ -678,7 +677,7 @@ def secure_aggregation(options: Options, console: Console) -> None:
         bars.append(Bar("loss masked, with drops / float32", ratio, 1.02))
     config = configured(material, settings | secure | {"privacy.secure_aggregation": "masked"})
     results = {"protocol": protocol, "runs": runs}
-    record(options, results, bars, config=config.model_dump(mode="json"), console=console)
+    record(options, results, bars, config=config, console=console)
 
 
 def secure_aggregation_section(found: Found) -> Found:
