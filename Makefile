@@ -65,18 +65,19 @@ test-fast: $(STAMP)  ## the tests that are not marked slow
 test-all: check test  ## what CI runs: check and test
 
 bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, links, clients, peers, one seed of quality
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/wire.py
-	$(BIN)/python benchmarks/overlap.py
-	$(BIN)/python benchmarks/slow_link.py
-	$(BIN)/python benchmarks/clients.py
-	$(BIN)/python benchmarks/scale.py
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/formats.py --seeds 0 --no-table --output runs/formats-short.json
-	$(BIN)/python benchmarks/quality.py --only t0 --seeds 0 --rounds 16 --task-examples 0 --output runs/quality-short.json
+	$(BIN)/python benchmarks/speed.py step
+	$(BIN)/python benchmarks/speed.py wire
+	$(BIN)/python benchmarks/speed.py overlap
+	$(BIN)/python benchmarks/speed.py slow_link
+	$(BIN)/python benchmarks/speed.py clients
+	$(BIN)/python benchmarks/speed.py scale
+	$(BIN)/python benchmarks/quality.py peers
+	$(BIN)/python benchmarks/quality.py formats --seeds 0 --no-table --output runs/formats-short.json
+	$(BIN)/python benchmarks/quality.py quality --only t0 --seeds 0 --rounds 16 --task-examples 0 --output runs/quality-short.json
 
 bench-all: $(STAMP)  ## every benchmark at full size (many hours; some need root and the extras); each says where it writes its JSON
-	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in $(BENCHMARKS); do for name in $$($(BIN)/python "$$file" --names); do \
+		echo "$$file $$name"; $(BIN)/python "$$file" "$$name" || exit 1; done; done
 
 docs: $(STAMP)  ## build the pages into docs/_build/html, and run the commands and scripts that stand in them
 	$(BIN)/python docs/generate_configuration.py

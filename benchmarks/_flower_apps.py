@@ -1,4 +1,4 @@
-"""What `flower.py` deploys: the real engine, courier, mailbox and stream, with training that only takes time."""
+"""What `deployed.py` deploys: the real engine, courier, mailbox and stream, with training that only takes time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from typing import Any
 SETTINGS = "PARABLOCK_FLOWER_BENCHMARK"
 
 
-def settings() -> dict[str, Any]:
-    """Read what the benchmark wants measured."""
-    found: dict[str, Any] = json.loads(os.environ[SETTINGS])
-    return found
+def epoch_s() -> float:
+    """Return the seconds since 1970."""
+    return datetime.now(UTC).timestamp()
+
+
+def settings() -> tuple[dict[str, Any], int, Any]:
+    """Read what the benchmark wants measured, with the elements of a block and how they are sent."""
+    import torch
+
+    from parablock.wire.quantize import Encoding
+
+    torch.set_num_threads(1)  # as a run does
+    wanted: dict[str, Any] = json.loads(os.environ[SETTINGS])
+    encoding = Encoding("float32", chunk_bytes=wanted["chunk_mib"] << 20)
+    return wanted, max(1, int(wanted["megabytes"] * 1e6 / 4)), encoding
 
 
 def serve(grid: Any, context: Any) -> None:
@@ -32,32 +43,22 @@ def serve(grid: Any, context: Any) -> None:
     from parablock.engine.local_steps import FixedSteps
     from parablock.engine.server import ServerPlan
     from parablock.trace import Trace
-    from parablock.wire.quantize import Encoding
 
-    torch.set_num_threads(1)  # as a run does
-    wanted = settings()
-    encoding = Encoding("float32", chunk_bytes=wanted["chunk_bytes"])
-    plan = ServerPlan(
-        wanted["clients"], wanted["rounds"], wanted["delay"], "cyclic", 1.0, 0, encoding, FixedSteps(1), 900.0, 0
-    )
+    wanted, elements, encoding = settings()
+    sites, rounds, delay = wanted["sites"], wanted["rounds"], wanted["delay"]
+    plan = ServerPlan(sites, rounds, delay, "cyclic", 1.0, 0, encoding, FixedSteps(1), 900.0, 0)
     opening = Request("benchmark", str(context.run_id), None, "", "")
-    transport = GridTransport(
-        grid, wanted["clients"], opening, epoch_s=lambda: datetime.now(UTC).timestamp(), tell=print
-    )
+    transport = GridTransport(grid, sites, opening, epoch_s=epoch_s, tell=print)
     transport.gather(300.0)
     trace, commits = Trace(RealClock()), list[float]()
     hooks = Hooks(on_commit=lambda *_: commits.append(trace.clock.now()), on_checkpoint=lambda _: None)
     run_over_flower(
-        lambda: tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"])),
-        plan,
-        trace,
-        hooks,
-        transport,
+        lambda: tuple(torch.zeros(elements) for _ in range(wanted["blocks"])), plan, trace, hooks, transport
     )
     spans = [[s.client_id, s.activity, s.start_s, s.duration_s, dict(s.facts)] for s in trace.spans]
-    epoch_s = datetime.now(UTC).timestamp() - trace.clock.now()
+    found = {"commits": commits, "spans": spans, "epoch_s": epoch_s() - trace.clock.now()}
     beside = Path(wanted["output"] + ".partial")
-    beside.write_text(json.dumps({"commits": commits, "spans": spans, "epoch_s": epoch_s}))
+    beside.write_text(json.dumps(found))
     beside.rename(wanted["output"])
 
 
@@ -73,21 +74,17 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
     from parablock.engine.flower.session import SessionFolder
     from parablock.trace import Trace
     from parablock.training.trainer import Trained
-    from parablock.wire.quantize import Encoding
 
-    torch.set_num_threads(1)
-    wanted = settings()
-
+    wanted, elements, encoding = settings()
     # numbers that differ: Flower stores and sends what is alike only once
-    noise = torch.randn(wanted["elements"], generator=torch.Generator().manual_seed(client_id))
+    noise = torch.randn(elements, generator=torch.Generator().manual_seed(client_id))
 
     class Sleeper:
         num_examples, step_time_s = 1, None
 
-        def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
-            del round_index
+        def train(self, start: Any, working: Any) -> Trained:
             time.sleep(wanted["compute_s"])
-            return Trained(rest[-1][block_index] + noise, 0.0)
+            return Trained(working[start.block_index] + noise, 0.0)
 
         def memory(self) -> dict[str, Any]:
             return {}
@@ -95,47 +92,29 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
         def remember(self, memory: dict[str, Any]) -> None:
             assert not memory
 
-    clock = RealClock()
-    trace = Trace(clock)
+    trace = Trace(RealClock())
     mailbox = TrainerMailbox(
         client_id,
         listen(address_of(state_dir)),
         secret_of(state_dir),
         SessionFolder(state_dir, session.parent.name, session.name.removeprefix("session-")),
         trace,
-        epoch_s=datetime.now(UTC).timestamp() - clock.now(),
+        epoch_s=epoch_s() - trace.clock.now(),
         lease_s=600.0,
     )
-    params = tuple(torch.zeros(wanted["elements"]) for _ in range(wanted["blocks"]))
+    state = initial_client(tuple(torch.zeros(elements) for _ in range(wanted["blocks"])))
+    how = {"in_flight": "aligned", "encoding": encoding, "hand_in": lambda *_: None}
     with mailbox:
-        Client(
-            client_id,
-            initial_client(params),
-            Sleeper(),
-            nullcontext(mailbox),
-            trace,
-            in_flight="aligned",
-            encoding=Encoding("float32", chunk_bytes=wanted["chunk_bytes"]),
-            hand_in=lambda *_: None,
-        ).run()
+        Client(client_id, state, Sleeper(), nullcontext(mailbox), trace, **how).run()
 
 
 def _site_of(context: Any) -> tuple[int, Path, list[str]]:
-    state_dir = Path(str(context.node_config["state"]))
-    client_id = int(context.node_config["client-id"])
+    state_dir, client_id = Path(str(context.node_config["state"])), int(context.node_config["client-id"])
     return client_id, state_dir, [sys.executable, __file__, str(client_id), str(state_dir)]
 
 
-def _started_s() -> float:
-    """Give when this process was started, seconds since 1970."""
-    now = datetime.now(UTC).timestamp()
-    up_s = float(Path("/proc/uptime").read_text().split()[0])
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(") ")[2].split()[19])
-    return now - up_s + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def _client() -> Any:
-    """Make the ClientApp, which notes when its process began, had the request, and had the reply."""
+    """Make the ClientApp, which notes when it had the request, and when it had the reply."""
     from flwr.clientapp import ClientApp
 
     from parablock.engine.flower.courier import client_app
@@ -144,10 +123,9 @@ def _client() -> Any:
 
     @app.train()
     def exchange(message: Any, context: Any) -> Any:
-        entered_s = datetime.now(UTC).timestamp()
+        entered_s = epoch_s()
         reply = courier(message, context)
-        stamps = {"carries": context.node_config["carries"]}
-        stamps |= {"started_s": _started_s(), "entered_s": entered_s, "left_s": datetime.now(UTC).timestamp()}
+        stamps = {"carries": context.node_config["carries"], "entered_s": entered_s, "left_s": epoch_s()}
         with (Path(str(context.node_config["state"])) / "couriers.jsonl").open("a") as file:
             file.write(json.dumps(stamps) + "\n")
         return reply
@@ -163,6 +141,6 @@ def _server() -> Any:
 
 if __name__ == "__main__":
     train(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
-else:
+elif SETTINGS in os.environ:
     client = _client()
     server = _server() if os.environ.get("PARABLOCK_FLOWER_ROLE") == "server" else None

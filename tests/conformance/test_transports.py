@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from parablock.clock import VirtualClock
-from parablock.engine.contract import StopAsked
 from parablock.errors import CodecError, ParaBlockError, StallError
-from parablock.wire.transport import Parcel
+from parablock.wire.transport import Parcel, StopAsked
 from transports import TRANSPORTS, Gone, Mail, make_impatient
 
 LARGE = bytes(range(256)) * 16

@@ -1,4 +1,4 @@
-"""Whatever bytes or settings come in, the only errors are our own; `benchmarks/fuzz.py` tries very many more."""
+"""Whatever bytes or settings come in, the only errors are our own; `benchmarks/survival.py fuzz` tries more."""
 
 from __future__ import annotations
 

@@ -2,62 +2,113 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
+import shlex
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from parablock.config.load import load_config, parse_config
+from parablock.demo.material import make_tiny_llama, make_word_problems
 from parablock.experiment.run import run
 from parablock.report.write import write_report
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+FILES = ("quality", "speed", "survival", "deployed")
+RECORDS = sorted(path.stem for path in (FOLDER / "results").glob("*.json"))
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Run a benchmark in this process; give its record."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a file of benchmarks."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    return import_module
 
-    def start(name: str, *arguments: str) -> dict[str, Any]:
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load: Callable[[str], ModuleType]) -> Any:
+    """Run a subcommand in this process; return its record."""
+
+    def start(file: str, name: str, *arguments: str) -> dict[str, Any]:
         output = tmp_path / f"{name}.json"
         places = ["--output", str(output), "--work-dir", str(tmp_path / "runs")]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, *places])
-        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-        return json.loads(output.read_text())
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{file}.py", name, *arguments, *places])
+        runpy.run_path(str(FOLDER / f"{file}.py"), run_name="__main__")
+        record = json.loads(output.read_text())
+        assert record["section"]["title"] and record["section"]["parts"]
+        return record
 
     return start
 
 
-def test_there_are_benchmarks() -> None:
-    assert {"step", "overlap", "clients", "quality", "kill_resume", "peers", "scale", "soak", "fuzz"} <= set(
-        BENCHMARKS
+def sections(load: Callable[[str], ModuleType]) -> dict[tuple[str, str], Callable[[Any], Any]]:
+    return {(file, each.name): each.section for file in FILES for each in load(file).BENCHMARKS}
+
+
+def parser(load: Callable[[str], ModuleType], file: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = load("_record").make_parser("", load(file).BENCHMARKS)
+    return made
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_has_the_section_of_its_results_and_a_command_that_makes_it(
+    name: str, load: Callable[[str], ModuleType]
+) -> None:
+    record = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    python, script, subcommand, *arguments = shlex.split(record["command"])
+    file = Path(script).stem
+    assert (python, script) == ("python", f"benchmarks/{file}.py")
+    options = parser(load, file).parse_args([subcommand, *arguments])
+    assert (
+        Path(options.output) == FOLDER / "results" / f"{name}.json"
+        or options.output == f"benchmarks/results/{name}.json"
     )
+    assert sections(load)[file, subcommand](record) == record["section"]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_help_gives_an_example(name: str, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        benchmark(name, "--help")
-    assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert "--output" in said and f"example: python benchmarks/{name}.py" in " ".join(said.split())
+@pytest.mark.parametrize("file", FILES)
+def test_help_gives_an_example_that_is_understood(
+    file: str,
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"benchmarks/{file}.py"])
+    made = parser(load, file)
+    for each in load(file).BENCHMARKS:
+        with pytest.raises(SystemExit) as ended:
+            made.parse_args([each.name, "--help"])
+        assert ended.value.code == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "--output" in said and f"example: python benchmarks/{file}.py {each.name}" in said
+        made.parse_args([each.name, *shlex.split(each.example)])
 
 
 def test_an_unknown_option_is_refused(benchmark: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        benchmark("overlap", "--no-such-option")
+        benchmark("quality", "rate", "--no-such-option")
     assert ended.value.code == 2
 
 
-def test_a_bar_says_whether_it_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    from _record import Bar
+def test_a_section_can_be_made_again_without_measuring(benchmark: Any, tmp_path: Path) -> None:
+    record = benchmark("quality", "rate", "--smoke")
+    changed = record | {"results": record["results"] | {"FL-BCD": record["results"]["naive"]}}
+    (tmp_path / "rate.json").write_text(json.dumps(changed))
+    again = benchmark("quality", "rate", "--section-only")
+    assert again | {"section": None} == changed | {"section": None}
+    first, naive = again["section"]["parts"][-1]["rows"][0], again["section"]["parts"][-1]["rows"][2]
+    assert first[1:] == naive[1:] != record["section"]["parts"][-1]["rows"][0][1:]
 
+
+def test_a_bar_says_whether_it_is_met(load: Callable[[str], ModuleType]) -> None:
+    Bar = load("_record").Bar
     assert str(Bar("ratio", 0.55, 0.6)) == "ratio: 0.55 (≤ 0.6: met)"
     assert str(Bar("ratio", 0.65, 0.6)) == "ratio: 0.65 (≤ 0.6: MISSED)"
     assert str(Bar("overlap", 0.95, 0.9, at_most=False)) == "overlap: 0.95 (≥ 0.9: met)"
@@ -67,7 +118,7 @@ def test_a_bar_says_whether_it_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_overlap_measures_two_delays_over_one_link_and_says_where(
     benchmark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = benchmark("overlap", "--smoke")
+    record = benchmark("speed", "overlap", "--smoke")
     assert {"command", "commit", "machine", "versions", "config", "bars"} <= set(record)
     assert {"torch", "transformers"} <= set(record["versions"])
     (repeat,) = record["results"]
@@ -80,7 +131,7 @@ def test_overlap_measures_two_delays_over_one_link_and_says_where(
 
 
 def test_the_wire_folds_every_format_and_order_beside_the_arithmetic_alone(benchmark: Any) -> None:
-    record = benchmark("wire", "--smoke")
+    record = benchmark("speed", "wire", "--smoke")
     alone, *folds = record["results"]["aggregation"]["rows"]
     assert alone["what"] == "the arithmetic alone"
     orders = ("in turns", "one client late")
@@ -93,7 +144,7 @@ def test_the_wire_folds_every_format_and_order_beside_the_arithmetic_alone(bench
 
 
 def test_many_simulated_clients_take_the_time_of_few_and_two_threads_each(benchmark: Any) -> None:
-    few, many, *_ = benchmark("clients", "--smoke")["results"]
+    few, many, *_ = benchmark("speed", "clients", "--smoke")["results"]
     assert (few["num_clients"], many["num_clients"]) == (2, 5)
     assert many["wall_time_s"] == pytest.approx(few["wall_time_s"], rel=1e-2)
     assert many["uplink_bytes"] == pytest.approx(few["uplink_bytes"] * 5 / 2, rel=1e-2)
@@ -105,12 +156,12 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     def summaries() -> dict[str, int]:
         return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/summary.json")}
 
-    first = benchmark("quality", "--smoke", "--only", "gsm8k")["results"]
+    first = benchmark("quality", "quality", "--smoke", "--only", "gsm8k")["results"]
     kept = summaries()
     assert len(kept) == 3  # the third, since ParaBlock is not as low after as many rounds
-    assert benchmark("quality", "--smoke", "--only", "gsm8k")["results"] == first
+    assert benchmark("quality", "quality", "--smoke", "--only", "gsm8k")["results"] == first
     assert summaries() == kept
-    assert benchmark("quality", "--smoke", "--only", "gsm8k", "--seeds", "1")["results"] != first
+    assert benchmark("quality", "quality", "--smoke", "--only", "gsm8k", "--seeds", "1")["results"] != first
     assert len(summaries()) >= 5 and summaries().items() >= kept.items()
     (row,) = first
     (serial, overlapped), longer = row["runs"], row["longer"]
@@ -118,7 +169,9 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     assert longer["curve"][-2] == [overlapped["seconds"], overlapped["final_eval_loss"]] != longer["curve"][-1]
     anew = run(load_config(tmp_path / "runs" / longer["directory"] / "config.yaml"), tmp_path / "anew")
     assert anew["model_sha256"] == longer["model_sha256"] != overlapped["model_sha256"]
-    (decayed,) = benchmark("quality", "--smoke", "--only", "gsm8k", "--lr-scheduler-type", "cosine")["results"]
+    (decayed,) = benchmark("quality", "quality", "--smoke", "--only", "gsm8k", "--lr-scheduler-type", "cosine")[
+        "results"
+    ]
     assert decayed["runs"][0]["final_eval_loss"] != serial["final_eval_loss"]
     assert decayed["longer"]["num_rounds"] == 9  # a run of its own, whose rate decays over one round more
     assert decayed["longer"]["curve"][0] != decayed["runs"][1]["curve"][0]
@@ -130,9 +183,8 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     assert row["time_ratio"] == (reached[0] / serial["seconds"] if reached else None)
 
 
-def test_the_few_answers_of_a_template_are_its_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    from _families import write_choices
+def test_the_few_answers_of_a_template_are_its_choices(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    write_choices = load("quality").write_choices
 
     def write(name: str, *rows: tuple[str, str]) -> Path:
         lines = [json.dumps({"prompt": "?", "completion": right, "template": kind}) for kind, right in rows]
@@ -149,7 +201,7 @@ def test_the_few_answers_of_a_template_are_its_choices(monkeypatch: pytest.Monke
 
 
 def test_the_rate_benchmark_finds_the_slopes_of_every_variant(benchmark: Any) -> None:
-    record = benchmark("rate", "--smoke")
+    record = benchmark("quality", "rate", "--smoke")
     assert {"FL-BCD", "ParaBlock", "naive", "correction off"} <= set(record["results"])
     slopes = [row["slope"] for row in record["results"].values()]
     assert len(set(slopes)) == len(slopes)
@@ -158,7 +210,7 @@ def test_the_rate_benchmark_finds_the_slopes_of_every_variant(benchmark: Any) ->
 
 
 def test_model_ablations_make_the_tables_of_the_report_command(benchmark: Any, tmp_path: Path) -> None:
-    found = benchmark("model_ablations", "--smoke")["results"]["delay"]
+    found = benchmark("quality", "model_ablations", "--smoke")["results"]["delay"]
     assert [row[1] for row in found["rows"]] == ["0", "1", "2", "4"]
     seconds = [float(row[found["header"].index("time, s")]) for row in found["rows"]]
     assert seconds[1] < seconds[0]
@@ -168,7 +220,7 @@ def test_model_ablations_make_the_tables_of_the_report_command(benchmark: Any, t
 
 
 def test_the_methods_benchmark_tunes_and_runs_what_it_is_asked_for(benchmark: Any) -> None:
-    record = benchmark("methods", "--smoke", "--only", "parablock", "fl_bcd", "ffa_lora")
+    record = benchmark("quality", "methods", "--smoke", "--only", "parablock", "fl_bcd", "ffa_lora")
     found = record["results"]
     assert [run["method"] for run in found["runs"]] == ["parablock", "fl_bcd", "ffa_lora"]
     assert set(found["learning_rates"]) == {"blocks", "all parameters", "adapters"}
@@ -182,7 +234,7 @@ def test_the_methods_benchmark_tunes_and_runs_what_it_is_asked_for(benchmark: An
 
 
 def test_few_bits_end_near_float32_and_are_compared_way_by_way(benchmark: Any) -> None:
-    found = benchmark("formats", "--smoke")["results"]
+    found = benchmark("quality", "formats", "--smoke")["results"]
     (row,) = found["seeds"]
     assert row["int4"]["uplink_bytes"] < 0.2 * row["float32"]["uplink_bytes"]
     assert row["int4"]["final_eval_loss"] == pytest.approx(row["float32"]["final_eval_loss"], rel=0.05)
@@ -194,7 +246,7 @@ def test_few_bits_end_near_float32_and_are_compared_way_by_way(benchmark: Any) -
 
 
 def test_a_round_on_a_slow_link_is_its_computation_in_few_bits_and_its_exchange_in_many(benchmark: Any) -> None:
-    few, many = benchmark("slow_link", "--smoke")["results"]["runs"]
+    few, many = benchmark("speed", "slow_link", "--smoke")["results"]["runs"]
     assert (few["format"], many["format"]) == ("int4", "float32")
     assert few["ratio"] == pytest.approx(1.0, abs=0.01)
     # 218 M parameters of 4 bytes at 30 Mbit/s are 233 s one way
@@ -202,14 +254,14 @@ def test_a_round_on_a_slow_link_is_its_computation_in_few_bits_and_its_exchange_
 
 
 def test_masked_sums_are_plain_ones_and_look_like_noise(benchmark: Any) -> None:
-    record = benchmark("secure_aggregation", "--smoke", "--grids")
+    record = benchmark("survival", "secure_aggregation", "--smoke", "--grids")
     assert [bar["is_met"] for bar in record["bars"]] == [True, True, True]
     assert {"encode", "mask", "unmask"} <= set(record["results"]["protocol"]["seconds"])
     assert record["results"]["runs"] == {}
 
 
 def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
-    block, whole = benchmark("peers", "--smoke")["results"]
+    block, whole = benchmark("quality", "peers", "--smoke")["results"]
     assert [row["peer"] for row in (block, whole)] == ["ParaBlock, int4", "Flower's FedAvg"]
     for row in (block, whole):
         assert row["to_loss"]["loss"] <= 8.0 < row["initial_eval_loss"]
@@ -218,11 +270,7 @@ def test_peers_are_followed_to_the_same_loss(benchmark: Any) -> None:
     assert block["memory_bytes"] < whole["memory_bytes"]
 
 
-def test_flowers_own_fedavg_ends_where_ours_does(benchmark: Any, tmp_path: Path) -> None:
-    from _flower import run_fedavg
-
-    from parablock.demo.material import make_tiny_llama, make_word_problems
-
+def test_flowers_own_fedavg_ends_where_ours_does(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     train = make_word_problems(tmp_path, num_clients=2, examples_per_client=8, seed=0)
     make_tiny_llama(tmp_path / "model", train[0].read_text().splitlines(), seed=0)
     tree = {
@@ -232,7 +280,7 @@ def test_flowers_own_fedavg_ends_where_ours_does(benchmark: Any, tmp_path: Path)
         "train": {"num_local_steps": 2, "learning_rate": 0.01},
         "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": 0.1},
     }
-    before, points = run_fedavg(parse_config(tree))
+    before, points = load("quality").run_fedavg(parse_config(tree))
     ours = run(parse_config(tree), tmp_path / "run")
     assert before == pytest.approx(ours["initial_eval_loss"], rel=1e-6)
     assert points[-1]["loss"] == pytest.approx(ours["final_eval_loss"], rel=1e-4)
@@ -241,7 +289,7 @@ def test_flowers_own_fedavg_ends_where_ours_does(benchmark: Any, tmp_path: Path)
 
 
 def test_scale_simulates_full_size_transfers_without_their_memory(benchmark: Any) -> None:
-    found = benchmark("scale", "--smoke")["results"]
+    found = benchmark("speed", "scale", "--smoke")["results"]
     for row in found["cohorts"]:
         assert row["simulated_s"] == pytest.approx(row["planned_s"], rel=0.02)
         assert row["grown_bytes"] < 0.5 * row["full_size_bytes"]
@@ -252,15 +300,13 @@ def test_scale_simulates_full_size_transfers_without_their_memory(benchmark: Any
 
 
 def test_a_step_by_hand_ends_with_the_same_block(benchmark: Any) -> None:
-    row = benchmark("step", "--smoke", "--model", "none")["results"][0]
+    row = benchmark("speed", "step", "--smoke", "--model", "none")["results"][0]
     assert row["by_hand_ends_with_the_same_block"] is True
-    used = {name: each["total"] for name, each in row["training_bytes"].items()}
-    assert used["block"] == used["by hand"] < used["full"]
-    assert set(row["peak_bytes_beside_the_model"]) == {"block", "by hand", "full", "lora"}
+    assert set(row["peak_bytes_beside_the_model"]) == set(row["step_s"]) == {"block", "by hand", "full", "lora"}
 
 
 def test_the_words_benchmark_reads_both_delays_at_equal_rounds(benchmark: Any) -> None:
-    (row,) = benchmark("words", "--smoke")["results"]
+    (row,) = benchmark("quality", "words", "--smoke")["results"]
     names = ("fl_bcd", "parablock", "parablock, more rounds")  # with the third, since the second is not as low
     assert (row["alpha"], *(row[name]["rounds"] for name in names)) == (0.3, 8, 8, 9)
     assert row["ratio"] == row["parablock"]["loss"] / row["fl_bcd"]["loss"] > 1
@@ -273,10 +319,47 @@ def test_the_words_benchmark_reads_both_delays_at_equal_rounds(benchmark: Any) -
 
 
 def test_the_ablations_change_one_knob_at_a_time(benchmark: Any) -> None:
-    found = benchmark("ablations", "--smoke")["results"]
+    found = benchmark("quality", "ablations", "--smoke")["results"]
     assert {"delay", "local steps", "participation", "server momentum", "wire"} <= set(found)
     standard = found["delay"]["1"]["1"]
     assert found["local steps"]["2"]["1"] == found["wire"]["float32"]["1"] == standard
     for knob, places in found.items():
         values = [tuple(map(tuple, place.values())) for place in places.values()]
         assert len(set(values)) == len(values), f"{knob} changes nothing"
+
+
+def test_the_methods_say_where_lora_wins(load: Callable[[str], ModuleType]) -> None:
+    losses_table = load("quality").losses_table
+    ends = {"parablock": [4.0], "fedit": [4.5]}
+    columns = {
+        "10 s": {"parablock": [4.0, 5.0], "fedit": [4.0, 4.5]},
+        "20 s": {"parablock": [4.0], "fedit": [None]},
+    }
+    made, told = losses_table(columns, ends)
+    assert ["FedIT", "**4.2500**", "4.5000†"] in made["rows"]
+    assert told.endswith("column by column: FedIT, ParaBlock.\nA LoRA method wins 1 of 2 columns.")
+    assert "wins 0 of 1 columns" in losses_table({"20 s": columns["20 s"]}, ends)[-1]
+
+
+def test_the_section_of_quality_shows_seconds_and_families_where_a_record_has_them(
+    load: Callable[[str], ModuleType],
+) -> None:
+    def run(delay: int, loss: float, right: float) -> dict[str, Any]:
+        scores = {"ag_news": {"loss": {"value": loss, "rows": 9}, "exact_match": {"value": right, "rows": 7}}}
+        curve = [[2.0 - delay, 5.0], [4.0 / (1 + delay), loss]]
+        losses = {"initial_eval_loss": 6.0, "final_eval_loss": loss, "seconds": curve[-1][0], "num_rounds": 2}
+        return losses | {"curve": curve, "scores": scores}
+
+    def rows(**changes: Any) -> list[list[str]]:
+        made = load("quality").quality_section(record | {"results": [row | changes]})
+        return [line for part in made["parts"] if isinstance(part, dict) for line in part["rows"]]
+
+    record = json.loads((FOLDER / "results" / "quality_gsm8k.json").read_text())
+    row = {"data": "gsm8k", "seed": 7, "runs": [run(0, 4.0, 0.25), run(1, 3.5, 0.75)], "time_ratio": 0.5}
+    assert ["7", "4.0000", "4.0", "2.0", "0.500", "3.5000 (2)"] in rows()
+    assert ["2.0", "5.0000", "3.5000"] in rows()  # the last losses by then
+    assert ["7", "4.0000", "4.0", "never", "", "3.5000 (2)"] in rows(time_ratio=None)
+    assert not any("ag_news" in line for line in rows())
+    base = {"ag_news": {"loss": {"value": 6.0, "rows": 9}, "exact_match": {"value": 0.0, "rows": 7}}}
+    assert ["ag_news", "loss, 9 rows", "6.000", "4.000", "3.500"] in rows(base_scores=base)
+    assert ["ag_news", "exact match, 7 rows", "0.00", "0.25", "0.75"] in rows(base_scores=base)

@@ -116,7 +116,7 @@ def test_a_record_that_changed_makes_the_results_stale(results: ModuleType, tmp_
         (tmp_path / record.name).write_text(record.read_text())
     assert results.page(tmp_path) == results.page()
     changed = json.loads((tmp_path / "rate.json").read_text())
-    changed["results"]["FL-BCD"]["slope"] += 0.01
+    changed["section"]["parts"][-1]["rows"][0][1] = "-0.5 ± 0.1"
     (tmp_path / "rate.json").write_text(json.dumps(changed))
     assert results.page(tmp_path) != results.page()
 
@@ -128,6 +128,24 @@ def test_the_readme_has_the_figures_of_the_records(results: ModuleType, tmp_path
     alone = results.readme(text, tmp_path)
     assert alone.count("docs/results.md#") < text.count("docs/results.md#")
     assert "(docs/results.md#the-same-rate)" in alone and alone.startswith(text[:300])
+
+
+def test_the_first_table_says_which_bars_are_missed(results: ModuleType) -> None:
+    def record(is_met: bool) -> dict[str, Any]:
+        bar = {
+            "name": "int4 bytes / float32 bytes",
+            "value": 0.125,
+            "limit": 0.14,
+            "at_most": True,
+            "is_met": is_met,
+        }
+        return {"wire": {"bars": [bar], "section": {"title": "The wire: bytes"}}}
+
+    (*_, met), (*_, missed) = (results.glance(record(is_met)) for is_met in (True, False))
+    assert met.endswith("](#the-wire-bytes) | 0.125 | ≤ 0.14 |")
+    assert "**0.125**, missed" in missed
+    assert "1 bars; 0 of them are missed" in results.missed(record(True))
+    assert "1 of them are missed, under [The wire: bytes](#the-wire-bytes)" in results.missed(record(False))
 
 
 # -- troubleshooting ------------------------------------------------------------------------------------------

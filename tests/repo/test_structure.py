@@ -141,7 +141,6 @@ def test_there_are_no_more_layers_than_a_reader_can_hold() -> None:
     assert named == rooms | TOP - {"__init__"}, "every room has its place"
 
 
-@pytest.mark.skip(reason="change C")
 @pytest.mark.parametrize(("made", "limit"), [(Client, 9), (Server, 8), (run_in_process, 4)])
 def test_what_an_engine_is_made_of_has_few_parameters(made: Callable[..., object], limit: int) -> None:
     assert len(inspect.signature(made).parameters) <= limit

@@ -9,7 +9,7 @@ import torch
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.data.batches import Batch
-from parablock.model.loss import summed_loss
+from parablock.model.loss import sum_loss
 from parablock.plan.forecast import Plan, make_plan
 from tiny_runs import Workshop
 
@@ -31,7 +31,7 @@ def batch(num_examples: int = 3, length: int = 16) -> Batch:
 
 
 def loss_of(model: Any, given: Batch) -> torch.Tensor:
-    return summed_loss(
+    return sum_loss(
         model,
         input_ids_BT=given.input_ids_BT,
         attention_mask_BT=given.attention_mask_BT,

@@ -166,7 +166,7 @@ class GridTransport:
 
     # ── the run ─────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, trace: Trace, restore: int | None, asked_to_stop: Callable[[], bool]) -> None:
+    def begin(self, trace: Trace, restore: int | None, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
         """Start the session: from the base model, or from every client's snapshot of a round."""
         assert isinstance(trace.clock, RealClock)
         self._trace, self._clock, self._asked_to_stop = trace, trace.clock, asked_to_stop

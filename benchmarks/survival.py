@@ -1,0 +1,1096 @@
+"""What a run survives: kills, broken links, faults, clients that drop or attack, broken input, hidden updates.
+
+.venv/bin/python benchmarks/survival.py kill_resume --kills 50 --toy
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from operator import truediv
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from _record import (
+    REPOSITORY,
+    Bar,
+    Found,
+    Material,
+    Options,
+    benchmark,
+    configured,
+    fresh_folder,
+    generated,
+    kept_run,
+    main,
+    material_of,
+    metrics_of,
+    record,
+    run_quietly,
+    section,
+    spread,
+    t0,
+    table,
+    table_of,
+    training,
+)
+from rich.console import Console
+from torch import Tensor
+
+from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
+from parablock.algorithm.robust import Rule
+from parablock.clock import VirtualClock
+from parablock.config.keys import RunConfig
+from parablock.config.load import load_config, parse_config
+from parablock.config.section import KINDS_AT
+from parablock.deploy.one_machine import Deployment, resume_local, watch
+from parablock.engine.contract import Hooks
+from parablock.engine.inprocess import run_in_process
+from parablock.errors import CodecError, ConfigError, ParaBlockError
+from parablock.experiment.engines import server_plan
+from parablock.experiment.inputs import read_inputs
+from parablock.experiment.progress import PlainProgress
+from parablock.methods.choose import make_method_model
+from parablock.privacy.masked_client import MaskedClient
+from parablock.privacy.masked_server import MaskedServer
+from parablock.privacy.masking import Cohorts
+from parablock.seeding import generator_for
+from parablock.storage.run_directory import RunDirectory
+from parablock.trace import Trace
+from parablock.training.trainer import Trained, Trainer
+from parablock.wire import messages
+from parablock.wire.codec import CHECKSUM, PREFIX
+from parablock.wire.quantize import FORMATS, pack
+from parablock.wire.transport import Link, Parcel
+
+POLL_S, PATIENCE_S, SITES = 0.05, 600.0, 2
+SMALL = {"data.max_length": 96, "train.learning_rate": 1e-3}
+UNSCORED = {"evaluation.every_rounds": 0}
+SCORED = UNSCORED | {"data.max_length": 128, "train.per_device_train_batch_size": 4, "train.learning_rate": 1e-3}
+SAME = "same model as one process"
+
+
+def same_as(expected: str) -> Callable[[Found], str]:
+    """Return what says in a table whether a run ended with this model."""
+    return lambda run: "yes" if run["model_sha256"] == expected else "**no**"
+
+
+def sha256(directory: Path) -> str:
+    return str(RunDirectory(directory).read_summary()["model_sha256"])
+
+
+def rounds_recorded(directory: Path) -> int:
+    metrics = RunDirectory(directory).metrics
+    return metrics.read_text(encoding="utf-8").count("\n") if metrics.exists() else 0
+
+
+# -- one process, killed and resumed --------------------------------------------------------------------------
+
+
+def kill_resume(options: Options, console: Console) -> None:
+    """Kill a run at random moments and resume it: the model must be that of the run that nobody disturbed.
+
+    A moment is a round drawn at random and a random part of a round after it. A run that ends before its kill does
+    not count, and another moment is drawn for it. Another seed is run too: its model must differ.
+    """
+    folder = fresh_folder(options)
+    families = ("ag_news", "app_reviews", "glue_qqp")
+    material = generated(folder / "material", num_clients=3) if options.toy or options.smoke else t0(*families)
+    settings = SMALL | {"train.per_device_train_batch_size": 4, "train.optimizer_state": "keep"}
+    settings |= {"wire.format": "bfloat16", "link.upload_mbps": 50, "link.download_mbps": 100}
+    settings |= {"engine.clock": None, "evaluation.every_rounds": 4, "evaluation.max_examples": 32}
+    settings |= {"checkpoint.every_rounds": 2, **training(options)}
+    config = configured(material, settings)
+    undisturbed_s = run_to_the_end(config, folder / "undisturbed")
+    run_to_the_end(configured(material, settings | {"seed": options.seed + 1}), folder / "another-seed")
+    expected, other = sha256(folder / "undisturbed"), sha256(folder / "another-seed")
+    draw, trials = generator_for(options.seed, "kill"), list[Found]()
+    while sum(trial["was_running"] for trial in trials) < options.kills and len(trials) < 2 * options.kills:
+        after_rounds, part = int(draw.integers(0, options.rounds)), float(draw.uniform())
+        directory = folder / f"killed-{len(trials)}"
+        trials.append(kill_and_resume(config, directory, after_rounds, part * undisturbed_s / options.rounds))
+        console.print(f"{len(trials)}: {trials[-1]}")
+    equal = sum(trial["was_running"] and trial["model_sha256"] == expected for trial in trials)
+    bars = [
+        Bar("killed runs that end with the undisturbed model", equal, options.kills, at_most=False),
+        Bar("runs of another seed that do", float(other == expected), 0),
+    ]
+    results = {"undisturbed": expected, "another_seed": other, "undisturbed_s": undisturbed_s, "trials": trials}
+    record(options, results, bars, config=config, console=console)
+
+
+def kill_resume_section(found: Found) -> Found:
+    results = found["results"]
+    trials = [trial for trial in results["trials"] if trial["was_running"]]
+    kills = Counter(trial["resumed_from"] for trial in trials)
+    same = Counter(t["resumed_from"] for t in trials if t["model_sha256"] == results["undisturbed"])
+    rows = [
+        [re.sub(r"round-0*", "the checkpoint of round ", origin), str(kills[origin]), str(same[origin])]
+        for origin in sorted(kills, key=lambda origin: (origin != "the start", origin))
+    ]
+    return section(
+        "Killed and resumed: one process",
+        "SIGKILL to the process that holds the server and all clients, at moments drawn at random, then\n"
+        f"`parablock resume`; {found['options']['rounds']} rounds of a small model. A run that had ended\n"
+        f"before its kill does not count: {len(results['trials']) - len(trials)} of\n{len(results['trials'])}.",
+        table(["resumed from", "kills", "same model as undisturbed"], rows),
+    )
+
+
+def run_to_the_end(config: RunConfig, directory: Path) -> float:
+    """Run undisturbed; return the seconds from its first file to its end."""
+    process, began = start(config, directory), time.perf_counter()
+    finish(process, directory)
+    return time.perf_counter() - began
+
+
+def kill_and_resume(config: RunConfig, directory: Path, after_rounds: int, after_s: float) -> Found:
+    """Kill a run so many seconds after so many of its rounds, and resume it."""
+    process, run = start(config, directory), RunDirectory(directory)
+    while process.poll() is None and rounds_recorded(directory) < after_rounds:
+        time.sleep(POLL_S / 10)
+    time.sleep(after_s)
+    process.kill()
+    process.wait()
+    complete = run.summary.exists() and run.read_summary()["status"] == "completed"
+    rounds, checkpoints = rounds_recorded(directory), sorted(path.name for path in run.checkpoints.glob("round-*"))
+    was_running = process.returncode != 0 and not complete
+    if was_running:
+        finish(parablock(directory, "resume", str(directory)), directory)
+    origin = checkpoints[-1] if checkpoints else "the start"
+    found = {"was_running": was_running, "rounds_recorded": rounds, "resumed_from": origin}
+    return found | {"model_sha256": sha256(directory)}
+
+
+def start(config: RunConfig, directory: Path) -> subprocess.Popen[bytes]:
+    """Start a run and wait until there is something of it to resume."""
+    file = directory.with_suffix(".yaml")
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    process = parablock(directory, "run", str(file), "--output-dir", str(directory))
+    while process.poll() is None and not RunDirectory(directory).config.exists():
+        time.sleep(POLL_S / 10)
+    return process
+
+
+def parablock(directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command line; what it says goes into a file beside the run."""
+    with directory.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "parablock", *arguments], stdout=log, stderr=log)
+
+
+def finish(process: subprocess.Popen[bytes], directory: Path) -> None:
+    if process.wait():
+        sys.exit(f"parablock ended with {process.returncode}:\n{directory.with_suffix('.log').read_text()}")
+
+
+# -- a deployment of real processes, killed or cut off --------------------------------------------------------
+
+
+def kill_sites(options: Options, console: Console) -> None:
+    """Kill a site's trainer, its SuperNode and the SuperLink at random moments, one of each in a run.
+
+    A moment is a number of rounds done, and some seconds after it. A SuperNode is started again at once; a trainer
+    by the next ClientApp; after the SuperLink's end `parablock resume` goes on. The model must be that of one
+    process that nobody disturbs. A kill that comes after the run's end does not count.
+    """
+    folder = fresh_folder(options)
+    config = deployed(generated(folder / "material", num_clients=SITES), options, 2, 131_072)
+    expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
+    draw, runs = generator_for(options.seed, "kill sites"), list[Found]()
+    while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
+        runs.append(killed(config, folder / f"run-{len(runs)}", draw, options.parts))
+        console.print(f"{len(runs)}: {runs[-1]}")
+    kills = sum(len(run["kills"]) for run in runs)
+    same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
+    bars = [
+        Bar("kills of running parts of a deployment", kills, options.kills, at_most=False),
+        Bar("of them in runs that end with the undisturbed model", same, kills, at_most=False),
+        Bar("runs of another seed that do", float(other == expected), 0),
+    ]
+    results = {"undisturbed": expected, "another_seed": other, "runs": runs}
+    record(options, results, bars, config=config, console=console)
+
+
+def kill_sites_section(found: Found) -> Found:
+    same = same_as(found["results"]["undisturbed"])
+    rows = [
+        [
+            str(number),
+            ", ".join(f"{kill['part']} after {kill['rounds_done']}" for kill in run["kills"]),
+            f"{run['seconds']:.0f}",
+            same(run),
+        ]
+        for number, run in enumerate(found["results"]["runs"])
+    ]
+    return section(
+        "Killed and gone on: the parts of a deployment",
+        "SIGKILL to a site's trainer, to its SuperNode and to the SuperLink, at moments drawn at random:\n"
+        f"real processes, two sites, {found['options']['rounds']} rounds. After the SuperLink's end\n"
+        "`parablock resume` goes on.",
+        table(["run", "killed, after how many rounds", "s", SAME], rows),
+    )
+
+
+def killed(config: RunConfig, directory: Path, draw: np.random.Generator, parts: list[str]) -> Found:
+    """Kill the parts in the order of their moments, the SuperLink last, and go on until the run ends."""
+    last, round_s = config.federation.num_rounds - 2, 8.0  # about what a round over Flower takes here
+    moments = sorted((int(draw.integers(0, last)), float(draw.uniform(0, round_s))) for _ in parts)
+    shuffled = [str(part) for part in draw.permutation([part for part in parts if part != "superlink"])]
+    shuffled += [part for part in parts if part == "superlink"]
+    kills, began, deployment = list[Found](), time.monotonic(), Deployment(directory, SITES, lanes=2)
+    deployment.read_inputs(config)
+    with deployment:
+        watched = Watched(deployment)
+        for part, (after_rounds, part_s) in zip(shuffled, moments, strict=True):
+            watched.wait_for(lambda wanted=after_rounds: rounds_recorded(deployment.output_dir) >= wanted)
+            time.sleep(part_s)
+            site, rounds_done = int(draw.integers(SITES)), rounds_recorded(deployment.output_dir)
+            if watched.is_alive() and kill(deployment, part, site):
+                kills.append({"part": part, "site": site, "rounds_done": rounds_done})
+        watched.join()
+    summary = watched.summary
+    if watched.error is not None:
+        if "superlink" not in [kill["part"] for kill in kills]:
+            raise watched.error
+        summary = resume_local(directory, progress=quiet())
+    return {"kills": kills, "seconds": time.monotonic() - began, "model_sha256": summary["model_sha256"]}
+
+
+def kill(deployment: Deployment, part: str, site: int) -> bool:
+    """Kill a part, and start again what nobody else does; False where it does not run just now."""
+    if part == "trainer":
+        pid = deployment.trainer_pid(site)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+    deployment.kill("superlink" if part == "superlink" else f"supernode-{site}")
+    if part == "supernode":
+        deployment.start_supernode(site)
+    return True
+
+
+def cut_link(options: Options, console: Console) -> None:
+    """Break a link in the middle of transfers, with real sockets; measure what is sent again for it.
+
+    Between the server and one site stands a slow proxy. A cut ends every connection there at once, and new ones
+    find nobody for a while. One run is not cut, one in the middle of updates on their way up, one in the middle of
+    new values on their way down: what more crosses the proxy than without a cut was sent again.
+    """
+    folder = fresh_folder(options)
+    config = deployed(material_of(options), options, 4, options.chunk_bytes)
+    expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
+    blocks = RunDirectory(folder / "one-process").read_manifest()["blocks"]
+    block_bytes = 4 * max(block["parameters"] for block in blocks)
+    results: Found = {"model_sha256": expected, "another_seed": other, "block_bytes": block_bytes}
+    for name, direction in (("undisturbed", ""), ("up", "up"), ("down", "down")):
+        results[name] = over_a_proxy(config, folder / name, options, direction, block_bytes)
+        console.print(f"{name}: {results[name]}")
+    bars = []
+    for direction in ("up", "down"):
+        cuts = results[direction]["cuts"]
+        again = (results[direction][direction] - results["undisturbed"][direction]) / max(1, cuts)
+        results[direction]["again_bytes_per_cut"] = again
+        bars.append(Bar(f"cuts in the middle of a transfer {direction}", cuts, options.cuts, at_most=False))
+        bars.append(Bar(f"bytes sent again {direction} for a cut / chunk", again / options.chunk_bytes, 1))
+    same = sum(results[name]["model_sha256"] == expected for name in ("undisturbed", "up", "down"))
+    bars.append(Bar("runs that end with the model of one process", same, 3, at_most=False))
+    bars.append(Bar("runs of another seed that do", float(other == expected), 0))
+    record(options, results, bars, config=config, console=console)
+
+
+def cut_link_section(found: Found) -> Found:
+    results, options, rows = found["results"], found["options"], []
+    told = {"undisturbed": "never", "up": "while an update goes up", "down": "while values come down"}
+    for name, when in told.items():
+        run = results[name]
+        again = f"{run['again_bytes_per_cut'] / 1e3:.0f}" if "again_bytes_per_cut" in run else ""
+        moved = (f"{run[direction] / 1e6:.2f}" for direction in ("up", "down"))
+        rows.append([when, str(run["cuts"]), *moved, again, same_as(results["model_sha256"])(run)])
+    return section(
+        "A link that breaks",
+        f"Real processes over Flower; a block of {results['block_bytes'] / 1e6:.2f} MB takes\n"
+        f"{options['transfer_s']:g} s each way in chunks of {options['chunk_bytes'] / 1e3:.0f} kB. A cut ends\n"
+        f"all connections of one site in the middle of a transfer, for {options['outage_s']:g} s. Sent again\n"
+        "is what crosses the link beyond the run without a cut, with what Flower says to connect anew.",
+        table(["cut", "cuts", "MB up", "MB down", "sent again for a cut, kB", SAME], rows),
+    )
+
+
+def over_a_proxy(config: RunConfig, directory: Path, options: Options, direction: str, block_bytes: int) -> Found:
+    """Run with site 0 behind the proxy; cut it in the middle of transfers in this direction."""
+    sys.path.append(str(REPOSITORY / "tests"))
+    from cuttable_proxy import PIECE, CuttableProxy
+
+    class BehindAProxy(Deployment):
+        def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
+            if client_id == 0:
+                port = int(self.files.address.rpartition(":")[2])
+                self.proxy = CuttableProxy(port, block_bytes / options.transfer_s)
+                superlink = f"127.0.0.1:{self.proxy.port}"
+            super().start_supernode(client_id, superlink)
+
+    def is_in_the_middle() -> bool:
+        """Tell whether half of a block has moved since the direction carried less than a piece for a while."""
+        nonlocal start, last, last_s, idle
+        moved, now_s = getattr(deployment.proxy, direction), time.monotonic()
+        if moved - last >= PIECE:
+            last, last_s = moved, now_s
+        elif now_s - last_s > 0.5:
+            start, last, last_s, idle = moved, moved, now_s, True
+        return idle and moved - start > block_bytes / 2
+
+    deployment = BehindAProxy(directory, SITES)
+    deployment.read_inputs(config)
+    with deployment:
+        began, watched = time.monotonic(), Watched(deployment)
+        for _ in range(options.cuts if direction else 0):
+            start, last, last_s, idle = 0, getattr(deployment.proxy, direction), time.monotonic(), False
+            if watched.wait_for(is_in_the_middle):
+                deployment.proxy.cut(options.outage_s)
+        watched.join()
+        proxy, seconds = deployment.proxy, time.monotonic() - began
+        found = {"cuts": proxy.cuts, "up": proxy.up, "down": proxy.down, "seconds": seconds}
+        proxy.close()
+    if watched.error is not None:
+        raise watched.error
+    return found | {key: watched.summary[key] for key in ("rounds_done", "model_sha256")}
+
+
+class Watched(threading.Thread):
+    """Waits for the end of a run over Flower while its processes are looked at.
+
+    Args:
+        deployment: Its processes, prepared and started.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        super().__init__(daemon=True)
+        self._deployment, self._run_id = deployment, deployment.submit()
+        self.summary: Found = {}
+        self.error: ParaBlockError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.summary = watch(self._deployment, self._run_id, quiet())
+        except ParaBlockError as error:
+            self.error = error
+
+    def wait_for(self, what: Callable[[], bool]) -> bool:
+        """Wait until something is so; tell whether the run still went on then."""
+        give_up = time.monotonic() + PATIENCE_S
+        while self.is_alive() and not what():
+            if time.monotonic() > give_up:
+                raise TimeoutError(self._deployment.log("superlink").read_text(encoding="utf-8")[-3000:])
+            time.sleep(POLL_S)
+        return self.is_alive()
+
+
+def quiet() -> PlainProgress:
+    return PlainProgress(console=Console(quiet=True))
+
+
+def deployed(material: Material, options: Options, layers_per_block: int, chunk_bytes: int) -> RunConfig:
+    files = ([material.model], material.train[:SITES], material.test)
+    model, train, test = (tuple(str(Path(file).absolute()) for file in some) for some in files)
+    settings = SMALL | UNSCORED | {"train.num_local_steps": 1, "train.per_device_train_batch_size": 2}
+    settings |= {"engine.name": "flower", "engine.clock": None, "checkpoint.every_rounds": 1}
+    settings |= {"evaluation.max_examples": 16, "federation.min_updates": SITES, **training(options)}
+    settings |= {"blocks.layers_per_block": layers_per_block, "wire.chunk_bytes": chunk_bytes}
+    return configured(Material(model[0], train, test), settings)
+
+
+def in_one_process(config: RunConfig, directory: Path, other_seed: int = 0) -> str:
+    """Return the model that the same configuration ends with in one process, which is nobody's to kill or cut."""
+    engine = config.engine.model_copy(update={"name": "inprocess"})
+    changes = {"engine": engine, "seed": config.seed + other_seed}
+    return str(run_quietly(config.model_copy(update=changes), directory)["model_sha256"])
+
+
+# -- faults and clients that drop -----------------------------------------------------------------------------
+
+
+def soak(options: Options, console: Console) -> None:
+    """Run long while something goes wrong every few rounds, and while many clients drop in each round.
+
+    Soak: faults of all kinds at random, two machines that die for good among them. Nothing may be lost: every round
+    ends, every update counts once or is refused with a reason, and the loss is that of a run that nobody disturbed,
+    or close. Drops: each client gives each round up with probability 0.3. What is complete is not run again.
+    """
+    place = Path(options.work_dir) / "material"
+    material = t0() if options.real else generated(place, num_clients=8)
+    found, bars = Found(), []
+    if "soak" in options.only:
+        seed = options.seeds[0]
+        faults = random_faults(options.rounds, seed)
+        run = found["soak"] = compared(options, material, "soak", options.rounds, faults, seed)
+        bars += [
+            Bar("rounds of the soak that ended", run["rounds_done"], options.rounds, at_most=False),
+            Bar("final loss of the soak / undisturbed", run["loss_ratio"], 1.03),
+            Bar("updates that counted twice, or without having been asked for", run["not_accounted_for"], 0),
+        ]
+    if "drops" in options.only:
+        found["drops"] = [
+            compared(options, material, "drops", options.drop_rounds, dropping(options.drop_rounds, seed), seed)
+            for seed in options.seeds
+        ]
+        ended, asked = sum(run["rounds_done"] for run in found["drops"]), options.drop_rounds * len(options.seeds)
+        losses = (fmean(run[key] for run in found["drops"]) for key in reversed(LOSSES[1:]))
+        bars += [
+            Bar("rounds with 30 % dropping that ended", ended, asked, at_most=False),
+            Bar("final loss with 30 % dropping / undisturbed, means", truediv(*losses), 1.03),
+        ]
+    config = soak_config(options, material, options.rounds, [], options.seeds[0])
+    record(options, found, bars, config=config, console=console)
+
+
+LOSSES = ("initial_eval_loss", "final_eval_loss_undisturbed", "final_eval_loss")
+
+
+def soak_section(found: Found) -> Found:
+    options, results = found["options"], found["results"]
+    if "soak" in results:
+        run = results["soak"]
+        rows = [
+            [what, ", ".join(f"{count} × {kind}" for kind, count in sorted(run[key].items()))]
+            for what, key in (("faults", "faults"), ("refused", "refused_updates"))
+        ]
+        seconds = (run[key] for key in ("wall_time_undisturbed_s", "wall_time_s"))
+        rows += [
+            ["loss: base model, undisturbed, with faults", ", ".join(f"{run[key]:.4f}" for key in LOSSES)],
+            ["simulated s: undisturbed, with faults", ", ".join(f"{value:.0f}" for value in seconds)],
+        ]
+        return section(
+            "Something goes wrong every few rounds",
+            f"A small model, eight clients, {options['rounds']} rounds under the virtual clock; two of\n"
+            "the clients die for good on the way.",
+            table(["what", "how much"], rows),
+        )
+    runs, keys = results["drops"], (*LOSSES, "loss_ratio")
+    rows = [[str(run["seed"]), *(f"{run[key]:.4f}" for key in keys)] for run in runs]
+    rows.append(["mean", *(spread([run[key] for run in runs]) for key in keys)])
+    given_up = sum(run["faults_injected"] for run in runs) / (8 * options["drop_rounds"] * len(runs))
+    return section(
+        "Clients that drop",
+        f"T0, eight families, one a client; {options['drop_rounds']} rounds of {options['steps']} local\n"
+        f"steps of {options['batch_size']} examples, {options['schedule']} learning rate. Each client gives\n"
+        f"each round up with probability 0.3: {given_up:.0%} of the updates never came.",
+        table(["seed", "base model", "nobody drops", "30% drop", "ratio"], rows),
+    )
+
+
+def soak_config(options: Options, material: Material, rounds: int, faults: list[Found], seed: int) -> RunConfig:
+    settings = SMALL | UNSCORED | training(options) | {"federation.num_rounds": rounds, "federation.delay": 1}
+    settings |= {"federation.min_updates": 2, "federation.deadline_factor": 3.0, "blocks.allow_unvisited": True}
+    settings |= {"train.lr_scheduler_type": options.schedule, "engine.step_time_s": 1.0}
+    settings |= {"link.upload_mbps": 5, "link.download_mbps": 20, "link.latency_s": 0.02}
+    settings |= {"checkpoint.every_rounds": 16, "faults": faults, "seed": seed}
+    return configured(material, settings)
+
+
+def random_faults(rounds: int, seed: int) -> list[Found]:
+    """Draw a fault for two rounds in five, of any kind at any point; two of the machines never come back."""
+    draw = generator_for(seed, "soak")
+    points = [(at, kind) for at, kinds in KINDS_AT.items() for kind in kinds]
+    faults: list[Found] = []
+    for t in range(1, rounds):
+        if draw.random() >= 0.4:
+            continue
+        at, kind = points[int(draw.integers(len(points)))]
+        faults.append({"client": int(draw.integers(8)), "round": t, "at": at, "kind": kind})
+        if kind == "scale":
+            faults[-1]["value"] = float(draw.choice([-1.0, 3.0, 1e6]))
+        elif kind in ("kill", "delay") or (kind == "drop" and at in ("upload", "download")):
+            faults[-1]["value"] = round(float(draw.uniform(0.5, 60.0)), 1)
+    for client_id, t in ((6, rounds // 2), (7, 3 * rounds // 4)):
+        faults.append({"client": client_id, "round": t, "at": "train", "kind": "kill"})
+    return faults
+
+
+def dropping(rounds: int, seed: int) -> list[Found]:
+    draws = generator_for(seed, "drops").random(size=(rounds, 8))
+    return [
+        {"client": int(client_id), "round": int(t), "at": "train", "kind": "drop"}
+        for t, client_id in np.argwhere(draws < 0.3)
+    ]
+
+
+def compared(options: Options, material: Material, name: str, rounds: int, faults: list[Found], seed: int) -> Found:
+    """Run with and without the faults; say what happened."""
+    directories = [
+        kept_run(soak_config(options, material, rounds, injected, seed), options.work_dir, f"{name}{kind}-{seed}")
+        for kind, injected in (("", faults), ("-undisturbed", []))
+    ]
+    disturbed, undisturbed = (directory.read_summary() for directory in directories)
+    participants = [row["participants"] for row in metrics_of(directories[0])]
+    kept = ("rounds_done", "status", "faults", "refused_updates", "wall_time_s", *LOSSES[::2])
+    return {key: disturbed[key] for key in kept} | {
+        "seed": seed,
+        "faults_injected": len(faults),
+        "not_accounted_for": sum(len(row) - len(set(row) & set(range(8))) for row in participants),
+        "wall_time_undisturbed_s": undisturbed["wall_time_s"],
+        "final_eval_loss_undisturbed": undisturbed["final_eval_loss"],
+        "loss_ratio": disturbed["final_eval_loss"] / undisturbed["final_eval_loss"],
+    }
+
+
+# -- hostile clients ------------------------------------------------------------------------------------------
+
+ATTACKS = {"none": 1.0, "sign flip": -1.0, "flip and scale": -10.0}
+"""What an attacker multiplies its update by."""
+
+
+@dataclass
+class Attacker:
+    """A client that trains as all do and sends a multiple of what it found."""
+
+    honest: Trainer
+    factor: float
+
+    def __post_init__(self) -> None:
+        self.num_examples, self.step_time_s = self.honest.num_examples, self.honest.step_time_s
+        self.memory, self.remember = self.honest.memory, self.honest.remember
+
+    def train(self, start: messages.RoundStart, working: tuple[Tensor, ...]) -> Trained:
+        found, v = self.honest.train(start, working), working[start.block_index].float()
+        return replace(found, trained=v + self.factor * (found.trained[:].float() - v))
+
+
+def robust(options: Options, console: Console) -> None:
+    """Measure what hostile clients do to each aggregation rule: held-out loss, beside that of nobody's attack.
+
+    The last clients attack in every round: they send their update with its sign turned, or ten times too long as
+    well.
+    """
+    rule = "federation.aggregation"
+    rules = {
+        "mean": {},
+        "mean, clipped": {"privacy.mode": "central", "privacy.clip_norm": options.clip_norm},
+        "median": {rule: "median"},
+        "trimmed mean": {rule: "trimmed_mean", "federation.trim_fraction": options.trim_fraction},
+        "krum": {rule: "krum", "federation.assumed_attackers": options.attackers},
+    }
+    material = material_of(options, num_clients=options.clients)
+    settings = SCORED | {"federation.num_clients": options.clients, "data.partition.scheme": None}
+    settings, found = settings | training(options), []
+    for attack in options.attacks:
+        for name in options.rules if attack != "none" else ["mean"]:
+            job = read_inputs(configured(material, settings | rules[name]))
+            fleet, honest = make_method_model(job), options.clients - options.attackers
+            trainers = [*fleet.trainers[:honest], *(Attacker(t, ATTACKS[attack]) for t in fleet.trainers[honest:])]
+            before = fleet.evaluate(fleet.params)
+            ended = run_in_process(
+                fleet.params,
+                trainers,
+                server_plan(job.config),
+                Trace(VirtualClock()),
+                Hooks(lambda *_: None, lambda _: None),
+                link=Link(),
+                in_flight=job.config.federation.in_flight,
+            )
+            losses = {"initial_eval_loss": before, "final_eval_loss": fleet.evaluate(ended.server.params)}
+            found.append({"attack": attack, "factor": ATTACKS[attack], "rule": name, **losses})
+            console.print(f"{attack}, {name}: {found[-1]}")
+    bars = [
+        Bar(f"{row['attack']}, {row['rule']}: loss / clean loss", row["final_eval_loss"] / clean_loss(found), 1.05)
+        for row in found
+        if row["attack"] != "none" and row["rule"] in ("median", "trimmed mean")
+    ]
+    record(options, found, bars, config=configured(material, settings), console=console)
+
+
+def clean_loss(rows: list[Found]) -> float:
+    return next(float(row["final_eval_loss"]) for row in rows if row["attack"] == "none")
+
+
+def robust_section(found: Found) -> Found:
+    options, clean = found["options"], clean_loss(found["results"])
+    columns = {"attack": "{attack}", "rule": "{rule}", "base model": "{initial_eval_loss:.4f}"}
+    columns |= {"loss": "{final_eval_loss:.4f}", "/ clean": "{ratio:.4f}"}
+    rows = [row | {"ratio": row["final_eval_loss"] / clean} for row in found["results"]]
+    return section(
+        "Hostile clients",
+        f"T0, mixed and dealt evenly to {options['clients']} clients, of which {options['attackers']} attack\n"
+        f"in every round; {options['rounds']} rounds of {options['steps']} local steps. They turn the sign\n"
+        "of their update, or send it ten times too long as well. The last column is the loss over that of the\n"
+        "plain mean when nobody attacks.",
+        table_of(rows, columns),
+    )
+
+
+# -- secure aggregation ---------------------------------------------------------------------------------------
+
+CLIENTS, DROPPING = 8, (2, 5)
+DEVIATIONS = ("deviations_of_masked_from_uniform", "deviations_of_plain_from_uniform")
+GRIDS = {"none": "float32, nobody drops", "plain": "grid, two of eight drop", "masked": "masked, the same drop"}
+
+
+def secure_aggregation(options: Options, console: Console) -> None:
+    """Measure what secure aggregation costs and keeps: bytes and seconds of the protocol, and the loss.
+
+    The protocol alone, on a vector as long as a large block: is the masked sum the plain one, does a masked update
+    look like noise (chi-square), how long does masking take beside writing on the grid. Whole runs on T0, where two
+    families drop in some rounds: masked and plain grid have to end bitwise alike, and near the float32 run in which
+    nobody drops. What is complete is not run again.
+    """
+    torch.set_num_threads(1)
+    protocol, runs = measure_protocol(options.size, options.num_rounds), dict[str, Found]()
+    same, *away = (protocol[key] for key in ("is_bitwise_the_plain_sum", *DEVIATIONS))
+    bars = [
+        Bar("masked sum is bitwise the plain one, two of eight drop", same, 1, False),
+        Bar("masked update against uniform, deviations", away[0], 4),
+        Bar("plain grid against uniform, deviations", away[1], 100, False),
+    ]
+    material = material_of(options, num_clients=CLIENTS)
+    settings = SCORED | training(options) | {"wire.streaming": False}
+    drops = [(t, client) for t in range(2, options.rounds, 4) for client in DROPPING]
+    secure = {
+        "privacy.clip_norm": options.clip_norm,
+        "faults": [{"client": client, "round": t, "at": "train", "kind": "drop"} for t, client in drops],
+    }
+    for grid in options.grids:
+        own = {} if grid == "none" else secure | {"privacy.secure_aggregation": grid}
+        summary = kept_run(configured(material, settings | own), options.work_dir, grid).read_summary()
+        kept = ("initial_eval_loss", "final_eval_loss", "model_sha256", "elapsed_s", "uplink_bytes")
+        runs[grid] = {key: summary[key] for key in kept}
+        console.print(f"{grid}: {runs[grid]}")
+    if set(runs) == set(GRIDS):
+        alike = int(runs["masked"]["model_sha256"] == runs["plain"]["model_sha256"])
+        ratio = runs["masked"]["final_eval_loss"] / runs["none"]["final_eval_loss"]
+        bars.append(Bar("masked run is bitwise the plain one", alike, 1, False))
+        bars.append(Bar("loss masked, with drops / float32", ratio, 1.02))
+    config = configured(material, settings | secure | {"privacy.secure_aggregation": "masked"})
+    results = {"protocol": protocol, "runs": runs}
+    record(options, results, bars, config=config, console=console)
+
+
+def secure_aggregation_section(found: Found) -> Found:
+    protocol, seconds = found["results"]["protocol"], found["results"]["protocol"]["seconds"]
+    setup, reveal = (protocol[f"{what}_bytes_per_client"] / 1e3 for what in ("setup", "reveal"))
+    rows = [
+        run | {"run": GRIDS[grid], "model": run["model_sha256"][:12], "megabytes": run["uplink_bytes"] / 1e6}
+        for grid, run in found["results"]["runs"].items()
+    ]
+    columns = {"run": "{run}", "base model": "{initial_eval_loss:.4f}", "loss": "{final_eval_loss:.4f}"}
+    return section(
+        "Secure aggregation",
+        f"Eight clients, of which two drop, with {protocol['elements']:,} elements each: to write six\n"
+        f"updates on the grid takes {seconds['encode']:.2f} s of a core, to mask them {seconds['mask']:.2f} s,\n"
+        f"and the server takes {seconds['unmask']:.2f} s to find the masks of their sum. Keys and shares for\n"
+        f"{found['options']['num_rounds']} rounds are {setup:.1f} kB a\n"
+        f"client, once, and taking masks off {reveal:.1f} kB a client and\n"
+        f"round, beside updates of {protocol['update_bytes'] / 1e6:.1f} MB, masked or not. Runs on T0, eight\n"
+        "families:",
+        table_of(rows, columns | {"model": "{model}", "up": "{megabytes:.2f} MB"}),
+    )
+
+
+class Wires:
+    """Couriers and collector in one thread, joined by lists of bytes that are counted."""
+
+    def __init__(self, cohorts: Cohorts) -> None:
+        self.couriers = [MaskedClient(i, cohorts) for i in range(cohorts.num_clients)]
+        self.up = deque[tuple[int, bytes]]()
+        self.wire_bytes = 0
+        self.collector = MaskedServer(self, cohorts, stall_timeout_s=1.0)
+        for client_id, courier in enumerate(self.couriers):
+            self.take(client_id, courier.opening())
+
+    def take(self, client_id: int, parcels: Sequence[Parcel]) -> None:
+        self.wire_bytes += sum(len(parcel.message) for parcel in parcels)
+        self.up.extend((client_id, parcel.message) for parcel in parcels)
+
+    def send(self, client_id: int, parcel: Parcel) -> None:
+        self.wire_bytes += len(parcel.message)
+        self.take(client_id, self.couriers[client_id].incoming(parcel) or ())
+
+    def receive(self, *_: object) -> tuple[int, bytes]:
+        return self.up.popleft()
+
+    def receive_until(self, *_: object) -> tuple[int, bytes] | None:
+        return self.up.popleft() if self.up else None
+
+
+def measure_protocol(size: int, num_rounds: int) -> Found:
+    """Let eight clients agree, six of them send, and the server take the masks off."""
+    everybody, generator, grid = (
+        tuple(range(CLIENTS)),
+        torch.Generator().manual_seed(0),
+        FixedPointGrid(1.0, CLIENTS),
+    )
+    sending = [i for i in everybody if i not in DROPPING]
+    deltas = {i: torch.randn(size, generator=generator) / math.sqrt(4 * size) for i in sending}
+    seconds, since = dict[str, float](), time.perf_counter()
+
+    def lap(what: str) -> None:
+        nonlocal since
+        seconds[what], since = time.perf_counter() - since, time.perf_counter()
+
+    wires = Wires(Cohorts(CLIENTS, dict.fromkeys(range(num_rounds), everybody)))
+    wires.collector.send(0, Parcel(messages.to_bytes(messages.Mark(0, False)), 0))
+    setup_bytes = wires.wire_bytes
+    lap("agree")
+    words = {i: (grid.encode(delta), 1) for i, delta in deltas.items()}
+    lap("encode")
+    updates = {}
+    for i, (word, _) in words.items():
+        update = messages.Update(0, 0, i, 1, -1, 0.0, 1, 0.0, 0, 1, pack(word, "word32"))
+        updates[i] = messages.to_bytes(update)
+    lap("to bytes")
+    for client_id, raw in updates.items():
+        wires.take(client_id, wires.couriers[client_id].outgoing(Parcel(raw, 0)))
+    lap("mask")
+    came = {}
+    for _ in updates:
+        client_id, raw = wires.collector.receive(1.0, "the updates")
+        update = messages.from_bytes(raw)
+        assert isinstance(update, messages.Update)
+        came[client_id] = update.delta.values, 1
+    before = wires.wire_bytes
+    lap("receive")
+    masks = wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS)
+    lap("unmask")
+    masked_fold = FixedPointAggregation(grid, Rule())
+    masked_fold.unmask(masks)
+    masked = masked_fold.fold(came)
+    lap("fold masked")
+    plain = FixedPointAggregation(grid, Rule()).fold(words)
+    lap("fold plain")
+    first = min(came)
+    return {
+        "elements": size,
+        "seconds": seconds,
+        "setup_bytes_per_client": setup_bytes / CLIENTS,
+        "reveal_bytes_per_client": (wires.wire_bytes - before) / CLIENTS,
+        "update_bytes": len(updates[first]),
+        "is_bitwise_the_plain_sum": bool(torch.equal(masked, plain)),
+        **dict(zip(DEVIATIONS, (deviations(came[first][0]), deviations(words[first][0])), strict=True)),
+    }
+
+
+def deviations(words: Tensor) -> float:
+    """Return how many standard deviations chi-square of all four bytes lies above an even spread's."""
+    found, degrees = words.numpy().view(np.uint8).reshape(-1, 4), 4 * 255
+    counts = np.stack([np.bincount(column, minlength=256) for column in found.T])
+    expected = len(found) / 256
+    return (float(((counts - expected) ** 2 / expected).sum()) - degrees) / math.sqrt(2 * degrees)
+
+
+# -- broken input ---------------------------------------------------------------------------------------------
+
+WORDS: list[Any] = [None, True, -1, 0, 1, 7, 2**31, 2**63, -(2**70), 10**400, 0.5, -1e308, "", "int4", "Update"]
+WORDS += [
+    [],
+    {},
+    [1],
+    [[]],
+    [-1],
+    [2**62],
+    {"shape": [3]},
+    [{"format": "int2", "shape": [10**9]}],
+    math.nan,
+    math.inf,
+]
+SCRAPS = ["", "{}", "[]", "null", "true", ".nan", "-1", "1e999", "0x", "2020-13-45", "!!bool x", "&a [*a]"]
+SCRAPS += ["? [a]", "'"]
+GUIDED = """import sys, atheris
+with atheris.instrument_imports(include=["parablock.wire", "parablock.config.load", "parablock.config.section"]):
+    import survival
+survival.be_guided(atheris, *sys.argv[1:])
+"""
+Random = np.random.Generator
+
+
+def fuzz(options: Options, console: Console) -> None:
+    """Read mutated messages and configurations by the million: no errors but our own, no hang, no growing memory.
+
+    Messages: valid ones of every kind and format with bytes flipped, cut, doubled, or with header fields replaced
+    under a right checksum. Configurations: valid YAML with lines, values and characters changed. Whatever is not
+    refused must be a message or a configuration; every other exception counts as foreign. `--engine atheris` has
+    the mutations chosen by what they reach in the code, from the same valid inputs.
+    """
+    folder = fresh_folder(options).resolve()
+    if options.engine == "atheris":
+        texts = map(str.encode, valid_texts())
+        found = {
+            "messages": guided("messages", valid_messages(), options.messages, options.seed, folder),
+            "configurations": guided("configurations", texts, options.configs, options.seed, folder),
+        }
+    else:
+        found = {}
+        for name, inputs in (("messages", mutated_messages), ("configurations", mutated_texts)):
+            tally = Tally(reader(name, folder / "run.yaml"))
+            for raw in inputs(options):
+                tally.read(raw)
+            found[name] = tally.result()
+    bars = [
+        Bar("messages", found["messages"]["tried"], options.messages, at_most=False),
+        Bar("configurations", found["configurations"]["tried"], options.configs, at_most=False),
+        Bar("foreign exceptions", sum(part["foreign"] for part in found.values()), 0),
+        Bar("slowest of all, seconds", max(part["slowest_s"] for part in found.values()), 5.0),
+        Bar("growth of memory, MiB", max(part["memory_growth_mib"] for part in found.values()), 256),
+    ]
+    record(options, found, bars, config={}, console=console)
+
+
+def fuzz_section(found: Found) -> Found:
+    is_guided = found["options"].get("engine") == "atheris"
+    who = (
+        "atheris, guided by what they reach in the decoders" if is_guided else "kinds of mutation, drawn at random"
+    )
+    counts = {what: f"{{{what}:,}}" for what in ("tried", "refused", "read", "foreign")}
+    columns = {
+        "what": "{what}",
+        **counts,
+        "slowest, s": "{slowest_s:.3f}",
+        "memory, MiB": "{memory_growth_mib:.0f}",
+    }
+    rows = [{"what": name, "refused": 0, "read": 0} | part for name, part in found["results"].items()]
+    return section(
+        f"Broken input{', guided' if is_guided else ''}",
+        f"Valid messages and configurations, changed by {who}.\n"
+        "Foreign is any exception but the one that says what is wrong with the input.",
+        table_of(rows, columns),
+    )
+
+
+class Tally:
+    """Reads inputs, and counts what came of them: read, refused with an error of ours, a foreign exception."""
+
+    def __init__(self, read: Callable[[bytes], object]) -> None:
+        self._read, self._counts, self._foreign, self._slowest_s = read, Counter[str](), Counter[str](), 0.0
+        self._before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @property
+    def tried(self) -> int:
+        return self._counts.total()
+
+    def read(self, raw: bytes) -> None:
+        """Read one input."""
+        began, what = time.perf_counter(), "read"
+        try:
+            self._read(raw)
+        except (CodecError, ConfigError):
+            what = "refused"
+        except Exception as error:
+            what = "foreign"
+            self._foreign[repr(error)[:80]] += 1
+        self._counts[what] += 1
+        self._slowest_s = max(self._slowest_s, time.perf_counter() - began)
+
+    def result(self) -> Found:
+        """Return what was counted, the slowest input and how much the process has grown."""
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before) / 1024
+        found = {"tried": self.tried, "foreign": 0, **self._counts, "examples": dict(self._foreign.most_common(5))}
+        return found | {"slowest_s": self._slowest_s, "memory_growth_mib": grown}
+
+
+def reader(what: str, place: Path) -> Callable[[bytes], object]:
+    """Return what reads a message, or a configuration, which is written to a place before."""
+
+    def read_configuration(raw: bytes) -> object:
+        place.write_bytes(raw)
+        return load_config(place)
+
+    return messages.from_bytes if what == "messages" else read_configuration
+
+
+def guided(what: str, valid: Iterator[bytes], number: int, seed: int, folder: Path) -> Found:
+    """Let atheris choose so many mutations, in a process of its own; return what it counted."""
+    if find_spec("atheris") is None:
+        sys.exit("--engine atheris needs atheris, which is no part of the extras: pip install atheris")
+    corpus, output = folder / what, folder / f"{what}.json"
+    corpus.mkdir()
+    for place, raw in enumerate(valid):
+        (corpus / f"valid-{place}").write_bytes(raw)
+    command = [sys.executable, "-c", GUIDED, what, str(corpus), str(number), str(seed), str(output)]
+    with output.with_suffix(".log").open("wb") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, check=False, cwd=Path(__file__).parent)
+    if done.returncode != 0:
+        sys.exit(f"atheris ended with {done.returncode}:\n{output.with_suffix('.log').read_text()[-3000:]}")
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def be_guided(atheris: Any, what: str, corpus: str, number: str, seed: str, output: str) -> None:
+    """Be the process in which atheris mutates inputs; it ends the process itself, so the counts go into a file."""
+    tally = Tally(reader(what, Path(output).with_suffix(".yaml")))
+
+    def one(raw: bytes) -> None:
+        # mutations hardly ever leave the checksum right: every other message gets a right one
+        tally.read(sealed(raw[:-4]) if what == "messages" and tally.tried % 2 and len(raw) > 8 else raw)
+        if tally.tried == int(number):
+            found = {**tally.result(), "kept_inputs": len(list(Path(corpus).iterdir()))}
+            Path(output).write_text(json.dumps(found), encoding="utf-8")
+            os._exit(0)
+
+    atheris.Setup(["fuzz", corpus, f"-seed={int(seed) + 1}", "-max_len=4096", "-timeout=60"], one)
+    atheris.Fuzz()
+
+
+def mutated_messages(options: Options) -> Iterator[bytes]:
+    draw, seeds = generator_for(options.seed, "fuzz messages"), list(valid_messages())
+    mutations = (flipped, cut, doubled, spliced, lying, lying, lying_payload)
+    for _ in range(options.messages):
+        mutate = mutations[int(draw.integers(len(mutations)))]
+        yield mutate(seeds[int(draw.integers(len(seeds)))], draw)
+
+
+def valid_messages() -> Iterator[bytes]:
+    for name in FORMATS:
+        vector = pack(torch.linspace(-1, 1, 300), name)
+        news = (messages.NewValue(1, 3, 0.5, "value", vector), messages.NewValue(0, 2, 1.0, "difference", vector))
+        yield messages.to_bytes(messages.Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, 1, 3, vector))
+        yield messages.to_bytes(messages.RoundStart(5, 2, 8, 40, 3, news))
+        yield messages.to_bytes(messages.Finish(7, news))
+        yield messages.to_bytes(messages.Chunk(2, 7, "value", vector))
+    yield from map(
+        messages.to_bytes,
+        (messages.Mark(8, stop=True), messages.Skip(4), messages.Join((3, -1), (4, 5)), messages.Welcome()),
+    )
+
+
+def flipped(raw: bytes, draw: Random) -> bytes:
+    changed = bytearray(raw)
+    for place in draw.integers(len(raw), size=int(draw.integers(1, 5))):
+        changed[place] ^= int(draw.integers(1, 256))
+    return sealed(bytes(changed[:-4])) if draw.random() < 0.5 else bytes(changed)
+
+
+def cut(raw: bytes, draw: Random) -> bytes:
+    return raw[: int(draw.integers(len(raw)))]
+
+
+def doubled(raw: bytes, draw: Random) -> bytes:
+    return raw + raw[: int(draw.integers(len(raw)))]
+
+
+def spliced(raw: bytes, draw: Random) -> bytes:
+    first, second = sorted(draw.integers(len(raw), size=2).tolist())
+    return sealed((raw[:first] + raw[second:] + draw.bytes(second - first))[:-4])
+
+
+def lying(raw: bytes, draw: Random) -> bytes:
+    """Replace a field of the header, or add one."""
+    header, payload = parts_of(raw)
+    for _ in range(int(draw.integers(1, 4))):
+        keys = [*header, "extra"]
+        key, word = keys[int(draw.integers(len(keys)))], WORDS[int(draw.integers(len(WORDS)))]
+        if isinstance(header.get(key), list) and header[key] and draw.random() < 0.5:
+            word = [*header[key][:-1], word]
+        header[key] = word
+    return message(header, payload)
+
+
+def lying_payload(raw: bytes, draw: Random) -> bytes:
+    """Keep the header; replace the payload by noise, of another length at times."""
+    header, payload = parts_of(raw)
+    size = len(payload) if draw.random() < 0.5 else int(draw.integers(0, 4000))
+    return message(header, draw.bytes(size))
+
+
+def parts_of(raw: bytes) -> tuple[Found, bytes]:
+    (length,) = struct.unpack_from("<I", raw, 6)
+    return json.loads(raw[PREFIX.size : PREFIX.size + length]), raw[PREFIX.size + length : -CHECKSUM.size]
+
+
+def message(header: Found, payload: bytes) -> bytes:
+    head = json.dumps(header).encode()
+    return sealed(PREFIX.pack(b"PBLK", 1, len(head), len(payload)) + head + payload)
+
+
+def sealed(body: bytes) -> bytes:
+    """Put a right checksum after anything."""
+    return body + CHECKSUM.pack(zlib.crc32(body))
+
+
+def mutated_texts(options: Options) -> Iterator[bytes]:
+    draw, texts = generator_for(options.seed, "fuzz configurations"), valid_texts()
+    for _ in range(options.configs):
+        lines = texts[int(draw.integers(len(texts)))].splitlines()
+        for _ in range(int(draw.integers(1, 4))):
+            change(lines, draw)
+        yield "\n".join(lines).encode()
+
+
+def valid_texts() -> list[str]:
+    whole = parse_config({"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}).to_yaml()
+    return [whole, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "configs").glob("*.yaml")))]
+
+
+def change(lines: list[str], draw: Random) -> None:
+    """Change one line: its value, its characters, its place."""
+    place, other = draw.integers(len(lines), size=2).tolist()
+    line = lines[place]
+    key, colon, _ = line.partition(":")
+    match int(draw.integers(5)):
+        case 0:
+            lines[place] = f"{key}{colon} {SCRAPS[int(draw.integers(len(SCRAPS)))]}"
+        case 1:
+            lines[place], lines[other] = lines[other], line
+        case 2:
+            lines.insert(other, line)
+        case 3:
+            lines[place] = " " * int(draw.integers(6)) + line
+        case _:
+            middle = int(draw.integers(len(line) + 1))
+            lines[place] = line[:middle] + chr(int(draw.integers(1, 0x2FF))) + line[middle:]
+
+
+KILLING = {"kills": (5, "runs to kill"), "rounds": 12, "steps": 2, "seed": 0}
+KILLING |= {"toy": (False, "a generated model and text, not the pretrained one")}
+PARTS = {"kills": (12, "kills, in as many runs as that takes"), "rounds": 8, "seed": 0}
+PARTS |= {"parts": (["trainer", "supernode", "superlink"], "which, in a run")}
+CUTTING = {"cuts": (2, "cuts in each direction"), "outage_s": (20.0, "seconds of a cut"), "rounds": 6, "seed": 0}
+CUTTING |= {"transfer_s": (5.0, "how long a block should take on one connection, seconds")}
+CUTTING |= {"chunk_bytes": (4 << 20, "bytes of a chunk; the default of wire.chunk_bytes")}
+CUT_SMOKE = {"cuts": 1, "outage_s": 2.0, "rounds": 4, "transfer_s": 3.0, "chunk_bytes": 131_072}
+SOAKING = {"rounds": 200, "drop_rounds": (64, "rounds in which clients drop"), "steps": 2, "batch_size": 4}
+SOAKING |= {"schedule": ("constant", "of the learning rate: constant, cosine, linear"), "max_examples": 64}
+SOAKING |= {"seeds": ([0], "of runs and faults; the soak's: the first")}
+SOAKING |= {"only": (["soak", "drops"], "which part", {"choices": ("soak", "drops")})}
+SOAKING |= {"real": (False, "the pretrained model on the T0 families, not a toy")}
+ATTACKED = {"rules": (["mean", "mean, clipped", "median", "trimmed mean", "krum"], "of aggregation")}
+ATTACKED |= {"attacks": (list(ATTACKS), "what attackers do", {"choices": list(ATTACKS)}), "clients": 10}
+ATTACKED |= {"attackers": (2, "of them attack"), "trim_fraction": (0.2, "of the trimmed mean")}
+ATTACKED |= {"clip_norm": (2.0, "of the clipped mean"), "rounds": 16, "steps": 4, "max_examples": 256, "seed": 0}
+ROBUST_SMOKE = {"clients": 5, "attackers": 1, "rounds": 8, "steps": 1, "max_examples": 16}
+ROBUST_SMOKE |= {"attacks": ["none", "flip and scale"], "rules": ["mean", "median"]}
+MASKED = {"size": (4_000_000, "elements of the protocol's updates"), "rounds": 16, "steps": 4, "max_examples": 256}
+MASKED |= {"num_rounds": (64, "rounds that the protocol makes secrets for")}
+MASKED |= {"clip_norm": (10.0, "bound of an update's norm")}
+MASKED |= {"grids": (list(GRIDS), "runs that are made", {"nargs": "*", "choices": list(GRIDS)})}
+MASKED_SMOKE = {"size": 1 << 17, "num_rounds": 4, "rounds": 8, "steps": 1, "max_examples": 16}
+BROKEN = {"messages": (1_000_000, "mutated messages"), "configs": (10_000, "mutated configurations"), "seed": 0}
+BROKEN |= {"engine": ("drawn", "who chooses mutations", {"choices": ("drawn", "atheris")})}
+PARTS_SMOKE = {"kills": 1, "rounds": 4, "parts": ["trainer"]}
+BENCHMARKS = (
+    benchmark(kill_resume, kill_resume_section, KILLING, {"kills": 1, "rounds": 8, "steps": 1}, "--kills 50 --toy"),
+    benchmark(kill_sites, kill_sites_section, PARTS, PARTS_SMOKE, "--kills 3"),
+    benchmark(cut_link, cut_link_section, CUTTING, CUT_SMOKE, "--outage-s 40"),
+    benchmark(
+        soak, soak_section, SOAKING, {"rounds": 12, "drop_rounds": 6, "steps": 1}, "--only soak --rounds 100"
+    ),
+    benchmark(robust, robust_section, ATTACKED, ROBUST_SMOKE, "--rules mean median 'trimmed mean'"),
+    benchmark(secure_aggregation, secure_aggregation_section, MASKED, MASKED_SMOKE, "--rounds 8"),
+    benchmark(fuzz, fuzz_section, BROKEN, {"messages": 2000, "configs": 50}, "--messages 100000 --seed 7"),
+)
+
+if __name__ == "__main__":
+    main(__doc__, BENCHMARKS)
