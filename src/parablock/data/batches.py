@@ -23,10 +23,7 @@ from parablock.seeding import generator_for
 class Batch:
     """A micro-batch, padded on the right; all tensors are int64 on the CPU.
 
-    Args:
-        input_ids_BT: Token ids.
-        attention_mask_BT: 1 for a token, 0 for padding.
-        labels_BT: Token ids, or `IGNORED_LABEL` for tokens that the loss ignores; never shifted.
+    The mask is 1 for a token and 0 for padding. The labels are not shifted; the loss ignores `IGNORED_LABEL`.
     """
 
     input_ids_BT: torch.Tensor  # noqa: N815
@@ -35,12 +32,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
-    """Pad examples to the longest one; return a batch with a row for each example, in the given order.
-
-    Args:
-        examples: At least one.
-        pad_token_id: The id that fills `input_ids_BT`; it is masked out and has no effect on the loss.
-    """
+    """Pad at least one example to the longest one; return a batch with a row for each, in the given order."""
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids_BT = torch.full(shape, pad_token_id, dtype=torch.long)
     attention_mask_BT = torch.zeros(shape, dtype=torch.long)
@@ -64,20 +56,10 @@ def round_batches(
     gradient_accumulation_steps: int,
     pad_token_id: int,
 ) -> list[list[Batch]]:
-    """Return the batches of one client's round.
+    """Return the micro-batches of each local step of one client's round.
 
-    Args:
-        examples: The client's examples, in the same order in every round.
-        seed: The run's seed.
-        client_id: The client.
-        first_step: Number of local steps before this round: round_index × num_local_steps if K is fixed.
-        num_local_steps: K, the number of optimizer steps.
-        per_device_train_batch_size: Examples of a micro-batch.
-        gradient_accumulation_steps: Micro-batches of a step.
-        pad_token_id: See `collate`.
-
-    Returns:
-        The micro-batches of each local step. If a step takes more examples than there are, some repeat.
+    The examples have the same order in every round, and `first_step` counts the local steps of all rounds before.
+    If a step takes more examples than there are, some repeat.
 
     Raises:
         DataError: The client has no examples.

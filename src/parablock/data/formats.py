@@ -12,6 +12,7 @@ A row of the first four formats is a conversation; a row of `text` is not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from parablock.data.sources import Row
@@ -31,12 +32,9 @@ Message = dict[str, str]
 
 
 def detect_format(rows: Sequence[Row]) -> str:
-    """Return the one format that all rows have: a key of `FORMATS`.
+    """Return the one format that all rows (at least one) have: a key of `FORMATS`.
 
     A `text` field beside the fields of another format is ignored, as a rendering of the row.
-
-    Args:
-        rows: At least one row.
 
     Raises:
         DataError: A row fits no format or more than one, or two rows differ; names file, line and fields.
@@ -54,14 +52,7 @@ def detect_format(rows: Sequence[Row]) -> str:
 
 
 def read_conversation(row: Row, data_format: str) -> list[Message]:
-    """Read a row as a conversation.
-
-    Args:
-        row: A row of `data_format`.
-        data_format: Any format but `text`.
-
-    Returns:
-        The turns; one user turn and one assistant turn in all formats but `messages`.
+    """Return the turns of a row of any format but `text`: a user and an assistant turn, or those of `messages`.
 
     Raises:
         DataError: A field is missing or is not text, or `messages` is not a list of {role, content}.
@@ -88,26 +79,21 @@ def read_text(row: Row) -> str:
 
 
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
-    """Return a copy of a row with another completion, for multiple choice.
+    """Return a copy of a row with another completion (in `messages`: another last assistant turn).
 
-    Args:
-        row: A row of `data_format`.
-        completion: The new completion; in `messages`, it replaces the last assistant turn.
-        data_format: Any format but `text`, or `auto` to detect it.
+    The format `auto` is detected.
 
     Raises:
         DataError: The row has no prompt apart from its completion (format `text`, no assistant turn).
     """
     data_format = _format_of(row) if data_format == "auto" else data_format
-    if data_format != "messages" and data_format != "text":
-        return Row({**row.fields, FORMATS[data_format][1]: completion}, row.source, row.line)
-    turns = _read_messages(row) if data_format == "messages" else []
-    for index in range(len(turns) - 1, -1, -1):
-        if turns[index]["role"] == "assistant":
-            changed = {"role": "assistant", "content": completion}
-            return Row(
-                {**row.fields, "messages": [*turns[:index], changed, *turns[index + 1 :]]}, row.source, row.line
-            )
+    if data_format not in ("messages", "text"):
+        return replace(row, fields={**row.fields, FORMATS[data_format][1]: completion})
+    turns = _read_messages(row) if data_format == "messages" else []  # a copy
+    for turn in reversed(turns):
+        if turn["role"] == "assistant":
+            turn["content"] = completion
+            return replace(row, fields={**row.fields, "messages": turns})
     raise DataError(
         f"{row.place} has no completion that could be replaced by another one.",
         remedy="Multiple choice needs rows with a prompt and a completion.",

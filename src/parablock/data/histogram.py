@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import median_high
 from typing import Any
 
 from parablock.data.prompts import Example
@@ -16,14 +17,10 @@ _BAR, _LABEL, _MOST_CLIENTS, _MOST_BINS = 24, 16, 20, 8
 
 
 def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = None) -> list[str]:
-    """Draw the number of examples of each client.
+    """Draw the number of examples of each client, and of the most frequent values of a field if one is given.
 
-    Args:
-        parts: The rows of each client, by client_id; at least one client.
-        field: A field whose values are also counted, the most frequent ones by name; None: no field.
-
-    Returns:
-        Lines of at most `WIDTH` characters: one for each client, or a histogram of sizes if there are many clients.
+    Returns lines of at most `WIDTH` characters: one for each client (by client_id; at least one), or a histogram of
+    sizes if there are many clients.
     """
     sizes = [len(part) for part in parts]
     lines = _draw_sizes(parts, sizes, field) if len(parts) > _MOST_CLIENTS else _draw_clients(parts, sizes, field)
@@ -31,15 +28,10 @@ def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = N
 
 
 def count_examples(parts: Sequence[Sequence[Example]], *, field: str | None = None) -> list[dict[str, Any]]:
-    """Count the examples, tokens and labels of each client.
+    """Count for each client its `examples`, `tokens`, `target_tokens` (those in the loss) and `labels`.
 
-    Args:
-        parts: The examples of each client, by client_id.
-        field: The field whose values are the labels; None: the sources are the labels.
-
-    Returns:
-        For each client `examples`, `tokens`, `target_tokens` (those that the loss counts) and `labels`: the number
-        of examples of each label, where all but the `MAX_LABELS` most frequent labels count as `OTHER_LABELS`.
+    The labels are the values of `field`, or without a field the sources. All but the `MAX_LABELS` most frequent
+    labels count as `OTHER_LABELS`.
     """
     labels = [Counter(_label(example.row, field) for example in part) for part in parts]
     total = Counter[str]()
@@ -81,7 +73,7 @@ def _draw_sizes(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str
     smallest, largest = min(sizes), max(sizes)
     lines = [
         f"{len(parts)} clients, {sum(sizes)} examples; smallest {smallest} (client {sizes.index(smallest)}), "
-        f"median {_median(sizes)}, largest {largest} (client {sizes.index(largest)})"
+        f"median {median_high(sizes)}, largest {largest} (client {sizes.index(largest)})"
     ]
     step = (largest - smallest) // _MOST_BINS + 1
     counts = Counter((size - smallest) // step for size in sizes)
@@ -94,7 +86,7 @@ def _draw_sizes(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str
     if field is not None:
         kinds = [len({str(row.fields.get(field)) for row in part}) for part in parts]
         lines.append(
-            f"values of {field} per client: fewest {min(kinds)}, median {_median(kinds)}, most {max(kinds)}"
+            f"values of {field} per client: fewest {min(kinds)}, median {median_high(kinds)}, most {max(kinds)}"
         )
     return lines
 
@@ -103,16 +95,10 @@ def _bar(count: int, largest: int) -> str:
     return "█" * max(round(_BAR * count / max(largest, 1)), min(count, 1))
 
 
-def _median(values: Sequence[int]) -> int:
-    return sorted(values)[len(values) // 2]
-
-
 def _labels(part: Sequence[Row], field: str, room: int) -> str:
     """List as many labels as fit into `room` characters, the most frequent first."""
-    counts = Counter(str(row.fields.get(field)) for row in part)
-    top = [
-        f"{_short(label)} {count}" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    counts = Counter(sorted(str(row.fields.get(field)) for row in part))
+    top = [f"{_short(label)} {count}" for label, count in counts.most_common()]
     for shown in range(len(top), 0, -1):
         text = ", ".join(top[:shown]) + (f", +{len(top) - shown} more" if shown < len(top) else "")
         if len(text) <= room:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from parablock.data.histogram import partition_histogram
+import numpy as np
+
 from parablock.data.sources import Row
 from parablock.errors import DataError
 from parablock.seeding import generator_for, seed_for
-
-__all__ = ["SCHEMES", "Partition", "partition_histogram", "partition_rows"]
 
 SCHEMES = ("iid", "dirichlet", "by_field", "by_file")
 
@@ -30,7 +29,7 @@ def partition_rows(
     field: str | None = None,
     seed: int,
 ) -> Partition:
-    """Assign every row to one client.
+    """Assign every row to one client, so that every client has at least one.
 
     Args:
         rows_per_source: The rows of each source, in the configured order.
@@ -41,9 +40,6 @@ def partition_rows(
         alpha: Concentration of `dirichlet`; clients differ more for a smaller alpha.
         field: The field that `dirichlet` and `by_field` use.
         seed: The run's seed.
-
-    Returns:
-        A non-empty tuple of rows for each client.
 
     Raises:
         DataError: The scheme would leave a client without rows, or a row lacks the field.
@@ -80,13 +76,12 @@ def _split_by_file(rows_per_source: Sequence[Sequence[Row]], num_clients: int) -
 
 
 def _split_iid(rows: Sequence[Row], num_clients: int, seed: int) -> Partition:
-    from flwr_datasets.partitioner import IidPartitioner  # slow to import, like the two below
-
-    order = generator_for(seed, "partition").permutation(len(rows)).tolist()
-    return _split_with(rows, IidPartitioner(num_partitions=num_clients), order=order)
+    order = generator_for(seed, "partition").permutation(len(rows))
+    return tuple(tuple(rows[index] for index in part) for part in np.array_split(order, num_clients))
 
 
 def _split_dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field: str, seed: int) -> Partition:
+    import datasets  # slow to import
     from flwr_datasets.partitioner import DirichletPartitioner
 
     if alpha <= 0:
@@ -99,8 +94,10 @@ def _split_dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field:
         min_partition_size=1,
         seed=seed_for(seed, "partition"),
     )
-    try:
-        return _split_with(rows, partitioner, labels=labels)
+    try:  # without progress bars, and without warnings about repeated draws
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            partitioner.dataset = datasets.Dataset.from_dict({"index": list(range(len(rows))), "label": labels})
+            parts = [list(partitioner.load_partition(client_id)["index"]) for client_id in range(num_clients)]
     except ValueError as error:
         raise DataError(
             f"No Dirichlet({alpha}) draw over {len(rows)} rows and {len(values)} values of {field!r} gave each of "
@@ -108,11 +105,10 @@ def _split_dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field:
             cause=f"alpha is small for so many clients. {error}",
             remedy="Raise data.partition.alpha, lower federation.num_clients, or take another seed.",
         ) from error
+    return tuple(tuple(rows[index] for index in part) for part in parts)
 
 
 def _split_by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partition:
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
     values, labels = _number_labels(rows, field)
     if len(values) != num_clients:
         shown = ", ".join(repr(value) for value in values[:10]) + (", …" if len(values) > 10 else "")
@@ -121,7 +117,10 @@ def _split_by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partit
             f"{num_clients} clients: {shown}.",
             remedy=f"Set federation.num_clients: {len(values)}, or choose another field.",
         )
-    return _split_with(rows, NaturalIdPartitioner(partition_by="label"), labels=labels)
+    parts: list[list[Row]] = [[] for _ in values]
+    for row, label in zip(rows, labels, strict=True):
+        parts[label].append(row)
+    return tuple(map(tuple, parts))
 
 
 def _check_field(rows: Sequence[Row], scheme: str, field: str | None) -> str:
@@ -147,29 +146,3 @@ def _number_labels(rows: Sequence[Row], field: str) -> tuple[list[Any], list[int
     values = sorted(present, key=lambda v: (0, v, "") if isinstance(v, int | float) else (1, 0, str(v)))
     number = {value: label for label, value in enumerate(values)}
     return values, [number[row.fields[field]] for row in rows]
-
-
-def _split_with(
-    rows: Sequence[Row],
-    partitioner: Any,
-    *,
-    order: Sequence[int] | None = None,
-    labels: Sequence[int] | None = None,
-) -> Partition:
-    """Split the rows with a partitioner of flwr-datasets, by a table of row index and label."""
-    import datasets
-
-    index = order if order is not None else range(len(rows))
-    label = labels if labels is not None else [0] * len(rows)
-    with _silence():
-        partitioner.dataset = datasets.Dataset.from_dict({"index": list(index), "label": list(label)})
-        parts = [list(partitioner.load_partition(part)["index"]) for part in range(partitioner.num_partitions)]
-    return tuple(tuple(rows[index] for index in part) for part in parts)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Hide the library's progress bars and warnings about repeated draws; errors still pass."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

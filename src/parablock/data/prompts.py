@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from parablock.data.formats import FORMATS, detect_format, replace_completion
@@ -74,10 +75,7 @@ class Skipped:
 class Tokenized:
     """The result of tokenizing rows: every row is an example or skipped, in the given order.
 
-    Args:
-        examples: At least one.
-        skipped: Rows whose labels are all masked.
-        data_format: The format of the rows; `auto` if their sources have different formats.
+    `data_format` is `auto` if the sources of the rows have different formats.
     """
 
     examples: tuple[Example, ...]
@@ -109,11 +107,10 @@ def tokenize_rows(
 
     Args:
         rows: At least one row.
-        tokenizer: The model's tokenizer; its chat template is used if it has one.
+        tokenizer: The model's tokenizer.
         data_format: A key of `FORMATS`, or `auto` to detect the format of each source.
         max_length: Longest example in tokens; a longer one loses its right end.
-        completion_only_loss: Whether the loss counts only assistant turns (for format `text`, the whole text)
-            instead of every token.
+        completion_only_loss: Whether the loss counts only assistant turns (for format `text`, the whole text).
 
     Raises:
         DataError: No rows, an unknown format, a row that does not fit it, or no row to train on.
@@ -145,14 +142,11 @@ def tokenize_rows(
 
 
 def _format_of_each_source(rows: Sequence[Row], data_format: str) -> dict[str, str]:
-    """Return the format of each source; the sources may differ."""
     by_source: dict[str, list[Row]] = {}
     for row in rows:
         by_source.setdefault(row.source, []).append(row)
-    return {
-        source: detect_format(of_source) if data_format == "auto" else data_format
-        for source, of_source in by_source.items()
-    }
+    detect = detect_format if data_format == "auto" else lambda _: data_format
+    return {source: detect(of_source) for source, of_source in by_source.items()}
 
 
 def _make_example(
@@ -160,15 +154,12 @@ def _make_example(
 ) -> Example:
     input_ids: list[int] = []
     labels: list[int] = []
-    prompt_length = 0
+    prompt_length: int | None = None  # the whole text, if it has no completion
     for piece, ids in zip(rendering.pieces, pieces_ids, strict=True):
         if piece.is_completion:
             prompt_length = len(input_ids)
-        counts = piece.is_completion or not completion_only_loss
         input_ids += ids
-        labels += ids if counts else [IGNORED_LABEL] * len(ids)
-    if not any(piece.is_completion for piece in rendering.pieces):
-        prompt_length = len(input_ids)
+        labels += ids if piece.is_completion or not completion_only_loss else [IGNORED_LABEL] * len(ids)
     return Example(
         input_ids=tuple(input_ids[:max_length]),
         labels=tuple(labels[:max_length]),
@@ -186,7 +177,7 @@ def _encode(renderings: Sequence[Rendering], tokenizer: PreTrainedTokenizerBase)
     token, the pieces are tokenized one by one instead.
     """
     texts = [[piece.text for piece in rendering.pieces] for rendering in renderings]
-    prefixes_ids = _encode_each([_prefixes(of_row) for of_row in texts], tokenizer)
+    prefixes_ids = _encode_each([list(accumulate(of_row)) for of_row in texts], tokenizer)
     nested = [all(ids == of_row[-1][: len(ids)] for ids in of_row) for of_row in prefixes_ids]
     apart = iter(
         _encode_each([of_row for of_row, whole in zip(texts, nested, strict=True) if not whole], tokenizer)
@@ -194,10 +185,6 @@ def _encode(renderings: Sequence[Rendering], tokenizer: PreTrainedTokenizerBase)
     return [
         _differences(of_row) if whole else next(apart) for of_row, whole in zip(prefixes_ids, nested, strict=True)
     ]
-
-
-def _prefixes(texts: Sequence[str]) -> list[str]:
-    return ["".join(texts[: end + 1]) for end in range(len(texts))]
 
 
 def _differences(prefixes_ids: Sequence[list[int]]) -> list[list[int]]:

@@ -47,15 +47,12 @@ class Row:
 
 
 def load_rows(source: str, *, split: str) -> list[Row]:
-    """Load all rows of one source.
+    """Load all rows of one source, in its order; at least one.
 
     Args:
         source: A local `.jsonl`, `.json` or `.parquet` file, or a dataset of the hub, `name` or `name:config`.
             A path that exists, has the suffix of a file, or starts with `.`, `/` or `~` is a file.
         split: The split of a hub dataset (`train`, `test`); a local file is one split already.
-
-    Returns:
-        The rows in the order of the source; at least one.
 
     Raises:
         DataError: The source is missing, a folder, of an unknown suffix, unreadable, broken or empty.

@@ -31,11 +31,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A row as text.
+    """A row as text, piece by piece, and its last completion without additions of the template.
 
-    Args:
-        pieces: The whole text, in order; the text before the last completion is the prompt for generation.
-        completion: The last completion as in the row, without additions of the template.
+    The text before the last completion is the prompt for generation.
     """
 
     pieces: tuple[Piece, ...]
@@ -43,14 +41,9 @@ class Rendering:
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, *, data_format: str) -> Callable[[Row], Rendering]:
-    """Return the function that renders rows for one tokenizer.
+    """Return the function that renders rows of one format for one tokenizer.
 
-    Args:
-        tokenizer: The model's tokenizer; its chat template is used if it has one.
-        data_format: A key of `FORMATS`.
-
-    Returns:
-        Row → Rendering; raises DataError for a row that the template refuses or that cannot be cut.
+    It raises a DataError for a row that the template refuses or that cannot be cut.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token.

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from parablock.data.histogram import WIDTH
-from parablock.data.partition import Partition, partition_histogram, partition_rows
+from parablock.data.histogram import WIDTH, partition_histogram
+from parablock.data.partition import Partition, partition_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
 
