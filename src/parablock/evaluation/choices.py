@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from parablock.data.prompts import IGNORED_LABEL, Example, Tokenized, replace_completion, tokenize_rows
 from parablock.data.sources import Row
 from parablock.errors import DataError, TrainingError
-from parablock.evaluation.scoring import Sample, TaskResult, context_length, score_examples
+from parablock.evaluation.scoring import TaskResult, context_length, first_samples, score_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,17 +33,9 @@ def multiple_choice(
     batch_size: int = 16,
     num_samples: int = 3,
 ) -> TaskResult:
-    """Compute the share of examples whose reference is the model's likeliest choice.
+    """Compute the share of examples whose reference is the model's likeliest choice; see `find_choices`.
 
-    Args:
-        model: A causal language model.
-        tokenizer: The model's tokenizer.
-        tokenized: The examples; `find_choices` finds their choices.
-        batch_size: Choices that go through the model at once.
-        num_samples: Number of examples that the result shows.
-
-    Returns:
-        Accuracy, count and samples; a tie goes to the first choice.
+    A tie goes to the first choice. `batch_size` choices go through the model at once.
 
     Raises:
         DataError: The choices are missing or wrong, or one is too long for the model.
@@ -58,22 +50,17 @@ def multiple_choice(
     num_right = sum(
         prediction == example.completion.strip() for prediction, example in zip(predictions, examples, strict=True)
     )
-    samples = tuple(
-        Sample(tokenizer.decode(example.prompt_ids), example.completion, prediction)
-        for example, prediction in zip(examples[:num_samples], predictions, strict=False)
+    return TaskResult(
+        num_right / len(examples), len(examples), first_samples(tokenizer, examples, predictions, num_samples)
     )
-    return TaskResult(num_right / len(examples), len(examples), samples)
 
 
 def find_choices(examples: Sequence[Example]) -> list[tuple[str, ...]]:
-    """Return the choices of each example.
+    """Return the choices of each of at least one example.
 
     The field `choices` of a row is a list of texts, including the completion. Without it, the choices are the
     distinct completions of all examples with the same field `template` (or with none), in alphabetical order. White
     space around a choice does not count.
-
-    Args:
-        examples: At least one.
 
     Raises:
         DataError: `choices` is not such a list, or there are fewer than two distinct completions, or more than

@@ -12,7 +12,7 @@ import torch
 
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.errors import DataError
-from parablock.evaluation.scoring import Sample, TaskResult, context_length, evaluation_mode
+from parablock.evaluation.scoring import TaskResult, context_length, evaluation_mode, first_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,13 +34,7 @@ def exact_match(
 ) -> TaskResult:
     """Compute the share of examples whose generated answer is the reference; see `answers_match`.
 
-    Args:
-        model: A causal language model.
-        tokenizer: The model's tokenizer.
-        examples: Prompts and references, at least one.
-        max_new_tokens: Longest answer in tokens.
-        batch_size: Prompts that are answered at once.
-        num_samples: Number of examples that the result shows.
+    The arguments are those of `generate_completions`, and the number of samples in the result.
 
     Raises:
         DataError: There are no examples, or one has no prompt or no room for an answer.
@@ -50,13 +44,10 @@ def exact_match(
     predictions = generate_completions(
         model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    references = [example.completion for example in examples]
-    num_right = sum(map(answers_match, predictions, references))
-    samples = tuple(
-        Sample(tokenizer.decode(example.prompt_ids), example.completion, prediction)
-        for example, prediction in zip(examples[:num_samples], predictions, strict=False)
+    num_right = sum(map(answers_match, predictions, (example.completion for example in examples)))
+    return TaskResult(
+        num_right / len(examples), len(examples), first_samples(tokenizer, examples, predictions, num_samples)
     )
-    return TaskResult(num_right / len(examples), len(examples), samples)
 
 
 def answers_match(prediction: str, reference: str) -> bool:
@@ -65,10 +56,6 @@ def answers_match(prediction: str, reference: str) -> bool:
     If the reference ends with a number after `####`, the number after the last `####` of the prediction must be the
     same, in any notation (`$1,000.` is 1000). The text before and after it does not count. If words follow `####`,
     or the reference has no mark, the words must be equal, except for white space and case.
-
-    Args:
-        prediction: The model's answer.
-        reference: The completion of the row.
     """
     if ANSWER_MARK not in reference:
         return _normalise(prediction) == _normalise(reference)
@@ -102,17 +89,8 @@ def generate_completions(
     """Answer the prompts of examples by greedy decoding, until the turn ends.
 
     The model's own generation settings (sampling, penalties, forced tokens) have no effect. A prompt that is too
-    long for the model's context loses its beginning, so that `max_new_tokens` fit.
-
-    Args:
-        model: A causal language model.
-        tokenizer: The model's tokenizer.
-        examples: Examples, of which only `prompt_ids` are used.
-        max_new_tokens: Longest answer in tokens.
-        batch_size: Prompts that are answered at once, padded on the left.
-
-    Returns:
-        The answers in the order of the examples, without prompts and special tokens.
+    long for the model's context loses its beginning, so that `max_new_tokens` fit. `batch_size` prompts are
+    answered at once, padded on the left. The answers are without prompts and special tokens.
 
     Raises:
         DataError: An example has no prompt, or the context has no room for a prompt and an answer.

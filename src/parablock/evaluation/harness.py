@@ -15,15 +15,9 @@ from parablock.model.load import load_model
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """One metric of one task for one model.
+    """One metric of one task for one model: base, tuned, or only.
 
-    Attributes:
-        label: base | tuned | model.
-        name_or_path: The model.
-        task: The harness's name of the task.
-        metric: The metric, with its filter if it has one: `acc`, `exact_match,flexible-extract`.
-        value: Its value.
-        count: Examples scored.
+    A metric has the name of its filter if it has one: `exact_match,flexible-extract`.
     """
 
     label: str

@@ -19,17 +19,12 @@ from parablock.data.prompts import IGNORED_LABEL, Example
 from parablock.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """The likelihood of the labelled tokens of one example.
-
-    Attributes:
-        log_prob: Sum of the natural logarithms of their probabilities.
-        num_tokens: Number of labelled tokens.
-    """
+    """The sum of the natural logarithms of the labelled tokens' probabilities in one example, and their number."""
 
     log_prob: float
     num_tokens: int
@@ -46,17 +41,21 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The outcome of a task on a set of examples.
-
-    Attributes:
-        score: Share of right examples, 0 … 1.
-        count: Number of examples.
-        samples: The first few examples.
-    """
+    """The share of right examples (0 … 1), their number, and the first few of them."""
 
     score: float
     count: int
     samples: tuple[Sample, ...]
+
+
+def first_samples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], predictions: Sequence[str], count: int
+) -> tuple[Sample, ...]:
+    """Return the first few examples with their predictions."""
+    return tuple(
+        Sample(tokenizer.decode(example.prompt_ids), example.completion, prediction)
+        for example, prediction in zip(examples[:count], predictions, strict=False)
+    )
 
 
 @contextmanager
@@ -83,16 +82,8 @@ def score_examples(
     """Compute the likelihood of each example's labelled tokens, in float32 for every dtype of the model.
 
     Examples are sorted before they are cut into batches, by length first to save padding. So the result of an
-    example does not depend on the given order or, except for rounding, on the batch size.
-
-    Args:
-        model: A causal language model.
-        examples: Token ids and labels; the first token of an example is never predicted.
-        pad_token_id: The id that fills a batch.
-        batch_size: Examples that go through the model at once.
-
-    Returns:
-        One likelihood for each example, in the given order.
+    example does not depend on the given order or, except for rounding, on the batch size. The results are in the
+    given order; the first token of an example is never predicted.
     """
     order = sorted(range(len(examples)), key=lambda index: _place_in_order(examples[index]))
     likelihoods: dict[int, Likelihood] = {}
@@ -107,19 +98,10 @@ def score_examples(
 def evaluate_loss(
     model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
 ) -> float:
-    """Compute the mean cross-entropy over all labelled tokens of all examples.
+    """Compute the mean cross-entropy over all labelled tokens of all examples: nats per token, in float32.
 
     Every token has the same weight, so a long completion counts more than a short one. The order of the examples
-    has no effect on the result, not even by a bit.
-
-    Args:
-        model: A causal language model; the mode of its modules is restored afterwards.
-        examples: The evaluation data; tokens with a masked label are context only.
-        pad_token_id: The id that fills a batch.
-        batch_size: Examples that go through the model at once.
-
-    Returns:
-        Nats per token, computed in float32; not finite if the model's numbers are not.
+    has no effect on the result, not even by a bit. The result is not finite if the model's numbers are not.
 
     Raises:
         DataError: No example has a labelled token.

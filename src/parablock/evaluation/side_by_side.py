@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
@@ -13,7 +12,7 @@ from parablock.data.sources import load_rows
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import exact_match
-from parablock.evaluation.scoring import Sample, evaluate_loss
+from parablock.evaluation.scoring import Sample, context_length, evaluate_loss
 from parablock.model.load import LoadedModel, load_model
 from parablock.storage.run_directory import RunDirectory
 
@@ -22,15 +21,7 @@ TASKS = ("loss", "exact_match", "multiple_choice")
 
 @dataclass(frozen=True)
 class Score:
-    """One model's result.
-
-    Attributes:
-        label: base | tuned | model.
-        name_or_path: The model.
-        value: Loss in nats per token, or the share of right answers.
-        count: Examples scored.
-        samples: Some of the answers; empty for the loss.
-    """
+    """The result of the base, tuned or only model: a loss in nats per token, or the share of right answers."""
 
     label: str
     name_or_path: str
@@ -90,10 +81,8 @@ def score_models(
 def _score(label: str, loaded: LoadedModel, tokenized: Tokenized, task: str, max_new_tokens: int) -> Score:
     model, tokenizer, name = loaded.model, loaded.tokenizer, loaded.name_or_path
     if task == "loss":
-        pad = tokenizer.pad_token_id
-        return Score(
-            label, name, evaluate_loss(model, tokenized.examples, pad_token_id=pad), len(tokenized.examples)
-        )
+        loss = evaluate_loss(model, tokenized.examples, pad_token_id=tokenizer.pad_token_id)
+        return Score(label, name, loss, len(tokenized.examples))
     if task == "exact_match":
         result = exact_match(model, tokenizer, tokenized.examples, max_new_tokens=max_new_tokens)
     else:
@@ -126,7 +115,7 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     base = config.model
     if base.init == "random":
         return [("tuned", str(directory.model), base.dtype)]
-    return [("base", base.name_or_path, base.dtype), ("tuned", str(Path(directory.model)), base.dtype)]
+    return [("base", base.name_or_path, base.dtype), ("tuned", str(directory.model), base.dtype)]
 
 
 def _read_config(model_or_run_dir: str) -> RunConfig | None:
@@ -135,5 +124,4 @@ def _read_config(model_or_run_dir: str) -> RunConfig | None:
 
 
 def _longest(loaded: LoadedModel) -> int:
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    return min(longest or 2048, 2048)
+    return min(context_length(loaded.model) or 2048, 2048)

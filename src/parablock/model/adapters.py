@@ -34,13 +34,8 @@ def add_adapters(
 ) -> None:
     """Add adapters to weight matrices of the decoder layers, in place.
 
-    Args:
-        model: A causal language model.
-        rank: Rows of A and columns of B.
-        alpha: The scale of an adapter is alpha / rank.
-        target_modules: Last parts of module names, such as `q_proj`; empty: every matrix of the layers.
-        layers_path: As in `partition_blocks`.
-        seed: The run's seed, from which A is drawn.
+    `rank` counts the rows of A and the columns of B, and the scale of an adapter is alpha / rank. `target_modules`
+    are last parts of module names, such as `q_proj`; without any, every matrix of the layers gets an adapter.
 
     Raises:
         ModelError: `peft` is not installed, or the model has no module of such a name.
@@ -59,8 +54,7 @@ def add_adapters(
             LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"), model
         )
     for index, (_, layer) in enumerate(adapted_layers(model)):
-        matrix = layer.lora_A[ADAPTER].weight
-        matrix.data.copy_(draw_a(matrix, seed, index))
+        layer.lora_A[ADAPTER].weight.data.copy_(draw_a(layer.lora_A[ADAPTER].weight, seed, index))
         layer.lora_B[ADAPTER].weight.data.zero_()
 
 
@@ -78,14 +72,7 @@ def adapter_block(
     matrices: Sequence[str] = ("A", "B"),
     layers_path: str | None = None,
 ) -> Block:
-    """Return one block of the adapters' parameters, module after module.
-
-    Args:
-        model: A model with adapters.
-        index: The block's place among the blocks.
-        matrices: Which of each adapter's two.
-        layers_path: As in `partition_blocks`.
-    """
+    """Return one block of the adapters' parameters, module after module: A, B or both of each adapter."""
     names = [f"{name}.lora_{letter}.{ADAPTER}.weight" for name, _ in adapted_layers(model) for letter in matrices]
     return _make_block(f"adapters, {' and '.join(matrices)}", names, model, layers_path, index)
 
@@ -128,15 +115,8 @@ def _make_block(
 ) -> Block:
     """Return one block, over all layers, of the named parameters."""
     layers_path, layers = find_layers(model, layers_path)
-    return Block(
-        index=index,
-        name=name,
-        layers=tuple(range(len(layers))),
-        parameter_names=tuple(names),
-        num_parameters=sum(model.get_parameter(name).numel() for name in names),
-        lowest_layer=0,
-        layers_path=layers_path,
-    )
+    size = sum(model.get_parameter(name).numel() for name in names)
+    return Block(index, name, tuple(range(len(layers))), tuple(names), size, layers_path=layers_path)
 
 
 def _find_targets(model: PreTrainedModel, layers_path: str, wanted: Sequence[str]) -> list[str]:

@@ -67,9 +67,9 @@ def partition_blocks(
         model: Any Hugging Face causal language model.
         layers_per_block: Decoder layers in a block; the last block may have fewer.
         split: `layer`, or `attention_mlp`: two blocks for each group of layers, their attention and their MLPs.
-        include_embeddings: Whether token and position embeddings are block 0.
+        include_embeddings: Whether token and position embeddings are the first block.
         include_head: Whether the final norm and the head are the last block.
-        layers_path: Dotted path of the list of decoder layers, if `find_layers` cannot find it.
+        layers_path: As in `find_layers`.
 
     Raises:
         ModelError: The layers are not found, `layers_per_block` does not fit their number, the split is unknown, or
@@ -110,19 +110,20 @@ def partition_blocks(
     if include_head:
         add("head", (), head, 0 if tied & set(head) else count)
     for block in blocks:
-        _check_not_empty(block)
+        if not block.num_parameters:
+            raise ModelError(
+                f"Block {block.index} ({block.name}) would have no parameters",
+                cause="They are shared with another block, or this model has none there.",
+                remedy="Leave this block out, or choose larger blocks, or blocks.split: layer.",
+            )
     return tuple(blocks)
 
 
 def halves_of(names: Sequence[str], layers_path: str) -> dict[str, str]:
-    """Return the half of its layer, attention | mlp, for each parameter.
+    """Return the half of its layer, attention | mlp, for each of all parameters of some layers.
 
     A norm is in the half that it is named after. The exception is `post_attention_layernorm` as the only norm
     between the two halves, where it feeds the MLP.
-
-    Args:
-        names: All parameters of some layers.
-        layers_path: Dotted path of the model's decoder layers.
     """
     sandwiched = any("feedforward" in name for name in names)
     halves = {}
@@ -135,37 +136,21 @@ def halves_of(names: Sequence[str], layers_path: str) -> dict[str, str]:
 
 
 def whole_model(model: PreTrainedModel, layers_path: str | None = None) -> tuple[Block]:
-    """Return one block of all parameters, embeddings and head included, as FedAvg trains and sends them.
-
-    Args:
-        model: Any Hugging Face causal language model.
-        layers_path: As in `partition_blocks`.
-    """
+    """Return one block of all parameters, embeddings and head included, as FedAvg trains and sends them."""
     parts = partition_blocks(
         model, layers_per_block=1, include_embeddings=True, include_head=True, layers_path=layers_path
     )
-    return (
-        Block(
-            index=0,
-            name="all parameters",
-            layers=tuple(layer for part in parts for layer in part.layers),
-            parameter_names=tuple(name for part in parts for name in part.parameter_names),
-            num_parameters=sum(part.num_parameters for part in parts),
-            lowest_layer=0,
-            layers_path=parts[0].layers_path,
-        ),
-    )
+    layers = tuple(layer for part in parts for layer in part.layers)
+    names = tuple(name for part in parts for name in part.parameter_names)
+    size = sum(part.num_parameters for part in parts)
+    return (Block(0, "all parameters", layers, names, size, layers_path=parts[0].layers_path),)
 
 
 def find_layers(model: PreTrainedModel, layers_path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Return the dotted path and the list of a model's decoder layers.
 
     The list is the one `ModuleList` of the decoder that has an entry for each layer of the configuration and lies
-    in no other `ModuleList`.
-
-    Args:
-        model: A Hugging Face causal language model.
-        layers_path: Dotted path of the list, if this rule does not find it.
+    in no other `ModuleList`. For a model in which this rule does not find it, `layers_path` is its dotted path.
 
     Raises:
         ModelError: There is no such list, or more than one.
@@ -223,12 +208,3 @@ def _names_outside(model: PreTrainedModel, path: str) -> tuple[list[str], list[s
 
 def _layers_name(group: Sequence[int]) -> str:
     return f"layers.{group[0]}" if len(group) == 1 else f"layers.{group[0]}-{group[-1]}"
-
-
-def _check_not_empty(block: Block) -> None:
-    if not block.num_parameters:
-        raise ModelError(
-            f"Block {block.index} ({block.name}) would have no parameters",
-            cause="They are shared with another block, or this model has none there.",
-            remedy="Leave this block out, or choose larger blocks, or blocks.split: layer.",
-        )

@@ -27,11 +27,7 @@ class ArrivingVector(Protocol):
 
 
 def copy_to_cpu(flat: Tensor) -> ArrivingVector:
-    """Start a copy of a vector to the CPU.
-
-    Args:
-        flat: 1-D. On another device than the CPU, it must not change until its last part has been read.
-    """
+    """Start a copy of a 1-D vector to the CPU; on another device it must not change until all has been read."""
     return flat.clone() if flat.device.type == "cpu" else _DeviceCopy(flat)
 
 

@@ -38,12 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for block training.
+    """A model ready for block training, in evaluation mode with every dropout at zero, and its tokenizer.
 
-    Attributes:
-        model: A causal language model in evaluation mode, with every dropout at zero.
-        tokenizer: The model's tokenizer, with a pad token.
-        name_or_path: The model's folder or id, as the user wrote it.
+    A missing pad token is replaced by the end-of-text token. `name_or_path` is as the user wrote it.
     """
 
     model: PreTrainedModel
@@ -64,9 +61,6 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
         init: `pretrained` reads the weights; `random` draws them from `seed`, always on the CPU, and needs only a
             configuration and a tokenizer in the folder.
         seed: The run's seed; it has no effect on pretrained weights.
-
-    Returns:
-        The model on its device, and its tokenizer. A missing pad token becomes the end-of-text token.
 
     Raises:
         ModelError: The folder or id cannot be read, the weights do not fit the configuration, the architecture is
@@ -93,10 +87,6 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
 
 def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
     """Return a model on the `meta` device: its parameters have names, shapes and ties, but no memory.
-
-    Args:
-        name_or_path: A folder that holds config.json, or a Hugging Face id.
-        dtype: Precision of the parameters, `float32` or `bfloat16`.
 
     Raises:
         ModelError: The configuration cannot be read, or is not that of a causal language model.
@@ -125,8 +115,7 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -168,7 +157,6 @@ def _find_source(name_or_path: str) -> str:
 
 
 def _unreadable(source: str, part: str, error: Exception) -> ModelError:
-    """Return the error for a part of a model that cannot be read."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if Path(source).is_dir():
         cause = f"A file in the folder is missing or damaged: {reason}"
@@ -180,13 +168,11 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
 
 
 def _read_config(source: str) -> PreTrainedConfig:
-    """Read the configuration of a causal language model."""
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
         raise _unreadable(source, "configuration", error) from error
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not causal or getattr(config, "is_decoder", True) is False:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
         raise ModelError(
             f"{source} is of type {config.model_type}, which is not a causal language model",
             cause="It is an encoder, an encoder-decoder, or no text model.",

@@ -24,14 +24,8 @@ def sum_loss(
 
     Only the hidden states that predict a labelled token enter the head, so no other logits are computed.
 
-    Args:
-        model: A causal language model.
-        input_ids_BT: Tokens, on any device.
-        attention_mask_BT: 1 for a token, 0 for padding.
-        labels_BT: The tokens again, or `IGNORED_LABEL` for tokens that the loss ignores.
-
-    Returns:
-        The sum in nats, a scalar; divided by `count_label_tokens` it is Hugging Face's loss.
+    The arguments are as in `Batch`, on any device. Returns the sum in nats, a scalar; divided by
+    `count_label_tokens` it is Hugging Face's loss.
     """
     next_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).to(model.device)
     predicts_BT = next_BT != IGNORED_LABEL

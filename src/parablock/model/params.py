@@ -27,11 +27,7 @@ class Replica:
     without gaps: the buffer has exactly `num_parameters` elements, as on the wire. Parameters outside all
     blocks stay as they are, frozen. Moving or casting the model afterwards would break the views.
 
-    A replica belongs to one thread.
-
-    Args:
-        model: A causal language model, in its final precision and on its device.
-        blocks: The partition of the model.
+    A replica belongs to one thread. Its model is in its final precision and on its device.
 
     Raises:
         ModelError: The parameters of a block differ in dtype or device.
@@ -64,9 +60,7 @@ class Replica:
     def load(self, block_index: int, flat: Tensor) -> None:
         """Set a block's parameters; loading the same tensor object again costs nothing.
 
-        Args:
-            block_index: The block.
-            flat: The new values: 1-D, `num_parameters` long, the model's dtype; must not be changed afterwards.
+        `flat` is 1-D, `num_parameters` long, of the model's dtype, and must not be changed afterwards.
 
         Raises:
             ModelError: `flat` has another size or dtype than the block.
@@ -97,10 +91,8 @@ class Replica:
     def activate(self, block_index: int, *, gradient_checkpointing: bool = False) -> None:
         """Let only one block require gradients, and set the model to training mode.
 
-        Args:
-            block_index: The block to be trained.
-            gradient_checkpointing: Whether the backward pass recomputes activations, in the layers that it reaches:
-                from the block's lowest layer upwards.
+        With checkpointing the backward pass recomputes the activations of all layers that it reaches: from the
+        block's lowest layer upwards.
 
         Raises:
             ModelError: The architecture's layers do not support gradient checkpointing.

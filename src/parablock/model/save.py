@@ -20,12 +20,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer.
 
     The files are written beside `directory` and renamed when they are complete; an earlier `directory` is
-    replaced. The model may be a `Replica`'s, whose parameters share storage.
-
-    Args:
-        model: The model; it is not changed.
-        tokenizer: Its tokenizer.
-        directory: The folder to make.
+    replaced. The model is not changed; it may be a `Replica`'s, whose parameters share storage.
 
     Raises:
         StorageError: The folder cannot be written: the disk is full or read-only, or a file has its name.
@@ -63,9 +58,6 @@ def model_sha256(directory: Path | str) -> str:
     """Hash the tensors of a checkpoint: 64 hexadecimal digits.
 
     Names, dtypes, shapes and values count; metadata, and the distribution of tensors over files, have no effect.
-
-    Args:
-        directory: A folder with `*.safetensors`.
 
     Raises:
         ModelError: The folder has no safetensors, or one cannot be read.
