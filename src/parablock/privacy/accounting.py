@@ -26,13 +26,7 @@ LOCAL_DISTANCE = 2.0
 
 @dataclass(frozen=True)
 class Accountant:
-    """The privacy accountant of a run.
-
-    Attributes:
-        noise_multiplier: z: the noise's standard deviation over the clip norm.
-        mode: central | local.
-        delta: δ.
-    """
+    """The privacy accountant of a run: z (the noise's deviation over the clip norm), central | local, and δ."""
 
     noise_multiplier: float
     mode: str

@@ -35,11 +35,7 @@ def derive(key: bytes, *purpose: str | int) -> bytes:
 
 
 class Keystream:
-    """The ChaCha20 stream of a key; the key has no other use.
-
-    Args:
-        key: From `derive`.
-    """
+    """The ChaCha20 stream of a key from `derive`; the key has no other use."""
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()

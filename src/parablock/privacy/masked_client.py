@@ -6,7 +6,6 @@ from training, and a snapshot holds the plain update.
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
 
 import numpy as np
@@ -14,53 +13,26 @@ import torch
 from cryptography.exceptions import InvalidTag
 
 from parablock.errors import CodecError
-from parablock.privacy.masking import (
-    SHARE_BYTES,
-    Cohorts,
-    add_words,
-    agree_key,
-    new_private_key,
-    own_mask,
-    pair_mask,
-    public_key,
-    seal,
-    split_secret,
-    threshold_of,
-    unseal,
-)
+from parablock.privacy import masking
+from parablock.privacy.keystream import KEY_BYTES, new_key
+from parablock.privacy.masking import SHARE_BYTES, Cohorts
+from parablock.wire import sealing
 from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
 from parablock.wire.quantize import pack
-from parablock.wire.sealing import (
-    SEALING_KINDS,
-    Advertise,
-    Letters,
-    Reveal,
-    Revealed,
-    Roster,
-    Shares,
-    pack_bytes,
-    unpack_bytes,
-)
+from parablock.wire.sealing import SEALING_KINDS, pack_bytes, unpack_bytes
 from parablock.wire.transport import Parcel
-
-KEY_BYTES = 32
 
 
 class MaskedClient:
-    """One client's secrets and its part of the protocol.
-
-    Args:
-        client_id: The client.
-        cohorts: The cohorts of future rounds.
-    """
+    """One client's secrets and its part of the protocol, for the cohorts of future rounds."""
 
     def __init__(self, client_id: int, cohorts: Cohorts) -> None:
         self._client_id, self._cohorts = client_id, cohorts
         self._rounds = cohorts.rounds_of(client_id)
         self._first = min(cohorts.of_round, default=0)
-        self._letter_key = new_private_key()
-        self._mask_keys = {t: new_private_key() for t in self._rounds}
-        self._seeds = {t: secrets.token_bytes(KEY_BYTES) for t in self._rounds}
+        self._letter_key = masking.new_private_key()
+        self._mask_keys = {t: masking.new_private_key() for t in self._rounds}
+        self._seeds = {t: new_key() for t in self._rounds}
         self._public: list[list[bytes]] = []
         self._kept: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         """For each (round, client): this client's shares of the other's seed and key."""
@@ -73,8 +45,8 @@ class MaskedClient:
         if self._public:  # the client was gone and is back
             return []
         keys = [self._letter_key, *self._mask_keys.values()]
-        content = b"".join(public_key(key) for key in keys)
-        return [Parcel(to_bytes(Advertise(self._client_id, pack_bytes(content))), self._first)]
+        content = b"".join(masking.public_key(key) for key in keys)
+        return [Parcel(to_bytes(sealing.Advertise(self._client_id, pack_bytes(content))), self._first)]
 
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
         """Return a message with its update masked, or keep it until the keys are there."""
@@ -93,17 +65,17 @@ class MaskedClient:
             return None
         message = from_bytes(parcel.message)
         match message:
-            case Roster():
+            case sealing.Roster():
                 return [Parcel(to_bytes(self._seal_shares(message)), self._first)]
-            case Letters():
+            case sealing.Letters():
                 self._read(message)
                 held, self._held = self._held or [], None
                 return [self._mask(waiting) for waiting in held]
-            case Reveal():
+            case sealing.Reveal():
                 return [Parcel(to_bytes(self._answer_reveal(message)), message.round_index)]
         return None
 
-    def _seal_shares(self, roster: Roster) -> Shares:
+    def _seal_shares(self, roster: sealing.Roster) -> sealing.Shares:
         content, end = unpack_bytes(roster.keys), 0
         for client_id in range(self._cohorts.num_clients):
             begin, end = end, end + KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
@@ -111,20 +83,20 @@ class MaskedClient:
         letters: list[list[bytes]] = [[] for _ in range(self._cohorts.num_clients)]
         for t in self._rounds:
             cohort = self._cohorts.of_round[t]
-            threshold = threshold_of(len(cohort))
-            seeds = split_secret(self._seeds[t], len(cohort), threshold)
-            keys = split_secret(self._mask_keys[t], len(cohort), threshold)
+            threshold = masking.threshold_of(len(cohort))
+            seeds = masking.split_secret(self._seeds[t], len(cohort), threshold)
+            keys = masking.split_secret(self._mask_keys[t], len(cohort), threshold)
             for other, seed, key in zip(cohort, seeds, keys, strict=True):
                 letters[other] += [seed, key]
         self._keep(self._client_id, b"".join(letters[self._client_id]))
         sealed = [
-            seal(self._letter_key_with(other), self._client_id, other, b"".join(letters[other]))
+            masking.seal(self._letter_key_with(other), self._client_id, other, b"".join(letters[other]))
             for other in range(self._cohorts.num_clients)
             if other != self._client_id
         ]
-        return Shares(self._client_id, tuple(map(len, sealed)), pack_bytes(b"".join(sealed)))
+        return sealing.Shares(self._client_id, tuple(map(len, sealed)), pack_bytes(b"".join(sealed)))
 
-    def _read(self, message: Letters) -> None:
+    def _read(self, message: sealing.Letters) -> None:
         content, end = unpack_bytes(message.letters), 0
         others = [other for other in range(self._cohorts.num_clients) if other != self._client_id]
         if len(message.letter_bytes) != len(others):
@@ -134,8 +106,9 @@ class MaskedClient:
             )
         for other, size in zip(others, message.letter_bytes, strict=True):
             begin, end = end, end + size
+            key = self._letter_key_with(other)
             try:
-                self._keep(other, unseal(self._letter_key_with(other), other, self._client_id, content[begin:end]))
+                self._keep(other, masking.unseal(key, other, self._client_id, content[begin:end]))
             except InvalidTag:
                 raise CodecError(
                     f"client {self._client_id} cannot read the letter of client {other}",
@@ -146,11 +119,11 @@ class MaskedClient:
     def _keep(self, other: int, content: bytes) -> None:
         for place, t in enumerate(self._cohorts.rounds_of(self._client_id, other)):
             begin = 2 * place * SHARE_BYTES
-            seed, key = (content[k : k + SHARE_BYTES] for k in (begin, begin + SHARE_BYTES))
-            self._kept[t, other] = seed, key
+            shares = content[begin : begin + 2 * SHARE_BYTES]
+            self._kept[t, other] = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
 
     def _letter_key_with(self, other: int) -> bytes:
-        return agree_key(self._letter_key, self._public[other][0], "letters")
+        return masking.agree_key(self._letter_key, self._public[other][0], "letters")
 
     def _mask(self, parcel: Parcel) -> Parcel:
         if kind_of(parcel.message) != "Update":
@@ -158,20 +131,20 @@ class MaskedClient:
         message = from_bytes(parcel.message)
         assert isinstance(message, Update)
         t, size = message.round_index, message.delta.num_elements
-        masks = [own_mask(self._seeds[t], size)]
+        masks = [masking.own_mask(self._seeds[t], size)]
         for other in self._cohorts.of_round[t]:
             if other != self._client_id:
                 public = self._public[other][self._cohorts.place_of(other, t)]
-                masks.append(pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
+                masks.append(masking.pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
         words = message.delta.values.numpy().view(np.uint32)
-        masked = torch.from_numpy(add_words([words, *masks], size).view(np.int32))
+        masked = torch.from_numpy(masking.add_words([words, *masks], size).view(np.int32))
         return replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))
 
-    def _answer_reveal(self, message: Reveal) -> Revealed:
+    def _answer_reveal(self, message: sealing.Reveal) -> sealing.Revealed:
         t, clients = message.round_index, message.clients
         cohort = self._cohorts.of_round.get(t, ())
         before = self._revealed.setdefault(t, clients)
-        if before != clients or not set(clients) <= set(cohort) or len(clients) < threshold_of(len(cohort)):
+        if before != clients or not set(clients) <= set(cohort) or len(clients) < masking.threshold_of(len(cohort)):
             raise CodecError(
                 f"client {self._client_id} was asked to reveal the sum of clients {clients} in round {t}, after "
                 f"{before}, of {cohort}",
@@ -179,4 +152,4 @@ class MaskedClient:
                 remedy="Two sums would reveal a single update; do not trust this server.",
             )
         shares = [self._kept[t, other][0 if other in clients else 1] for other in cohort]
-        return Revealed(t, self._client_id, pack_bytes(b"".join(shares)))
+        return sealing.Revealed(t, self._client_id, pack_bytes(b"".join(shares)))

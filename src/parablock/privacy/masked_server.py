@@ -14,46 +14,26 @@ import torch
 from torch import Tensor
 
 from parablock.errors import CodecError
-from parablock.privacy.masked_client import KEY_BYTES
-from parablock.privacy.masking import (
-    SHARE_BYTES,
-    Cohorts,
-    add_words,
-    join_secret,
-    own_mask,
-    pair_mask,
-    public_key,
-    threshold_of,
-)
+from parablock.privacy import masking
+from parablock.privacy.keystream import KEY_BYTES
+from parablock.privacy.masking import SHARE_BYTES, Cohorts
+from parablock.wire import sealing
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
-from parablock.wire.sealing import (
-    SEALING_KINDS,
-    Advertise,
-    Letters,
-    Reveal,
-    Revealed,
-    Roster,
-    Shares,
-    pack_bytes,
-    unpack_bytes,
-)
+from parablock.wire.sealing import SEALING_KINDS, pack_bytes, unpack_bytes
 from parablock.wire.transport import Ledger, Parcel, ServerTransport
 
 
 class MaskedServer:
-    """The server's end of a transport, for masked updates.
+    """The server's end of a transport, for masked updates: it wraps the transport `inner`.
 
-    Args:
-        inner: The transport.
-        cohorts: The cohorts of future rounds.
-        stall_timeout_s: Seconds without progress of the protocol until a StallError.
+    `stall_timeout_s` is the patience, in seconds without progress of the protocol, until a StallError.
     """
 
     def __init__(self, inner: ServerTransport, cohorts: Cohorts, *, stall_timeout_s: float) -> None:
         self._inner, self._cohorts, self._stall_timeout_s = inner, cohorts, stall_timeout_s
         self._first = min(cohorts.of_round, default=0)
         self._keys: dict[int, bytes] = {}
-        self._shares: dict[int, Shares] = {}
+        self._shares: dict[int, sealing.Shares] = {}
         self._revealed: dict[int, dict[int, bytes]] = {}
         self._waiting = deque[tuple[int, bytes]]()
         self._has_begun = False
@@ -94,12 +74,9 @@ class MaskedServer:
         return self._waiting.popleft()
 
     def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Return the sum of the masks of these clients' updates, once in a round: 1-D, int32.
+        """Return the sum of the masks of these clients' updates, once in a round: 1-D, int32, `size` words.
 
-        Args:
-            round_index: The round.
-            clients: The clients whose updates have come; at least all but a third of the cohort.
-            size: Words of an update.
+        The clients are those whose updates have come; at least all but a third of the cohort.
 
         Raises:
             StallError: Too few clients answer.
@@ -107,27 +84,29 @@ class MaskedServer:
         """
         cohort = self._cohorts.of_round[round_index]
         revealed = self._revealed.setdefault(round_index, {})
-        message = to_bytes(Reveal(round_index, tuple(clients)))
+        message = to_bytes(sealing.Reveal(round_index, tuple(clients)))
         for client_id in cohort:
             self._inner.send(client_id, Parcel(message, round_index))
-        while len(revealed) < threshold_of(len(cohort)):
+        while len(revealed) < masking.threshold_of(len(cohort)):
             self._receive(f"the mask shares of round {round_index}, which {len(revealed)} clients have revealed")
-        shares = dict(sorted(revealed.items())[: threshold_of(len(cohort))])
+        shares = dict(sorted(revealed.items())[: masking.threshold_of(len(cohort))])
         parts = []
         for place, client_id in enumerate(cohort):
             begin = place * SHARE_BYTES
-            secret = self._join_shares(
-                {cohort.index(i): content[begin : begin + SHARE_BYTES] for i, content in shares.items()}, client_id
-            )
+            own_shares = {cohort.index(i): content[begin : begin + SHARE_BYTES] for i, content in shares.items()}
+            try:
+                secret = masking.join_secret(own_shares)
+            except ValueError:
+                raise _unfit(client_id) from None
             if client_id in clients:
-                parts.append(own_mask(secret, size))
+                parts.append(masking.own_mask(secret, size))
                 continue
-            if public_key(secret) != self._key(client_id, round_index):
+            if masking.public_key(secret) != self._key(client_id, round_index):
                 raise _unfit(client_id)
             for other in clients:  # their pair masks with the client whose update is missing
                 public = self._key(other, round_index)
-                parts.append(pair_mask(secret, public, round_index, other, client_id, size))
-        return torch.from_numpy(add_words(parts, size).view(np.int32))
+                parts.append(masking.pair_mask(secret, public, round_index, other, client_id, size))
+        return torch.from_numpy(masking.add_words(parts, size).view(np.int32))
 
     def _begin(self) -> None:
         """Give all clients all keys, then all letters."""
@@ -136,14 +115,14 @@ class MaskedServer:
         all_clients = range(self._cohorts.num_clients)
         while missing := [i for i in all_clients if i not in self._keys]:
             self._receive(f"the keys of clients {', '.join(map(str, missing))}")
-        roster = to_bytes(Roster(pack_bytes(b"".join(self._keys[i] for i in all_clients))))
+        roster = to_bytes(sealing.Roster(pack_bytes(b"".join(self._keys[i] for i in all_clients))))
         for client_id in all_clients:
             self._inner.send(client_id, Parcel(roster, self._first))
         while missing := [i for i in all_clients if i not in self._shares]:
             self._receive(f"the shares of clients {', '.join(map(str, missing))}")
         for client_id in all_clients:
             letters = [self._letter(sender, client_id) for sender in all_clients if sender != client_id]
-            message = Letters(tuple(map(len, letters)), pack_bytes(b"".join(letters)))
+            message = sealing.Letters(tuple(map(len, letters)), pack_bytes(b"".join(letters)))
             self._inner.send(client_id, Parcel(to_bytes(message), self._first))
         self._has_begun = True
 
@@ -156,11 +135,11 @@ class MaskedServer:
             return
         message: Message = from_bytes(raw)
         match message:
-            case Advertise() if len(unpack_bytes(message.keys)) == self._num_key_bytes(client_id):
+            case sealing.Advertise() if len(unpack_bytes(message.keys)) == self._num_key_bytes(client_id):
                 self._keys.setdefault(client_id, unpack_bytes(message.keys))
-            case Shares() if len(message.letter_bytes) == self._cohorts.num_clients - 1:
+            case sealing.Shares() if len(message.letter_bytes) == self._cohorts.num_clients - 1:
                 self._shares.setdefault(client_id, message)
-            case Revealed() if message.round_index in self._revealed:
+            case sealing.Revealed() if message.round_index in self._revealed:
                 cohort = self._cohorts.of_round[message.round_index]
                 content = unpack_bytes(message.shares)
                 if client_id in cohort and len(content) == SHARE_BYTES * len(cohort):
@@ -184,13 +163,6 @@ class MaskedServer:
     def _key(self, client_id: int, round_index: int) -> bytes:
         begin = KEY_BYTES * self._cohorts.place_of(client_id, round_index)
         return self._keys[client_id][begin : begin + KEY_BYTES]
-
-    @staticmethod
-    def _join_shares(shares: dict[int, bytes], client_id: int) -> bytes:
-        try:
-            return join_secret(shares)
-        except ValueError:
-            raise _unfit(client_id) from None
 
 
 def _unfit(client_id: int) -> CodecError:

@@ -44,12 +44,7 @@ def threshold_of(num_clients: int) -> int:
 
 @dataclass(frozen=True)
 class Cohorts:
-    """The cohorts of the rounds that secrets are made for.
-
-    Attributes:
-        num_clients: Number of clients.
-        of_round: For each future round its cohort, ascending.
-    """
+    """The cohorts (ascending) of the future rounds, which secrets are made for."""
 
     num_clients: int
     of_round: Mapping[int, tuple[int, ...]]
@@ -93,13 +88,7 @@ def agree_key(private: bytes, public: bytes, *purpose: str | int) -> bytes:
 def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int, size: int) -> Words:
     """Return the mask of a client for its pair with another client, whose own mask is the negative.
 
-    Args:
-        private: The private key for this round of one of the two clients.
-        public: The public key for this round of the other one.
-        round_index: The round.
-        client_id: The client that adds the mask.
-        other: The other client of the pair.
-        size: Number of words.
+    The keys are those of this round: the private one of either client, and the public one of the other.
     """
     low, high = sorted((client_id, other))
     words = Keystream(agree_key(private, public, "pair", round_index, low, high)).words(size)
@@ -146,10 +135,7 @@ def split_secret(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
 
 
 def join_secret(shares: Mapping[int, bytes]) -> bytes:
-    """Return the secret, from at least as many shares as the threshold.
-
-    Args:
-        shares: Each share by its number, from 0.
+    """Return the secret from at least as many shares, by their numbers from 0, as the threshold.
 
     Raises:
         ValueError: The shares yield no secret of 32 bytes; not every wrong share is detected.

@@ -25,12 +25,7 @@ class Protection:
     normals: Callable[[int], Normals] | None = None
 
     def apply(self, delta: Tensor, round_index: int) -> tuple[Tensor, float]:
-        """Return the protected Δ, and the factor of clipping.
-
-        Args:
-            delta: Δ, flat, fp32.
-            round_index: The round.
-        """
+        """Return the protected Δ (flat, fp32) of a round, and the factor of clipping."""
         factor = clip_factor([delta], self.clip_norm)
         clipped = scale(delta, factor)
         if self.normals is None:

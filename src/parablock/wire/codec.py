@@ -19,9 +19,11 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from parablock.errors import CodecError
 from parablock.wire.quantize import FORMATS, WORDS, Vector, payload_bytes
@@ -35,13 +37,19 @@ MAX_ELEMENTS = 1 << 48
 """Largest number of elements that a header may claim for a vector."""
 
 
-def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
-    """Encode a message.
+@dataclass(frozen=True)
+class _Description:
+    """A header's description of one vector."""
 
-    Args:
-        header: JSON-serializable fields; the key `vectors` is reserved for the codec.
-        vectors: The content of the payload.
-    """
+    format: Annotated[str, Field(pattern=f"^({'|'.join((*FORMATS, *WORDS))})$")]
+    shape: tuple[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]]
+
+
+_DESCRIPTIONS = TypeAdapter(list[_Description])
+
+
+def encode(header: Mapping[str, Any], vectors: Sequence[Vector] = ()) -> bytes:
+    """Encode a message; the header's fields are JSON-serializable, and its key `vectors` belongs to the codec."""
     described = [{"format": vector.format, "shape": [vector.num_elements]} for vector in vectors]
     head = json.dumps({**header, "vectors": described}, separators=(",", ":"), allow_nan=False).encode()
     raws = [vector.raw.contiguous().numpy().data for vector in vectors]
@@ -63,18 +71,18 @@ def decode(message: bytes) -> tuple[dict[str, Any], list[Vector]]:
     _check_sum(message)
     start = PREFIX.size + header_bytes
     header = _read_header(message[PREFIX.size : start])
-    described = header.pop("vectors", None)
-    sizes = _vector_sizes(described)
+    described = _read_descriptions(header.pop("vectors", None))
+    sizes = [payload_bytes(entry.shape[0], entry.format) for entry in described]
     if sum(sizes) != num_payload_bytes:
         raise CodecError(
             f"a message describes {sum(sizes)} payload bytes and carries {num_payload_bytes}",
             cause="The header and the payload of the sender do not fit together.",
         )
     vectors = []
-    for description, size in zip(described or (), sizes, strict=True):
+    for entry, size in zip(described, sizes, strict=True):
         raw = bytearray(memoryview(message)[start : start + size])
         tensor = torch.frombuffer(raw, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-        vectors.append(Vector(description["format"], description["shape"][0], tensor))
+        vectors.append(Vector(entry.format, entry.shape[0], tensor))
         start += size
     return header, vectors
 
@@ -134,24 +142,10 @@ def _read_header(raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _vector_sizes(described: Any) -> list[int]:
-    problem = CodecError(
-        f"a message describes its vectors as {described!r:.200}", cause="The sender is not ParaBlock."
-    )
-    if not isinstance(described, list):
-        raise problem
-    sizes = []
-    for entry in described:
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not (
-            isinstance(shape, list)
-            and len(shape) == 1
-            and isinstance(shape[0], int)
-            and not isinstance(shape[0], bool)
-            and 0 <= shape[0] <= MAX_ELEMENTS
-            and isinstance(entry.get("format"), str)
-            and entry["format"] in (*FORMATS, *WORDS)
-        ):
-            raise problem
-        sizes.append(payload_bytes(shape[0], entry["format"]))
-    return sizes
+def _read_descriptions(described: Any) -> list[_Description]:
+    try:
+        return _DESCRIPTIONS.validate_python(described)
+    except ValidationError:
+        raise CodecError(
+            f"a message describes its vectors as {described!r:.200}", cause="The sender is not ParaBlock."
+        ) from None

@@ -59,15 +59,7 @@ Kind = Annotated[str, Field(pattern="^(value|difference|stack|streamed)$")]
 
 @dataclass(frozen=True)
 class NewValue:
-    """The new value of one block, on its way to a client.
-
-    Attributes:
-        block_index: The block.
-        version: The round whose aggregate made the value.
-        rho: ρ of that aggregate.
-        kind: value | difference | stack | streamed.
-        vector: The content, by kind.
-    """
+    """The new value of one block, on its way to a client, and ρ of the aggregate of round `version`."""
 
     block_index: StrictInt
     version: StrictInt
@@ -78,14 +70,7 @@ class NewValue:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of one block's new value; the parts come in order.
-
-    Attributes:
-        block_index: The block.
-        version: The round whose aggregate makes the value.
-        kind: value | difference | stack.
-        vector: The next elements.
-    """
+    """The next elements of one block's new value, of any kind but `streamed`; the parts come in order."""
 
     block_index: StrictInt
     version: StrictInt
@@ -126,20 +111,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Update:
-    """A client's Δ of one round, or one chunk of it.
+    """A client's Δ of one round, or one of its chunks 0 … num_chunks − 1, which are sent in order.
 
-    Attributes:
-        round_index: t.
-        block_index: b_t.
-        client_id: The client.
-        num_examples: The client's weight w_i.
-        committed: The newest commit that its training started from.
-        train_loss: Mean loss over the local steps.
-        num_local_steps: K.
-        compute_s: Seconds of local training.
-        chunk_index: 0 … num_chunks − 1; chunks are sent in order.
-        num_chunks: Number of chunks.
-        delta: The elements of Δ in this chunk.
+    `num_examples` is the client's weight w_i, `committed` the newest commit that its training started from,
+    `train_loss` the mean over the K = `num_local_steps` local steps, and `compute_s` the seconds that they took.
     """
 
     round_index: StrictInt
@@ -165,11 +140,9 @@ class Skip:
 
 @dataclass(frozen=True)
 class Join:
-    """A client is back after an absence.
+    """A client is back, and holds these versions of the blocks.
 
-    Attributes:
-        versions: The client's version of every block.
-        sent: The rounds whose updates the client sends again, because it does not know whether they arrived.
+    `sent` are the rounds whose updates it sends again, because it does not know whether they arrived.
     """
 
     versions: tuple[StrictInt, ...]
@@ -196,9 +169,7 @@ def to_bytes(message: Message) -> bytes:
             fields["news"] = [[new.block_index, new.version, new.rho, new.kind] for new in value]
             vectors.extend(new.vector for new in value)
         elif name == "compute_s":
-            fields[name] = (
-                f"{value:.16e}"  # exact, and of fixed width: byte counts must not depend on measured times
-            )
+            fields[name] = f"{value:.16e}"  # exact, and of fixed width: byte counts must not depend on times
         else:
             fields["kind_of_value" if name == "kind" else name] = value
     return encode(fields, vectors)
@@ -273,13 +244,9 @@ def _reader(kind: str) -> tuple[Any, dict[str, Any]]:
 
 
 def new_block_value(held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
-    """Return a client's new value of a block, in the dtype of the one that it holds.
+    """Return a client's new value of a block, in the dtype of the value that it holds.
 
-    Args:
-        held: The value that the client holds.
-        block_index: The block, for the error.
-        kind: value | difference.
-        vectors: The new value or the difference, whole or in chunks.
+    The vectors are the new value or the difference, by `kind`, whole or in chunks.
 
     Raises:
         CodecError: The vectors together are not as long as the block.

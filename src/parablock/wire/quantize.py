@@ -31,12 +31,7 @@ from parablock.seeding import generator_for
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized format.
-
-    Attributes:
-        bits: Bits of a level: 8, 4 or 2.
-        group: Elements that share a scale.
-    """
+    """A quantized format: the bits of a level (8, 4 or 2), and the number of elements that share a scale."""
 
     bits: int
     group: int
@@ -134,13 +129,7 @@ def payload_bytes(num_elements: int, payload_format: str) -> int:
 
 
 def payload_ranges(num_elements: int, payload_format: str, part: slice) -> list[slice]:
-    """Return the byte ranges of some elements in a vector's payload, in order.
-
-    Args:
-        num_elements: The length of the vector.
-        payload_format: One of `FORMATS` or `WORDS`.
-        part: The elements; the first is at a multiple of `CHUNK_PIECE`.
-    """
+    """Return the byte ranges of some elements in a vector's payload; the first at a multiple of `CHUNK_PIECE`."""
     exact = FLOATS | WORDS
     if payload_format in exact:
         size = exact[payload_format].itemsize
@@ -154,13 +143,7 @@ def payload_ranges(num_elements: int, payload_format: str, part: slice) -> list[
 
 
 def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None = None) -> Vector:
-    """Encode a vector.
-
-    Args:
-        values: 1-D, finite.
-        payload_format: One of `FORMATS` or `WORDS`.
-        noise: The draws of stochastic rounding, for quantized formats; None: round to nearest.
-    """
+    """Encode a 1-D vector of finite values; `noise` draws its stochastic rounding, and None rounds to nearest."""
     flat = values.detach().cpu()
     exact = FLOATS | WORDS
     if payload_format in exact:

@@ -27,12 +27,7 @@ class Parcel:
 
 @dataclass
 class Traffic:
-    """The traffic of one round.
-
-    Attributes:
-        up: For each client the bytes and seconds of its uploads.
-        down: For each client the bytes and seconds of its downloads.
-    """
+    """The traffic of one round: for each client the bytes and seconds of its uploads and its downloads."""
 
     up: dict[int, tuple[int, float]] = field(default_factory=dict)
     down: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -83,11 +78,7 @@ def _add(column: dict[int, tuple[int, float]], client_id: int, wire_bytes: int, 
 
 
 class StopAsked(BaseException):
-    """The run is asked to stop while it waits for clients that are gone; users never see it.
-
-    Args:
-        gone: The clients.
-    """
+    """The run is asked to stop while it waits for clients that are gone; users never see it."""
 
     def __init__(self, gone: Iterable[int]) -> None:
         self.gone = tuple(gone)
@@ -158,13 +149,7 @@ class ClientEnd(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """Bandwidth and latency of one client's link.
-
-    Attributes:
-        upload_mbps: Client to server, 10^6 bit/s; None is unlimited.
-        download_mbps: Server to client, 10^6 bit/s; None is unlimited.
-        latency_s: One way, seconds.
-    """
+    """One client's link: bandwidth in 10^6 bit/s (None is unlimited), and one-way latency in seconds."""
 
     upload_mbps: float | None = None
     download_mbps: float | None = None
@@ -184,14 +169,7 @@ def _seconds(wire_bytes: int, mbps: float | None) -> float:
 
 
 class MemoryTransport:
-    """Both ends in one process, over simulated links.
-
-    Args:
-        clock: The clock of the run.
-        link: The link of each client.
-        num_clients: Number of clients.
-        asked_to_stop: Whether the user wants the run to stop.
-    """
+    """Both ends in one process, over simulated links, which are alike for all clients."""
 
     def __init__(
         self, clock: Clock, link: Link, num_clients: int, asked_to_stop: Callable[[], bool] = lambda: False
