@@ -45,11 +45,9 @@ class InputError(ParaBlockError):
 
 
 class ConfigError(InputError):
-    """One or more configuration problems, reported together.
+    """One or more configuration problems, reported together: a line for each, starting with the key path.
 
-    Args:
-        problems: A line for each problem, starting with the key path (`train.num_local_steps: …`).
-        source: The file or command line that has the problems.
+    `source` is the file or command line that has the problems.
     """
 
     def __init__(self, problems: Sequence[str], *, source: str = "the configuration") -> None:
@@ -88,12 +86,7 @@ class CodecError(WireError):
 
 
 class LinkError(WireError):
-    """A transfer that was cut or arrived altered; its sender repeats it.
-
-    Args:
-        what: What happened.
-        retry_after_s: Seconds to wait before the next attempt.
-    """
+    """A transfer that was cut or arrived altered; its sender waits `retry_after_s` seconds and repeats it."""
 
     def __init__(self, what: str, *, retry_after_s: float = 0.0) -> None:
         self.retry_after_s = retry_after_s

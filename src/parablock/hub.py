@@ -16,11 +16,7 @@ PATIENCE_S = 5.0
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Return whether a server accepts connections; behind a proxy every server counts as reachable.
-
-    Args:
-        endpoint: The server's address, such as `https://huggingface.co`.
-    """
+    """Return whether a server, named by its URL, accepts connections; behind a proxy every server does."""
     parts = urlsplit(endpoint)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):

@@ -12,15 +12,12 @@ import numpy as np
 
 
 def seed_for(seed: int, purpose: str, *indices: int) -> int:
-    """Derive a 63-bit seed.
+    """Derive a seed in [0, 2**63) from the run's seed.
 
     Args:
         seed: The run's seed (`seed` in the configuration).
         purpose: The use of the draws, such as `"cohort"`; purposes never share a stream.
         *indices: Numbers that tell streams of one purpose apart: round_index, client_id, epoch.
-
-    Returns:
-        An integer in [0, 2**63).
     """
     text = ":".join([str(seed), purpose, *map(str, indices)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

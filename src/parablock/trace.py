@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,10 +40,7 @@ class Span:
 class Trace:
     """The record of a run's spans; every thread appends to it, and it is read after the run.
 
-    Args:
-        clock: The clock of the run.
-        on_begin: Called with (client_id, activity) when a span begins, for live display.
-        on_end: Called with the same arguments when the span ends.
+    For live display, `on_begin` and `on_end` are called with (client_id, activity) when a span begins and ends.
     """
 
     def __init__(
@@ -77,14 +75,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class TransferPiece:
-    """A part of a transfer that is either wholly hidden or not hidden at all.
-
-    Attributes:
-        span: The whole transfer.
-        start_s: Seconds since the run began.
-        duration_s: Seconds; more than zero.
-        is_hidden: Whether the client computed at the same time.
-    """
+    """A part of a transfer during which its client computed all the time (`is_hidden`), or never."""
 
     span: Span
     start_s: float
@@ -107,38 +98,28 @@ class ClientTimes:
 
 
 def cut_transfers(spans: Iterable[Span]) -> list[TransferPiece]:
-    """Cut every transfer where its client begins or ends a computation.
+    """Cut every transfer where its client begins or ends a computation; return the pieces by start time.
 
-    Args:
-        spans: A run's trace; the computing spans of one client do not overlap.
-
-    Returns:
-        Pieces that cover all transfers, by start time.
+    The computing spans of one client do not overlap.
     """
-    spans = list(spans)
     computing: dict[int | None, list[Span]] = defaultdict(list)
-    for span in sorted((span for span in spans if span.activity == "computing"), key=lambda span: span.start_s):
-        computing[span.client_id].append(span)
+    transfers: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.start_s):
+        if span.activity == "computing":
+            computing[span.client_id].append(span)
+        elif span.activity in TRANSFERS:
+            transfers.append(span)
     pieces: list[TransferPiece] = []
-    progress: dict[int | None, int] = defaultdict(int)
-    for span in sorted((span for span in spans if span.activity in TRANSFERS), key=lambda span: span.start_s):
-        own = computing[span.client_id]
-        first = progress[span.client_id]
-        while first < len(own) and _end(own[first]) <= span.start_s:
-            first += 1  # later transfers begin no earlier, so they skip this span too
-        progress[span.client_id] = first
-        pieces.extend(_cut(span, own[first:]))
+    for transfer in transfers:
+        own = computing[transfer.client_id]
+        pieces.extend(_cut(transfer, own[bisect_right(own, transfer.start_s, key=_end) :]))
     return sorted(pieces, key=lambda piece: piece.start_s)
 
 
 def times_by_client(spans: Iterable[Span]) -> dict[int, ClientTimes]:
     """Add up each client's seconds of computation, communication and hidden communication."""
     spans = list(spans)
-    compute, moving, hidden = (
-        defaultdict[int, float](float),
-        defaultdict[int, float](float),
-        defaultdict[int, float](float),
-    )
+    compute, moving, hidden = (defaultdict[int, float](float) for _ in range(3))
     for span in spans:
         if span.activity == "computing" and span.client_id is not None:
             compute[span.client_id] += span.duration_s

@@ -47,10 +47,7 @@ class Aggregate:
 class ServerOptimizer:
     """The server optimizer: `none` adds Δ̄ to the block; `momentum` and `adam` keep moments for each block.
 
-    Attributes:
-        name: none | momentum | adam.
-        learning_rate: η of momentum and adam.
-        momentum: Decay of the first moment.
+    The learning rate is η of momentum and adam, and `momentum` the decay of the first moment.
     """
 
     name: str = "none"
@@ -62,10 +59,7 @@ class ServerOptimizer:
 class Folded:
     """Consecutive whole pieces of a block, folded over the clients.
 
-    Attributes:
-        mean: This part of Δ̄, flat, fp32.
-        squared_mean: ‖Δ̄‖² of each piece.
-        squared_norms: Σ w_i‖Δ_i‖² of each piece.
+    `mean` is this part of Δ̄ (flat, fp32); the squares are ‖Δ̄‖² and Σ w_i‖Δ_i‖² of each piece.
     """
 
     mean: Tensor
@@ -76,8 +70,7 @@ class Folded:
 def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
     """Fold the same part of each client's update; a part begins at a multiple of `PIECE` elements.
 
-    Args:
-        updates: For each client_id this part of its Δ (flat, fp32) and its number of training examples.
+    `updates` has for each client_id this part of its Δ (flat, fp32) and its number of training examples.
 
     Raises:
         ValueError: There is no update, or the updates have no examples.
@@ -106,11 +99,9 @@ def fold(updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
 
 
 def join(parts: Sequence[Folded], mean: Tensor | None = None) -> Aggregate:
-    """Join the parts of a block, in order, into one aggregate; the cuts have no effect.
+    """Join all parts of a block, in order, into one aggregate; the cuts have no effect.
 
-    Args:
-        parts: All parts of the block.
-        mean: The concatenated means, if they already are in one tensor; None: concatenate them.
+    `mean` is the tensor of the whole Δ̄ if the means of the parts already are views of it.
     """
     if mean is None:
         mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])

@@ -28,12 +28,7 @@ EXTRA_WORDS = 1
 
 @dataclass(frozen=True)
 class FixedPointGrid:
-    """The fixed-point grid of a run.
-
-    Attributes:
-        clip_norm: C: the largest norm of an update.
-        num_clients: M: the number of clients in a round.
-    """
+    """The fixed-point grid of a run: C, the largest norm of an update, and M, the number of clients in a round."""
 
     clip_norm: float
     num_clients: int
@@ -49,11 +44,7 @@ class FixedPointGrid:
         return self.clip_norm / self.levels
 
     def encode(self, delta: Tensor) -> Tensor:
-        """Return the words of an update: 1-D, int32, with `EXTRA_WORDS` more elements; rounded to nearest.
-
-        Args:
-            delta: Δ, flat, fp32, no longer than C up to rounding.
-        """
+        """Return the words of an update no longer than C, to nearest: 1-D, int32, with `EXTRA_WORDS` more."""
         squared = min(1.0, squared_norm([delta]) / self.clip_norm**2)
         words = torch.cat([delta.double() / self.step, torch.tensor([squared * self.levels], dtype=torch.float64)])
         return words.round_().clamp_(-self.levels, self.levels).to(torch.int32)
@@ -72,13 +63,7 @@ class FixedPointGrid:
 
 
 class FixedPointAggregation(RoundAggregation):
-    """The aggregation of one round's fixed-point updates, masked or not.
-
-    Args:
-        grid: The run's grid.
-        rule: The mean, with or without noise.
-        normals: As for `RoundAggregation`.
-    """
+    """The aggregation of one round's fixed-point updates, masked or not, by the mean with or without noise."""
 
     folds_parts = False
 

@@ -113,19 +113,11 @@ class RoundAggregation:
             self._chosen = krum(shortened, self._rule.assumed_attackers)
 
     def fold_into(self, mean: Tensor) -> None:
-        """Set the memory for Δ̄, so that its parts need not be joined at the end.
-
-        Args:
-            mean: As long as the block, flat, fp32; the aggregate owns it from then on.
-        """
+        """Set the memory for Δ̄ (flat, fp32), so that its parts need not be joined; the aggregate owns it."""
         self._mean, self._num_folded = mean, 0
 
     def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
-        """Fold the next part of every update; return this part of Δ̄, flat, fp32.
-
-        Args:
-            updates: For each client_id this part of its Δ (flat, fp32) and its number of training examples.
-        """
+        """Fold the next part of every update, as `aggregate.fold` does; return this part of Δ̄, flat, fp32."""
         folded = self._fold_part(updates)
         if self._mean is not None:
             place = self._mean[self._num_folded : self._num_folded + folded.mean.numel()]
@@ -148,7 +140,9 @@ class RoundAggregation:
     def _fold_part(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
         updates = {i: (scale(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
         if self._normals is not None:
-            return self._fold_with_noise(updates)
+            mean = fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean
+            mean = self._add_noise(mean, tuple(updates))
+            return Folded(mean, tuple(_squares(mean)), ())
         if self._rule.name == "mean":
             return fold(updates)
         if self._chosen is not None:
@@ -157,10 +151,6 @@ class RoundAggregation:
             deltas = [delta for delta, _ in updates.values()]
             mean = sorted_mean(deltas, _num_cut(self._rule, len(deltas)))
         self._squares += zip(*(_squares(delta) for delta, _ in updates.values()), strict=True)
-        return Folded(mean, tuple(_squares(mean)), ())
-
-    def _fold_with_noise(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
-        mean = self._add_noise(fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean, tuple(updates))
         return Folded(mean, tuple(_squares(mean)), ())
 
     def _add_noise(self, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
@@ -224,9 +214,7 @@ def sorted_mean(deltas: Sequence[Tensor], num_cut: int) -> Tensor:
 def krum(updates: Mapping[int, Parts], assumed_attackers: int) -> int:
     """Return the client_id whose update has the smallest sum of squared distances from its nearest neighbours.
 
-    Args:
-        updates: For each client_id its whole update.
-        assumed_attackers: f; each update is compared with its M − f − 2 nearest neighbours, at least one.
+    Each of the M updates is compared with its M − f − 2 nearest neighbours, at least one; f attackers are assumed.
     """
     clients = sorted(updates)
     squares = {pair: array("d") for pair in combinations(clients, 2)}

@@ -25,7 +25,7 @@ def next_block(
     seed: int,
     squared_delta: Sequence[float],
 ) -> int:
-    """Choose the block of round t = len(history).
+    """Choose the block b_t of round t = len(history).
 
     Args:
         schedule: cyclic | reversed | shuffled (a new permutation for each cycle) | random (independent
@@ -35,9 +35,6 @@ def next_block(
         delay: d; the last d blocks are in flight.
         seed: The run's seed.
         squared_delta: For each block the mean squared element of its last committed Δ̄; infinite before the first.
-
-    Returns:
-        b_t, in 0 … num_blocks − 1.
     """
     round_index = len(history)
     position = round_index % num_blocks
@@ -74,17 +71,12 @@ def blocks_never_visited(
     `importance` visits every block before it returns to any, so no measurements are needed.
     """
     history: list[int] = []
+    unmeasured = [inf] * num_blocks
     for _ in range(num_rounds):
-        history.append(
-            next_block(
-                schedule,
-                history,
-                num_blocks=num_blocks,
-                delay=delay,
-                seed=seed,
-                squared_delta=[inf] * num_blocks,
-            )
+        block = next_block(
+            schedule, history, num_blocks=num_blocks, delay=delay, seed=seed, squared_delta=unmeasured
         )
+        history.append(block)
     return tuple(sorted(set(range(num_blocks)) - set(history)))
 
 
@@ -98,16 +90,10 @@ def cohort(round_index: int, *, num_clients: int, participation: float, seed: in
 
 
 def client_in_turn(history: Sequence[int], round_index: int, *, num_clients: int, num_blocks: int) -> int:
-    """Return the one client that trains the block of a round.
+    """Return the one client that trains the block of a round; `history` is b_0 … b_t.
 
     With at least as many blocks as clients, block b is client b mod M's at every visit; with fewer, clients
     b, b + B, b + 2B … share it and take turns.
-
-    Args:
-        history: b_0 … b_t.
-        round_index: t.
-        num_clients: M.
-        num_blocks: B.
     """
     block = history[round_index]
     if num_blocks >= num_clients:

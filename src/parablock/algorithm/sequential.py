@@ -143,9 +143,4 @@ def _cohort_of_round(problem: OracleProblem, server: ServerState, round_index: i
     if problem.in_turn:
         num_blocks = len(server.params)
         return (client_in_turn(server.history, round_index, num_clients=num_clients, num_blocks=num_blocks),)
-    return cohort(
-        round_index,
-        num_clients=num_clients,
-        participation=problem.participation,
-        seed=problem.seed,
-    )
+    return cohort(round_index, num_clients=num_clients, participation=problem.participation, seed=problem.seed)

@@ -84,9 +84,9 @@ class Factors:
         clients = [(self.split(updates[i][0]), updates[i][1] / total) for i in sorted(updates)]
         pieces = []
         for matrix in range(len(self.shapes)):
-            pieces.append(torch.cat([weight * pairs[matrix][0] for pairs, weight in clients]))
-            pieces.append(torch.cat([pairs[matrix][1] for pairs, _ in clients], dim=1))
-        return torch.cat([piece.reshape(-1) for piece in pieces])
+            pieces.append(torch.cat([weight * pairs[matrix][0] for pairs, weight in clients]).reshape(-1))
+            pieces.append(torch.cat([pairs[matrix][1] for pairs, _ in clients], dim=1).reshape(-1))
+        return torch.cat(pieces)
 
     def squared_norm(self, flat: Tensor) -> float:
         """Return the squared norm of `product`, computed from r × r matrices."""
