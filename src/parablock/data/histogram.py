@@ -19,8 +19,8 @@ _BAR, _LABEL, _MOST_CLIENTS, _MOST_BINS = 24, 16, 20, 8
 def partition_histogram(parts: Sequence[Sequence[Row]], *, field: str | None = None) -> list[str]:
     """Draw the number of examples of each client, and of the most frequent values of a field if one is given.
 
-    Returns lines of at most `WIDTH` characters: one for each client (by client_id; at least one), or a histogram of
-    sizes if there are many clients.
+    The lines have at most `WIDTH` characters: one line for each client (by client_id; at least one), or a histogram
+    of sizes if there are many clients.
     """
     sizes = [len(part) for part in parts]
     lines = _draw_sizes(parts, sizes, field) if len(parts) > _MOST_CLIENTS else _draw_clients(parts, sizes, field)

@@ -15,7 +15,7 @@ from parablock.model.load import load_model
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """One metric of one task for one model: base, tuned, or only.
+    """One metric of one task for one model (base | tuned | model).
 
     A metric has the name of its filter if it has one: `exact_match,flexible-extract`.
     """

@@ -21,7 +21,7 @@ TASKS = ("loss", "exact_match", "multiple_choice")
 
 @dataclass(frozen=True)
 class Score:
-    """The result of the base, tuned or only model: a loss in nats per token, or the share of right answers."""
+    """A loss in nats per token, or the share of right answers, of one model (base | tuned | model)."""
 
     label: str
     name_or_path: str

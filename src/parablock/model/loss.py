@@ -24,8 +24,8 @@ def sum_loss(
 
     Only the hidden states that predict a labelled token enter the head, so no other logits are computed.
 
-    The arguments are as in `Batch`, on any device. Returns the sum in nats, a scalar; divided by
-    `count_label_tokens` it is Hugging Face's loss.
+    The arguments are as in `Batch`, on any device. The sum is in nats, a scalar; divided by `count_label_tokens` it
+    is Hugging Face's loss.
     """
     next_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).to(model.device)
     predicts_BT = next_BT != IGNORED_LABEL

@@ -31,7 +31,7 @@ from parablock.seeding import generator_for
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized format: the bits of a level (8, 4 or 2), and the number of elements that share a scale."""
+    """A quantized format: the bits of a level, and the number of elements that share a scale."""
 
     bits: int
     group: int
