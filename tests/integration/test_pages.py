@@ -34,13 +34,6 @@ def test_the_quickstart_and_the_python_page_do_what_they_say(tmp_path: Path) -> 
     assert summary_of(tmp_path / "runs/from-python")["rounds_done"] == 8
 
 
-@pytest.mark.slow
-def test_the_snippets_of_the_extension_page_give_what_their_comments_say(tmp_path: Path) -> None:
-    schedule, rows = (perform(step, tmp_path) for step in page("extending.md") if step.language == "python")
-    assert schedule == "[2.0, 2.0, 2.0]\n"
-    assert json.loads(rows)["messages"][1] == {"role": "assistant", "content": "Lima"}
-
-
 def test_the_pages_have_something_to_do() -> None:
     kinds = [step.language for step in page("quickstart.md")]
     assert kinds == ["python", "yaml", "bash", "bash", "python"]

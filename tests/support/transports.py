@@ -15,6 +15,7 @@ from typing import Protocol
 import pytest
 
 from loop_grid import LoopGrid
+from pages import ROOT, python_of
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.engine.flower import grid as grid_module
 from parablock.engine.flower import lanes
@@ -92,6 +93,27 @@ def in_memory(make_clock: Callable[[], Clock], folder: Path) -> Meet:
     return meet
 
 
+def in_a_folder(folder: Path) -> Meet:
+    made = python_of((ROOT / "docs/extending.md").read_text(), "class FolderTransport")
+
+    def meet(server, client, *, num_clients=2, patience_s=10.0, asked_to_stop=lambda: False):
+        clock = RealClock()
+        transport = made.FolderTransport(folder, num_clients, clock, asked_to_stop)
+
+        def body(client_id: int) -> None:
+            with suppress(Gone), made.FolderMailbox(folder, client_id, clock, patience_s) as mail:
+                client(client_id, mail)
+                assert mail.receive() == END.message
+
+        bodies = [partial(body, client_id) for client_id in range(num_clients)]
+        with Machines(clock, bodies, transport.fail, stall_timeout_s=patience_s):
+            server(transport, clock)
+            part(transport, num_clients)
+        return transport.ledger
+
+    return meet
+
+
 def over_flower(carries: Sequence[tuple[str, ...]], folder: Path) -> Meet:
     def meet(server, client, *, num_clients=2, patience_s=10.0, asked_to_stop=lambda: False):
         dirs = [folder / str(client_id) for client_id in range(num_clients)]
@@ -135,6 +157,7 @@ TRANSPORTS: dict[str, Callable[[Path], Meet]] = {
     "memory, virtual clock": partial(in_memory, VirtualClock),
     "Flower, one lane": partial(over_flower, [("both",)]),
     "Flower, two lanes": partial(over_flower, [("up", "down")]),
+    "files in a folder": in_a_folder,
 }
 
 

@@ -23,6 +23,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.methods import LAGGING, with_delay
 from parablock.plan.timing import Timing
 from parablock.report.units import format_duration
+from parablock.wire.quantize import bytes_per_element
 
 WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4")
 """Widest first."""
@@ -65,7 +66,7 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
         wire_format: The configured format, and the widest one to recommend.
     """
     most = max(num_local_steps, max_local_steps)
-    narrower = list(WIRE_FORMATS[_width(wire_format) :]) or [wire_format]
+    narrower = [wire_format, *(name for name in WIRE_FORMATS if _width(name) > _width(wire_format))]
     gentle = [name for name in narrower if _width(name) <= _width(NARROWEST_BEFORE_STEPS)]
     resorts = [name for name in narrower if _width(name) >= _width(NARROWEST_BEFORE_STEPS)] or [wire_format]
     for case in cases:
@@ -127,5 +128,5 @@ def _changes(config: RunConfig, advice: Advice, num_local_steps: int) -> list[st
 
 
 def _width(wire_format: str) -> int:
-    """Return the position in `WIRE_FORMATS`; any other format is narrower than all of them."""
-    return WIRE_FORMATS.index(wire_format) if wire_format in WIRE_FORMATS else len(WIRE_FORMATS)
+    """Return how many of `WIRE_FORMATS` are wider."""
+    return sum(bytes_per_element(name) > bytes_per_element(wire_format) for name in WIRE_FORMATS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from parablock.plan.advice import Advice, Case, recommend
+from parablock.wire.quantize import FLOATS
 from planning import plan_of
 from tiny_runs import Workshop
 
@@ -36,6 +38,15 @@ def test_fewer_steps_or_a_wider_format_are_never_recommended() -> None:
     assert advice_for(100.0, steps=20) == Advice(2, 20, "float32", hides=True)
     assert advice_for(100.0, wire_format="int8").format == "int8"
     assert advice_for(0.0625, wire_format="int4") == Advice(2, 16, "int4", hides=True)
+
+
+def test_a_format_that_is_as_wide_as_another_is_followed_by_the_narrower_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FLOATS, "half", torch.float16)
+    monkeypatch.setitem(COVER_S, "half", 4.0)
+    found = [advice_for(step_s, wire_format="half").format for step_s in (100.0, 0.5, 0.0625)]
+    assert found == ["half", "int8", "int4"]
 
 
 def test_what_is_recommended_reacts_to_the_link_and_then_hides_the_exchange(workshop: Workshop) -> None:
