@@ -212,12 +212,17 @@ def _results(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def to_markdown(table: Table) -> str:
-    """Return a table as Markdown, with figures aligned to the right."""
-    rule = ["---" if column < table.num_words else "---:" for column in range(len(table.header))]
-    lines = [table.header, tuple(rule), *table.rows]
-    return (
-        "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
-    )
+    """Return a table as Markdown that can be read as it stands, with figures aligned to the right."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, *table.rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * (width - 1) + ("-" if n < table.num_words else ":") for n, width in enumerate(widths)]
+
+    def lay_out(cells: Sequence[str]) -> str:
+        places = enumerate(zip(cells, widths, strict=True))
+        padded = (cell.ljust(width) if n < table.num_words else cell.rjust(width) for n, (cell, width) in places)
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(lay_out, (lines[0], rule, *lines[1:])))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

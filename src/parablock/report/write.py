@@ -79,7 +79,7 @@ def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> st
         parts += ["## Blocks", to_markdown(blocks_table(detailed))]
         parts += ["## Settings other than the defaults", to_markdown(settings_table(detailed))]
         parts += ["## Environment", to_markdown(environment_table(detailed))]
-    return "\n".join(f"{part.rstrip()}\n" for part in parts)
+    return "\n\n".join(parts) + "\n"
 
 
 def _headline(run: RunRecord) -> str:
