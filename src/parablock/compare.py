@@ -18,8 +18,8 @@ from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.run import Summary, run
+from parablock.plan.forecast import Scenario
 from parablock.plan.memory import WAYS, memory_per_client
-from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
 from parablock.report.tables import Table, spread, to_markdown

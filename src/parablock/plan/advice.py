@@ -32,13 +32,7 @@ NARROWEST_BEFORE_STEPS = "int8"
 
 @dataclass(frozen=True)
 class Case:
-    """The costs of a block size.
-
-    Attributes:
-        layers_per_block: The size.
-        step_s: Mean seconds of a local step.
-        cover_s: Wire format → seconds of computation that hide the exchange.
-    """
+    """A block size, its mean seconds of a local step, and wire format → seconds that hide the exchange."""
 
     layers_per_block: int
     step_s: float
@@ -83,12 +77,7 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
 def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *, num_local_steps: int) -> str:
     """Return one sentence: whether overlap hides the communication, and what to change.
 
-    Args:
-        config: The run.
-        timing: Times of the run.
-        serial: Times of the run with delay 0.
-        advice: Recommended settings.
-        num_local_steps: K, as configured or as the run chooses it.
+    `timing` is of the run, `serial` of the run with delay 0; K is as configured or as the run chooses it.
     """
     link = config.link
     if link.upload_mbps is None and link.download_mbps is None and not link.latency_s:
