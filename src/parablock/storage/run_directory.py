@@ -18,11 +18,7 @@ Row = dict[str, Any]
 
 
 class RunDirectory:
-    """The files of one run.
-
-    Args:
-        path: The folder, which `create` makes.
-    """
+    """The files of one run, in a folder that `create` makes."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -114,11 +110,9 @@ class RunDirectory:
             CheckpointError: A round is missing.
         """
         rows: list[Row] = []
-        try:
+        with suppress(OSError, ValueError):  # the check below finds a line that is missing
             for line in self.metrics.read_text(encoding="utf-8").splitlines()[:round_index]:
                 rows.append(json.loads(line))
-        except (OSError, ValueError):
-            pass  # the check below finds a line that is missing
         if [row.get("round_index") for row in rows if isinstance(row, dict)] != list(range(round_index)):
             raise CheckpointError(
                 f"{self.metrics} does not hold the {round_index} rounds that the checkpoint has behind it",
@@ -159,42 +153,31 @@ class RunDirectory:
             ) from None
 
     def read_summary(self) -> dict[str, Any]:
-        """Read `summary.json`.
-
-        Raises:
-            CheckpointError: The file is damaged.
-        """
+        """Read `summary.json`; a damaged file is a `CheckpointError`."""
         return _read_object(self.summary)
 
     def read_manifest(self) -> dict[str, Any]:
-        """Read `manifest.json`.
-
-        Raises:
-            CheckpointError: The file is damaged.
-        """
+        """Read `manifest.json`; a damaged file is a `CheckpointError`."""
         return _read_object(self.manifest)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        problem = "" if isinstance(content, dict) else "is not a JSON object"
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", cause=_ALTERED, remedy=_ANEW) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object", cause=_ALTERED, remedy=_ANEW)
+        problem = f"cannot be read: {error}"
+    if problem:
+        raise CheckpointError(
+            f"{path} {problem}",
+            cause="It was changed by hand, or the disk lost a part of it.",
+            remedy="Put back a copy of it, or start the run anew in another folder.",
+        )
     return content
-
-
-_ALTERED = "It was changed by hand, or the disk lost a part of it."
-_ANEW = "Put back a copy of it, or start the run anew in another folder."
 
 
 def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]:
     """Add up the times and bytes of all rounds.
-
-    Args:
-        rows: All rounds.
-        spans: The trace.
 
     Returns:
         compute_s, communication_s: sums over rounds of the slowest client's; sequential_s: the same rounds
@@ -203,9 +186,7 @@ def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]
     visits = sum(len(row["participants"]) for row in rows)
     uplink, downlink = (sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes"))
     return {
-        "compute_s": sum(row["compute_s"] for row in rows),
-        "communication_s": sum(row["communication_s"] for row in rows),
-        "sequential_s": sum(row["sequential_s"] for row in rows),
+        **{key: sum(row[key] for row in rows) for key in ("compute_s", "communication_s", "sequential_s")},
         "overlap_fraction": overlap_fraction(spans),
         "uplink_bytes": uplink,
         "downlink_bytes": downlink,

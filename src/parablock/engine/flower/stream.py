@@ -21,7 +21,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, StrictInt
 
 from parablock.errors import CodecError
 
@@ -34,6 +36,9 @@ def together_bytes(frame_bytes: int) -> int:
     return frame_bytes * 5 // 4
 
 
+Count = Annotated[StrictInt, Field(ge=0)]
+
+
 class Place(NamedTuple):
     """A byte of a stream.
 
@@ -43,9 +48,9 @@ class Place(NamedTuple):
         checksum: Adler-32 of the message, where some of it is there already; else 0.
     """
 
-    message: int
-    offset: int = 0
-    checksum: int = 0
+    message: Count
+    offset: Count = 0
+    checksum: Count = 0
 
 
 START = Place(0)
