@@ -50,13 +50,10 @@ class Advice:
 
 
 def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: int, wire_format: str) -> Advice:
-    """Apply the rule of this module.
+    """Apply the rule of this module to one or more block sizes, the preferred one first.
 
-    Args:
-        cases: Block sizes, the preferred one first; at least one.
-        num_local_steps: The configured K, and the fewest steps to recommend.
-        max_local_steps: The most steps to recommend, unless more are configured.
-        wire_format: The configured format, and the widest one to recommend.
+    The configured K is the fewest steps to recommend, the configured format the widest. `max_local_steps` is the
+    most steps, unless more are configured.
     """
     most = max(num_local_steps, max_local_steps)
     narrower = list(WIRE_FORMATS[_width(wire_format) :]) or [wire_format]

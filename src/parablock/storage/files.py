@@ -81,6 +81,12 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
         raise
 
 
+def last_lines(log: Path, count: int) -> str:
+    """Return the last lines of a log; nothing if there is none."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return "\n".join(text.strip().splitlines()[-count:])
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
@@ -111,8 +117,7 @@ def claimed(
             raise StorageError(
                 f"another process is at work in {folder}",
                 cause="The run there has not ended; two at once would write into the same files.",
-                remedy="Free some space; `parablock resume` goes on with a run that has begun, from its "
-                "last checkpoint.",
+                remedy=remedy,
             ) from None
         except OSError:
             pass  # a file system that knows no locks

@@ -29,11 +29,7 @@ class RunDirectory:
         self.secret = self.path / "privacy.key"
 
     def check_unused(self) -> None:
-        """Refuse a folder that holds a run already.
-
-        Raises:
-            StorageError: The folder holds a run, or cannot be made.
-        """
+        """Refuse a folder that holds a run already or cannot be made, with a `StorageError`."""
         with storage(self.path):
             above = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not above.is_dir():
@@ -53,11 +49,7 @@ class RunDirectory:
             )
 
     def create(self, config_yaml: str, manifest: dict[str, Any]) -> None:
-        """Make the folder with its configuration and manifest.
-
-        Raises:
-            StorageError: The folder holds a run already, or cannot be written.
-        """
+        """Make the folder with its configuration and manifest; see `check_unused`."""
         self.check_unused()
         made = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
         try:
@@ -80,11 +72,7 @@ class RunDirectory:
                 folder.rmdir()
 
     def check_resumable(self) -> None:
-        """Refuse a folder without an unfinished run.
-
-        Raises:
-            CheckpointError: There is no run, or it is complete.
-        """
+        """Refuse a folder without an unfinished run, with a `CheckpointError`."""
         if not self.config.exists() or not self.manifest.exists():
             raise CheckpointError(
                 f"{self.path} holds no run: it has no config.yaml and manifest.json",
@@ -164,15 +152,14 @@ class RunDirectory:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        problem = "" if isinstance(content, dict) else "is not a JSON object"
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        problem = f"cannot be read: {error}"
-    if problem:
         raise CheckpointError(
-            f"{path} {problem}",
+            f"{path} cannot be read: {error}",
             cause="It was changed by hand, or the disk lost a part of it.",
             remedy="Put back a copy of it, or start the run anew in another folder.",
-        )
+        ) from None
     return content
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -106,6 +105,9 @@ class Reply:
     frames: tuple[Frame, ...] = ()
 
 
+_READERS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in (Request, Reply)}
+
+
 def word_of(error: BaseException) -> tuple[str, str, str, int]:
     """Return what an error says, as plain values: what, cause, remedy, exit code."""
     if isinstance(error, ParaBlockError):
@@ -155,18 +157,15 @@ def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
     if [place[-1] for place in places] != [len(content) for content in contents]:
         raise _foreign("its frames are not of the lengths that it says")
     try:
-        said = _reader(kind).validate_json(json.dumps(fields))
+        said: T = _READERS[kind.__name__].validate_json(json.dumps(fields))
     except ValidationError as error:
-        wrong = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors() if problem["loc"])
+        wrong = dict.fromkeys(str(next(iter(problem["loc"]), "header")) for problem in error.errors())
         raise _foreign(f"its {', '.join(wrong)} cannot be") from None
-    return replace(
-        said, frames=tuple(Frame(*place[:-1], content) for place, content in zip(places, contents, strict=True))
+    frames = tuple(
+        Frame(message, offset, size, checksum, round_index, content)
+        for (message, offset, size, checksum, round_index, _), content in zip(places, contents, strict=True)
     )
-
-
-@cache
-def _reader(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
+    return replace(said, frames=frames)
 
 
 def _is_frame(message: Any, offset: Any, size: Any, checksum: Any, round_index: Any, length: Any) -> bool:
