@@ -1,4 +1,4 @@
-"""Several methods on the same data, seed and link: one run directory each, one table, one picture, one page."""
+"""`parablock compare`: run several methods on the same data, seed and link, and compare them in one report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from parablock.config.keys import RunConfig
@@ -18,10 +18,11 @@ from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.run import Summary, run
+from parablock.plan.forecast import Scenario
 from parablock.plan.memory import WAYS, memory_per_client
-from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
+from parablock.report.tables import Table, spread, to_markdown
 from parablock.report.write import write_report
 from parablock.storage.files import storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
@@ -31,12 +32,7 @@ SCORED_TASKS = ("exact_match", "multiple_choice")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison.
-
-    Attributes:
-        name: Its folder.
-        config: Its whole configuration.
-    """
+    """One run of a comparison: its folder and its whole configuration."""
 
     name: str
     config: RunConfig
@@ -47,18 +43,18 @@ def plan_comparison(
 ) -> list[PlannedRun]:
     """Make the configuration of every method and seed, before any of them runs.
 
-    A method brings its delay; `parablock` keeps the configuration's, or has 1 where that is 0. What the
-    configuration says of blocks holds for the methods that train blocks.
+    A method that may lag keeps the configured delay, or has 1 where that is 0; the others have 0. The section
+    `blocks` holds for the methods that train blocks.
 
     Args:
-        config: What all have in common.
+        config: The settings that all have in common.
         methods: Their names.
-        seeds: Comma-separated; empty: the configuration's seed.
-        particular: `method:key=value`, what one method has different, such as `fedit:train.learning_rate=0.003`.
+        seeds: Comma-separated; empty for the configured seed.
+        particular: `method:key=value` settings of one method, such as `fedit:train.learning_rate=0.003`.
 
     Raises:
-        ConfigError: An unknown method, one that is not built, the same one twice, a seed that is no number, or
-            something particular to a method that is not compared.
+        ConfigError: A method is unknown, not built or named twice, a seed is not a number, or a setting is for a
+            method that is not compared.
     """
     names = [name.strip() for name in methods if name.strip()]
     unknown = [name for name in names if name not in METHODS]
@@ -116,10 +112,10 @@ def compare_methods(
     """Run one after the other, and write `compare.json`, `compare.md`, `compare.svg` and a report page.
 
     Args:
-        runs: What `plan_comparison` made.
+        runs: The runs that `plan_comparison` made.
         output_dir: A folder that holds no run.
-        progress: Who is told how it goes.
-        tasks: Of exact_match and multiple_choice, which are scored on the test rows of the configuration.
+        progress: As in `run`.
+        tasks: Some of `SCORED_TASKS`; they are scored on the test rows of the configuration.
         asked_to_stop: As in `run`.
 
     Raises:
@@ -164,62 +160,38 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
     """
     first = summaries[0]
     tasks = list(first["initial_scores"])
-    columns = ["run", "final eval loss", *tasks, *("seconds", "one after the other", "hidden", "MB up", "MB down")]
-    rows = [
-        ["base model", f"{first['initial_eval_loss']:.4f}", *(f"{first['initial_scores'][t]:.3f}" for t in tasks)]
-        + [""] * 6
-    ]
-    for summary in summaries:
-        rows.append(
-            [summary["name"], f"{summary['final_eval_loss']:.4f}"]
-            + [f"{summary['final_scores'][task]:.3f}" for task in tasks]
-            + [f"{summary['wall_time_s']:.1f}", f"{summary['sequential_s']:.1f}"]
-            + [f"{summary['overlap_fraction']:.0%}", f"{summary['uplink_bytes'] / 1e6:.1f}"]
-            + [f"{summary['downlink_bytes'] / 1e6:.1f}", f"{summary['predicted_memory_bytes'] / 1e6:.1f}"]
-        )
+    base_scores = (f"{first['initial_scores'][task]:.3f}" for task in tasks)
+    rows = [("base model", f"{first['initial_eval_loss']:.4f}", *base_scores, *[""] * 6)]
+    rows += [_results(summary["name"], [summary], tasks) for summary in summaries]
     if len({summary["seed"] for summary in summaries}) > 1:
-        rows += [_of_all_seeds(method, group, tasks) for method, group in _by_name(summaries).items()]
-    return _aligned([*columns, "MB of memory, predicted"], rows)
+        groups: dict[str, list[Summary]] = {}
+        for summary in summaries:
+            groups.setdefault(summary["name"].rpartition("-seed")[0], []).append(summary)
+        rows += [_results(f"{name}, {len(group)} seeds", group, tasks) for name, group in groups.items()]
+    spent = ("seconds", "one after the other", "hidden", "MB up", "MB down", "MB of memory, predicted")
+    return to_markdown(Table(("run", "final eval loss", *tasks, *spent), tuple(rows)))
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay a table out as Markdown that can be read as it stands: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        for line in (header, rule, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _results(label: str, group: Sequence[Summary], tasks: Sequence[str]) -> tuple[str, ...]:
+    def mean(key: str) -> float:
+        return fmean(summary[key] for summary in group)
+
+    return (
+        label,
+        spread([summary["final_eval_loss"] for summary in group]),
+        *(spread([summary["final_scores"][task] for summary in group], 3) for task in tasks),
+        f"{mean('wall_time_s'):.1f}",
+        f"{mean('sequential_s'):.1f}",
+        f"{mean('overlap_fraction'):.0%}",
+        *(f"{mean(key) / 1e6:.1f}" for key in ("uplink_bytes", "downlink_bytes", "predicted_memory_bytes")),
+    )
 
 
 def predicted_memory_bytes(config: RunConfig) -> int:
-    """Tell what a client needs while it trains, from shapes; see `parablock plan`."""
+    """Return the memory of a client while it trains, counted from shapes; see `parablock plan`."""
     scenario = Scenario(config, probe=False)
     memory = memory_per_client(scenario.outline, scenario.blocks, config)
     return memory[WAYS[config.federation.traits.trains]].total
-
-
-def _by_name(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
-    groups: dict[str, list[Summary]] = {}
-    for summary in summaries:
-        groups.setdefault(summary["name"].rpartition("-seed")[0], []).append(summary)
-    return groups
-
-
-def _of_all_seeds(method: str, group: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
-    def over_seeds(values: Sequence[float], digits: int) -> str:
-        return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
-
-    return [
-        f"{method}, {len(group)} seeds",
-        over_seeds([summary["final_eval_loss"] for summary in group], 4),
-        *(over_seeds([summary["final_scores"][task] for summary in group], 3) for task in tasks),
-        *(f"{fmean(summary[key] for summary in group):.1f}" for key in ("wall_time_s", "sequential_s")),
-        f"{fmean(summary['overlap_fraction'] for summary in group):.0%}",
-        *(f"{fmean(summary[key] for summary in group) / 1e6:.1f}" for key in ("uplink_bytes", "downlink_bytes")),
-        f"{group[0]['predicted_memory_bytes'] / 1e6:.1f}",
-    ]
 
 
 def _check_tasks(tasks: Sequence[str], config: RunConfig) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parablock.cli.terminal import print_summary, watched
+from parablock.cli.terminal import Overrides, print_summary, watched
 from parablock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from parablock.config.keys import RunConfig
 
 deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Use neither TLS nor node keys; for trials on one machine.")
 ]
-
+RunFile = Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")]
+OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")]
+Clients = Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")]
 Lanes = Annotated[
     int,
     typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: 1 for both directions, or 2, one for each."),
@@ -92,10 +97,10 @@ def client(
 
 @deploy.command()
 def local(
-    config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
-    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
+    config: RunFile,
+    output_dir: OutputDir,
+    clients: Clients = None,
+    overrides: Overrides = None,
     lanes: Lanes = 1,
     *,
     insecure: Insecure = False,
@@ -104,11 +109,9 @@ def local(
 
     Example: parablock deploy local configs/t0.yaml --clients 2 --output-dir runs/deployed
     """
-    from parablock.config.load import load_config
     from parablock.deploy.one_machine import deploy_local
 
-    more = [] if clients is None else [f"federation.num_clients={clients}"]
-    settings = load_config(config, [*(overrides or []), *more, "engine.name=flower"])
+    settings = _flower_run(config, overrides, clients)
     with watched() as (progress, stop):
         summary = deploy_local(
             settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
@@ -118,22 +121,26 @@ def local(
 
 @deploy.command()
 def app(
-    config: Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")],
-    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
+    config: RunFile,
+    output_dir: OutputDir,
+    clients: Clients = None,
+    overrides: Overrides = None,
 ) -> None:
     """Write a run as a Flower app, for `flwr run` in Flower's simulation on this machine.
 
     Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/simulated
     """
-    from parablock.config.load import load_config
     from parablock.deploy.one_machine import prepare_app
     from parablock.deploy.processes import SIMULATION, run_command
 
-    more = [] if clients is None else [f"federation.num_clients={clients}"]
-    folder, num_sites = prepare_app(
-        load_config(config, [*(overrides or []), *more, "engine.name=flower"]), output_dir
-    )
+    folder, num_sites = prepare_app(_flower_run(config, overrides, clients), output_dir)
     sizes = f"num-supernodes={num_sites} client-resources-num-cpus=1"
     typer.echo(f"{run_command(folder, SIMULATION)} --federation-config '{sizes}'")
+
+
+def _flower_run(config: Path, overrides: list[str] | None, clients: int | None) -> RunConfig:
+    """Load a run for the Flower engine; `clients` replaces the configured number of clients."""
+    from parablock.config.load import load_config
+
+    more = [] if clients is None else [f"federation.num_clients={clients}"]
+    return load_config(config, [*(overrides or []), *more, "engine.name=flower"])

@@ -37,13 +37,9 @@ _EXTRAS = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the result.
+    """One line of the result: the thing that was checked, its state with units, and a remedy if one is needed.
 
-    Attributes:
-        name: The thing that was checked.
-        value: Its state, with units.
-        status: `ok`; `warning` if runs are slower or an extra is missing; `problem` if runs will fail.
-        remedy: What to do about it; empty if nothing is to be done.
+    A `warning` means that runs are slower or that an extra is missing, a `problem` that runs will fail.
     """
 
     name: str
@@ -53,11 +49,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Check the machine and the installation.
-
-    Returns:
-        The findings, in reading order.
-    """
+    """Check the machine and the installation; return the findings in reading order."""
     return [
         *_find_versions(),
         *_find_devices(),

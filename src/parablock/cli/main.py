@@ -18,7 +18,7 @@ from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.deploy import deploy
-from parablock.cli.terminal import console, exit_when_interrupted, print_summary, watched
+from parablock.cli.terminal import Overrides, console, exit_when_interrupted, print_summary, watched
 from parablock.errors import ParaBlockError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]
 
 
@@ -46,9 +47,9 @@ def _root(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
+    config: ConfigFile,
     output_dir: OutputDir,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Run one federated fine-tuning.
 
@@ -127,8 +128,8 @@ def blocks(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     upload_mbps: Annotated[float | None, typer.Option(help="Instead of link.upload_mbps, 10^6 bit/s.")] = None,
     download_mbps: Annotated[float | None, typer.Option(help="Instead of link.download_mbps.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load model and data and time real steps here.")] = False,
@@ -197,10 +198,9 @@ def evaluate(
         table.add_row(score.label, f"{score.value:.4f}", str(score.count), score.name_or_path)
     console.print(table)
     for score in scores:
-        for sample in score.samples[:samples]:
-            console.print(
-                f"{score.label} answers {sample.prediction!r} where {sample.reference!r} is right", markup=False
-            )
+        for answer in score.samples[:samples]:
+            line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} is right"
+            console.print(line, markup=False)
 
 
 def _evaluate_by_harness(
@@ -249,7 +249,7 @@ def compare(
         str, typer.Option(help="Separated by commas; docs/baselines.md describes each.")
     ] = "parablock,fl_bcd",
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: the configuration's.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
+    overrides: Overrides = None,
     particular: Annotated[
         list[str] | None, typer.Option("--for", help="method:key=value, for that method alone; repeatable.")
     ] = None,

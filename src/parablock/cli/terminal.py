@@ -1,4 +1,4 @@
-"""Progress, Ctrl-C and the last lines of the commands that run something."""
+"""Progress, Ctrl-C and the last lines of the commands that run something, and options that commands share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 console = Console(markup=False)  # a path may hold brackets
 INTERRUPTED = 130
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")]
 
 
 @contextmanager
@@ -56,15 +57,13 @@ def print_summary(summary: dict[str, Any], directory: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(
-        f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
-    )
+    opened = f"report: {directory / 'report.html'}   model: {directory / 'model'}"
+    console.print(opened, highlight=False, soft_wrap=True)
 
 
 def exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        console.print(
-            f"stopped and saved; go on with: parablock resume {directory}", highlight=False, soft_wrap=True
-        )
+        remedy = f"stopped and saved; go on with: parablock resume {directory}"
+        console.print(remedy, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)

@@ -95,12 +95,6 @@ def make_word_problems(directory: Path, *, num_clients: int, examples_per_client
     topics in turn. A hash of the question decides which questions are held out for it, so that none of them is
     in a client's file.
 
-    Args:
-        directory: The folder for the files; made if it is missing.
-        num_clients: Number of client files, at least 1.
-        examples_per_client: Rows in each of them, at least 1.
-        seed: Decides every row.
-
     Returns:
         The client files, in the order of the clients.
 
@@ -147,16 +141,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def make_tiny_llama(directory: Path, texts: Iterable[str], *, seed: int, num_layers: int = 8) -> Path:
-    """Write a random Llama of under two million parameters, and a tokenizer trained on `texts`.
-
-    Args:
-        directory: The model folder, in the format of Hugging Face.
-        texts: Training texts of the byte-level BPE tokenizer, which can encode any other text too.
-        seed: Decides the weights.
-        num_layers: Number of decoder layers.
-
-    Returns:
-        `directory`.
+    """Write a random Llama of under two million parameters, and a tokenizer trained on `texts`; return `directory`.
 
     Raises:
         DataError: `texts` is empty.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,9 @@ NUM_SCORED = 96
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo.
+    """The run of the demo; `is_real` says whether its text and model are real, and not made up.
 
-    Attributes:
-        directory: The run directory.
-        is_real: Whether text and model are real, and not made up.
-        summary: The run's summary.
-        scores: Exact match of the base model and of the tuned one; empty if the run was interrupted.
+    The scores are exact match of the base model and of the tuned one; there are none if the run was interrupted.
     """
 
     directory: Path
@@ -47,11 +44,8 @@ class DemoResult:
 
 def free_directory(parent: Path) -> Path:
     """Return the first of parent/demo, parent/demo-2, … that does not exist."""
-    candidate, number = parent / "demo", 1
-    while candidate.exists():
-        number += 1
-        candidate = parent / f"demo-{number}"
-    return candidate
+    places = (parent / (f"demo-{number}" if number > 1 else "demo") for number in count(1))
+    return next(place for place in places if not place.exists())
 
 
 def find_shared() -> Path | None:
@@ -64,21 +58,18 @@ def find_shared() -> Path | None:
 
 
 def demo_config(shared: Path | None, made: Path) -> RunConfig:
-    """Configure the demo.
-
-    Args:
-        shared: The folder with real data and a model; None to make up both.
-        made: The folder for made-up files.
-    """
+    """Configure the demo for the real data and model in `shared`; if it is None, make up both in `made`."""
     if shared is not None:
-        train = [str(shared / f"data/t0/{family}.train.jsonl") for family in FAMILIES]
-        test = [str(shared / f"data/t0/{family}.test.jsonl") for family in FAMILIES]
+        train, test = (
+            [str(shared / f"data/t0/{name}.{kind}.jsonl") for name in FAMILIES] for kind in ("train", "test")
+        )
         model, num_threads = shared / "models/tiny-base", 2
         num_rounds, learning_rate, schedule = 24, 1e-3, "constant"
     else:
         paths = make_word_problems(made, num_clients=NUM_CLIENTS, examples_per_client=600, seed=0)
         train, test = [str(path) for path in paths], [str(made / TEST_FILE_NAME)]
-        texts = [line for path in paths for line in _texts(path)]
+        rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+        texts = [f"{row['question']}\n{row['answer']}" for row in rows]
         # A random model has more to learn than one that is fine-tuned: few layers, each of them often.
         model, num_threads = make_tiny_llama(made / "model", texts, seed=0, num_layers=4), 1
         num_rounds, learning_rate, schedule = 128, 4e-3, "cosine"
@@ -144,11 +135,6 @@ def describe_demo(outcome: DemoResult) -> list[str]:
         f"open      {directory / 'report.html'} in a browser (curves, the timeline of all rounds, every figure)",
         f"          {directory / 'model'} with AutoModelForCausalLM.from_pretrained",
     ]
-
-
-def _texts(path: Path) -> list[str]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [f"{row['question']}\n{row['answer']}" for row in rows]
 
 
 def _one_line(text: str) -> str:

@@ -15,7 +15,7 @@ ANSWER_S = 30.0
 
 
 def hand_over(address: str, arguments: list[str]) -> bool:
-    """Give the arguments of a command to a keeper; False where none answers."""
+    """Pass the arguments of a command to a keeper; return whether one answers."""
     with socket.socket(socket.AF_UNIX) as keeper:
         keeper.settimeout(ANSWER_S)
         try:

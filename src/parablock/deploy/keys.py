@@ -25,12 +25,7 @@ VALID_DAYS = 825
 
 
 def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
-    """Write a certificate authority, the server's certificate, and two key pairs for each site.
-
-    Args:
-        directory: A new folder.
-        num_sites: How many sites.
-        hosts: The names and addresses that sites reach the server by.
+    """Write a certificate authority, the server's certificate for its `hosts`, and two key pairs for each site.
 
     Raises:
         StorageError: The folder holds something, or cannot be written.
@@ -84,13 +79,12 @@ def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
         .sign(authority, hashes.SHA256())
     )
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    _write(directory / "ca.pem", ca.public_bytes(pem), secret=False)
-    _write(directory / "server" / "ca.pem", ca.public_bytes(pem), secret=False)
+    for folder in (directory, directory / "server", *(directory / f"site-{site}" for site in range(num_sites))):
+        _write(folder / "ca.pem", ca.public_bytes(pem), secret=False)
     _write(directory / "server" / "server.pem", signed.public_bytes(pem), secret=False)
     key = server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
     _write(directory / "server" / "server.key", key, secret=True)
     for site in (f"site-{number}" for number in range(num_sites)):
-        _write(directory / site / "ca.pem", ca.public_bytes(pem), secret=False)
         for key_file, name in (("site.key", site), ("down.key", f"{site}-down")):
             pair = ec.generate_private_key(ec.SECP384R1())
             openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
@@ -100,7 +94,7 @@ def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
 
 
 def missing_extra() -> InputError:
-    """Say how to get what deployment needs."""
+    """Return the error that Flower is not installed."""
     return InputError(
         "deployment needs Flower, which is not installed",
         cause="It is an extra of ParaBlock.",

@@ -12,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,17 @@ from parablock.deploy.variables import (
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress, Progress
-from parablock.storage.files import claimed
+from parablock.storage.files import claimed, last_lines
 from parablock.storage.run_directory import RunDirectory
 
 LOOK_S = 0.3
 STATUS_S = 20.0
 """How long nothing may move before Flower is asked whether the run still lives; each time costs a process."""
-
 HOST = "127.0.0.1"
 
 
 class Deployment:
-    """The processes of one deployment; entered, they run, and left, they are gone.
-
-    Args:
-        output_dir: The run directory.
-        num_clients: How many sites.
-        lanes: How many SuperNodes each of them has.
-        insecure: Without TLS and node keys.
-    """
+    """The processes of one deployment with `lanes` SuperNodes a site; they run while the context lasts."""
 
     def __init__(self, output_dir: Path, num_clients: int, *, lanes: int = 1, insecure: bool = False) -> None:
         self.output_dir, self.num_clients = output_dir.absolute(), num_clients
@@ -86,18 +78,16 @@ class Deployment:
                 "data": config.data.model_dump(mode="json"),
                 "share": "part",
             }
-            self.site_file(client_id).write_text(yaml.safe_dump(site, sort_keys=False), encoding="utf-8")
+            site_file_of(self.output_dir, client_id).write_text(
+                yaml.safe_dump(site, sort_keys=False), encoding="utf-8"
+            )
         if not self.insecure:
             make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
         write_app(self.folder / "app", self.output_dir)
         lanes_file(self.output_dir).write_text(str(self.lanes), encoding="utf-8")
 
-    def site_file(self, client_id: int) -> Path:
-        """Give the file of a site."""
-        return site_file_of(self.output_dir, client_id)
-
     def log(self, name: str) -> Path:
-        """Give the log of a process."""
+        """Return the log of a process."""
         return self.folder / "logs" / f"{name}.log"
 
     def __enter__(self) -> Deployment:
@@ -132,7 +122,7 @@ class Deployment:
     def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
         """Start a site's process, towards the server or towards what stands before it."""
         keys = None if self.insecure else self.folder / "keys" / f"site-{client_id}"
-        port, site_file = self._site_ports[client_id], self.site_file(client_id)
+        port, site_file = self._site_ports[client_id], site_file_of(self.output_dir, client_id)
         command = client_command(superlink or self.files.address, keys, site_file, port, self.lanes)
         self._launch(f"supernode-{client_id}", command, dict(os.environ))
 
@@ -143,7 +133,7 @@ class Deployment:
         return submit(self.files, self.folder / "app")
 
     def trainer_pid(self, client_id: int) -> int | None:
-        """Tell the process of a site's trainer, if there is one."""
+        """Return the process number of a site's trainer, or None if there is none."""
         try:
             pid = int((self.folder / "state" / str(client_id) / "lock").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -178,7 +168,7 @@ class Deployment:
                 os.killpg(pid, signal.SIGKILL)
 
     def _is_ours(self, pid: int) -> bool:
-        """Tell whether a process was started for this deployment: a number may have been given away again."""
+        """Return whether a process was started for this deployment: its number may have been given away again."""
         try:
             known = psutil.Process(pid)
             words = [*known.cmdline(), *known.environ().values()]
@@ -232,7 +222,7 @@ def deploy_local(
 
 
 def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
-    """Write a run as a Flower app that finds it on this machine; give the app's folder and the number of sites.
+    """Write a run as a Flower app that finds it on this machine; return the app's folder and the number of sites.
 
     Raises:
         InputError: The folder holds a run already.
@@ -244,16 +234,13 @@ def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
 
 
 def is_deployed(output_dir: Path) -> bool:
-    """Tell whether the run in a folder has its clients at sites."""
+    """Return whether the run in a folder has its clients at sites."""
     config = RunDirectory(output_dir).config
     return config.exists() and load_config(config).engine.name == "flower"
 
 
 def resume_local(
-    output_dir: Path,
-    *,
-    progress: Progress | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    output_dir: Path, *, progress: Progress | None = None, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
     """Bring an interrupted deployment up again and go on from its last checkpoint.
 
@@ -269,13 +256,11 @@ def resume_local(
     config = load_config(directory.config)
     folder = Path(output_dir) / "deployment"
     if not (folder / "sites").exists():
-        raise ConfigError(
-            [
-                "this run's server and sites are not on this machine; start the SuperLink again with "
-                "`parablock deploy server` and submit the app with `flwr run`: it goes on by itself"
-            ],
-            source=str(output_dir),
+        problem = (
+            "this run's server and sites are not on this machine; start the SuperLink again with "
+            "`parablock deploy server` and submit the app with `flwr run`: it goes on by itself"
         )
+        raise ConfigError([problem], source=str(output_dir))
     deployment = Deployment(
         output_dir,
         config.federation.num_clients,
@@ -296,39 +281,39 @@ def watch(
     """
     directory = RunDirectory(deployment.output_dir)
     began = time.time_ns()
-    with _rows(deployment, progress) as look:
-        next_status, shown, ended = time.monotonic() + STATUS_S, 0, False
-        while True:
-            if (rounds := look()) > shown:
-                next_status, shown = time.monotonic() + STATUS_S, rounds
-            if asked_to_stop():
-                stop_file(deployment.output_dir).touch()
-            failure = failure_file(deployment.output_dir)
-            if failure.exists():
-                word = json.loads(failure.read_text(encoding="utf-8"))
-                failure.unlink()
-                raise _told(word)
-            is_over = directory.summary.exists() and directory.summary.stat().st_mtime_ns > began
-            if is_over and (summary := directory.read_summary())["status"] != "failed":
-                look()
-                return summary
-            superlink = deployment.processes.get("superlink")
-            if superlink is None or superlink.poll() is not None:
-                raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
-            if ended:
-                raise _ended("the ServerApp ended", server_log(deployment.output_dir), deployment.output_dir)
-            if time.monotonic() > next_status:
-                next_status = time.monotonic() + STATUS_S
-                if ended := run_status(deployment.files, run_id).startswith("finished"):
-                    time.sleep(2)  # its last files may be on their way; it is looked for them once more
-            time.sleep(LOOK_S)
+    look = _rows(deployment, progress)
+    next_status, shown, ended = time.monotonic() + STATUS_S, 0, False
+    while True:
+        if (rounds := look()) > shown:
+            next_status, shown = time.monotonic() + STATUS_S, rounds
+        if asked_to_stop():
+            stop_file(deployment.output_dir).touch()
+        failure = failure_file(deployment.output_dir)
+        if failure.exists():
+            word = json.loads(failure.read_text(encoding="utf-8"))
+            failure.unlink()
+            kind = InputError if word.pop("exit_code") == InputError.exit_code else ParaBlockError
+            raise kind(word.pop("what"), **word)
+        is_over = directory.summary.exists() and directory.summary.stat().st_mtime_ns > began
+        if is_over and (summary := directory.read_summary())["status"] != "failed":
+            look()
+            return summary
+        superlink = deployment.processes.get("superlink")
+        if superlink is None or superlink.poll() is not None:
+            raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
+        if ended:
+            raise _ended("the ServerApp ended", server_log(deployment.output_dir), deployment.output_dir)
+        if time.monotonic() > next_status:
+            next_status = time.monotonic() + STATUS_S
+            if ended := run_status(deployment.files, run_id).startswith("finished"):
+                time.sleep(2)  # its last files may be on their way; it is looked for them once more
+        time.sleep(LOOK_S)
 
 
-@contextmanager
-def _rows(deployment: Deployment, progress: Progress) -> Iterator[Callable[[], int]]:
+def _rows(deployment: Deployment, progress: Progress) -> Callable[[], int]:
+    """Return a function that shows the rounds that are new, and returns the number of all rounds so far."""
     directory = RunDirectory(deployment.output_dir)
-    shown = 0
-    started = False
+    shown, started = 0, False
 
     def look() -> int:
         nonlocal shown, started
@@ -348,18 +333,12 @@ def _rows(deployment: Deployment, progress: Progress) -> Iterator[Callable[[], i
     progress.message(
         f"SuperLink and {deployment.num_clients} SuperNodes start; logs in {deployment.folder / 'logs'}"
     )
-    yield look
-
-
-def _told(word: dict[str, Any]) -> ParaBlockError:
-    kind = InputError if word["exit_code"] == 2 else ParaBlockError
-    return kind(word["what"], cause=word["cause"], remedy=word["remedy"])
+    return look
 
 
 def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
-    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-10:] if log.exists() else []
     return ParaBlockError(
-        f"{what}; its log ends with:\n" + "\n".join(tail),
+        f"{what}; its log ends with:\n{last_lines(log, 10)}",
         cause=f"The whole log is {log}.",
         remedy=f"Go on from the last checkpoint: parablock resume {output_dir}",
     )

@@ -22,19 +22,16 @@ from parablock.engine.flower.exchange import BOTH, DOWN, UP
 from parablock.engine.flower.pace import ONE_BY_ONE
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 from parablock.errors import ConfigError, InputError, ParaBlockError
+from parablock.storage.files import last_lines
 
 CONNECTION = "parablock"
 """The name of the server in the Flower configuration that we write."""
-
 AGAIN_S = 5.0
 """How long after its end a SuperNode is started again."""
-
 LOOK_S = 0.2
 """How often SuperNodes are looked after."""
-
 END_S = 5.0
 """How long a SuperNode may take to end when it is told to."""
-
 NO_TELEMETRY = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -42,45 +39,31 @@ NO_TELEMETRY = {
 }
 WHOLE_ARRAYS = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
 """Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
-
 POLL_OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 """How often a SuperNode's helper asks it for a message, seconds; each time takes a few milliseconds of a core."""
-
 SMALL_HEAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
-
 REUSE_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "33554432",
-    "MALLOC_TRIM_THRESHOLD_": "33554432",
+    **dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "33554432"),
     "MALLOC_ARENA_MAX": "1",
 }
 """Makes it keep some for the next message of a site, which has one at a time: what is new has to be cleared."""
-
 TUNABLES, LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 """Makes it ask for them in large pages, where the system has those for who asks: less work for the same bytes."""
-
 LANES = {1: (BOTH,), 2: (UP, DOWN)}
 """What each SuperNode of a site carries, by how many it has."""
-
 KEY_FILES = {BOTH: "site.key", UP: "site.key", DOWN: "down.key"}
 """Each SuperNode's private key in the site's folder of `make_keys`."""
 
 Process = tuple[list[str], Mapping[str, str]]
 """A command and its environment."""
-
 SIMULATION = {"RAY_USAGE_STATS_ENABLED": "0"}
 """For Ray, which Flower's simulation starts: no report to its makers."""
 
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """What the server needs on disk.
-
-    Attributes:
-        home: Flower's folder of this server.
-        keys: What `make_keys` wrote into `server/`; None: no TLS, any site may connect.
-        address: host:port that it listens at.
-    """
+    """Flower's folder of a server, its host:port, and its folder of keys; None: no TLS, any site may connect."""
 
     home: Path
     keys: Path | None
@@ -100,14 +83,13 @@ def flower(command: str) -> str:
 
 
 def run_command(app: Path, more: Mapping[str, str]) -> str:
-    """Give the line by which a user starts a run, to go on with the name of a connection or with options."""
-    return " ".join(
-        [*(f"{name}={value}" for name, value in {**NO_TELEMETRY, **more}.items()), "flwr", "run", str(app)]
-    )
+    """Return the line by which a user starts a run, to go on with the name of a connection or with options."""
+    variables = (f"{name}={value}" for name, value in {**NO_TELEMETRY, **more}.items())
+    return " ".join([*variables, "flwr", "run", str(app)])
 
 
 def superlink_command(files: ServerFiles) -> list[str]:
-    """Give the command of the server."""
+    """Return the command of the server."""
     host, _, port = files.address.rpartition(":")
     command = [flower("flower-superlink"), "--host", host, "--port", port]
     command.append("--disable-runtime-dependency-installation")
@@ -125,14 +107,9 @@ def superlink_command(files: ServerFiles) -> list[str]:
 def supernode_command(
     superlink: str, keys: Path | None, site_file: Path, port: int, carries: str = BOTH
 ) -> list[str]:
-    """Give the command of a SuperNode of a site.
+    """Return the command of a SuperNode of a site, with a port of its own on this machine.
 
-    Args:
-        superlink: host:port of the server.
-        keys: The site's folder of `make_keys`; None: no TLS.
-        site_file: Its YAML file.
-        port: Local port of the SuperNode, one for each on a machine.
-        carries: both, or up or down where the site has another one.
+    `keys` is the site's folder of `make_keys`; without it there is no TLS.
     """
     command = [flower("flower-supernode"), "--superlink", superlink, "--port", str(port)]
     command += ["--node-config", f"site={json.dumps(str(site_file))} carries={json.dumps(carries)}"]
@@ -161,7 +138,7 @@ def check_site_keys(keys: Path, lanes: int) -> None:
 
 
 def client_command(superlink: str, keys: Path | None, site_file: Path, port: int, lanes: int) -> list[str]:
-    """Give the command of a site as its operator types it, with so many SuperNodes; see `supernode_command`."""
+    """Return the command of a site as its operator types it, with so many SuperNodes; see `supernode_command`."""
     command = [sys.executable, "-m", "parablock", "deploy", "client", str(site_file)]
     command += ["--superlink", superlink, "--port", str(port), "--lanes", str(lanes)]
     return [*command, "--insecure"] if keys is None else [*command, "--keys", str(keys)]
@@ -170,7 +147,7 @@ def client_command(superlink: str, keys: Path | None, site_file: Path, port: int
 def supernodes_of(
     home: Path, superlink: str, keys: Path | None, site_file: Path, port: int, lanes: int
 ) -> list[Process]:
-    """Give the SuperNodes of a site, each with a folder and a port of its own; see `supernode_command`."""
+    """Return the SuperNodes of a site, each with a folder and a port of its own; see `supernode_command`."""
     found: list[Process] = []
     for carries, own_port in zip(LANES[lanes], [port, *free_ports(lanes - 1)], strict=True):
         own_home = home.with_name(f"{home.name}-{carries}") if carries == DOWN else home
@@ -198,21 +175,18 @@ def keep_running(commands: Sequence[Process], *, tell: Callable[[str], None]) ->
         while any(process.poll() != 0 for process in processes):
             for place, (command, env) in enumerate(commands):
                 if code := processes[place].poll():
-                    _tell_of_the_end(code, tell)
+                    tell(
+                        f"a SuperNode ended with code {code} and starts again in {AGAIN_S:g} s. If the server "
+                        "refused it, then either the server does not know this site's key: give --keys the folder "
+                        "made for this site. Or it has not noticed yet that the site was gone, which takes it a "
+                        "minute."
+                    )
                     time.sleep(AGAIN_S)
                     processes[place] = subprocess.Popen(command, env=env)
             time.sleep(LOOK_S)
     finally:
         for process in processes:
             _end(process)
-
-
-def _tell_of_the_end(code: int, tell: Callable[[str], None]) -> None:
-    tell(
-        f"a SuperNode ended with code {code} and starts again in {AGAIN_S:g} s. If the server "
-        "refused it, then either the server does not know this site's key: give --keys the folder made "
-        "for this site. Or it has not noticed yet that the site was gone, which takes it a minute."
-    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -225,28 +199,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Give the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
+    """Return the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
     home.mkdir(parents=True, exist_ok=True)
     pages = {TUNABLES: ":".join(filter(None, [LARGE_PAGES, os.environ.get(TUNABLES, "")]))}
-    return {
-        **os.environ,
-        **NO_TELEMETRY,
-        **WHOLE_ARRAYS,
-        **SMALL_HEAP,
-        **pages,
-        "FLWR_HOME": str(home),
-        "PATH": _path(),
-        **(more or {}),
-    }
+    own = {"FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
+    return {**os.environ, **NO_TELEMETRY, **WHOLE_ARRAYS, **SMALL_HEAP, **pages, **own}
 
 
 def server_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Give that of a SuperLink."""
+    """Return the environment of a SuperLink."""
     return environment(home, {**ONE_BY_ONE, **(more or {})})
 
 
 def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Give that of a SuperNode, which finds a ClientApp that is loaded already, where the system allows for it."""
+    """Return the environment of a SuperNode; it finds a ClientApp that is loaded, where the system allows."""
     env, commands = environment(home, {**POLL_OFTEN, **REUSE_MEMORY, **(more or {})}), home / "bin"
     if write_commands(commands, flower("flwr-clientapp")):
         env["PATH"] = os.pathsep.join([str(commands), env["PATH"]])
@@ -254,11 +220,9 @@ def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[
 
 
 def write_app(directory: Path, output_dir: Path | str = "") -> Path:
-    """Write the Flower app, which plain `flwr run` takes: only names, all code is in the installed package.
+    """Write the Flower app for plain `flwr run`; it holds only names, all code is in the installed package.
 
-    Args:
-        directory: Where.
-        output_dir: The run directory, for a SuperLink whose environment names none.
+    It names the run directory, for a SuperLink whose environment does not.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "pyproject.toml").write_text(
@@ -289,7 +253,7 @@ clientapp = "parablock.deploy.client_app:app"
 
 
 def write_connection(files: ServerFiles) -> None:
-    """Tell `flwr` where the server is."""
+    """Write the address of the server for `flwr`."""
     files.home.mkdir(parents=True, exist_ok=True)
     safety = "insecure = true" if files.keys is None else f'root-certificates = "{files.keys / "ca.pem"}"'
     lines = ["[superlink]", f'default = "{CONNECTION}"', "", f"[superlink.{CONNECTION}]"]
@@ -305,7 +269,7 @@ def register_sites(files: ServerFiles) -> None:
 
 
 def submit(files: ServerFiles, app: Path) -> str:
-    """Start a run; give its id."""
+    """Start a run; return its id."""
     answer = _flwr(files, ["run", str(app), CONNECTION, "--format", "json"])
     run_id = json.loads(answer[answer.index("{") :]).get("run-id")
     if run_id is None:
@@ -314,7 +278,7 @@ def submit(files: ServerFiles, app: Path) -> str:
 
 
 def run_status(files: ServerFiles, run_id: str) -> str:
-    """Ask the server how a run stands, in Flower's words; `unknown` where it does not answer."""
+    """Return how a run stands, in Flower's words; `unknown` where it does not answer."""
     answer = _flwr(files, ["list", "--run-id", run_id, CONNECTION, "--format", "json"])
     runs = json.loads(answer[answer.index("{") :]).get("runs", [{"status": "unknown"}])
     return str(runs[0]["status"])
@@ -334,9 +298,8 @@ def wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path, tim
             if probe.connect_ex((host, int(port))) == 0:
                 return
         time.sleep(0.1)
-    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:] if log.exists() else []
     raise ParaBlockError(
-        f"the SuperLink does not listen at {address}:\n" + "\n".join(tail),
+        f"the SuperLink does not listen at {address}:\n{last_lines(log, 8)}",
         cause="The port is busy, or its certificate cannot be read.",
         remedy=f"Look at {log}, or choose another port.",
     )

@@ -22,7 +22,7 @@ from parablock.deploy.site import shared_config
 from parablock.deploy.variables import config_file, failure_file, output_dir_of, server_log, stop_file
 from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.flower.engine import run_over_flower, server_app
-from parablock.engine.flower.exchange import Request
+from parablock.engine.flower.exchange import Request, word_of
 from parablock.engine.flower.grid import GridTransport
 from parablock.errors import ParaBlockError
 from parablock.experiment.engines import clients_of
@@ -33,14 +33,9 @@ from parablock.storage.files import claimed, write_atomically
 
 
 class FlowerEngine:
-    """Runs a job over the SuperNodes that are connected.
+    """The engine that runs over the connected SuperNodes; `session` is the id of the Flower run.
 
-    Args:
-        grid: Flower's.
-        session: The Flower run's id.
-        output_dir: The run directory; it keeps the key that sites know the run by.
-        job: The server's.
-        tell: Told what a user should know.
+    The run directory keeps the key that sites know the run by.
 
     Raises:
         StallError: Some site does not come.
@@ -79,17 +74,14 @@ def main(grid: Any, context: Any) -> None:
         failure.unlink(missing_ok=True)
         try:
             _run(grid, str(context.run_id), output_dir)
-        except ParaBlockError as error:
-            word = {"what": error.what, "cause": error.cause, "remedy": error.remedy, "exit_code": error.exit_code}
+        except Exception as error:
+            what, cause, remedy, exit_code = word_of(error)
+            if not isinstance(
+                error, ParaBlockError
+            ):  # whoever started the run need not search Flower's logs for it
+                cause = traceback.format_exc()
+            word = {"what": what, "cause": cause, "remedy": remedy, "exit_code": exit_code}
             write_atomically(failure, json.dumps(word))
-            raise
-        except (
-            Exception
-        ) as error:  # not foreseen: whoever started the run must not have to look for it in Flower's logs
-            cause = traceback.format_exc()
-            write_atomically(
-                failure, json.dumps({"what": repr(error), "cause": cause, "remedy": "", "exit_code": 1})
-            )
             raise
 
 

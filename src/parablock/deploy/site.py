@@ -69,18 +69,16 @@ def site_file(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> 
     if not named and "partition-id" in node_config and run_config.get(OUTPUT_KEY):
         return site_file_of(Path(str(run_config[OUTPUT_KEY])), node_config["partition-id"])
     if not named:
-        raise ConfigError(
-            [
-                "the SuperNode does not say whose it is; start it with `parablock deploy client`, or with "
-                f"--node-config 'site=\"/path/site.yaml\"', or set {SITE_VARIABLE}"
-            ],
-            source="the SuperNode",
+        problem = (
+            "the SuperNode does not say whose it is; start it with `parablock deploy client`, or with "
+            f"--node-config 'site=\"/path/site.yaml\"', or set {SITE_VARIABLE}"
         )
+        raise ConfigError([problem], source="the SuperNode")
     return Path(str(named))
 
 
 def shared_config(config: RunConfig) -> str:
-    """Give what the sites have to know, as YAML: no path, no tracker, no data source of the server's."""
+    """Return the configuration that the sites need, as YAML: none of the server's paths, trackers or data."""
     tree = config.model_dump(mode="json")
     for section, keys in {"model": ("name_or_path", "device"), "data": ("train", "test", "partition")}.items():
         for key in keys:

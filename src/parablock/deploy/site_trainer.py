@@ -110,7 +110,7 @@ def _train(site: SiteConfig, folder: SessionFolder, mailbox: TrainerMailbox, tra
 def _sealed(
     mailbox: TrainerMailbox, folder: SessionFolder, config: RunConfig, client_id: int
 ) -> AbstractContextManager[Communication]:
-    """Give what the client sends through: the mailbox itself, or where updates are masked what masks them."""
+    """Return the channel that the client sends through: the mailbox, or one that masks the updates first."""
     masking = masking_of(config)
     if masking is None:
         return nullcontext(mailbox)

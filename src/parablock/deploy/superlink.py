@@ -40,11 +40,7 @@ def server_config(path: Path) -> RunConfig:
 def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: str) -> None:
     """Start the SuperLink, let the sites in, and stay until it ends or the user does.
 
-    Args:
-        config: The run.
-        output_dir: Its run directory; a run that is there already is gone on with.
-        keys: The server's folder of keys; None: no TLS, any site may connect.
-        address: host:port to listen at.
+    A run that is in `output_dir` already goes on. Without keys there is no TLS, and any site may connect.
 
     Raises:
         ParaBlockError: The SuperLink does not start.

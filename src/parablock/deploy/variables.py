@@ -1,4 +1,4 @@
-"""How the ServerApp is told what to run: its run directory, and what lies there. Nothing here imports torch."""
+"""Paths of a deployment, and how the ServerApp learns its run directory. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -23,41 +23,39 @@ def output_dir_of(environment: Mapping[str, str], run_config: Mapping[str, Any])
     """
     named = environment.get(OUTPUT_VARIABLE) or run_config.get(OUTPUT_KEY)
     if not named:
-        raise ConfigError(
-            [
-                "the app does not say which run it is; start the SuperLink with `parablock deploy server`, "
-                "or make the app with `parablock deploy app`"
-            ],
-            source="the Flower app",
+        problem = (
+            "the app does not say which run it is; start the SuperLink with `parablock deploy server`, "
+            "or make the app with `parablock deploy app`"
         )
+        raise ConfigError([problem], source="the Flower app")
     return Path(str(named)).absolute()
 
 
 def config_file(output_dir: Path) -> Path:
-    """Give the server's configuration, as the deployment was prepared with it."""
+    """Return the path of the server's configuration, as the deployment was prepared with it."""
     return output_dir / "deployment" / "config.yaml"
 
 
 def lanes_file(output_dir: Path) -> Path:
-    """Give the file that says how many SuperNodes each site on this machine has."""
+    """Return the file that says how many SuperNodes each site on this machine has."""
     return output_dir / "deployment" / "lanes"
 
 
 def server_log(output_dir: Path) -> Path:
-    """Give the file in which the server says what it does and waits for."""
+    """Return the log of the server: what it does and waits for."""
     return output_dir / "deployment" / "server.log"
 
 
 def site_file_of(output_dir: Path, client_id: object) -> Path:
-    """Give the file of a site that is on this machine."""
+    """Return the file of a site that is on this machine."""
     return output_dir / "deployment" / "sites" / f"{client_id}.yaml"
 
 
 def failure_file(output_dir: Path) -> Path:
-    """Give the file in which a run that cannot go on says why, beside its run directory."""
+    """Return the file in which a run that cannot go on says why, beside its run directory."""
     return output_dir.with_name(f"{output_dir.name}.failure.json")
 
 
 def stop_file(output_dir: Path) -> Path:
-    """Give the file that asks a run to save and stop at the next round."""
+    """Return the file that asks a run to save and stop at the next round."""
     return output_dir / "stop"

@@ -35,17 +35,14 @@ from parablock.errors import ParaBlockError
 
 PAUSE_S = 0.25
 """How long a forked ClientApp waits before it asks again for a message that is on its way to the SuperNode."""
-
 CALL_S = 5.0
 """How long a call may take to say its arguments."""
 
 
 def write_commands(folder: Path, clientapp: str) -> bool:
-    """Write the two commands; False on a system where a process that has loaded so much cannot be forked safely.
+    """Write the two commands into a folder that comes first in a SuperNode's PATH; `clientapp` is Flower's own.
 
-    Args:
-        folder: What goes before the others in a SuperNode's PATH.
-        clientapp: Flower's own `flwr-clientapp`.
+    Return False on a system where a process that has loaded so much cannot be forked safely.
     """
     if sys.platform != "linux":
         return False
@@ -98,7 +95,7 @@ def _load(name: str) -> Callable[[], int | None]:
 
 
 def _begin_to_keep() -> list[str] | None:
-    """Fork a keeper; gives None here, and in a process that it forks later the arguments of that."""
+    """Fork a keeper; return None here, and the arguments of the call in a process that the keeper forks later."""
     address = address_of(Path(os.environ["FLWR_HOME"]) / "keeper")
     listener, (alive, keep_alive) = listen(address), os.pipe()
     if os.fork() == 0:
@@ -117,7 +114,7 @@ def _begin_to_keep() -> list[str] | None:
 
 
 def _keep(listener: socket.socket, alive: int) -> list[str] | None:
-    """Fork for each call: gives its arguments in the new process, and None in this one once `alive` is closed."""
+    """Fork for each call: return its arguments in the new process, and None in this one once `alive` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; this ends with the SuperExec
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what is forked
     _name("flwr-keeper")

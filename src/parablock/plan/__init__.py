@@ -1,7 +1,6 @@
 """`parablock plan`: predict bytes, time and memory of a run from its configuration, and advise on settings.
 
-- `forecast`: the plan, joined from the files below.
-- `scenario`: the configured run, whose link, delay, block size and wire format can be varied.
+- `forecast`: the plan, joined from the files below, and the run whose link, delay and blocks it varies.
 - `itinerary`: the rounds: which clients are asked, and which blocks they are sent.
 - `traffic`: bytes of the messages. `timing`: computation and messages on a clock.
 - `probe`: seconds of computation, measured on this machine.

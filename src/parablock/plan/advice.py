@@ -33,13 +33,7 @@ NARROWEST_BEFORE_STEPS = "int8"
 
 @dataclass(frozen=True)
 class Case:
-    """The costs of a block size.
-
-    Attributes:
-        layers_per_block: The size.
-        step_s: Mean seconds of a local step.
-        cover_s: Wire format → seconds of computation that hide the exchange.
-    """
+    """A block size, its mean seconds of a local step, and wire format → seconds that hide the exchange."""
 
     layers_per_block: int
     step_s: float
@@ -57,13 +51,10 @@ class Advice:
 
 
 def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: int, wire_format: str) -> Advice:
-    """Apply the rule of this module.
+    """Apply the rule of this module to one or more block sizes, the preferred one first.
 
-    Args:
-        cases: Block sizes, the preferred one first; at least one.
-        num_local_steps: The configured K, and the fewest steps to recommend.
-        max_local_steps: The most steps to recommend, unless more are configured.
-        wire_format: The configured format, and the widest one to recommend.
+    The configured K is the fewest steps to recommend, the configured format the widest. `max_local_steps` is the
+    most steps, unless more are configured.
     """
     most = max(num_local_steps, max_local_steps)
     narrower = [wire_format, *(name for name in WIRE_FORMATS if _width(name) > _width(wire_format))]
@@ -84,12 +75,7 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
 def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *, num_local_steps: int) -> str:
     """Return one sentence: whether overlap hides the communication, and what to change.
 
-    Args:
-        config: The run.
-        timing: Times of the run.
-        serial: Times of the run with delay 0.
-        advice: Recommended settings.
-        num_local_steps: K, as configured or as the run chooses it.
+    `timing` is of the run, `serial` of the run with delay 0; K is as configured or as the run chooses it.
     """
     link = config.link
     if link.upload_mbps is None and link.download_mbps is None and not link.latency_s:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
+from statistics import fmean
 from typing import Any
 
+from parablock.algorithm.parablock import steps_of
 from parablock.config.keys import RunConfig
-from parablock.config.methods import METHODS
+from parablock.config.methods import METHODS, cohort_size, with_delay
+from parablock.engine.local_steps import local_steps_of
 from parablock.errors import ConfigError
+from parablock.experiment.engines import encoding_of
+from parablock.experiment.fit_blocks import estimated_compute, fitted, flops_of, never_visited
+from parablock.methods.blocks import layer_blocks, trained_blocks
+from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
-from parablock.plan.advice import WIRE_FORMATS, Advice, Case, recommend, verdict
+from parablock.model.load import outline_model
+from parablock.plan.advice import WIRE_FORMATS, Case, recommend, verdict
+from parablock.plan.itinerary import walk
 from parablock.plan.memory import memory_per_client
-from parablock.plan.scenario import Scenario
-from parablock.plan.traffic import total_bytes
+from parablock.plan.probe import probed_compute
+from parablock.plan.timing import Timing, time_rounds
+from parablock.plan.traffic import Sizes, Stacked, total_bytes
 from parablock.wire.quantize import payload_bytes
 from parablock.wire.transport import Link
 
@@ -74,25 +85,100 @@ class Plan:
     verdict: str
 
 
-def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
-    """Predict a run.
+class Scenario:
+    """A configured run whose link, delay, block size and wire format can be varied.
 
     Args:
         config: The run.
-        probe: Load the model and the data, and time real steps on this machine. Otherwise only the model's
-            config.json is read.
+        probe: Whether to measure the computation on this machine.
+
+    Attributes:
+        config: The configuration, with a number for `blocks.layers_per_block`.
+        outline: The model without values, and without adapters.
+        notes: Choices that the configuration leaves to the plan, in words.
+        overlaps: Whether the configured method can have a delay.
+        blocks: The blocks that the method trains and sends; all parameters or all adapters count as one block.
+        local_steps: K of each client, or one K for all; with `auto`, the choice for a block of mean size.
+        num_local_steps: The smallest K, that of the slowest client.
+        walk: (number of blocks, delay) → itinerary.
+    """
+
+    def __init__(self, config: RunConfig, *, probe: bool) -> None:
+        self.outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+        asked, self.config = config.blocks.layers_per_block, fitted(config, self.outline)
+        config = self.config
+        assert isinstance(config.blocks.layers_per_block, int)
+        self.layers_per_block = config.blocks.layers_per_block
+        self.notes = [f"blocks.layers_per_block: auto is {self.layers_per_block} here"] if asked == "auto" else []
+        method = config.federation.traits
+        self.overlaps = with_delay(config.federation.method) is not None
+        own = self.outline  # methods of adapters put them into the model
+        if method.trains == "adapters":
+            own = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+        self.blocks: tuple[Block, ...] = trained_blocks(own, config)
+        self._dtype = str(own.get_parameter(self.blocks[0].parameter_names[0]).dtype).removeprefix("torch.")
+        self._stacked = None
+        if method.combines == "stack":
+            matrices = matrices_block(own, layers_path=config.blocks.layers_path)
+            size = cohort_size(config.federation.model_dump())
+            self._stacked = Stacked(matrices.num_parameters, size)
+        self.flops = flops_of(config, own)
+        self.compute = probed_compute(config) if probe else estimated_compute(config, self.flops)
+        self.link = Link(**config.link.model_dump())
+        self.local_steps = self._local_steps()
+        self.num_local_steps = min(self.local_steps)
+        self.walk = cache(partial(walk, config))
+
+    def partition(self, layers_per_block: int) -> tuple[Block, ...]:
+        """Cut the model as the block methods do."""
+        return layer_blocks(self.outline, self.config, layers_per_block)
+
+    def never_visited(self, blocks: tuple[Block, ...]) -> tuple[int, ...]:
+        """List the blocks that the configured rounds would not train."""
+        return never_visited(self.config, len(blocks))
+
+    def sizes(self, blocks: tuple[Block, ...], wire_format: str) -> Sizes:
+        """Return the bytes of all messages."""
+        own = blocks is self.blocks
+        return Sizes(
+            [block.num_parameters for block in blocks],
+            dtype=self._dtype if own and self._stacked is None else self.config.model.dtype,
+            wire_format=wire_format,
+            chunk_bytes=encoding_of(self.config).chunk_bytes,
+            stacked=self._stacked if own else None,
+        )
+
+    def time(self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int) -> Timing:
+        """Return the times of the rounds."""
+        itinerary = self.walk(len(blocks), delay)
+
+        def compute_s(b: int, round_index: int, client_id: int) -> float:
+            return self.compute.round_s(blocks[b], round_index, client_id, steps_of(self.local_steps, client_id))
+
+        return time_rounds(itinerary, self.sizes(blocks, wire_format), compute_s, link, delay=delay)
+
+    def _local_steps(self) -> tuple[int, ...]:
+        step_s = {
+            client_id: fmean(self.compute.round_s(block, 0, client_id, 1) for block in self.blocks)
+            for client_id in range(self.config.federation.num_clients)
+        }
+        elements, encoding = round(fmean(block.num_parameters for block in self.blocks)), encoding_of(self.config)
+        payload_bytes, streamed = encoding.payload_bytes(elements), len(encoding.cut(elements)) > 1
+        return local_steps_of(self.config).of_round(step_s, len(step_s), payload_bytes, streamed=streamed)
+
+
+def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
+    """Predict a run from its configuration and the model's config.json.
+
+    With `probe`, load the model and the data, and time real steps on this machine.
 
     Raises:
-        InputError: The model cannot be read, the method cannot be planned, or, with `probe`, some other input
-            of the run is wrong.
+        InputError: The method cannot be planned, or an input of the run that is read is wrong.
     """
     if not config.federation.traits.gathers:  # the walk follows rounds in which a cohort sends
         names = ", ".join(name for name, method in METHODS.items() if method.gathers)
         raise ConfigError([f"federation.method: plans are made for {names}, not for {config.federation.method}"])
-    return _plan(Scenario(config, probe=probe))
-
-
-def _plan(scenario: Scenario) -> Plan:
+    scenario = Scenario(config, probe=probe)
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format
     itinerary = scenario.walk(len(blocks), delay)
@@ -103,7 +189,12 @@ def _plan(scenario: Scenario) -> Plan:
         scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)
     )
     memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
-    advice = _advise(scenario)
+    advice = recommend(
+        _cases(scenario),
+        num_local_steps=scenario.num_local_steps,
+        max_local_steps=config.train.max_local_steps,
+        wire_format=wire_format,
+    )
     return Plan(
         num_blocks=len(blocks),
         blocks=[_describe(block, wire_format) for block in blocks],
@@ -118,13 +209,9 @@ def _plan(scenario: Scenario) -> Plan:
         hours=timing.wall_s / 3600,
         memory_bytes={name: each.total for name, each in memory.items()},
         never_visited=list(scenario.never_visited(blocks)),
-        recommended={
-            "layers_per_block": advice.layers_per_block,
-            "num_local_steps": advice.num_local_steps,
-            "format": advice.format,
-        },
+        recommended={name: getattr(advice, name) for name in ("layers_per_block", "num_local_steps", "format")},
         traffic={
-            name: {"uplink_bytes": each.uplink_bytes, "downlink_bytes": each.downlink_bytes}
+            name: {key: getattr(each, key) for key in ("uplink_bytes", "downlink_bytes")}
             for name, each in traffic.items()
         },
         links=_at_several_speeds(scenario),
@@ -170,15 +257,6 @@ def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
             }
         )
     return rows
-
-
-def _advise(scenario: Scenario) -> Advice:
-    return recommend(
-        _cases(scenario),
-        num_local_steps=scenario.num_local_steps,
-        max_local_steps=scenario.config.train.max_local_steps,
-        wire_format=scenario.config.wire.format,
-    )
 
 
 def _cases(scenario: Scenario) -> Iterator[Case]:

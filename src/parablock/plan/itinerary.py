@@ -38,12 +38,8 @@ class Itinerary:
 def walk(config: RunConfig, num_blocks: int, delay: int) -> Itinerary:
     """Follow the server through all rounds.
 
-    The schedule `importance` depends on measured deltas; here all blocks count as equal.
-
-    Args:
-        config: Rounds, clients, schedule, participation, streaming, checkpoints, seed.
-        num_blocks: B.
-        delay: d, which may differ from the configured delay.
+    The delay may differ from the configured one. The schedule `importance` depends on measured deltas; here all
+    blocks count as equal.
     """
     return _Walk(config, num_blocks, delay).itinerary()
 
@@ -96,20 +92,10 @@ class _Walk:
         return tuple(news)
 
     def _next_block(self) -> int:
-        return next_block(
-            self._config.blocks.schedule,
-            self._history,
-            num_blocks=self._num_blocks,
-            delay=self._delay,
-            seed=self._config.seed,
-            squared_delta=[inf if version == NEVER else 1.0 for version in self._versions],
-        )
+        equal = [inf if version == NEVER else 1.0 for version in self._versions]
+        places = {"num_blocks": self._num_blocks, "delay": self._delay, "seed": self._config.seed}
+        return next_block(self._config.blocks.schedule, self._history, squared_delta=equal, **places)
 
     def _draw_cohort(self, round_index: int) -> tuple[int, ...]:
-        federation = self._config.federation
-        return cohort(
-            round_index,
-            num_clients=federation.num_clients,
-            participation=federation.participation,
-            seed=self._config.seed,
-        )
+        num_clients, participation = self._config.federation.num_clients, self._config.federation.participation
+        return cohort(round_index, num_clients=num_clients, participation=participation, seed=self._config.seed)

@@ -58,10 +58,7 @@ class Memory:
 def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config: RunConfig) -> dict[str, Memory]:
     """Return the memory of a client, for `block`, `lora` and `full`.
 
-    Args:
-        model: The model or its outline, in the run's precision.
-        blocks: Its partition.
-        config: Batch size, length, precision, delay.
+    The model, or its outline, has the run's precision; `blocks` is its partition.
     """
     itemsize = model.dtype.itemsize
     activations = _Activations(model, config)
@@ -81,24 +78,14 @@ def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config:
             activations=kept,
         )
 
-    of_blocks = [
-        memory(
-            block.num_parameters,
-            base_copy=in_blocks * itemsize,
-            item=itemsize,
-            kept=activations.kept(block.lowest_layer, block.layers),
-        )
-        for block in blocks
-    ]
+    def of_block(block: Block) -> Memory:
+        kept = activations.kept(block.lowest_layer, block.layers)
+        return memory(block.num_parameters, base_copy=in_blocks * itemsize, item=itemsize, kept=kept)
+
+    base_of_adapters = _base_of_adapters(model, config, adapters)
     return {
-        "block": max(of_blocks, key=lambda memory: memory.total),
-        "lora": memory(
-            adapters,
-            base_copy=_base_of_adapters(model, config, adapters),
-            item=FP32,
-            extra=adapters * FP32,
-            kept=all_trained,
-        ),
+        "block": max(map(of_block, blocks), key=lambda memory: memory.total),
+        "lora": memory(adapters, base_copy=base_of_adapters, item=FP32, extra=adapters * FP32, kept=all_trained),
         "full": memory(parameters, base_copy=parameters * itemsize, item=itemsize, kept=all_trained),
     }
 
@@ -147,7 +134,7 @@ def _adapter_parameters(model: PreTrainedModel, config: RunConfig) -> int:
 
 
 def _base_of_adapters(model: PreTrainedModel, config: RunConfig, adapters: int) -> int:
-    """Give the bytes of what was committed last: the adapters, or the matrices that a stack is added to."""
+    """Return the bytes of the last committed values: the adapters, or the matrices that a stack is added to."""
     if config.federation.traits.combines != "stack":
         return adapters * FP32
     _, layers = find_layers(model, config.blocks.layers_path)

@@ -11,14 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from parablock.algorithm.parablock import delta_of
 from parablock.config.keys import RunConfig
-from parablock.data.batches import Batch, round_batches
+from parablock.data.batches import round_batches
 from parablock.errors import ConfigError
 from parablock.experiment.fit_blocks import flops_of
 from parablock.experiment.inputs import read_inputs
@@ -27,9 +27,8 @@ from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.seeding import seed_for
 from parablock.training.flops import FlopModel, Tokens
-from parablock.training.local import LocalArguments
 from parablock.training.step_time import Compute, crowding, device, format_flops
-from parablock.training.trainer import LocalTrainer
+from parablock.training.trainer import LocalTrainer, local_arguments
 from parablock.wire.quantize import pack
 
 PROBED_BLOCKS = 4
@@ -113,8 +112,7 @@ def _measure(job: RunInputs, flops: FlopModel) -> _Speed:
             delta = delta_of(result.trained[:], working[b])
             pack(delta, job.config.wire.format)
             seconds = time.perf_counter() - started
-            batches = _batches(job, client_id, first_step, steps)
-            operations = flops.step(job.blocks[b], sum(map(Tokens.of, batches), Tokens()))
+            operations = flops.step(job.blocks[b], _tokens(job, client_id, first_step, steps))
             measured[job.blocks[b].lowest_layer].append(seconds / operations)
             visits += 1
     medians = {depth: statistics.median(measured[depth]) for depth in sorted(measured)}
@@ -129,20 +127,13 @@ def _num_local_steps(job: RunInputs) -> int:
 
 
 def _trainers(job: RunInputs, replica: Replica) -> list[LocalTrainer]:
-    train = job.config.train
-    arguments = LocalArguments(
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
-    )
     return [
         LocalTrainer(
             client_id,
             examples,
             replica,
-            train=train.model_copy(update={"optimizer_state": "reset"}),
-            arguments=arguments,
+            train=job.config.train.model_copy(update={"optimizer_state": "reset"}),
+            arguments=local_arguments(job.config),
             num_rounds=PROBE_REPEATS,
             seed=job.config.seed,
             pad_token_id=job.loaded.tokenizer.pad_token_id,
@@ -156,18 +147,17 @@ def _round_tokens(job: RunInputs) -> Callable[[int, int, int], Tokens]:
     """Return a function (round, client, steps) → tokens; the sizes repeat after `SIZED_BATCHES` batches."""
     batches = job.config.train.gradient_accumulation_steps * len(job.train)
 
-    @cache
-    def tokens(round_index: int, client_id: int, steps: int) -> Tokens:
-        return sum(map(Tokens.of, _batches(job, client_id, round_index * steps, steps)), Tokens())
+    tokens = cache(partial(_tokens, job))
 
     def of_round(round_index: int, client_id: int, steps: int) -> Tokens:
         distinct = max(1, min(job.config.federation.num_rounds, SIZED_BATCHES // (batches * steps)))
-        return tokens(round_index % distinct, client_id, steps)
+        return tokens(client_id, round_index % distinct * steps, steps)
 
     return of_round
 
 
-def _batches(job: RunInputs, client_id: int, first_step: int, num_local_steps: int) -> list[Batch]:
+def _tokens(job: RunInputs, client_id: int, first_step: int, num_local_steps: int) -> Tokens:
+    """Count the tokens of a client's batches, from a step on."""
     train = job.config.train
     steps = round_batches(
         job.train[client_id],
@@ -179,4 +169,4 @@ def _batches(job: RunInputs, client_id: int, first_step: int, num_local_steps: i
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         pad_token_id=job.loaded.tokenizer.pad_token_id,
     )
-    return [batch for micro_batches in steps for batch in micro_batches]
+    return sum((Tokens.of(batch) for micro_batches in steps for batch in micro_batches), Tokens())

@@ -8,9 +8,9 @@ checkpoints take no time.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 from parablock.plan.itinerary import Itinerary
 from parablock.plan.traffic import Shipment, Sizes
@@ -53,15 +53,7 @@ class _Client:
 def time_rounds(
     itinerary: Itinerary, sizes: Sizes, compute_s: Callable[[int, int, int], float], link: Link, *, delay: int
 ) -> Timing:
-    """Return the times of a run.
-
-    Args:
-        itinerary: The schedule of the run, for this delay.
-        sizes: Bytes of the messages.
-        compute_s: (block, round, client) → seconds of computation.
-        link: Every client's link.
-        delay: d.
-    """
+    """Return the times of a run whose itinerary has this delay; `compute_s` is of (block, round, client)."""
     return _Run(itinerary, sizes, compute_s, link, delay).timing()
 
 
@@ -93,18 +85,15 @@ class _Run:
         computing, busy = self._computing, self._busy
         exchanges = [self._exchange(t) for t in range(self._num_rounds)]
         wall_s = max(client.down_s for client in self._clients.values())
+        own_busy = [[busy[t][i] for i in seconds] for t, seconds in enumerate(computing)]
+        in_turn = [[busy[t][i] + own_s for i, own_s in seconds.items()] for t, seconds in enumerate(computing)]
+        periods = max(1, self._delay)
         return Timing(
-            compute_s=statistics.fmean(max(seconds.values()) for seconds in computing),
-            communication_s=statistics.fmean(
-                max(busy[t][i] for i in seconds) for t, seconds in enumerate(computing)
-            ),
-            sequential_s=statistics.fmean(
-                max(busy[t][i] + own_s for i, own_s in seconds.items()) for t, seconds in enumerate(computing)
-            ),
-            exchange_s=statistics.fmean(exchange_s for exchange_s, _ in exchanges),
-            cover_s=statistics.fmean(
-                max(exchange_s / max(1, self._delay), one_way_s) for exchange_s, one_way_s in exchanges
-            ),
+            compute_s=fmean(max(seconds.values()) for seconds in computing),
+            communication_s=fmean(map(max, own_busy)),
+            sequential_s=fmean(map(max, in_turn)),
+            exchange_s=fmean(exchange_s for exchange_s, _ in exchanges),
+            cover_s=fmean(max(exchange_s / periods, one_way_s) for exchange_s, one_way_s in exchanges),
             round_s=wall_s / self._num_rounds,
             wall_s=wall_s,
         )

@@ -23,11 +23,9 @@ TYPICAL_FRACTION = 0.1234567890123456
 
 @dataclass(frozen=True)
 class Stacked:
-    """Sizes of the way down for a method that stacks adapters instead of averaging them.
+    """A stack of `num_updates` adapters, which goes down in place of an average, and is added to matrices.
 
-    Attributes:
-        num_elements: Elements of the matrices that the stack is added to; a client that missed a stack gets them.
-        num_updates: Number of adapters in a stack.
+    A client that missed a stack gets the `num_elements` elements of those matrices.
     """
 
     num_elements: int
@@ -36,13 +34,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Shipment:
-    """A vector in chunks, one message each.
-
-    Attributes:
-        num_chunks: Number of messages.
-        chunk_bytes: Size of each message but the last.
-        last_bytes: Size of the last message.
-    """
+    """A vector in chunks, one message each; all messages but the last have `chunk_bytes`."""
 
     num_chunks: int
     chunk_bytes: int
@@ -100,10 +92,8 @@ class Sizes:
     def _round_start(self, news: News) -> int:
         """Return the bytes of a `RoundStart` with these news."""
         values = self._new_values(news)
-        start = RoundStart(
-            round_index=99, block_index=9, num_local_steps=9, steps_before=999, committed=98, news=values
-        )
-        return _message_bytes(start, [value.vector for value in values])
+        numbers = {"round_index": 99, "block_index": 9, "num_local_steps": 9, "steps_before": 999, "committed": 98}
+        return _message_bytes(RoundStart(**numbers, news=values), [value.vector for value in values])
 
     def _finish(self, news: News) -> int:
         """Return the bytes of a `Finish` with these news."""
@@ -142,9 +132,7 @@ class TotalBytes:
 
 def total_bytes(itinerary: Itinerary, sizes: Sizes) -> TotalBytes:
     """Add up the bytes of a whole run."""
-    visits: Counter[int] = Counter()
-    streams: Counter[int] = Counter()
-    told: Counter[News] = Counter()
+    visits, streams, told = Counter[int](), Counter[int](), Counter[News]()
     for block, news, streamed in zip(itinerary.blocks, itinerary.news, itinerary.streams, strict=True):
         visits[block] += len(news)
         streams[block] += len(streamed)

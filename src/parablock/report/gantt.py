@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from parablock.report.figures import Figure, tidy
 from parablock.report.units import format_bytes
@@ -18,65 +18,22 @@ FIRST_ROUNDS = 8
 _ROWS = {"computing": (-0.19, 0.34), "uploading": (0.09, 0.16), "downloading": (0.28, 0.16)}
 
 
-@dataclass
-class _Bars:
-    """All bars of one colour, column by column."""
-
-    name: str
-    color: str
-    starts: list[float | None] = field(default_factory=list)
-    durations: list[float | None] = field(default_factory=list)
-    rows: list[float] = field(default_factory=list)
-    widths: list[float] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-
-    def add(self, span: Span, start_s: float, duration_s: float) -> None:
-        assert span.client_id is not None
-        offset, width = _ROWS[span.activity]
-        self.starts.append(tidy(start_s))
-        self.durations.append(tidy(duration_s))
-        self.rows.append(round(span.client_id + offset, 2))
-        self.widths.append(width)
-        self.texts.append(f"client {span.client_id} {span.activity}, round {_round(span) + 1}{_subject(span)}")
-
-    def trace(self) -> Figure:
-        return {
-            "type": "bar",
-            "orientation": "h",
-            "name": self.name,
-            "base": self.starts,
-            "x": self.durations,
-            "y": self.rows,
-            "width": self.widths,
-            "customdata": self.texts,
-            "marker": {"color": self.color, "line": {"width": 0}},
-            "hovertemplate": f"%{{customdata}}<br>%{{base:.2f}} – %{{x:.2f}} s, {self.name}<extra></extra>",
-        }
-
-
 def gantt_figure(spans: Sequence[Span]) -> Figure:
     """Draw when each client computed, sent and received, and which transfers its computation hid.
 
-    Args:
-        spans: A run's trace. Only the first `MAX_CLIENTS` clients are drawn, and the rounds that fit into
-            `MAX_BARS` bars.
-
-    Returns:
-        A figure that opens with the first `FIRST_ROUNDS` rounds in view. `views` holds that range and the range
-        of all rounds; `num_rounds` and `num_clients` say how much is drawn.
+    Only the first `MAX_CLIENTS` clients are drawn, and the rounds that fit into `MAX_BARS` bars; `num_clients` and
+    `num_rounds` of the figure say how many. It opens with the first `FIRST_ROUNDS` rounds in view; `views` holds
+    that range and the range of all rounds.
     """
     own = [span for span in spans if span.client_id is not None and span.client_id < MAX_CLIENTS]
     computing = [span for span in own if span.activity == "computing"]
     pieces = cut_transfers([*computing, *_join_chunks(own)])
     num_rounds = _rounds_that_fit(computing, pieces)
-    computed = _Bars("computing", "var(--computing)")
-    hidden, exposed = _Bars("hidden", "var(--hidden)"), _Bars("not hidden", "var(--exposed)")
-    for span in computing:
-        if _round(span) < num_rounds:
-            computed.add(span, span.start_s, span.duration_s)
-    for piece in pieces:
-        if _round(piece.span) < num_rounds:
-            (hidden if piece.is_hidden else exposed).add(piece.span, piece.start_s, piece.duration_s)
+    computed = [(span, span.start_s, span.duration_s) for span in computing if _round(span) < num_rounds]
+    hidden, exposed = (
+        [(p.span, p.start_s, p.duration_s) for p in pieces if p.is_hidden is kind and _round(p.span) < num_rounds]
+        for kind in (True, False)
+    )
     clients = sorted({span.client_id for span in own if span.client_id is not None})
     first = {"first rounds": _extent(computing, FIRST_ROUNDS)} if num_rounds > FIRST_ROUNDS else {}
     views = {**first, "all rounds": _extent(own, num_rounds)}
@@ -95,11 +52,35 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
         },
     }
     return {
-        "data": [bars.trace() for bars in (computed, hidden, exposed)],
+        "data": [
+            _bars("computing", "var(--computing)", computed),
+            _bars("hidden", "var(--hidden)", hidden),
+            _bars("not hidden", "var(--exposed)", exposed),
+        ],
         "layout": layout,
         "views": views,
         "num_rounds": num_rounds,
         "num_clients": len(clients),
+    }
+
+
+def _bars(name: str, color: str, pieces: Sequence[tuple[Span, float, float]]) -> Figure:
+    """Draw parts of spans, each with its start and duration, as bars of one colour."""
+    rows = [(span.client_id or 0, *_ROWS[span.activity]) for span, _, _ in pieces]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": name,
+        "base": [tidy(start_s) for _, start_s, _ in pieces],
+        "x": [tidy(duration_s) for _, _, duration_s in pieces],
+        "y": [round(client_id + offset, 2) for client_id, offset, _ in rows],
+        "width": [width for _, _, width in rows],
+        "customdata": [
+            f"client {span.client_id} {span.activity}, round {_round(span) + 1}{_subject(span)}"
+            for span, _, _ in pieces
+        ],
+        "marker": {"color": color, "line": {"width": 0}},
+        "hovertemplate": f"%{{customdata}}<br>%{{base:.2f}} – %{{x:.2f}} s, {name}<extra></extra>",
     }
 
 

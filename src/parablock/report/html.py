@@ -18,31 +18,19 @@ from pathlib import Path
 import yaml
 
 from parablock import __version__
+from parablock.report import tables
 from parablock.report.figures import Figure, blocks_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
 from parablock.report.reading import RunRecord
-from parablock.report.tables import (
-    Table,
-    ablation_table,
-    blocks_table,
-    clients_table,
-    comparison_table,
-    differences_table,
-    environment_table,
-    headline,
-    settings_table,
-)
+from parablock.report.tables import Table
 
 SCRIPTS = ("plotly-basic.min.js", "report.js")
 
 
 def render_html(runs: Sequence[RunRecord], detailed: RunRecord | None, folder: Path) -> str:
-    """Return the page.
+    """Return the page: a comparison of several runs, then the details of one, if any.
 
-    Args:
-        runs: All runs; several are compared.
-        detailed: The run to show in detail, or None.
-        folder: The folder of the page, where its links to the reports of other runs start.
+    Its links to the reports of other runs start in `folder`, where the page will be.
     """
     figures: dict[str, Figure] = {}
     sections: list[str] = []
@@ -58,20 +46,16 @@ def _comparison(runs: Sequence[RunRecord], figures: dict[str, Figure], folder: P
     figures["compared"] = loss_figure(runs)
     pages = {run.name: run.path / "report.html" for run in runs}
     links = {name: os.path.relpath(page, folder) for name, page in pages.items() if page.exists()}
+    note = "Eval loss of each run; a click on a name in the legend shows or hides a curve."
     parts = [
         _header("Comparison", f"{len(runs)} runs"),
-        _section(
-            "Loss",
-            "Eval loss of each run; a click on a name in the legend shows or hides a curve.",
-            _figure("compared", "Loss of all runs"),
-        ),
-        _section("Results", "", _table(comparison_table(runs), links)),
+        _section("Loss", note, _figure("compared", "Loss of all runs")),
+        _section("Results", "", _table(tables.comparison_table(runs), links)),
     ]
     if len(runs) > 1:
-        parts.append(
-            _section("What differs", "Settings that are not the same in all runs.", _table(differences_table(runs)))
-        )
-    if (settings := ablation_table(runs)).rows:
+        note = "Settings that are not the same in all runs."
+        parts.append(_section("What differs", note, _table(tables.differences_table(runs))))
+    if (settings := tables.ablation_table(runs)).rows:
         note = "A row for each setting; runs that differ in their seed alone share one, with mean ± deviation."
         parts.append(_section("What each setting does", note, _table(settings)))
     return parts
@@ -84,35 +68,32 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
         f"{summary['num_blocks']} blocks · {summary['rounds_done']} of {summary['num_rounds']} rounds · "
         f"{summary['status']}"
     )
-    return [
-        _header(run.name, subtitle),
-        _facts(run),
-        *_pictures(run, figures),
-        _section("Settings other than the defaults", "", _table(settings_table(run)) + _whole_configuration(run)),
-        _section("Environment", "", _table(environment_table(run))),
-    ]
-
-
-def _pictures(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
     figures["loss"], figures["blocks"] = loss_figure([run]), blocks_figure(run)
     figures["gantt"] = gantt = gantt_figure(run.spans)
-    clients = _table(clients_table(run))
+    clients = _table(tables.clients_table(run))
     if run.manifest.get("clients"):
         figures["clients"] = clients_figure(run)
         clients = _figure("clients", "Examples of each client") + clients
+    blocks = _figure("blocks", "Norms and visits of the blocks") + _fold("Table", _table(tables.blocks_table(run)))
+    blocks_note = (
+        "How far each visit moved its block, and how often each was visited. Lines and bars share colours."
+    )
+    clients_note = "What each client trained on, and how it spent its time."
+    configuration = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
+    settings = _table(tables.settings_table(run)) + _fold("config.yaml", f"<pre>{escape(configuration)}</pre>")
+    loss_note, timeline = (
+        "Train loss of each round, and eval loss of the committed model.",
+        "Timeline of the clients",
+    )
     return [
-        _section(
-            "Loss", "Train loss of each round, and eval loss of the committed model.", _figure("loss", "Loss")
-        ),
-        _section(
-            "What each client did when", _about_gantt(run, gantt), _figure("gantt", "Timeline of the clients")
-        ),
-        _section(
-            "Blocks",
-            "How far each visit moved its block, and how often each was visited. Lines and bars share colours.",
-            _figure("blocks", "Norms and visits of the blocks") + _fold("Table", _table(blocks_table(run))),
-        ),
-        _section("Clients", "What each client trained on, and how it spent its time.", clients),
+        _header(run.name, subtitle),
+        _facts(run),
+        _section("Loss", loss_note, _figure("loss", "Loss")),
+        _section("What each client did when", _about_gantt(run, gantt), _figure("gantt", timeline)),
+        _section("Blocks", blocks_note, blocks),
+        _section("Clients", clients_note, clients),
+        _section("Settings other than the defaults", "", settings),
+        _section("Environment", "", _table(tables.environment_table(run))),
     ]
 
 
@@ -136,7 +117,7 @@ def _header(name: str, subtitle: str) -> str:
 def _facts(run: RunRecord) -> str:
     cells = "".join(
         f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd>{escape(fact.detail)}</dd></div>"
-        for fact in headline(run)
+        for fact in tables.headline(run)
     )
     return f'<dl class="facts">{cells}</dl>'
 
@@ -153,31 +134,17 @@ def _figure(name: str, label: str) -> str:
 def _table(table: Table, links: Mapping[str, str] | None = None) -> str:
     if not table.rows:
         return "<p>None.</p>"
-    head = "".join(
-        f"<th{_figures_class(table, column)}>{escape(name)}</th>" for column, name in enumerate(table.header)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{_figures_class(table, column)}>{_cell(text, links or {})}</td>" for column, text in enumerate(row)
-        )
-        + "</tr>"
-        for row in table.rows
-    )
+    links = links or {}
+    classes = ["" if column < table.num_words else ' class="number"' for column in range(len(table.header))]
+    rows = [[_cell(text, links) for text in row] for row in table.rows]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(classes, table.header, strict=True))
+    cells = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row, strict=True)) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _figures_class(table: Table, column: int) -> str:
-    return ' class="number"' if column >= table.num_words else ""
 
 
 def _cell(text: str, links: Mapping[str, str]) -> str:
     return f'<a href="{escape(links[text])}">{escape(text)}</a>' if text in links else escape(text)
-
-
-def _whole_configuration(run: RunRecord) -> str:
-    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
-    return _fold("config.yaml", f"<pre>{escape(text)}</pre>")
 
 
 def _fold(title: str, content: str) -> str:

@@ -44,10 +44,7 @@ class RunRecord:
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[RunRecord, ...]:
-    """Read runs, and name each by the shortest end of its path that tells it apart.
-
-    Args:
-        paths: Run directories; at least one, each once.
+    """Read one or more runs, and name each by the shortest end of its path that tells it apart.
 
     Raises:
         InputError: A directory holds no run that has ended, or a file is damaged.

@@ -22,13 +22,7 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Fact:
-    """A headline figure.
-
-    Attributes:
-        label: Its name.
-        value: The figure, with its unit.
-        detail: A figure to compare it with, or its parts.
-    """
+    """A headline figure: its name, its value with the unit, and a figure to compare it with or its parts."""
 
     label: str
     value: str
@@ -37,13 +31,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-        header: The names of the columns.
-        rows: The cells; each row is as long as the header.
-        num_words: Number of columns of words, from the left; the others hold figures.
-    """
+    """A table of text; its first `num_words` columns hold words, the others figures."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -81,19 +69,11 @@ def clients_table(run: RunRecord) -> Table:
     rows = []
     for client_id in range(run.summary["num_clients"]):
         own = counts[client_id] if client_id < len(counts) else {}
-        spent = times.get(client_id)
-        rows.append(
-            (
-                f"client {client_id}",
-                *(f"{own[key]:,}" if key in own else UNKNOWN for key in ("examples", "tokens", "target_tokens")),
-                str(visits[client_id]),
-                *(
-                    (f"{spent.compute_s:.1f}", f"{spent.communication_s:.1f}", f"{spent.hidden_fraction:.0%}")
-                    if spent
-                    else (UNKNOWN,) * 3
-                ),
-            )
-        )
+        data = (f"{own[key]:,}" if key in own else UNKNOWN for key in ("examples", "tokens", "target_tokens"))
+        time = (UNKNOWN,) * 3
+        if spent := times.get(client_id):
+            time = f"{spent.compute_s:.1f}", f"{spent.communication_s:.1f}", f"{spent.hidden_fraction:.0%}"
+        rows.append((f"client {client_id}", *data, str(visits[client_id]), *time))
     header = ("client", "examples", "tokens", "with loss", "rounds", "compute, s", "communication, s", "hidden")
     return Table(header, tuple(rows))
 
@@ -129,17 +109,18 @@ def settings_table(run: RunRecord) -> Table:
 
 def environment_table(run: RunRecord) -> Table:
     """Show the versions, the machine and the hashes of a run."""
-    manifest = run.manifest
-    rows = [("run directory", str(run.path.resolve())), ("parablock", str(manifest.get("parablock", UNKNOWN)))]
-    rows.append(("commit", str(manifest.get("commit") or UNKNOWN)))
-    rows.append(("python", str(manifest.get("python", UNKNOWN))))
-    rows.extend((name, str(version)) for name, version in manifest.get("packages", {}).items())
-    rows.extend((name, str(value)) for name, value in manifest.get("machine", {}).items() if value is not None)
-    rows.append(("peak memory", format_bytes(run.summary["peak_memory_bytes"])))
-    rows.append(("time of the whole command", format_duration(run.summary["elapsed_s"])))
-    rows.append(("base model, sha256", str(manifest.get("base_sha256") or UNKNOWN)))
-    rows.append(("tuned model, sha256", str(run.summary["model_sha256"] or UNKNOWN)))
-    return Table(("item", "value"), tuple(rows), num_words=2)
+    manifest, summary = run.manifest, run.summary
+    rows = [
+        ("run directory", run.path.resolve()),
+        *((name, manifest.get(name) or UNKNOWN) for name in ("parablock", "commit", "python")),
+        *manifest.get("packages", {}).items(),
+        *((name, value) for name, value in manifest.get("machine", {}).items() if value is not None),
+        ("peak memory", format_bytes(summary["peak_memory_bytes"])),
+        ("time of the whole command", format_duration(summary["elapsed_s"])),
+        ("base model, sha256", manifest.get("base_sha256") or UNKNOWN),
+        ("tuned model, sha256", summary["model_sha256"] or UNKNOWN),
+    ]
+    return Table(("item", "value"), tuple((name, str(value)) for name, value in rows), num_words=2)
 
 
 def comparison_table(runs: Sequence[RunRecord]) -> Table:
@@ -212,12 +193,17 @@ def _results(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def to_markdown(table: Table) -> str:
-    """Return a table as Markdown, with figures aligned to the right."""
-    rule = ["---" if column < table.num_words else "---:" for column in range(len(table.header))]
-    lines = [table.header, tuple(rule), *table.rows]
-    return (
-        "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
-    )
+    """Return a table as Markdown that can be read as it stands, with figures aligned to the right."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, *table.rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * (width - 1) + ("-" if n < table.num_words else ":") for n, width in enumerate(widths)]
+
+    def lay_out(cells: Sequence[str]) -> str:
+        places = enumerate(zip(cells, widths, strict=True))
+        padded = (cell.ljust(width) if n < table.num_words else cell.rjust(width) for n, (cell, width) in places)
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(lay_out, (lines[0], rule, *lines[1:])))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

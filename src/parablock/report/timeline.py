@@ -15,14 +15,7 @@ def draw_timeline(
 ) -> list[str]:
     """Draw the first rounds of the first clients, two lines each: compute above, communication below.
 
-    Args:
-        spans: A run's trace.
-        width: Characters of the time axis.
-        max_clients: Clients shown.
-        max_rounds: Rounds shown, as far as the axis reaches.
-
-    Returns:
-        Lines of text; an empty list if the trace is empty.
+    The time axis is `width` characters long. An empty trace has no lines.
     """
     moving = [span for span in spans if span.client_id is not None and span.activity in _MARKS]
     early = [span for span in moving if span.facts.get("round_index", 0) < max_rounds]

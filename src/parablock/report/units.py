@@ -28,15 +28,7 @@ def format_duration(duration_s: float) -> str:
 
 
 def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
-    """Draw a curve in one line, its lowest value at the bottom and its highest at the top.
-
-    Args:
-        values: The curve; values that are not finite are left out.
-        ascii_only: Draw for a terminal without Unicode.
-
-    Returns:
-        One character for each finite value.
-    """
+    """Draw a curve in one line, a character for each finite value; the lowest is at the bottom."""
     levels = _ASCII_LEVELS if ascii_only else _BLOCKS
     finite = [value for value in values if math.isfinite(value)]
     if not finite:

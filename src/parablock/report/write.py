@@ -6,37 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parablock.errors import InputError
+from parablock.report import tables
 from parablock.report.html import render_html
 from parablock.report.reading import RunRecord, has_ended, is_run, read_runs
-from parablock.report.tables import (
-    ablation_table,
-    blocks_table,
-    clients_table,
-    comparison_table,
-    differences_table,
-    environment_table,
-    headline,
-    settings_table,
-    to_markdown,
-)
+from parablock.report.tables import Table
 from parablock.storage.files import write_atomically
 
 REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 
 
 def write_report(directories: Sequence[Path | str]) -> Path:
-    """Write `report.html` and `report.md` into the first of the folders.
+    """Write `report.html` and `report.md` into the first of the folders; return the path of the page.
 
     Args:
         directories: A run directory, and the runs to compare it with. A folder that is no run stands for all
             ended runs in it, and gets a comparison alone.
 
-    Returns:
-        The path of `report.html`.
-
     Raises:
         InputError: A folder holds no run that has ended, or a file is damaged.
-        StorageError: The report cannot be written.
     """
     folders = [Path(directory) for directory in directories]
     runs = read_runs([path for folder in folders for path in _runs_in(folder)])
@@ -60,27 +47,20 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> str:
-    """Return all tables as Markdown.
-
-    Args:
-        runs: All runs; several are compared.
-        detailed: The run to show in detail, or None.
-    """
-    parts: list[str] = []
+    """Return all tables as Markdown: a comparison of several runs, then the details of one, if any."""
+    parts: list[str | Table] = []
     if len(runs) > 1 or detailed is None:
-        parts += ["# Comparison", to_markdown(comparison_table(runs))]
+        parts += ["# Comparison", tables.comparison_table(runs)]
         if len(runs) > 1:
-            parts += ["## What differs", to_markdown(differences_table(runs))]
-        if (settings := ablation_table(runs)).rows:
-            parts += ["## What each setting does", to_markdown(settings)]
+            parts += ["## What differs", tables.differences_table(runs)]
+        if (settings := tables.ablation_table(runs)).rows:
+            parts += ["## What each setting does", settings]
     if detailed is not None:
-        parts += [f"# {detailed.name}", _headline(detailed)]
-        parts += ["## Clients", to_markdown(clients_table(detailed))]
-        parts += ["## Blocks", to_markdown(blocks_table(detailed))]
-        parts += ["## Settings other than the defaults", to_markdown(settings_table(detailed))]
-        parts += ["## Environment", to_markdown(environment_table(detailed))]
-    return "\n".join(f"{part.rstrip()}\n" for part in parts)
-
-
-def _headline(run: RunRecord) -> str:
-    return "\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in headline(run))
+        facts = tables.headline(detailed)
+        parts += [f"# {detailed.name}"]
+        parts += ["\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in facts)]
+        parts += ["## Clients", tables.clients_table(detailed), "## Blocks", tables.blocks_table(detailed)]
+        parts += ["## Settings other than the defaults", tables.settings_table(detailed)]
+        parts += ["## Environment", tables.environment_table(detailed)]
+    texts = (part if isinstance(part, str) else tables.to_markdown(part) for part in parts)
+    return "\n\n".join(texts) + "\n"

@@ -40,8 +40,7 @@ class ClientSnapshot:
     """A client at the start of a round.
 
     Attributes:
-        client_id: The client.
-        versions: Its block versions.
+        versions: Its version of each block.
         rho: Its ρ of each block.
         sent: The messages of its updates in flight: round → messages, in order, as they were sent.
         memory: State that its trainer keeps between visits.
@@ -90,11 +89,7 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
 
 
 def load_newest(directory: Path, rounds: Collection[int] | None = None) -> tuple[RunState | None, list[str]]:
-    """Read the newest undamaged checkpoint.
-
-    Args:
-        directory: The folder of the checkpoints.
-        rounds: Rounds to choose from; None if any will do.
+    """Read the newest undamaged checkpoint, if `rounds` is given then only of these rounds.
 
     Returns:
         The state, and why newer checkpoints were passed over. The state is None if none was ever finished.
@@ -133,7 +128,7 @@ def _write_parts(folder: Path, state: RunState) -> None:
     save_file(server, folder / "server.safetensors")
     for client in state.clients:
         tensors = {
-            f"sent.{t}.{k:06d}": _as_tensor(message)
+            f"sent.{t}.{k:06d}": torch.frombuffer(bytearray(message), dtype=torch.uint8)
             for t, messages in client.sent.items()
             for k, message in enumerate(messages)
         }
@@ -206,10 +201,6 @@ def _messages(tensors: Mapping[str, Tensor]) -> dict[int, list[bytes]]:
 def _read_numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
     count = sum(name.startswith(prefix) for name in tensors)
     return tuple(tensors[f"{prefix}{k}"] for k in range(count))
-
-
-def _as_tensor(message: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 def _own_sha256(meta: Mapping[str, Any]) -> str:

@@ -21,19 +21,17 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise StorageError(
+                f"{path} cannot be written: the disk is full",
+                cause="The disk, or this user's share of it, has no room left.",
+                remedy="Free some space; `parablock resume` goes on with a run that has begun, from its "
+                "last checkpoint.",
+            ) from None
         raise StorageError(
-            f"{path} cannot be written: {'the disk is full' if full else error}",
-            cause=(
-                "The disk, or this user's share of it, has no room left."
-                if full
-                else "The folder is missing, read-only, or not a folder, or its file system refuses such a file."
-            ),
-            remedy=(
-                "Free some space; `parablock resume` goes on with a run that has begun, from its last checkpoint."
-                if full
-                else "Choose another --output-dir, or make this one writable."
-            ),
+            f"{path} cannot be written: {error}",
+            cause="The folder is missing, read-only, or not a folder, or its file system refuses such a file.",
+            remedy="Choose another --output-dir, or make this one writable.",
         ) from None
 
 
@@ -47,8 +45,7 @@ def write_atomically(path: Path, text: str) -> None:
 def written_beside(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` to write a file to; it takes the name `path` when it is whole.
 
-    Raises:
-        StorageError: It cannot be written; what was there before is untouched.
+    If it cannot be written, the file that was there before is untouched.
     """
     beside = _beside(path)
     try:
@@ -66,8 +63,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 def folder_written_beside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` to write files to; it takes the name `folder` when it is whole.
 
-    Raises:
-        StorageError: It cannot be written; nothing half-written is left.
+    If it cannot be written, nothing half-written is left.
     """
     beside = _beside(folder)
     try:
@@ -83,6 +79,12 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
     except StorageError:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def last_lines(log: Path, count: int) -> str:
+    """Return the last lines of a log; nothing if there is none."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return "\n".join(text.strip().splitlines()[-count:])
 
 
 def _beside(path: Path) -> Path:
@@ -101,14 +103,10 @@ def _sync(path: Path) -> None:
 def claimed(
     folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
 ) -> Iterator[None]:
-    """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.
-
-    Args:
-        folder: The folder; it is locked itself, without a file of its own.
-        remedy: What to do about a process that has it.
+    """Lock a folder itself, against other processes, while the block lasts; the end of this process unlocks it.
 
     Raises:
-        StorageError: Another one is at work there.
+        StorageError: Another process is at work there; `remedy` says what to do about it.
     """
     with storage(folder):
         place = os.open(folder, os.O_RDONLY)

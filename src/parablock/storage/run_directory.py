@@ -18,11 +18,7 @@ Row = dict[str, Any]
 
 
 class RunDirectory:
-    """The files of one run.
-
-    Args:
-        path: The folder, which `create` makes.
-    """
+    """The files of one run, in a folder that `create` makes."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -33,11 +29,7 @@ class RunDirectory:
         self.secret = self.path / "privacy.key"
 
     def check_unused(self) -> None:
-        """Refuse a folder that holds a run already.
-
-        Raises:
-            StorageError: The folder holds a run, or cannot be made.
-        """
+        """Refuse a folder that holds a run already or cannot be made, with a `StorageError`."""
         with storage(self.path):
             above = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not above.is_dir():
@@ -57,11 +49,7 @@ class RunDirectory:
             )
 
     def create(self, config_yaml: str, manifest: dict[str, Any]) -> None:
-        """Make the folder with its configuration and manifest.
-
-        Raises:
-            StorageError: The folder holds a run already, or cannot be written.
-        """
+        """Make the folder with its configuration and manifest; see `check_unused`."""
         self.check_unused()
         made = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
         try:
@@ -84,11 +72,7 @@ class RunDirectory:
                 folder.rmdir()
 
     def check_resumable(self) -> None:
-        """Refuse a folder without an unfinished run.
-
-        Raises:
-            CheckpointError: There is no run, or it is complete.
-        """
+        """Refuse a folder without an unfinished run, with a `CheckpointError`."""
         if not self.config.exists() or not self.manifest.exists():
             raise CheckpointError(
                 f"{self.path} holds no run: it has no config.yaml and manifest.json",
@@ -114,11 +98,9 @@ class RunDirectory:
             CheckpointError: A round is missing.
         """
         rows: list[Row] = []
-        try:
+        with suppress(OSError, ValueError):  # the check below finds a line that is missing
             for line in self.metrics.read_text(encoding="utf-8").splitlines()[:round_index]:
                 rows.append(json.loads(line))
-        except (OSError, ValueError):
-            pass  # the check below finds a line that is missing
         if [row.get("round_index") for row in rows if isinstance(row, dict)] != list(range(round_index)):
             raise CheckpointError(
                 f"{self.metrics} does not hold the {round_index} rounds that the checkpoint has behind it",
@@ -159,42 +141,30 @@ class RunDirectory:
             ) from None
 
     def read_summary(self) -> dict[str, Any]:
-        """Read `summary.json`.
-
-        Raises:
-            CheckpointError: The file is damaged.
-        """
+        """Read `summary.json`; a damaged file is a `CheckpointError`."""
         return _read_object(self.summary)
 
     def read_manifest(self) -> dict[str, Any]:
-        """Read `manifest.json`.
-
-        Raises:
-            CheckpointError: The file is damaged.
-        """
+        """Read `manifest.json`; a damaged file is a `CheckpointError`."""
         return _read_object(self.manifest)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", cause=_ALTERED, remedy=_ANEW) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object", cause=_ALTERED, remedy=_ANEW)
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            cause="It was changed by hand, or the disk lost a part of it.",
+            remedy="Put back a copy of it, or start the run anew in another folder.",
+        ) from None
     return content
-
-
-_ALTERED = "It was changed by hand, or the disk lost a part of it."
-_ANEW = "Put back a copy of it, or start the run anew in another folder."
 
 
 def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]:
     """Add up the times and bytes of all rounds.
-
-    Args:
-        rows: All rounds.
-        spans: The trace.
 
     Returns:
         compute_s, communication_s: sums over rounds of the slowest client's; sequential_s: the same rounds
@@ -203,9 +173,7 @@ def time_and_bytes(rows: Sequence[Row], spans: Sequence[Span]) -> dict[str, Any]
     visits = sum(len(row["participants"]) for row in rows)
     uplink, downlink = (sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes"))
     return {
-        "compute_s": sum(row["compute_s"] for row in rows),
-        "communication_s": sum(row["communication_s"] for row in rows),
-        "sequential_s": sum(row["sequential_s"] for row in rows),
+        **{key: sum(row[key] for row in rows) for key in ("compute_s", "communication_s", "sequential_s")},
         "overlap_fraction": overlap_fraction(spans),
         "uplink_bytes": uplink,
         "downlink_bytes": downlink,

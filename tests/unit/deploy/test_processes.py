@@ -29,6 +29,7 @@ from parablock.deploy.processes import (
     supernodes_of,
     write_connection,
 )
+from parablock.deploy.variables import site_file_of
 from parablock.engine.flower.courier import trainer_environment
 from parablock.engine.flower.stream import PART_BYTES, together_bytes
 from parablock.errors import ConfigError
@@ -188,7 +189,7 @@ def test_a_leftover_of_a_deployment_is_ended_and_a_stranger_with_its_number_is_n
     with ExitStack() as stack:
         ours, stranger = (
             stack.enter_context(subprocess.Popen([*wait, word], stdin=PIPE, stdout=PIPE, start_new_session=True))
-            for word in (str(deployment.site_file(0)), f"{deployment.folder}-of-another")
+            for word in (str(site_file_of(deployment.output_dir, 0)), f"{deployment.folder}-of-another")
         )
         for process in (ours, stranger):
             process.stdout.readline()

@@ -14,8 +14,7 @@ from transformers import BertConfig, LlamaConfig
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, ModelError
-from parablock.plan.forecast import make_plan
-from parablock.plan.scenario import Scenario
+from parablock.plan.forecast import Scenario, make_plan
 from parablock.training.flops import Tokens
 from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, crowding
 from planning import plan_of

@@ -124,4 +124,4 @@ def test_a_setting_whose_run_was_stopped_has_no_loss(tmp_path: Path):
 
 def test_markdown_puts_figures_to_the_right_and_keeps_a_bar_inside_its_cell():
     table = Table(("name", "n"), (("a|b", "1"),))
-    assert to_markdown(table) == "| name | n |\n| --- | ---: |\n| a\\|b | 1 |\n"
+    assert to_markdown(table) == "| name |   n |\n| ---- | --: |\n| a\\|b |   1 |"

@@ -27,6 +27,7 @@ from parablock.engine.flower.local_socket import address_of, connect, receive_re
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.flower.stream import PART_BYTES, Place, together_bytes
 from parablock.errors import ParaBlockError, StallError
+from parablock.storage.files import last_lines
 
 Arrays = dict[tuple[bytes, ...], Array]
 """By the contents of the frames that are in it."""
@@ -42,9 +43,8 @@ START_S = 120.0
 def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> ClientApp:
     """Make the ClientApp of a site.
 
-    Args:
-        site_of: Gives (client_id, state folder, the command that starts the trainer of a session folder,
-            which is its last argument) for the SuperNode that runs it.
+    `site_of` returns (client_id, state folder, command of the trainer) for the context of a SuperNode; the session
+    folder becomes the last argument of that command.
     """
     app = ClientApp()
 
@@ -69,10 +69,8 @@ def client_app(site_of: Callable[[Context], tuple[int, Path, list[str]]]) -> Cli
 def pack(said: Request | Reply, array_bytes: int, made: Arrays | None = None) -> RecordDict:
     """Put a request or a reply into Flower's records: a line of JSON, and Arrays with the frames one after another.
 
-    Args:
-        said: It.
-        array_bytes: About what an Array should take; it is a request of its own through Flower.
-        made: The Arrays of others that go with it; one of the same frames is theirs, and new ones are added.
+    An Array takes about `array_bytes`; it is a request of its own through Flower. `made` are the Arrays of requests
+    that go together: those of the same frames are shared, and new ones are added.
     """
     made, arrays = {} if made is None else made, ArrayRecord()
     for place, contents in enumerate(
@@ -153,7 +151,7 @@ def _alone(state_dir: Path) -> Iterator[None]:
 
 
 def trainer_environment() -> dict[str, str]:
-    """Give the environment of a trainer: this process's, but for how the C library goes about memory."""
+    """Return the environment of a trainer: this process's, but for how the C library goes about memory."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | KEPT
 
 
@@ -180,9 +178,8 @@ def _reach_trainer(folder: SessionFolder, state_dir: Path, command: list[str]) -
             elif started.poll() is not None:
                 break
             time.sleep(0.1)
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
     raise StallError(
-        f"the trainer of {state_dir} did not start; its log ends with:\n" + "\n".join(last),
+        f"the trainer of {state_dir} did not start; its log ends with:\n{last_lines(log, 12)}",
         cause="The site's own configuration, data or model, or its memory.",
         remedy=f"Look at {log} on that site.",
     )

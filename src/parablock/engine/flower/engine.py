@@ -33,11 +33,8 @@ def run_over_flower(given: EngineInput, transport: GridTransport) -> EngineResul
 
     A site that is gone may be started again, so a round that lacks updates waits for it, and says so. At each
     checkpoint the server writes its own part before the next round is announced, and every site writes its part
-    at home. A resumed run starts where all of them have one.
-
-    Args:
-        given: The engine's input; its clock is real, and it has no trainers.
-        transport: Connected to every client.
+    at home. A resumed run starts where all of them have one. The clock is real, the input has no trainers, and the
+    transport is connected to every client.
 
     Raises:
         ParaBlockError: Whatever the server or a site ended with.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from parablock.engine.flower.stream import PART_BYTES, START, Frame, Place
 from parablock.errors import CodecError, InputError, ParaBlockError
@@ -21,8 +22,8 @@ PROTOCOL = 4
 HEADER_BYTES = 4 << 20
 """Bytes of a header at most."""
 
-PLACES = {"wanted", "ahead"}
-"""The fields of a header that say where in a stream."""
+READ_STRICTLY = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How pydantic reads the fields of a header: only what this release writes."""
 
 BOTH, UP, DOWN = DIRECTIONS = ("both", "up", "down")
 """What a SuperNode carries: to the server is up."""
@@ -49,6 +50,8 @@ class Request:
         hello: Only say who you are and which snapshots you keep.
         frames: For the client.
     """
+
+    __pydantic_config__ = READ_STRICTLY
 
     run_key: str
     session: str
@@ -86,6 +89,8 @@ class Reply:
         frames: For the server.
     """
 
+    __pydantic_config__ = READ_STRICTLY
+
     client_id: int
     wanted: Place = START
     ahead: Place | None = None
@@ -95,20 +100,23 @@ class Reply:
     finished: bool = False
     held_rounds: tuple[int, ...] = ()
     carries: str = BOTH
-    spans: tuple[tuple[Any, ...], ...] = ()
+    spans: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = ()
     error: tuple[str, str, str, int] | tuple[()] = ()
-    frames: tuple[Frame, ...] = field(default=())
+    frames: tuple[Frame, ...] = ()
+
+
+_READERS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in (Request, Reply)}
 
 
 def word_of(error: BaseException) -> tuple[str, str, str, int]:
-    """Give what an error says, as plain values: what, cause, remedy, exit code."""
+    """Return what an error says, as plain values: what, cause, remedy, exit code."""
     if isinstance(error, ParaBlockError):
         return error.what, error.cause, error.remedy, error.exit_code
     return repr(error), "", "", 1
 
 
 def error_of(who: str, word: Sequence[Any]) -> ParaBlockError:
-    """Make the error that a site has ended with, in its own words."""
+    """Return the error that a site has ended with, in its own words."""
     what, cause, remedy, exit_code = word
     kind = InputError if exit_code == InputError.exit_code else ParaBlockError
     return kind(f"{who}: {what}", cause=cause, remedy=remedy)
@@ -122,7 +130,7 @@ def header_of(said: Request | Reply) -> str:
 
 
 def frame_lengths(header: str) -> list[int]:
-    """Tell the lengths of the frames that a header announces, before any of them is read.
+    """Return the lengths of the frames that a header announces, before any of them is read.
 
     Raises:
         CodecError: It is not a header of this protocol.
@@ -143,68 +151,25 @@ def reply_of(header: str, contents: Sequence[bytes]) -> Reply:
 def _read(kind: type[T], header: str, contents: Sequence[bytes]) -> T:
     fields = _fields(header)
     del fields["protocol"]
-    if fields.pop("kind") != kind.__name__:
+    if fields.pop("kind", None) != kind.__name__:
         raise _foreign(f"it is not a {kind.__name__}")
     places = fields.pop("frames")
     if [place[-1] for place in places] != [len(content) for content in contents]:
         raise _foreign("its frames are not of the lengths that it says")
+    try:
+        said: T = _READERS[kind.__name__].validate_json(json.dumps(fields))
+    except ValidationError as error:
+        wrong = dict.fromkeys(str(next(iter(problem["loc"]), "header")) for problem in error.errors())
+        raise _foreign(f"its {', '.join(wrong)} cannot be") from None
     frames = tuple(
         Frame(message, offset, size, checksum, round_index, content)
         for (message, offset, size, checksum, round_index, _), content in zip(places, contents, strict=True)
     )
-    wrong = [name for name, value in fields.items() if not _fits(name, value)]
-    if wrong:
-        raise _foreign(f"its {', '.join(wrong)} cannot be")
-    for name in PLACES & fields.keys():
-        fields[name] = fields[name] and Place(*fields[name])
-    if "held_rounds" in fields:
-        fields["held_rounds"] = tuple(fields["held_rounds"])
-        fields["spans"] = tuple(tuple(span) for span in fields["spans"])
-        fields["error"] = tuple(fields["error"])
-    try:
-        return kind(**fields, frames=frames)
-    except TypeError as error:
-        raise _foreign(str(error)) from None
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Tell whether a field of a header can have this value."""
-    if name == "ahead" and value is None:
-        return True
-    if name in PLACES | {"held_rounds", "spans", "error"}:
-        return isinstance(value, list) and _list_fits(name, value)
-    if name == "restore":
-        return value is None or type(value) is int
-    number = int | float
-    kinds: dict[str, Any] = {
-        **dict.fromkeys(("client_id", "attempt", "follows", "budget_bytes", "frame_bytes"), int),
-        **dict.fromkeys(("arrived_s", "left_s", "wait_s"), number),
-        **dict.fromkeys(("idle", "finished", "hello"), bool),
-    }
-    fits = isinstance(value, kinds.get(name, str)) and isinstance(value, bool) == (kinds.get(name) is bool)
-    return fits and (not isinstance(value, float) or isfinite(value))
-
-
-def _list_fits(name: str, items: list[Any]) -> bool:
-    if name in PLACES:
-        return len(items) == len(START) and all(type(item) is int and item >= 0 for item in items)
-    if name == "held_rounds":
-        return all(type(item) is int for item in items)
-    if name == "error":
-        return not items or [type(item) for item in items] == [str, str, str, int]
-    return all(
-        isinstance(item, list)
-        and len(item) == 5
-        and isinstance(item[0], str)
-        and isinstance(item[1], str)
-        and all(isinstance(number, int | float) and isfinite(number) for number in item[2:4])
-        and isinstance(item[4], dict)
-        for item in items
-    )
+    return replace(said, frames=frames)
 
 
 def _is_frame(message: Any, offset: Any, size: Any, checksum: Any, round_index: Any, length: Any) -> bool:
-    """Tell whether a frame can be as its header says."""
+    """Return whether a frame can be as its header says."""
     if any(type(value) is not int for value in (message, offset, size, checksum, round_index, length)):
         return False
     is_somewhere = min(message, offset, checksum) >= 0 and length <= min(PART_BYTES, size - offset)

@@ -35,10 +35,8 @@ from parablock.wire.transport import Ledger, Parcel, check_for_stop
 POLL_S = 0.25
 LOOK_S = 3.0
 """How often the server looks for SuperNodes that are back."""
-
 NODE_IS_GONE = 5
 """Flower's code for that."""
-
 HELLO_S = 60.0
 """How long after its greeting a new SuperNode that has not answered is greeted again."""
 
@@ -67,12 +65,8 @@ class _Arrived:
 class GridTransport:
     """The server's end over Flower.
 
-    Args:
-        grid: Flower's.
-        num_clients: How many sites take part.
-        opening: What every request says of the run; `restore` is set by `begin`.
-        epoch_s: Gives the time since 1970.
-        tell: Told what a user should know while the run goes on.
+    `opening` has the facts of the run that go with every request; `begin` sets its `restore`. `epoch_s` returns the
+    seconds since 1970, and `tell` gets the messages for the user.
     """
 
     def __init__(
@@ -99,7 +93,7 @@ class GridTransport:
     # ── before the run ──────────────────────────────────────────────────────────────────────────────
 
     def gather(self, timeout_s: float) -> frozenset[int]:
-        """Wait until every client has a SuperNode; give the rounds whose snapshots all of them keep.
+        """Wait until every client has a SuperNode; return the rounds whose snapshots all of them keep.
 
         Raises:
             StallError: Some do not come.
@@ -200,7 +194,7 @@ class GridTransport:
         return self._whole.popleft() if found else None
 
     def is_there(self, client_id: int) -> bool:
-        """Tell whether a site has its SuperNodes, and has answered the last time in its time."""
+        """Return whether a site has its SuperNodes, and has answered the last time in its time."""
         return self._sites[client_id].is_answering
 
     def leave(self) -> None:

@@ -19,37 +19,26 @@ from parablock.engine.flower.stream import PART_BYTES, START, Frame, Inbox, Outb
 
 WAIT_S = 60.0
 """How long a site may wait for its trainer before it replies that there is nothing yet."""
-
 LEAST_BYTES, MOST_BYTES = 8 << 20, 50 << 20
 """What an exchange may carry each way; the server has it in memory up to three times."""
-
 TOGETHER_BYTES = 100 << 20
 """What the replies of all sites may carry that the server takes in at once, which is one of each."""
-
 WORTH_MEASURING = 64 << 10
 """Bytes of a transfer from which on its time tells the speed of the link."""
-
 PUSH_S = 60.0
 """How long the transfer of a part should take: a third of Flower's push session."""
-
 STREAM_S = 30.0
 """The same where the other direction can go on with a part that is through; each part costs some seconds more."""
-
 SLACK_S = 20.0
 """What an exchange may take beyond its bytes and its waiting before it is made again."""
-
 FRAME_S = 0.5
 """How long a frame should be on its way: Flower moves two at once, and a link that breaks loses them."""
-
 LEAST_FRAME_BYTES = 1 << 20
 """What each frame costs beside its bytes is not worth shorter ones."""
-
 AT_ONCE = 2
 """How many exchanges a lane has under way."""
-
 FIRST_SHARE = 0.6
 """Of an update, what the first exchange takes; the rest takes longer than the server needs for that."""
-
 FIXED_S = 5.0
 """What an exchange takes on the way to a site whatever it carries: a poll, and the start of a process."""
 
@@ -75,7 +64,7 @@ class Speed:
             self.bytes_per_s = size / seconds
 
     def budget_bytes(self, seconds: float) -> int:
-        """Tell how much may go at once."""
+        """Return how much may go at once."""
         return int(max(LEAST_BYTES, min(self.most_bytes, self.bytes_per_s * seconds)))
 
     @property
@@ -84,7 +73,7 @@ class Speed:
         return int(max(LEAST_FRAME_BYTES, min(PART_BYTES, self.bytes_per_s * FRAME_S)))
 
     def patience_s(self, size: int) -> float:
-        """Tell how long a transfer may take: three times what it should, so that one may break and go on."""
+        """Return how long a transfer may take: three times what it should, so that one may break and go on."""
         return 3 * size / (self.bytes_per_s or LEAST_BYTES / PUSH_S)
 
 
@@ -145,7 +134,7 @@ class Lane:
     free_s: float = 0.0
 
     def is_before(self, exchange: UnderWay) -> bool:
-        """Tell whether another one is under way that its SuperNode deals with first."""
+        """Return whether another one is under way that its SuperNode deals with first."""
         return any(other.attempt < exchange.attempt for other in tuple(self.under_way))
 
     def end(self, exchange: UnderWay, *, is_lost: bool) -> None:
@@ -228,7 +217,7 @@ class Site:
         return True
 
     def is_due(self, lane: Lane, *, is_missed: bool) -> bool:
-        """Tell whether a lane has something to carry."""
+        """Return whether a lane has something to carry."""
         if lane.offline or lane.is_broken or len(lane.under_way) == AT_ONCE:
             return False
         if not lane.under_way:
@@ -241,7 +230,7 @@ class Site:
         return self._leaves_some(before) or (is_worth and not before.waits)
 
     def _leaves_some(self, before: UnderWay) -> bool:
-        """Tell whether the reply to an exchange will most likely not be all of an update."""
+        """Return whether the reply to an exchange will most likely not be all of an update."""
         left = self.update_bytes - (0 if before.waits else self._came_bytes)
         return before.takes and before.asked_bytes < left
 
@@ -303,14 +292,8 @@ class Site:
     ) -> None:
         """Learn from an exchange how fast the link is and how long the site waits for its trainer.
 
-        Nothing of the link from one that was made again: what Flower has of the first is not sent twice.
-
-        Args:
-            lane: Whose exchange.
-            exchange: It.
-            reply: How it ended.
-            fresh: What it brought.
-            times: When the SuperNode could take it, it was at the site, left it, and was back.
+        Nothing of the link from one that was made again: what Flower has of the first is not sent twice. The times
+        are those when the SuperNode could take it, when it was at the site, left it, and was back.
         """
         begun, arrived, left, ended = times
         brought = sum(len(frame.content) for frame in self.brought(lane, reply))
@@ -330,7 +313,7 @@ class Site:
             self._came_bytes += len(frame.content)
 
     def brought(self, lane: Lane, reply: Reply) -> list[Frame]:
-        """Give what an exchange has brought to the site, and none before it."""
+        """Return the frames that an exchange has brought to the site, and none before it."""
         return [] if lane.carries == UP else self.out.between(self.sent_before, reply.wanted)
 
 

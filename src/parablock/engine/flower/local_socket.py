@@ -53,7 +53,7 @@ def secret_of(state_dir: Path) -> bytes:
 
 
 def address_of(state_dir: Path) -> str:
-    """Give the path of the site's socket, short enough for the kernel, in a folder that only this user enters."""
+    """Return the path of the site's socket, short enough for the kernel, in a folder that only this user enters."""
     folder = Path(tempfile.gettempdir()) / f"parablock-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.lstat()

@@ -63,14 +63,8 @@ class _Given:
 class TrainerMailbox:
     """One client's communication with its server, by way of ClientApps.
 
-    Args:
-        client_id: Whose.
-        listener: The site's socket.
-        secret: The site's secret.
-        folder: The session on disk.
-        trace: Where waiting is recorded; its clock is the trainer's, which must be real.
-        epoch_s: Seconds since 1970 at which that clock was at zero.
-        lease_s: How long the trainer lives without a sign of the server.
+    The clock of `trace` is the trainer's and must be real; it was at zero `epoch_s` seconds after 1970 began.
+    The trainer lives for `lease_s` without a sign of the server.
     """
 
     def __init__(
@@ -135,11 +129,11 @@ class TrainerMailbox:
         return item
 
     def wanted_before(self, messages: int) -> int:
-        """Give the number of the first of the last so many messages that were received; of 0: the next one."""
+        """Return the number of the first of the last so many received messages; of 0 messages, the next one."""
         return self._next_received - messages
 
     def first_sent(self, messages: int) -> int:
-        """Give the number of the first of the last so many messages to send."""
+        """Return the number of the first of the last so many messages to send."""
         return self._next_sent - messages
 
     def _publish(self) -> None:
@@ -283,7 +277,7 @@ class TrainerMailbox:
         return tuple(frames)
 
     def _first_for(self, request: Request) -> Place:
-        """Give where a reply begins: where the server is, or behind what the exchange before it has taken."""
+        """Return where a reply begins: where the server is, or behind what the exchange before it has taken."""
         given = self._given.get(request.carries)
         if request.follows and given is not None:
             if given.attempt == request.follows:

@@ -14,12 +14,7 @@ from parablock.wire.transport import Parcel
 
 
 class MaskedMailbox:
-    """A mailbox whose updates leave masked.
-
-    Args:
-        mailbox: Of the trainer; it is running already.
-        courier: The client's secrets.
-    """
+    """A mailbox that runs already, whose updates leave masked by the client's secrets, `courier`."""
 
     def __init__(self, mailbox: TrainerMailbox, courier: Interceptor) -> None:
         self._mailbox, self._courier = mailbox, courier

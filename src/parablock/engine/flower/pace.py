@@ -17,33 +17,22 @@ READ_ELEMENTS = 4
 
 
 def ask_often(module: Any, pull: str, most_s: float) -> None:
-    """Let a function of Flower's ask soon again for what is not there yet, for as long as it would.
+    """Let a function of a module of Flower 1.41 ask soon again for what is not there yet, as long as it would.
 
-    Its own pause grows from 1 s to 10 s, and may begin right before the last byte comes.
-
-    Args:
-        module: Of Flower 1.41, where the function is used.
-        pull: Its name there.
-        most_s: What a pause grows to, from `FIRST_S`.
+    Its pauses grow from `FIRST_S` to `most_s`. Its own are longer, and may begin right before the last byte comes.
     """
     from flwr.supercore.constant import PULL_MAX_TIME
 
     tries = int(PULL_MAX_TIME / most_s)
     function = getattr(module, pull)
-    setattr(
-        module,
-        pull,
-        partial(function, initial_backoff=FIRST_S, backoff_cap=most_s, max_tries_per_object=tries),
-    )
+    often = partial(function, initial_backoff=FIRST_S, backoff_cap=most_s, max_tries_per_object=tries)
+    setattr(module, pull, often)
 
 
 def push_a_few_at_a_time(module: Any) -> None:
-    """Let a module's pushing of objects copy a few, push them, and go on with the next.
+    """Let a module of Flower 1.41 copy a few objects, push them, and go on with the next.
 
     By itself it copies all that a message carries before the first is through.
-
-    Args:
-        module: Of Flower 1.41, where the function is used.
     """
     push_objects = module.push_objects
 

@@ -16,7 +16,6 @@ frames that came after it once more, and so repeats what it did. Nothing here im
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -26,16 +25,14 @@ from pathlib import Path
 from parablock.engine.flower.exchange import Request, header_of, request_of
 from parablock.engine.flower.stream import Frame
 from parablock.errors import ParaBlockError, StorageError
+from parablock.storage.files import written_beside
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a session is.
+    """The round of a session's newest snapshot, or None for the base model, and its places in both streams.
 
-    Attributes:
-        round_index: The snapshot; None: the base model.
-        wanted: The first message of the server after it.
-        first_sent: The number of the first message of the updates that are in flight at the snapshot.
+    `wanted` is the next message of the server, `first_sent` the first message of the updates in flight.
     """
 
     round_index: int | None
@@ -44,13 +41,7 @@ class Position:
 
 
 class SessionFolder:
-    """The files of one session of one run.
-
-    Args:
-        state_dir: The site's folder.
-        run_key: The run.
-        session: The Flower run.
-    """
+    """The files of one session of one run at a site."""
 
     def __init__(self, state_dir: Path, run_key: str, session: str) -> None:
         self.session, run = session, state_dir / _safe(run_key)
@@ -148,16 +139,12 @@ def _read(path: Path) -> Frame:
 
 
 def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.partial")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
+        with written_beside(path) as beside:
+            beside.write_bytes(content)
+    except StorageError as error:
         raise StorageError(
-            f"{path} cannot be written: {error}",
+            error.what,
             cause="The disk of this site is full, or its state folder is not writable any more.",
             remedy="Make room there, and go on with the run: parablock resume, or `flwr run` again.",
         ) from None

@@ -21,7 +21,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, StrictInt
 
 from parablock.errors import CodecError
 
@@ -30,8 +32,11 @@ PART_BYTES = 8 << 20
 
 
 def together_bytes(frame_bytes: int) -> int:
-    """Tell what frames of about this length may take that travel as one: a quarter more than one of them."""
+    """Return how many bytes of frames of about this length travel as one: a quarter more than one of them."""
     return frame_bytes * 5 // 4
+
+
+Count = Annotated[StrictInt, Field(ge=0)]
 
 
 class Place(NamedTuple):
@@ -43,9 +48,9 @@ class Place(NamedTuple):
         checksum: Adler-32 of the message, where some of it is there already; else 0.
     """
 
-    message: int
-    offset: int = 0
-    checksum: int = 0
+    message: Count
+    offset: Count = 0
+    checksum: Count = 0
 
 
 START = Place(0)
@@ -91,11 +96,7 @@ class _Kept:
 
 
 class Outbox:
-    """The sending end of a stream.
-
-    Args:
-        first: The number of the next message.
-    """
+    """The sending end of a stream, from message `first` on."""
 
     def __init__(self, first: int = 0) -> None:
         self.next_number, self.wanted = first, Place(first)
@@ -109,11 +110,11 @@ class Outbox:
         self.next_number += 1
 
     def has(self, place: Place) -> bool:
-        """Tell whether there is anything at this place."""
+        """Return whether there is anything at this place."""
         return place.message < self.next_number
 
     def bytes_after(self, place: Place) -> int:
-        """Tell how much there is from a place on, or from what has been forgotten since."""
+        """Return how much there is from a place on, or from what has been forgotten since."""
         first = self.next_number - len(self._kept)
         kept = sum(len(each.message) for number, each in enumerate(self._kept, first) if number >= place.message)
         return kept - (place.offset if first <= place.message < self.next_number else 0)
@@ -121,13 +122,9 @@ class Outbox:
     def after(
         self, place: Place, budget_bytes: int, frame_bytes: int = PART_BYTES, until: Place | None = None
     ) -> list[Frame]:
-        """Give frames from a place on: at least one where there is any, and no more than the budget.
+        """Return frames from a place on: at least one where there is any, and no more than the budget.
 
-        Args:
-            place: Where the other side is.
-            budget_bytes: For all together.
-            frame_bytes: Of one at most.
-            until: The other side has what comes from here on.
+        A frame has at most `frame_bytes`. The other side has what comes from `until` on.
         """
         chosen: list[Frame] = []
         frames = self._cut(place, max(1, min(frame_bytes, PART_BYTES)))
@@ -139,21 +136,18 @@ class Outbox:
         return chosen
 
     def unconfirmed(self, budget_bytes: int, frame_bytes: int = PART_BYTES) -> list[Frame]:
-        """Give frames likewise, from the newest place on that the other side has confirmed."""
+        """Return frames likewise, from the newest place on that the other side has confirmed."""
         return self.after(self.wanted, budget_bytes, frame_bytes, self._ahead)
 
     def between(self, first: Place, until: Place) -> list[Frame]:
-        """Give what lies between two places, a frame of any length for each message."""
+        """Return the part between two places, a frame of any length for each message."""
         return list(_until(until, self._cut(first, None)))
 
     def acknowledge(self, place: Place, ahead: Place | None = None) -> None:
         """Forget the messages before this place, which the other side has; those still to be made will not be kept.
 
-        An older word than the newest changes nothing: exchanges may overtake each other.
-
-        Args:
-            place: What the other side wants next.
-            ahead: Where what it has ahead of that begins.
+        The other side wants `place` next; `ahead` is where the part begins that it has ahead of that. An older word
+        than the newest changes nothing: exchanges may overtake each other.
         """
         if place >= self.wanted:
             self.wanted, self._ahead = place, ahead
@@ -166,7 +160,7 @@ class Outbox:
         return not self._kept
 
     def _is_of_this(self, place: Place) -> bool:
-        """Tell whether a place is in what is kept, and not in a message that has been made again since."""
+        """Return whether a place is in what is kept, and not in a message that has been made again since."""
         first = self.next_number - len(self._kept)
         if not place.offset or not first <= place.message < self.next_number:
             return True
@@ -188,7 +182,7 @@ class Outbox:
 
 
 def _until(place: Place, frames: Iterable[Frame]) -> Iterator[Frame]:
-    """Give what lies before a place."""
+    """Yield the part before a place."""
     for frame in frames:
         if frame.message < place.message:
             yield frame
@@ -197,11 +191,7 @@ def _until(place: Place, frames: Iterable[Frame]) -> Iterator[Frame]:
 
 
 class Inbox:
-    """The receiving end of a stream.
-
-    Args:
-        first: The number of the first message that is wanted.
-    """
+    """The receiving end of a stream, from message `first` on."""
 
     def __init__(self, first: int = 0) -> None:
         self.wanted = Place(first)
@@ -214,11 +204,9 @@ class Inbox:
         return self._ahead[0].place if self._ahead else None
 
     def fresh(self, frames: Sequence[Frame], *, follows: bool = False) -> list[Frame]:
-        """Give what of frames is not there yet, and what was there ahead of them, in order.
+        """Return an exchange's frames that are not there yet, and what was there ahead of them, in order.
 
-        Args:
-            frames: Of one exchange.
-            follows: Whether another exchange was still under way when it began, which may have been lost.
+        `follows` says that another exchange, which may have been lost, was still under way when it began.
 
         Raises:
             CodecError: Something is missing in between.
@@ -234,7 +222,7 @@ class Inbox:
         return found + _following(wanted, self._ahead)[0]
 
     def take(self, frames: Sequence[Frame], *, follows: bool = False) -> list[tuple[bytes, Frame]]:
-        """Take frames, skipping what is known; give each message that became whole, and its last frame.
+        """Take frames, skipping what is known; return each message that became whole, and its last frame.
 
         What comes ahead of its turn is kept for it; see `fresh`.
         """
@@ -253,7 +241,7 @@ class Inbox:
 
 
 def _following(wanted: Place, frames: Sequence[Frame]) -> tuple[list[Frame], Sequence[Frame]]:
-    """Give what of frames follows a place, and those from the first on before which something is missing."""
+    """Return the part of frames that follows a place, and the frames from the first one behind a gap on."""
     found: list[Frame] = []
     for number, frame in enumerate(frames):
         if frame.message < wanted.message:
