@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from parablock.cli.terminal import print_summary, watched
+from parablock.cli.terminal import print_summary, show_progress
 from parablock.errors import ConfigError
 
 deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
@@ -109,7 +109,7 @@ def local(
 
     more = [] if clients is None else [f"federation.num_clients={clients}"]
     settings = load_config(config, [*(overrides or []), *more, "engine.name=flower"])
-    with watched() as (progress, stop):
+    with show_progress() as (progress, stop):
         summary = deploy_local(
             settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
         )

@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def watched() -> Iterator[tuple[Any, Any]]:
+def show_progress() -> Iterator[tuple[Any, Any]]:
     """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
 
     Yields:

@@ -1,8 +1,8 @@
 """Progress of a run: a live display on a terminal, plain lines anywhere else.
 
-Both are told the rows of `metrics.jsonl` and the activities of the clients; neither sees a live object of the run.
-The clients' threads call `begins` and `ends`, which do one assignment in a dictionary. That is safe without a lock,
-and the display reads a copy when it draws.
+A display gets rows of `metrics.jsonl` and the activities of server (None) and clients, but no live object of the
+run. Any thread may call `begins` and `ends`, which do one assignment in a dictionary: that needs no lock, and the
+display draws a copy.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Progress(Protocol):
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
         """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0."""
 
-    def begins(self, client_id: int, activity: str) -> None:
-        """Report that a client begins computing, uploading, downloading or waiting. Any thread may call this."""
+    def begins(self, client_id: int | None, activity: str) -> None:
+        """Report that a client begins computing, uploading, downloading or waiting."""
 
-    def ends(self, client_id: int, activity: str) -> None:
-        """Report that a client ends an activity. Any thread may call this."""
+    def ends(self, client_id: int | None, activity: str) -> None:
+        """Report that a client ends an activity."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Show a finished round, from its row of `metrics.jsonl`."""
@@ -80,15 +80,7 @@ class Progress(Protocol):
 
 
 def make_progress(*, console: Console, plain: bool | None = None) -> Progress:
-    """Choose the display.
-
-    Args:
-        console: Where it is shown.
-        plain: Whether to write plain lines; None for plain lines unless the terminal can move its cursor.
-
-    Returns:
-        A display that has not begun.
-    """
+    """Choose the display; with `plain` None, plain lines unless the terminal can move its cursor."""
     if plain is None:
         plain = not console.is_terminal or console.is_dumb_terminal
     return PlainProgress(console=console) if plain else LiveProgress(console=console)
@@ -112,7 +104,7 @@ class PlainProgress(Progress):
     """One line a round; a long run gets about `MAX_PLAIN_LINES` lines, and one for each evaluation.
 
     Args:
-        console: Where the lines go; they are not wrapped.
+        console: The output; lines are not wrapped.
         now_s: The clock behind the ETA, in seconds from any origin.
     """
 
@@ -125,10 +117,10 @@ class PlainProgress(Progress):
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
 
-    def begins(self, client_id: int, activity: str) -> None:
+    def begins(self, client_id: int | None, activity: str) -> None:
         """Show nothing: activities are too short for a log."""
 
-    def ends(self, client_id: int, activity: str) -> None:
+    def ends(self, client_id: int | None, activity: str) -> None:
         """Show nothing."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
@@ -147,7 +139,7 @@ class PlainProgress(Progress):
 
 
 def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
-    """List the facts of one round, without those that it lacks."""
+    """List the facts of one round, as far as its row has them."""
     width = len(str(num_rounds))
     facts = [f"round {row['round_index'] + 1:>{width}}/{num_rounds}"]
     if (block_index := row.get("block_index")) is not None:
@@ -162,11 +154,7 @@ def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
 
 
 class LoggedProgress(PlainProgress):
-    """The plain lines, sent to the logger `parablock` at level INFO; for runs that are started from Python.
-
-    Args:
-        now_s: The clock behind the ETA, in seconds from any origin.
-    """
+    """The plain lines, sent to the logger `parablock` at level INFO; for runs that are started from Python."""
 
     def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console=Console(quiet=True), now_s=now_s)
@@ -195,7 +183,7 @@ class LiveProgress(Progress):
             console=console,
         )
         self._num_clients = 0
-        self._lit: dict[tuple[int, str], bool] = {}
+        self._lit: dict[tuple[int | None, str], bool] = {}
         self._block = "-"
         self._train_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
@@ -209,12 +197,12 @@ class LiveProgress(Progress):
         self._num_clients = num_clients
         self._live.start(refresh=True)
 
-    def begins(self, client_id: int, activity: str) -> None:
-        """Light a lamp."""
+    def begins(self, client_id: int | None, activity: str) -> None:
+        """Light the lamp of an activity."""
         self._lit[client_id, activity] = True
 
-    def ends(self, client_id: int, activity: str) -> None:
-        """Put out a lamp."""
+    def ends(self, client_id: int | None, activity: str) -> None:
+        """Put out the lamp of an activity."""
         self._lit[client_id, activity] = False
 
     def round_done(self, row: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
-"""Experiment trackers: TensorBoard and Weights & Biases.
+"""Experiment trackers, TensorBoard and Weights & Biases: the numbers of `metrics.jsonl` under the same names.
 
-A tracker gets the numbers of `metrics.jsonl` under the same names, with the number of finished rounds as the step;
-step 0 holds the base model's eval loss.
+The step is the number of finished rounds; step 0 holds the base model's eval loss.
 """
 
 from __future__ import annotations
@@ -20,15 +19,10 @@ class Tracker(Protocol):
     """A program that records figures over steps."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record figures.
-
-        Args:
-            step: Number of finished rounds.
-            values: Name → figure.
-        """
+        """Record named figures at a step, the number of finished rounds."""
 
     def close(self) -> None:
-        """Write all that is pending; a second call does nothing."""
+        """Write all pending figures; a second call does nothing."""
 
 
 class TensorBoardTracker(Tracker):
@@ -45,7 +39,7 @@ class TensorBoardTracker(Tracker):
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event for each figure to disk, where TensorBoard reads along."""
+        """Write one event for each figure to disk."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -113,22 +107,11 @@ class Trackers(Tracker):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not installed.
-
-    Args:
-        names: `report_to` of the configuration; a tracker has the name of its package.
-
-    Raises:
-        ConfigError: Packages are missing; the error has the command that installs each.
-    """
-    missing = [name for name in names if not _is_installed(name)]
-    if missing:
-        raise ConfigError(
-            [
-                f"report_to: the package {name} is not installed; run: pip install 'parablock[{name}]'"
-                for name in missing
-            ]
-        )
+    """Raise a ConfigError for the trackers (of `report_to`) whose package, of the same name, is not installed."""
+    install = "report_to: the package {0} is not installed; run: pip install 'parablock[{0}]'"
+    problems = [install.format(name) for name in names if not _is_installed(name)]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _is_installed(name: str) -> bool:
@@ -137,14 +120,7 @@ def _is_installed(name: str) -> bool:
 
 
 def open_trackers(names: Sequence[str], directory: Path, *, first_step: int, config: Mapping[str, Any]) -> Trackers:
-    """Open the trackers of a run.
-
-    Args:
-        names: `report_to` of the configuration.
-        directory: The run directory; each tracker has a folder of its own in it.
-        first_step: The first step of this session.
-        config: The configuration as plain values.
-    """
+    """Open the trackers of `report_to`, each with a folder of its own in the run directory."""
     trackers: list[Tracker] = []
     if "tensorboard" in names:
         trackers.append(TensorBoardTracker(directory, first_step))

@@ -28,7 +28,7 @@ from parablock.model.params import Replica
 from parablock.seeding import seed_for
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.local import LocalArguments
-from parablock.training.step_time import Compute, crowding, device, format_flops
+from parablock.training.step_time import Compute, device, format_flops, slowdown
 from parablock.training.trainer import LocalTrainer
 from parablock.wire.quantize import pack
 
@@ -58,7 +58,7 @@ def probed_compute(config: RunConfig) -> Compute:
     flops = flops_of(config, job.loaded.model)
     speed = _measure(job, flops)
     tokens = _round_tokens(job)
-    factor, crowd = crowding(config, torch.get_num_threads())
+    factor, crowd = slowdown(config, torch.get_num_threads())
 
     def round_s(block: Block, round_index: int, client_id: int, num_local_steps: int) -> float:
         operations = flops.step(block, tokens(round_index, client_id, num_local_steps))

@@ -39,12 +39,12 @@ def storage(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that there is never half of it."""
-    with written_beside(path) as beside:
+    with write_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def write_beside(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` to write a file to; it takes the name `path` when it is whole.
 
     Raises:
@@ -63,7 +63,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_beside(folder: Path) -> Iterator[Path]:
+def write_folder_beside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` to write files to; it takes the name `folder` when it is whole.
 
     Raises:
@@ -98,7 +98,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def claimed(
+def lock_folder(
     folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
 ) -> Iterator[None]:
     """Keep other processes from running in a folder while the block lasts; the end of this one ends it too.

@@ -53,7 +53,7 @@ def assumed_compute(config: RunConfig, flops: FlopModel) -> Compute:
     tokens = Tokens.at_most(num_examples=size, max_length=config.data.max_length)
     on, threads = device(config), num_threads(config)
     speed = ASSUMED_FLOPS[on, config.model.dtype] * (threads if on == "cpu" else 1)
-    factor, crowd = crowding(config, threads)
+    factor, crowd = slowdown(config, threads)
 
     @cache
     def seconds(block: Block) -> float:
@@ -79,7 +79,7 @@ def device(config: RunConfig) -> str:
     return found if config.model.device == "auto" else config.model.device
 
 
-def crowding(config: RunConfig, threads: int) -> tuple[float, str]:
+def slowdown(config: RunConfig, threads: int) -> tuple[float, str]:
     """Return how much slower clients are because they share this machine, and a note on it."""
     if config.engine.name != "inprocess" or config.engine.clock == "virtual":
         return 1.0, ""
