@@ -113,9 +113,9 @@ def _check_unchanged(directory: RunDirectory, manifest: Mapping[str, Any]) -> No
     for key, subject in UNCHANGED_ON_RESUME.items():
         if before.get(key) != manifest[key]:
             raise CheckpointError(
-                f"{subject} ({key}) is not as it was when the run in {directory.path} began",
+                f"{subject} ({key}) is not what it was when the run in {directory.path} began",
                 cause="The data files or the model folder changed in the meantime.",
-                remedy="Restore the former files, or start a new run.",
+                remedy="Put back what changed, or start a new run.",
             )
 
 
