@@ -117,14 +117,7 @@ def make_server(
     transport: ServerTransport,
     on_mark: Callable[[int, ServerState, dict[str, Any]], None],
 ) -> Server:
-    """Make the server of a run, new or resumed, over a transport.
-
-    Args:
-        given: The engine's input.
-        params: The initial parameters; a resumed server does not use them.
-        transport: The server's end.
-        on_mark: As for `Server`.
-    """
+    """Make the server of a run over a transport; a resumed one does not use the initial `params`."""
     masked = given.masking and given.masking.server_side(transport, given.first_open_round)
     resumed = given.resumed
     if resumed is None:

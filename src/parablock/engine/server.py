@@ -73,10 +73,9 @@ class Server:
     ) -> None:
         self.state, self._plan, self._transport, self._trace = start.state, plan, transport, trace
         self._hooks, self._on_mark, self._masks_of = hooks, on_mark, masks_of
-        self._on_event, self._first_round = hooks.on_event, start.first_round
+        self._on_event, self._first_round, memory = hooks.on_event, start.first_round, start.memory
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never)
-        memory = start.memory
         self._participation = Participation(plan, memory.get("answer_s", {}))
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
@@ -149,9 +148,8 @@ class Server:
         return clients
 
     def _ask(self, client_id: int, t: int, news: tuple[NewValue, ...]) -> None:
-        state, committed = self.state, self._committed_before(t)
-        *before, steps = (steps_of(row, client_id) for row in state.local_steps[: t + 1])
-        start = RoundStart(t, state.history[t], steps, sum(before), committed, news)
+        *before, steps = (steps_of(row, client_id) for row in self.state.local_steps[: t + 1])
+        start = RoundStart(t, self.state.history[t], steps, sum(before), self._committed_before(t), news)
         self._downlink.send(client_id, t, start)
 
     def _committed_before(self, t: int) -> int:

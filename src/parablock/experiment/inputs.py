@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parablock import __version__
-from parablock.config.keys import BlocksSection, DataSection, ModelSection, RunConfig, TrainSection
+from parablock.config.keys import DataSection, ModelSection, RunConfig, TrainSection
 from parablock.data.histogram import count_examples, partition_histogram
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
@@ -32,13 +32,7 @@ from parablock.seeding import generator_for
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that a run starts from.
-
-    Attributes:
-        loaded: The model and its tokenizer.
-        sha256: The hash of its weights.
-        num_parameters: The number of its weights.
-    """
+    """The base model of a run, with the hash and the number of its weights."""
 
     loaded: LoadedModel
     sha256: str
@@ -67,7 +61,7 @@ def read_inputs(
     )
     tell(f"loading {config.model.name_or_path}")
     base = load_base(config.model, seed=config.seed)
-    asked = config.blocks
+    is_auto = config.blocks.layers_per_block == "auto"
     config, blocks = cut_model(config, base.loaded.model)
     *train, test = (tokenize(rows, base.loaded.tokenizer, config.data, config.train) for rows in (*parts, held_out))
     return RunInputs(
@@ -78,7 +72,7 @@ def read_inputs(
         test=_sample(test.examples, config.evaluation.max_examples, config.seed),
         notes=(
             *describe_model(base, config.model, blocks),
-            *_describe_auto(asked, config.blocks),
+            *[f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] * is_auto,
             *describe_data(parts, train, test, config.data.partition.field),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),
@@ -213,11 +207,6 @@ def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]
     """Describe the model in one line."""
     size = f"{base.num_parameters:,} parameters in {model.dtype}"
     return [f"{base.loaded.name_or_path}: {size}, {len(blocks)} block{'s' * (len(blocks) != 1)}"]
-
-
-def _describe_auto(asked: BlocksSection, found: BlocksSection) -> list[str]:
-    is_auto = asked.layers_per_block == "auto"
-    return [f"blocks.layers_per_block: auto is {found.layers_per_block} here"] if is_auto else []
 
 
 def describe_data(

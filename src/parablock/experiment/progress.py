@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -49,8 +49,8 @@ _LAMPS = (
 _LAMP_WIDTH = 7
 
 
-class Progress(Protocol):
-    """A display that an engine reports to; leaving the context closes it."""
+class Progress:
+    """A display that an engine reports to; leaving the context closes it. Here all reports are dropped."""
 
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
         """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0."""
@@ -101,7 +101,7 @@ class _Pace:
 
 
 class PlainProgress(Progress):
-    """One line a round; a long run gets about `MAX_PLAIN_LINES` lines, and one for each evaluation.
+    """One line a round, but no activities; a long run gets about `MAX_PLAIN_LINES` lines and one an evaluation.
 
     Args:
         console: The output; lines are not wrapped.
@@ -117,12 +117,6 @@ class PlainProgress(Progress):
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
 
-    def begins(self, client_id: int | None, activity: str) -> None:
-        """Show nothing: activities are too short for a log."""
-
-    def ends(self, client_id: int | None, activity: str) -> None:
-        """Show nothing."""
-
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Write the line of a round; of a long run most rounds are skipped."""
         num_done, pace = row["round_index"] + 1, self._pace
@@ -133,9 +127,6 @@ class PlainProgress(Progress):
     def message(self, text: str) -> None:
         """Write a line that belongs to no round."""
         self._console.print(Text(text), soft_wrap=True)
-
-    def close(self) -> None:
-        """Do nothing: all lines are written."""
 
 
 def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:

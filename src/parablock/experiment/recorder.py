@@ -69,12 +69,8 @@ class Recorder:
             self._initial_eval_loss, start_s = stored["initial_eval_loss"], stored["clock_s"]
             self._elapsed_before, self._last_commit_s = stored["elapsed_s"], stored["last_commit_s"]
             progress.message(f"resuming at round {state.round_index}")
-        self._trackers = open_trackers(
-            config.report_to,
-            directory.path,
-            first_step=len(self._rows) + 1 if state else 0,
-            config=config.model_dump(mode="json"),
-        )
+        first_step, values = len(self._rows) + 1 if state else 0, config.model_dump(mode="json")
+        self._trackers = open_trackers(config.report_to, directory.path, first_step=first_step, config=values)
         if state is None:
             self._trackers.log(0, {"eval_loss": self._initial_eval_loss})
         is_virtual = config.engine.clock == "virtual"

@@ -9,23 +9,13 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from parablock.errors import ConfigError
 from parablock.storage.run_directory import Row
 
 
-class Tracker(Protocol):
-    """A program that records figures over steps."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record named figures at a step, the number of finished rounds."""
-
-    def close(self) -> None:
-        """Write all pending figures; a second call does nothing."""
-
-
-class TensorBoardTracker(Tracker):
+class TensorBoardTracker:
     """Event files for TensorBoard: `tensorboard --logdir DIR/tensorboard`.
 
     Args:
@@ -39,7 +29,7 @@ class TensorBoardTracker(Tracker):
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event for each figure to disk."""
+        """Write one event for each figure to disk, at a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -49,7 +39,7 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
 
 
-class WandbTracker(Tracker):
+class WandbTracker:
     """An offline run of Weights & Biases; `wandb sync DIR/wandb/offline-run-*` uploads it.
 
     Args:
@@ -89,10 +79,10 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
-class Trackers(Tracker):
+class Trackers:
     """Any number of trackers as one."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[TensorBoardTracker | WandbTracker]) -> None:
         self._trackers = tuple(trackers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -121,7 +111,7 @@ def _is_installed(name: str) -> bool:
 
 def open_trackers(names: Sequence[str], directory: Path, *, first_step: int, config: Mapping[str, Any]) -> Trackers:
     """Open the trackers of `report_to`, each with a folder of its own in the run directory."""
-    trackers: list[Tracker] = []
+    trackers: list[TensorBoardTracker | WandbTracker] = []
     if "tensorboard" in names:
         trackers.append(TensorBoardTracker(directory, first_step))
     if "wandb" in names:

@@ -1,4 +1,4 @@
-"""The choice of the class that keeps a method's model and makes its local training, by the method's traits."""
+"""The choice of a method's model class, by the method's traits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from parablock.methods.flora import FloraModel
 from parablock.methods.solo import SoloModels
 
 
-def make_method_model(job: RunInputs, clients: Sequence[int] | None = None) -> MethodModel:
-    """Make the model that the configured method asks for; see `MethodModel`."""
-    match job.config.federation.traits.combines:
+def make_method_model(inputs: RunInputs, clients: Sequence[int] | None = None) -> MethodModel:
+    """Make the model of the configured method; see `MethodModel`."""
+    match inputs.config.federation.traits.combines:
         case "nothing":
-            return SoloModels(job)
+            return SoloModels(inputs)
         case "stack":
-            return FloraModel(job, clients)
+            return FloraModel(inputs, clients)
         case "mean":
-            return MethodModel(job, clients)
+            return MethodModel(inputs, clients)
