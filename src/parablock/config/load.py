@@ -60,7 +60,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
-        raise ConfigError([f"there is no file {path}; pass the path of a YAML file"], source=str(path)) from None
+        raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
     except NOT_YAML as error:

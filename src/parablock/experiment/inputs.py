@@ -149,7 +149,7 @@ def _hold_out(
             raise DataError(
                 f"client {client_id} has {len(rows)} row{'s' * (len(rows) != 1)}: none would be left to train on",
                 cause="data.test is empty, so a part of each client's rows is held out.",
-                remedy="Name test files in data.test, or use more rows, or fewer clients.",
+                remedy="Give data.test, or more rows, or fewer clients.",
             )
         drawn = set(order[:size].tolist())
         held_out.extend(row for k, row in enumerate(rows) if k in drawn)
@@ -181,7 +181,7 @@ def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tup
         raise ConfigError(
             [
                 f"federation.num_rounds: {config.federation.num_rounds} rounds of the {config.blocks.schedule} "
-                f"schedule would never train {names} of {len(blocks)} blocks; set at least {len(blocks)} rounds, "
+                f"schedule would never train {names} of {len(blocks)} blocks; give at least {len(blocks)} rounds, "
                 "or larger blocks (blocks.layers_per_block), or accept it with blocks.allow_unvisited: true"
             ]
         )

@@ -56,7 +56,7 @@ def test_sites_that_would_choose_their_own_blocks_are_refused():
     assert conflicts(fitting, {}) == []
     fitting["engine"]["name"] = "flower"
     ((key, problem),) = conflicts(fitting, {})
-    assert key == "blocks.layers_per_block" and "each site would choose for itself" in problem
+    assert key == "blocks.layers_per_block" and "sites would differ" in problem
 
 
 @pytest.mark.parametrize(
