@@ -125,7 +125,8 @@ class FederationSection(Section):
     """Clients, rounds, and the method that joins them."""
 
     method: MethodName = Field(
-        "parablock", description="What a round trains, who is asked, and what becomes of the updates."
+        "parablock",
+        description="The trained part of the model, the clients of a round, and the use of their updates.",
     )
     num_clients: int = Field(8, ge=1, description="Number of clients.")
     participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
@@ -133,7 +134,7 @@ class FederationSection(Section):
     delay: int = Field(1, ge=0, le=64, description="Rounds that an update may be in flight (d).")
     min_updates: int = Field(1, ge=1, description="Fewest updates that a commit needs.")
     deadline_factor: float | None = Field(
-        None, gt=1, description="A round waits for so many times the median answer time; null: for everybody."
+        None, gt=1, description="A round waits for this multiple of the median answer time; null: for all answers."
     )
     in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
@@ -282,10 +283,12 @@ class PrivacySection(Section):
     clip_norm: float | None = Field(None, gt=0, description="Norm that no update may exceed; null: any.")
     noise_multiplier: float = Field(0.0, ge=0, description="Noise standard deviation / clip_norm.")
     mode: Literal["central", "local"] = Field(
-        "central", description="Who adds the noise: the server to the mean, or each client to its update."
+        "central", description="The server adds noise to the mean, or each client to its update."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ that the reported epsilon belongs to.")
-    secure_aggregation: Literal["none", "plain", "masked"] = Field("none", description="What the server may see.")
+    secure_aggregation: Literal["none", "plain", "masked"] = Field(
+        "none", description="Hiding of single updates from the server."
+    )
 
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> PrivacySection:

@@ -113,7 +113,7 @@ class Server:
             self._start_round(t)
         self._commit_through(plan.num_rounds - 1)
         for client_id in range(plan.num_clients):
-            if self._participation.is_absent(client_id):  # nobody knows what it holds
+            if self._participation.is_absent(client_id):  # its block versions are unknown
                 self._downlink.joins(client_id, (NEVER,) * len(self.state.params))
             news = self._downlink.news_for(self.state, client_id)
             self._downlink.send(client_id, plan.num_rounds - 1, Finish(self.state.committed, news))

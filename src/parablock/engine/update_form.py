@@ -89,7 +89,7 @@ class UpdateForm(ABC):
         return num_parameters
 
     def cuts(self, num_parameters: int) -> list[slice]:
-        """Return where an update of a block is cut into chunks."""
+        """Return the cut of a block's update into chunks."""
         return self.encoding.cut(self.num_elements(num_parameters))
 
     @abstractmethod

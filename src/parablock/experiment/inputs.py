@@ -72,7 +72,7 @@ def read_inputs(
         test=_sample(test.examples, config.evaluation.max_examples, config.seed),
         notes=(
             *describe_model(base, config.model, blocks),
-            *[f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] * is_auto,
+            *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if is_auto else []),
             *describe_data(parts, train, test, config.data.partition.field),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),

@@ -160,7 +160,7 @@ class _Run:
         return summary
 
     def _finish(self, result: EngineResult, recorder: Recorder, model: MethodModel) -> Summary:
-        if recorder.unsaved is not None:  # where the run is stopping, no message is left that could carry it
+        if recorder.unsaved is not None:  # in a stopping run no message is left to carry the error
             raise recorder.unsaved
         if not result.finished:
             return recorder.write_summary("interrupted")

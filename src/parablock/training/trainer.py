@@ -117,7 +117,7 @@ class LocalTrainer:
                 pad_token_id=self._pad_token_id,
             ),
             self._arguments,
-            # the learning rate follows the rounds, whatever number of steps each of them has
+            # the learning rate follows the rounds, for any number of steps
             first_step=round_index * num_local_steps,
             total_steps=self._num_rounds * num_local_steps,
             moments=self._moments.get(block_index),
