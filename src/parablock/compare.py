@@ -17,7 +17,8 @@ from parablock.config.methods import METHODS, OWNERS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
-from parablock.experiment.run import Summary, run
+from parablock.experiment.recorder import Summary
+from parablock.experiment.run import run
 from parablock.plan.forecast import Scenario
 from parablock.plan.memory import WAYS, memory_per_client
 from parablock.report.curves import curves_svg

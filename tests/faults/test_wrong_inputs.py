@@ -90,11 +90,11 @@ WRONG_VALUES = {
     "K is a word": (["train.num_local_steps=many"], ["train.num_local_steps: ", "'many'"]),
     "blocks fit no link": (
         ["blocks.layers_per_block=auto", "link={upload_mbps: null, download_mbps: null}"],
-        ["blocks.layers_per_block: auto fits the blocks to the link", "give link.upload_mbps"],
+        ["blocks.layers_per_block: auto fits the blocks to the link", "set link.upload_mbps"],
     ),
     "both are auto": (
         ["blocks.layers_per_block=auto", "train.num_local_steps=auto"],
-        ["blocks.layers_per_block: auto follows from train.num_local_steps", "give a number"],
+        ["blocks.layers_per_block: auto follows from train.num_local_steps", "set a number"],
     ),
 }
 

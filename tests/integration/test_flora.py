@@ -17,9 +17,10 @@ from parablock.clock import VirtualClock
 from parablock.compare import predicted_memory_bytes
 from parablock.engine.contract import EngineResult
 from parablock.engine.faults import NO_FAULTS
+from parablock.engine.inprocess import run_in_process
 from parablock.engine.plans import Hooks
 from parablock.errors import CodecError
-from parablock.experiment.engines import InProcess, engine_input
+from parablock.experiment.engines import engine_input
 from parablock.experiment.inputs import read_inputs
 from parablock.methods.base import MethodModel, RunInputs
 from parablock.methods.choose import make_method_model
@@ -40,7 +41,7 @@ def run(job: RunInputs, fleet: MethodModel) -> EngineResult:
     hooks = Hooks(lambda *_: None, lambda _: None)
     trace = Trace(VirtualClock())
     given = engine_input(job.config, fleet, trace, hooks, faults=NO_FAULTS)
-    return InProcess(job).run(replace(given, take_params=lambda: fleet.params))
+    return run_in_process(replace(given, take_params=lambda: fleet.params))
 
 
 # -- the stack ------------------------------------------------------------------------------------------------

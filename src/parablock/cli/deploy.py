@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parablock.cli.terminal import Overrides, print_summary, watched
+from parablock.cli.terminal import Overrides, print_summary, show_progress
 from parablock.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def local(
     from parablock.deploy.one_machine import deploy_local
 
     settings = _flower_run(config, overrides, clients)
-    with watched() as (progress, stop):
+    with show_progress() as (progress, stop):
         summary = deploy_local(
             settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
         )

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.deploy import deploy
-from parablock.cli.terminal import Overrides, console, exit_when_interrupted, print_summary, watched
+from parablock.cli.terminal import Overrides, console, exit_when_interrupted, print_summary, show_progress
 from parablock.errors import ParaBlockError
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ def run(
     settings = load_config(config, overrides or [])  # before torch is loaded, so that errors show at once
     from parablock.experiment.run import run as run_experiment
 
-    with watched() as (progress, stop):
+    with show_progress() as (progress, stop):
         summary = run_experiment(settings, output_dir, progress=progress, asked_to_stop=stop)
     print_summary(summary, output_dir)
 
@@ -73,7 +73,7 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
     """
     from parablock.deploy.one_machine import is_deployed, resume_local
 
-    with watched() as (progress, stop):
+    with show_progress() as (progress, stop):
         if is_deployed(directory):
             summary = resume_local(directory, progress=progress, asked_to_stop=stop)
         else:
@@ -264,7 +264,7 @@ def compare(
 
     runs = plan_comparison(load_config(config, overrides or []), methods.split(","), seeds, particular or [])
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
-    with watched() as (progress, stop):
+    with show_progress() as (progress, stop):
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
     console.print(comparison_table(summaries), markup=False, highlight=False, soft_wrap=True)
     console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
@@ -281,7 +281,7 @@ def demo(
     from parablock.demo.quickstart import describe_demo, free_directory, run_demo
 
     directory = output_dir or free_directory(Path("runs"))
-    with watched() as (progress, stop):
+    with show_progress() as (progress, stop):
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value; r
 
 
 @contextmanager
-def watched() -> Iterator[tuple[Any, Any]]:
+def show_progress() -> Iterator[tuple[Any, Any]]:
     """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
 
     Yields:

@@ -1,7 +1,4 @@
-"""Settings that are right by themselves and cannot work together, found all at once.
-
-The rules read a configuration as plain values, so that they can be applied to any that is whole.
-"""
+"""Conflicts: settings that are right by themselves and cannot work together, found all at once in plain values."""
 
 from __future__ import annotations
 
@@ -9,26 +6,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size
 
 Problem = tuple[str, str]
-"""The dotted path of a key, and what is wrong with its value."""
+"""The dotted path of a key, and the problem with its value."""
 
 NOT_ON_A_GRID = ("kill", "nan", "sign_flip", "scale")
-"""Faults that take a client's keys away, or that words of a grid cannot have."""
+"""Faults that lose a client's keys, or that fixed-point words cannot have."""
 
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
+"""The fewest updates of each aggregation rule."""
 
 
 def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Problem]:
-    """List what cannot work together.
-
-    Args:
-        config: Every section with all its values.
-        chosen: The same without what is at its default.
-    """
+    """List the conflicts of a configuration with all values; `chosen` has those that differ from their default."""
     return [
         *_sites(config),
         *_aggregation(config["federation"]),
@@ -42,78 +35,60 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
 
 
 def refuse_conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
-    """Raise every conflict at once, each at its key.
-
-    Raises:
-        ValidationError: There is one.
-    """
-    found = conflicts(config, chosen)
-    if found:
-        raise ValidationError.from_exception_data(
-            "configuration",
-            [
-                {
-                    "type": PydanticCustomError("conflict", "{problem}", {"problem": problem}),
-                    "loc": tuple(key.split(".")),
-                    "input": None,
-                }
-                for key, problem in found
-            ],
+    """Raise one ValidationError with every conflict, each at its key."""
+    errors = [
+        InitErrorDetails(
+            type=PydanticCustomError("conflict", "{problem}", {"problem": problem}),
+            loc=tuple(key.split(".")),
+            input=None,
         )
+        for key, problem in conflicts(config, chosen)
+    ]
+    if errors:
+        raise ValidationError.from_exception_data("configuration", errors)
 
 
 def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Clients at sites may bring rows of their own, and have no faults but real ones."""
+    """Clients at sites may have rows of their own; injected faults happen in one process only."""
     deployed = config["engine"]["name"] == "flower"
     if not config["data"]["train"] and not (deployed and config["data"]["test"]):
-        yield (
-            "data.train",
-            "names no file; only a server whose sites bring their own rows (engine.name: flower) can do without, "
-            "and then data.test says what it scores the model on",
-        )
+        yield "data.train", "names no file; sites may have rows of their own (engine.name: flower, and data.test)"
     if deployed and config["faults"]:
-        yield "faults", "are made in one process only; with engine.name: flower pull a real plug"
+        yield "faults", "happen with engine.name: inprocess only; at sites, kill real processes"
 
 
 def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
-    """A rule needs enough updates to tell a minority from the others."""
+    """A robust rule needs enough updates to tell a minority from the others."""
     rule, size = federation["aggregation"], cohort_size(federation)
     if not METHODS[federation["method"]].averages:
         return
     if size < MIN_UPDATES[rule]:
         yield "federation.aggregation", f"{rule} needs {MIN_UPDATES[rule]} clients in a round; there are {size}"
     elif rule == "trimmed_mean" and int(federation["trim_fraction"] * size) == 0:
-        yield (
-            "federation.trim_fraction",
-            f"cuts nobody of the {size} clients of a round; give at least {1 / size:.3g}, or more clients",
-        )
+        least = f"set at least {1 / size:.3g}, or more clients"
+        yield "federation.trim_fraction", f"cuts none of the {size} clients of a round; {least}"
     elif rule == "krum" and size < 2 * federation["assumed_attackers"] + 3:
         yield (
             "federation.assumed_attackers",
-            f"krum needs 2·f + 3 clients in a round to withstand f attackers; there are {size}: "
-            f"at most {(size - 3) // 2} can be assumed",
+            f"krum withstands f attackers of 2·f + 3 clients; of {size} in a round at most {(size - 3) // 2}",
         )
 
 
 def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Blocks that fit the link need a link with a speed, and a number of steps to hide it under."""
+    """`layers_per_block: auto` needs the speed of the link, and a number of steps."""
     key = "blocks.layers_per_block"
     if config["blocks"]["layers_per_block"] != "auto":
         return
     if config["link"]["upload_mbps"] is None and config["link"]["download_mbps"] is None:
-        yield key, "auto fits the blocks to the link; give link.upload_mbps and link.download_mbps, or a number"
+        yield key, "auto fits the blocks to the link; set link.upload_mbps and link.download_mbps, or a number"
     if config["engine"]["name"] == "flower":
-        yield (
-            key,
-            "auto rests on how fast a machine is, and each site would choose for itself; give the number that "
-            "`parablock plan` shows",
-        )
+        yield key, "auto depends on the machine, and sites would differ; set the number that `parablock plan` shows"
     if config["train"]["num_local_steps"] == "auto":
-        yield key, "auto follows from train.num_local_steps, which is auto too; give a number for one of them"
+        yield key, "auto follows from train.num_local_steps, which is auto too; set a number for one of them"
 
 
 def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
-    """What has no effect with a method, or cannot be had with it."""
+    """Settings without effect with a method, or that the method refuses."""
     method = METHODS[name]
     for owned in (key for key in OWNERS if key not in method.own_keys):
         for key, _ in _within(chosen, owned):
@@ -127,7 +102,7 @@ def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
         ("privacy", method.averages, no_mean),
     ):
         for key, _ in _within(chosen, part) if not has_effect else ():
-            if key != "blocks.layers_path":  # it says where the layers are
+            if key != "blocks.layers_path":  # every method needs the layers
                 yield key, f"has no effect with method {name}, {why}; leave it out"
     for refused, reason in method.refuses.items():
         for key, value in _within(chosen, refused):
@@ -135,39 +110,30 @@ def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _within(chosen: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
-    """List a key with its value where it was chosen; of a section, all keys that were."""
+    """List a key with its value, or all keys of a section, as far as they were chosen."""
     section, _, name = key.partition(".")
     values = chosen.get(section, {})
     return [(f"{section}.{each}", value) for each, value in values.items() if name in ("", each)]
 
 
 def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """What noise hides, and what would let it through."""
+    """Noise protects a mean only, and no residual may bypass the clipping."""
     privacy, rule = config["privacy"], config["federation"]["aggregation"]
     if privacy["noise_multiplier"] > 0 and privacy["mode"] == "central" and rule != "mean":
-        yield (
-            "privacy.noise_multiplier",
-            f"the server's noise hides a client in a mean, not in a {rule}; choose federation.aggregation: mean, "
-            "or privacy.mode: local",
-        )
+        cure = "choose federation.aggregation: mean, or privacy.mode: local"
+        yield "privacy.noise_multiplier", f"the server's noise hides a client in a mean, not in a {rule}; {cure}"
     if privacy["clip_norm"] is not None and config["wire"]["error_feedback"]:
-        yield (
-            "wire.error_feedback",
-            "would send later what privacy.clip_norm bounds now; switch one of them off",
-        )
+        yield "wire.error_feedback", "would send the residual past privacy.clip_norm; switch one of them off"
 
 
 def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """What a sum of which nobody sees a part cannot be combined with."""
+    """A secure sum is known as a whole or not at all."""
     privacy, federation, wire = config["privacy"], config["federation"], config["wire"]
     if privacy["secure_aggregation"] == "none" or not METHODS[federation["method"]].averages:
         return
     how = f"privacy.secure_aggregation: {privacy['secure_aggregation']}"
     if privacy["clip_norm"] is None:
-        yield (
-            "privacy.clip_norm",
-            f"{how} needs it, for the grid's step; give a norm that few updates reach",
-        )
+        yield "privacy.clip_norm", f"{how} needs it, for the grid's step; set a norm that few updates reach"
     if privacy["noise_multiplier"] > 0 and privacy["mode"] == "local":
         yield "privacy.mode", f"local noise leaves the grid of {how}; choose central"
     if federation["aggregation"] != "mean":
@@ -184,20 +150,15 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
-    """A commit cannot need more updates than are asked for."""
+    """A commit cannot need more updates than a round asks for."""
     size = cohort_size(federation)
     if federation["min_updates"] > size:
-        yield (
-            "federation.min_updates",
-            f"{federation['min_updates']} of {size} updates: so many are asked for in a round",
-        )
+        yield "federation.min_updates", f"{federation['min_updates']} of the {size} updates that a round asks for"
 
 
 def _faults(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """A fault has to be able to happen."""
+    """A fault needs an existing client and round."""
     federation = config["federation"]
-    if config["faults"] and config["engine"]["name"] != "inprocess":
-        yield "faults", "happen with engine.name: inprocess only; real processes can be killed for real"
     for place, fault in enumerate(config["faults"]):
         if fault["client"] >= federation["num_clients"]:
             yield f"faults.{place}.client", f"there is no client {fault['client']} of {federation['num_clients']}"

@@ -1,8 +1,7 @@
-"""The keys of a configuration: one frozen tree, validated on construction.
+"""The keys of a configuration, with defaults and descriptions: one frozen tree, validated on construction.
 
-Names and defaults are those that users rely upon. Training arguments carry the names of the Hugging Face
-`TrainingArguments` and of TRL, verbatim. A value that is not built yet is refused with an error that says
-so; nothing is ever ignored.
+Users rely on names and defaults. Training arguments have the names of Hugging Face `TrainingArguments` and of TRL.
+Nothing is ignored: a key without effect, or a value that is not built yet, is an error.
 """
 
 from __future__ import annotations
@@ -18,8 +17,21 @@ from parablock.config.methods import LAGGING, METHODS, Method, MethodName
 from parablock.config.section import FaultSection, Section, default_of
 
 
+def _at_least_one(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"must be at least 1, not {value}")
+    return value
+
+
+def _one_or_many(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple) and "" in names:
+        raise ValueError("holds an empty name")
+    return names
+
+
 class ModelSection(Section):
-    """Which model is fine-tuned, in which precision, on which device."""
+    """The model to fine-tune, its precision and its device."""
 
     name_or_path: str = Field(min_length=1, description="Hugging Face id or a folder.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the parameters.")
@@ -28,7 +40,7 @@ class ModelSection(Section):
 
 
 class PartitionSection(Section):
-    """How the training rows are split over the clients."""
+    """The split of the training rows over the clients."""
 
     scheme: Literal["iid", "dirichlet", "by_field", "by_file"] = Field("iid", description="The way of splitting.")
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is more heterogeneous.")
@@ -55,13 +67,7 @@ class DataSection(Section):
     max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut at the end.")
     partition: PartitionSection = PartitionSection()
 
-    @field_validator("train", "test", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else value
-        if isinstance(names, list | tuple) and "" in names:
-            raise ValueError("holds an empty name")
-        return names
+    _names = field_validator("train", "test", mode="before")(_one_or_many)
 
     @model_validator(mode="after")
     def _one_test_set(self) -> DataSection:
@@ -87,16 +93,11 @@ class BlocksSection(Section):
     layers_path: str | None = Field(None, description="Where an unknown architecture keeps its decoder layers.")
     allow_unvisited: bool = Field(False, description="Run although some block would never be trained.")
 
-    @field_validator("layers_per_block")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be at least 1, not {value}")
-        return value
+    _positive = field_validator("layers_per_block")(_at_least_one)
 
 
 class ServerOptimizerSection(Section):
-    """What the server does with a block's mean delta."""
+    """The server's optimizer, which takes a block's mean delta."""
 
     name: Literal["none", "momentum", "adam"] = Field("none", description="`none` adds the mean delta itself.")
     learning_rate: float = Field(1.0, gt=0, le=10, description="Server learning rate.")
@@ -104,12 +105,9 @@ class ServerOptimizerSection(Section):
 
     @model_validator(mode="after")
     def _none_takes_the_mean(self) -> ServerOptimizerSection:
-        if self.name == "none" and self.learning_rate != 1.0:
-            raise ValueError(
-                "learning_rate has no effect with name none; choose momentum or adam, or leave it at 1.0"
-            )
-        if self.name == "none" and self.momentum != default_of(self, "momentum"):
-            raise ValueError("momentum has no effect with name none; choose momentum or adam, or leave it out")
+        for key in ("learning_rate", "momentum"):
+            if self.name == "none" and getattr(self, key) != default_of(self, key):
+                raise ValueError(f"{key} has no effect with name none; choose momentum or adam, or leave it out")
         return self
 
 
@@ -127,7 +125,8 @@ class FederationSection(Section):
     """Clients, rounds, and the method that joins them."""
 
     method: MethodName = Field(
-        "parablock", description="What a round trains, who is asked, and what becomes of the updates."
+        "parablock",
+        description="The trained part of the model, the clients of a round, and the use of their updates.",
     )
     num_clients: int = Field(8, ge=1, description="Number of clients.")
     participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
@@ -135,7 +134,7 @@ class FederationSection(Section):
     delay: int = Field(1, ge=0, le=64, description="Rounds that an update may be in flight (d).")
     min_updates: int = Field(1, ge=1, description="Fewest updates that a commit needs.")
     deadline_factor: float | None = Field(
-        None, gt=1, description="A round waits for so many times the median answer time; null: for everybody."
+        None, gt=1, description="A round waits for this multiple of the median answer time; null: for all answers."
     )
     in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
@@ -197,12 +196,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations from the block upwards.")
     completion_only_loss: bool = Field(True, description="Train on completions, not on prompts.")
 
-    @field_validator("num_local_steps")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be at least 1, not {value}: a round takes at least one step")
-        return value
+    _positive = field_validator("num_local_steps")(_at_least_one)
 
     @model_validator(mode="after")
     def _bounds_of_auto(self) -> TrainSection:
@@ -216,7 +210,7 @@ class TrainSection(Section):
 
 
 class WireSection(Section):
-    """How an update becomes bytes."""
+    """The encoding of updates and new values."""
 
     format: Literal["float32", "bfloat16", "int8", "int4", "int2"] = Field(
         "float32", description="Payload of updates, and of new values where it is narrower than the model."
@@ -248,7 +242,7 @@ class LinkSection(Section):
 
 
 class EngineSection(Section):
-    """What drives the server and the clients, and by which clock."""
+    """The engine of server and clients, and its clock."""
 
     name: Literal["inprocess", "flower"] = Field("inprocess", description="All in one process, or Flower.")
     clock: Literal["real", "virtual"] = Field("real", description="Real time, or discrete-event simulation.")
@@ -269,7 +263,7 @@ class EngineSection(Section):
 
 
 class EvaluationSection(Section):
-    """When the committed model is scored on the test rows."""
+    """Evaluation of the committed model on the test rows."""
 
     every_rounds: int = Field(8, ge=0, description="Rounds between evaluations; 0: first and last only.")
     max_examples: int = Field(256, ge=1, description="Test examples used, the same ones every time.")
@@ -277,7 +271,7 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
-    """When the run is saved."""
+    """Checkpoints of the run."""
 
     every_rounds: int = Field(8, ge=0, description="Rounds between checkpoints; 0: only when interrupted.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
@@ -289,10 +283,12 @@ class PrivacySection(Section):
     clip_norm: float | None = Field(None, gt=0, description="Norm that no update may exceed; null: any.")
     noise_multiplier: float = Field(0.0, ge=0, description="Noise standard deviation / clip_norm.")
     mode: Literal["central", "local"] = Field(
-        "central", description="Who adds the noise: the server to the mean, or each client to its update."
+        "central", description="The server adds noise to the mean, or each client to its update."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ that the reported epsilon belongs to.")
-    secure_aggregation: Literal["none", "plain", "masked"] = Field("none", description="What the server may see.")
+    secure_aggregation: Literal["none", "plain", "masked"] = Field(
+        "none", description="Hiding of single updates from the server."
+    )
 
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> PrivacySection:
@@ -326,10 +322,7 @@ class RunConfig(Section):
     report_to: tuple[Tracker, ...] = Field((), description="Trackers that are told the figures of each round.")
     seed: int = Field(0, ge=0, lt=2**31, description="Everything random follows from it.")
 
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    _names = field_validator("report_to", mode="before")(_one_or_many)
 
     @field_validator("report_to")
     @classmethod
@@ -354,5 +347,5 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """Write every key with its value, in the order of the reference."""
+        """Return every key with its value as YAML, in the order of the reference."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

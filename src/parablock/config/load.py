@@ -1,4 +1,4 @@
-"""Reading a configuration: files, `--set`, and all problems at once."""
+"""Load a configuration: YAML files, `--set`, and all problems at once."""
 
 from __future__ import annotations
 
@@ -10,35 +10,18 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from parablock.config.keys import RunConfig, TrainSection
-from parablock.config.section import NOT_BUILT, FaultSection
+from parablock.config.keys import RunConfig
+from parablock.config.section import FaultSection
 from parablock.errors import ConfigError
 
 S = TypeVar("S", bound=BaseModel)
 
-__all__ = [
-    "NOT_BUILT",
-    "RunConfig",
-    "TrainSection",
-    "known_keys",
-    "load_config",
-    "overridden",
-    "parse_config",
-    "read_tree",
-    "validate",
-]
-
-
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What PyYAML raises: its own, and what Python makes of a date in the 13th month or of nests without end."""
+"""The errors of PyYAML: its own, and those of Python for a date in the 13th month or endless nesting."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file, apply `--set key=value` overrides, and validate the whole.
-
-    Args:
-        path: A YAML file.
-        overrides: `dotted.key=value`; the value is read as YAML.
+    """Read a configuration file, apply overrides `dotted.key=value` with YAML values, and validate the whole.
 
     Raises:
         ConfigError: With every problem: a missing or broken file, unknown keys, wrong values.
@@ -48,11 +31,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Put `dotted.key=value` overrides into a tree of plain values, which is changed, and give it.
-
-    Raises:
-        ConfigError: One is not of this form, or leads through a value.
-    """
+    """Put overrides `dotted.key=value` into a tree of plain values, and return it, or raise a ConfigError."""
     problems = [problem for override in overrides if (problem := _apply(tree, override))]
     if problems:
         raise ConfigError(problems, source="--set")
@@ -60,11 +39,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
-    """Validate a tree of plain values.
-
-    Raises:
-        ConfigError: With every problem, each with its key path; unknown keys name the nearest known one.
-    """
+    """Validate a tree of plain values; a ConfigError lists every problem with its key path."""
     return validate(RunConfig, tree, source=source)
 
 
@@ -81,11 +56,7 @@ def validate(section: type[S], tree: Mapping[str, Any], *, source: str) -> S:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """Read a YAML file of sections.
-
-    Raises:
-        ConfigError: It is not there, cannot be read, or is something else.
-    """
+    """Read a YAML file of sections; raise a ConfigError if that fails."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
@@ -108,7 +79,7 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterab
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice, because the first of the two would be ignored."""
+    """YAML that refuses a repeated key, whose first value would be ignored."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -122,7 +93,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def _apply(tree: dict[str, Any], override: str) -> str:
-    """Put one `--set` into the tree; give what is wrong with it, or nothing."""
+    """Put one override into the tree; return the problem, empty without one."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -142,7 +113,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
 
 
 def _yaml_problem(error: BaseException) -> str:
-    """Say in one line what is wrong, and in which line."""
+    """Return a YAML error in one line, with its place."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())[:500]
     mark = error.problem_mark
@@ -151,8 +122,8 @@ def _yaml_problem(error: BaseException) -> str:
 
 
 def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
-    """Give the key path of a problem and what it is."""
-    path = [str(part) for part in item["loc"] if part not in ("int", *_literal_tags(item["loc"]))]
+    """Return the key path of a problem, and its text."""
+    path = [str(part) for part in item["loc"] if part != "int" and not str(part).startswith("literal[")]
     key = ".".join(path) or "the whole"
     if item["type"] == "extra_forbidden":
         return key, f"unknown key{_hint(key, root)}"
@@ -165,7 +136,7 @@ def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
 
 
 def _hint(key: str, root: type[BaseModel]) -> str:
-    """Name the known key that an unknown one is meant to be, or all that its section has."""
+    """Return the known key next to an unknown one, or all keys of its section."""
     section, _, name = key.rpartition(".")
     if section.startswith("faults."):
         return f"; known here: {', '.join(FaultSection.model_fields)}"
@@ -178,7 +149,3 @@ def _hint(key: str, root: type[BaseModel]) -> str:
         *(known for known in leaf if leaf[known] == name),
     ]
     return f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(siblings.values())}"
-
-
-def _literal_tags(location: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(part) for part in location if str(part).startswith("literal["))

@@ -1,7 +1,4 @@
-"""The methods of federated fine-tuning, one row of traits each.
-
-Every other file reads traits and never compares a name, so a method is known everywhere when its row is here.
-"""
+"""The methods of federated fine-tuning, a row of traits each; other files read traits and never compare names."""
 
 from __future__ import annotations
 
@@ -14,22 +11,21 @@ from parablock.config.section import NOT_BUILT
 
 @dataclass(frozen=True)
 class Method:
-    """What sets a method apart from the others.
+    """The traits of a method.
 
     Attributes:
-        title: Its name in the literature.
-        source: Where it is published; empty for a bound that nobody published.
-        summary: What distinguishes it, in one sentence for the documentation.
-        trains: What a round trains: one block, all parameters, or LoRA adapters.
-        combines: What the server makes of a round's updates: their mean, a stack of them, or nothing, because the
-            clients send nothing.
+        title: The name in the literature.
+        source: The publication; empty for a bound that is not published.
+        summary: The difference to other methods, in one sentence for the documentation.
+        trains: One block a round, all parameters, or LoRA adapters.
+        combines: The server's result of a round's updates: their mean, their stack, or nothing without updates.
         asks: Whether a round asks a cohort, or one client at a time in turn.
         may_lag: Whether an update may be in flight for some rounds (`federation.delay`).
-        without_delay: The name that the method has with a delay of 0, where that is another one.
-        pools_data: Whether the rows of all clients are put into one.
-        matrices: Of every adapter, the groups of matrices that are trained; each group is a block.
-        own_keys: Keys, or whole sections, that have an effect with this method and those that list them too.
-        refuses: Keys whose default the method cannot do without, with the reason, which is told after the value.
+        without_delay: The method's name with a delay of 0; None: the same.
+        pools_data: Whether one client has the rows of all.
+        matrices: The groups of adapter matrices that are trained; each group is a block.
+        own_keys: Keys and sections that have an effect with the methods that list them only.
+        refuses: Keys that have to stay at their default, with the end of the error after the value.
     """
 
     title: str
@@ -66,7 +62,7 @@ NO_MEAN = {
     "stack": "which stacks updates and makes no mean of them",
     "nothing": "which sends nothing, so that updates never meet",
 }
-"""Why there is no mean of several updates, by what the server makes of those of a round."""
+"""Reasons why there is no mean of several updates, by `Method.combines`."""
 
 NOTHING_TO_CARRY = {"engine.name": "has nothing to carry where clients send nothing; use inprocess"}
 
@@ -162,16 +158,16 @@ OWNERS: dict[str, tuple[str, ...]] = {
     key: tuple(name for name, method in METHODS.items() if key in method.own_keys)
     for key in sorted({key for method in METHODS.values() for key in method.own_keys})
 }
-"""Each key, or section, that belongs to some methods only, with their names."""
+"""Key or section → the methods that it belongs to."""
 
 
 def with_delay(name: str) -> str | None:
-    """Return the name that a method has with a delay; None if it may have none."""
+    """Return the name of a method with a delay; None if it cannot have one."""
     return next((lagging for lagging in LAGGING if name in (lagging, METHODS[lagging].without_delay)), None)
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:
-    """Return how many clients are asked in a round."""
+    """Return the number of clients that a round asks."""
     method = METHODS[federation["method"]]
     if method.asks == "one_in_turn" or method.pools_data:
         return 1

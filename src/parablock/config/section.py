@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: how it is made, and how it refuses."""
+"""The base class of all sections of the configuration, and the section of a fault."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ NOT_BUILT = "is not built yet in this version"
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, defaults validated too."""
+    """A section: frozen, without unknown keys, with validated defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_and_no_word(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `true` where pydantic would take it for 1, and YAML's `on` and `no` where a word is meant."""
+        """Refuse `true` as a number, where pydantic would read 1, and YAML's `on` and `no` as words."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"must not be {str(value).lower()}; a word such as on, off, yes, no needs quotes")
         return value
 
 
 def default_of(section: Section, key: str) -> Any:
-    """Give the default of a key."""
+    """Return the default of a key."""
     return type(section).model_fields[key].default
 
 
 POISONS = ("nan", "sign_flip", "scale")
-"""Kinds that change what an update says."""
-
+"""Kinds of fault that change the values of an update."""
 
 KINDS_AT = {
     "train": ("kill", "delay", "drop", *POISONS),
@@ -38,16 +37,18 @@ KINDS_AT = {
     "download": ("kill", "delay", "drop", "corrupt"),
     "commit": ("kill", "delay"),
 }
-"""Which kinds of fault there are at each point."""
+"""The kinds of fault at each point of a round."""
 
 
 class FaultSection(Section):
-    """One fault: with whom, when, where, and what happens."""
+    """One fault: its client, round, point of the round, and kind."""
 
-    client: int = Field(ge=0, description="Whose: a client_id.")
-    round: int = Field(ge=0, description="In which round.")
-    at: Literal["train", "upload", "download", "commit"] = Field(description="At which point of the round.")
-    kind: Literal["drop", "delay", "corrupt", "nan", "sign_flip", "scale", "kill"] = Field(description="What.")
+    client: int = Field(ge=0, description="The client_id.")
+    round: int = Field(ge=0, description="The round.")
+    at: Literal["train", "upload", "download", "commit"] = Field(description="The point of the round.")
+    kind: Literal["drop", "delay", "corrupt", "nan", "sign_flip", "scale", "kill"] = Field(
+        description="The kind of fault."
+    )
     value: float | None = Field(None, description="Seconds, or the factor of `scale`.")
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ from parablock.deploy.variables import (
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress, Progress
-from parablock.storage.files import claimed, last_lines
+from parablock.storage.files import last_lines, lock_folder
 from parablock.storage.run_directory import RunDirectory
 
 LOOK_S = 0.3
@@ -213,7 +213,7 @@ def deploy_local(
     made = not output_dir.exists()
     deployment.prepare(config)
     try:
-        with claimed(deployment.folder), deployment:
+        with lock_folder(deployment.folder), deployment:
             return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
     except InputError:
         if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
@@ -267,7 +267,7 @@ def resume_local(
         lanes=int(lanes_file(output_dir).read_text(encoding="utf-8")),
         insecure=not (folder / "keys").exists(),
     )
-    with claimed(folder), deployment:
+    with lock_folder(folder), deployment:
         return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
 
 

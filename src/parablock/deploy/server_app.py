@@ -29,7 +29,7 @@ from parablock.experiment.engines import clients_of
 from parablock.experiment.progress import LoggedProgress
 from parablock.experiment.run import resume, run
 from parablock.methods.base import RunInputs
-from parablock.storage.files import claimed, write_atomically
+from parablock.storage.files import lock_folder, write_atomically
 
 
 class FlowerEngine:
@@ -94,7 +94,7 @@ def only_one(output_dir: Path) -> Iterator[None]:
     """
     folder = config_file(output_dir).parent / "server"
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder, remedy="Wait for the end of the other Flower run, or end it with `flwr stop`."):
+    with lock_folder(folder, remedy="Wait for the end of the other Flower run, or end it with `flwr stop`."):
         yield
 
 

@@ -1,4 +1,4 @@
-"""The engine: server, clients, their threads, and one round told file by file.
+"""The engine: server, clients and their threads, with one round told file by file.
 
 A round in the order in which it happens (★: read these first):
 
@@ -8,7 +8,7 @@ A round in the order in which it happens (★: read these first):
     downlink        it sends each of them the commits that this client lacks, and asks for round t
     pipeline        a client's two threads: one computes, one communicates; the only place that makes threads
     client          the compute thread commits, trains block b_t (training/trainer), and hands its update over
-  ★ update_form     the update's form: how Δ is cut, encoded, accepted, folded, and taken over
+  ★ update_form     the update's form: Δ is cut, encoded, accepted, folded, and taken over
     server          the server takes chunks from any client in any order
     round_fold      … checks each, and folds a chunk as soon as every expected client has delivered it
     update_store    … while chunks that memory does not hold wait in a file
@@ -16,9 +16,9 @@ A round in the order in which it happens (★: read these first):
 
 Around it:
 
-  ★ contract        what an engine is given, what it returns, and the parts that every engine is made of
+  ★ contract        an engine's input and result, and the parts that all engines share
     inprocess       the engine of this process: a machine of two threads a client, over simulated links
-    faults          what goes wrong on purpose
+    faults          fault injection
     flower/         the engine of real sites
 
 The method itself, without threads and bytes, is `algorithm/parablock.py`; `algorithm/sequential.py` is its oracle.

@@ -1,8 +1,8 @@
-"""A client: takes rounds from the server, trains, sends its updates.
+"""The client of a run: it takes rounds from the server, trains, and sends its updates.
 
 Its compute thread runs `Client.run`; its communication thread belongs to the `Pipeline`. With delay 0 the
-server sends the next round only after the commit of this one, so the client waits for the exchange; with
-delay 1 the next round is already there, and the exchange happens while it trains. The code is the same.
+server sends the next round after the commit of this one, so the client waits for the exchange; with delay 1 the
+next round is already there, and the exchange happens while it trains. The code is the same.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 
 
 WARN_LOST_SHARE = 0.9
-"""A client warns when so much of an update is lost before it leaves."""
+"""The lost share of an update above which a client warns."""
 
 
 class Communication(Protocol):
-    """What the compute thread has of the communication thread."""
+    """The compute thread's end of the communication thread."""
 
     def send(self, message: bytes, round_index: int) -> None:
         """Hand an update over; returns at once."""
@@ -65,13 +65,13 @@ class Client:
     Args:
         client_id: 0 … num_clients − 1.
         plan: The settings of all clients.
-        trainer: Its local training.
-        pipeline: Its communication thread; entered and left by `run`.
-        trace: Where its computation is recorded.
-        start: Where it begins, or goes on.
-        hand_in: Takes its snapshots, from the compute thread.
-        faults: What is to go wrong, for tests.
-        warn: Told, once for each block, when little of an update is left.
+        trainer: The client's local training.
+        pipeline: The communication thread; entered and left by `run`.
+        trace: Records the computation.
+        start: The state to begin from.
+        hand_in: Takes snapshots, from the compute thread.
+        faults: The faults to inject.
+        warn: Called once for each block of whose update little is left.
     """
 
     def __init__(
@@ -96,11 +96,7 @@ class Client:
             trainer.remember(dict(start.memory))
 
     def run(self, on_served: Callable[[], None] = lambda: None) -> None:
-        """Serve the server until it finishes or stops the run.
-
-        Args:
-            on_served: Called after each message but the last.
-        """
+        """Serve until the server ends the run; `on_served` is called after each message but the last."""
         with self._entered as pipeline:
             self._pipeline = pipeline
             if self._rejoins:
@@ -112,20 +108,20 @@ class Client:
                 on_served()
 
     def _serve(self, message: Message) -> bool:
-        """Do what a message asks for; False when it was the last one."""
+        """Do what a message asks for; return False after the last one."""
         match message:
             case Mark():
                 self._hand_in(message.round_index, self.snapshot())
                 return not message.stop
             case Finish():
-                # where the server has not noticed that it was gone, differences do not fit what it holds
+                # if the server has not noticed the restart, differences do not fit the restored blocks
                 if not self._rejoins or all(new.kind == "value" for new in message.news):
                     self._commit(message.news, message.committed)
                 return False
             case Welcome():
                 self._rejoins = False
             case RoundStart() | Chunk() if self._rejoins:
-                pass  # meant for what it held before it was gone
+                pass  # meant for the state before the restart
             case RoundStart():
                 self._round(message)
             case Chunk():
@@ -138,19 +134,13 @@ class Client:
 
     @property
     def chunks_ahead(self) -> int:
-        """How many messages have brought parts of new values that no commit has spoken of yet."""
+        """Number of messages with parts of new values that no commit has used yet."""
         return sum(len(parts) for _, parts in self._chunks.values())
 
     def snapshot(self) -> ClientSnapshot:
-        """Give what a checkpoint keeps of this client."""
-        return ClientSnapshot(
-            self.client_id,
-            self.state.versions,
-            self.state.rho,
-            dict(self._sent),
-            self._trainer.memory(),
-            dict(self._residuals),
-        )
+        """Return the client's part of a checkpoint."""
+        state, sent, residuals = self.state, dict(self._sent), dict(self._residuals)
+        return ClientSnapshot(self.client_id, state.versions, state.rho, sent, self._trainer.memory(), residuals)
 
     def _round(self, start: RoundStart) -> None:
         t, b = start.round_index, start.block_index
@@ -166,7 +156,7 @@ class Client:
             with self._trace.clock.working(modelled_s):
                 try:
                     train_loss, encoded = self._train(start)
-                except TrainingError as error:  # the server knows whether the others are enough
+                except TrainingError as error:  # the server decides whether the others are enough
                     self._pipeline.send(to_bytes(Skip(t, error.what)), t)
                     return
             compute_s = self._trace.clock.now() - began
@@ -194,7 +184,7 @@ class Client:
             self._pipeline.send(message, t)
 
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
-        """Take the local steps; return their loss, and the update as it leaves."""
+        """Take the local steps; return their loss and the encoded update."""
         t, b = start.round_index, start.block_index
         v = working_parameters(self.state, self._plan.in_flight)
         result = self._trainer.train(t, b, start.num_local_steps, start.steps_before, v)
@@ -227,15 +217,14 @@ class Client:
 def restore_client(
     snapshot: ClientSnapshot, server: ServerState, form: UpdateForm, *, rejoins: bool = False
 ) -> ClientStart:
-    """Make a client's start from its snapshot and the server's state at the same round.
+    """Return a client's start from its snapshot and the server's state at the same round.
 
-    A block that the client had not seen takes the server's value for now: the server sends it, as the client's
-    versions say, before the client trains again. Updates that the server has committed are not sent again.
+    A block of an old version takes the server's value for now: the server sends it before the client trains again.
+    Updates that the server has committed are not sent again.
     """
     state = ClientState(server.view, snapshot.versions, snapshot.rho)
     sent = {t: messages for t, messages in sorted(snapshot.sent.items()) if t > server.committed}
     for t, messages in sent.items():
-        updates = [from_bytes(message) for message in messages]
-        deltas = [update.delta for update in updates if isinstance(update, Update)]
+        deltas = [update.delta for update in map(from_bytes, messages) if isinstance(update, Update)]
         state = put_in_flight(state, t, server.history[t], form.decode(deltas))
     return ClientStart(state, sent, snapshot.residuals, snapshot.memory, rejoins)

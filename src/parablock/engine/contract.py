@@ -1,8 +1,8 @@
-"""The contract of an engine: what it is given, what it returns, and the parts that every engine is made of.
+"""The contract of an engine: its input, its result, and the parts that all engines share.
 
-An engine brings one server and its clients together: `InProcess` with threads and simulated links, others with real
-sites. For a given delay every engine returns bitwise the parameters of `algorithm/sequential.py`; only time
-differs. A new one implements `Engine`, carries bytes by a `ServerTransport` and calls `make_server`.
+An engine connects one server with its clients: in one process over simulated links, or at real sites. For a given
+delay every engine returns bitwise the parameters of `algorithm/sequential.py`; only time differs. A new engine
+implements `Engine`, carries bytes by a `ServerTransport` and calls `make_server`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class EngineInput:
         server: The settings of the server.
         client: The settings of every client.
         take_params: Returns the initial parameters, one flat vector for each block, and keeps none of them.
-        trainers: Of the clients that train in this process, in order of client_id.
+        trainers: The local training of the clients in this process, in order of client_id.
         trace: Records the run; its clock is the run's.
-        hooks: Callbacks of whoever keeps the records.
-        link: The link of each client, where it is simulated.
-        resumed: Where to go on; None: at the beginning.
-        faults: What is to go wrong.
-        masking: Hides single updates from the server; None: it sees them.
+        hooks: The callbacks of the recorder.
+        link: The simulated link of each client.
+        resumed: The checkpoint to go on from; None: at the beginning.
+        faults: The faults to inject.
+        masking: Hides single updates from the server; None: the server sees them.
     """
 
     server: ServerPlan
@@ -83,10 +83,10 @@ class EngineResult:
 
     Attributes:
         server: The server's state; drained if `finished`.
-        clients: Every client's state, where it is in this process.
-        finished: False if the run was asked to stop before its last round.
+        clients: The states of the clients in this process.
+        finished: False if the user stopped the run before its last round.
         last_traffic: Traffic of the last round, with the drain.
-        refused: How many messages of clients were refused, by reason.
+        refused: Reason → number of refused messages.
     """
 
     server: ServerState
@@ -97,18 +97,18 @@ class EngineResult:
 
 
 class Engine(Protocol):
-    """Brings the server and the clients of a run together.
+    """Connects the server and the clients of a run.
 
     Attributes:
         is_local: Whether the clients train in this process.
-        held_rounds: The rounds of the checkpoints that the clients can go on from; None: of all.
+        held_rounds: The checkpoints that the clients can go on from, by round; None: all.
     """
 
     is_local: bool
     held_rounds: frozenset[int] | None
 
     def run(self, given: EngineInput) -> EngineResult:
-        """Run all rounds, or those that a checkpoint has left."""
+        """Run all rounds after the checkpoint, if there is one."""
 
 
 def make_server(
@@ -117,14 +117,7 @@ def make_server(
     transport: ServerTransport,
     on_mark: Callable[[int, ServerState, dict[str, Any]], None],
 ) -> Server:
-    """Make the server of a run, new or resumed, over a transport.
-
-    Args:
-        given: The engine's input.
-        params: The initial parameters; a resumed server does not look at them.
-        transport: The server's end.
-        on_mark: As for `Server`.
-    """
+    """Make the server of a run over a transport; a resumed one does not use the initial `params`."""
     masked = given.masking and given.masking.server_side(transport, given.first_open_round)
     resumed = given.resumed
     if resumed is None:
@@ -154,13 +147,13 @@ def make_checkpoint(
     spans: Sequence[Span],
     faults: Faults = NO_FAULTS,
 ) -> RunState:
-    """Put a checkpoint together from its parts.
+    """Return a checkpoint before a round.
 
     Args:
         round_index: The next round.
         server: The server's state.
         clients: Every client's snapshot, in order of client_id.
-        memory: What the server told `on_mark`.
+        memory: The values that the server passed to `on_mark`.
         ledger: The traffic so far.
         spans: The trace so far.
         faults: The faults of the run.

@@ -1,8 +1,7 @@
-"""What the server tells each client: the commits that it lacks, ahead of time in chunks where streaming.
+"""The downlink: the commits that each client lacks, ahead of time in chunks with streaming.
 
-A new value goes down as the difference from what the client holds where the wire format is narrower than the
-model, and exactly otherwise; where adapters are stacked, as the stack. Whoever has missed a version gets the whole
-value instead.
+A new value goes down as a difference if the wire format is narrower than the model, and exactly otherwise; stacked
+adapters go down as the stack. A client that has missed a version gets the whole value instead.
 """
 
 from __future__ import annotations
@@ -19,13 +18,7 @@ from parablock.wire.transport import Parcel, ServerTransport
 
 
 class Downlink:
-    """The way from the server to the clients, and what each of them holds.
-
-    Args:
-        transport: The server's end.
-        encoding: How vectors become bytes.
-        held: For each client the block versions that it holds.
-    """
+    """The way from the server to the clients, with the block versions that each of them holds (`held`)."""
 
     def __init__(self, transport: ServerTransport, encoding: Encoding, held: Mapping[int, tuple[int, ...]]) -> None:
         self._transport, self._encoding = transport, encoding
@@ -39,20 +32,20 @@ class Downlink:
         self._transport.send(client_id, Parcel(to_bytes(message), round_index))
 
     def is_lossy(self, state: ServerState) -> bool:
-        """Tell whether the clients see less of a new value than the server."""
+        """Return whether new values are rounded on their way down."""
         return state.params[0].dtype.itemsize > bytes_per_element(self._encoding.format)
 
     def pack_chunk(
         self, state: ServerState, block_index: int, part: slice, value: Tensor, noise: np.random.Generator | None
     ) -> Chunk:
-        """Make the next chunk of the value that the coming commit gives a block.
+        """Return the next chunk of a block's new value.
 
         Args:
-            state: The server before that commit.
+            state: The server before the commit of that value.
             block_index: The block.
-            part: Which elements.
+            part: The chunk's elements.
             value: Their new value.
-            noise: What rounds them.
+            noise: The draws of stochastic rounding.
         """
         version, kind, vector = state.committed + 1, "value", _exact(value)
         if self.is_lossy(state):
@@ -65,7 +58,7 @@ class Downlink:
     def stream(
         self, state: ServerState, chunk: Chunk, wanted: Iterable[int], round_index: int, *, first: bool
     ) -> None:
-        """Send a chunk ahead to those who will want it and hold the version before it."""
+        """Send a chunk ahead to the `wanted` clients that hold the version before it."""
         b = chunk.block_index
         if first:
             before = state.versions[b]
@@ -75,28 +68,28 @@ class Downlink:
             self._transport.send(client_id, parcel)
 
     def retract(self, block_index: int) -> None:
-        """Take back what was streamed of a block: its value will be another one, and comes whole."""
+        """Drop the streamed chunks of a block, whose value will be another one and come whole."""
         self._streamed_to.pop(block_index, None)
         self._announced.pop(block_index, None)
 
     def announce(self, block_index: int, value: Tensor, view: Tensor) -> Tensor:
-        """Give what the clients see of a new value: the view plus the difference that was packed in chunks."""
+        """Return a new value as the clients see it: the view plus the difference that was packed in chunks."""
         assert value.shape == view.shape
         return (view.float() + join_chunks(self._announced[block_index])).to(view.dtype)
 
     def announce_news(self, block_index: int, news: tuple[str, Vector] | None) -> None:
-        """Note what the coming commit sends in place of a value; None if it sends the value."""
+        """Note the message of the coming commit; None if it is the value."""
         if news is not None:
             self._news[block_index] = news
 
     def joins(self, client_id: int, versions: tuple[int, ...]) -> None:
-        """Note what a client holds that has begun anew; nothing that was sent to it before counts."""
+        """Note the versions that a restarted client holds; chunks that it got before are lost."""
         self.held[client_id] = versions
         for streamed_to in self._streamed_to.values():
             streamed_to.discard(client_id)
 
     def news_for(self, state: ServerState, client_id: int) -> tuple[NewValue, ...]:
-        """Make the commits that a client lacks, and note that it has them."""
+        """Return the commits that a client lacks, and note that it has them."""
         held, news = self.held[client_id], []
         for new in news_for(state, held):
             b = new.block_index
@@ -114,11 +107,9 @@ class Downlink:
         return tuple(news)
 
     def news_as_of(self, state: ServerState, client_id: int, committed: int) -> tuple[NewValue, ...] | None:
-        """Make the commits up to a round that a client lacks, and note that it has them.
+        """Return the commits up to a round that a client lacks, and note that it has them.
 
-        Returns:
-            None where that state is gone: a block has been committed again since, and the client missed that
-            round's value.
+        None if that state is gone: a block has been committed again, and the client has missed the value before.
         """
         held, news = list(self.held[client_id]), []
         for new in news_for(state, held):

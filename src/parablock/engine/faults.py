@@ -1,17 +1,17 @@
-"""Faults on purpose: what goes wrong, with whom and when, so that tests and users can see what a run survives.
+"""Fault injection: faults of chosen clients in chosen rounds, to test what a run survives.
 
-| kind | at | what happens |
+| kind | at | effect |
 |---|---|---|
-| delay | train, upload, download, commit | it takes `value` seconds longer |
-| kill | train, upload, download, commit | its machine dies; after `value` seconds it is back (null: never) |
-| drop | train | the client gives the round up before it trains |
-| drop | upload | the link is cut in the middle for `value` seconds; null: the client gives the update up |
+| delay | train, upload, download, commit | the step takes `value` seconds longer |
+| kill | train, upload, download, commit | the machine dies; after `value` seconds it is back (null: never) |
+| drop | train | the client skips the round |
+| drop | upload | the link is cut in the middle for `value` seconds; null: the client drops the update |
 | drop | download | the link is cut in the middle for `value` seconds |
 | corrupt | upload, download | a bit of a chunk flips on its way |
 | nan, sign_flip, scale | train, upload | the update leaves the client as NaN, as −Δ, as `value` · Δ |
 
-Each fault happens once. Faults of the way up and down are in `FaultyEnd`, between a client's communication
-thread and its transport; the client asks for the others itself.
+Each fault happens once. `FaultyEnd`, between a client's communication thread and its transport, has those of
+uploads and downloads; the client itself asks for the others.
 """
 
 from __future__ import annotations
@@ -34,15 +34,7 @@ from parablock.wire.transport import MemoryTransport, Parcel
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault; see the module's table.
-
-    Attributes:
-        client_id: Whose.
-        round_index: When.
-        at: train | upload | download | commit.
-        kind: A key of the table.
-        value: Seconds, or the factor of `scale`; None where the kind says what that means.
-    """
+    """One fault; see the module's table for `at`, `kind` and `value`."""
 
     client_id: int
     round_index: int
@@ -51,12 +43,8 @@ class Fault:
     value: float | None = None
 
 
-class Killed(Exception):  # noqa: N818  (it is no error: it is the machine's end)
-    """The client's machine is gone.
-
-    Args:
-        back_s: When it comes back, on the run's clock; None: never.
-    """
+class Killed(Exception):  # noqa: N818  (no error of the program)
+    """The client's machine is gone, until `back_s` on the run's clock; None: for good."""
 
     def __init__(self, back_s: float | None) -> None:
         self.back_s = back_s
@@ -67,8 +55,8 @@ class Faults:
     """The faults of a run.
 
     Args:
-        faults: What goes wrong.
-        happened: Those that have happened already, before an interruption, by their place in `faults`.
+        faults: The faults.
+        happened: The indices of the faults that happened before an interruption.
     """
 
     def __init__(self, faults: Iterable[Fault] = (), *, happened: Iterable[int] = ()) -> None:
@@ -80,11 +68,11 @@ class Faults:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each kind has happened."""
+        """Kind → number of faults that have happened."""
         return dict(Counter(self._faults[place].kind for place in sorted(self.happened)))
 
     def happened_before(self, round_index: int, committed: int) -> list[int]:
-        """Give the faults that a run which goes on from a checkpoint does not meet again."""
+        """Return the indices of the faults that a run from a checkpoint does not meet again."""
         past = {"train": round_index - 1, "commit": round_index - 1}
         return [
             place
@@ -93,22 +81,16 @@ class Faults:
         ]
 
     def are_left(self, client_id: int, round_index: int) -> bool:
-        """Tell whether something is still to happen to a client in a round."""
+        """Return whether a fault of a client in a round is left."""
         return any(
             (fault.client_id, fault.round_index) == (client_id, round_index) and place not in self.happened
             for place, fault in enumerate(self._faults)
         )
 
     def take(
-        self,
-        client_id: int,
-        round_index: int,
-        at: Sequence[str],
-        kinds: Sequence[str],
-        *,
-        with_value: bool = False,
+        self, client_id: int, round_index: int, at: Sequence[str], kinds: Sequence[str], *, with_value: bool = False
     ) -> Fault | None:
-        """Let the next such fault happen, if there is one; `with_value`: only one that has a value."""
+        """Return the next such fault, which then has happened; `with_value` skips faults without one."""
         for place, fault in enumerate(self._faults):
             if (
                 place not in self.happened
@@ -122,7 +104,7 @@ class Faults:
         return None
 
     def strike(self, client_id: int, round_index: int, at: str, clock: Clock) -> str:
-        """Let the machine die, or wait, if it is to; give the kind of another fault that the caller has to do."""
+        """Let the machine die or wait, if a fault says so; return the kind of a fault for the caller."""
         kind = ""
         while (fault := self.take(client_id, round_index, (at,), ("kill", "delay", "drop"))) is not None:
             if fault.kind == "kill":
@@ -138,58 +120,51 @@ NO_FAULTS = Faults()
 
 
 class FaultyEnd:
-    """A client's end of a transport on whose way faults happen.
-
-    Args:
-        client_id: Whose.
-        inner: The transport.
-        faults: What goes wrong.
-        clock: The run's.
-    """
+    """A client's end of a transport, with faults on the way."""
 
     def __init__(self, client_id: int, inner: MemoryTransport, faults: Faults, clock: Clock) -> None:
         self._client_id, self._inner, self._faults, self._clock = client_id, inner, faults, clock
         self._cut_s: dict[str, float] = {}
         self._back_s: dict[str, float] = {}
-        self._given_up: set[int] = set()
+        self._skipped: set[int] = set()
         self._poisons: dict[int, Fault] = {}
 
     def attach(self, client_id: int, deliver: Callable[[Parcel], None]) -> None:
-        """Say who takes what arrives."""
+        """Set the receiver of arriving messages."""
         self._inner.attach(client_id, deliver)
 
     def upload_s(self, parcel: Parcel) -> float:
-        """Tell how long a message takes up, or until it is cut."""
-        if parcel.round_index in self._given_up:
+        """Return the seconds of an upload, or until it is cut."""
+        if parcel.round_index in self._skipped:
             return 0.0
         self._check_up("upload")
         seconds = self._inner.upload_s(parcel)
         return self._seconds("upload", parcel, seconds) if self._is_in_the_middle(parcel) else seconds
 
     def download_s(self, parcel: Parcel) -> float:
-        """Tell how long a message takes down, or until it is cut."""
+        """Return the seconds of a download, or until it is cut."""
         self._check_up("download")
         return self._seconds("download", parcel, self._inner.download_s(parcel))
 
     def finish_upload(self, client_id: int, parcel: Parcel, seconds: float) -> None:
-        """Give the server what arrives of a message."""
+        """Deliver the part of a message that arrives."""
         t, sent = parcel.round_index, parcel
         if "upload" in self._cut_s:
             self._inner.ledger.count_up(_half(parcel), client_id, seconds)
             self._go_down("upload")
-        if t in self._given_up:
+        if t in self._skipped:
             return
         if self._is_in_the_middle(parcel):
             if self._faults.take(client_id, t, ("upload",), ("corrupt",)):
                 self._inner.finish_upload(client_id, replace(parcel, message=_one_bit_off(parcel.message)), seconds)
                 raise LinkError(f"a bit of what client {client_id} sent flipped on its way")
             if self._faults.take(client_id, t, ("upload",), ("drop",)):
-                self._given_up.add(t)
+                self._skipped.add(t)
                 sent = Parcel(to_bytes(Skip(t)), t)
         self._inner.finish_upload(client_id, self._poisoned(sent), seconds)
 
     def finish_download(self, client_id: int, parcel: Parcel, seconds: float) -> None:
-        """Count a message, unless it did not arrive as it was sent."""
+        """Count a message that arrives undamaged."""
         if "download" in self._cut_s:
             self._inner.ledger.count_down(_half(parcel), client_id, seconds)
             self._go_down("download")
@@ -210,7 +185,7 @@ class FaultyEnd:
             raise LinkError(f"client {self._client_id}'s link was cut", retry_after_s=left_s)
 
     def _seconds(self, at: str, parcel: Parcel, seconds: float) -> float:
-        """Let what is due on this way happen; give how long the transfer takes then."""
+        """Apply the faults of this direction; return the seconds of the transfer."""
         t = parcel.round_index
         if (kill := self._faults.take(self._client_id, t, (at,), ("kill",))) is not None:
             raise Killed(_back_s(kill, self._clock))
@@ -222,7 +197,7 @@ class FaultyEnd:
         return seconds
 
     def _is_in_the_middle(self, parcel: Parcel) -> bool:
-        """Tell whether this is the middle chunk of an update with which something is still to happen."""
+        """Return whether this is the middle chunk of an update for which a fault is left."""
         if not self._faults.are_left(self._client_id, parcel.round_index):
             return False
         message = from_bytes(parcel.message)

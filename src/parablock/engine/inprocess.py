@@ -1,6 +1,6 @@
 """The in-process engine: server and clients in one process, each client with its two threads.
 
-The server has the caller's thread. Under the real clock the clients share this machine's cores; under the
+The server runs in the caller's thread. Under the real clock the clients share this machine's cores; under the
 virtual clock each has a machine and a link of its own, in simulated time.
 """
 
@@ -25,10 +25,7 @@ from parablock.wire.transport import MemoryTransport, Parcel, StopAsked
 
 
 class _Checkpoints:
-    """Collects the parts of each checkpoint; the last part to arrive completes it.
-
-    A machine that is gone has its part on its disk.
-    """
+    """Collects the parts of each checkpoint; the last part completes it. A dead machine's part is on its disk."""
 
     def __init__(
         self, trace: Trace, transport: MemoryTransport, num_clients: int, hooks: Hooks, faults: Faults
@@ -59,20 +56,17 @@ class _Checkpoints:
         if len(parts) == self._num_clients and self._parts.pop(round_index, None) is not None:
             server, memory = self._servers.pop(round_index)
             with self._trace.clock.working(0.0):
-                state = make_checkpoint(
-                    round_index,
-                    server,
-                    (parts[client_id] for client_id in sorted(parts)),
-                    memory,
-                    ledger=self._transport.ledger,
-                    spans=self._trace.spans,
-                    faults=self._faults,
+                clients = (parts[client_id] for client_id in sorted(parts))
+                ledger, spans = self._transport.ledger, self._trace.spans
+                self._hooks.on_checkpoint(
+                    make_checkpoint(
+                        round_index, server, clients, memory, ledger=ledger, spans=spans, faults=self._faults
+                    )
                 )
-                self._hooks.on_checkpoint(state)
 
 
 class _Machine:
-    """One client's machine: it starts the client, and again after it was gone."""
+    """One client's machine: it starts the client, and starts it again after a crash."""
 
     def __init__(
         self,
@@ -90,11 +84,11 @@ class _Machine:
         self._keep()
 
     def _keep(self) -> None:
-        """Note what the machine would find on its disk, as of the client's last message."""
+        """Keep the state that the machine would find on its disk after a crash."""
         self._kept = self.client.state, self.client.snapshot()
 
     def run(self) -> None:
-        """Be the client's machine until the run is over, or the machine is gone for good."""
+        """Run the client until the run is over, or the machine is gone for good."""
         while True:
             client_id = self.client.client_id
             try:
@@ -112,21 +106,20 @@ class _Machine:
             if back_s is None or self._over.get_until(back_s) is not None:
                 return
             self._checkpoints.returns(client_id)
-            self.client = self._make(
-                ClientStart(state, snapshot.sent, snapshot.residuals, snapshot.memory, rejoins=True)
-            )
+            start = ClientStart(state, snapshot.sent, snapshot.residuals, snapshot.memory, rejoins=True)
+            self.client = self._make(start)
             self._keep()
 
     def stop_waiting(self) -> None:
-        """Note that the run is over, so that nobody has to come back."""
+        """End the wait for a restart, because the run is over."""
         self._over.put(True)
 
 
 def run_in_process(given: EngineInput) -> EngineResult:
-    """Run all rounds, or those that a checkpoint has left, with threads in this process.
+    """Run all rounds after the checkpoint, if there is one, with threads in this process.
 
     Raises:
-        ParaBlockError: Whatever the server or the first client to fail ended with. No thread is left.
+        ParaBlockError: The error of the server, or of the first client to fail. No thread is left.
     """
     given = replace(given, resumed=given.resumed and _without_lost_updates(given.resumed))
     trace, hooks, faults, plan, masking = given.trace, given.hooks, given.faults, given.server, given.masking
@@ -180,7 +173,7 @@ def run_in_process(given: EngineInput) -> EngineResult:
 
 
 def _without_lost_updates(resumed: RunState) -> RunState:
-    """Return a checkpoint whose server waits only for updates of open rounds that somebody still has."""
+    """Return a checkpoint whose server waits only for updates that some client still has."""
     memory = dict(resumed.progress["server"])
     memory["asked"] = {
         t: [i for i in asked if int(t) in resumed.clients[i].sent] for t, asked in memory["asked"].items()
@@ -189,6 +182,6 @@ def _without_lost_updates(resumed: RunState) -> RunState:
 
 
 def _dismiss(transport: MemoryTransport, num_clients: int, round_index: int) -> None:
-    """Send the clients home in the middle of a round; what they hand in belongs to no checkpoint."""
+    """Stop the clients in the middle of a round; their snapshots belong to no checkpoint."""
     for client_id in range(num_clients):
         transport.send(client_id, Parcel(to_bytes(Mark(round_index, stop=True)), round_index))

@@ -1,4 +1,4 @@
-"""How many local steps a round has: a fixed number, or as many as fill the wait for the link and for each other."""
+"""The number of local steps of a round: fixed, or as many as fill the wait for the link and the slowest client."""
 
 from __future__ import annotations
 
@@ -11,54 +11,51 @@ from parablock.config.keys import RunConfig
 from parablock.wire.transport import Link
 
 ROUNDING = 1e-9
-"""Of a step: what rounding may take from a quotient that is a whole number."""
+"""Tolerance, in steps, for quotients that rounding puts below a whole number."""
 
 
 class LocalSteps(Protocol):
-    """Chooses K at the start of a round, from what has been committed."""
+    """Chooses K at the start of a round."""
 
     def of_round(
         self, step_s: Mapping[int, float], num_clients: int, payload_bytes: int, *, streamed: bool
     ) -> tuple[int, ...]:
-        """Choose K.
+        """Return K for each client, or one number for all.
 
         Args:
-            step_s: For each client that can be asked the seconds of a local step, as last measured.
-            num_clients: How many clients the run has.
-            payload_bytes: Of the round's block, one way.
+            step_s: Seconds of a local step, as last measured, of each client that can be asked.
+            num_clients: Number of clients of the run.
+            payload_bytes: Bytes of the round's block, one way.
             streamed: Whether both directions of the exchange run at the same time.
-
-        Returns:
-            For each client, or one number for all.
         """
 
 
 @dataclass(frozen=True)
 class FixedSteps:
-    """The same K for everybody in every round."""
+    """The same K for all clients in every round."""
 
     num_local_steps: int
 
     def of_round(
         self, step_s: Mapping[int, float], num_clients: int, payload_bytes: int, *, streamed: bool
     ) -> tuple[int, ...]:
-        """Give K."""
+        """Return K."""
         del step_s, num_clients, payload_bytes, streamed
         return (self.num_local_steps,)
 
 
 @dataclass(frozen=True)
 class FillTheWait:
-    """For each client the steps that it can take while the round lasts anyway.
+    """As many steps for each client as fit into the round.
 
-    A round lasts until every client has computed for as long as an exchange takes; a slow one may need longer for
-    its last step, or for `least` of them. Whoever is faster takes as many steps as fit into that time.
+    A round lasts until every client has computed for as long as an exchange takes; a slow client may need longer
+    for its last step, or for `least` steps. A faster one takes as many steps as fit into that time.
 
     Attributes:
         link: Every client's link.
-        least: Lower bound of K, and K of a client until a step of its has been measured.
+        least: Lower bound of K, and the K of clients that have not been measured.
         most: Upper bound of K.
-        alike: All take as many as the fastest needs to compute through an exchange.
+        alike: Whether all clients take the K with which the fastest computes for as long as an exchange takes.
     """
 
     link: Link
@@ -69,7 +66,7 @@ class FillTheWait:
     def of_round(
         self, step_s: Mapping[int, float], num_clients: int, payload_bytes: int, *, streamed: bool
     ) -> tuple[int, ...]:
-        """Choose K from each client's step and the link."""
+        """Return K from each client's step time and the link."""
         if not step_s or min(step_s.values()) <= 0:
             return (self.least,)
         waiting_s = exchange_s(self.link, payload_bytes, streamed=streamed)
@@ -85,11 +82,7 @@ class FillTheWait:
 
 
 def local_steps_of(config: RunConfig) -> LocalSteps:
-    """Give the rule of a configuration.
-
-    A masked sum cannot be evened out update by update, and a stack of adapters is no mean: there all clients take
-    as many steps.
-    """
+    """Return the rule of a configuration; masked sums and stacks cannot weigh clients, so there K is alike."""
     train = config.train
     if train.num_local_steps != "auto":
         return FixedSteps(train.num_local_steps)
@@ -99,12 +92,6 @@ def local_steps_of(config: RunConfig) -> LocalSteps:
 
 
 def exchange_s(link: Link, payload_bytes: int, *, streamed: bool) -> float:
-    """Tell how long a block takes up and down, each of so many bytes.
-
-    Args:
-        link: The client's link.
-        payload_bytes: One way.
-        streamed: Whether both directions run at the same time.
-    """
+    """Return the seconds of a block's exchange, with `payload_bytes` each way, at the same time if streamed."""
     up_s, down_s = link.upload_s(payload_bytes), link.download_s(payload_bytes)
     return max(up_s, down_s) if streamed else up_s + down_s

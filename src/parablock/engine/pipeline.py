@@ -1,4 +1,4 @@
-"""The two threads of a client, and the only place where threads are made.
+"""The pipeline of a client: its compute thread and its communication thread. Only this file makes threads.
 
     compute thread (the caller's)          communication thread (made here)
       receive() ◄──────────────── inbox ◄──── download what the server sent ┐ both directions
@@ -6,10 +6,9 @@
       send(update) ──────────────► work ────► upload it                     ┘ at the same time
 
 Only immutable bytes cross. An error of the communication thread surfaces in the compute thread, at its next
-`send` or `receive`. Leaving the context sends what is left and leaves no thread behind. A transfer that is cut
-is made again, until nothing of it has arrived for `stall_timeout_s`. Every wait is bounded by the clock's
-patience with a world in which nothing moves; a client has twice that of the server, which may have to do
-without another client first.
+`send` or `receive`. Leaving the context sends the rest and ends the thread. A transfer that is cut starts again,
+until nothing of it has arrived for `stall_timeout_s`. Every wait has a limit; that of a client is twice the
+server's, which may first have to go on without another client.
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ _CLOSE = object()
 
 
 class Interceptor(Protocol):
-    """What a communication thread says by itself, and does to what it is given to send."""
+    """Messages of a communication thread's own, and changes of the messages that it sends."""
 
     def opening(self) -> list[Parcel]:
-        """Give what is sent before anything else."""
+        """Return the first messages to send."""
 
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
-        """Give what is sent for a message; nothing where it has to wait for something that comes in."""
+        """Return the messages to send instead; none if the message has to wait for an incoming one."""
 
     def incoming(self, parcel: Parcel) -> list[Parcel] | None:
-        """Answer a message, or give None where it is meant for the compute thread."""
+        """Return the answers to a message; None if it is for the compute thread."""
 
 
 class Pipeline:
     """One client's communication thread.
 
     Args:
-        client_id: Whose.
+        client_id: The client.
         transport: The client's end; owned by the communication thread from `__enter__` on.
-        trace: Where uploads, downloads and waits are recorded; it also knows the clock.
+        trace: Records uploads, downloads and waits; its clock is the run's.
         stall_timeout_s: Patience with a transfer that does not move, seconds.
-        interceptor: Stands between the threads and the link; None: nobody does.
+        interceptor: Changes messages between the threads and the link; None: they pass as they are.
     """
 
     def __init__(
@@ -88,25 +87,16 @@ class Pipeline:
         self._thread.join()
 
     def send(self, message: bytes, round_index: int) -> None:
-        """Hand a message to the communication thread; returns at once. Called by the compute thread.
-
-        Raises:
-            ParaBlockError: Whatever the communication thread failed with.
-        """
+        """Hand a message to the communication thread, or raise its error; returns at once."""
         if self._error is not None:
             raise self._error
         self._work.put((Parcel(message, round_index),))
 
     def receive(self) -> bytes:
-        """Wait for the next message of the server. Called by the compute thread.
-
-        Raises:
-            ParaBlockError: Whatever the communication thread failed with.
-        """
+        """Wait for the next message of the server, or raise the error of the communication thread."""
+        waiting_for = f"the server's next message to client {self._client_id}"
         with self._trace.span(self._client_id, "compute", "waiting"):
-            item = self._inbox.get(
-                2 * self._stall_timeout_s, f"the server's next message to client {self._client_id}"
-            )
+            item = self._inbox.get(2 * self._stall_timeout_s, waiting_for)
         if isinstance(item, BaseException):
             raise item
         assert isinstance(item, bytes)
@@ -160,7 +150,7 @@ class Pipeline:
             self._cut(lane, cut)
 
     def _end_transfer(self, lane: _Lane, done: Callable[[int, Parcel, float], None]) -> Parcel | None:
-        """End the lane's transfer if its time has passed; give what has arrived."""
+        """End the lane's transfer if its time has passed; return the arrived message."""
         now_s, parcel = self._clock.now(), lane.current
         if parcel is None or lane.ends_s > now_s:
             return None
@@ -193,7 +183,7 @@ class Pipeline:
 
 @dataclass
 class _Lane:
-    """One direction of the link: what waits, what is on its way until when, and since when it is cut."""
+    """One direction of the link: messages that wait, the present transfer, and the cut."""
 
     activity: str
     queue: deque[Parcel] = field(default_factory=deque)
@@ -205,7 +195,7 @@ class _Lane:
 
     @property
     def next_s(self) -> float | None:
-        """When something is to be done about it, if anything."""
+        """Time of the lane's next event; None without one."""
         if self.current is not None:
             return self.ends_s
         return self.closed_until_s if self.queue else None
@@ -219,9 +209,9 @@ class Machines:
     """The clients' machines in one process: a thread for each body, joined on leaving.
 
     Args:
-        clock: The clock that all take part in.
-        bodies: What each machine runs.
-        on_error: Told the error that a body ended with; it has to reach the thread that is inside.
+        clock: The clock of all threads.
+        bodies: The function of each machine.
+        on_error: Called with the error of a body; has to pass it to the thread inside the context.
         stall_timeout_s: Patience with machines that do not end, seconds.
     """
 
@@ -253,7 +243,7 @@ class Machines:
             self._clock.stop()
             self._clock.leave()
         else:
-            return  # the user is in a hurry; the threads are daemons
+            return  # the user has interrupted; the threads are daemons
         for thread in self._clock.threads:
             thread.join()
         if error is None and self._first_error is not None:
@@ -270,7 +260,7 @@ class Machines:
 
 
 Thread = threading.Thread
-"""What `start_thread` gives."""
+"""The type that `start_thread` returns."""
 
 
 def start_thread(clock: Clock, body: Callable[[], None], name: str) -> Thread:

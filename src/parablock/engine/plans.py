@@ -1,4 +1,4 @@
-"""The settings of a server and of a client, the points that they start from, and the hooks that they call."""
+"""The plans of server and client: their settings, their starts, and the hooks that they call."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ class ServerPlan:
     """The settings of a server; names as in the configuration.
 
     Attributes:
-        form: What updates are made of, and how new values travel down.
+        form: The form of updates, and of the values that go down.
         aggregation_s: Simulated seconds of folding a chunk; None: as measured.
-        in_turn: One client a round, as FedCyBGD has it, in place of a drawn cohort.
+        in_turn: Whether a round asks one client, in turn, instead of a drawn cohort.
         min_updates: Fewest updates that a commit needs.
         deadline_factor: A round waits for this multiple of the median answer time; None: for all answers.
-        waits_for_return: Whether a client that is gone may come back from outside. A round that lacks updates then
-            waits for it, however long.
-        folder: Where updates of open rounds are kept that memory does not hold; None: with temporary files.
+        waits_for_return: Whether a round that lacks updates waits, without limit, for clients to come back.
+        folder: The folder of updates that memory does not hold; None: that of temporary files.
     """
 
     num_clients: int
@@ -54,18 +53,20 @@ class ServerPlan:
     folder: Path | None = None
 
     def local_steps_for(self, step_s: Mapping[int, float], num_parameters: int) -> tuple[int, ...]:
-        """Choose K for a block of this size; see `LocalSteps.of_round`."""
+        """Return K for a block of this size; see `LocalSteps.of_round`."""
         size, encoding = self.form.num_elements(num_parameters), self.form.encoding
         payload_bytes, streamed = encoding.payload_bytes(size), len(encoding.cut(size)) > 1
         return self.local_steps.of_round(step_s, self.num_clients, payload_bytes, streamed=streamed)
 
     def cohort_of(self, round_index: int, history: Sequence[int], num_blocks: int) -> tuple[int, ...]:
-        """Return the clients drawn for a round; where clients take turns, none before the block is known."""
-        if self.in_turn and round_index >= len(history):
+        """Return the clients drawn for a round; with turns, none before the round's block is known."""
+        if not self.in_turn:
+            return cohort(
+                round_index, num_clients=self.num_clients, participation=self.participation, seed=self.seed
+            )
+        if round_index >= len(history):
             return ()
-        if self.in_turn:
-            return (client_in_turn(history, round_index, num_clients=self.num_clients, num_blocks=num_blocks),)
-        return cohort(round_index, num_clients=self.num_clients, participation=self.participation, seed=self.seed)
+        return (client_in_turn(history, round_index, num_clients=self.num_clients, num_blocks=num_blocks),)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ClientPlan:
 
     Attributes:
         in_flight: own | aligned | none.
-        form: As the server's.
+        form: The form of updates, as the server's.
         protection_of: client_id → clipping and noise of its updates; None: none.
     """
 
@@ -85,13 +86,13 @@ class ClientPlan:
 
 @dataclass(frozen=True)
 class ServerStart:
-    """Where a server begins, or goes on.
+    """The start of a server, at the beginning or from a checkpoint.
 
     Attributes:
         state: The initial parameters, or the state of a checkpoint.
         first_round: The next round.
-        held: For each client the block versions that it holds; None: none of any block.
-        memory: Plain values that `on_mark` was told: who was asked, and the seconds of steps and answers.
+        held: The block versions that each client holds; None: none of any block.
+        memory: The plain values that `on_mark` got: clients asked, seconds of steps and of answers.
     """
 
     state: ServerState
@@ -102,14 +103,14 @@ class ServerStart:
 
 @dataclass(frozen=True)
 class ClientStart:
-    """Where a client begins, or goes on.
+    """The start of a client, at the beginning or from a snapshot.
 
     Attributes:
-        state: The initial parameters, or what `restore_client` made.
+        state: The initial parameters, or the result of `restore_client`.
         sent: Updates in flight when the run was interrupted; they are sent again first.
-        residuals: With error feedback, what rounding has kept back of each block.
-        memory: What its trainer remembers.
-        rejoins: It was gone while the run went on, so it says what it holds before it takes part again.
+        residuals: The residual of each block, for error feedback.
+        memory: The memory of its trainer.
+        rejoins: Whether the run went on without the client, which then sends `Join` first.
     """
 
     state: ClientState
@@ -121,13 +122,13 @@ class ClientStart:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callbacks of whoever keeps the records; all are called outside simulated time.
+    """Callbacks for the records of a run; all are called outside simulated time.
 
     Attributes:
         on_commit: (state after the commit, its updates, traffic of the round), in the server's thread.
         on_checkpoint: A complete checkpoint, from the thread that completed it; `progress` holds the engine's part.
-        asked_to_stop: Whether the user wants the run to stop at the next round, or at once where a client is gone.
-        on_event: Told in words what went wrong, and that the run goes on, from any thread.
+        asked_to_stop: Whether the user wants the run to stop at the next round, or at once if a client is gone.
+        on_event: (text) of a problem that the run survives, from any thread.
     """
 
     on_commit: Callable[[ServerState, list[Update], Traffic], None]

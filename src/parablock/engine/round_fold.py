@@ -1,10 +1,8 @@
-"""One round's updates at the server: chunks come from any client in any order and are folded in client order.
+"""The fold of a round's updates at the server: chunks come in any order and are folded in client order.
 
-Whoever takes part is folded as a whole or not at all. So a client that is taken out after some of its chunks
-have been folded, because it went silent or sent something that no update can be, makes the fold begin again
-without it; the chunks of the others are kept for that until the round is committed, most of them outside memory.
-What is folded is read part by part, the same part of every update, so that memory is a few times the block at
-most, and does not grow with the clients.
+A client's update counts as a whole or not at all. If a client is taken out after some of its chunks were folded,
+the fold begins again without it. So all chunks are kept until the round is committed, most of them outside memory.
+The fold reads the same part of every update at a time: memory is a few times the block, for any number of clients.
 """
 
 from __future__ import annotations
@@ -28,46 +26,41 @@ from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector, pack
 
 MAX_NORM_RATIO = 100.0
-"""An update so many times longer than the round's median is refused."""
+"""Largest allowed ratio of an update's norm to the round's median."""
 
 MAX_EXAMPLES_RATIO = 10_000
-"""An update that claims so many times the examples of the round's median is refused."""
+"""Largest allowed ratio of an update's examples to the round's median."""
 
 MAX_EXAMPLES = 1 << 40
-"""No client has more."""
+"""Largest allowed number of a client's examples."""
 
 READ_ELEMENTS = 1 << 22
-"""Elements that are read at a time, of all updates together; at least a piece of each."""
+"""Elements read at a time, of all updates together; at least a piece of each."""
 
 IN_MEMORY_BYTES = 64 << 20
-"""How much of a round's updates stays in memory."""
+"""Bytes of a round's updates that stay in memory."""
 
 _NOTHING = pack(torch.empty(0), "float32")
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an update is refused.
-
-    Attributes:
-        reason: One word, for counting.
-        text: What is wrong, as the end of "client 3 sent …".
-    """
+    """The refusal of an update: one word for counting, and the end of the sentence "client 3 sent …"."""
 
     reason: str
     text: str
 
 
 class RoundFold:
-    """The updates of one round as far as they have come.
+    """The updates of one round, as far as they have come.
 
     Args:
         round_index: The round.
-        block_index: Its block.
-        asked: Who was asked, ascending, each for how many local steps K.
+        block_index: The round's block.
+        asked: Client → local steps K that it was asked for, in ascending order.
         num_parameters: The length of the block.
-        form: What the updates are made of.
-        folder: Where updates are kept that do not fit into the memory for them; None: with temporary files.
+        form: The form of the updates.
+        folder: The folder of updates that memory does not hold; None: that of temporary files.
     """
 
     def __init__(
@@ -81,7 +74,7 @@ class RoundFold:
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._form, self._cuts, self._asked = form, tuple(form.cuts(num_parameters)), dict(asked)
-        self._spool = UpdateStore(folder, IN_MEMORY_BYTES)
+        self._store = UpdateStore(folder, IN_MEMORY_BYTES)
         self._came: dict[int, dict[int, int]] = {client_id: {} for client_id in asked}
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
@@ -93,13 +86,13 @@ class RoundFold:
 
     @property
     def expected(self) -> list[int]:
-        """Who was asked and has not been taken out."""
+        """The clients that were asked and have not been taken out."""
         return list(self._came)
 
     @property
     def file_bytes(self) -> int:
-        """How much of the updates is kept outside memory."""
-        return self._spool.file_bytes
+        """Bytes of updates outside memory."""
+        return self._store.file_bytes
 
     @property
     def is_complete(self) -> bool:
@@ -108,41 +101,41 @@ class RoundFold:
 
     @property
     def is_next_ready(self) -> bool:
-        """Whether everybody who is expected has delivered the next chunk, or all where the rule needs that."""
+        """Whether every expected client has delivered the next chunk, or all if the rule needs them."""
         return bool(self._came) and not self.missing
 
     @property
     def is_last_next(self) -> bool:
-        """Whether only one chunk is left to fold."""
+        """Whether one chunk is left to fold."""
         return self._num_folded == len(self._cuts) - 1
 
     @property
     def missing(self) -> list[int]:
-        """The clients whose next chunk, or any, has not come."""
+        """The clients that have not delivered the next chunk, or all if the rule needs them."""
         until = len(self._cuts) if self._aggregation.needs_whole else self._num_folded + 1
         needed = range(self._num_folded, until)
         return [client_id for client_id, chunks in self._came.items() if any(k not in chunks for k in needed)]
 
     @property
     def delivered(self) -> list[int]:
-        """The clients whose update is all there."""
+        """The clients that have delivered every chunk."""
         return [client_id for client_id, chunks in self._came.items() if len(chunks) == len(self._cuts)]
 
     @property
     def updates(self) -> list[Update]:
-        """What the first chunk that came of each update that counts says, without its elements; in client order."""
+        """The header of each update that counts, without elements, in client order."""
         return [self._first[client_id] for client_id in self._came if client_id in self._first]
 
     def progress_of(self, client_id: int) -> str:
-        """Say how much of a client's update is there, in bytes of payload where some of it is."""
+        """Describe how much of a client's update is there."""
         chunks = self._came[client_id]
         return f"client {client_id}: {len(chunks)} of {len(self._cuts)} chunks, {sum(chunks.values())} bytes"
 
     def take(self, client_id: int, update: Update) -> Refusal | None:
-        """Take a chunk, or say why not; one that has come before changes nothing.
+        """Take a chunk, or return why not.
 
         Raises:
-            StorageError: It has to be kept outside memory, and the disk has no room for it.
+            StorageError: The chunk does not fit into memory, and the disk has no room for it.
         """
         problem = self._misfit(client_id, update) or self._false_claim(client_id, update)
         if problem is not None:
@@ -152,7 +145,7 @@ class RoundFold:
         squared_norm = _squared_norm(update.delta)
         if not isfinite(squared_norm):
             return Refusal("not_finite", f"values that are not finite for block {self.block_index}")
-        self._spool.put(client_id, update.chunk_index, update.delta)
+        self._store.put(client_id, update.chunk_index, update.delta)
         self._came[client_id][update.chunk_index] = update.delta.raw.numel()
         self._squared_norms[client_id] += squared_norm
         self._first.setdefault(client_id, replace(update, delta=_NOTHING))
@@ -174,8 +167,7 @@ class RoundFold:
             return Refusal("misfit", text)
         if misfit := self._form.misfit(update.delta):
             return Refusal("misfit", misfit)
-        if update.num_local_steps != self._asked[client_id]:
-            steps = self._asked[client_id]
+        if update.num_local_steps != (steps := self._asked[client_id]):
             text = f"an update of {update.num_local_steps} local steps where {steps} were asked for"
             return Refusal("misfit", text)
         return None
@@ -192,45 +184,38 @@ class RoundFold:
         return None
 
     def forget(self, client_id: int) -> None:
-        """Drop the chunks that a client has delivered, because it will send them anew."""
+        """Drop the chunks of a client that will send them again."""
         self._begin_again_without(client_id)
         self._came[client_id] = {}
         self._came = dict(sorted(self._came.items()))
         self._squared_norms[client_id] = 0.0
 
     def take_out(self, client_id: int, problem: Refusal) -> None:
-        """Go on without a client: nothing that it sent, or will send, counts in this round."""
+        """Go on without a client: its chunks, sent or still to come, do not count in this round."""
         self.out[client_id] = problem
         self._begin_again_without(client_id)
 
-    def check_that_somebody_fits(self) -> None:
-        """Find out that nobody is left because everybody sent what does not fit the round.
-
-        Raises:
-            CodecError: So it is.
-        """
+    def check_one_fits(self) -> None:
+        """Raise a CodecError if no client is left because all sent updates that do not fit the round."""
         if not self._came and all(problem.reason == "misfit" for problem in self.out.values()):
             client_id, problem = list(self.out.items())[-1]
             raise CodecError(
                 f"every update of round {self.round_index} was refused: client {client_id} sent {problem.text}",
                 cause="The clients run another configuration or another model than the server.",
-                remedy="Give all clients the same configuration and the same base model.",
+                remedy="Use for all clients the same configuration and the same base model.",
             )
 
-    def absurd(self) -> dict[int, Refusal]:
-        """Find whole updates that no honest client sends, beside those of the others.
-
-        Not where the rule bounds them anyway and must not depend on one of them by more than that.
-        """
+    def outliers(self) -> dict[int, Refusal]:
+        """Return the updates that are far larger than the others; none if the rule bounds updates itself."""
         if self._aggregation.bounds_updates:
             return {}
-        norms = {i: factor * sqrt(self._squared_norms[i]) for i, factor in self._evening().items()}
+        norms = {i: factor * sqrt(self._squared_norms[i]) for i, factor in self._step_factors().items()}
         examples = {client_id: self._first[client_id].num_examples for client_id in self._came}
-        norm, most = median_high(norms.values()), median_high(examples.values())
+        norm, typical = median_high(norms.values()), median_high(examples.values())
         found = {}
         for client_id in self._came:
-            if examples[client_id] > MAX_EXAMPLES_RATIO * most:
-                text = f"an update of {examples[client_id]} examples in a round whose median is {most}"
+            if examples[client_id] > MAX_EXAMPLES_RATIO * typical:
+                text = f"an update of {examples[client_id]} examples in a round whose median is {typical}"
                 found[client_id] = Refusal("num_examples", text)
             elif norms[client_id] > MAX_NORM_RATIO * norm > 0:
                 text = f"an update of norm {norms[client_id]:.3g} in a round whose median is {norm:.3g}"
@@ -238,8 +223,8 @@ class RoundFold:
         return found
 
     def fold_next(self) -> tuple[slice, Tensor]:
-        """Fold the next chunk of all clients; gives where it lies, and Δ̄ there."""
-        index, factors, aggregation = self._num_folded, self._evening(), self._aggregation
+        """Fold the next chunk of all clients; return its place in the block, and Δ̄ there."""
+        index, factors, aggregation = self._num_folded, self._step_factors(), self._aggregation
         cut = self._cuts[index]
         if index == 0 and aggregation.needs_whole:
             aggregation.look_at({i: WholeUpdate(partial(self._whole, i, factors[i])) for i in self._came})
@@ -257,33 +242,32 @@ class RoundFold:
         return self._aggregation.fold(SamePart(partial(self._read, index, part, factors), self.expected))
 
     def _parts(self, cut: slice) -> list[slice]:
-        """Cut a chunk into what is read of each update at a time."""
+        """Cut a chunk into the parts that are read at a time."""
         size = cut.stop - cut.start
         step = max(1, READ_ELEMENTS // (PIECE * len(self._came))) * PIECE
         return [slice(first, min(first + step, size)) for first in range(0, size or 1, step)]
 
     def _read(self, index: int, part: slice, factors: Mapping[int, float], client_id: int) -> tuple[Tensor, int]:
-        """Give a part of a chunk of an update, and the examples behind it."""
-        numbers = self._form.numbers(self._spool.read(client_id, index, part), factors[client_id])
+        """Return a part of a chunk of an update, and the update's examples."""
+        numbers = self._form.numbers(self._store.read(client_id, index, part), factors[client_id])
         return numbers, self._first[client_id].num_examples
 
     def _whole(self, client_id: int, factor: float) -> Iterator[Tensor]:
-        """Give a whole update part by part."""
+        """Yield a whole update part by part."""
         for index, cut in enumerate(self._cuts):
             for part in self._parts(cut):
-                yield self._form.numbers(self._spool.read(client_id, index, part), factor)
+                yield self._form.numbers(self._store.read(client_id, index, part), factor)
 
     def unmask(self, masks_of: Callable[[int, Sequence[int], int], Tensor]) -> None:
-        """Get the masks of all that will be folded, before that; see `MaskedServer.masks_of`."""
+        """Get the masks of the updates, before they are folded; see `MaskedServer.masks_of`."""
         self._aggregation.masks = masks_of(self.round_index, self.expected, self._cuts[0].stop)
 
-    def _evening(self) -> dict[int, float]:
-        """Give K̄ / K_i for everybody who is folded, so that nobody has more say for more steps.
+    def _step_factors(self) -> dict[int, float]:
+        """Return K̄ / K_i of each client, so that more local steps do not weigh more.
 
-        K̄ is the mean of the K_i with the weights of the mean of the updates. All factors are 1 where all take
-        as many steps.
+        K̄ is the mean of the K_i with the weights of the mean of the updates.
 
-        Source: Wang et al., Tackling the Objective Inconsistency Refusal in Heterogeneous Federated
+        Source: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated
         Optimization, 2020 (FedNova).
         """
         examples = {i: self._first[i].num_examples for i in self._came}
@@ -291,23 +275,23 @@ class RoundFold:
         return {i: mean / self._asked[i] for i in examples}
 
     def aggregate(self) -> Aggregate:
-        """Give the aggregate of all chunks; nothing can be taken out after this."""
-        self._spool.close()
+        """Return the aggregate of all chunks; no client can be taken out after this."""
+        self._store.close()
         return self._aggregation.aggregate()
 
     def close(self) -> None:
-        """Let go of the updates: the round is committed, or void, or the server ends."""
-        self._spool.close()
+        """Drop the updates: the round is committed, or void, or the server ends."""
+        self._store.close()
 
     def noise(self, encoding: Encoding, server_id: int) -> np.random.Generator | None:
-        """Give the draws that round this round's new value; they go on from chunk to chunk."""
+        """Return the draws that round this round's new value; they go on from chunk to chunk."""
         if self._noise is None:
             self._noise = encoding.noise(self.round_index, server_id)
         return self._noise
 
     def _begin_again_without(self, client_id: int) -> None:
         del self._came[client_id]
-        self._spool.drop(client_id)
+        self._store.drop(client_id)
         self._first.pop(client_id, None)
         self.began_again = self.began_again or self._num_folded > 0
         self._aggregation, self._num_folded = self._form.aggregation(self.round_index), 0
@@ -315,7 +299,7 @@ class RoundFold:
 
 
 def _squared_norm(vector: Vector) -> float:
-    """Give ‖Δ‖² of a chunk, to some digits; not finite where an element is not."""
+    """Return ‖Δ‖² of a chunk, approximately; not finite if an element is not."""
     squares = 0.0
     for first in range(0, vector.num_elements, 4 * SLICE):
         values = vector.part(slice(first, min(first + 4 * SLICE, vector.num_elements))).values.float()

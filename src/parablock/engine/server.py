@@ -1,4 +1,4 @@
-"""The server: asks a cohort for a round, commits what is due, and tells each client what it has not seen.
+"""The server: asks a cohort for each round, commits updates after the delay, and sends clients new values.
 
     for t in 0 … T − 1:
         commit every round up to t − 1 − d
@@ -6,13 +6,13 @@
     drain: commit the rest, send Finish
 
 The delay is in that one index. Everything that a client sees at the start of round t is the state after
-commit t − 1 − d, so what it computes does not depend on who is fast. Updates come in chunks; a chunk that
-all participants have delivered is folded, and where streaming its new value goes down at once, while the
-next chunk is still going up.
+commit t − 1 − d, so its computation does not depend on the clients' speeds. Updates come in chunks. A chunk is
+folded when all participants have delivered it; with streaming, its new value goes down while the next chunk is
+still going up.
 
-A round waits for everybody who was asked. It goes on without a client that gives the round up, whose update
-is refused, that is late where there is a deadline, or that has been silent for `stall_timeout_s`, as long as
-`min_updates` are left; a round that nobody can complete any more is void and leaves its block as it was.
+A round waits for every client that was asked. It goes on without a client that skips the round, whose update is
+refused, that misses the deadline, or that has been silent for `stall_timeout_s`, as long as `min_updates` are left.
+A round that can no longer get them is void and leaves its block as it was.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Sk
 from parablock.wire.transport import ServerTransport
 
 SERVER = -1
-"""The client_id whose draws round what the server sends."""
+"""The client_id of the draws that round the server's values."""
 
 
 class Server:
     """The server of a run.
 
     Args:
-        start: Where it begins, or goes on.
-        plan: Its settings.
-        transport: Its end of the transport.
-        trace: Where aggregation is recorded.
-        hooks: `on_commit` is called right after each commit.
-        on_mark: Called with (round_index, state, memory) at a checkpoint, before the clients are asked for theirs.
-        masks_of: Returns the sum of the masks of a round's updates; None: they have none.
+        start: The state to begin from.
+        plan: The server's settings.
+        transport: The server's end of the transport.
+        trace: Records aggregation.
+        hooks: Callbacks; `on_commit` is called right after each commit.
+        on_mark: Called with (round_index, state, memory) at a checkpoint, before clients are asked for snapshots.
+        masks_of: Returns the sum of the masks of a round's updates; None without masks.
     """
 
     def __init__(
@@ -73,17 +73,10 @@ class Server:
     ) -> None:
         self.state, self._plan, self._transport, self._trace = start.state, plan, transport, trace
         self._hooks, self._on_mark, self._masks_of = hooks, on_mark, masks_of
-        self._on_event, self._first_round = hooks.on_event, start.first_round
+        self._on_event, self._first_round, memory = hooks.on_event, start.first_round, start.memory
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never)
-        memory = start.memory
-        self._participation = Participation(
-            plan.num_clients,
-            plan.delay,
-            min_updates=plan.min_updates,
-            deadline_factor=plan.deadline_factor,
-            answer_s=memory.get("answer_s", {}),
-        )
+        self._participation = Participation(plan, memory.get("answer_s", {}))
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
@@ -97,11 +90,11 @@ class Server:
 
     @property
     def held(self) -> dict[int, tuple[int, ...]]:
-        """For each client the block versions that it has been told."""
+        """The block versions that each client holds."""
         return dict(self._downlink.held)
 
     def run(self) -> bool:
-        """Run all rounds; False when it stopped early because it was asked to."""
+        """Run all rounds; return False if the user stopped the run."""
         try:
             return self._run()
         finally:
@@ -120,43 +113,43 @@ class Server:
             self._start_round(t)
         self._commit_through(plan.num_rounds - 1)
         for client_id in range(plan.num_clients):
-            if self._participation.is_absent(client_id):  # nobody knows what it holds
+            if self._participation.is_absent(client_id):  # its block versions are unknown
                 self._downlink.joins(client_id, (NEVER,) * len(self.state.params))
             news = self._downlink.news_for(self.state, client_id)
             self._downlink.send(client_id, plan.num_rounds - 1, Finish(self.state.committed, news))
         return True
 
     def _start_round(self, t: int) -> None:
+        state, plan = self.state, self._plan
         block_index = next_block(
-            self._plan.schedule,
-            self.state.history,
-            num_blocks=len(self.state.params),
-            delay=self._plan.delay,
-            seed=self._plan.seed,
-            squared_delta=self.state.squared_delta,
+            plan.schedule,
+            state.history,
+            num_blocks=len(state.params),
+            delay=plan.delay,
+            seed=plan.seed,
+            squared_delta=state.squared_delta,
         )
-        self.state = schedule_round(self.state, block_index, self._local_steps(t, block_index))
+        self.state = schedule_round(state, block_index, self._local_steps(t, block_index))
         self._participation.ask(t, self._enough_of(self._cohort(t), t), self._trace.clock.now())
         self._folds[t] = self._new_fold(t)
         for client_id in self._participation.asked_in(t):
             self._ask(client_id, t, self._downlink.news_for(self.state, client_id))
 
     def _local_steps(self, t: int, block_index: int) -> tuple[int, ...]:
-        """Choose K from the speed of those who can be asked."""
+        """Choose K from the speeds of the clients that can be asked."""
         drawn = self._plan.cohort_of(t, (*self.state.history, block_index), len(self.state.params))
         step_s = {i: self.step_s[i] for i in self._participation.candidates(drawn) if i in self.step_s}
         return self._plan.local_steps_for(step_s, self.state.params[block_index].numel())
 
     def _enough_of(self, drawn: tuple[int, ...], t: int) -> tuple[int, ...]:
-        """Give who is asked, once there are enough."""
+        """Return the clients to ask, once enough of them are there."""
         while len(clients := self._participation.candidates(drawn)) < self._fewest:
-            self._wait(f"clients to come back: round {t} needs {self._fewest}, and {len(clients)} are there")
+            self._wait(f"clients to come back: round {t} needs {self._fewest}, {len(clients)} are there")
         return clients
 
     def _ask(self, client_id: int, t: int, news: tuple[NewValue, ...]) -> None:
-        state, committed = self.state, self._committed_before(t)
-        *before, steps = (steps_of(row, client_id) for row in state.local_steps[: t + 1])
-        start = RoundStart(t, state.history[t], steps, sum(before), committed, news)
+        *before, steps = (steps_of(row, client_id) for row in self.state.local_steps[: t + 1])
+        start = RoundStart(t, self.state.history[t], steps, sum(before), self._committed_before(t), news)
         self._downlink.send(client_id, t, start)
 
     def _committed_before(self, t: int) -> int:
@@ -196,7 +189,7 @@ class Server:
             announce = partial(self._downlink.announce, b) if self._downlink.is_lossy(self.state) else None
             aggregate = fold.aggregate()
             self._downlink.announce_news(b, self._plan.form.news(aggregate))
-            mean = aggregate.mean_delta  # the fold's own memory, which nobody needs after this
+            mean = aggregate.mean_delta  # the fold's own memory, free after this
             self.state = server_commit(self.state, aggregate, self._plan.server_optimizer, announce, into=mean)
         self._counted[t] = tuple(update.client_id for update in updates)
         for update in updates:
@@ -204,17 +197,17 @@ class Server:
         self._hooks.on_commit(self.state, updates, self._transport.ledger.of_round(t))
 
     def _fold_chunk(self, fold: RoundFold) -> None:
-        """Fold the next chunk, and where streaming send its new value to those who will need it."""
-        absurd = fold.absurd() if fold.is_last_next else {}
-        for client_id, problem in absurd.items():
+        """Fold the next chunk, and with streaming send its new value to the clients that will need it."""
+        outliers = fold.outliers() if fold.is_last_next else {}
+        for client_id, problem in outliers.items():
             self._refuse(client_id, fold, problem)
-        if absurd:
+        if outliers:
             return
         if self._masks_of is not None:
             fold.unmask(self._masks_of)
-        t, plan = fold.round_index, self._plan
+        plan = self._plan
         with (
-            self._trace.span(None, "server", "aggregating", round_index=t),
+            self._trace.span(None, "server", "aggregating", round_index=fold.round_index),
             self._trace.clock.working(plan.aggregation_s),
         ):
             part, mean = fold.fold_next()
@@ -226,9 +219,8 @@ class Server:
             value, _ = apply_update(self.state.params[b][part], mean, moments, plan.server_optimizer)
             chunk = self._downlink.pack_chunk(self.state, b, part, value, fold.noise(plan.form.encoding, SERVER))
             if streams and not fold.began_again:
-                needed_in = min(t + 1 + plan.delay, plan.num_rounds)
-                everybody = tuple(range(plan.num_clients))
-                wanted = everybody if needed_in == plan.num_rounds else self._cohort(needed_in)
+                needed_in = fold.round_index + 1 + plan.delay
+                wanted = range(plan.num_clients) if needed_in >= plan.num_rounds else self._cohort(needed_in)
                 present = [i for i in wanted if i in fold.expected or not self._participation.is_absent(i)]
                 counted_in = min(needed_in, plan.num_rounds - 1)
                 self._downlink.stream(self.state, chunk, present, counted_in, first=part.start == 0)
@@ -236,7 +228,7 @@ class Server:
     # ── receiving ───────────────────────────────────────────────────────────────────────────────────
 
     def _wait_for(self, fold: RoundFold) -> None:
-        """Wait for the next message, or go on without those who are late or silent."""
+        """Wait for the next message, or go on without the clients that are late or silent."""
         t, now_s = fold.round_index, self._trace.clock.now()
         enough = len(fold.delivered) >= self._fewest
         deadline_s = self._participation.deadline_s(t, fold.missing) if enough else None
@@ -255,7 +247,7 @@ class Server:
             self._take(*received)
 
     def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
-        """Take out who has not delivered; who is silent is not waited for in the rounds after this one either."""
+        """Take out the clients that have not delivered; silent ones leave the later open rounds too."""
         for client_id in set(fold.expected) - set(fold.delivered):
             text = f"{fold.progress_of(client_id)}, {reason} {how}"
             self._on_event(f"round {fold.round_index} goes on without {text}")
@@ -282,7 +274,7 @@ class Server:
         try:
             message = from_bytes(raw)
         except CodecError as error:
-            self._count(client_id, Refusal("corrupt", f"what cannot be decoded: {error.what}"))
+            self._count(client_id, Refusal("corrupt", f"a message that cannot be decoded: {error.what}"))
             return
         match message:
             case Update():
@@ -300,7 +292,7 @@ class Server:
         fold = self._folds.get(t)
         if fold is None or client_id not in fold.expected:
             return
-        self._take_out(client_id, fold, Refusal("skipped", "its word that it gives the round up"))
+        self._take_out(client_id, fold, Refusal("skipped", "a message that it skips the round"))
         if not skip.problem:
             return
         self.refused["failed"] += 1
@@ -331,7 +323,7 @@ class Server:
         """Count an update that no round waits for, once, with its last chunk."""
         t = update.round_index
         if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
-            return  # not the last chunk; or of before a resume: who sends it cannot know that it has counted
+            return  # not the last chunk; or from before a resume, when the client cannot know that it has counted
         if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
             self._count(client_id, Refusal("unasked", f"an update of round {t}, which it was not asked for"))
             return
@@ -339,19 +331,19 @@ class Server:
         if client_id in self._counted.get(t, ()):
             self._count(client_id, Refusal("duplicate", f"the update of round {t} again"))
         elif fold is None or fold.out.get(client_id, Refusal("late", "")).reason in ("late", "silent"):
-            self._count(client_id, Refusal("late", f"its update of round {t} after the round had gone on"))
+            self._count(client_id, Refusal("late", f"its update of round {t} after the round had ended"))
 
     def _refuse(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         self._count(client_id, problem)
         self._participation.answered(client_id, fold.round_index, self._trace.clock.now())
         self._take_out(client_id, fold, problem)
-        fold.check_that_somebody_fits()
+        fold.check_one_fits()
 
     def _take_out(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         fold.take_out(client_id, problem)
-        self._retract_where_needed(fold)
+        self._retract_if_begun_again(fold)
 
-    def _retract_where_needed(self, fold: RoundFold) -> None:
+    def _retract_if_begun_again(self, fold: RoundFold) -> None:
         if fold.began_again:
             self._downlink.retract(fold.block_index)
 
@@ -360,7 +352,7 @@ class Server:
         self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
 
     def _welcome(self, client_id: int, join: Join) -> None:
-        """Ask a client that has begun anew for the updates that it owes, from the state that belongs to each."""
+        """Ask a restarted client for the updates that it owes, each from the state of its round."""
         if len(join.versions) != len(self.state.params):
             text = f"a model of {len(join.versions)} blocks where the server has {len(self.state.params)}"
             self._count(client_id, Refusal("misfit", text))
@@ -381,7 +373,7 @@ class Server:
                 self._take_out(client_id, fold, Refusal("lost", "its restart"))
                 continue
             fold.forget(client_id)
-            self._retract_where_needed(fold)
+            self._retract_if_begun_again(fold)
             self._ask(client_id, t, news)
 
     def _cohort(self, round_index: int) -> tuple[int, ...]:

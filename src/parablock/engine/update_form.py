@@ -5,7 +5,7 @@ server accepts and folds, and which value a client takes over at the commit. A n
 
 | form | a client sends | the server makes | a client takes over |
 |---|---|---|---|
-| `Differences` | q(Δ), chunk by chunk | the mean, or what a robust rule makes of Δ | the value, or a difference |
+| `Differences` | q(Δ), chunk by chunk | the mean, or the result of a robust rule | the value, or a difference |
 | `FixedPointWords` | whole numbers, masked or not | their exact sum | the value |
 | `StackedAdapters` | A and B of every matrix | the stack and its product ΔW | the product of the stack |
 """
@@ -37,14 +37,14 @@ NoiseOfRound = Callable[[int, tuple[int, ...]], Normals]
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """A client's local training of one round, before it is encoded.
+    """A client's update of one round, before it is encoded.
 
     Attributes:
         round_index: t.
-        client_id: Whose.
+        client_id: The client.
         trained: y^b, or the trained adapters; flat, fp32, on the CPU or on its way there.
         start: v^b, from which the local steps started.
-        residual: What rounding kept back of this block at its last visit; None without error feedback or before.
+        residual: The rounding residual of the block's last visit; None without error feedback, or before.
         protection: Clipping and noise; None: none.
     """
 
@@ -62,9 +62,9 @@ class EncodedUpdate:
 
     Attributes:
         chunks: The payload of each message.
-        seen: What the server will decode: flat, fp32.
-        residual: What rounding has kept back; None without error feedback.
-        losses: Shares of the update that are lost before it leaves, each with a text that has a place for it.
+        seen: The update as the server will decode it: flat, fp32.
+        residual: The rounding residual; None without error feedback.
+        losses: Shares of the update that are lost before it leaves, each with the text of a warning.
     """
 
     chunks: list[Vector]
@@ -76,10 +76,10 @@ class EncodedUpdate:
 class UpdateForm(ABC):
     """An update's form; the same object serves the server and all clients.
 
-    What stands here is right for numbers that travel as they are; a form replaces what it does otherwise.
+    The methods here are for numbers that travel as they are; a form overrides the others.
 
     Attributes:
-        encoding: How new values travel down.
+        encoding: The encoding of new values.
     """
 
     encoding: Encoding
@@ -89,7 +89,7 @@ class UpdateForm(ABC):
         return num_parameters
 
     def cuts(self, num_parameters: int) -> list[slice]:
-        """Return where an update of a block is cut into chunks."""
+        """Return the cut of a block's update into chunks."""
         return self.encoding.cut(self.num_elements(num_parameters))
 
     @abstractmethod
@@ -101,7 +101,7 @@ class UpdateForm(ABC):
         return join_chunks(chunks)
 
     def misfit(self, vector: Vector) -> str:
-        """Say why a payload is of another form; empty if it fits."""
+        """Return why a payload is of another form; empty if it fits."""
         return f"{vector.format} where updates are floating-point numbers" if vector.format in WORDS else ""
 
     def numbers(self, vector: Vector, factor: float) -> Tensor:
@@ -127,7 +127,7 @@ class UpdateForm(ABC):
             raise CodecError(
                 f"the news of block {block_index} are a stack of adapters, and this client trains none",
                 cause="The server runs another method.",
-                remedy="Give both the same configuration.",
+                remedy="Use the same configuration for both.",
             )
         return new_block_value(held, block_index, kind, vectors)
 
@@ -137,8 +137,8 @@ class Differences(UpdateForm):
     """Δ in the wire's format, in chunks, with error feedback where the encoding asks for it.
 
     Attributes:
-        encoding: How Δ and new values become bytes.
-        rule: How the server makes one of many.
+        encoding: The encoding of Δ and of new values.
+        rule: The server's aggregation rule.
         noise: The noise of central differential privacy; None: none.
     """
 
@@ -173,7 +173,7 @@ class FixedPointWords(UpdateForm):
     encoding: Encoding = field(default=Encoding("float32"), init=False)
 
     def cuts(self, num_parameters: int) -> list[slice]:
-        """Return one chunk with the extra word: no part of a sum is known before all of it is."""
+        """Return one chunk with the extra word: no part of a masked sum is known before the whole."""
         return [slice(0, num_parameters + EXTRA_WORDS)]
 
     def encode(self, update: LocalUpdate) -> EncodedUpdate:
@@ -205,7 +205,7 @@ class StackedAdapters(UpdateForm):
     """A and B of every matrix, which the server stacks, so that their product is the exact mean (FLoRA).
 
     Attributes:
-        factors: How flat vectors split into A and B.
+        factors: The split of flat vectors into A and B.
     """
 
     factors: Factors
@@ -248,7 +248,7 @@ class _Delta:
 
 
 def _protected(update: LocalUpdate) -> tuple[ArrivingVector, tuple[tuple[float, str], ...]]:
-    """Return Δ after clipping and noise, with the share of its length that clipping takes."""
+    """Return Δ after clipping and noise, with the share of its norm that clipping takes."""
     delta = _Delta(update.trained, update.start)
     if update.protection is None:
         return delta, ()

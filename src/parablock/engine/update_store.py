@@ -1,10 +1,8 @@
-"""Where the updates of an open round are kept: some in memory, the rest in a file that has no name.
+"""The store of an open round's updates: in memory up to a budget, the rest in an unnamed file.
 
-A client may be taken out until the round is committed, and then what is left of the round is folded anew. So
-everything that came is kept until then. In memory that would be clients × payload; here it is a budget, however
-many clients there are and in whatever order their chunks come. What is put first stays in memory, and what finds
-no room goes to the file, from which it is read part by part. Nobody else sees the file, and it is gone when it is
-closed, or when the process ends.
+A client may be taken out until the round is committed, and then the other updates are folded again. So all updates
+are kept until then: the first ones in memory, and the others in a file, which is read part by part. The file is
+gone when it is closed, or when the process ends.
 """
 
 from __future__ import annotations
@@ -27,12 +25,7 @@ Key = tuple[int, int]
 
 
 class SamePart(Mapping[int, tuple[Tensor, int]]):
-    """The same part of several updates and the examples behind each, read when it is asked for.
-
-    Args:
-        read: Reads that of a client_id.
-        clients: Whose there are.
-    """
+    """client_id → the same part of each update, with the update's examples; `read` reads it on access."""
 
     def __init__(self, read: Callable[[int], tuple[Tensor, int]], clients: Sequence[int]) -> None:
         self._read, self._clients = read, clients
@@ -48,11 +41,7 @@ class SamePart(Mapping[int, tuple[Tensor, int]]):
 
 
 class WholeUpdate:
-    """A whole update, read part by part whenever somebody goes through it.
-
-    Args:
-        parts: Begins to read it.
-    """
+    """A whole update, read part by part by each iteration, which calls `parts`."""
 
     def __init__(self, parts: Callable[[], Iterator[Tensor]]) -> None:
         self._parts = parts
@@ -63,7 +52,7 @@ class WholeUpdate:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in the file a vector lies."""
+    """A vector's place in the file."""
 
     format: str
     num_elements: int
@@ -78,8 +67,8 @@ class UpdateStore:
     """The vectors of one round.
 
     Args:
-        folder: Where the file is made, once one is needed; None: where the system has temporary files.
-        budget_bytes: What stays in memory at most.
+        folder: The folder of the file, which is made when it is needed; None: that of temporary files.
+        budget_bytes: Most bytes in memory.
     """
 
     def __init__(self, folder: Path | None, budget_bytes: int) -> None:
@@ -91,15 +80,11 @@ class UpdateStore:
 
     @property
     def file_bytes(self) -> int:
-        """How long the file is."""
+        """Length of the file."""
         return self._end
 
     def put(self, client_id: int, chunk_index: int, vector: Vector) -> None:
-        """Keep a vector.
-
-        Raises:
-            StorageError: There is no room for it on the disk.
-        """
+        """Keep a vector; raise a StorageError if the disk has no room for it."""
         size = vector.raw.numel()
         if size <= self._room:
             self._room -= size
@@ -112,11 +97,7 @@ class UpdateStore:
         self._kept[client_id, chunk_index] = place
 
     def read(self, client_id: int, chunk_index: int, part: slice) -> Vector:
-        """Give a part of a vector; it begins at a multiple of `CHUNK_PIECE`.
-
-        Raises:
-            StorageError: The disk does not give it back.
-        """
+        """Return a part of a vector, from a multiple of `CHUNK_PIECE` on; raise a StorageError if that fails."""
         kept = self._kept[client_id, chunk_index]
         if isinstance(kept, Vector):
             return kept.part(part)
@@ -133,7 +114,7 @@ class UpdateStore:
         return Vector(kept.format, part.stop - part.start, raw)
 
     def drop(self, client_id: int) -> None:
-        """Forget what was kept of a client; its place is used again."""
+        """Drop the vectors of a client; their places in the file are used again."""
         for key in [key for key in self._kept if key[0] == client_id]:
             kept = self._kept.pop(key)
             if isinstance(kept, Vector):
@@ -142,7 +123,7 @@ class UpdateStore:
                 self._free.setdefault(kept.num_bytes, []).append(kept.offset)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Drop all vectors, and the file."""
         self._kept.clear()
         if self._file is not None:
             self._file.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.config.keys import RunConfig
-from parablock.engine.contract import EngineInput, EngineResult
+from parablock.engine.contract import EngineInput
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import local_steps_of
@@ -22,7 +22,7 @@ from parablock.experiment.protections import (
     noise_of_the_server,
     protections,
 )
-from parablock.methods.base import MethodModel, RunInputs
+from parablock.methods.base import MethodModel
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
 from parablock.wire.quantize import Encoding
@@ -35,27 +35,17 @@ class InProcess:
     is_local = True
     held_rounds: frozenset[int] | None = None
 
-    def __init__(self, inputs: RunInputs) -> None:
-        del inputs  # engines of real sites send a part of them ahead
+    run = staticmethod(run_in_process)
 
-    @staticmethod
-    def check(config: RunConfig) -> None:
-        """Refuse a run that is configured for sites.
 
-        Raises:
-            ConfigError: It is.
-        """
-        if config.engine.name != "inprocess":
-            raise ConfigError(
-                [
-                    f"engine.name: {config.engine.name} has its clients at sites; start it with "
-                    "`parablock deploy local`, or leave engine.name out to run in this process"
-                ]
-            )
-
-    def run(self, given: EngineInput) -> EngineResult:
-        """Run all rounds; see `run_in_process`."""
-        return run_in_process(given)
+def check_in_process(config: RunConfig) -> None:
+    """Raise a ConfigError if the run is configured for sites."""
+    if config.engine.name != "inprocess":
+        problem = (
+            f"engine.name: {config.engine.name} has its clients at sites; start it with "
+            "`parablock deploy local`, or leave engine.name out to run in this process"
+        )
+        raise ConfigError([problem])
 
 
 def engine_input(
@@ -69,17 +59,17 @@ def engine_input(
     faults: Faults,
     folder: Path | None = None,
 ) -> EngineInput:
-    """Put together what an engine runs.
+    """Return the input of an engine; see `EngineInput`.
 
     Args:
         config: The run.
         model: The model as the method trains it, with the clients that train in this process.
         trace: Records the run.
-        hooks: Callbacks of whoever keeps the records.
-        secret: The key of the noise, where some is added.
-        resumed: Where to go on.
-        faults: What is to go wrong.
-        folder: The run directory, where there is one.
+        hooks: The callbacks of the recorder.
+        secret: The key of the noise; None without noise.
+        resumed: The checkpoint to go on from; None: at the beginning.
+        faults: The faults to inject.
+        folder: The run directory; None without one.
     """
     form = model.form or update_form(config, secret)
     return EngineInput(
@@ -97,45 +87,32 @@ def engine_input(
 
 
 def update_form(config: RunConfig, secret: bytes | None = None) -> UpdateForm:
-    """Return the configured form of updates, for a method without a form of its own.
-
-    Args:
-        config: The run.
-        secret: The key of the server's noise, where it adds some.
-    """
+    """Return the configured form of updates, for a method without a form of its own; the secret is for noise."""
     rule, noise, grid = aggregation_rule(config), noise_of_the_server(config, secret), grid_of(config)
-    if grid is not None:
-        return FixedPointWords(grid, rule, noise)
-    return Differences(encoding_of(config), rule, noise)
+    return Differences(encoding_of(config), rule, noise) if grid is None else FixedPointWords(grid, rule, noise)
 
 
 def client_plan(config: RunConfig, form: UpdateForm, secret: bytes | None) -> ClientPlan:
-    """Return the settings of every client; the secret is the key of its own noise, where it adds some."""
+    """Return the settings of every client; the secret is for the noise that a client adds itself."""
     return ClientPlan(config.federation.in_flight, form, protections(config, secret))
 
 
 def checkpoints_kept(config: RunConfig) -> int:
-    """Give how many checkpoints the server keeps.
+    """Return the number of checkpoints that are kept.
 
-    A site may be d + 1 rounds behind the server when both die; the run goes on from what all of them keep.
+    A site may be d + 1 rounds behind the server when both die; the run goes on from a round that all of them keep.
     """
     keep, behind = config.checkpoint.keep, config.federation.delay + 2
     return max(keep, behind) if config.engine.name == "flower" else keep
 
 
 def clients_of(config: RunConfig) -> int:
-    """Return how many clients there are: one where the method pools all data."""
+    """Return the number of clients: one if the method pools all data."""
     return 1 if config.federation.traits.pools_data else config.federation.num_clients
 
 
 def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None) -> ServerPlan:
-    """Return the settings of the server.
-
-    Args:
-        config: The run.
-        form: What updates are made of.
-        folder: The run directory, where there is one.
-    """
+    """Return the settings of the server; the folder is the run directory."""
     federation = config.federation
     return ServerPlan(
         num_clients=clients_of(config),
@@ -158,13 +135,13 @@ def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None)
 
 
 def faults_of(config: RunConfig, happened: Sequence[int] = ()) -> Faults:
-    """Give what is to go wrong, without what had `happened` before an interruption."""
+    """Return the configured faults; those that `happened` before an interruption do not happen again."""
     faults = (Fault(fault.client, fault.round, fault.at, fault.kind, fault.value) for fault in config.faults)
     return Faults(faults, happened=happened)
 
 
 def encoding_of(config: RunConfig) -> Encoding:
-    """Return how updates and new values become bytes; a stack is known when all of it is, and goes whole."""
+    """Return how updates and new values become bytes; a stack of adapters travels whole."""
     wire = config.wire
     chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.traits.combines != "stack" else None
     return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)

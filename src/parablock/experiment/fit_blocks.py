@@ -26,13 +26,10 @@ MIN_BLOCKS = 4
 
 def never_visited(config: RunConfig, num_blocks: int) -> tuple[int, ...]:
     """List the blocks that the configured rounds would not train."""
+    rounds, delay = config.federation.num_rounds, config.federation.delay
     return tuple(
         blocks_never_visited(
-            config.blocks.schedule,
-            num_rounds=config.federation.num_rounds,
-            num_blocks=num_blocks,
-            delay=config.federation.delay,
-            seed=config.seed,
+            config.blocks.schedule, num_rounds=rounds, num_blocks=num_blocks, delay=delay, seed=config.seed
         )
     )
 
@@ -46,14 +43,11 @@ def estimated_compute(config: RunConfig, flops: FlopModel) -> Compute:
 
 def flops_of(config: RunConfig, model: PreTrainedModel) -> FlopModel:
     """Return the operations of a model as the run trains it."""
-    return FlopModel(
-        model,
-        layers_path=config.blocks.layers_path,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-    )
+    again = config.train.gradient_checkpointing
+    return FlopModel(model, layers_path=config.blocks.layers_path, gradient_checkpointing=again)
 
 
-def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
+def fit_blocks(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     """Replace `blocks.layers_per_block: auto` by a number; return any other configuration unchanged.
 
     Args:
@@ -70,16 +64,12 @@ def _largest_that_fits(config: RunConfig, model: PreTrainedModel) -> int:
     _, layers = find_layers(model, config.blocks.layers_path)
     compute = estimated_compute(config, flops_of(config, model))
     partitions = {size: layer_blocks(model, config, size) for size in range(1, len(layers) + 1)}
-    enough_rounds = {
-        size: blocks for size, blocks in partitions.items() if not never_visited(config, len(blocks))
-    } or partitions
-    least = min(enough_rounds)
+    visited = {size: blocks for size, blocks in partitions.items() if not never_visited(config, len(blocks))}
+    allowed = visited or partitions
     fitting = [
-        size
-        for size, blocks in enough_rounds.items()
-        if len(blocks) >= MIN_BLOCKS and _hides(config, compute, blocks)
+        size for size, blocks in allowed.items() if len(blocks) >= MIN_BLOCKS and _hides(config, compute, blocks)
     ]
-    return max(fitting, default=least)
+    return max(fitting, default=min(allowed))
 
 
 def _hides(config: RunConfig, compute: Compute, blocks: tuple[Block, ...]) -> bool:

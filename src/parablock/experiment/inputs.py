@@ -1,4 +1,4 @@
-"""Read a run's inputs: rows, the base model and its blocks, tokens, and notes on them for the user."""
+"""The inputs of a run: rows, the base model and its blocks, tokens, and notes on them for the user."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parablock import __version__
-from parablock.config.keys import BlocksSection, DataSection, ModelSection, RunConfig, TrainSection
+from parablock.config.keys import DataSection, ModelSection, RunConfig, TrainSection
 from parablock.data.histogram import count_examples, partition_histogram
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
-from parablock.experiment.fit_blocks import fitted, never_visited
+from parablock.experiment.fit_blocks import fit_blocks, never_visited
 from parablock.methods.base import RunInputs
 from parablock.methods.blocks import trained_blocks
 from parablock.model.blocks import Block
@@ -32,13 +32,7 @@ from parablock.seeding import generator_for
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that a run starts from.
-
-    Attributes:
-        loaded: The model and its tokenizer.
-        sha256: The hash of its weights.
-        num_parameters: The number of its weights.
-    """
+    """The base model of a run, with the hash and the number of its weights."""
 
     loaded: LoadedModel
     sha256: str
@@ -48,16 +42,12 @@ class BaseModel:
 def read_inputs(
     config: RunConfig, tell: Callable[[str], None] = lambda _: None, *, all_rows_of: int | None = None
 ) -> RunInputs:
-    """Read and check all that a run needs.
+    """Read and check the inputs of a run; the first missing or wrong one raises an InputError.
 
     Args:
         config: The run.
         tell: Called with a line of text before each step that can take long.
-        all_rows_of: The client that all training rows belong to, at a site with rows of its own; nothing is
-            held out there.
-
-    Raises:
-        InputError: For the first thing that is missing or wrong, before anything is written.
+        all_rows_of: At a site with rows of its own, the client that has all of them; nothing is held out there.
     """
     config = _resolve(config)
     torch.set_num_threads(config.engine.num_threads or 1)
@@ -71,7 +61,7 @@ def read_inputs(
     )
     tell(f"loading {config.model.name_or_path}")
     base = load_base(config.model, seed=config.seed)
-    asked = config.blocks
+    is_auto = config.blocks.layers_per_block == "auto"
     config, blocks = cut_model(config, base.loaded.model)
     *train, test = (tokenize(rows, base.loaded.tokenizer, config.data, config.train) for rows in (*parts, held_out))
     return RunInputs(
@@ -82,7 +72,7 @@ def read_inputs(
         test=_sample(test.examples, config.evaluation.max_examples, config.seed),
         notes=(
             *describe_model(base, config.model, blocks),
-            *_describe_auto(asked, config.blocks),
+            *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if is_auto else []),
             *describe_data(parts, train, test, config.data.partition.field),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),
@@ -121,17 +111,14 @@ def _absolute(source: str) -> str:
 def read_rows(
     data: DataSection, *, num_clients: int, seed: int, pooled: bool = False, all_rows_of: int | None = None
 ) -> tuple[list[tuple[Row, ...]], list[Row]]:
-    """Read the rows and share them out; without test files, hold out a part of each client's rows.
+    """Return the training rows of each client, and the test rows, by default a part of each client's rows.
 
     Args:
         data: The sources and their partition.
         num_clients: Number of clients.
         seed: The run's seed.
-        pooled: Give all rows to one client after the partition; the rows that are held out stay the same.
+        pooled: Whether one client has all rows after the partition; the rows that are held out stay the same.
         all_rows_of: See `read_inputs`.
-
-    Returns:
-        The training rows of each client, and the test rows.
     """
     sources = [load_rows(source, split="train") for source in data.train]
     if all_rows_of is not None:
@@ -139,16 +126,8 @@ def read_rows(
     held_out = [row for source in data.test for row in load_rows(source, split="test")]
     if not data.train:  # every site brings its own
         return [()] * num_clients, held_out
-    parts = list(
-        partition_rows(
-            sources,
-            scheme=data.partition.scheme,
-            num_clients=num_clients,
-            alpha=data.partition.alpha,
-            field=data.partition.field,
-            seed=seed,
-        )
-    )
+    partition = data.partition.model_dump()
+    parts = list(partition_rows(sources, num_clients=num_clients, seed=seed, **partition))
     if not held_out:
         parts, held_out = _hold_out(parts, data.test_fraction, seed)
     return [_joined(parts)] if pooled else parts, held_out
@@ -161,7 +140,7 @@ def _joined(parts: Sequence[Sequence[Row]]) -> tuple[Row, ...]:
 def _hold_out(
     parts: Sequence[tuple[Row, ...]], fraction: float, seed: int
 ) -> tuple[list[tuple[Row, ...]], list[Row]]:
-    """Draw a part of each client's rows; return the rest of each client, and all that were drawn."""
+    """Draw a part of each client's rows; return each client's rest, and all drawn rows."""
     kept, held_out = list[tuple[Row, ...]](), list[Row]()
     for client_id, rows in enumerate(parts):
         order = generator_for(seed, "held-out", client_id).permutation(len(rows))
@@ -185,19 +164,16 @@ def load_base(model: ModelSection, *, seed: int) -> BaseModel:
 
 
 def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tuple[Block, ...]]:
-    """Cut the model into the blocks that the method trains.
+    """Return the configuration with a number for `layers_per_block`, and the blocks that the method trains.
 
     Args:
         config: The whole run, since `layers_per_block: auto` weighs a block's exchange against its training.
         model: The model; methods of adapters put them into it.
 
-    Returns:
-        The configuration with a number for `layers_per_block`, and the blocks.
-
     Raises:
         ConfigError: The rounds would never train some block.
     """
-    config = fitted(config, model)
+    config = fit_blocks(config, model)
     blocks = trained_blocks(model, config)
     never = never_visited(config, len(blocks))
     if never and not config.blocks.allow_unvisited:
@@ -215,7 +191,7 @@ def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tup
 def tokenize(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection, train: TrainSection
 ) -> Tokenized:
-    """Tokenize rows as the configuration says; there are none where the rows are at another site."""
+    """Tokenize rows; the rows of another site are empty here, and so are their tokens."""
     if not rows:
         return Tokenized((), (), data.format)
     return tokenize_rows(
@@ -228,26 +204,21 @@ def tokenize(
 
 
 def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]) -> list[str]:
-    """Say what is trained, in one line."""
+    """Describe the model in one line."""
     size = f"{base.num_parameters:,} parameters in {model.dtype}"
     return [f"{base.loaded.name_or_path}: {size}, {len(blocks)} block{'s' * (len(blocks) != 1)}"]
-
-
-def _describe_auto(asked: BlocksSection, found: BlocksSection) -> list[str]:
-    is_auto = asked.layers_per_block == "auto"
-    return [f"blocks.layers_per_block: auto is {found.layers_per_block} here"] if is_auto else []
 
 
 def describe_data(
     parts: Sequence[Sequence[Row]], train: Sequence[Tokenized], test: Tokenized, field: str | None
 ) -> list[str]:
-    """Say in lines of text who trains on what, and which rows are not trained on.
+    """Describe the training data of each client, and the rows that are left out, in lines of text.
 
     Args:
         parts: The training rows of each client.
         train: The same, tokenized.
         test: The test rows, tokenized.
-        field: The field that the partition looks at.
+        field: The field of the partition; None without one.
     """
     skipped = [entry for part in train for entry in part.skipped]
     return [
@@ -260,7 +231,7 @@ def describe_data(
 
 
 def _warn_of_random_ends(model: PreTrainedModel, section: ModelSection, blocks: Sequence[Block]) -> list[str]:
-    """Warn of embeddings and a head that were drawn at random and that no block trains."""
+    """Warn that no block trains embeddings or a head that were drawn at random."""
     if section.init != "random":
         return []
     trained = {id(model.get_parameter(name)) for block in blocks for name in block.parameter_names}
@@ -276,7 +247,7 @@ def _warn_of_random_ends(model: PreTrainedModel, section: ModelSection, blocks: 
 
 
 def _sample(examples: tuple[Example, ...], max_examples: int, seed: int) -> tuple[Example, ...]:
-    """Draw the same `max_examples` test examples every time, from all of them alike."""
+    """Draw `max_examples` test examples, every time the same."""
     if len(examples) <= max_examples:
         return examples
     drawn = generator_for(seed, "evaluation").choice(len(examples), size=max_examples, replace=False)
@@ -299,7 +270,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree that is running; None if it is no repository."""
+    """Return the commit of the running source tree; None if it is no repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -1,8 +1,8 @@
 """Progress of a run: a live display on a terminal, plain lines anywhere else.
 
-Both are told the rows of `metrics.jsonl` and the activities of the clients; neither sees a live object of the run.
-The clients' threads call `begins` and `ends`, which do one assignment in a dictionary. That is safe without a lock,
-and the display reads a copy when it draws.
+A display gets rows of `metrics.jsonl` and the activities of server (None) and clients, but no live object of the
+run. Any thread may call `begins` and `ends`, which do one assignment in a dictionary: that needs no lock, and the
+display draws a copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -49,17 +49,17 @@ _LAMPS = (
 _LAMP_WIDTH = 7
 
 
-class Progress(Protocol):
-    """A display that an engine reports to; leaving the context closes it."""
+class Progress:
+    """A display that an engine reports to; leaving the context closes it. Here all reports are dropped."""
 
     def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
         """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0."""
 
-    def begins(self, client_id: int, activity: str) -> None:
-        """Report that a client begins computing, uploading, downloading or waiting. Any thread may call this."""
+    def begins(self, client_id: int | None, activity: str) -> None:
+        """Report that a client begins computing, uploading, downloading or waiting."""
 
-    def ends(self, client_id: int, activity: str) -> None:
-        """Report that a client ends an activity. Any thread may call this."""
+    def ends(self, client_id: int | None, activity: str) -> None:
+        """Report that a client ends an activity."""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Show a finished round, from its row of `metrics.jsonl`."""
@@ -80,15 +80,7 @@ class Progress(Protocol):
 
 
 def make_progress(*, console: Console, plain: bool | None = None) -> Progress:
-    """Choose the display.
-
-    Args:
-        console: Where it is shown.
-        plain: Whether to write plain lines; None for plain lines unless the terminal can move its cursor.
-
-    Returns:
-        A display that has not begun.
-    """
+    """Choose the display; with `plain` None, plain lines unless the terminal can move its cursor."""
     if plain is None:
         plain = not console.is_terminal or console.is_dumb_terminal
     return PlainProgress(console=console) if plain else LiveProgress(console=console)
@@ -109,10 +101,10 @@ class _Pace:
 
 
 class PlainProgress(Progress):
-    """One line a round; a long run gets about `MAX_PLAIN_LINES` lines, and one for each evaluation.
+    """One line a round, but no activities; a long run gets about `MAX_PLAIN_LINES` lines and one an evaluation.
 
     Args:
-        console: Where the lines go; they are not wrapped.
+        console: The output; lines are not wrapped.
         now_s: The clock behind the ETA, in seconds from any origin.
     """
 
@@ -125,12 +117,6 @@ class PlainProgress(Progress):
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
 
-    def begins(self, client_id: int, activity: str) -> None:
-        """Show nothing: activities are too short for a log."""
-
-    def ends(self, client_id: int, activity: str) -> None:
-        """Show nothing."""
-
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Write the line of a round; of a long run most rounds are skipped."""
         num_done, pace = row["round_index"] + 1, self._pace
@@ -142,12 +128,9 @@ class PlainProgress(Progress):
         """Write a line that belongs to no round."""
         self._console.print(Text(text), soft_wrap=True)
 
-    def close(self) -> None:
-        """Do nothing: all lines are written."""
-
 
 def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
-    """List the facts of one round, without those that it lacks."""
+    """List the facts of one round, as far as its row has them."""
     width = len(str(num_rounds))
     facts = [f"round {row['round_index'] + 1:>{width}}/{num_rounds}"]
     if (block_index := row.get("block_index")) is not None:
@@ -162,11 +145,7 @@ def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
 
 
 class LoggedProgress(PlainProgress):
-    """The plain lines, sent to the logger `parablock` at level INFO; for runs that are started from Python.
-
-    Args:
-        now_s: The clock behind the ETA, in seconds from any origin.
-    """
+    """The plain lines, sent to the logger `parablock` at level INFO; for runs that are started from Python."""
 
     def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console=Console(quiet=True), now_s=now_s)
@@ -195,7 +174,7 @@ class LiveProgress(Progress):
             console=console,
         )
         self._num_clients = 0
-        self._lit: dict[tuple[int, str], bool] = {}
+        self._lit: dict[tuple[int | None, str], bool] = {}
         self._block = "-"
         self._train_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
@@ -209,12 +188,12 @@ class LiveProgress(Progress):
         self._num_clients = num_clients
         self._live.start(refresh=True)
 
-    def begins(self, client_id: int, activity: str) -> None:
-        """Light a lamp."""
+    def begins(self, client_id: int | None, activity: str) -> None:
+        """Light the lamp of an activity."""
         self._lit[client_id, activity] = True
 
-    def ends(self, client_id: int, activity: str) -> None:
-        """Put out a lamp."""
+    def ends(self, client_id: int | None, activity: str) -> None:
+        """Put out the lamp of an activity."""
         self._lit[client_id, activity] = False
 
     def round_done(self, row: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What protects clients from the server and from each other, made from the configuration."""
+"""Privacy and robustness as configured: aggregation rule, clipping, noise, secure aggregation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from parablock.algorithm.robust import Normals, Rule
 from parablock.algorithm.schedule import cohort
 from parablock.config.keys import RunConfig
 from parablock.config.methods import cohort_size
+from parablock.engine.update_form import NoiseOfRound
 from parablock.errors import ConfigError
 from parablock.privacy.masking import threshold_of
 from parablock.privacy.protection import Protection
@@ -22,21 +23,17 @@ EXTRA = ("cryptography", "dp_accounting")
 
 
 def is_secure(config: RunConfig) -> bool:
-    """Tell whether updates travel on a grid, masked or not."""
+    """Return whether updates travel as fixed-point words, masked or not."""
     return config.privacy.secure_aggregation != "none"
 
 
 def adds_noise(config: RunConfig) -> bool:
-    """Tell whether updates or their mean are noisy, which takes a secret key."""
+    """Return whether updates or their mean are noisy, which takes a secret key."""
     return config.privacy.noise_multiplier > 0
 
 
 def check_privacy_extra(config: RunConfig) -> None:
-    """Refuse a run that needs the extra `privacy` where it is not installed.
-
-    Raises:
-        ConfigError: It says how to install it.
-    """
+    """Raise a ConfigError if the run needs the extra `privacy` and the extra is not installed."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing and (adds_noise(config) or config.privacy.secure_aggregation == "masked"):
         raise ConfigError(
@@ -45,14 +42,14 @@ def check_privacy_extra(config: RunConfig) -> None:
 
 
 def new_secret() -> bytes:
-    """Draw the key that a run's noise follows from."""
+    """Draw the key of a run's noise."""
     from parablock.privacy.keystream import new_key
 
     return new_key()
 
 
 def aggregation_rule(config: RunConfig) -> Rule:
-    """Give how a round's updates become one."""
+    """Return the rule that makes one update of a round's updates."""
     federation, privacy = config.federation, config.privacy
     is_central = privacy.mode == "central"
     return Rule(
@@ -65,7 +62,7 @@ def aggregation_rule(config: RunConfig) -> Rule:
 
 
 def grid_of(config: RunConfig) -> FixedPointGrid | None:
-    """Give the grid that updates travel on; None where they travel in the wire's format."""
+    """Return the grid of fixed-point words; None if updates travel in the wire's format."""
     if not is_secure(config):
         return None
     assert config.privacy.clip_norm is not None
@@ -73,13 +70,13 @@ def grid_of(config: RunConfig) -> FixedPointGrid | None:
 
 
 def fewest_updates(config: RunConfig) -> int:
-    """Give how many updates a commit needs; of a cohort whose secrets are shared all but a third."""
+    """Return how many updates a commit needs; with secret sharing, all but a third of the cohort."""
     fewest = config.federation.min_updates
     return max(fewest, threshold_of(cohort_size(config.federation.model_dump()))) if is_secure(config) else fewest
 
 
 def masking_of(config: RunConfig) -> SecureAggregation | None:
-    """Give what hides single updates from the server; None where it sees them."""
+    """Return the masking of updates; None if the server sees single ones."""
     if config.privacy.secure_aggregation != "masked":
         return None
     from parablock.privacy.secure_aggregation import SecureAggregation
@@ -94,10 +91,8 @@ def masking_of(config: RunConfig) -> SecureAggregation | None:
     )
 
 
-def noise_of_the_server(
-    config: RunConfig, secret: bytes | None
-) -> Callable[[int, tuple[int, ...]], Normals] | None:
-    """Give the noise of each round and set of clients; None where the server adds none."""
+def noise_of_the_server(config: RunConfig, secret: bytes | None) -> NoiseOfRound | None:
+    """Return a function (round, clients) → noise; None if the server adds none."""
     if not adds_noise(config) or config.privacy.mode != "central":
         return None
     from parablock.privacy.keystream import Keystream, derive
@@ -105,14 +100,14 @@ def noise_of_the_server(
     assert secret is not None
 
     def normals(round_index: int, clients: tuple[int, ...]) -> Normals:
-        # another set of clients is another sum: the same noise on both would give their difference away
+        # the same noise on the sums of two sets of clients would reveal their difference
         return Keystream(derive(secret, "server", round_index, *clients)).normals
 
     return normals
 
 
 def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Protection | None]:
-    """Give what the updates of each client go through before they leave it."""
+    """Return a function client_id → clipping and noise of its updates."""
     privacy = config.privacy
 
     def of_client(client_id: int) -> Protection | None:
@@ -132,7 +127,7 @@ def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Prot
 
 
 def privacy_spent(config: RunConfig, num_rounds: int) -> dict[str, Any]:
-    """Give ε and δ of the client that was asked most often in so many rounds; nothing where there is no noise."""
+    """Return ε and δ of the client that was asked most often in these rounds; empty without noise."""
     privacy, federation = config.privacy, config.federation
     if not adds_noise(config):
         return {}

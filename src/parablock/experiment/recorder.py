@@ -1,4 +1,4 @@
-"""Recorder, which keeps a run's records: its rounds, trace, checkpoints, trackers and summary."""
+"""Recorder of a run: its rounds, trace, checkpoints, trackers and summary."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Recorder:
 
     Args:
         config: The run.
-        directory: Where the records go.
-        progress: Shows them while the run goes on.
+        directory: The run directory.
+        progress: Shows the records while the run goes on.
         model: The model, which is scored between rounds.
         began: When this process began with the run, by `time.perf_counter`.
         state: The checkpoint that the run goes on from; None at the start, when the base model is scored.
 
     Attributes:
         trace: The spans so far; its clock is the run's.
-        unsaved: Why the last checkpoint could not be written; None if it could.
-        troubles: What went wrong in the run, for the summary.
+        unsaved: The error of the last checkpoint; None if it was written.
+        troubles: Faults and refused updates, for the summary.
     """
 
     def __init__(
@@ -69,34 +69,22 @@ class Recorder:
             self._initial_eval_loss, start_s = stored["initial_eval_loss"], stored["clock_s"]
             self._elapsed_before, self._last_commit_s = stored["elapsed_s"], stored["last_commit_s"]
             progress.message(f"resuming at round {state.round_index}")
-        self._trackers = open_trackers(
-            config.report_to,
-            directory.path,
-            first_step=len(self._rows) + 1 if state else 0,
-            config=config.model_dump(mode="json"),
-        )
+        first_step, values = len(self._rows) + 1 if state else 0, config.model_dump(mode="json")
+        self._trackers = open_trackers(config.report_to, directory.path, first_step=first_step, config=values)
         if state is None:
             self._trackers.log(0, {"eval_loss": self._initial_eval_loss})
         is_virtual = config.engine.clock == "virtual"
         self._clock: Clock = VirtualClock(start_s=start_s) if is_virtual else RealClock(start_s=start_s)
-        self.trace = Trace(self._clock, on_begin=self._begins, on_end=self._ends)
+        self.trace = Trace(self._clock, on_begin=progress.begins, on_end=progress.ends)
         self.trace.spans.extend(state.spans if state else [])
-
-    def _begins(self, client_id: int | None, activity: str) -> None:
-        if client_id is not None:
-            self._progress.begins(client_id, activity)
-
-    def _ends(self, client_id: int | None, activity: str) -> None:
-        if client_id is not None:
-            self._progress.ends(client_id, activity)
 
     @property
     def num_done(self) -> int:
-        """Return the number of rounds that are done."""
+        """The number of rounds that are done."""
         return len(self._rows)
 
     def on_commit(self, server: ServerState, updates: list[Update], traffic: Traffic) -> None:
-        """Record a round, scored where it is due; the last one waits for `record_last`."""
+        """Record a round, with the model's loss if it is due; the last round waits for `record_last`."""
         now = self._clock.now()
         row = _row(server, updates, traffic, round_s=now - self._last_commit_s)
         row |= privacy_spent(self._config, server.committed + 1)
@@ -111,12 +99,7 @@ class Recorder:
             self._record(row)
 
     def record_last(self, traffic: Traffic, eval_loss: float) -> None:
-        """Record the last round.
-
-        Args:
-            traffic: Its traffic, with that of the drain.
-            eval_loss: The loss of the finished model.
-        """
+        """Record the last round: its traffic, with that of the drain, and the loss of the finished model."""
         row = self._rows[-1]
         row["downlink_bytes"] = traffic.downlink_bytes
         before_s = row["communication_s"]
@@ -131,11 +114,7 @@ class Recorder:
         self._trackers.log(row["round_index"] + 1, figures_of(row))
 
     def on_checkpoint(self, state: RunState) -> None:
-        """Save a checkpoint, with what the records need to go on.
-
-        Raises:
-            StorageError: It cannot be written.
-        """
+        """Save a checkpoint, with the recorder's own state; an error is kept as `unsaved` too."""
         progress = {
             **state.progress,
             "initial_eval_loss": self._initial_eval_loss,
@@ -155,10 +134,10 @@ class Recorder:
 
         Args:
             status: completed | interrupted | failed.
-            outcome: Values in place of those that a run has before its end.
+            outcome: Values that a run has only at its end.
 
         Returns:
-            What stands in `summary.json`.
+            The content of `summary.json`.
         """
         federation = self._config.federation
         self._trackers.close()
@@ -194,29 +173,26 @@ class Recorder:
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> Row:
     """Make a line of `metrics.jsonl`; a void round has no update and no loss."""
     t, b = server.committed, server.history[server.committed]
-    total = sum(update.num_examples for update in updates)
-    train_loss = sum(update.train_loss * update.num_examples for update in updates) / total if updates else None
-    communication = {update.client_id: traffic.seconds(update.client_id) for update in updates}
+    total = sum(u.num_examples for u in updates)
+    communication_s = [traffic.seconds(u.client_id) for u in updates]
     squared_delta = server.squared_delta[b] if updates else 0.0
     return {
         "round_index": t,
         "block_index": b,
-        "train_loss": train_loss,
+        "train_loss": sum(u.train_loss * u.num_examples for u in updates) / total if updates else None,
         "eval_loss": None,
-        "compute_s": max((update.compute_s for update in updates), default=0.0),
-        "communication_s": max(communication.values(), default=0.0),
+        "compute_s": max((u.compute_s for u in updates), default=0.0),
+        "communication_s": max(communication_s, default=0.0),
         "round_s": round_s,
-        "sequential_s": max(
-            (update.compute_s + communication[update.client_id] for update in updates), default=0.0
-        ),
+        "sequential_s": max((u.compute_s + s for u, s in zip(updates, communication_s, strict=True)), default=0.0),
         "uplink_bytes": traffic.uplink_bytes,
         "downlink_bytes": traffic.downlink_bytes,
-        "staleness": max((t - 1 - update.committed for update in updates), default=0),
-        "participants": [update.client_id for update in updates],
+        "staleness": max((t - 1 - u.committed for u in updates), default=0),
+        "participants": [u.client_id for u in updates],
         "rho": server.rho[b],
         "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
         "num_local_steps": max(server.local_steps[t]),
-        "participant_steps": [update.num_local_steps for update in updates],
+        "participant_steps": [u.num_local_steps for u in updates],
     }
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
-from parablock.engine.contract import Engine, EngineInput, EngineResult
-from parablock.engine.faults import Faults
+from parablock.engine.contract import Engine, EngineResult
 from parablock.engine.plans import Hooks
 from parablock.errors import CheckpointError, InputError
-from parablock.experiment.engines import InProcess, clients_of, engine_input, faults_of
+from parablock.experiment.engines import InProcess, check_in_process, clients_of, engine_input, faults_of
 from parablock.experiment.inputs import read_inputs
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret
-from parablock.experiment.recorder import Recorder
-from parablock.experiment.recorder import Summary as Summary
+from parablock.experiment.recorder import Recorder, Summary
 from parablock.experiment.trackers import check_trackers
-from parablock.methods.base import RunInputs
+from parablock.methods.base import MethodModel, RunInputs
 from parablock.methods.choose import make_method_model
 from parablock.report.write import write_report
 from parablock.storage.checkpoint import RunState, load_newest
-from parablock.storage.files import claimed
+from parablock.storage.files import lock_folder
 from parablock.storage.run_directory import RunDirectory
 
 UNCHANGED_ON_RESUME = {
@@ -33,7 +32,7 @@ UNCHANGED_ON_RESUME = {
     "base_sha256": "the base model",
     "blocks": "the partition of the model",
 }
-"""What of a manifest has to be the same when the run goes on."""
+"""The entries of a manifest that have to be the same when the run goes on."""
 
 
 def run(
@@ -42,38 +41,37 @@ def run(
     *,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-    connect: Callable[[RunInputs], Engine] = InProcess,
+    connect: Callable[[RunInputs], Engine] | None = None,
 ) -> Summary:
     """Fine-tune as the configuration says, and leave a run directory.
 
     Args:
         config: The run.
         output_dir: A folder that holds no run yet; nothing is written before all input has been checked.
-        progress: Who is told how it goes; None: the logger `parablock`, at level INFO.
+        progress: Shows how the run goes; None: the logger `parablock`, at level INFO.
         asked_to_stop: Asked at every round; when true the run is saved and stops. Also asked while a round waits
-            for a client that is gone; then it stops at once, and goes on from its last checkpoint.
-        connect: Makes the engine for the run; None given: all in this process.
+            for a client that is gone; then the run stops at once, and goes on from its last checkpoint.
+        connect: Makes the engine of the run; None: all in this process.
 
     Returns:
-        What stands in `summary.json`.
+        The content of `summary.json`.
 
     Raises:
         InputError: Something that the user gave is wrong.
         ParaBlockError: The run failed.
     """
     began, progress = time.perf_counter(), progress or LoggedProgress()
-    if connect is InProcess:
-        InProcess.check(config)
+    if connect is None:
+        check_in_process(config)
     directory = RunDirectory(output_dir)
     directory.check_unused()
-    check_trackers(config.report_to)
-    check_privacy_extra(config)
-    inputs = read_inputs(config, progress.message)
+    inputs = _checked_inputs(config, progress)
     directory.create(inputs.config.to_yaml(), inputs.manifest)
-    with claimed(directory.path):
+    with lock_folder(directory.path):
         if adds_noise(config):
             directory.write_secret(new_secret())
-        return Run(inputs, directory, progress, asked_to_stop, connect(inputs), began).execute(None)
+        engine = connect(inputs) if connect else InProcess()
+        return _Run(inputs, directory, progress, asked_to_stop, engine, began).execute(None)
 
 
 def resume(
@@ -81,137 +79,97 @@ def resume(
     *,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-    connect: Callable[[RunInputs], Engine] = InProcess,
+    connect: Callable[[RunInputs], Engine] | None = None,
 ) -> Summary:
     """Go on from the newest checkpoint, bitwise as if the run had never stopped; see `run`.
 
     Raises:
         CheckpointError: There is no unfinished run, or its data or model changed.
-        StorageError: It is still at work.
+        StorageError: The run is still at work.
     """
     began, progress = time.perf_counter(), progress or LoggedProgress()
     directory = RunDirectory(output_dir)
     directory.check_resumable()
-    with claimed(directory.path):
-        return _go_on(directory, began, progress, asked_to_stop, connect)
+    with lock_folder(directory.path):
+        inputs = _checked_inputs(load_config(directory.config), progress)
+        _check_unchanged(directory, inputs.manifest)
+        engine = connect(inputs) if connect else InProcess()
+        state, passed_over = load_newest(directory.checkpoints, engine.held_rounds)
+        for reason in passed_over:
+            progress.message(f"passed over a damaged checkpoint: {reason}")
+        if state is None:
+            progress.message("there is no checkpoint that server and clients share; the run begins anew")
+        return _Run(inputs, directory, progress, asked_to_stop, engine, began).execute(state)
 
 
-def _go_on(
-    directory: RunDirectory,
-    began: float,
-    progress: Progress,
-    asked_to_stop: Callable[[], bool],
-    connect: Callable[[RunInputs], Engine],
-) -> Summary:
-    config = load_config(directory.config)
+def _checked_inputs(config: RunConfig, progress: Progress) -> RunInputs:
     check_trackers(config.report_to)
     check_privacy_extra(config)
-    inputs = read_inputs(config, progress.message)
+    return read_inputs(config, progress.message)
+
+
+def _check_unchanged(directory: RunDirectory, manifest: Mapping[str, Any]) -> None:
     before = directory.read_manifest()
-    for key, what in UNCHANGED_ON_RESUME.items():
-        if before.get(key) != inputs.manifest[key]:
+    for key, subject in UNCHANGED_ON_RESUME.items():
+        if before.get(key) != manifest[key]:
             raise CheckpointError(
-                f"{what} ({key}) is not what it was when the run in {directory.path} began",
+                f"{subject} ({key}) is not what it was when the run in {directory.path} began",
                 cause="The data files or the model folder changed in the meantime.",
                 remedy="Put back what changed, or start a new run.",
             )
-    engine = connect(inputs)
-    state, passed_over = load_newest(directory.checkpoints, engine.held_rounds)
-    for reason in passed_over:
-        progress.message(f"passed over a damaged checkpoint: {reason}")
-    if state is None:
-        progress.message("there is no checkpoint that server and clients share; the run begins anew")
-    return Run(inputs, directory, progress, asked_to_stop, engine, began).execute(state)
 
 
-class Run:
-    """The life cycle of a run: start or go on, drive the engine, finish or fail.
+@dataclass(frozen=True)
+class _Run:
+    """The life cycle of a run: start or go on, drive the engine, finish or fail."""
 
-    Args:
-        inputs: What was read.
-        directory: The run directory.
-        progress: Told how the run goes.
-        asked_to_stop: See `run`.
-        engine: Brings server and clients together.
-        began: When this process began with the run, by `time.perf_counter`.
-    """
-
-    def __init__(
-        self,
-        inputs: RunInputs,
-        directory: RunDirectory,
-        progress: Progress,
-        asked_to_stop: Callable[[], bool],
-        engine: Engine,
-        began: float,
-    ) -> None:
-        self._inputs, self._config, self._directory = inputs, inputs.config, directory
-        self._progress, self._asked_to_stop, self._engine, self._began = progress, asked_to_stop, engine, began
-        self._model = make_method_model(inputs, None if engine.is_local else ())
-        self._secret = directory.read_secret() if adds_noise(self._config) else None
+    inputs: RunInputs
+    directory: RunDirectory
+    progress: Progress
+    asked_to_stop: Callable[[], bool]
+    engine: Engine
+    began: float
 
     def execute(self, state: RunState | None) -> Summary:
-        """Run to the end, or to where it is stopped.
-
-        Args:
-            state: The checkpoint to go on from; None: from the start.
-        """
-        config, progress = self._config, self._progress
-        for note in self._inputs.notes:
+        """Run to the end or to a stop, from a checkpoint or, with None, from the start."""
+        config, directory, progress = self.inputs.config, self.directory, self.progress
+        model = make_method_model(self.inputs, None if self.engine.is_local else ())
+        for note in self.inputs.notes:
             progress.message(note)
         if state is None:
-            progress.message(f"scoring the base model on {len(self._inputs.test)} test examples")
-        recorder = Recorder(config, self._directory, progress, self._model, began=self._began, state=state)
+            progress.message(f"scoring the base model on {len(self.inputs.test)} test examples")
+        recorder = Recorder(config, directory, progress, model, began=self.began, state=state)
         progress.start(config.federation.num_rounds, clients_of(config), recorder.num_done)
         faults = faults_of(config, state.progress["faults"] if state else ())
+        hooks = Hooks(recorder.on_commit, recorder.on_checkpoint, self.asked_to_stop, progress.message)
+        secret, folder = directory.read_secret() if adds_noise(config) else None, directory.path
         try:
-            result = self._engine.run(self._engine_input(recorder, faults, state))
-            recorder.troubles = _troubles(faults, result)
-            summary = self._finish(result, recorder)
+            given = engine_input(
+                config, model, recorder.trace, hooks, secret=secret, resumed=state, faults=faults, folder=folder
+            )
+            result = self.engine.run(given)
+            if faults or result.refused:
+                recorder.troubles = {"faults": faults.counts, "refused_updates": result.refused}
+            summary = self._finish(result, recorder, model)
         except Exception:
-            with suppress(InputError):  # the reason why it failed may be that nothing can be written
+            with suppress(InputError):  # the run may have failed because nothing can be written
                 recorder.write_summary("failed")
-                write_report([self._directory.path])
+                write_report([directory.path])
             raise
-        write_report([self._directory.path])
+        write_report([directory.path])
         return summary
 
-    def _engine_input(self, recorder: Recorder, faults: Faults, state: RunState | None) -> EngineInput:
-        hooks = Hooks(
-            on_commit=recorder.on_commit,
-            on_checkpoint=recorder.on_checkpoint,
-            asked_to_stop=self._asked_to_stop,
-            on_event=self._progress.message,
-        )
-        return engine_input(
-            self._config,
-            self._model,
-            recorder.trace,
-            hooks,
-            secret=self._secret,
-            resumed=state,
-            faults=faults,
-            folder=self._directory.path,
-        )
-
-    def _finish(self, result: EngineResult, recorder: Recorder) -> Summary:
-        if recorder.unsaved is not None:  # where the run is stopping, no message is left that could carry it
+    def _finish(self, result: EngineResult, recorder: Recorder, model: MethodModel) -> Summary:
+        if recorder.unsaved is not None:  # in a stopping run no message is left to carry the error
             raise recorder.unsaved
         if not result.finished:
             return recorder.write_summary("interrupted")
         wall_time_s = recorder.trace.clock.now()
-        eval_loss = self._model.finish_model(result.server.params)
+        eval_loss = model.finish_model(result.server.params)
         recorder.record_last(result.last_traffic, eval_loss)
         return recorder.write_summary(
             "completed",
             wall_time_s=wall_time_s,
             final_eval_loss=eval_loss,
-            model_sha256=self._model.export(self._directory.model),
+            model_sha256=model.export(self.directory.model),
         )
-
-
-def _troubles(faults: Faults, result: EngineResult) -> dict[str, Any]:
-    """Count what went wrong: faults by kind, and messages of clients that were refused by reason."""
-    if not faults and not result.refused:
-        return {}
-    return {"faults": faults.counts, "refused_updates": result.refused}

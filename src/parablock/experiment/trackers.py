@@ -1,7 +1,6 @@
-"""Experiment trackers: TensorBoard and Weights & Biases.
+"""Experiment trackers, TensorBoard and Weights & Biases: the numbers of `metrics.jsonl` under the same names.
 
-A tracker gets the numbers of `metrics.jsonl` under the same names, with the number of finished rounds as the step;
-step 0 holds the base model's eval loss.
+The step is the number of finished rounds; step 0 holds the base model's eval loss.
 """
 
 from __future__ import annotations
@@ -10,28 +9,13 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from parablock.errors import ConfigError
 from parablock.storage.run_directory import Row
 
 
-class Tracker(Protocol):
-    """A program that records figures over steps."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record figures.
-
-        Args:
-            step: Number of finished rounds.
-            values: Name → figure.
-        """
-
-    def close(self) -> None:
-        """Write all that is pending; a second call does nothing."""
-
-
-class TensorBoardTracker(Tracker):
+class TensorBoardTracker:
     """Event files for TensorBoard: `tensorboard --logdir DIR/tensorboard`.
 
     Args:
@@ -45,7 +29,7 @@ class TensorBoardTracker(Tracker):
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event for each figure to disk, where TensorBoard reads along."""
+        """Write one event for each figure to disk, at a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -55,7 +39,7 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
 
 
-class WandbTracker(Tracker):
+class WandbTracker:
     """An offline run of Weights & Biases; `wandb sync DIR/wandb/offline-run-*` uploads it.
 
     Args:
@@ -95,10 +79,10 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
-class Trackers(Tracker):
+class Trackers:
     """Any number of trackers as one."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[TensorBoardTracker | WandbTracker]) -> None:
         self._trackers = tuple(trackers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -113,22 +97,11 @@ class Trackers(Tracker):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not installed.
-
-    Args:
-        names: `report_to` of the configuration; a tracker has the name of its package.
-
-    Raises:
-        ConfigError: Packages are missing; the error has the command that installs each.
-    """
-    missing = [name for name in names if not _is_installed(name)]
-    if missing:
-        raise ConfigError(
-            [
-                f"report_to: the package {name} is not installed; run: pip install 'parablock[{name}]'"
-                for name in missing
-            ]
-        )
+    """Raise a ConfigError for the trackers (of `report_to`) whose package, of the same name, is not installed."""
+    install = "report_to: the package {0} is not installed; run: pip install 'parablock[{0}]'"
+    problems = [install.format(name) for name in names if not _is_installed(name)]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _is_installed(name: str) -> bool:
@@ -137,15 +110,8 @@ def _is_installed(name: str) -> bool:
 
 
 def open_trackers(names: Sequence[str], directory: Path, *, first_step: int, config: Mapping[str, Any]) -> Trackers:
-    """Open the trackers of a run.
-
-    Args:
-        names: `report_to` of the configuration.
-        directory: The run directory; each tracker has a folder of its own in it.
-        first_step: The first step of this session.
-        config: The configuration as plain values.
-    """
-    trackers: list[Tracker] = []
+    """Open the trackers of `report_to`, each with a folder of its own in the run directory."""
+    trackers: list[TensorBoardTracker | WandbTracker] = []
     if "tensorboard" in names:
         trackers.append(TensorBoardTracker(directory, first_step))
     if "wandb" in names:

@@ -1,8 +1,7 @@
-"""What the method makes of a job: the parameters that travel, every client's local training, and the model.
+"""The model of a method: the parameters that the server holds, the clients' local training, and the result.
 
-Most methods differ in what they train and in nothing else. Those that train adapters merge them into the
-model before it is scored for the last time and written, so that it is a plain checkpoint; `flora` merges them in
-every round. `local` and `central` have no common model: each client keeps its own.
+Most methods differ only in their blocks. Adapters are merged into the model before its last evaluation, so that
+the written model is a plain checkpoint.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from parablock.training.trainer import LocalTrainer, Trainer, local_arguments
 
 
 class MethodModel:
-    """The model as the method trains it, with the local training of all clients.
+    """The model as the method trains it, with the local training of the clients.
 
     Args:
-        job: The run's material; its model becomes the fleet's.
-        clients: Whose local training is made; None: everybody's. A single one trains with the model itself.
+        inputs: The inputs of the run; their model is trained itself.
+        clients: The clients to train here; None: all. A single one trains without a copy of the model.
 
     Attributes:
-        params: What the server starts from, one flat vector for each block; none once they have been taken.
-        num_blocks: How many there are.
+        params: The server's initial parameters, one flat vector for each block; empty after `take_params`.
+        num_blocks: Number of blocks.
         trainers: Local training of each client, in order of client_id.
-        form: The form of the method's updates; None: differences, in the configured format.
+        form: The form of the method's updates; None: the configured one.
     """
 
     form: UpdateForm | None = None
 
-    def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
-        self._job, self._config = job, job.config
-        clients = range(len(job.train)) if clients is None else clients
-        self._replica = Replica(job.loaded.model, self.committed_blocks())
-        pad_token_id = job.loaded.tokenizer.pad_token_id
+    def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None) -> None:
+        self._inputs, self._config = inputs, inputs.config
+        clients = range(len(inputs.train)) if clients is None else clients
+        self._replica = Replica(inputs.loaded.model, self.committed_blocks())
+        pad_token_id = inputs.loaded.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)
         self._pad_token_id = pad_token_id
         self.params = tuple(self._replica.read(block.index) for block in self._replica.blocks)
@@ -57,29 +56,29 @@ class MethodModel:
         ]
 
     def take_params(self) -> tuple[Tensor, ...]:
-        """Give `params`, and keep none of them: each is needed only until its block is committed."""
+        """Return `params`, and keep none of them: each is needed only until its block is committed."""
         params, self.params = self.params, ()
         return params
 
     def committed_blocks(self) -> tuple[Block, ...]:
-        """Give the blocks that the server holds: those that are trained, unless the method commits others."""
-        return self._job.blocks
+        """Return the blocks that the server commits: by default the trained ones."""
+        return self._inputs.blocks
 
     def trainer(self, client_id: int, *, alone: bool) -> Trainer:
-        """Make the local training of one client."""
-        model = self._job.loaded.model
-        replica = self._replica if self._is_shared(alone) else Replica(copy.deepcopy(model), self._job.blocks)
+        """Make the local training of one client; `alone` if no other one trains here."""
+        model = self._inputs.loaded.model
+        replica = self._replica if self._is_shared(alone) else Replica(copy.deepcopy(model), self._inputs.blocks)
         return self._local_trainer(client_id, replica)
 
     def _is_shared(self, alone: bool) -> bool:
-        # Under the virtual clock one client computes at a time, so all can train with one model.
+        # under the virtual clock one client computes at a time
         return alone or self._config.engine.clock == "virtual"
 
     def _local_trainer(self, client_id: int, replica: Replica) -> LocalTrainer:
         config = self._config
         return LocalTrainer(
             client_id,
-            self._job.train[client_id],
+            self._inputs.train[client_id],
             replica,
             train=config.train,
             arguments=local_arguments(config),
@@ -95,14 +94,14 @@ class MethodModel:
         return self._loss()
 
     def finish_model(self, params: Sequence[Tensor]) -> float:
-        """Make the model that will be written, and return its loss; nothing is trained afterwards."""
+        """Make the final model, and return its loss; nothing is trained afterwards."""
         self._replica.load_all(params)
         merge_adapters(self._replica.model)
         return self._loss()
 
     def export(self, directory: Path) -> str:
-        """Write the finished model, and return its `model_sha256`."""
-        model, tokenizer = self._replica.model, self._job.loaded.tokenizer
+        """Write the final model, and return its `model_sha256`."""
+        model, tokenizer = self._replica.model, self._inputs.loaded.tokenizer
         if model.generation_config is not None:  # plain `generate` stops where training ended a turn
             model.generation_config.eos_token_id = list(find_stop_token_ids(tokenizer))
         save_model(model, tokenizer, directory)
@@ -111,7 +110,7 @@ class MethodModel:
     def _loss(self) -> float:
         return evaluate_loss(
             self._replica.model,
-            self._job.test,
+            self._inputs.test,
             pad_token_id=self._pad_token_id,
             batch_size=self._config.evaluation.per_device_eval_batch_size,
         )
@@ -119,16 +118,16 @@ class MethodModel:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """A configuration with everything that it names, read and checked; nothing has been written.
+    """The inputs of a run, read and checked.
 
     Attributes:
-        config: Resolved: nothing is left to a default of the machine.
+        config: The configuration with the defaults of the machine filled in.
         loaded: The base model and its tokenizer.
-        blocks: Its partition.
-        train: The examples of each client.
-        test: The examples that the model is scored on.
-        notes: What a user should read before the run starts.
-        manifest: What has to be the same when the run is resumed, and where it ran.
+        blocks: The blocks that the method trains.
+        train: The training examples of each client.
+        test: The test examples.
+        notes: Texts for the user before the run starts.
+        manifest: Hashes and facts that have to be the same on resume, and the environment.
     """
 
     config: RunConfig

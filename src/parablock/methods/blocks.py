@@ -1,19 +1,19 @@
-"""What each method trains and sends: its blocks."""
+"""The blocks of each method: the parts of the model that it trains and sends."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.methods.adapters import adapter_blocks
+from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import Block, partition_blocks, whole_model
 
 
 def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
-    """Return what the configured method trains and sends; methods of adapters put them into the model.
+    """Return the blocks of the configured method, which puts adapters into the model if it trains some.
 
     Raises:
-        ModelError: The model has no such blocks, or adapters cannot be made.
+        ModelError: The model has no such blocks, or cannot have adapters.
     """
     match config.federation.traits.trains:
         case "blocks":
@@ -21,19 +21,13 @@ def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ..
         case "everything":
             return whole_model(model, config.blocks.layers_path)
         case "adapters":
-            return adapter_blocks(model, config)
+            return _adapter_blocks(model, config)
 
 
 def layer_blocks(
     model: PreTrainedModel, config: RunConfig, layers_per_block: int | None = None
 ) -> tuple[Block, ...]:
-    """Cut a model as the block methods do.
-
-    Args:
-        model: The model or its outline.
-        config: The run.
-        layers_per_block: Instead of the configured number, which must be one otherwise.
-    """
+    """Cut a model, or its outline, into blocks of layers; `layers_per_block` replaces the configured number."""
     section = config.blocks
     size = section.layers_per_block if layers_per_block is None else layers_per_block
     assert isinstance(size, int)
@@ -44,4 +38,13 @@ def layer_blocks(
         include_embeddings=section.include_embeddings,
         include_head=section.include_head,
         layers_path=section.layers_path,
+    )
+
+
+def _adapter_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
+    path = config.blocks.layers_path
+    add_adapters(model, **config.lora.model_dump(), layers_path=path, seed=config.seed)
+    return tuple(
+        adapter_block(model, index=index, matrices=group, layers_path=path)
+        for index, group in enumerate(config.federation.traits.matrices)
     )

@@ -1,4 +1,4 @@
-"""FLoRA's adapters in a model, and the local training of a client that has new ones in every round."""
+"""FLoRA: local training of new adapters in every round, and the model to which their product is added."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from parablock.training.trainer import LocalTrainer, Trained, Trainer
 
 
 def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
-    """Read the adapters of a model off."""
+    """Return the shapes and the scale of a model's adapters."""
     layers = [layer for _, layer in adapted_layers(model)]
     return Factors(
         shapes=tuple((layer.out_features, layer.in_features) for layer in layers),
@@ -32,10 +32,10 @@ def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
 
 
 class FloraTrainer:
-    """Trains adapters on the matrices as they are now.
+    """Trains new adapters in each round.
 
     Args:
-        client_id: Whose adapters are drawn.
+        client_id: The client.
         trainer: The local training of the adapters, one block.
         matrices: The part of the model that the server commits.
         adapters: The part of the same model that is trained.
@@ -50,14 +50,9 @@ class FloraTrainer:
         self.num_examples, self.step_time_s = trainer.num_examples, trainer.step_time_s
 
     def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
+        self, round_index: int, block_index: int, num_local_steps: int, steps_before: int, working: Sequence[Tensor]
     ) -> Trained:
-        """Take the local steps of a round on new adapters; return the trained adapters."""
+        """Draw adapters, and take the local steps of a round on them."""
         self._matrices.load_all(working)
         fresh = draw_adapters(
             self._adapters.model, seed=self._seed, round_index=round_index, client_id=self._client_id
@@ -65,35 +60,32 @@ class FloraTrainer:
         return self._trainer.train(round_index, block_index, num_local_steps, steps_before, (fresh,))
 
     def memory(self) -> dict[str, Tensor]:
-        """Nothing outlives a round."""
+        """Return nothing: adapters do not outlive a round."""
         return {}
 
     def remember(self, memory: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+        """Restore nothing."""
         assert not memory
 
 
 class FloraModel(MethodModel):
-    """Clients that train new adapters in each round, on matrices to which everybody adds those of the last.
+    """A model whose matrices the server commits, and whose adapters are zero outside training."""
 
-    What the server holds are the matrices; the model itself carries adapters, which add nothing outside training.
-    """
-
-    def __init__(self, job: RunInputs, clients: Sequence[int] | None = None) -> None:
-        self._adapters = Replica(job.loaded.model, job.blocks)
-        self.form = StackedAdapters(factors_of(job.loaded.model, job.config))
-        super().__init__(job, clients)
+    def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None) -> None:
+        self._adapters = Replica(inputs.loaded.model, inputs.blocks)
+        self.form = StackedAdapters(factors_of(inputs.loaded.model, inputs.config))
+        super().__init__(inputs, clients)
 
     def committed_blocks(self) -> tuple[Block, ...]:
-        """Give one block of all matrices with adapters."""
-        return (matrices_block(self._job.loaded.model, layers_path=self._config.blocks.layers_path),)
+        """Return one block of all matrices with adapters."""
+        return (matrices_block(self._inputs.loaded.model, layers_path=self._config.blocks.layers_path),)
 
     def trainer(self, client_id: int, *, alone: bool) -> Trainer:
-        """Make the local training of one client, on a model of two parts: matrices and adapters."""
+        """Make the local training of one client."""
         matrices, adapters = self._replica, self._adapters
         if not self._is_shared(alone):
-            model = copy.deepcopy(self._job.loaded.model)
-            matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._job.blocks)
+            model = copy.deepcopy(self._inputs.loaded.model)
+            matrices, adapters = Replica(model, self._replica.blocks), Replica(model, self._inputs.blocks)
         return FloraTrainer(
             client_id, self._local_trainer(client_id, adapters), matrices, adapters, seed=self._config.seed
         )
@@ -104,7 +96,7 @@ class FloraModel(MethodModel):
         return super().evaluate(params)
 
     def finish_model(self, params: Sequence[Tensor]) -> float:
-        """Make the model of the last matrices, and return its loss."""
+        """Make the final model, without adapters, and return its loss."""
         self._without_adapters()
         return super().finish_model(params)
 

@@ -14,7 +14,7 @@ from parablock.config.methods import METHODS, cohort_size, with_delay
 from parablock.engine.local_steps import local_steps_of
 from parablock.errors import ConfigError
 from parablock.experiment.engines import encoding_of
-from parablock.experiment.fit_blocks import estimated_compute, fitted, flops_of, never_visited
+from parablock.experiment.fit_blocks import estimated_compute, fit_blocks, flops_of, never_visited
 from parablock.methods.blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
@@ -105,7 +105,7 @@ class Scenario:
 
     def __init__(self, config: RunConfig, *, probe: bool) -> None:
         self.outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
-        asked, self.config = config.blocks.layers_per_block, fitted(config, self.outline)
+        asked, self.config = config.blocks.layers_per_block, fit_blocks(config, self.outline)
         config = self.config
         assert isinstance(config.blocks.layers_per_block, int)
         self.layers_per_block = config.blocks.layers_per_block

@@ -27,8 +27,8 @@ from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.seeding import seed_for
 from parablock.training.flops import FlopModel, Tokens
-from parablock.training.step_time import Compute, crowding, device, format_flops
-from parablock.training.trainer import LocalTrainer, local_arguments
+from parablock.training.step_time import Compute, device, format_flops, slowdown
+from parablock.training.trainer import LocalTrainer
 from parablock.wire.quantize import pack
 
 PROBED_BLOCKS = 4
@@ -57,7 +57,7 @@ def probed_compute(config: RunConfig) -> Compute:
     flops = flops_of(config, job.loaded.model)
     speed = _measure(job, flops)
     tokens = _round_tokens(job)
-    factor, crowd = crowding(config, torch.get_num_threads())
+    factor, crowd = slowdown(config, torch.get_num_threads())
 
     def round_s(block: Block, round_index: int, client_id: int, num_local_steps: int) -> float:
         operations = flops.step(block, tokens(round_index, client_id, num_local_steps))
@@ -133,7 +133,7 @@ def _trainers(job: RunInputs, replica: Replica) -> list[LocalTrainer]:
             examples,
             replica,
             train=job.config.train.model_copy(update={"optimizer_state": "reset"}),
-            arguments=local_arguments(job.config),
+            arguments=arguments,
             num_rounds=PROBE_REPEATS,
             seed=job.config.seed,
             pad_token_id=job.loaded.tokenizer.pad_token_id,

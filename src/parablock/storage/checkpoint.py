@@ -29,7 +29,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import ServerState
 from parablock.errors import CheckpointError
-from parablock.storage.files import folder_written_beside
+from parablock.storage.files import write_folder_beside
 from parablock.trace import Span
 
 FORMAT_VERSION = 2
@@ -81,7 +81,7 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
         StorageError: The checkpoint cannot be written; earlier ones are untouched.
     """
     place = directory / f"round-{state.round_index:06d}"
-    with folder_written_beside(place) as beside:
+    with write_folder_beside(place) as beside:
         _write_parts(beside, state)
     for old in _checkpoints(directory)[keep:]:
         shutil.rmtree(old, ignore_errors=True)

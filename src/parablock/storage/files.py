@@ -37,12 +37,12 @@ def storage(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that there is never half of it."""
-    with written_beside(path) as beside:
+    with write_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def write_beside(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` to write a file to; it takes the name `path` when it is whole.
 
     If it cannot be written, the file that was there before is untouched.
@@ -60,7 +60,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_beside(folder: Path) -> Iterator[Path]:
+def write_folder_beside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` to write files to; it takes the name `folder` when it is whole.
 
     If it cannot be written, nothing half-written is left.
@@ -100,7 +100,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def claimed(
+def lock_folder(
     folder: Path, remedy: str = "Wait for its end or stop it (Ctrl-C saves it), and resume then."
 ) -> Iterator[None]:
     """Lock a folder itself, against other processes, while the block lasts; the end of this process unlocks it.

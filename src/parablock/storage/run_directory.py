@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parablock.errors import CheckpointError, StorageError
-from parablock.storage.files import storage, write_atomically, written_beside
+from parablock.storage.files import storage, write_atomically, write_beside
 from parablock.trace import Span, times_by_client, write_chrome_trace
 
 Row = dict[str, Any]
@@ -116,7 +116,7 @@ class RunDirectory:
 
     def write_trace(self, spans: list[Span]) -> None:
         """Write `trace.json`."""
-        with written_beside(self.trace) as beside:
+        with write_beside(self.trace) as beside:
             write_chrome_trace(spans, beside)
 
     def write_secret(self, key: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Local training of a client, and how long it takes.
+"""Local training of a client, and its time.
 
 trainer: the protocol `Trainer`, and training on the client's own examples.
 local: K local steps on one block.

@@ -18,7 +18,7 @@ class Moments:
     Attributes:
         exp_avg: First moment: flat, fp32, on the model's device.
         exp_avg_sq: Second moment, likewise.
-        step: Optimizer steps that made them.
+        step: Number of optimizer steps so far.
     """
 
     exp_avg: Tensor
@@ -36,7 +36,7 @@ class BlockAdamW:
     Args:
         parameters: The block's parameters, in the order of its flat vector.
         block: The flat vector that they are views of.
-        moments: State to start from, which is not changed; None for a fresh start.
+        moments: State to start from, not changed; None: a fresh start.
         betas: Decay of the first and of the second moment.
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
@@ -143,7 +143,7 @@ def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], 
 GRADIENT_TERMS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], None]] = {
     "proximal_mu": add_proximal_gradient,
 }
-"""What a method can add to the gradient, by the key of `federation` that holds its weight.
+"""The terms that a method can add to the gradient, by the key of `federation` that holds the weight.
 
 Each function takes the weights with their gradients, the weights at the start of the round, and that weight.
 """

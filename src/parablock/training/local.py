@@ -21,8 +21,7 @@ from parablock.errors import DataError, TrainingError
 from parablock.model.device_copy import ArrivingVector, copy_to_cpu
 from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
-from parablock.training.adamw import BlockAdamW
-from parablock.training.adamw import Moments as Moments
+from parablock.training.adamw import BlockAdamW, Moments
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,12 @@ def train_block(
     Args:
         replica: The client's model, with its other blocks loaded.
         block_index: The active block.
-        start: v^b, the working parameters: flat, the model's dtype. It is not changed.
+        start: v^b, the working parameters: flat, the model's dtype; not changed.
         step_batches: The micro-batches of each step.
         arguments: Optimizer and schedule.
         first_step: Place in the schedule of the first of these steps, from zero.
         total_steps: Local steps that the schedule spans.
-        moments: The optimizer's state at the end of the block's last visit, to go on from; it is not
-            changed. None starts anew.
-
-    Returns:
-        The trained block, the loss, and the optimizer's state.
+        moments: The optimizer's state of the block's last visit, not changed; None: a fresh start.
 
     Raises:
         TrainingError: A loss or the trained block is not finite.
@@ -106,7 +101,16 @@ def train_block(
     losses = []
     try:
         replica.activate(block_index, gradient_checkpointing=arguments.gradient_checkpointing)
-        with _optimizer(replica, block_index, arguments, moments) as optimizer:
+        with BlockAdamW(
+            replica.parameters(block_index),
+            replica.buffer(block_index),
+            moments,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            weight_decay=arguments.weight_decay,
+            max_grad_norm=arguments.max_grad_norm,
+            gradient_terms=arguments.gradient_terms,
+        ) as optimizer:
             for step, micro_batches in enumerate(step_batches, first_step):
                 learning_rate = learning_rate_at(arguments, step, total_steps)
                 where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
@@ -124,14 +128,7 @@ def train_block(
 
 
 def learning_rate_at(arguments: LocalArguments, step: int, total_steps: int) -> float:
-    """Return the learning rate of a local step, by the schedules of Transformers.
-
-    Args:
-        arguments: Peak, shape and warm-up of the schedule. A constant schedule with a warm-up is
-            Transformers' `constant_with_warmup`.
-        step: Place in the schedule, from zero.
-        total_steps: Local steps that the schedule spans.
-    """
+    """Return the learning rate of a local step, counted from zero, by the schedules of Transformers."""
     warmup = math.ceil(arguments.warmup_ratio * total_steps)
     name: str = arguments.lr_scheduler_type
     if name == "constant" and warmup:
@@ -141,23 +138,8 @@ def learning_rate_at(arguments: LocalArguments, step: int, total_steps: int) -> 
     return arguments.learning_rate * float(schedule.lr_lambdas[0](min(step, total_steps)))
 
 
-def _optimizer(
-    replica: Replica, block_index: int, arguments: LocalArguments, moments: Moments | None
-) -> BlockAdamW:
-    return BlockAdamW(
-        replica.parameters(block_index),
-        replica.buffer(block_index),
-        moments,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-        max_grad_norm=arguments.max_grad_norm,
-        gradient_terms=arguments.gradient_terms,
-    )
-
-
 def _accumulate_gradients(model: PreTrainedModel, micro_batches: Sequence[Batch], where: str) -> float:
-    """Add up the gradients of a step's loss, normalised by the label tokens of all its micro-batches."""
+    """Accumulate the gradients of a step's loss per label token of all its micro-batches; return the loss."""
     label_tokens = sum(count_label_tokens(batch.labels_BT) for batch in micro_batches)
     if not label_tokens:
         raise DataError(

@@ -53,7 +53,7 @@ def assumed_compute(config: RunConfig, flops: FlopModel) -> Compute:
     tokens = Tokens.at_most(num_examples=size, max_length=config.data.max_length)
     on, threads = device(config), num_threads(config)
     speed = ASSUMED_FLOPS[on, config.model.dtype] * (threads if on == "cpu" else 1)
-    factor, crowd = crowding(config, threads)
+    factor, note = slowdown(config, threads)
 
     @cache
     def seconds(block: Block) -> float:
@@ -63,7 +63,7 @@ def assumed_compute(config: RunConfig, flops: FlopModel) -> Compute:
         lambda block, _round, _client, num_local_steps: num_local_steps * seconds(block),
         "assumed",
         f"assumed: {format_flops(speed)} on the {on} of a client, {config.data.max_length} tokens in every "
-        f"example (--probe measures both; engine.step_time_s states the time of a step){crowd}",
+        f"example (--probe measures both; engine.step_time_s states the time of a step){note}",
     )
 
 
@@ -79,7 +79,7 @@ def device(config: RunConfig) -> str:
     return found if config.model.device == "auto" else config.model.device
 
 
-def crowding(config: RunConfig, threads: int) -> tuple[float, str]:
+def slowdown(config: RunConfig, threads: int) -> tuple[float, str]:
     """Return how much slower clients are because they share this machine, and a note on it."""
     if config.engine.name != "inprocess" or config.engine.clock == "virtual":
         return 1.0, ""
@@ -88,9 +88,7 @@ def crowding(config: RunConfig, threads: int) -> tuple[float, str]:
     cores = os.cpu_count() or 1
     factor = max(1.0, asked * threads / cores) if on_cpu else float(asked)
     shared = f"{cores} cores" if on_cpu else "one GPU"
-    note = (
-        f"; {asked} clients share {shared}: {factor:.3g} times as long (engine.clock: virtual gives each its own)"
-    )
+    note = f"; {asked} clients share {shared}: {factor:.3g} times as long (not with engine.clock: virtual)"
     return factor, note if factor > 1 else ""
 
 

@@ -1,4 +1,4 @@
-"""Trainer, the local training of one client: the protocol, its result, and training on the client's examples."""
+"""The local training of one client: the protocol `Trainer`, and training on the client's examples."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from parablock.data.batches import round_batches
 from parablock.data.prompts import Example
 from parablock.model.device_copy import ArrivingVector
 from parablock.model.params import Replica
-from parablock.training.adamw import GRADIENT_TERMS
-from parablock.training.local import LocalArguments, Moments, train_block
+from parablock.training.adamw import GRADIENT_TERMS, Moments
+from parablock.training.local import LocalArguments, train_block
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Trained:
 
 
 class Trainer(Protocol):
-    """Local training of one client, and what it remembers between rounds.
+    """Local training of one client, with its memory between rounds.
 
     Attributes:
         num_examples: Number of the client's training examples.
@@ -43,12 +43,7 @@ class Trainer(Protocol):
     step_time_s: float | None
 
     def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
+        self, round_index: int, block_index: int, num_local_steps: int, steps_before: int, working: Sequence[Tensor]
     ) -> Trained:
         """Take the local steps of a round.
 
@@ -56,12 +51,12 @@ class Trainer(Protocol):
             round_index: t.
             block_index: b, the block that is trained.
             num_local_steps: K of this round.
-            steps_before: Local steps that this client took in earlier rounds, which its batches follow.
+            steps_before: The client's local steps of earlier rounds; its batches go on from there.
             working: v, the working parameters to start from: one flat vector for each block.
         """
 
     def memory(self) -> dict[str, Tensor]:
-        """Return what has to survive a restart."""
+        """Return the tensors that have to survive a restart."""
 
     def remember(self, memory: dict[str, Tensor]) -> None:
         """Restore what `memory` returned."""
@@ -71,14 +66,14 @@ class LocalTrainer:
     """Trains a block on one client's examples.
 
     Args:
-        client_id: Whose examples.
-        examples: Its training examples.
-        replica: The model that it trains with. Clients whose turns never overlap may share one.
+        client_id: The client.
+        examples: The client's training examples.
+        replica: The model to train with. Clients that never train at the same time may share one.
         train: The `train` section of the configuration.
         arguments: The arguments of the local optimizer.
         num_rounds: T, which the learning-rate schedule spans.
         seed: The run's seed.
-        pad_token_id: What short examples are padded with.
+        pad_token_id: The token that pads short examples.
         step_time_s: Simulated seconds of a local step; None: as measured.
     """
 
@@ -103,12 +98,7 @@ class LocalTrainer:
         self.step_time_s = step_time_s
 
     def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
+        self, round_index: int, block_index: int, num_local_steps: int, steps_before: int, working: Sequence[Tensor]
     ) -> Trained:
         """Take the local steps of a round; see `Trainer.train`."""
         self._replica.load_all(working)
@@ -127,7 +117,7 @@ class LocalTrainer:
                 pad_token_id=self._pad_token_id,
             ),
             self._arguments,
-            # the learning rate follows the rounds, whatever number of steps each of them has
+            # the learning rate follows the rounds, for any number of steps
             first_step=round_index * num_local_steps,
             total_steps=self._num_rounds * num_local_steps,
             moments=self._moments.get(block_index),

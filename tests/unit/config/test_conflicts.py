@@ -56,7 +56,7 @@ def test_sites_that_would_choose_their_own_blocks_are_refused():
     assert conflicts(fitting, {}) == []
     fitting["engine"]["name"] = "flower"
     ((key, problem),) = conflicts(fitting, {})
-    assert key == "blocks.layers_per_block" and "each site would choose for itself" in problem
+    assert key == "blocks.layers_per_block" and "sites would differ" in problem
 
 
 @pytest.mark.parametrize(
@@ -192,5 +192,5 @@ def test_a_fault_that_cannot_happen_is_refused(case: str):
 
 def test_a_commit_cannot_need_more_updates_than_are_asked_for():
     (problem,) = problems({"federation.min_updates": 3, "federation.participation": 0.25})
-    assert problem == "federation.min_updates: 3 of 2 updates: so many are asked for in a round"
+    assert problem == "federation.min_updates: 3 of the 2 updates that a round asks for"
     assert parsed(federation__min_updates=8).federation.min_updates == 8

@@ -17,7 +17,7 @@ from parablock.deploy.site import load_site, site_file
 from parablock.deploy.variables import config_file, failure_file, output_dir_of
 from parablock.errors import ConfigError, InputError, ParaBlockError, StorageError
 from parablock.experiment.progress import LoggedProgress
-from parablock.storage.files import claimed
+from parablock.storage.files import lock_folder
 from parablock.storage.run_directory import RunDirectory
 
 CONFIG = {"model": {"name_or_path": "/model"}, "data": {"train": ["/rows.jsonl"]}, "engine": {"name": "flower"}}
@@ -63,7 +63,7 @@ def test_a_deployment_that_somebody_still_watches_is_not_resumed(tmp_path: Path)
     deployment = Deployment(directory.path, 1, insecure=True)
     deployment.prepare(config)
     (deployment.folder / "flower").touch()  # what is brought up fails here
-    with claimed(deployment.folder), pytest.raises(StorageError, match="another process is at work"):
+    with lock_folder(deployment.folder), pytest.raises(StorageError, match="another process is at work"):
         resume_local(directory.path)
     with pytest.raises(FileExistsError):
         resume_local(directory.path)

@@ -290,7 +290,7 @@ def test_a_file_that_has_lost_its_end_is_a_storage_error(tmp_path: Path):
     fold = new_fold(folder=tmp_path)
     for client_id in range(CLIENTS):
         fold.take(client_id, update(client_id, 0, pack(deltas()[client_id][CUTS[0]], "float32")))
-    file = fold._spool._file
+    file = fold._store._file
     assert file is not None
     file.truncate(100)
     with pytest.raises(StorageError, match="cannot be read back"):

@@ -16,7 +16,7 @@ from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, ModelError
 from parablock.plan.forecast import Scenario, make_plan
 from parablock.training.flops import Tokens
-from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, crowding
+from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, slowdown
 from planning import plan_of
 from tiny_runs import Workshop
 
@@ -153,11 +153,11 @@ def test_clients_that_share_this_machine_are_slower_under_the_real_clock(
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     real = ["engine.clock=real", "engine.step_time_s=null", "engine.num_threads=1"]
-    factor, told = crowding(load_config(workshop.config, real), 1)
+    factor, told = slowdown(load_config(workshop.config, real), 1)
     assert factor == 2.0 and "4 clients share 2 cores" in told
     half = load_config(workshop.config, [*real, "federation.participation=0.5"])
-    assert crowding(half, 1) == (1.0, "")
-    assert crowding(load_config(workshop.config), 1) == (1.0, "")
+    assert slowdown(half, 1) == (1.0, "")
+    assert slowdown(load_config(workshop.config), 1) == (1.0, "")
     assert plan_of(workshop, *real).compute_s == pytest.approx(
         2 * plan_of(workshop, "engine.step_time_s=null", "engine.num_threads=1").compute_s
     )

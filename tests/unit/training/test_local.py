@@ -28,7 +28,8 @@ from parablock.errors import DataError, TrainingError
 from parablock.model.blocks import partition_blocks
 from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
-from parablock.training.local import LocalArguments, LocalResult, Moments, learning_rate_at, train_block
+from parablock.training.adamw import Moments
+from parablock.training.local import LocalArguments, LocalResult, learning_rate_at, train_block
 
 NUM_LAYERS = 4
 PLAIN = LocalArguments(learning_rate=1e-2, max_grad_norm=0.0)

@@ -25,7 +25,7 @@ from pathlib import Path
 from parablock.engine.flower.exchange import Request, header_of, request_of
 from parablock.engine.flower.stream import Frame
 from parablock.errors import ParaBlockError, StorageError
-from parablock.storage.files import written_beside
+from parablock.storage.files import write_beside
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _read(path: Path) -> Frame:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        with written_beside(path) as beside:
+        with write_beside(path) as beside:
             beside.write_bytes(content)
     except StorageError as error:
         raise StorageError(
