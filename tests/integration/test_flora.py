@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import QUIET
 from parablock import load_config
 from parablock.algorithm.aggregate import average
 from parablock.algorithm.stacking import Factors, StackAggregation
@@ -17,7 +18,6 @@ from parablock.clock import VirtualClock
 from parablock.compare import predicted_memory_bytes
 from parablock.engine.contract import EngineResult
 from parablock.engine.faults import NO_FAULTS
-from parablock.engine.plans import Hooks
 from parablock.errors import CodecError
 from parablock.experiment.engines import InProcess, engine_input
 from parablock.experiment.inputs import read_inputs
@@ -37,9 +37,7 @@ def job_of(workshop: Workshop, *overrides: str) -> RunInputs:
 
 
 def run(job: RunInputs, fleet: MethodModel) -> EngineResult:
-    hooks = Hooks(lambda *_: None, lambda _: None)
-    trace = Trace(VirtualClock())
-    given = engine_input(job.config, fleet, trace, hooks, faults=NO_FAULTS)
+    given = engine_input(job.config, fleet, Trace(VirtualClock()), QUIET, faults=NO_FAULTS)
     return InProcess(job).run(replace(given, take_params=lambda: fleet.params))
 
 

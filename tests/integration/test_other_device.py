@@ -119,7 +119,7 @@ def test_the_other_device_is_as_foreign_as_a_gpu(library: Path) -> None:
 
 
 LEAVING = (
-    "from parablock.model import leaving",
+    "from parablock.model import device_copy as leaving",
     "there = torch.arange(3500.).to('other') / 7",
     "on_its_way = leaving.leave(there)",
 )
