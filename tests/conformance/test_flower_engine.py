@@ -145,8 +145,7 @@ def test_two_clients_and_four_give_what_one_process_gives(tmp_path: Path, delay:
     assert not same(result.server.params, in_process(method, weighted).server.params)
 
 
-@pytest.mark.parametrize("carries", LANES.values(), ids=LANES)
-@pytest.mark.parametrize("what", ["lose", "refuse"])
+@pytest.mark.parametrize(("what", "carries"), [("lose", ONE + TWO), ("refuse", ONE), ("refuse", TWO)])
 def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, carries: Sequence[tuple[str, ...]]):
     method = replace(plan(1, CHUNKED), stall_timeout_s=120.0)  # it may go badly for one of them for a while
     undisturbed, quiet = over_flower(tmp_path / "quiet", method)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from parablock.deploy import hand_over
 from parablock.deploy.processes import site_environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a ClientApp is forked on Linux only")
@@ -101,27 +98,3 @@ def test_a_superexec_without_a_keeper_says_so_and_goes_on(tmp_path: Path):
     finally:
         superexec.process.kill()
         superexec.process.wait()
-
-
-def test_a_keeper_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    address = str(tmp_path / "keeper")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        with monkeypatch.context() as impatient:
-            impatient.setattr(hand_over, "ANSWER_S", 0.2)
-            assert not hand_over.hand_over(address, ["--insecure"])
-        silent, _ = listener.accept()
-        assert silent.recv(100) == b"--insecure"
-        silent.close()
-
-        def answer() -> None:
-            with listener.accept()[0] as caller:
-                while caller.recv(100):  # what is left unread at the end would reset the caller
-                    pass
-                caller.sendall(b"1")
-
-        answering = threading.Thread(target=answer)
-        answering.start()
-        assert hand_over.hand_over(address, ["--insecure"])
-        answering.join()

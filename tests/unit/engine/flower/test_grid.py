@@ -8,9 +8,7 @@ from frames import OPENING
 from loop_grid import Online
 from parablock.clock import RealClock
 from parablock.engine.flower import grid
-from parablock.engine.flower.exchange import (
-    Reply,
-)
+from parablock.engine.flower.exchange import Reply
 from parablock.errors import InputError
 from parablock.trace import Trace
 

@@ -6,15 +6,6 @@ from frames import OPENING
 from parablock.engine.flower.lanes import Lane, Site, site_among
 
 
-def test_an_upward_lane_brings_nothing_and_is_asked_when_it_is_missed():
-    site, up, down = Site(), Lane("up", 1), Lane("down", 2)
-    site.out.put(b"x", 0)
-    assert [site.is_due(lane, is_missed=False) for lane in (up, down)] == [False, True]
-    assert [site.is_due(lane, is_missed=True) for lane in (up, down)] == [True, True]
-    assert [len(site.ask(lane, OPENING, 0.0).frames) for lane in (up, down)] == [0, 1]
-    assert [site.is_due(lane, is_missed=True) for lane in (up, down)] == [False, False]  # they are on their way
-
-
 def test_a_supernode_that_comes_back_takes_its_place_and_a_second_one_does_not():
     site = Site()
     assert site.take_lane("up", 1) and not site.is_complete
