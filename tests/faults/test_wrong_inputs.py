@@ -235,20 +235,21 @@ def test_a_read_only_disk_is_refused(workshop: Workshop, small_disk: Resize):
     assert_refused(workshop.run(disk / "out"), "out cannot be written", "is read-only", "--output-dir")
 
 
-FULL = {  # MB free, changes, what is said, the checkpoints that are left; a checkpoint takes about 460 kB
-    "in the first checkpoint": ("120k", [], "round-000002", []),
-    "in the second": ("700k", [], "round-000004", ["round-000002"]),
-    "under the model, of 200 kB": ("560k", ["checkpoint.every_rounds=4"], "model cannot be", ["round-000004"]),
+FULL: dict[str, tuple[str, list[str], str, str, list[str]]] = {
+    # size of the disk, changes, what is said, what to do, and the checkpoints that are left
+    "first checkpoint": ("120k", [], "round-000002", "parablock resume", []),
+    "second checkpoint": ("700k", [], "round-000004", "parablock resume", ["round-000002"]),  # one takes 460 kB
+    "model": ("560k", ["checkpoint.every_rounds=4"], "model cannot be", "Free some space", ["round-000004"]),
 }
 
 
 @pytest.mark.parametrize("case", FULL)
-def test_a_disk_that_fills_leaves_the_last_good_checkpoint_to_go_on_from(
+def test_a_disk_that_fills_under_a_file_leaves_the_last_good_checkpoint_to_go_on_from(
     case: str, workshop: Workshop, small_disk: Resize
 ):
-    size, overrides, says, left = FULL[case]
+    size, overrides, says, cure, left = FULL[case]
     run_dir = small_disk(size) / "out"
-    assert_refused(workshop.run(run_dir, *overrides), says, "disk is full")
+    assert_refused(workshop.run(run_dir, *overrides), says, "disk is full", cure)
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == left
     assert not (run_dir / "model").exists()
     small_disk("4m")

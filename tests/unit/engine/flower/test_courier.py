@@ -1,4 +1,4 @@
-"""What a ClientApp carries: frames in arrays, and the word of a site that cannot begin."""
+"""A ClientApp whose site cannot begin says why."""
 
 from __future__ import annotations
 

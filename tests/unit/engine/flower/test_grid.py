@@ -1,4 +1,4 @@
-"""The server over Flower: what is sent again, and SuperNodes that come and go."""
+"""The server over Flower: SuperNodes that come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much an exchange with a site carries, how long it may take, and when the next one is due."""
+"""The lanes of a site: which SuperNode has which, and how much an exchange over them carries."""
 
 from __future__ import annotations
 
