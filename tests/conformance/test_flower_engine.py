@@ -5,20 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from weakref import ref
 
 import pytest
 from flwr.app import Message
-from torch import Tensor
 
-from engines import engine_input, run_here
+from engines import QUIET, engine_input, run_here, server_plan
 from loop_grid import Fate, LoopGrid
 from parablock.algorithm.fixed_point import FixedPointGrid
-from parablock.algorithm.parablock import ServerState, initial_client, same
+from parablock.algorithm.parablock import initial_client, same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
 from parablock.engine.client import Client
@@ -32,8 +30,6 @@ from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.masked import MaskedMailbox
 from parablock.engine.flower.session import SessionFolder
-from parablock.engine.flower.stream import Place
-from parablock.engine.local_steps import FixedSteps
 from parablock.engine.plans import ClientPlan, ClientStart, Hooks, ServerPlan
 from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import StallError
@@ -41,7 +37,6 @@ from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
-from parablock.training.trainer import Trained
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial
@@ -52,12 +47,10 @@ LANES = {"one lane": ONE, "two lanes": TWO, "one and two": ONE + TWO}
 EXAMPLES = [3, 1, 2]
 ROUNDS = 7
 CHUNKED = Encoding("float32", chunk_bytes=8)
-HOOKS = Hooks(on_commit=lambda *_: None, on_checkpoint=lambda _: None)
 
 
 def plan(delay: int, encoding: Encoding, examples: Sequence[int] = EXAMPLES) -> ServerPlan:
-    form = Differences(encoding)
-    return ServerPlan(len(examples), ROUNDS, delay, "shuffled", 1.0, 0, form, FixedSteps(1), 20.0, 0)
+    return server_plan(len(examples), ROUNDS, delay, Differences(encoding))
 
 
 def over_flower(
@@ -70,9 +63,8 @@ def over_flower(
     on_event: Callable[[str], None] = lambda _: None,
     masking: SecureAggregation | None = None,
     faults: Sequence[Fault] = (),
-    hooks: Hooks = HOOKS,
+    hooks: Hooks = QUIET,
     carries: Sequence[tuple[str, ...]] = ONE,
-    take_params: Callable[[], Sequence[Tensor]] = lambda: initial(4),
 ) -> tuple[EngineResult, LoopGrid]:
     dirs = [tmp_path / str(i) for i in range(len(examples))]
 
@@ -101,8 +93,8 @@ def over_flower(
     transport.gather(10.0)
     hooks = replace(hooks, on_event=on_event)
     try:
-        given = engine_input([], [], plan, Trace(RealClock()), hooks, masking=masking)
-        return run_over_flower(replace(given, take_params=take_params), transport), grid
+        given = engine_input(initial(4), [], plan, Trace(RealClock()), hooks, masking=masking)
+        return run_over_flower(given, transport), grid
     finally:
         grid.is_over.set()
 
@@ -113,7 +105,7 @@ def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, faults: Seq
         [ToyTrainer(i, count, None) for i, count in enumerate(examples)],
         plan,
         Trace(RealClock()),
-        HOOKS,
+        QUIET,
         link=Link(),
         in_flight="aligned",
         faults=Faults(faults),
@@ -128,21 +120,6 @@ def protection_of(plan: ServerPlan) -> Protection | None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     make_impatient(monkeypatch)
-
-
-@pytest.mark.parametrize("keeps", [False, True])
-def test_the_server_keeps_the_initial_parameters_of_a_block_until_it_is_committed(tmp_path: Path, keeps: bool):
-    begun_with = [initial(4)]
-    known, left = [ref(flat) for flat in begun_with[0]], list[bool]()
-
-    def look(state: ServerState, *_: object) -> None:
-        committed = set(state.history[: state.committed + 1])
-        left.append(any(known[b]() is not None for b in committed))
-        assert all(known[b]() is not None for b in set(range(4)) - committed)
-
-    take = (lambda: begun_with[0]) if keeps else begun_with.pop
-    over_flower(tmp_path, plan(0, CHUNKED), hooks=replace(HOOKS, on_commit=look), take_params=take)
-    assert left == [keeps] * ROUNDS
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -168,8 +145,7 @@ def test_two_clients_and_four_give_what_one_process_gives(tmp_path: Path, delay:
     assert not same(result.server.params, in_process(method, weighted).server.params)
 
 
-@pytest.mark.parametrize("carries", LANES.values(), ids=LANES)
-@pytest.mark.parametrize("what", ["lose", "refuse"])
+@pytest.mark.parametrize(("what", "carries"), [("lose", ONE + TWO), ("refuse", ONE), ("refuse", TWO)])
 def test_what_is_lost_is_sent_again_and_counts_once(tmp_path: Path, what: str, carries: Sequence[tuple[str, ...]]):
     method = replace(plan(1, CHUNKED), stall_timeout_s=120.0)  # it may go badly for one of them for a while
     undisturbed, quiet = over_flower(tmp_path / "quiet", method)
@@ -212,49 +188,6 @@ def test_two_exchanges_under_way_give_what_one_at_a_time_gives(
     assert fate != "carry" or grid.reply_bytes < 1.2 * alone.reply_bytes  # some is sent again on a busy machine
 
 
-def test_a_reply_begins_behind_the_one_that_it_follows_and_ends_where_the_server_goes_on(tmp_path: Path):
-    folder = SessionFolder(tmp_path, "run", "session")
-    opening = Request("run", "session", None, "", "")
-    folder.open(opening)
-    with closing(listen(address_of(tmp_path))) as listener:
-        mailbox = TrainerMailbox(0, listener, b"", folder, Trace(RealClock()), epoch_s=0.0, lease_s=1.0)
-    for content in (b"abcd", b"efgh", b"ijkl"):
-        mailbox._out.put(content, 0)
-
-    def said(**request: object) -> bytes:
-        frames = mailbox._next_frames(replace(opening, **{"budget_bytes": 4, **request}))  # type: ignore[arg-type]
-        return b"".join(frame.content for frame in frames)
-
-    assert said(attempt=1) == b"abcd"
-    assert said(attempt=2, follows=1) == b"efgh"
-    assert said(attempt=2, follows=1) == b"efgh"  # its ClientApp died, and another one came
-    assert said(attempt=3, follows=2) == b"ijkl"
-    assert said(attempt=5, follows=4) == b"abcd"  # nothing is known of the fourth
-    assert said(attempt=6, budget_bytes=100) == b"abcdefghijkl"
-    assert (
-        said(attempt=7, budget_bytes=100, ahead=Place(1)) == b"abcd"
-    )  # the first was lost, and the second was not
-    assert said(attempt=8, follows=7, budget_bytes=100, carries="up") == b"abcdefghijkl"  # that was another lane's
-
-
-def test_only_the_exchange_after_one_that_is_overdue_carries_a_frame_each_way(tmp_path: Path):
-    _, grid = over_flower(
-        tmp_path, plan(1, CHUNKED), fate=lambda client_id, n: "lose" if n % 3 == client_id else "carry"
-    )
-    for client_id, found in enumerate(grid.carries_one_frame):
-        after_lost = [one for n, one in enumerate(found[1:], 1) if n % 3 == client_id]
-        assert after_lost and all(after_lost)
-        assert False in found[found.index(True) :]  # on a slow machine not every other one
-
-
-def test_what_several_sites_get_at_the_same_time_is_packed_once(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(lanes, "FRAME_S", 0.0)  # a request has several Arrays
-    result, grid = over_flower(tmp_path, plan(0, CHUNKED))
-    together = [arrays for arrays in grid.pushed if len(arrays) == len(EXAMPLES)]
-    assert any(len(set.intersection(*arrays)) > 1 for arrays in together)
-    assert same(result.server.params, in_process(plan(0, CHUNKED)).server.params)
-
-
 def test_a_trainer_that_dies_in_the_middle_of_an_update_sends_it_whole_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lanes, "LEAST_BYTES", 150)  # an update takes several exchanges
     encoding = Encoding("float32")
@@ -268,16 +201,9 @@ def test_a_trainer_that_dies_in_the_middle_of_an_update_sends_it_whole_again(tmp
 
 def test_a_site_four_times_slower_is_asked_again_and_changes_nothing(tmp_path: Path):
     class Slow(ToyTrainer):
-        def train(
-            self,
-            round_index: int,
-            block_index: int,
-            num_local_steps: int,
-            steps_before: int,
-            working: tuple[Tensor, ...],
-        ) -> Trained:
+        def train(self, *asked):
             time.sleep(0.4 if self.client_id == 0 else 0.1)  # a site may wait 0.3 s for its trainer
-            return super().train(round_index, block_index, num_local_steps, steps_before, working)
+            return super().train(*asked)
 
     method = replace(plan(1, CHUNKED), num_rounds=4)
     result, grid = over_flower(tmp_path, method, make_trainer=Slow)
@@ -318,7 +244,7 @@ def test_a_stop_does_not_wait_for_a_site_that_is_silent_and_keeps_the_last_check
         method,
         fate,
         on_event=told.append,
-        hooks=replace(HOOKS, on_checkpoint=states.append, asked_to_stop=lambda: bool(silent)),
+        hooks=replace(QUIET, on_checkpoint=states.append, asked_to_stop=lambda: bool(silent)),
     )
     assert not result.finished
     assert any("no longer waiting for client 1" in event for event in told)

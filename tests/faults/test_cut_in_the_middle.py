@@ -6,53 +6,23 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.parablock import same
 from parablock.clock import VirtualClock
 from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
-from parablock.seeding import seed_for
 from parablock.trace import Trace
-from parablock.training.trainer import Trained
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
 from parablock.wire.transport import Link
+from toy import Walker
 
 SIZE, ROUNDS, SIX_MINUTES = 5 * CHUNK_PIECE + 77, 6, 360.0
 CHUNK_BYTES = 4 * CHUNK_PIECE
 WHOLE, STREAMED = Encoding("float32"), Encoding("float32", chunk_bytes=CHUNK_BYTES)
 HEADER_BYTES = 400
-
-
-class Walker:
-    """A trainer whose step depends on where it starts, on the client and on the round."""
-
-    step_time_s = 1.0
-
-    def __init__(self, client_id: int) -> None:
-        self.client_id, self.num_examples = client_id, 3 + client_id
-
-    def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
-    ) -> Trained:
-        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
-        v = working[block_index].float()
-        return Trained(0.9 * v + 0.01 * torch.randn(v.shape, generator=generator), 0.0)
-
-    def memory(self) -> dict[str, Tensor]:
-        return {}
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        assert not memory
 
 
 @dataclass
@@ -68,19 +38,7 @@ class Ran:
 def run(*faults: Fault, encoding: Encoding = STREAMED, delay: int = 1, stall_timeout_s: float = 600.0) -> Ran:
     clock = VirtualClock()
     counted, events, traffic_of = [], [], {}
-    plan = ServerPlan(
-        3,
-        ROUNDS,
-        delay,
-        "shuffled",
-        1.0,
-        0,
-        Differences(encoding),
-        FixedSteps(1),
-        stall_timeout_s,
-        0,
-        aggregation_s=0.0,
-    )
+    plan = server_plan(3, ROUNDS, delay, Differences(encoding), stall_timeout_s=stall_timeout_s, aggregation_s=0.0)
 
     def on_commit(state, updates, traffic) -> None:
         counted.append([update.client_id for update in updates])
@@ -88,12 +46,11 @@ def run(*faults: Fault, encoding: Encoding = STREAMED, delay: int = 1, stall_tim
 
     result = run_here(
         [torch.linspace(-1, 1, SIZE) for _ in range(3)],
-        [Walker(i) for i in range(3)],
+        [Walker(i, 1.0) for i in range(3)],
         plan,
         Trace(clock),
         Hooks(on_commit, lambda _: None, on_event=events.append),
         link=Link(2.0, 2.0),
-        in_flight="aligned",
         faults=Faults(faults),
     )
     up, down = (

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
 from parablock.errors import StallError, TrainingError
 from parablock.storage.checkpoint import RunState
@@ -66,31 +65,15 @@ def run(
     delay: int = 1,
     clock=None,
     link: Link = LINK,
-    min_updates: int = 1,
-    deadline_factor: float | None = None,
-    stall_timeout_s: float = 20.0,
-    participation: float = 1.0,
     encoding: Encoding = Encoding("float32"),  # noqa: B008
     step_s: float = 1.0,
     diverging: Mapping[int, Collection[int]] = {},
+    **changes,
 ) -> Ran:
+    """Run; `changes` are fields of the server's plan."""
     clock, injected = clock or VirtualClock(), Faults(faults)
     trajectory, counted, events, up = [], [], [], []
-    plan = ServerPlan(
-        len(EXAMPLES),
-        ROUNDS,
-        delay,
-        "shuffled",
-        participation,
-        0,
-        Differences(encoding),
-        FixedSteps(1),
-        stall_timeout_s,
-        0,
-    )
-    plan = ServerPlan(
-        **{**vars(plan), "min_updates": min_updates, "deadline_factor": deadline_factor, "aggregation_s": 0.0}
-    )
+    plan = server_plan(len(EXAMPLES), ROUNDS, delay, Differences(encoding), aggregation_s=0.0, **changes)
 
     def on_commit(state, updates, traffic) -> None:
         trajectory.append(state.params)
@@ -105,7 +88,6 @@ def run(
         trace,
         Hooks(on_commit, lambda _: None, on_event=events.append),
         link=link,
-        in_flight="aligned",
         faults=injected,
     )
     # what a machine computes in the moment in which it dies never leaves it
@@ -123,27 +105,13 @@ def stopped_or_whole(
 ) -> tuple[EngineResult, list[RunState], list[str]]:
     """Run in real time, with a checkpoint every other round; `asked_to_stop` sees what was told."""
     states, events = list[RunState](), list[str]()
-    plan = ServerPlan(
-        len(EXAMPLES),
-        ROUNDS,
-        0,
-        "shuffled",
-        1.0,
-        0,
-        Differences(Encoding("float32")),
-        FixedSteps(1),
-        500.0,
-        2,
-        min_updates=4,
-    )
+    plan = server_plan(len(EXAMPLES), ROUNDS, 0, stall_timeout_s=500.0, checkpoint_every=2, min_updates=4)
     result = run_here(
         initial(4),
         [ToyTrainer(i, n, None) for i, n in enumerate(EXAMPLES)],
         plan,
         Trace(RealClock()),
         Hooks(lambda *_: None, states.append, lambda: asked_to_stop(events), events.append),
-        link=Link(),
-        in_flight="aligned",
         faults=Faults(faults),
         resumed=resumed,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines import server_plan
 from parablock.algorithm.parablock import NEVER, initial_server, same
 from parablock.clock import RealClock
 from parablock.engine.local_steps import FixedSteps
@@ -79,12 +80,15 @@ def honest(client_id: int, start: RoundStart) -> list[bytes]:
     ]
 
 
+def plan_of(delay: int, *, rounds: int = ROUNDS, **options) -> ServerPlan:
+    options = {"schedule": "cyclic", "local_steps": FixedSteps(2), "stall_timeout_s": 5.0, **options}
+    return server_plan(CLIENTS, rounds, delay, Differences(CHUNKED), **options)
+
+
 def serve(
     answer: Answer, *, delay: int = 0, rounds: int = ROUNDS, resumed: Server | None = None, **options
 ) -> tuple[Server, list[list[int]], Script, list[str]]:
-    plan = ServerPlan(
-        CLIENTS, rounds, delay, "cyclic", 1.0, 0, Differences(CHUNKED), FixedSteps(2), 5.0, 0, **options
-    )
+    plan = plan_of(delay, rounds=rounds, **options)
     transport, counted, events = Script(answer), [], []
     start = ServerStart(initial_server([torch.zeros(SIZE), torch.ones(SIZE)]))
     if resumed:
@@ -304,41 +308,3 @@ def test_a_client_that_begins_anew_is_welcomed_with_every_block_that_it_lacks():
             lambda i, s, u: [(1, to_bytes(Join((NEVER,) * 3, ())))] if i == 1 else everybody_honest(i, s, u),
             min_updates=4,
         )
-
-
-def test_a_server_whose_clients_may_come_back_from_outside_waits_and_says_so():
-    class Patient(Script):
-        stalls = 0
-
-        def receive(self, timeout_s: float, waiting_for: str, from_clients=None) -> tuple[int, bytes]:
-            try:
-                return super().receive(timeout_s, waiting_for, from_clients)
-            except StallError:
-                Patient.stalls += 1
-                if Patient.stalls < 3:
-                    raise
-                return 1, to_bytes(Join((NEVER, NEVER), ()))
-
-    def late(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
-        return [] if client_id == 1 and Patient.stalls == 0 else everybody_honest(client_id, start, update)
-
-    plan = ServerPlan(
-        CLIENTS, ROUNDS, 0, "cyclic", 1.0, 0, Differences(CHUNKED), FixedSteps(2), 5.0, 0, min_updates=4
-    )
-    for waits in (True, False):
-        Patient.stalls, events = 0, []
-        server = Server(
-            ServerStart(initial_server([torch.zeros(SIZE), torch.ones(SIZE)])),
-            replace(plan, waits_for_return=waits),
-            Patient(late),
-            Trace(RealClock()),
-            hooks=Hooks(lambda *_: None, lambda _: None, on_event=events.append),
-            on_mark=lambda *_: None,
-        )
-        if not waits:
-            with pytest.raises(StallError, match="client 1: 0 of 3 chunks, 0 bytes"):
-                server.run()
-            continue
-        assert server.run()
-        assert sum("still waiting for the update of round 0" in event for event in events) == 2
-        assert same(server.state.params, serve(everybody_honest)[0].state.params)

@@ -22,13 +22,14 @@ from tiny_runs import NUM_CLIENTS, NUM_LAYERS, Outcome, Workshop, metrics_of, su
 LORA = ("fedit", "ffa_lora", "flora")
 APART = ("local", "central")
 BASELINES = ("fedavg", "fedprox", *LORA, "fedcybgd", *APART)
+Folders = dict[str, Path]
 HIDDEN, RANK = 32, 8
 # a layer of the tiny Llama: q and o are 32 × 32, k and v 32 × 16, gate and up 32 × 64, down 64 × 32
 SHAPES = ((32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32))
 
 
 @pytest.fixture(scope="module")
-def runs(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """One run of each method, of the same length."""
     folder = tmp_path_factory.mktemp("runs")
     for method in BASELINES:
@@ -46,7 +47,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_a_method_learns_and_is_no_other(runs: dict[str, Path], method: str) -> None:
+def test_a_method_learns_and_is_no_other(runs: Folders, method: str):
     summary = summary_of(runs[method])
     assert (summary["method"], summary["delay"]) == (method, 0)
     assert summary["final_eval_loss"] < summary["initial_eval_loss"]
@@ -57,8 +58,8 @@ def test_a_method_learns_and_is_no_other(runs: dict[str, Path], method: str) -> 
 
 @pytest.mark.parametrize("method", ["fedprox", *LORA, "fedcybgd", *APART])
 def test_a_method_that_is_stopped_ends_with_the_same_model(
-    workshop: Workshop, runs: dict[str, Path], tmp_path: Path, method: str
-) -> None:
+    workshop: Workshop, runs: Folders, tmp_path: Path, method: str
+):
     config = load_config(workshop.config, [f"federation.method={method}", "federation.delay=0"])
     asked = itertools.count()
     stopped = run_here(config, tmp_path / "run", asked_to_stop=lambda: next(asked) >= 3)
@@ -68,24 +69,11 @@ def test_a_method_that_is_stopped_ends_with_the_same_model(
     assert ended["final_eval_loss"] == whole["final_eval_loss"] != whole["initial_eval_loss"]
 
 
-@pytest.mark.parametrize("method", ["fedit", "local"])
-def test_a_method_ends_with_the_same_model_under_the_real_clock(
-    workshop: Workshop, runs: dict[str, Path], tmp_path: Path, method: str
-) -> None:
-    outcome = run(
-        workshop, tmp_path / "real", method, "engine={clock: real, num_threads: 1}", "link={upload_mbps: null}"
-    )
-    assert outcome.code == 0, outcome.stderr
-    assert summary_of(tmp_path / "real")["model_sha256"] == summary_of(runs[method])["model_sha256"]
-
-
 # -- adapters -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", LORA)
-def test_the_adapters_are_merged_into_the_model_that_is_written(
-    workshop: Workshop, runs: dict[str, Path], method: str
-) -> None:
+def test_the_adapters_are_merged_into_the_model_that_is_written(workshop: Workshop, runs: Folders, method: str):
     base, tuned = weights(workshop.model), weights(runs[method] / "model")
     assert tuned.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], tuned[name])}
@@ -97,15 +85,13 @@ def test_the_adapters_are_merged_into_the_model_that_is_written(
 
 
 @pytest.mark.parametrize("method", LORA)
-def test_the_score_of_the_run_is_that_of_the_written_model(
-    workshop: Workshop, runs: dict[str, Path], method: str
-) -> None:
+def test_the_score_of_the_run_is_that_of_the_written_model(workshop: Workshop, runs: Folders, method: str):
     base, tuned = score_models(str(runs[method]), [str(workshop.test_file)], device="cpu")
     assert tuned.value == pytest.approx(summary_of(runs[method])["final_eval_loss"], abs=1e-6)
     assert abs(tuned.value - base.value) > 1e-3
 
 
-def test_lora_sends_its_adapters_and_ffa_lora_half_of_them(runs: dict[str, Path]) -> None:
+def test_lora_sends_its_adapters_and_ffa_lora_half_of_them(runs: Folders):
     of_a, of_b = (NUM_LAYERS * RANK * sum(shape[side] for shape in SHAPES) for side in (0, 1))
     sent = {"fedit": of_a + of_b, "ffa_lora": of_b}
     for method, elements in sent.items():
@@ -114,7 +100,7 @@ def test_lora_sends_its_adapters_and_ffa_lora_half_of_them(runs: dict[str, Path]
         assert 0 < headers < 600
 
 
-def test_rank_alpha_and_targets_of_adapters_take_effect(workshop: Workshop, tmp_path: Path) -> None:
+def test_rank_alpha_and_targets_of_adapters_take_effect(workshop: Workshop, tmp_path: Path):
     settings = ("lora.rank=2", "lora.alpha=4", "lora.target_modules=[q_proj, v_proj]")
     ends = set()
     for count in range(len(settings) + 1):
@@ -128,7 +114,7 @@ def test_rank_alpha_and_targets_of_adapters_take_effect(workshop: Workshop, tmp_
     assert changed == {"q_proj", "v_proj"}
 
 
-def test_a_module_that_is_not_there_is_refused_with_those_that_are(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_module_that_is_not_there_is_refused_with_those_that_are(workshop: Workshop, tmp_path: Path):
     outcome = run(workshop, tmp_path / "run", "fedit", "lora.target_modules=[query]")
     assert outcome.code == 2
     assert "query" in outcome.stderr and "q_proj" in outcome.stderr
@@ -137,7 +123,7 @@ def test_a_module_that_is_not_there_is_refused_with_those_that_are(workshop: Wor
 
 def test_without_peft_the_error_says_how_to_get_it(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setitem(sys.modules, "peft", None)
     outcome = run(workshop, tmp_path / "run", "fedit")
     assert outcome.code == 2
@@ -145,7 +131,7 @@ def test_without_peft_the_error_says_how_to_get_it(
     assert run(workshop, tmp_path / "other", "fedavg", "federation.num_rounds=1").code == 0
 
 
-def test_adapters_start_as_nothing_and_follow_from_the_seed(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_adapters_start_as_nothing_and_follow_from_the_seed(tiny_llama: Callable[..., LlamaForCausalLM]):
     from parablock.model.adapters import add_adapters, merge_adapters
 
     first, again, other = (tiny_llama() for _ in range(3))
@@ -165,7 +151,7 @@ def test_adapters_start_as_nothing_and_follow_from_the_seed(tiny_llama: Callable
 # -- the others -----------------------------------------------------------------------------------------------
 
 
-def test_fedcybgd_asks_one_client_for_a_block_that_is_always_its_own(workshop: Workshop, tmp_path: Path) -> None:
+def test_fedcybgd_asks_one_client_for_a_block_that_is_always_its_own(workshop: Workshop, tmp_path: Path):
     outcome = run(workshop, tmp_path / "run", "fedcybgd", "federation.num_rounds=12")
     assert outcome.code == 0, outcome.stderr
     rows = metrics_of(tmp_path / "run")
@@ -174,7 +160,7 @@ def test_fedcybgd_asks_one_client_for_a_block_that_is_always_its_own(workshop: W
     assert owners == {(block, block % NUM_CLIENTS) for block in range(NUM_LAYERS)}
 
 
-def test_a_strong_proximal_term_keeps_clients_near_where_they_started(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_strong_proximal_term_keeps_clients_near_where_they_started(workshop: Workshop, tmp_path: Path):
     moved = []
     for mu in (1e-6, 100.0):
         directory = tmp_path / str(mu)
@@ -184,7 +170,7 @@ def test_a_strong_proximal_term_keeps_clients_near_where_they_started(workshop: 
 
 
 @pytest.mark.parametrize("method", APART)
-def test_who_trains_apart_sends_headers_alone(runs: dict[str, Path], method: str) -> None:
+def test_who_trains_apart_sends_headers_alone(runs: Folders, method: str):
     rows = metrics_of(runs[method])
     assert [len(row["participants"]) for row in rows] == [{"local": NUM_CLIENTS, "central": 1}[method]] * len(rows)
     for row in rows:
@@ -192,9 +178,7 @@ def test_who_trains_apart_sends_headers_alone(runs: dict[str, Path], method: str
     assert metrics_of(runs["fedavg"])[0]["uplink_bytes"] > 100 * rows[0]["uplink_bytes"]
 
 
-def test_the_score_of_local_training_is_the_mean_over_the_models_of_the_clients(
-    workshop: Workshop, runs: dict[str, Path]
-) -> None:
+def test_the_score_of_local_training_is_the_mean_over_the_models_of_the_clients(workshop: Workshop, runs: Folders):
     folders = sorted((runs["local"] / "model").iterdir())
     assert [folder.name for folder in folders] == [f"client_{i}" for i in range(NUM_CLIENTS)]
     scores = [score_models(str(f), [str(workshop.test_file)], device="cpu")[0].value for f in folders]
@@ -203,8 +187,8 @@ def test_the_score_of_local_training_is_the_mean_over_the_models_of_the_clients(
 
 
 def test_a_client_that_trains_apart_ends_where_it_would_end_alone(
-    workshop: Workshop, runs: dict[str, Path], tmp_path: Path
-) -> None:
+    workshop: Workshop, runs: Folders, tmp_path: Path
+):
     # a federation of one: FedAvg of client 0 alone, with the same batches
     one = (f"data.train={workshop.client_file(0)}", "federation.num_clients=1")
     run(workshop, tmp_path / "alone", "fedavg", *one)
@@ -214,7 +198,7 @@ def test_a_client_that_trains_apart_ends_where_it_would_end_alone(
     assert (alone - apart).norm() < 0.01 * (alone - other).norm()
 
 
-def test_central_training_sees_the_examples_of_all_clients(runs: dict[str, Path], workshop: Workshop) -> None:
+def test_central_training_sees_the_examples_of_all_clients(runs: Folders, workshop: Workshop):
     manifest = json.loads((runs["central"] / "manifest.json").read_text())
     every = sum(len(workshop.client_file(i).read_text().splitlines()) for i in range(NUM_CLIENTS))
     assert [client["examples"] for client in manifest["clients"]] == [every]

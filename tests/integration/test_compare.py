@@ -45,14 +45,8 @@ def test_tasks_memory_and_the_picture_stand_beside_the_losses(workshop, tmp_path
     test = [{**sum_row(k, 1), "choices": ["#### 1", f"#### {k + 1}"]} for k in (1, 2, 3)]
     rows = write_rows(tmp_path / "choices.jsonl", test)
     outcome = command(
-        *(
-            "compare",
-            str(workshop.config),
-            "--output-dir",
-            str(directory),
-            "--methods",
-            "fl_bcd,fedit,fedavg,local,flora",
-        ),
+        *("compare", str(workshop.config), "--output-dir", str(directory)),
+        *("--methods", "fl_bcd,fedit,fedavg,local,flora"),
         *("--tasks", "multiple_choice", "--set", "federation.num_rounds=4", "--set", f"data.test={rows}"),
         *("--for", "fedit:train.learning_rate=0.03", "--for", "fedit:lora.rank=2"),
     )
@@ -104,10 +98,8 @@ def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--methods", "parablock,parablock"], "once"),
         (["--methods", "parablock,gossip"], "gossip"),
         (["--methods", "flora", "--set", "wire.format=int8"], "not built"),
-        (["--seeds", "0,x"], "whole numbers"),
         (["--for", "fedit:train.learning_rate=1"], "for one of parablock, fl_bcd"),
         (["--for", "fl_bcd"], "method:key=value"),
         (["--for", "fl_bcd:train.learning_rat=1"], "train.learning_rate"),

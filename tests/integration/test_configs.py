@@ -38,22 +38,15 @@ def files_named(config: RunConfig) -> list[str]:
     return [config.model.name_or_path, *config.data.train, *config.data.test]
 
 
-def test_every_configuration_is_tried_here() -> None:
+def test_every_configuration_is_tried_here():
     assert {path.stem for path in CONFIGS} == {*ON_SHARED_DATA, "own_jsonl"}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_says_what_it_is_and_how_to_run_it(path: Path) -> None:
-    comment = "".join(re.findall(r"^#(.*\n)", path.read_text(), flags=re.MULTILINE))
-    assert f"parablock run configs/{path.name} --output-dir" in comment
-    assert "Paths are relative to" in comment
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ON_SHARED_DATA)
 def test_its_files_exist_seen_from_the_folder_of_the_project(
     name: str, shared_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+):
     named = files_named(config(name))
     assert all(file.startswith("../shared/") for file in named)
     monkeypatch.chdir(ROOT)
@@ -63,13 +56,13 @@ def test_its_files_exist_seen_from_the_folder_of_the_project(
 
 
 @pytest.mark.shared
-def test_t0_makes_a_client_of_every_family(shared_dir: Path) -> None:
+def test_t0_makes_a_client_of_every_family(shared_dir: Path):
     here = {path.name for path in (shared_dir / "data" / "t0").glob("*.train.jsonl")}
     assert {Path(file).name for file in config("t0").data.train} == here
     assert config("t0").federation.num_clients == len(here)
 
 
-def test_the_two_t0_experiments_differ_in_the_method_alone() -> None:
+def test_the_two_t0_experiments_differ_in_the_method_alone():
     overlapped, serial = config("t0").model_dump(), config("t0_fl_bcd").model_dump()
     assert (overlapped["federation"].pop("delay"), serial["federation"].pop("delay")) == (1, 0)
     assert (overlapped["federation"].pop("method"), serial["federation"].pop("method")) == ("parablock", "fl_bcd")
@@ -79,9 +72,7 @@ def test_the_two_t0_experiments_differ_in_the_method_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ON_SHARED_DATA)
-def test_it_runs_on_its_real_data(
-    name: str, shared_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_it_runs_on_its_real_data(name: str, shared_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(ROOT)
     shortened = config(name, *SHORT)
     summary = run(shortened, tmp_path / "run")
@@ -90,7 +81,7 @@ def test_it_runs_on_its_real_data(
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_the_own_jsonl_configuration_is_the_readmes() -> None:
+def test_the_own_jsonl_configuration_is_the_readmes():
     (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     text = (ROOT / "configs" / "own_jsonl.yaml").read_text()
     assert text.endswith(shown)
@@ -102,7 +93,7 @@ def test_the_own_jsonl_configuration_takes_two_files_beside_it(
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-) -> None:
+):
     model = make_workshop(tmp_path, tiny_llama, tiny_tokenizer).model
     monkeypatch.chdir(tmp_path)
     own = config("own_jsonl", f"model.name_or_path={model}", "data.max_length=64", "engine.num_threads=1")

@@ -41,9 +41,7 @@ def test_with_a_deadline_a_dead_client_costs_less_time_than_the_patience(runs: R
     assert summary_of(patient)["model_sha256"] != summary_of(runs())["model_sha256"]
 
 
-def test_with_min_updates_the_server_waits_for_who_is_back_and_the_model_is_the_undisturbed_one(
-    runs: Runs,
-):
+def test_with_min_updates_the_server_waits_for_who_is_back_and_the_model_is_the_undisturbed_one(runs: Runs):
     hurried = runs(BRIEFLY, "federation.deadline_factor=1.2")
     waits = runs(BRIEFLY, "federation.deadline_factor=1.2", "federation.min_updates=4")
     assert summary_of(waits)["model_sha256"] == summary_of(runs())["model_sha256"]

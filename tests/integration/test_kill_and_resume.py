@@ -23,6 +23,7 @@ from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,
     Process,
+    Runs,
     Workshop,
     command,
     command_line,
@@ -66,7 +67,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workshop: Workshop) -> Callable[..., Path]:
+def undisturbed(workshop: Workshop) -> Runs:
     """Give the run directory of a run with these overrides that nothing disturbed."""
     made: dict[tuple[str, ...], Path] = {}
 
@@ -122,7 +123,7 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_run_killed_twice_at_random_moments_ends_as_if_never_stopped(
-    scenario: str, workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
+    scenario: str, workshop: Workshop, undisturbed: Runs, tmp_path: Path
 ):
     overrides, run_dir = SCENARIOS[scenario], tmp_path / "run"
     moments = np.random.default_rng(sorted(SCENARIOS).index(scenario))
@@ -137,7 +138,7 @@ def test_a_run_killed_twice_at_random_moments_ends_as_if_never_stopped(
     assert_same_run(run_dir, undisturbed(*overrides))
 
 
-def test_the_scenarios_differ_from_each_other(undisturbed: Callable[..., Path]):
+def test_the_scenarios_differ_from_each_other(undisturbed: Runs):
     names = [name for name in SCENARIOS if name not in ("delay 2, real clock", "no checkpoints")]
     shas = {summary_of(undisturbed(*SCENARIOS[name]))["model_sha256"] for name in names}
     assert len(shas) == len(names)
@@ -145,7 +146,7 @@ def test_the_scenarios_differ_from_each_other(undisturbed: Callable[..., Path]):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_killed_at_any_moment_from_its_first_to_its_last_ends_as_if_never_stopped(
-    seed: int, workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
+    seed: int, workshop: Workshop, undisturbed: Runs, tmp_path: Path
 ):
     run_dir, moments = tmp_path / "run", np.random.default_rng(seed)
     process = start(workshop, run_dir)
@@ -161,7 +162,7 @@ def test_a_run_killed_at_any_moment_from_its_first_to_its_last_ends_as_if_never_
 
 
 def test_a_run_killed_while_it_saves_its_model_writes_it_again(
-    workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
+    workshop: Workshop, undisturbed: Runs, tmp_path: Path
 ):
     run_dir = tmp_path / "run"
     with start(workshop, run_dir) as process:
@@ -173,7 +174,7 @@ def test_a_run_killed_while_it_saves_its_model_writes_it_again(
 
 
 def test_a_run_killed_before_there_is_anything_to_resume_is_run_again(
-    workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
+    workshop: Workshop, undisturbed: Runs, tmp_path: Path
 ):
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)  # what `run` makes before the configuration
@@ -197,11 +198,7 @@ def test_a_run_killed_before_there_is_anything_to_resume_is_run_again(
     ],
 )
 def test_a_signal_stops_a_run_cleanly_and_it_goes_on_from_that_round(
-    number: signal.Signals,
-    overrides: tuple[str, ...],
-    workshop: Workshop,
-    undisturbed: Callable[..., Path],
-    tmp_path: Path,
+    number: signal.Signals, overrides: tuple[str, ...], workshop: Workshop, undisturbed: Runs, tmp_path: Path
 ):
     run_dir = tmp_path / "run"
     with start(workshop, run_dir, *overrides) as process:
@@ -226,9 +223,7 @@ def test_a_signal_stops_a_run_cleanly_and_it_goes_on_from_that_round(
     assert_same_run(run_dir, undisturbed(*overrides))
 
 
-def test_nobody_else_runs_where_a_run_is_at_work(
-    workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
-):
+def test_nobody_else_runs_where_a_run_is_at_work(workshop: Workshop, undisturbed: Runs, tmp_path: Path):
     run_dir = tmp_path / "run"
     with start(workshop, run_dir, *REAL) as process:
         process.wait_until(lambda: num_rows(run_dir) >= 3)
@@ -241,9 +236,7 @@ def test_nobody_else_runs_where_a_run_is_at_work(
     assert_same_run(run_dir, undisturbed(*REAL))
 
 
-def test_the_installed_program_stops_at_ctrl_c(
-    workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
-):
+def test_the_installed_program_stops_at_ctrl_c(workshop: Workshop, undisturbed: Runs, tmp_path: Path):
     run_dir = tmp_path / "run"
     words = command_line(workshop.arguments(run_dir, *LONGER, *REAL))
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -260,7 +253,7 @@ def test_the_installed_program_stops_at_ctrl_c(
 
 
 def test_a_second_signal_stops_at_once_and_leaves_a_run_that_goes_on(
-    workshop: Workshop, undisturbed: Callable[..., Path], tmp_path: Path
+    workshop: Workshop, undisturbed: Runs, tmp_path: Path
 ):
     slow = ("engine={clock: real, num_threads: 1}", "link={latency_s: 0.4}", "federation.delay=0")
     run_dir = tmp_path / "run"
@@ -298,7 +291,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 @pytest.mark.parametrize("name", ["server.safetensors", "client-001.safetensors", "state.json", "trace.json"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
-    name: str, interrupted: Path, undisturbed: Callable[..., Path], tmp_path: Path
+    name: str, interrupted: Path, undisturbed: Runs, tmp_path: Path
 ):
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     before, newest = checkpoints(run_dir)
@@ -312,36 +305,28 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert_same_run(run_dir, undisturbed())
 
 
-def test_an_undamaged_newest_checkpoint_is_the_one_that_is_taken(
-    interrupted: Path, undisturbed: Callable[..., Path], tmp_path: Path
-):
-    run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    newest = checkpoints(run_dir)[-1]
-    resumed = command("resume", str(run_dir))
-    assert "passed over" not in resumed.stdout
-    assert f"resuming at round {int(newest.name.removeprefix('round-'))}" in resumed.stdout
-    assert_same_run(run_dir, undisturbed())
-
-
-def test_a_run_without_a_finished_checkpoint_begins_again(
-    interrupted: Path, undisturbed: Callable[..., Path], tmp_path: Path
-):
-    run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
+def forget_checkpoints(run_dir: Path) -> None:
     for path in (run_dir / "checkpoints").iterdir():
         shutil.rmtree(path)
-    resumed = command("resume", str(run_dir))
-    assert resumed.code == 0
-    assert "resuming" not in resumed.stdout
-    assert_same_run(run_dir, undisturbed())
 
 
-def test_a_line_of_the_metrics_that_was_cut_is_written_again(
-    interrupted: Path, undisturbed: Callable[..., Path], tmp_path: Path
-):
-    run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
+def begin_a_line(run_dir: Path) -> None:
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"round_index": 9, "blo')
-    assert command("resume", str(run_dir)).code == 0
+
+
+@pytest.mark.parametrize("damage", [None, forget_checkpoints, begin_a_line])
+def test_a_run_goes_on_from_its_newest_checkpoint_or_from_the_beginning(
+    damage: Callable[[Path], None] | None, interrupted: Path, undisturbed: Runs, tmp_path: Path
+):
+    run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    newest = int(checkpoints(run_dir)[-1].name.removeprefix("round-"))
+    if damage:
+        damage(run_dir)
+    resumed = command("resume", str(run_dir))
+    assert resumed.code == 0
+    assert "passed over" not in resumed.stdout
+    assert (f"resuming at round {newest}" in resumed.stdout) == (damage is not forget_checkpoints)
     assert_same_run(run_dir, undisturbed())
 
 
@@ -359,7 +344,7 @@ def test_lost_lines_of_the_metrics_are_an_error_and_not_a_gap(kept: int, interru
 # -- what goes on ---------------------------------------------------------------------------------------------
 
 
-def test_time_and_trace_go_on_where_they_were(interrupted: Path, undisturbed: Callable[..., Path], tmp_path: Path):
+def test_time_and_trace_go_on_where_they_were(interrupted: Path, undisturbed: Runs, tmp_path: Path):
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     assert command("resume", str(run_dir)).code == 0
     ours, theirs = summary_of(run_dir), summary_of(undisturbed())

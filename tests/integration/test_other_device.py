@@ -57,7 +57,7 @@ def assert_as_good(there: Path, here: Path) -> None:
 
 def test_each_method_learns_on_another_device_what_it_learns_on_the_cpu(
     workshop: Workshop, library: Path, tmp_path: Path
-) -> None:
+):
     here, away = tmp_path / "here", tmp_path / "there"
     arguments = ("compare", str(workshop.config), "--methods", ",".join(METHODS), "--output-dir")
     assert command(*arguments, str(here)).code == 0
@@ -67,9 +67,7 @@ def test_each_method_learns_on_another_device_what_it_learns_on_the_cpu(
         assert_as_good(away / method, here / method)
 
 
-def test_half_layers_in_bfloat16_over_a_coarse_wire_learn_there(
-    workshop: Workshop, library: Path, tmp_path: Path
-) -> None:
+def test_half_layers_in_bfloat16_over_a_coarse_wire_learn_there(workshop: Workshop, library: Path, tmp_path: Path):
     overrides = (*COARSE, f"federation.num_rounds={2 * NUM_LAYERS}")
     assert workshop.run(tmp_path / "here", *overrides).code == 0
     outcome = there(library, *workshop.arguments(tmp_path / "there", *overrides))
@@ -77,9 +75,7 @@ def test_half_layers_in_bfloat16_over_a_coarse_wire_learn_there(
     assert_as_good(tmp_path / "there", tmp_path / "here")
 
 
-def test_a_run_goes_on_there_and_its_model_is_scored_there(
-    workshop: Workshop, library: Path, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_there_and_its_model_is_scored_there(workshop: Workshop, library: Path, tmp_path: Path):
     run = tmp_path / "run"
     assert there(library, *workshop.arguments(run, *KEEP)).code == 0
     undisturbed = summary_of(run)["model_sha256"]
@@ -113,19 +109,19 @@ def said_there(library: Path, *lines: str) -> str:
     return ended.stdout + ended.stderr
 
 
-def test_the_other_device_is_as_foreign_as_a_gpu(library: Path) -> None:
+def test_the_other_device_is_as_foreign_as_a_gpu(library: Path):
     for term, word in (("torch.ones(2, device='other')", "2.0"), ("torch.ones(2)", "RuntimeError")):
         assert word in said_there(library, f"print((torch.ones(2, device='other') * {term}).sum().item())")
 
 
 LEAVING = (
-    "from parablock.model import leaving",
+    "from parablock.model import device_copy as leaving",
     "there = torch.arange(3500.).to('other') / 7",
     "on_its_way = leaving.leave(there)",
 )
 
 
-def test_what_was_trained_leaves_the_device_part_by_part_behind_the_main_stream(library: Path) -> None:
+def test_what_was_trained_leaves_the_device_part_by_part_behind_the_main_stream(library: Path):
     took = "print(on_its_way[:600].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
     assert "True 2500" in said_there(library, *LEAVING, took)
     across = "print(on_its_way[900:1100].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
@@ -134,7 +130,7 @@ def test_what_was_trained_leaves_the_device_part_by_part_behind_the_main_stream(
     assert "True None" in said_there(library, *LEAVING, exact)
 
 
-def test_the_other_device_tells_a_copy_that_is_not_waited_for(library: Path) -> None:
+def test_the_other_device_tells_a_copy_that_is_not_waited_for(library: Path):
     unread = "print(on_its_way._here.isnan().all().item())"
     assert "True" in said_there(library, *LEAVING, unread)
     gone = ("on_its_way._source = None", "del there", "on_its_way[:]")

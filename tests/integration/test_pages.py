@@ -46,14 +46,3 @@ def test_a_step_that_fails_is_noticed(tmp_path: Path) -> None:
             perform(step, tmp_path)
     with pytest.raises(AssertionError, match="UserWarning"):
         perform(Step("python", "import warnings; warnings.warn('careful')"), tmp_path)
-
-
-def test_steps_are_read_in_order_with_the_names_of_their_files(tmp_path: Path) -> None:
-    text = (
-        "`a.yaml` and `b.yaml`:\n```yaml\nx: 1\n```\nThen\n```bash\ncat b.yaml\n```\n"
-        "<!-- not run: why -->\n```bash\nfalse\n```\n```text\nno\n```\n```python\nprint(2)\n```\n"
-    )
-    found = list(steps(text))
-    assert [(step.language, step.file_name) for step in found] == [("yaml", "b.yaml"), ("bash", ""), ("python", "")]
-    assert [perform(step, tmp_path) for step in found] == ["", "x: 1\n", "2\n"]
-    assert perform(Step("bash", "echo a\necho b\n"), tmp_path, lambda line: None if "b" in line else line) == "a\n"

@@ -14,15 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pages import ROOT, Step, perform, steps
+from pages import ROOT, perform, steps
 from tiny_runs import sum_row, summary_of, write_rows
 
 README = (ROOT / "README.md").read_text()
@@ -32,10 +26,6 @@ SHORT = (
     " --set engine.num_threads=1 --set evaluation.max_examples=8"
 )
 Done = tuple[Path, dict[str, str]]
-
-
-def lines_of(found: list[Step]) -> list[str]:
-    return [line for step in found if step.language == "bash" for line in step.content.splitlines()]
 
 
 def shortened(line: str) -> str | None:
@@ -79,13 +69,6 @@ def printed_by(done: Done, word: str) -> str:
     return next(text for content, text in done[1].items() if word in content)
 
 
-def test_the_readme_says_what_to_do_from_nothing_to_a_model() -> None:
-    commands = [line.split()[1] for line in lines_of(list(steps(README))) if "parablock" in line]
-    assert commands == ["blocks", "plan", "run", "eval", "run", "compare"]
-    assert [step.file_name for step in steps(README) if step.language == "yaml"] == ["config.yaml"]
-    assert MODEL in README
-
-
 @pytest.mark.slow
 def test_following_the_readme_gives_a_tuned_model_that_transformers_loads(done: Done) -> None:
     summary = summary_of(done[0] / "runs" / "mine")
@@ -127,13 +110,3 @@ def test_the_python_lines_of_the_readme_make_the_same_model_as_its_commands(done
     assert called["rounds_done"] == 48
     assert called["model_sha256"] == typed["model_sha256"] != other["model_sha256"]
     assert called["uplink_bytes"] == typed["uplink_bytes"]  # measured times are in the messages, and no digits more
-
-
-def test_a_command_is_shortened_and_nothing_else_is_changed() -> None:
-    for line in lines_of(list(steps(README))):
-        assert shortened(line) in (None, line, line + SHORT)
-    one = ".venv/bin/parablock run config.yaml --output-dir runs/one"
-    assert shortened(one) == one + SHORT
-    assert shortened(one.replace("one", "mine")) == one.replace("one", "mine")
-    assert shortened(".venv/bin/parablock blocks x") == ".venv/bin/parablock blocks x"
-    assert shortened("make demo    # installs") is None

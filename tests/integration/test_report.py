@@ -179,14 +179,6 @@ def test_hovering_a_bar_of_the_timeline_says_what_it_is(shown, runs: Path):
     assert label.endswith("s, computing")
 
 
-def test_hovering_the_loss_shows_both_losses_of_that_round(shown, runs: Path):
-    browser = shown(runs / "overlapped")
-    plot = figure(browser, "loss").find_element(By.CSS_SELECTOR, ".nsewdrag")
-    ActionChains(browser).move_to_element(plot).perform()
-    label = wait_for(browser, "return document.querySelector('#loss .hoverlayer')?.textContent")
-    assert "train loss" in label
-
-
 @pytest.mark.parametrize("name", ["gantt", "loss", "blocks"])
 def test_dragging_zooms_in_and_a_double_click_goes_back(shown, runs: Path, name: str):
     browser = shown(runs / "overlapped")

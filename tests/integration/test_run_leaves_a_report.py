@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from made_runs import figures_in
+from made_runs import curves, figures_in
 from parablock.config.load import load_config
 from parablock.experiment.run import run
 from tiny_runs import Workshop, command, metrics_of, summary_of
@@ -25,14 +25,6 @@ def figures_of_page(directory: Path) -> dict[str, Any]:
 def manifest_of(directory: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text())
     return manifest
-
-
-def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory / "tensorboard"))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def interrupt(workshop: Workshop, directory: Path, *overrides: str, after: int) -> None:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.data.batches import Batch
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.update_form import Differences
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
@@ -24,6 +22,7 @@ from parablock.training.local import LocalArguments, train_block
 from parablock.training.trainer import Trained
 from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
+from toy import ToyTrainer
 
 EXAMPLES, ROUNDS = [2, 3], 6
 ARGUMENTS = LocalArguments(learning_rate=0.01)
@@ -53,44 +52,28 @@ class HalfLayers:
         ).trained
 
 
-class ClientOf:
+class ClientOf(ToyTrainer):
     """One client's trainer."""
 
-    step_time_s = 0.5
-
     def __init__(self, model: HalfLayers, client_id: int) -> None:
-        self._model, self._client_id, self.num_examples = model, client_id, EXAMPLES[client_id]
+        super().__init__(client_id, EXAMPLES[client_id], step_time_s=0.5)
+        self._model = model
 
-    def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
-    ) -> Trained:
-        return Trained(self._model.solve(self._client_id, round_index, block_index, working), 0.0)
-
-    def memory(self) -> dict[str, Tensor]:
-        return {}
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        del memory
+    def train(self, round_index, block_index, num_local_steps, steps_before, working) -> Trained:
+        return Trained(self._model.solve(self.client_id, round_index, block_index, working), 0.0)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 def test_threads_equal_the_oracle_on_half_layers(delay: int, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     halves = HalfLayers(tiny_llama(), "attention_mlp")
     encoding = Encoding("float32", chunk_bytes=4096)
-    plan = ServerPlan(2, ROUNDS, delay, "cyclic", 1.0, 0, Differences(encoding), FixedSteps(1), 20.0, 0)
+    plan = server_plan(2, ROUNDS, delay, Differences(encoding), schedule="cyclic")
     found = run_here(
         halves.params,
         [ClientOf(halves, client_id) for client_id in range(2)],
         plan,
         Trace(VirtualClock()),
-        Hooks(lambda *_: None, lambda _: None),
         link=Link(1.0, 0.5, 0.01),
-        in_flight="aligned",
     )
     expected = run_sequential(halves.params, OracleProblem(EXAMPLES, ROUNDS, delay), halves.solve)
     assert same(found.server.params, expected.server.params)

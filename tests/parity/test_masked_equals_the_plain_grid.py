@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
@@ -17,8 +17,7 @@ from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.plans import Hooks
 from parablock.engine.update_form import FixedPointWords
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
@@ -49,10 +48,7 @@ def run(
     clock = clock or VirtualClock(start_s=resumed.progress["clock_s"] if resumed else 0.0)
     size = len(cohort(0, num_clients=CLIENTS, participation=participation, seed=0))
     form = FixedPointWords(replace(GRID, num_clients=size), Rule(clip_norm=2.0))
-    plan = ServerPlan(
-        CLIENTS, ROUNDS, delay, "shuffled", participation, 0, form, FixedSteps(1), 20.0, 0,
-        min_updates=size - size // 3,
-    )  # fmt: skip
+    plan = server_plan(CLIENTS, ROUNDS, delay, form, participation=participation, min_updates=size - size // 3)
     counted: list[list[int]] = []
     states: list[RunState] = []
 
@@ -72,7 +68,6 @@ def run(
             asked_to_stop=lambda: stop_at is not None and next(rounds) == stop_at,
         ),
         link=Link(0.05, 0.05),
-        in_flight="aligned",
         faults=Faults(faults),
         resumed=resumed,
         protection_of=lambda _: Protection(2.0),

@@ -7,54 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
 from parablock.engine.update_store import UpdateStore
-from parablock.seeding import seed_for
 from parablock.trace import Trace
-from parablock.training.trainer import Trained
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
 from parablock.wire.transport import Link
+from toy import Walker
 
 SIZE = 5 * CHUNK_PIECE + 1234  # six chunks, the last one short and odd
 ROUNDS = 7
 
 
-class Walker:
-    """A trainer whose step depends on where it starts, on the client and on the round."""
-
-    step_time_s = 0.25
-
-    def __init__(self, client_id: int) -> None:
-        self.client_id, self.num_examples = client_id, 3 + client_id
-
-    def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
-    ) -> Trained:
-        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
-        v = working[block_index].float()
-        other = working[block_index - 1].float()
-        return Trained(0.9 * v + 0.1 * other + 0.01 * torch.randn(v.shape, generator=generator), 0.0)
-
-    def memory(self) -> dict[str, Tensor]:
-        return {}
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        pass
+STEP_S = 0.25
 
 
 def run(
@@ -70,28 +42,13 @@ def run(
     folder: Path | None = None,
 ) -> tuple[EngineResult, float, int]:
     clock = clock or VirtualClock()
-    params = [torch.linspace(-1, 1, SIZE + k).to(dtype) for k in range(3)]
-    plan = ServerPlan(
-        4,
-        ROUNDS,
-        delay,
-        "shuffled",
-        participation,
-        0,
-        Differences(encoding, rule),
-        FixedSteps(1),
-        30.0,
-        0,
-        optimizer,
-    )
-    plan = replace(plan, folder=folder)
+    changes = {"participation": participation, "server_optimizer": optimizer, "folder": folder}
+    plan = server_plan(4, ROUNDS, delay, Differences(encoding, rule), stall_timeout_s=30.0, **changes)
     down: list[int] = []
     hooks = Hooks(lambda state, updates, traffic: down.append(traffic.downlink_bytes), lambda state: None)
-    # blocks of different sizes cannot feed each other here, so they share one
-    params = [param[:SIZE] for param in params]
-    result = run_here(
-        params, [Walker(i) for i in range(4)], plan, Trace(clock), hooks, link=link, in_flight="aligned"
-    )
+    # each block begins a little below the one before it
+    params = [torch.linspace(-1, 1, SIZE + k).to(dtype)[:SIZE] for k in range(3)]
+    result = run_here(params, [Walker(i, STEP_S) for i in range(4)], plan, Trace(clock), hooks, link=link)
     return result, clock.now(), sum(down) + result.last_traffic.downlink_bytes - down[-1]
 
 
@@ -164,7 +121,7 @@ def test_an_exchange_costs_about_its_longer_direction():
         run(Encoding("float32", **STREAMED), delay=0, link=slow),
     )
     up_and_down = ROUNDS * 2 * SIZE * 4 * 8 / 1e6
-    compute = ROUNDS * Walker.step_time_s
+    compute = ROUNDS * STEP_S
     assert whole[1] == pytest.approx(up_and_down + compute, rel=0.02)
     assert (streamed[1] - compute) / (whole[1] - compute) == pytest.approx(7 / 12, abs=0.04)
 

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Normals, Rule, aggregate_by
 from parablock.algorithm.sequential import OracleProblem, OracleResult, run_sequential
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
 from parablock.privacy.protection import Protection
 from parablock.seeding import generator_for
@@ -48,20 +47,9 @@ def threaded(
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
     trajectory: list[tuple[torch.Tensor, ...]] = []
-    plan = ServerPlan(
-        len(EXAMPLES),
-        ROUNDS,
-        delay,
-        schedule,
-        participation,
-        0,
-        Differences(encoding, rule, normals),
-        FixedSteps(1),
-        20.0,
-        0,
-        optimizer,
-        in_turn=in_turn,
-    )
+    form = Differences(encoding, rule, normals)
+    changes = {"schedule": schedule, "participation": participation, "server_optimizer": optimizer}
+    plan = server_plan(len(EXAMPLES), ROUNDS, delay, form, in_turn=in_turn, **changes)
     result = run_here(
         initial(4, dtype),
         [ToyTrainer(i, n, step_s[i]) for i, n in enumerate(EXAMPLES)],
@@ -213,12 +201,9 @@ def test_delay_1_takes_the_longer_of_compute_and_communication_and_delay_0_their
 def test_a_hundred_virtual_clients_take_no_longer_than_four():
     def simulated(num_clients: int) -> float:
         clock = VirtualClock()
-        plan = ServerPlan(
-            num_clients, 6, 1, "cyclic", 1.0, 0, Differences(Encoding("float32")), FixedSteps(1), 20.0, 0
-        )
+        plan = server_plan(num_clients, 6, 1, schedule="cyclic")
         trainers = [ToyTrainer(i % 4, 1, 1.0) for i in range(num_clients)]
-        hooks = Hooks(lambda *_: None, lambda _: None)
-        run_here(initial(4), trainers, plan, Trace(clock), hooks, link=Link(0.002, 0.002), in_flight="own")
+        run_here(initial(4), trainers, plan, Trace(clock), link=Link(0.002, 0.002), in_flight="own")
         return clock.now()
 
     assert simulated(100) == pytest.approx(simulated(4), rel=0.05)

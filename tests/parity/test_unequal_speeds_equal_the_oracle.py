@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.algorithm.aggregate import Aggregate, average
 from parablock.algorithm.parablock import same, steps_of
 from parablock.algorithm.robust import Rule, aggregate_by
@@ -16,7 +16,6 @@ from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import VirtualClock
 from parablock.engine.contract import EngineResult
 from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps
-from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.update_form import Differences
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
@@ -37,14 +36,7 @@ class PacedTrainer(ToyTrainer):
         super().__init__(client_id, num_examples, step_time_s)
         self.taken = 0
 
-    def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
-    ) -> Trained:
+    def train(self, round_index, block_index, num_local_steps, steps_before, working) -> Trained:
         assert steps_before == self.taken
         self.taken += num_local_steps
         return Trained(
@@ -53,12 +45,10 @@ class PacedTrainer(ToyTrainer):
 
 
 def threaded(delay: int, rule: Rule, local_steps: LocalSteps) -> EngineResult:
-    plan = ServerPlan(
-        4, ROUNDS, delay, "shuffled", 1.0, 0, Differences(Encoding("float32"), rule), local_steps, 60.0, 0
-    )
+    form = Differences(Encoding("float32"), rule)
+    plan = server_plan(4, ROUNDS, delay, form, local_steps=local_steps, stall_timeout_s=60.0)
     trainers = [PacedTrainer(i, n, STEP_S[i]) for i, n in enumerate(EXAMPLES)]
-    hooks = Hooks(lambda *_: None, lambda _: None)
-    return run_here(initial(4), trainers, plan, Trace(VirtualClock()), hooks, link=LINK, in_flight="aligned")
+    return run_here(initial(4), trainers, plan, Trace(VirtualClock()), link=LINK)
 
 
 def sequential(
@@ -100,26 +90,14 @@ def test_more_steps_give_a_client_no_more_say():
     # One walks up and one down, by 1/8 a step: together they stay where they are, whoever is fast. The mean of the
     # updates themselves, +K_0 / 8 and −K_1 / 8, would follow the fast one.
     class Walker(ToyTrainer):
-        def train(
-            self,
-            round_index: int,
-            block_index: int,
-            num_local_steps: int,
-            steps_before: int,
-            working: tuple[Tensor, ...],
-        ) -> Trained:
+        def train(self, round_index, block_index, num_local_steps, steps_before, working) -> Trained:
             step = (0.125, -0.125)[self.client_id]
             return Trained(working[block_index] + num_local_steps * step, 0.0)
 
     def end_of(step_s: tuple[float, float]) -> float:
-        plan = ServerPlan(
-            2, 4, 0, "cyclic", 1.0, 0, Differences(Encoding("float32")), FillTheWait(Link(), 1, 16), 60.0, 0
-        )
-        hooks = Hooks(lambda *_: None, lambda _: None)
+        plan = server_plan(2, 4, 0, local_steps=FillTheWait(Link(), 1, 16))
         trainers = [Walker(i, 1, each_s) for i, each_s in enumerate(step_s)]
-        start = (torch.zeros(3),)
-        clock = VirtualClock()
-        result = run_here(start, trainers, plan, Trace(clock), hooks, link=Link(), in_flight="aligned")
+        result = run_here((torch.zeros(3),), trainers, plan, Trace(VirtualClock()))
         assert result.server.local_steps[-1] == tuple(round(max(step_s) / each_s) for each_s in step_s)
         return float(result.server.params[0][0])
 

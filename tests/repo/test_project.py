@@ -19,7 +19,6 @@ import yaml
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
-from parablock.config.section import NOT_BUILT
 from parablock.deploy.site import SiteConfig
 from parablock.errors import ConfigError
 
@@ -99,12 +98,12 @@ def program() -> Any:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_the_pages_name_only_commands_that_exist(page: Path, program: Any) -> None:
+def test_the_pages_name_only_commands_that_exist(page: Path, program: Any):
     targets = make_targets((ROOT / "Makefile").read_text())
     assert wrong_commands(page.read_text(), targets, program) == []
 
 
-def test_a_command_that_does_not_exist_is_found(program: Any) -> None:
+def test_a_command_that_does_not_exist_is_found(program: Any):
     page = "\n".join(
         [
             "`make prose` is not looked at",
@@ -132,13 +131,13 @@ def steps_of(script: str) -> list[str]:
     return [line for line in script.splitlines() if line and not line.startswith(("#", "set ", "cd "))]
 
 
-def test_ci_runs_targets_and_nothing_else() -> None:
+def test_ci_runs_targets_and_nothing_else():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert steps_of(script.read_text()) == ["make browser check test"]
 
 
-def test_a_step_that_is_no_target_is_seen() -> None:
+def test_a_step_that_is_no_target_is_seen():
     assert steps_of("#!/bin/sh\nset -e\ncd ..\nmake check test\npip list\n") == ["make check test", "pip list"]
 
 
@@ -153,11 +152,11 @@ def broken_links(text: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_the_pages_lead_somewhere(page: Path):
     assert broken_links(page.read_text(), page.parent) == []
 
 
-def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path):
     (tmp_path / "here.md").touch()
     text = '[a](here.md#part) [b](https://example.org) [c](gone.md) <img src="gone.svg"> [d](#below)'
     assert broken_links(text, tmp_path) == ["gone.md", "gone.svg"]
@@ -176,11 +175,11 @@ def newest_version(changelog: str) -> str | None:
     return match.group(1) if match else None
 
 
-def test_the_changelog_starts_with_the_version_that_is_built() -> None:
+def test_the_changelog_starts_with_the_version_that_is_built():
     assert newest_version((ROOT / "CHANGELOG.md").read_text()) == pyproject()["project"]["version"]
 
 
-def test_the_newest_version_is_the_first_and_not_the_largest() -> None:
+def test_the_newest_version_is_the_first_and_not_the_largest():
     assert newest_version("## [Unreleased]\n## [0.2.0] - x\n## [0.10.0] - y\n") == "0.2.0"
     assert newest_version("# Changelog\n") is None
 
@@ -191,7 +190,7 @@ def outside_venv(hooks: dict[str, Any]) -> list[str]:
     return [hook["id"] for repo, hook in every if repo != "local" or not hook["entry"].startswith(".venv/bin/")]
 
 
-def test_commit_hooks_use_the_tools_that_the_dev_extra_pins() -> None:
+def test_commit_hooks_use_the_tools_that_the_dev_extra_pins():
     assert outside_venv(yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())) == []
     pins = {requirement.split("==")[0] for requirement in dev_extra() if "==" in requirement}
     assert {"ruff", "mypy", "import-linter"} <= pins
@@ -201,7 +200,7 @@ def dev_extra() -> list[str]:
     return pyproject()["project"]["optional-dependencies"]["dev"]
 
 
-def test_a_hook_with_its_own_version_is_found() -> None:
+def test_a_hook_with_its_own_version_is_found():
     foreign = {"repo": "https://example.org/ruff", "hooks": [{"id": "a", "entry": ".venv/bin/ruff"}]}
     local = {"repo": "local", "hooks": [{"id": "b", "entry": "ruff"}, {"id": "c", "entry": ".venv/bin/ruff"}]}
     assert outside_venv({"repos": [foreign, local]}) == ["a", "b"]
@@ -228,62 +227,21 @@ def configurations() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "text"), configurations(), ids=lambda value: value[:40].split("\n")[0])
-def test_configurations_have_known_sections(name: str, text: str) -> None:
+def test_configurations_have_known_sections(name: str, text: str):
     assert unknown_sections(text) == []
-
-
-def refused_settings(text: str) -> list[dict[str, str]]:
-    """List what every point under a page's "Not built yet" names as `key: value`."""
-    part = text.split("Not built yet", 1)[1].split("\n## ", 1)[0]
-    points = [dict(re.findall(r"`([a-z_.]+): ([^`]+)`", point)) for point in part.split("\n- ")]
-    return [point for point in points if point]
-
-
-def complaint(settings: dict[str, str]) -> str:
-    """Validate a small configuration with some settings changed; return the error, or nothing."""
-    tree: dict[str, Any] = {"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}
-    for key, value in settings.items():
-        *sections, name = key.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[name] = yaml.safe_load(value)
-    try:
-        parse_config(tree)
-    except ConfigError as error:
-        return error.what
-    return ""
 
 
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("settings", refused_settings(README), ids=str)
-def test_what_the_readme_calls_not_built_is_refused_as_such(settings: dict[str, str]) -> None:
-    assert NOT_BUILT in complaint(settings)
-    for left_out in settings:
-        assert NOT_BUILT not in complaint({key: settings[key] for key in settings if key != left_out})
-
-
-def test_a_setting_that_works_or_does_not_exist_is_not_taken_for_one_not_built() -> None:
-    page = (
-        "## Now\n`seed: 1`\n**Not built yet**:\n\n- `wire.format: bfloat16`\n- `wire.colour: red` in `seed: 2`\n"
-        "## Later\n`a: 1`"
-    )
-    works, does_not_exist = refused_settings(page)
-    assert (works, does_not_exist) == ({"wire.format": "bfloat16"}, {"wire.colour": "red", "seed": "2"})
-    assert complaint(works) == ""
-    assert NOT_BUILT not in complaint(does_not_exist) != ""
-
-
-def test_the_configuration_of_the_readme_is_valid_as_it_stands() -> None:
+def test_the_configuration_of_the_readme_is_valid_as_it_stands():
     (example,) = (content for kind, content in fences(README) if kind == "yaml")
     assert parse_config(yaml.safe_load(example)).federation.num_rounds == 48
     with pytest.raises(ConfigError, match="num_rounds"):
         parse_config(yaml.safe_load(example.replace("num_rounds", "num_round")))
 
 
-def test_an_unknown_section_is_found() -> None:
+def test_an_unknown_section_is_found():
     assert unknown_sections("model: {}\nmodell: {}\nseed: 1") == ["modell"]
     assert unknown_sections("- model") == ["not a mapping"]
     with pytest.raises(yaml.YAMLError):
@@ -310,11 +268,11 @@ def machine_paths(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path, text in texts if MACHINE_PATH.search(text)]
 
 
-def test_no_file_names_a_folder_of_one_machine() -> None:
+def test_no_file_names_a_folder_of_one_machine():
     assert machine_paths(ROOT) == []
 
 
-def test_a_folder_of_one_machine_is_found_and_a_namesake_is_not(tmp_path: Path) -> None:
+def test_a_folder_of_one_machine_is_found_and_a_namesake_is_not(tmp_path: Path):
     for place in ("work", "root", "home/ann", "tmp/bash_jobs"):
         folder = tmp_path / place.replace("/", "_")
         folder.mkdir()

@@ -82,49 +82,49 @@ def write(folder: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def test_the_source_tree_is_where_these_tests_look() -> None:
+def test_the_source_tree_is_where_these_tests_look():
     assert len(modules(SOURCE)) > 10
 
 
-def test_no_module_is_longer_than_a_reader_can_hold() -> None:
+def test_no_module_is_longer_than_a_reader_can_hold():
     assert too_long(SOURCE) == []
 
 
 @pytest.mark.parametrize(("lines", "found"), [(MAX_LINES, []), (MAX_LINES + 1, ["long.py"])])
-def test_the_length_rule_counts_to_its_limit(tmp_path: Path, lines: int, found: list[str]) -> None:
+def test_the_length_rule_counts_to_its_limit(tmp_path: Path, lines: int, found: list[str]):
     write(tmp_path, "room/long.py", "x = 1\n" * lines)
     assert too_long(tmp_path) == found
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_says_what_it_is_for():
     assert without_docstring(SOURCE) == []
 
 
-def test_a_module_that_starts_with_code_has_no_docstring(tmp_path: Path) -> None:
+def test_a_module_that_starts_with_code_has_no_docstring(tmp_path: Path):
     write(tmp_path, "silent.py", 'x = 1\n"""Too late."""\n')
     write(tmp_path, "spoken.py", '"""In time."""\nx = 1\n')
     assert without_docstring(tmp_path) == [str(tmp_path / "silent.py")]
 
 
-def test_no_file_or_folder_has_a_name_that_says_nothing() -> None:
+def test_no_file_or_folder_has_a_name_that_says_nothing():
     assert badly_named(SOURCE) == []
 
 
-def test_the_name_rule_sees_files_folders_and_compound_names(tmp_path: Path) -> None:
+def test_the_name_rule_sees_files_folders_and_compound_names(tmp_path: Path):
     for name in ("utils.py", "helpers/load.py", "tensor_utils.py", "loader.py", "communication.py"):
         write(tmp_path, name, "")
     assert sorted(badly_named(tmp_path)) == ["helpers", "tensor_utils.py", "utils.py"]
 
 
-def test_only_what_everybody_shares_lies_outside_the_rooms() -> None:
+def test_only_what_everybody_shares_lies_outside_the_rooms():
     assert {path.stem for path in SOURCE.glob("*.py")} == TOP
 
 
-def test_no_file_and_no_public_class_has_the_name_of_another() -> None:
+def test_no_file_and_no_public_class_has_the_name_of_another():
     assert names_that_stand_twice(SOURCE) <= TWICE
 
 
-def test_the_rule_of_names_sees_files_and_classes_and_no_private_ones(tmp_path: Path) -> None:
+def test_the_rule_of_names_sees_files_and_classes_and_no_private_ones(tmp_path: Path):
     write(tmp_path, "a/run.py", "class Run: ...\nclass _Lane: ...\n")
     write(tmp_path, "b/run.py", "class Lane: ...\nclass _Lane: ...\n")
     write(tmp_path, "b/__init__.py", "")
@@ -132,7 +132,7 @@ def test_the_rule_of_names_sees_files_and_classes_and_no_private_ones(tmp_path: 
     assert names_that_stand_twice(tmp_path) == {"run.py", "Lane"}
 
 
-def test_there_are_no_more_layers_than_a_reader_can_hold() -> None:
+def test_there_are_no_more_layers_than_a_reader_can_hold():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     assert 1 < len(layers) <= MAX_LAYERS
@@ -142,21 +142,19 @@ def test_there_are_no_more_layers_than_a_reader_can_hold() -> None:
 
 
 @pytest.mark.parametrize(("made", "limit"), [(Client, 9), (Server, 8), (run_in_process, 4)])
-def test_what_an_engine_is_made_of_has_few_parameters(made: Callable[..., object], limit: int) -> None:
+def test_what_an_engine_is_made_of_has_few_parameters(made: Callable[..., object], limit: int):
     assert len(inspect.signature(made).parameters) <= limit
 
 
-def test_unit_tests_stand_in_the_room_of_what_they_test() -> None:
+def test_unit_tests_stand_in_the_room_of_what_they_test():
     assert without_a_source(ROOT / "tests" / "unit", SOURCE) == []
 
 
-def test_a_unit_test_of_another_room_is_found(tmp_path: Path) -> None:
+def test_a_unit_test_of_another_room_is_found(tmp_path: Path):
     for name in (
         "src/a/run.py",
         "src/__init__.py",
-        "tests/a/test_run.py",
-        "tests/test_init.py",
-        "tests/test_run.py",
+        *(f"tests/{n}.py" for n in ("a/test_run", "test_init", "test_run")),
     ):
         write(tmp_path, name, "")
     assert without_a_source(tmp_path / "tests", tmp_path / "src") == ["test_run.py"]
@@ -166,12 +164,12 @@ def strangers(package: str, room: str) -> list[str]:
     return [path for path in importers(SOURCE, package) if room not in Path(path).parent.parts]
 
 
-def test_flower_is_imported_in_its_own_folder_alone() -> None:
+def test_flower_is_imported_in_its_own_folder_alone():
     assert set(strangers("flwr", "flower")) <= {"deploy/warm.py"}, "which is to move there"
     assert len(importers(SOURCE, "flwr")) > 1
 
 
-def test_the_import_rule_sees_every_form_and_no_namesake(tmp_path: Path) -> None:
+def test_the_import_rule_sees_every_form_and_no_namesake(tmp_path: Path):
     write(tmp_path, "plain.py", "import flwr\n")
     write(tmp_path, "inner.py", "def f():\n    from flwr.app import Context\n    return Context\n")
     write(tmp_path, "called.py", "importlib.import_module('flwr.app')\n")

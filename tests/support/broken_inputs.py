@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config
 
@@ -37,15 +36,8 @@ def write_broken_files(path: Path) -> None:
     (path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     (path / "minimal.yaml").write_text("model: {name_or_path: model}\n")
     (path / "many.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "model": {"dtype": "float16"},
-                "data": {"train": "rows.jsonl"},
-                "train": {"num_local_steps": 0, "lerning_rate": 0.1},
-                "wire": {"error_feedback": True},
-                "sede": 3,
-            }
-        )
+        "{model: {dtype: float16}, data: {train: rows.jsonl}, wire: {error_feedback: true}, sede: 3,"
+        " train: {num_local_steps: 0, lerning_rate: 0.1}}"
     )
 
 
@@ -53,18 +45,14 @@ def write_broken_models(workshop: Workshop) -> None:
     def variant(name: str) -> Path:
         return Path(shutil.copytree(workshop.model, workshop.path / name))
 
-    (variant("without_config") / "config.json").unlink()
     (variant("config_not_json") / "config.json").write_text("{")
     for file in variant("without_tokenizer").glob("*token*"):
         file.unlink()
     weights = variant("corrupt_weights") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (variant("without_weights") / "model.safetensors").unlink()
     incomplete = variant("incomplete_weights") / "model.safetensors"
     tensors = load_file(incomplete)
     save_file(dict(list(tensors.items())[:-1]), incomplete, metadata={"format": "pt"})
-    config = json.loads((variant("unknown_type") / "config.json").read_text())
-    (workshop.path / "unknown_type/config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
     T5Config().save_pretrained(variant("encoder_decoder"))
     small = GPT2LMHeadModel(
         GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=50, bos_token_id=0, eos_token_id=0)

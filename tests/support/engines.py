@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
-
-from parablock.engine.contract import EngineInput, EngineResult, Masking
-from parablock.engine.faults import NO_FAULTS, Faults
+from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.inprocess import run_in_process
+from parablock.engine.local_steps import FixedSteps
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
-from parablock.privacy.protection import Protection
-from parablock.storage.checkpoint import RunState
+from parablock.engine.update_form import Differences, UpdateForm
 from parablock.trace import Trace
-from parablock.training.trainer import Trainer
-from parablock.wire.transport import Link
+from parablock.wire.quantize import Encoding
+
+QUIET = Hooks(on_commit=lambda *_: None, on_checkpoint=lambda _: None)
+"""Nobody who listens."""
+
+
+def server_plan(
+    num_clients: int, num_rounds: int, delay: int, form: UpdateForm | None = None, **changes
+) -> ServerPlan:
+    """Make a `ServerPlan` of one local step a round and fp32 differences, but for what is changed."""
+    usual = {"schedule": "shuffled", "participation": 1.0, "seed": 0, "local_steps": FixedSteps(1)}
+    usual |= {"form": form or Differences(Encoding("float32")), "stall_timeout_s": 20.0, "checkpoint_every": 0}
+    return ServerPlan(num_clients, num_rounds, delay, **{**usual, **changes})
 
 
 def engine_input(
-    params: Sequence[Tensor],
-    trainers: Sequence[Trainer],
+    params,
+    trainers,
     plan: ServerPlan,
     trace: Trace,
-    hooks: Hooks,
+    hooks: Hooks = QUIET,
     *,
-    link: Link = Link(),  # noqa: B008
     in_flight: str = "aligned",
-    resumed: RunState | None = None,
-    faults: Faults = NO_FAULTS,
-    protection_of: Callable[[int], Protection | None] = lambda _: None,
-    masking: Masking | None = None,
+    protection_of=lambda _: None,
+    **further,
 ) -> EngineInput:
+    """What an engine is given; `further` are fields of `EngineInput`."""
     client = ClientPlan(in_flight, plan.form, protection_of)
-    return EngineInput(plan, client, lambda: params, trainers, trace, hooks, link, resumed, faults, masking)
+    return EngineInput(plan, client, lambda: params, trainers, trace, hooks, **further)
 
 
-def run_here(
-    params: Sequence[Tensor],
-    trainers: Sequence[Trainer],
-    plan: ServerPlan,
-    trace: Trace,
-    hooks: Hooks,
-    **options: object,
-) -> EngineResult:
+def run_here(params, trainers, plan: ServerPlan, trace: Trace, hooks: Hooks = QUIET, **options) -> EngineResult:
+    """Run in this process; the options are those of `engine_input`."""
     return run_in_process(engine_input(params, trainers, plan, trace, hooks, **options))

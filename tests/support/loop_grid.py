@@ -53,8 +53,6 @@ class LoopGrid(Grid):
         self._count = 0
         self._newest: dict[int, threading.Thread] = {}
         self.exchanges = [0] * len(state_dirs)
-        self.pushed: list[list[set[int]]] = []
-        self.carries_one_frame: list[list[bool]] = [[] for _ in state_dirs]
         self._started: set[Path] = set()
         self.deaths = self.following = self.reply_bytes = 0
         self.attempts: dict[int, list[int]] = {}
@@ -78,8 +76,6 @@ class LoopGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         message_ids = []
-        arrays = [set(map(id, message.content.array_records.get("frames", {}).values())) for message in messages]
-        self.pushed.append(arrays)
         for message in messages:
             self._count += 1
             message_ids.append(message_id := str(self._count))
@@ -113,7 +109,6 @@ class LoopGrid(Grid):
             self.exchanges[client_id] += 1
             self.following += request.follows > 0
             self.attempts.setdefault(message.metadata.dst_node_id, []).append(request.attempt)
-            self.carries_one_frame[client_id].append(request.budget_bytes == request.frame_bytes)
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
                 return
             if folder.path.exists() and folder.finished is not None:

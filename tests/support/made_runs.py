@@ -150,3 +150,12 @@ def figures_in(page: str) -> dict[str, Any]:
     (content,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.DOTALL)
     figures: dict[str, Any] = json.loads(content)
     return figures
+
+
+def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read what a run has told TensorBoard: tag → (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -32,8 +32,5 @@ def batch(num_examples: int = 3, length: int = 16) -> Batch:
 
 def loss_of(model: Any, given: Batch) -> torch.Tensor:
     return sum_loss(
-        model,
-        input_ids_BT=given.input_ids_BT,
-        attention_mask_BT=given.attention_mask_BT,
-        labels_BT=given.labels_BT,
+        model, input_ids_BT=given.input_ids_BT, attention_mask_BT=given.attention_mask_BT, labels_BT=given.labels_BT
     )

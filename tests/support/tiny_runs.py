@@ -10,13 +10,14 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,17 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 def metrics_of(run_dir: Path) -> list[Row]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def longest_file(limit_bytes: int) -> Iterator[None]:
+    """Let every write of this process fail that would make a file longer than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def half_written(folder: Path) -> list[str]:

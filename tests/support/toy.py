@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parablock.seeding import seed_for
 from parablock.training.trainer import Trained
 
 SIZE = 5
@@ -59,19 +60,12 @@ def loss_of(params: tuple[Tensor, ...], num_clients: int) -> float:
 
 
 class ToyTrainer:
-    """`solve` behind the engine's interface."""
+    """`solve` behind the engine's interface; others replace `train`."""
 
-    def __init__(self, client_id: int, num_examples: int, step_time_s: float | None = 1.0) -> None:
+    def __init__(self, client_id: int, num_examples: int = 1, step_time_s: float | None = 1.0) -> None:
         self.client_id, self.num_examples, self.step_time_s = client_id, num_examples, step_time_s
 
-    def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[Tensor, ...],
-    ) -> Trained:
+    def train(self, round_index, block_index, num_local_steps, steps_before, working) -> Trained:
         return Trained(solve(self.client_id, round_index, block_index, working), 0.0)
 
     def memory(self) -> dict[str, Tensor]:
@@ -79,3 +73,15 @@ class ToyTrainer:
 
     def remember(self, memory: dict[str, Tensor]) -> None:
         assert not memory
+
+
+class Walker(ToyTrainer):
+    """A trainer of blocks of any size whose step depends on where it starts, on the client and on the round."""
+
+    def __init__(self, client_id: int, step_time_s: float) -> None:
+        super().__init__(client_id, 3 + client_id, step_time_s)
+
+    def train(self, round_index, block_index, num_local_steps, steps_before, working) -> Trained:
+        generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
+        v, other = working[block_index].float(), working[block_index - 1].float()
+        return Trained(0.9 * v + 0.1 * other + 0.01 * torch.randn(v.shape, generator=generator), 0.0)

@@ -24,28 +24,28 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
+def test_importing_the_package_loads_nothing_heavy():
     heavy = {"torch", "transformers", "pydantic", "rich"}
     assert modules_after("import parablock; dir(parablock)") & heavy == set()
     assert modules_after("from parablock import RunConfig") & heavy == {"pydantic"}
     assert modules_after("from parablock import run") & heavy == heavy
 
 
-def test_what_moves_bytes_loads_no_more_than_it_needs() -> None:
+def test_what_moves_bytes_loads_no_more_than_it_needs():
     heavy = {"torch", "transformers"}
     assert modules_after("import parablock.engine.flower.courier") & heavy == set()  # at a site, for each message
     assert modules_after("import parablock.engine.flower.engine") & heavy == {"torch"}
     assert modules_after("import parablock.deploy.server_app") & heavy == heavy
 
 
-def test_every_name_that_it_says_it_has_is_there() -> None:
+def test_every_name_that_it_says_it_has_is_there():
     assert {name for name in parablock.__all__ if not hasattr(parablock, name)} == set()
     assert set(parablock.__all__) <= set(dir(parablock))
     with pytest.raises(AttributeError, match="'parablock' has no attribute 'runn'"):
         parablock.runn  # noqa: B018
 
 
-def test_its_names_are_those_of_their_homes() -> None:
+def test_its_names_are_those_of_their_homes():
     from parablock.config import load as config
     from parablock.experiment import run as experiment
 
@@ -53,11 +53,11 @@ def test_its_names_are_those_of_their_homes() -> None:
     assert (RunConfig, load_config, parse_config) == (config.RunConfig, config.load_config, config.parse_config)
 
 
-def test_the_version_is_that_of_the_installed_distribution() -> None:
+def test_the_version_is_that_of_the_installed_distribution():
     assert parablock.__version__ == metadata.version("parablock")
 
 
-def test_a_run_needs_a_configuration_and_a_folder_alone(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_run_needs_a_configuration_and_a_folder_alone(workshop: Workshop, tmp_path: Path):
     summary = run(RunConfig(**tiny_config(workshop)), str(tmp_path / "run"))
     assert summary["status"] == "completed"
     assert len(metrics_of(tmp_path / "run")) == summary["num_rounds"] == 6
@@ -65,7 +65,7 @@ def test_a_run_needs_a_configuration_and_a_folder_alone(workshop: Workshop, tmp_
 
 def test_a_run_without_a_display_prints_nothing_and_logs_its_lines(
     workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     config = load_config(workshop.config)
     run(config, tmp_path / "silent")
     assert caplog.messages == []
@@ -77,7 +77,7 @@ def test_a_run_without_a_display_prints_nothing_and_logs_its_lines(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_stopped_run_is_resumed_from_python(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_stopped_run_is_resumed_from_python(workshop: Workshop, tmp_path: Path):
     config = load_config(workshop.config)
     whole = run(config, tmp_path / "whole")
     rounds = iter(range(100))
@@ -89,7 +89,7 @@ def test_a_stopped_run_is_resumed_from_python(workshop: Workshop, tmp_path: Path
         resume(tmp_path / "stopped")
 
 
-def test_only_a_configuration_and_a_folder_are_given_by_position() -> None:
+def test_only_a_configuration_and_a_folder_are_given_by_position():
     by_position = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY}
     for function, names in ((run, ["config", "output_dir"]), (resume, ["output_dir"])):
         parameters = inspect.signature(function).parameters.values()
@@ -98,7 +98,7 @@ def test_only_a_configuration_and_a_folder_are_given_by_position() -> None:
 
 
 @pytest.mark.slow
-def test_a_type_checker_knows_the_interface_and_that_nothing_else_is_there(tmp_path: Path) -> None:
+def test_a_type_checker_knows_the_interface_and_that_nothing_else_is_there(tmp_path: Path):
     right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
     right.write_text("from parablock import load_config, run\nx: dict[str, object] = run(load_config('a'), 'b')\n")
     wrong.write_text("import parablock\nparablock.run('a.yaml', 'b')\nparablock.resume()\nparablock.runn\n")

@@ -99,12 +99,6 @@ def test_a_transfer_is_cut_where_its_client_begins_and_ends_to_compute():
     assert ruler(spans) == [(1, 2, True), (2, 3, False), (3, 6, True), (6, 8, False)]
 
 
-def test_another_clients_computation_hides_nothing():
-    spans = [moving("uploading", 1, 4), computing(0, 9, client_id=1)]
-    assert ruler(spans) == [(1, 4, False)]
-    assert ruler([*spans, computing(0, 9)]) == [(1, 4, True)]
-
-
 def test_waiting_and_the_server_neither_hide_nor_move():
     waiting = Span(0, "compute", "waiting", 0.0, 9.0, {})
     server = Span(None, "server", "aggregating", 0.0, 9.0, {"round_index": 0})

@@ -28,7 +28,7 @@ from parablock.model.params import Replica
 from parablock.seeding import seed_for
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import Compute, device, format_flops, slowdown
-from parablock.training.trainer import LocalTrainer
+from parablock.training.trainer import LocalTrainer, local_arguments
 from parablock.wire.quantize import pack
 
 PROBED_BLOCKS = 4
@@ -133,7 +133,7 @@ def _trainers(job: RunInputs, replica: Replica) -> list[LocalTrainer]:
             examples,
             replica,
             train=job.config.train.model_copy(update={"optimizer_state": "reset"}),
-            arguments=arguments,
+            arguments=local_arguments(job.config),
             num_rounds=PROBE_REPEATS,
             seed=job.config.seed,
             pad_token_id=job.loaded.tokenizer.pad_token_id,

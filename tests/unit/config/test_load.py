@@ -14,89 +14,52 @@ from parablock.config.load import known_keys, load_config, parse_config
 from parablock.errors import ConfigError
 
 # For every built key a value that is not its default, with what else it needs.
+TOGETHER: dict[str, Any] = yaml.safe_load(
+    """{
+    seed: 3, report_to: [tensorboard], model.dtype: bfloat16, model.device: cpu, model.init: random,
+    data.test: [test.jsonl], data.format: gsm8k, data.max_length: 64,
+    data.partition.scheme: dirichlet, data.partition.field: label, data.partition.alpha: 0.1,
+    blocks.layers_per_block: 2, blocks.split: attention_mlp, blocks.schedule: importance,
+    blocks.include_embeddings: true, blocks.include_head: true, blocks.allow_unvisited: true,
+    blocks.layers_path: model.layers, federation.num_clients: 5, federation.num_rounds: 9, federation.delay: 2,
+    federation.participation: 0.8, federation.in_flight: own, federation.stall_timeout_s: 5.0,
+    federation.min_updates: 2, federation.deadline_factor: 3.0, federation.server_optimizer.name: momentum,
+    federation.server_optimizer.momentum: 0.5, federation.server_optimizer.learning_rate: 0.1,
+    train.num_local_steps: 4, train.per_device_train_batch_size: 2, train.gradient_accumulation_steps: 4,
+    train.learning_rate: 0.01, train.weight_decay: 0.1, train.max_grad_norm: 0.0, train.adam_beta1: 0.8,
+    train.adam_beta2: 0.99, train.adam_epsilon: 1.0e-6, train.optimizer_state: keep,
+    train.lr_scheduler_type: cosine, train.warmup_ratio: 0.1, train.gradient_checkpointing: true,
+    train.completion_only_loss: false, wire.format: int8, wire.rounding: nearest, wire.error_feedback: true,
+    wire.chunk_bytes: 65536, link.upload_mbps: 10.0, link.download_mbps: 10.0, link.latency_s: 0.1,
+    engine.num_threads: 2, engine.clock: virtual, engine.step_time_s: 0.1, evaluation.every_rounds: 0,
+    evaluation.max_examples: 10, evaluation.per_device_eval_batch_size: 4, checkpoint.every_rounds: 0,
+    checkpoint.keep: 1, faults: [{client: 2, round: 7, at: upload, kind: drop, value: 360.0}]
+    }"""
+)
+SUM = {"privacy.clip_norm": 2.0, "wire.streaming": False}
 OTHER_VALUES: list[dict[str, Any]] = [
-    {"model.dtype": "bfloat16"},
-    {"model.device": "cpu"},
-    {"model.init": "random"},
-    {"data.test": ["test.jsonl"]},
+    TOGETHER,
     {"data.test_fraction": 0.2},
-    {"data.format": "gsm8k"},
-    {"data.max_length": 64},
     {"data.partition.scheme": "by_field", "data.partition.field": "label"},
-    {"data.partition.scheme": "dirichlet", "data.partition.field": "label", "data.partition.alpha": 0.1},
     {"data.partition.field": "label"},  # the histogram counts by it
-    {"blocks.layers_per_block": 2},
     {"blocks.layers_per_block": "auto", "link.upload_mbps": 10},
-    {"blocks.split": "attention_mlp"},
-    {"blocks.include_embeddings": True},
-    {"blocks.include_head": True},
-    {"blocks.schedule": "importance"},
-    {"blocks.layers_path": "model.layers"},
-    {"blocks.allow_unvisited": True},
-    {"federation.num_clients": 3},
-    {"federation.participation": 0.5},
-    {"federation.num_rounds": 5},
-    {"federation.delay": 2},
     {"federation.method": "fedavg", "federation.delay": 0},
-    {"federation.in_flight": "own"},
-    {"federation.server_optimizer.name": "adam", "federation.server_optimizer.learning_rate": 0.1},
-    {"federation.server_optimizer.name": "momentum", "federation.server_optimizer.momentum": 0.5},
-    {"federation.stall_timeout_s": 5.0},
-    {"federation.min_updates": 2},
-    {"federation.deadline_factor": 3.0},
-    {"faults": [{"client": 2, "round": 7, "at": "upload", "kind": "drop", "value": 360.0}]},
+    {"federation.server_optimizer.name": "adam"},
     {"federation.aggregation": "median"},
-    {"privacy.clip_norm": 2.0},
-    {"privacy.clip_norm": 2.0, "wire.streaming": False, "privacy.secure_aggregation": "plain"},
-    {"privacy.clip_norm": 2.0, "wire.streaming": False, "privacy.secure_aggregation": "masked"},
-    {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6},
-    {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.mode": "local"},
     {"federation.aggregation": "trimmed_mean", "federation.trim_fraction": 0.3},
     {"federation.aggregation": "krum", "federation.assumed_attackers": 2},
-    {"train.num_local_steps": 4},
+    {**SUM, "privacy.secure_aggregation": "plain"},
+    {**SUM, "privacy.secure_aggregation": "masked", "engine.name": "flower"},
+    {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6, "privacy.mode": "local"},
     {"train.num_local_steps": "auto", "train.min_local_steps": 2, "train.max_local_steps": 32},
-    {"train.per_device_train_batch_size": 2},
-    {"train.gradient_accumulation_steps": 4},
-    {"train.learning_rate": 0.01},
-    {"train.weight_decay": 0.1},
-    {"train.max_grad_norm": 0.0},
-    {"train.adam_beta1": 0.8},
-    {"train.adam_beta2": 0.99},
-    {"train.adam_epsilon": 1e-6},
-    {"train.optimizer_state": "keep"},
-    {"train.lr_scheduler_type": "cosine"},
-    {"train.warmup_ratio": 0.1},
-    {"train.gradient_checkpointing": True},
-    {"train.completion_only_loss": False},
-    {"wire.format": "bfloat16", "wire.error_feedback": True},
-    {"wire.format": "int8", "wire.rounding": "nearest"},
+    {"wire.format": "bfloat16"},
     {"wire.format": "int4"},
+    {"wire.format": "int2"},
     {"federation.method": "fedprox", "federation.delay": 0, "federation.proximal_mu": 0.5},
     {"federation.method": "fedit", "federation.delay": 0, "lora.rank": 4, "lora.alpha": 8.0},
     {"federation.method": "ffa_lora", "federation.delay": 0, "lora.target_modules": ["q_proj"]},
     {"federation.method": "flora", "federation.delay": 0},
-    {"wire.streaming": False},
-    {"wire.chunk_bytes": 65536},
-    {"wire.format": "int2"},
-    {"link.upload_mbps": 10.0},
-    {"link.download_mbps": 10.0},
-    {"link.latency_s": 0.1},
-    {"engine.clock": "virtual", "engine.step_time_s": 0.1},
-    {"engine.num_threads": 2},
     {"engine.name": "flower"},
-    {
-        "engine.name": "flower",
-        "privacy.clip_norm": 2.0,
-        "wire.streaming": False,
-        "privacy.secure_aggregation": "masked",
-    },
-    {"evaluation.every_rounds": 0},
-    {"evaluation.max_examples": 10},
-    {"evaluation.per_device_eval_batch_size": 4},
-    {"checkpoint.every_rounds": 0},
-    {"checkpoint.keep": 1},
-    {"report_to": ["tensorboard"]},
-    {"seed": 3},
 ]
 
 
@@ -108,7 +71,7 @@ def write(path: Path, text: str) -> Path:
 MINIMAL = "model: {name_or_path: org/model}\ndata: {train: train.jsonl}\n"
 
 
-@pytest.mark.parametrize("values", OTHER_VALUES, ids=lambda values: ",".join(values))
+@pytest.mark.parametrize("values", OTHER_VALUES, ids=lambda values: ",".join(values)[:60])
 def test_what_is_written_is_what_is_read(values: dict[str, Any], tmp_path: Path):
     config = parse_config(nested({**REQUIRED, **values}))
     again = load_config(write(tmp_path / "config.yaml", config.to_yaml()))
@@ -150,22 +113,11 @@ def test_set_reads_the_value_as_yaml(override: str, key: str, value: Any, tmp_pa
     assert flat(config)[key] == value != flat(parsed())[key]
 
 
-def test_set_goes_over_the_file_and_the_last_one_wins(tmp_path: Path):
-    path = write(tmp_path / "run.yaml", MINIMAL + "seed: 1\n")
-    assert load_config(path).seed == 1
-    assert load_config(path, ["seed=2"]).seed == 2
-    assert load_config(path, ["seed=2", "seed=3"]).seed == 3
-
-
-def test_set_can_clear_a_value_of_the_file(tmp_path: Path):
-    path = write(tmp_path / "run.yaml", MINIMAL + "link: {upload_mbps: 5}\n")
-    assert load_config(path).link.upload_mbps == 5
-    assert load_config(path, ["link.upload_mbps=null"]).link.upload_mbps is None
-
-
-def test_set_fills_a_section_that_the_file_leaves_empty(tmp_path: Path):
-    path = write(tmp_path / "run.yaml", MINIMAL + "train:\n")
-    assert load_config(path, ["train.num_local_steps=4"]).train.num_local_steps == 4
+def test_set_goes_over_the_file_clears_and_fills_it_and_the_last_one_wins(tmp_path: Path):
+    path = write(tmp_path / "run.yaml", MINIMAL + "seed: 1\nlink: {upload_mbps: 5}\ntrain:\n")
+    assert (load_config(path).seed, load_config(path).link.upload_mbps) == (1, 5)
+    config = load_config(path, ["seed=2", "seed=3", "link.upload_mbps=null", "train.num_local_steps=4"])
+    assert (config.seed, config.link.upload_mbps, config.train.num_local_steps) == (3, None, 4)
 
 
 @pytest.mark.parametrize(
@@ -244,55 +196,21 @@ def test_an_unknown_key_names_the_nearest_or_all_of_its_section(key: str, neares
         assert problem.endswith(f"known here: {', '.join(siblings)}")
 
 
-def test_all_problems_are_said_at_once_each_with_its_key():
-    found = problems(
-        {
-            "model.dtype": "float16",
-            "data.partition.scheme": "dirichlet",
-            "federation.delay": -1,
-            "train.num_local_steps": 0,
-            "train.lerning_rate": 1,
-            "wire.error_feedback": True,
-            "seed": "many",
-        }
-    )
-    keys = [problem.partition(":")[0] for problem in found]
-    assert sorted(keys) == sorted(
-        [
-            "model.dtype",
-            "data.partition",
-            "federation.delay",
-            "train.num_local_steps",
-            "train.lerning_rate",
-            "wire",
-            "seed",
-        ]
-    )
-
-
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"train.num_local_steps": 0}, "train.num_local_steps: must be at least 1, not 0"),
-        (
-            {"train.num_local_steps": "auto", "train.min_local_steps": 9, "train.max_local_steps": 8},
-            "train: min_local_steps 9 is above max_local_steps 8",
-        ),
-        (
-            {"report_to": ["tensorboard", "tensorboard"]},
-            "report_to: tensorboard, tensorboard: name each tracker once",
-        ),
+        ({"train.num_local_steps": "auto", "train.min_local_steps": 9, "train.max_local_steps": 8}, "train: min_"),
+        ({"report_to": ["tensorboard", "tensorboard"]}, "report_to: tensorboard, tensorboard: name each"),
         ({"report_to": "abacus"}, "report_to.0: "),
         ({"blocks.layers_per_block": 0}, "blocks.layers_per_block: must be at least 1, not 0"),
         ({"blocks.layers_per_block": True}, "blocks.layers_per_block"),
         ({"train.num_local_steps": 2.5}, "train.num_local_steps"),
         ({"federation.delay": -1}, "federation.delay: Input should be greater than or equal to 0 (given: -1)"),
-        ({"federation.participation": 0}, "federation.participation"),
         ({"federation.participation": 1.5}, "federation.participation"),
         ({"federation.num_clients": 0}, "federation.num_clients"),
         ({"train.learning_rate": "fast"}, "train.learning_rate"),
         ({"train.learning_rate": float("nan")}, "train.learning_rate"),
-        ({"train.learning_rate": float("inf")}, "train.learning_rate"),
         ({"train.warmup_ratio": 1}, "train.warmup_ratio"),
         ({"link.upload_mbps": 0}, "link.upload_mbps"),
         ({"model.dtype": "float16"}, "model.dtype: Input should be 'float32' or 'bfloat16' (given: 'float16')"),
@@ -302,7 +220,6 @@ def test_all_problems_are_said_at_once_each_with_its_key():
         ({"federation.server_optimizer.name": False}, "federation.server_optimizer.name: must not be false"),
         ({"data.max_length": 4}, "data.max_length"),
         ({"data.partition.scheme": "by_field"}, "data.partition: scheme by_field needs `field`"),
-        ({"data.partition.scheme": "dirichlet"}, "data.partition: scheme dirichlet needs `field`"),
         ({"train": 4}, "train: "),
         ({"checkpoint.keep": 0}, "checkpoint.keep"),
         ({"seed": -1}, "seed"),

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from parablock.data.batches import Batch, collate, round_batches
-from parablock.data.prompts import IGNORED_LABEL, Example, tokenize_rows
+from parablock.data.prompts import IGNORED_LABEL, Example
 from parablock.data.sources import Row
 from parablock.errors import DataError
 
@@ -46,7 +45,7 @@ def stream(num_examples: int, **changes: Any) -> list[int]:
     return [number for step in members(batches_of(num_examples, **changes)) for number in step]
 
 
-def test_a_batch_is_padded_on_the_right_to_its_longest_example() -> None:
+def test_a_batch_is_padded_on_the_right_to_its_longest_example():
     batch = collate([example_of(0, length=2), example_of(1, length=4)], pad_token_id=PAD)
     assert batch.input_ids_BT.tolist() == [[100, 2, PAD, PAD], [101, 2, 3, 4]]
     assert batch.attention_mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
@@ -56,37 +55,7 @@ def test_a_batch_is_padded_on_the_right_to_its_longest_example() -> None:
     }
 
 
-def test_the_pad_token_fills_the_ids_alone() -> None:
-    examples = [example_of(0, length=2), example_of(1, length=3)]
-    one, other = collate(examples, pad_token_id=PAD), collate(examples, pad_token_id=9)
-    assert (one.input_ids_BT[0, 2], other.input_ids_BT[0, 2]) == (PAD, 9)
-    assert torch.equal(one.labels_BT, other.labels_BT)
-    assert torch.equal(one.attention_mask_BT, other.attention_mask_BT)
-
-
-def test_padding_does_not_change_the_loss_of_a_model(
-    tiny_llama: Any, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """The mean over all counted tokens is the same whether two examples are padded together or seen one by one."""
-    rows = [Row({"prompt": "How?", "completion": text}, "a.jsonl", 1) for text in ("Ann.", "12 apples, Ann has.")]
-    examples = tokenize_rows(
-        rows, tiny_tokenizer, data_format="auto", max_length=64, completion_only_loss=True
-    ).examples
-    model = tiny_llama(vocab_size=300).eval()
-
-    def loss_sum(batch: Batch) -> torch.Tensor:
-        with torch.no_grad():
-            loss = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=batch.labels_BT).loss
-        return loss * (batch.labels_BT[:, 1:] != IGNORED_LABEL).sum()
-
-    pad_token_id = tiny_tokenizer.pad_token_id
-    together = loss_sum(collate(examples, pad_token_id=pad_token_id))
-    apart = [loss_sum(collate([example], pad_token_id=pad_token_id)) for example in examples]
-    torch.testing.assert_close(together, apart[0] + apart[1], rtol=1e-5, atol=1e-5)
-    assert abs(apart[0] - apart[1]) > 1.0
-
-
-def test_every_example_comes_once_in_an_epoch() -> None:
+def test_every_example_comes_once_in_an_epoch():
     """Ten examples, two to a step: steps 0–4 are the first epoch, steps 5–9 the second."""
     first, second = stream(10, num_local_steps=5), stream(10, num_local_steps=5, first_step=5)
     assert sorted(first) == list(range(10))
@@ -94,27 +63,27 @@ def test_every_example_comes_once_in_an_epoch() -> None:
     assert first != second
 
 
-def test_a_step_runs_over_the_border_of_epochs() -> None:
+def test_a_step_runs_over_the_border_of_epochs():
     """Seven examples, fourteen steps of two: 28 positions are four epochs, though no step ends with the first."""
     seen = stream(7, num_local_steps=14)
     assert [sorted(seen[at : at + 7]) for at in range(0, 28, 7)] == [list(range(7))] * 4
 
 
-def test_rounds_continue_where_the_one_before_stopped() -> None:
+def test_rounds_continue_where_the_one_before_stopped():
     at_once = members(batches_of(7, num_local_steps=12))
     in_rounds = [step for start in (0, 4, 8) for step in members(batches_of(7, first_step=start))]
     assert in_rounds == at_once
     assert members(batches_of(7, first_step=4)) != members(batches_of(7, first_step=3))
 
 
-def test_the_same_arguments_give_the_same_batches_and_others_do_not() -> None:
+def test_the_same_arguments_give_the_same_batches_and_others_do_not():
     base = stream(50)
     assert stream(50) == base
     for change in ({"seed": 1}, {"client_id": 1}, {"first_step": 4}):
         assert stream(50, **change) != base, change
 
 
-def test_accumulation_splits_the_examples_of_one_large_batch() -> None:
+def test_accumulation_splits_the_examples_of_one_large_batch():
     large = batches_of(11, per_device_train_batch_size=6)
     split = batches_of(11, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     assert members(split) == members(large)
@@ -124,12 +93,12 @@ def test_accumulation_splits_the_examples_of_one_large_batch() -> None:
     assert members(batches_of(11, per_device_train_batch_size=3)) != members(large)
 
 
-def test_a_client_with_fewer_examples_than_a_batch_repeats_them() -> None:
+def test_a_client_with_fewer_examples_than_a_batch_repeats_them():
     steps = members(batches_of(3, per_device_train_batch_size=6, num_local_steps=2))
     assert [Counter(step) for step in steps] == [Counter({0: 2, 1: 2, 2: 2})] * 2
     assert members(batches_of(1, num_local_steps=2)) == [[0, 0], [0, 0]]
 
 
-def test_a_client_without_examples_is_an_error() -> None:
+def test_a_client_without_examples_is_an_error():
     with pytest.raises(DataError, match="Client 5 has no examples"):
         batches_of(0, client_id=5)

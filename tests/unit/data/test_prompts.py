@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from parablock.data.prompts import (
     IGNORED_LABEL,
@@ -24,7 +25,7 @@ from parablock.errors import DataError, ModelError
 TURN_END = "<|im_end|>"
 FORMAT_ROWS: dict[str, dict[str, Any]] = {
     "messages": {
-        "messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Twelve."}],
+        "messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Twelve."}]
     },
     "prompt_completion": {"prompt": "How many?", "completion": "Twelve."},
     "alpaca": {"instruction": "Count.", "input": "1 2 3", "output": "Three."},
@@ -46,7 +47,7 @@ def a_row(fields: dict[str, Any], line: int = 1) -> Row:
 
 def tokenized(
     rows: list[Row],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     data_format: str = "auto",
     max_length: int = 512,
     completion_only_loss: bool = True,
@@ -56,12 +57,12 @@ def tokenized(
     )
 
 
-def one(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **options: Any) -> Example:
+def one(fields: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> Example:
     (example,) = tokenized([a_row(fields)], tokenizer, **options).examples
     return example
 
 
-def texts_of(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[str]]:
+def texts_of(example: Example, tokenizer: Tokenizer) -> tuple[str, list[str]]:
     """The whole text, and each stretch of it that the loss counts."""
     stretches: list[list[int]] = []
     before = IGNORED_LABEL
@@ -74,8 +75,8 @@ def texts_of(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[str,
 
 
 @pytest.fixture
-def with_template(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
-    def make(template: str | None) -> PreTrainedTokenizerFast:
+def with_template(tiny_tokenizer: Tokenizer) -> Any:
+    def make(template: str | None) -> Tokenizer:
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.chat_template = template
         return tokenizer
@@ -84,12 +85,12 @@ def with_template(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 @pytest.fixture
-def plain_tokenizer(with_template: Any) -> PreTrainedTokenizerFast:
+def plain_tokenizer(with_template: Any) -> Tokenizer:
     return with_template(None)
 
 
 @pytest.fixture
-def bos_tokenizer(plain_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def bos_tokenizer(plain_tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that opens every text with a token of its own, as Llama's does."""
     from tokenizers.processors import TemplateProcessing
 
@@ -105,24 +106,22 @@ def bos_tokenizer(plain_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
 
 
 @pytest.mark.parametrize("data_format", FORMAT_ROWS)
-def test_a_format_is_detected_by_its_fields(data_format: str) -> None:
+def test_a_format_is_detected_by_its_fields(data_format: str):
     assert detect_format([a_row({**FORMAT_ROWS[data_format], "template": "extra"})]) == data_format
 
 
-def test_a_text_field_beside_another_format_and_a_null_field_do_not_count() -> None:
+def test_a_text_field_beside_another_format_and_a_null_field_do_not_count():
     assert detect_format([a_row({**FORMAT_ROWS["alpaca"], "text": "rendered", "messages": None})]) == "alpaca"
 
 
-def test_mixed_formats_name_both_rows_and_their_fields() -> None:
+def test_mixed_formats_name_both_rows_and_their_fields():
     with pytest.raises(DataError) as caught:
         detect_format([a_row(FORMAT_ROWS["gsm8k"], 1), a_row(FORMAT_ROWS["gsm8k"], 2), a_row({"text": "a"}, 3)])
     assert "set.jsonl, line 3 has the format text (fields text)" in str(caught.value)
     assert "set.jsonl, line 1 has gsm8k (fields question, answer)" in str(caught.value)
 
 
-def test_sources_may_have_different_formats_and_each_is_read_in_its_own(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_sources_may_have_different_formats_and_each_is_read_in_its_own(tiny_tokenizer: Tokenizer):
     sites = [
         Row(FORMAT_ROWS[name], f"{name}.jsonl", 1) for name in ("gsm8k", "alpaca", "text", "messages", "gsm8k")
     ]
@@ -144,14 +143,14 @@ def test_sources_may_have_different_formats_and_each_is_read_in_its_own(
         ({**FORMAT_ROWS["gsm8k"], **FORMAT_ROWS["alpaca"]}, "fits more than one format (alpaca, gsm8k)"),
     ],
 )
-def test_an_unknown_or_ambiguous_row_names_place_fields_and_needs(fields: dict[str, Any], problem: str) -> None:
+def test_an_unknown_or_ambiguous_row_names_place_fields_and_needs(fields: dict[str, Any], problem: str):
     with pytest.raises(DataError) as caught:
         detect_format([a_row(FORMAT_ROWS["gsm8k"]), a_row(fields, 2)])
     assert f"set.jsonl, line 2 {problem}" in str(caught.value)
     assert "prompt_completion: prompt, completion; alpaca: instruction, output" in str(caught.value)
 
 
-def test_a_set_format_settles_what_auto_cannot(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_set_format_settles_what_auto_cannot(tiny_tokenizer: Tokenizer):
     both = {**FORMAT_ROWS["gsm8k"], **FORMAT_ROWS["prompt_completion"]}
     assert one(both, tiny_tokenizer, data_format="gsm8k").completion == "Ann has 12.\n#### 12"
     assert one(both, tiny_tokenizer, data_format="prompt_completion").completion == "Twelve."
@@ -173,15 +172,15 @@ def test_a_set_format_settles_what_auto_cannot(tiny_tokenizer: PreTrainedTokeniz
     ],
 )
 def test_a_row_that_does_not_fit_its_format_is_named(
-    tiny_tokenizer: PreTrainedTokenizerFast, data_format: str, fields: dict[str, Any], problem: str
-) -> None:
+    tiny_tokenizer: Tokenizer, data_format: str, fields: dict[str, Any], problem: str
+):
     with pytest.raises(DataError) as caught:
         tokenized([a_row(FORMAT_ROWS[data_format]), a_row(fields, 7)], tiny_tokenizer, data_format)
     assert "set.jsonl, line 7" in str(caught.value)
     assert problem in str(caught.value)
 
 
-def test_an_unknown_format_and_no_rows_are_errors(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_unknown_format_and_no_rows_are_errors(tiny_tokenizer: Tokenizer):
     with pytest.raises(DataError, match="Unknown format 'sharegpt'"):
         tokenized([a_row({"text": "a"})], tiny_tokenizer, "sharegpt")
     with pytest.raises(DataError, match="no rows"):
@@ -192,49 +191,37 @@ def test_an_unknown_format_and_no_rows_are_errors(tiny_tokenizer: PreTrainedToke
 
 
 @pytest.mark.parametrize(
-    ("data_format", "prompt", "completion"),
+    ("data_format", "prompt", "plain", "completion"),
     [
-        ("messages", "How many?", "Twelve."),
-        ("prompt_completion", "How many?", "Twelve."),
-        ("alpaca", "Count.\n\n1 2 3", "Three."),
-        ("gsm8k", "How many?", "Ann has 12.\n#### 12"),
+        ("messages", "How many?", "User: How many?\nAssistant:", "Twelve."),
+        ("prompt_completion", "How many?", "How many?", "Twelve."),
+        ("alpaca", "Count.\n\n1 2 3", "Instruction: Count.\nInput: 1 2 3\nResponse:", "Three."),
+        ("gsm8k", "How many?", "Question: How many?\nAnswer:", "Ann has 12.\n#### 12"),
     ],
 )
-def test_every_conversation_goes_through_the_chat_template(
-    tiny_tokenizer: PreTrainedTokenizerFast, data_format: str, prompt: str, completion: str
-) -> None:
-    example = one(FORMAT_ROWS[data_format], tiny_tokenizer)
+def test_a_conversation_is_rendered_by_the_chat_template_or_else_with_plain_headings_and_the_eos_token(
+    tiny_tokenizer: Tokenizer,
+    plain_tokenizer: Tokenizer,
+    data_format: str,
+    prompt: str,
+    plain: str,
+    completion: str,
+):
     before = f"<|im_start|>user\n{prompt}{TURN_END}\n<|im_start|>assistant\n"
-    assert texts_of(example, tiny_tokenizer) == (
-        f"{before}{completion}{TURN_END}\n",
-        [f"{completion}{TURN_END}\n"],
-    )
-    assert tiny_tokenizer.decode(example.prompt_ids) == before
-    assert example.completion == completion
-
-
-@pytest.mark.parametrize(
-    ("data_format", "before", "after"),
-    [
-        ("messages", "User: How many?\nAssistant:", " Twelve."),
-        ("prompt_completion", "How many?", " Twelve."),
-        ("alpaca", "Instruction: Count.\nInput: 1 2 3\nResponse:", " Three."),
-        ("gsm8k", "Question: How many?\nAnswer:", " Ann has 12.\n#### 12"),
-    ],
-)
-def test_without_a_template_plain_headings_and_the_eos_token_serve(
-    plain_tokenizer: PreTrainedTokenizerFast, data_format: str, before: str, after: str
-) -> None:
-    example = one(FORMAT_ROWS[data_format], plain_tokenizer)
-    assert texts_of(example, plain_tokenizer) == (f"{before}{after}<|endoftext|>", [f"{after}<|endoftext|>"])
-    assert plain_tokenizer.decode(example.prompt_ids) == before
-    assert example.labels[-1] == plain_tokenizer.eos_token_id
+    for tokenizer, opening, counted in (
+        (tiny_tokenizer, before, f"{completion}{TURN_END}\n"),
+        (plain_tokenizer, plain, f" {completion}<|endoftext|>"),
+    ):
+        example = one(FORMAT_ROWS[data_format], tokenizer)
+        assert texts_of(example, tokenizer) == (f"{opening}{counted}", [counted])
+        assert tokenizer.decode(example.prompt_ids) == opening
+        assert example.completion == completion
 
 
 @pytest.mark.parametrize("missing", [{}, {"input": ""}, {"input": None}])
 def test_alpaca_without_input_leaves_no_trace_of_it(
-    plain_tokenizer: PreTrainedTokenizerFast, tiny_tokenizer: PreTrainedTokenizerFast, missing: dict[str, Any]
-) -> None:
+    plain_tokenizer: Tokenizer, tiny_tokenizer: Tokenizer, missing: dict[str, Any]
+):
     fields = {"instruction": "Count.", "output": "Three.", **missing}
     assert plain_tokenizer.decode(one(fields, plain_tokenizer).prompt_ids) == "Instruction: Count.\nResponse:"
     assert "Count.<|im_end|>" in tiny_tokenizer.decode(one(fields, tiny_tokenizer).prompt_ids)
@@ -245,15 +232,13 @@ def test_alpaca_without_input_leaves_no_trace_of_it(
     [("a", "b", "a b"), ("a\n", "b", "a\nb"), ("a ", "b", "a b"), ("a", "\nb", "a\nb"), ("", "b", "b")],
 )
 def test_one_space_parts_prompt_and_completion_unless_there_is_white_space(
-    plain_tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, text: str
-) -> None:
+    plain_tokenizer: Tokenizer, prompt: str, completion: str, text: str
+):
     example = one({"prompt": prompt, "completion": completion}, plain_tokenizer)
     assert plain_tokenizer.decode(example.input_ids) == text + "<|endoftext|>"
 
 
-def test_the_loss_of_a_text_counts_every_token_and_uses_no_template(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_the_loss_of_a_text_counts_every_token_and_uses_no_template(tiny_tokenizer: Tokenizer):
     example = one(FORMAT_ROWS["text"], tiny_tokenizer)
     assert tiny_tokenizer.decode(example.input_ids) == "Ann has 12 apples.<|endoftext|>"
     assert example.labels == example.input_ids
@@ -262,8 +247,8 @@ def test_the_loss_of_a_text_counts_every_token_and_uses_no_template(
 
 
 def test_the_loss_of_a_conversation_counts_every_assistant_turn(
-    tiny_tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
-) -> None:
+    tiny_tokenizer: Tokenizer, plain_tokenizer: Tokenizer
+):
     example = one({"messages": CONVERSATION}, tiny_tokenizer)
     whole, counted = texts_of(example, tiny_tokenizer)
     assert whole == tiny_tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
@@ -279,9 +264,7 @@ def test_the_loss_of_a_conversation_counts_every_assistant_turn(
 
 
 @pytest.mark.parametrize("which", ["tiny_tokenizer", "plain_tokenizer"])
-def test_an_empty_assistant_turn_and_a_last_user_turn_are_not_counted(
-    request: pytest.FixtureRequest, which: str
-) -> None:
+def test_an_empty_assistant_turn_and_a_last_user_turn_are_not_counted(request: pytest.FixtureRequest, which: str):
     tokenizer = request.getfixturevalue(which)
     turns = [*CONVERSATION[:3], CONVERSATION[3], {"role": "assistant", "content": " "}, CONVERSATION[1]]
     example = one({"messages": turns}, tokenizer)
@@ -291,7 +274,7 @@ def test_an_empty_assistant_turn_and_a_last_user_turn_are_not_counted(
     assert example.completion == "Yes, one."
 
 
-def test_completion_only_loss_false_counts_the_same_ids_in_full(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completion_only_loss_false_counts_the_same_ids_in_full(tiny_tokenizer: Tokenizer):
     masked = one(FORMAT_ROWS["gsm8k"], tiny_tokenizer)
     full = one(FORMAT_ROWS["gsm8k"], tiny_tokenizer, completion_only_loss=False)
     assert full.input_ids == masked.input_ids
@@ -301,7 +284,7 @@ def test_completion_only_loss_false_counts_the_same_ids_in_full(tiny_tokenizer: 
     assert masked.labels[len(masked.prompt_ids) :] == masked.input_ids[len(masked.prompt_ids) :]
 
 
-def test_template_tokens_inside_a_completion_do_not_move_the_mask(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_template_tokens_inside_a_completion_do_not_move_the_mask(tiny_tokenizer: Tokenizer):
     """A search for the assistant's heading among the ids would find the wrong one here."""
     quoted = "It writes <|im_start|>assistant\nand then stops."
     example = one({"prompt": quoted, "completion": quoted}, tiny_tokenizer)
@@ -311,7 +294,7 @@ def test_template_tokens_inside_a_completion_do_not_move_the_mask(tiny_tokenizer
 @pytest.mark.parametrize(("ending", "falls_into_a_token"), [(" has", False), (" app", True)])
 def test_generation_starts_from_the_ids_that_training_saw(
     with_template: Any, ending: str, falls_into_a_token: bool
-) -> None:
+):
     """The tokenizer knows ` apples` as one token: a cut before `les` falls into it, a cut before ` apples` not."""
     tokenizer = with_template(
         "{% for m in messages %}{{ 'ENDING' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
@@ -329,9 +312,7 @@ def test_generation_starts_from_the_ids_that_training_saw(
 # The opening and the closing token
 
 
-def test_a_tokenizer_that_opens_texts_opens_each_example_once(
-    plain_tokenizer: PreTrainedTokenizerFast, bos_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_that_opens_texts_opens_each_example_once(plain_tokenizer: Tokenizer, bos_tokenizer: Tokenizer):
     bos = bos_tokenizer.bos_token_id
     for data_format, fields in FORMAT_ROWS.items():
         ids = one(fields, bos_tokenizer, data_format=data_format).input_ids
@@ -347,21 +328,21 @@ def test_a_tokenizer_that_opens_texts_opens_each_example_once(
     assert ids.count(bos) == 1
 
 
-def test_a_template_that_does_not_end_a_turn_gets_the_eos_token(with_template: Any) -> None:
+def test_a_template_that_does_not_end_a_turn_gets_the_eos_token(with_template: Any):
     body = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer = with_template(body + "{% if add_generation_prompt %}assistant: {% endif %}")
     assert texts_of(one(FORMAT_ROWS["gsm8k"], tokenizer), tokenizer)[1] == ["Ann has 12.\n#### 12\n<|endoftext|>"]
 
 
-def test_a_tokenizer_without_eos_is_an_error(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_without_eos_is_an_error(plain_tokenizer: Tokenizer):
     plain_tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         tokenized([a_row({"text": "a"})], plain_tokenizer)
 
 
 def test_generation_stops_at_the_end_of_a_turn_and_of_the_text(
-    tiny_tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
-) -> None:
+    tiny_tokenizer: Tokenizer, plain_tokenizer: Tokenizer
+):
     end_of_turn = tiny_tokenizer.convert_tokens_to_ids(TURN_END)
     assert find_stop_token_ids(tiny_tokenizer) == (tiny_tokenizer.eos_token_id, end_of_turn)
     assert find_stop_token_ids(plain_tokenizer) == (plain_tokenizer.eos_token_id,)
@@ -372,7 +353,7 @@ def test_generation_stops_at_the_end_of_a_turn_and_of_the_text(
 OPENER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def test_a_template_that_closes_the_whole_conversation_can_be_cut(with_template: Any) -> None:
+def test_a_template_that_closes_the_whole_conversation_can_be_cut(with_template: Any):
     tokenizer = with_template(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
@@ -381,7 +362,7 @@ def test_a_template_that_closes_the_whole_conversation_can_be_cut(with_template:
     assert counted == [f"Yes, one.{TURN_END}\n", f"No, two.{TURN_END}\n<|endoftext|>"]
 
 
-def test_a_template_that_frames_only_the_last_turn_can_be_cut(with_template: Any) -> None:
+def test_a_template_that_frames_only_the_last_turn_can_be_cut(with_template: Any):
     tokenizer = with_template(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}"
         "[thought]\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + OPENER
@@ -397,14 +378,14 @@ def test_a_template_that_frames_only_the_last_turn_can_be_cut(with_template: Any
         "{% for m in messages %}{{ m.role }} {{ m.content if loop.last else m.content[:3] }}{% endfor %}",
     ],
 )
-def test_a_template_whose_prefix_is_no_prefix_is_an_error(with_template: Any, template: str) -> None:
+def test_a_template_whose_prefix_is_no_prefix_is_an_error(with_template: Any, template: str):
     with pytest.raises(
         DataError, match=r"set.jsonl, line 1: the chat template renders the conversation up to turn \d"
     ):
         one({"messages": CONVERSATION}, with_template(template))
 
 
-def test_a_conversation_that_the_template_refuses_is_named(with_template: Any) -> None:
+def test_a_conversation_that_the_template_refuses_is_named(with_template: Any):
     tokenizer = with_template(
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
@@ -417,7 +398,7 @@ def test_a_conversation_that_the_template_refuses_is_named(with_template: Any) -
 # Truncation, skipped rows, summary
 
 
-def test_max_length_cuts_the_right_end_and_only_of_longer_examples(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_max_length_cuts_the_right_end_and_only_of_longer_examples(tiny_tokenizer: Tokenizer):
     whole = one(FORMAT_ROWS["gsm8k"], tiny_tokenizer)
     length = len(whole.input_ids)
     same = one(FORMAT_ROWS["gsm8k"], tiny_tokenizer, max_length=length)
@@ -429,9 +410,7 @@ def test_max_length_cuts_the_right_end_and_only_of_longer_examples(tiny_tokenize
     assert cut.is_truncated
 
 
-def test_a_row_whose_labels_are_all_masked_is_skipped_with_a_reason(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_a_row_whose_labels_are_all_masked_is_skipped_with_a_reason(tiny_tokenizer: Tokenizer):
     short = one(FORMAT_ROWS["prompt_completion"], tiny_tokenizer)
     max_length = len(short.input_ids)
     rows = [
@@ -449,9 +428,7 @@ def test_a_row_whose_labels_are_all_masked_is_skipped_with_a_reason(
     assert len(counted_in_full.examples) == 3
 
 
-def test_one_more_token_than_the_prompt_is_enough_and_the_prompt_is_not(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_one_more_token_than_the_prompt_is_enough_and_the_prompt_is_not(tiny_tokenizer: Tokenizer):
     prompt_length = len(one(FORMAT_ROWS["gsm8k"], tiny_tokenizer).prompt_ids)
     assert one(FORMAT_ROWS["gsm8k"], tiny_tokenizer, max_length=prompt_length + 1).num_target_tokens == 1
     with pytest.raises(
@@ -460,30 +437,11 @@ def test_one_more_token_than_the_prompt_is_enough_and_the_prompt_is_not(
         one(FORMAT_ROWS["gsm8k"], tiny_tokenizer, max_length=prompt_length)
 
 
-@pytest.mark.parametrize("text", ["", " "])
-def test_an_empty_text_is_skipped(tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    result = tokenized([a_row({"text": text}), a_row({"text": "Ann"}, 2)], tiny_tokenizer)
-    assert [item.reason for item in result.skipped] == ["the completion is empty"]
-    assert len(result.examples) == 1
-
-
-def test_the_summary_counts_examples_tokens_truncated_and_skipped(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [a_row({"text": "ab"}, 1), a_row({"text": ""}, 2), a_row({"text": "uvwxyz"}, 3)]
-    # ab<eos> is 3 tokens, uvwxyz<eos> is 7 cut to 4; without the first ones 2 + 3 are predicted
-    assert tokenized(rows, tiny_tokenizer, max_length=4).summary() == (
-        "text: 2 examples, 7 tokens (5 with loss), 1 truncated, 1 skipped "
-        "(1 because the completion is empty, first set.jsonl, line 2)"
-    )
-    assert tokenized(rows[2:], tiny_tokenizer).summary().endswith("0 truncated, 0 skipped")
-
-
 # Other completions
 
 
 @pytest.mark.parametrize("data_format", ["messages", "prompt_completion", "alpaca", "gsm8k"])
-def test_another_completion_stands_behind_the_same_prompt(
-    tiny_tokenizer: PreTrainedTokenizerFast, data_format: str
-) -> None:
+def test_another_completion_stands_behind_the_same_prompt(tiny_tokenizer: Tokenizer, data_format: str):
     row = a_row(FORMAT_ROWS[data_format])
     other = replace_completion(row, "None.", data_format=data_format)
     (first, second) = tokenized([row, other], tiny_tokenizer).examples
@@ -493,19 +451,11 @@ def test_another_completion_stands_behind_the_same_prompt(
     assert texts_of(second, tiny_tokenizer)[1] == [f"None.{TURN_END}\n"]
 
 
-@pytest.mark.parametrize(
-    ("data_format", "fields"), [("text", {"text": "a"}), ("messages", {"messages": CONVERSATION[:2]})]
-)
-def test_a_row_without_a_completion_has_none_to_replace(data_format: str, fields: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="no completion that could be replaced"):
-        replace_completion(a_row(fields), "None.", data_format=data_format)
-
-
 # Real text
 
 
 @pytest.mark.shared
-def test_the_real_sets_tokenize_with_the_real_template(shared_dir: Path) -> None:
+def test_the_real_sets_tokenize_with_the_real_template(shared_dir: Path):
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models/tiny-base")
     for path, data_format in [("gsm8k/test", "gsm8k"), ("t0/ag_news.test", "prompt_completion")]:
         rows = load_rows(str(shared_dir / f"data/{path}.jsonl"), split="test")

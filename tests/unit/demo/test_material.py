@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from parablock.data.formats import detect_format
-from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.errors import DataError, StorageError
@@ -175,29 +174,6 @@ def test_the_tokenizer_spells_any_text_and_numbers_digit_by_digit(checkpoint: Pa
     assert tokenizer.tokenize(" apples") == ["Ġapples"]  # learned from the texts, unlike the next
     assert len(tokenizer.tokenize(" zebras")) > 1
     assert tokenizer.tokenize("1512") == ["1", "5", "1", "2"]
-
-
-def test_frozen_embeddings_leave_room_for_a_confident_answer(checkpoint: Path):
-    # The hidden state that meets the head has norm √128, so a logit is at most √128 times an embedding's norm:
-    # 11.3 at norm 1. With the usual deviation of 0.02 it would be √128 · √128 · 0.02 = 2.6, and the right one of
-    # about 300 tokens could not get more than a probability of e^2.6 / (e^2.6 + 300) = 4%.
-    model = load_model(str(checkpoint), dtype="float32", device="cpu", init="pretrained", seed=0).model
-    norms = model.get_input_embeddings().weight.norm(dim=1)
-    assert 0.95 < norms.mean() < 1.05
-    redrawn = load_model(str(checkpoint), dtype="float32", device="cpu", init="random", seed=0).model
-    assert redrawn.get_input_embeddings().weight.norm(dim=1).mean() < 0.25
-
-
-def test_the_word_problems_can_be_tokenized_for_the_model(problems, checkpoint: Path):
-    _, paths = problems
-    tokenizer = load_model(str(checkpoint), dtype="float32", device="cpu", init="pretrained", seed=0).tokenizer
-    rows = load_rows(str(paths[0]), split="train")
-    tokenized = tokenize_rows(rows, tokenizer, data_format="auto", max_length=512, completion_only_loss=True)
-    assert len(tokenized.examples) == 200
-    example = tokenized.examples[0]
-    prompt, whole = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.input_ids)
-    assert prompt == f"<|im_start|>user\n{rows[0].fields['question']}<|im_end|>\n<|im_start|>assistant\n"
-    assert whole == f"{prompt}{rows[0].fields['answer']}<|im_end|>\n"
 
 
 def test_no_text_at_all_is_an_error(tmp_path: Path):

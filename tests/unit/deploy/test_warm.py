@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from parablock.deploy import hand_over
 from parablock.deploy.processes import site_environment
-from parablock.engine.flower.local_socket import address_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a ClientApp is forked on Linux only")
 
@@ -102,149 +98,3 @@ def test_a_superexec_without_a_keeper_says_so_and_goes_on(tmp_path: Path):
     finally:
         superexec.process.kill()
         superexec.process.wait()
-
-
-def test_a_keeper_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    address = str(tmp_path / "keeper")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        with monkeypatch.context() as impatient:
-            impatient.setattr(hand_over, "ANSWER_S", 0.2)
-            assert not hand_over.hand_over(address, ["--insecure"])
-        silent, _ = listener.accept()
-        assert silent.recv(100) == b"--insecure"
-        silent.close()
-
-        def answer() -> None:
-            with listener.accept()[0] as caller:
-                while caller.recv(100):  # what is left unread at the end would reset the caller
-                    pass
-                caller.sendall(b"1")
-
-        answering = threading.Thread(target=answer)
-        answering.start()
-        assert hand_over.hand_over(address, ["--insecure"])
-        answering.join()
-
-
-KEPT = """
-import atexit, gc, sys, time
-from pathlib import Path
-from parablock.deploy import warm
-
-folder = Path(sys.argv[1])
-
-def run():
-    atexit.register((folder / "taken apart: superexec").touch)
-    while not (folder / "end").exists():
-        time.sleep(0.05)
-
-def clientapp():
-    atexit.register((folder / "taken apart: clientapp").touch)
-    (folder / ".said").write_text(f"{gc.get_freeze_count()} {' '.join(sys.argv)}")
-    (folder / ".said").rename(folder / "said")
-    sys.exit(0)
-
-warm._load = lambda name: {"flower-superexec": run, "flwr-clientapp": clientapp}[name]
-warm.superexec()
-"""
-
-
-def test_a_forked_clientapp_does_not_look_through_what_is_loaded_and_ends_without_taking_it_apart(tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", KEPT, str(tmp_path)], env={**os.environ, "FLWR_HOME": str(tmp_path)}
-    )
-    try:
-        address = address_of(tmp_path / "keeper")
-        wait_for(lambda: hand_over.hand_over(address, ["--word"]))
-        wait_for((tmp_path / "said").exists)
-        (frozen, *words) = (tmp_path / "said").read_text().split()
-        assert int(frozen) > 10_000  # objects of Flower
-        assert words == ["flwr-clientapp", "--word"]
-        (tmp_path / "end").touch()
-        assert process.wait(PATIENCE_S) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert [path.name for path in tmp_path.glob("taken apart*")] == ["taken apart: superexec"]
-
-
-PULL = """
-import threading
-from flwr.app import ConfigRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, push_objects
-from flwr.superlink.grid import http_grid
-from flwr.supernode.runtime import run_clientapp
-from parablock.clock import RealClock
-from parablock.deploy import warm
-from parablock.engine.contract import EngineInput
-from parablock.engine.flower import engine
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
-from parablock.engine.update_form import Differences
-from parablock.trace import Trace
-from parablock.wire.quantize import Encoding
-
-class Stop:
-    def begin(self, *_):
-        raise SystemExit
-
-{begin}
-said = RecordDict({{"said": ConfigRecord({{"word": "here"}})}})
-contents = {{name: thing.deflate() for name, thing in get_all_nested_objects(said).items()}}
-waits, left = [], dict.fromkeys(contents, 8)
-wait = threading.Event.wait
-threading.Event.wait = lambda self, seconds=None: waits.append(seconds) if seconds else wait(self)
-
-def pull(name):
-    left[name] -= 1
-    if left[name] > 0:
-        raise ObjectUnavailableError(name)
-    return contents[name]
-
-tree = get_object_tree(said)
-assert run_clientapp.pull_and_inflate_object_from_tree(tree, pull, lambda _: None, return_type=RecordDict) == said
-at_site, waits, left = waits, [], dict.fromkeys(contents, 8)
-assert http_grid.pull_objects(list(contents), pull) == contents
-at_server = waits
-assert len(at_site) == len(at_server) == 7 * len(contents)
-print(http_grid.push_objects is not push_objects, end=" ")
-print([max(found) <= 1.2 * most for found, most in ((at_site, warm.PAUSE_S), (at_server, engine.PAUSE_S))])
-"""
-A_SITE = """
-warm._begin_to_keep, warm._load = lambda: None, lambda name: lambda: 0
-try:
-    warm.superexec()
-except SystemExit:
-    pass
-"""
-A_SERVER = """
-try:
-    form = Differences(Encoding("float32"))
-    plan = ServerPlan(1, 1, 0, "cyclic", 1.0, 0, form, FixedSteps(1), 1.0, 0)
-    hooks = Hooks(lambda *_: None, lambda _: None)
-    engine.run_over_flower(
-        EngineInput(plan, ClientPlan("own", form), list, [], Trace(RealClock()), hooks), Stop()
-    )
-except SystemExit:
-    pass
-"""
-
-
-@pytest.mark.parametrize(
-    ("begin", "often"),
-    [
-        (A_SITE + A_SERVER, "True [True, True]"),
-        (A_SITE, "False [True, False]"),
-        (A_SERVER, "True [False, True]"),
-        ("", "False [False, False]"),
-    ],
-    ids=["both", "a site", "a server", "Flower alone"],
-)
-def test_the_server_pushes_a_few_at_a_time_and_what_is_on_its_way_is_asked_for_more_often_than_flower_would(
-    begin: str, often: str
-):
-    command = [sys.executable, "-c", PULL.format(begin=begin)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == often

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from engines import run_here
+from engines import run_here, server_plan
 from parablock.clock import VirtualClock
 from parablock.config.load import parse_config
 from parablock.engine.local_steps import FillTheWait, FixedSteps, LocalSteps, local_steps_of
-from parablock.engine.plans import Hooks, ServerPlan
-from parablock.engine.update_form import Differences
+from parablock.engine.plans import Hooks
 from parablock.trace import Trace
-from parablock.wire.quantize import Encoding
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial
 
@@ -70,16 +68,14 @@ def rounds_of(
     """The steps of each round's clients, and how long each client computed and the whole run took."""
     clock, asked = VirtualClock(), []
     rule = FillTheWait(link, least=1, most=most, alike=alike)
-    plan = ServerPlan(
-        3, 10, 1, "cyclic", 1.0, 0, Differences(Encoding("float32")), rule, 20.0, 0, aggregation_s=0.0
-    )
+    plan = server_plan(3, 10, 1, schedule="cyclic", local_steps=rule, aggregation_s=0.0)
     trainers = [ToyTrainer(i, 1, step_time_s) for i, step_time_s in enumerate(STEP_S)]
     trace = Trace(clock)
     hooks = Hooks(
         lambda state, updates, traffic: asked.append(tuple(update.num_local_steps for update in updates)),
         lambda state: None,
     )
-    result = run_here(initial(4), trainers, plan, trace, hooks, link=link, in_flight="aligned")
+    result = run_here(initial(4), trainers, plan, trace, hooks, link=link)
     assert [row if len(row) == 3 else row * 3 for row in result.server.local_steps] == asked
     spans = [span for span in trace.spans if span.activity == "computing"]
     busy = [sum(span.duration_s for span in spans if span.client_id == i) for i in range(3)]

@@ -180,14 +180,7 @@ def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(
     masks = torch.randint(-(2**31), 2**31, (CLIENTS, SIZE + 1), generator=torch.Generator().manual_seed(1))
     masked = [((w + m + 2**31) % 2**32 - 2**31).int() for w, m in zip(words, masks, strict=True)]
     assert any((m.long() != w.long() + mask).any() for m, w, mask in zip(masked, words, masks, strict=True))
-    fold = RoundFold(
-        0,
-        0,
-        dict.fromkeys(range(CLIENTS), 1),
-        SIZE,
-        FixedPointWords(grid),
-        tmp_path,
-    )
+    fold = RoundFold(0, 0, dict.fromkeys(range(CLIENTS), 1), SIZE, FixedPointWords(grid), tmp_path)
     for client_id, vector in enumerate(masked):
         assert fold.take(client_id, update(client_id, 0, pack(vector, "word32"), 1)) is None
     hidden = (masks.sum(0) + 2**31) % 2**32 - 2**31
@@ -221,34 +214,7 @@ def test_a_client_that_is_taken_out_late_leaves_bitwise_what_would_have_come_wit
     assert [told.client_id for told in fold.updates] == [0, 2, 3]
 
 
-@pytest.mark.usefixtures("nothing_in_memory")
-def test_what_is_told_of_an_update_does_not_keep_its_elements():
-    fold = new_fold()
-    fold.take(0, update(0, 0, pack(deltas()[0][CUTS[0]], "float32")))
-    (told,) = fold.updates
-    assert (told.client_id, told.num_examples, told.train_loss) == (0, 5, 1.0)
-    assert told.delta.num_elements == 0
-    fold.close()
-
-
 # -- the end, and the full disk -------------------------------------------------------------------------------
-
-
-def open_files() -> set[str]:
-    return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
-
-
-@pytest.mark.usefixtures("nothing_in_memory")
-def test_the_file_is_gone_when_the_round_is_committed_and_when_it_is_given_up(tmp_path: Path):
-    ours = lambda: {name for name in open_files() if name.startswith(str(tmp_path))}  # noqa: E731
-    chunks = [[pack(delta[cut], "float32") for cut in CUTS] for delta in deltas()]
-    fold = new_fold(folder=tmp_path)
-    fold.take(0, update(0, 0, chunks[0][0]))
-    assert ours()
-    fold.close()
-    assert not ours()
-    fold_all(new_fold(folder=tmp_path), chunks, ORDERS["in turns"])
-    assert not ours()
 
 
 @pytest.fixture

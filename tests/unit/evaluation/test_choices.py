@@ -196,12 +196,6 @@ def test_an_empty_completion_cannot_be_chosen_and_is_an_error(model, tiny_tokeni
         multiple_choice(model, tiny_tokenizer, tokenized)
 
 
-def test_rows_of_plain_text_have_no_choices(model, tiny_tokenizer):
-    tokenized = tokenized_of(tiny_tokenizer, [{"text": "Ann"}, {"text": "apples"}])
-    with pytest.raises(DataError, match="no completion"):
-        multiple_choice(model, tiny_tokenizer, tokenized)
-
-
 def test_a_broken_model_is_an_error_and_not_an_accuracy(tiny_llama, tiny_tokenizer):
     broken = tiny_llama(vocab_size=len(tiny_tokenizer))
     broken.model.norm.weight.data[0] = math.nan
@@ -219,18 +213,3 @@ def test_real_questions_have_the_choices_of_their_template(shared_dir: Path):
     assert {len(choices) for choices in find_choices(tokenized.examples)} == {2}
     result = multiple_choice(loaded.model, loaded.tokenizer, tokenized)
     assert result.count == 32 and 0 < result.score < 1
-
-
-def test_choices_from_files_of_different_formats_are_scored_as_each_is_alone(model, tiny_tokenizer):
-    asked = [Row(fields, "asked.jsonl", line) for line, fields in enumerate(question_rows(8, choices=CHOICES), 1)]
-    told = [
-        Row({"instruction": row.fields["prompt"], "output": CHOICES[0], "choices": CHOICES}, "told.jsonl", row.line)
-        for row in asked
-    ]
-    settings = {"data_format": "auto", "max_length": 512, "completion_only_loss": True}
-    rights = [
-        multiple_choice(model, tiny_tokenizer, tokenize_rows(rows, tiny_tokenizer, **settings)).score * len(rows)
-        for rows in (asked, told, [*asked, *told])
-    ]
-    assert rights[0] + rights[1] == rights[2]
-    assert rights[0] != rights[1]

@@ -63,14 +63,6 @@ def test_a_plain_line_tells_round_block_losses_bytes_time_and_eta_unwrapped():
     ]
 
 
-def test_a_plain_line_leaves_out_what_its_row_lacks():
-    console = file_console()
-    progress = PlainProgress(console=console)
-    progress.start(64, 8, 0)
-    progress.round_done(row(63, block_index=None, train_loss=None, eval_loss=None))
-    assert lines_of(console)[-1] == "round 64/64  1.2 MB up 800.0 kB down  3.2 s  done"
-
-
 @pytest.mark.parametrize(("num_rounds", "first_round"), [(8, 0), (1000, 0), (1000, 500), (1, 0)])
 def test_plain_lines_of_a_long_run_are_thinned_but_keep_both_ends(num_rounds: int, first_round: int):
     console = file_console()
@@ -128,33 +120,6 @@ def test_the_picture_shows_round_block_losses_total_bytes_and_clients(live: Live
     assert "eval loss 2.500" not in words
 
 
-def test_the_bar_of_a_resumed_run_begins_where_the_run_was_left(live: LiveProgress):
-    live.start(64, 2, 40)
-    assert "40/64" in picture_of(live)
-
-
-def test_of_many_clients_the_first_rows_are_shown_and_the_others_counted(live: LiveProgress):
-    live.start(64, 100, 0)
-    for client_id in (3, 50, 60):
-        live.begins(client_id, "computing")
-    live.begins(99, "downloading")
-    picture = " ".join(picture_of(live).split())
-    assert "client 11 " in picture and "client 12 " not in picture
-    assert "… and 88 more 2 of them 0 of them 1 of them" in picture
-
-
-def test_a_terminal_without_unicode_gets_a_picture_in_ascii():
-    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100, force_terminal=True)
-    with LiveProgress(console=console) as live:
-        live.start(64, 13, 0)
-        live.begins(4, "downloading")
-        live.round_done(row(0, train_loss=3.0))
-        live.round_done(row(1, train_loss=2.0))
-        picture = picture_of(live, encoding="ascii")
-    assert picture.isascii() and "#_" in picture and "... and 1 more" in picture
-    assert "client 4 ....... ....... vvvvvvv" in " ".join(picture.split())
-
-
 def test_clients_may_tell_from_many_threads_while_the_picture_is_drawn(live: LiveProgress):
     live.start(64, 507, 0)
     tell = [
@@ -185,11 +150,6 @@ def test_the_live_display_ends_its_thread_also_after_an_error():
     assert "[odd] line" in console.file.getvalue() and "6/64" in console.file.getvalue()
     last_picture = picture_of(progress)
     assert "6/64" in last_picture and "client" not in last_picture
-
-
-def test_a_display_that_never_began_can_be_closed():
-    LiveProgress(console=file_console()).close()
-    PlainProgress(console=file_console()).close()
 
 
 # --- the choice

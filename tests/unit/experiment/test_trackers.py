@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from parablock.config.load import parse_config
-from parablock.errors import ConfigError
-from parablock.experiment.trackers import check_trackers, figures_of, open_trackers
+from made_runs import curves
+from parablock.experiment.trackers import figures_of, open_trackers
 
 CONFIG = {"seed": 3}
 
@@ -24,29 +23,9 @@ def row(round_index: int, **changes: Any) -> dict[str, Any]:
     return {"round_index": round_index, **facts, **changes}
 
 
-def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory / "tensorboard"))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def test_the_figures_of_a_row_are_its_numbers_under_their_own_names():
     assert figures_of(row(4)) == {"train_loss": 2.5, "uplink_bytes": 1000, "participants": 2}
     assert figures_of(row(4, eval_loss=2.25))["eval_loss"] == 2.25
-
-
-def test_tensorboard_reads_back_every_figure_at_its_step(tmp_path: Path):
-    trackers = open_trackers(["tensorboard"], tmp_path, first_step=0, config=CONFIG)
-    trackers.log(0, {"eval_loss": 4.0})
-    trackers.log(1, figures_of(row(0)))
-    trackers.log(2, figures_of(row(1, train_loss=1.5, eval_loss=2.0)))
-    trackers.close()
-    found = curves(tmp_path)
-    assert found["train_loss"] == [(1, 2.5), (2, 1.5)]
-    assert found["eval_loss"] == [(0, 4.0), (2, 2.0)]
-    assert found["participants"] == [(1, 2.0), (2, 2.0)]
 
 
 def test_what_is_logged_is_on_the_disk_before_the_run_ends(tmp_path: Path):
@@ -54,22 +33,6 @@ def test_what_is_logged_is_on_the_disk_before_the_run_ends(tmp_path: Path):
     trackers.log(1, {"train_loss": 2.5})
     assert curves(tmp_path) == {"train_loss": [(1, 2.5)]}
     trackers.close()
-
-
-def test_a_resumed_run_replaces_the_rounds_that_it_repeats(tmp_path: Path):
-    for first_step, losses in ((0, [9.0, 8.0, 7.0]), (2, [6.0, 5.0])):
-        trackers = open_trackers(["tensorboard"], tmp_path, first_step=first_step, config=CONFIG)
-        for step, loss in enumerate(losses, start=first_step or 1):
-            trackers.log(step, {"train_loss": loss})
-        trackers.close()
-    assert curves(tmp_path)["train_loss"] == [(1, 9.0), (2, 6.0), (3, 5.0)]
-
-
-def test_without_trackers_nothing_is_written(tmp_path: Path):
-    trackers = open_trackers([], tmp_path, first_step=0, config=CONFIG)
-    trackers.log(1, figures_of(row(0)))
-    trackers.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wandb_run_stays_on_this_machine_and_goes_on_under_the_same_id(tmp_path: Path):
@@ -113,23 +76,3 @@ def logged(file: Path) -> list[tuple[int, float]]:
             steps.append((values["_step"], values["train_loss"]))
         place += 7 + length
     return steps
-
-
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    check_trackers(["tensorboard"])
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
-    with pytest.raises(ConfigError, match=r"report_to: .*tensorboard.* pip install 'parablock\[tensorboard\]'"):
-        check_trackers(["tensorboard"])
-    check_trackers([])
-
-
-def test_report_to_takes_known_names_once_each_and_one_without_a_list():
-    base: dict[str, Any] = {"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}
-    assert parse_config({**base, "report_to": "tensorboard"}).report_to == ("tensorboard",)
-    assert parse_config({**base, "report_to": ["wandb", "tensorboard"]}).report_to == ("wandb", "tensorboard")
-    for wrong, said in ((["tensorbord"], "report_to.0"), (["wandb", "wandb"], "once")):
-        with pytest.raises(ConfigError, match=said):
-            parse_config({**base, "report_to": wrong})

@@ -102,15 +102,10 @@ def names_of(blocks: tuple[Block, ...]) -> list[str]:
     return [name for block in blocks for name in block.parameter_names]
 
 
-def outside_layers(model: PreTrainedModel) -> set[str]:
-    path, _ = find_layers(model)
-    return {name for name, _ in model.named_parameters() if not name.startswith(path)}
-
-
 # ── every family ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_layer_blocks_are_ordered_disjoint_and_hold_every_layer_whole(model: PreTrainedModel) -> None:
+def test_layer_blocks_are_ordered_disjoint_and_hold_every_layer_whole(model: PreTrainedModel):
     blocks = partition_blocks(model, layers_per_block=2)
     assert [(block.index, block.name, block.layers) for block in blocks] == [
         (0, "layers.0-1", (0, 1)),
@@ -127,7 +122,7 @@ def test_layer_blocks_are_ordered_disjoint_and_hold_every_layer_whole(model: Pre
         assert block.num_parameters == sum(model.get_parameter(name).numel() for name in block.parameter_names)
 
 
-def test_halves_are_the_attention_and_the_mlps_of_their_layers(model: PreTrainedModel, family: str) -> None:
+def test_halves_are_the_attention_and_the_mlps_of_their_layers(model: PreTrainedModel, family: str):
     blocks = partition_blocks(model, layers_per_block=2, split="attention_mlp")
     assert [(block.name, block.layers, block.lowest_layer, block.half) for block in blocks] == [
         ("layers.0-1.attention", (0, 1), 0, "attention"),
@@ -158,7 +153,7 @@ def test_halves_are_the_attention_and_the_mlps_of_their_layers(model: PreTrained
     assert children["mlp"] == expected.get(family, {"post_attention_layernorm", "mlp"})
 
 
-def test_a_layer_without_attention_has_no_halves(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_a_layer_without_attention_has_no_halves(tiny_llama: Callable[..., LlamaForCausalLM]):
     model = tiny_llama()
     for layer in model.model.layers:
         layer.mixer, layer.mix_norm = layer.self_attn, layer.input_layernorm
@@ -167,7 +162,7 @@ def test_a_layer_without_attention_has_no_halves(tiny_llama: Callable[..., Llama
         partition_blocks(model, layers_per_block=1, split="attention_mlp")
 
 
-def test_embeddings_and_head_are_blocks_only_when_asked_for(model: PreTrainedModel, family: str) -> None:
+def test_embeddings_and_head_are_blocks_only_when_asked_for(model: PreTrainedModel, family: str):
     def named(**options: bool) -> list[str]:
         return [block.name for block in partition_blocks(model, layers_per_block=3, **options)]
 
@@ -182,7 +177,7 @@ def test_embeddings_and_head_are_blocks_only_when_asked_for(model: PreTrainedMod
     assert set(blocks[0].parameter_names) == INPUT_SIDE.get(family, {"model.embed_tokens.weight"})
 
 
-def test_tied_embeddings_are_one_parameter_of_one_block(model: PreTrainedModel, family: str) -> None:
+def test_tied_embeddings_are_one_parameter_of_one_block(model: PreTrainedModel, family: str):
     token_embeddings = model.get_input_embeddings().weight
     tied = token_embeddings is model.get_output_embeddings().weight
     assert tied is (family in TIED)
@@ -203,14 +198,14 @@ def test_tied_embeddings_are_one_parameter_of_one_block(model: PreTrainedModel, 
 
 def test_a_head_that_holds_the_tied_embeddings_backpropagates_to_the_first_layer(
     model: PreTrainedModel, family: str
-) -> None:
+):
     head = partition_blocks(model, layers_per_block=1, include_head=True)[-1]
     assert head.lowest_layer == (0 if family in TIED else NUM_LAYERS)
     head = partition_blocks(model, layers_per_block=1, include_head=True, include_embeddings=True)[-1]
     assert head.lowest_layer == NUM_LAYERS
 
 
-def test_each_block_trains_whole_and_alone(model: PreTrainedModel) -> None:
+def test_each_block_trains_whole_and_alone(model: PreTrainedModel):
     ids = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(0))
     blocks = partition_blocks(model, layers_per_block=2, include_embeddings=True, include_head=True)
     for block in blocks:
@@ -231,9 +226,7 @@ def test_each_block_trains_whole_and_alone(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("layers_per_block", [-1, 0, 5])
-def test_layers_per_block_must_fit_the_model(
-    tiny_llama: Callable[..., LlamaForCausalLM], layers_per_block: int
-) -> None:
+def test_layers_per_block_must_fit_the_model(tiny_llama: Callable[..., LlamaForCausalLM], layers_per_block: int):
     model = tiny_llama(num_layers=4)
     assert len(partition_blocks(model, layers_per_block=4)) == 1
     with pytest.raises(ModelError, match=rf"(?s)layers_per_block is {layers_per_block}, .* 4 decoder .* 1 to 4"):
@@ -257,7 +250,7 @@ def unfamiliar() -> Unfamiliar:
     return Unfamiliar(LlamaConfig(**(MODERN | {"num_hidden_layers": 4})))
 
 
-def test_an_unknown_architecture_is_refused_with_its_lists_and_how_to_name_them(unfamiliar: Unfamiliar) -> None:
+def test_an_unknown_architecture_is_refused_with_its_lists_and_how_to_name_them(unfamiliar: Unfamiliar):
     with pytest.raises(ModelError) as caught:
         partition_blocks(unfamiliar, layers_per_block=1)
     text = str(caught.value)
@@ -266,7 +259,7 @@ def test_an_unknown_architecture_is_refused_with_its_lists_and_how_to_name_them(
     assert "blocks.layers_path: model.layers" in text
 
 
-def test_layers_path_names_the_layers(unfamiliar: Unfamiliar) -> None:
+def test_layers_path_names_the_layers(unfamiliar: Unfamiliar):
     blocks = partition_blocks(unfamiliar, layers_per_block=2, layers_path="model.trunk")
     assert [block.layers for block in blocks] == [(0, 1), (2,)]
     assert {block.layers_path for block in blocks} == {"model.trunk"}
@@ -274,12 +267,12 @@ def test_layers_path_names_the_layers(unfamiliar: Unfamiliar) -> None:
 
 
 @pytest.mark.parametrize("path", ["model.layers", "model.norm", "model.empty", "zebra", ""])
-def test_a_wrong_layers_path_is_refused_with_the_lists_that_there_are(unfamiliar: Unfamiliar, path: str) -> None:
+def test_a_wrong_layers_path_is_refused_with_the_lists_that_there_are(unfamiliar: Unfamiliar, path: str):
     with pytest.raises(ModelError, match=rf"(?s)layers_path is '{path}'.*model\.trunk \(3 entries\)"):
         partition_blocks(unfamiliar, layers_per_block=1, layers_path=path)
 
 
-def test_lists_inside_a_layer_and_outside_the_decoder_are_not_taken_for_the_layers() -> None:
+def test_lists_inside_a_layer_and_outside_the_decoder_are_not_taken_for_the_layers():
     class WithExperts(LlamaForCausalLM):
         def __init__(self, config: LlamaConfig) -> None:
             super().__init__(config)
@@ -295,7 +288,7 @@ def test_lists_inside_a_layer_and_outside_the_decoder_are_not_taken_for_the_laye
         find_layers(model)
 
 
-def test_a_head_that_is_called_an_embedding_is_the_head_all_the_same() -> None:
+def test_a_head_that_is_called_an_embedding_is_the_head_all_the_same():
     config = GPTNeoXJapaneseConfig(
         vocab_size=64,
         hidden_size=16,
@@ -312,7 +305,7 @@ def test_a_head_that_is_called_an_embedding_is_the_head_all_the_same() -> None:
     assert "embed_out.weight" in blocks[-1].parameter_names
 
 
-def test_a_block_without_parameters_of_its_own_is_refused() -> None:
+def test_a_block_without_parameters_of_its_own_is_refused():
     class OneLayerManyTimes(LlamaForCausalLM):
         def __init__(self, config: LlamaConfig) -> None:
             super().__init__(config)
@@ -322,7 +315,3 @@ def test_a_block_without_parameters_of_its_own_is_refused() -> None:
     assert len(partition_blocks(model, layers_per_block=3)) == 1
     with pytest.raises(ModelError, match=r"Block 1 \(layers\.1\) would have no parameters"):
         partition_blocks(model, layers_per_block=1)
-
-
-def test_the_other_parameters_outside_the_layers_stay_out_of_layer_blocks(model: PreTrainedModel) -> None:
-    assert not outside_layers(model) & set(names_of(partition_blocks(model, layers_per_block=1)))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
 )
+from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError, StorageError
@@ -37,7 +34,7 @@ from parablock.model.params import Replica
 from parablock.model.save import model_sha256, save_model
 from parablock.plan.memory import FP32, memory_per_client
 from planning import config_of
-from tiny_runs import Workshop
+from tiny_runs import Workshop, longest_file
 
 VOCABULARY = 300
 
@@ -53,13 +50,13 @@ def model(tiny_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def folder(tmp_path: Path, model: LlamaForCausalLM, tiny_tokenizer: Tokenizer) -> Path:
     save_model(model, tiny_tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture
-def gpt2_folder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def gpt2_folder(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     )
@@ -79,17 +76,17 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_pretrained_weights_come_back_bitwise_whatever_the_seed(folder: Path, model: LlamaForCausalLM) -> None:
+def test_pretrained_weights_come_back_bitwise_whatever_the_seed(folder: Path, model: LlamaForCausalLM):
     assert same_weights(load(folder, seed=0).model, model)
     assert same_weights(load(folder, seed=1).model, model)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_dtype_is_that_of_every_parameter(folder: Path, dtype: str, expected: torch.dtype) -> None:
+def test_dtype_is_that_of_every_parameter(folder: Path, dtype: str, expected: torch.dtype):
     assert {parameter.dtype for parameter in load(folder, dtype=dtype).model.parameters()} == {expected}
 
 
-def test_random_weights_follow_from_the_seed_alone(folder: Path, model: LlamaForCausalLM) -> None:
+def test_random_weights_follow_from_the_seed_alone(folder: Path, model: LlamaForCausalLM):
     (folder / "model.safetensors").unlink()  # a configuration and a tokenizer are enough
     before = torch.random.get_rng_state()
     first = load(folder, init="random", seed=3).model
@@ -104,7 +101,7 @@ def test_random_weights_follow_from_the_seed_alone(folder: Path, model: LlamaFor
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_dropout_is_zero_so_training_mode_gives_the_numbers_of_evaluation_mode(gpt2_folder: Path) -> None:
+def test_dropout_is_zero_so_training_mode_gives_the_numbers_of_evaluation_mode(gpt2_folder: Path):
     ids = torch.arange(24).view(2, 12)
     plain = AutoModelForCausalLM.from_pretrained(gpt2_folder)
     expected = plain.eval()(ids).logits
@@ -115,7 +112,7 @@ def test_dropout_is_zero_so_training_mode_gives_the_numbers_of_evaluation_mode(g
     assert (model.config.resid_pdrop, model.config.attn_pdrop, model.config.embd_pdrop) == (0.0, 0.0, 0.0)
 
 
-def test_a_dropout_that_no_configuration_names_is_zero_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropout_that_no_configuration_names_is_zero_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     class NoisyConfig(LlamaConfig):
         model_type = "noisy_llama"
 
@@ -136,16 +133,14 @@ def test_a_dropout_that_no_configuration_names_is_zero_too(folder: Path, monkeyp
     assert not torch.equal(model(ids).logits, expected)
 
 
-def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load(folder, device="auto").model.device.type == "cpu"
     with pytest.raises(ModelError, match=r"model\.device is cuda.*no CUDA device"):
         load(folder, device="cuda")
 
 
-def test_pad_token_falls_back_to_the_end_token(folder: Path) -> None:
+def test_pad_token_falls_back_to_the_end_token(folder: Path):
     assert load(folder).tokenizer.pad_token == "<|pad|>"
     edit(folder / "tokenizer_config.json", pad_token=None)
     assert load(folder).tokenizer.pad_token == "<|endoftext|>"
@@ -157,10 +152,10 @@ def test_pad_token_falls_back_to_the_end_token(folder: Path) -> None:
 def test_nothing_is_printed_and_the_settings_of_transformers_stay(
     folder: Path,
     model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_tokenizer: Tokenizer,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-) -> None:
+):
     edit(folder / "config.json", bos_token_id=5000)  # Transformers talks about this one
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     load(folder)
@@ -195,7 +190,7 @@ def reshape_the_model(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=80)
 
 
-def become(config: BertConfig | T5Config) -> Callable[[Path], None]:
+def become(config: BertConfig) -> Callable[[Path], None]:
     return lambda folder: config.save_pretrained(folder)
 
 
@@ -208,26 +203,22 @@ def shrink_the_embeddings(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "configuration of .* cannot be read"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "configuration of .* not a valid JSON"),
     "config of no type": (lambda f: (f / "config.json").write_text("{}"), "configuration of .*model_type"),
     "unknown type": (lambda f: edit(f / "config.json", model_type="zebra"), "configuration of .*zebra"),
     "wrong value": (lambda f: edit(f / "config.json", hidden_size="x"), "configuration of .*hidden_size"),
     "no such pad token": (lambda f: edit(f / "config.json", pad_token_id=999), "weights of .*padding_idx"),
     "BERT": (become(BertConfig()), "of type bert, which is not a causal language model"),
-    "T5": (become(T5Config()), "of type t5, which is not a causal language model"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights of .* cannot be read"),
     "truncated weights": (truncate, "weights of .* cannot be read"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"garbage!" * 9), "weights of .* cannot be read"),
     "missing tensor": (drop_a_tensor, r"1 tensors are missing .* model\.layers\.1\.mlp\.up_proj\.weight"),
     "another shape": (reshape_the_model, r"6 have another shape, such as model\.layers\.0\.mlp\.down_proj"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer of .* cannot be read"),
     "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer of .* cannot be read"),
     "small embedding": (shrink_the_embeddings, r"token ids up to \d+, and its model has 100 embeddings"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_folder_is_refused_with_its_name_and_the_reason(folder: Path, case: str) -> None:
+def test_a_broken_folder_is_refused_with_its_name_and_the_reason(folder: Path, case: str):
     load(folder)
     damage, words = BROKEN[case]
     damage(folder)
@@ -238,14 +229,12 @@ def test_a_broken_folder_is_refused_with_its_name_and_the_reason(folder: Path, c
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "runs/of/mine", "~/no-such-folder"])
-def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
+def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(name: str):
     with pytest.raises(ModelError, match=f"There is no model folder {name}"):
         load(name)
 
 
-def test_a_misspelt_folder_beside_others_is_not_taken_for_an_id(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_misspelt_folder_beside_others_is_not_taken_for_an_id(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder.parents[1])
     parent = folder.parent.name
     assert load(f"{parent}/model")
@@ -253,21 +242,15 @@ def test_a_misspelt_folder_beside_others_is_not_taken_for_an_id(
         load(f"{parent}/modle")
 
 
-def test_a_file_is_no_model_folder(folder: Path) -> None:
+def test_a_file_is_no_model_folder(folder: Path):
     with pytest.raises(ModelError, match="That path is a file"):
         load(folder / "config.json")
 
 
-def test_an_id_that_the_hub_does_not_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_id_that_the_hub_does_not_serve_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the hub's own offline mode
     with pytest.raises(ModelError, match=r"(?s)nobody/no-such-model cannot be read.*hub did not serve"):
         load("nobody/no-such-model")
-
-
-@pytest.mark.parametrize("option", ["dtype", "device", "init"])
-def test_an_unknown_option_value_is_refused_with_the_known_ones(folder: Path, option: str) -> None:
-    with pytest.raises(ModelError, match=rf"(?s)model\.{option} is 'zebra'.*Choose one of"):
-        load(folder, **{option: "zebra"})
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────
@@ -276,8 +259,8 @@ def test_an_unknown_option_value_is_refused_with_the_known_ones(folder: Path, op
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_replica_is_saved_and_loaded_again_bitwise(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, folder: Path, *, tied: bool, dtype: str
-) -> None:
+    tmp_path: Path, tiny_tokenizer: Tokenizer, folder: Path, *, tied: bool, dtype: str
+):
     edit(folder / "config.json", tie_word_embeddings=tied)
     loaded = load(folder, init="random", dtype=dtype)
     blocks = partition_blocks(loaded.model, layers_per_block=1, include_embeddings=True, include_head=True)
@@ -297,8 +280,8 @@ def test_a_replica_is_saved_and_loaded_again_bitwise(
 
 
 def test_an_invalid_generation_config_does_not_stop_the_saving(
-    tmp_path: Path, model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+    tmp_path: Path, model: LlamaForCausalLM, tiny_tokenizer: Tokenizer
+):
     model.generation_config.do_sample = False
     model.generation_config.temperature = 0.5
     with pytest.raises(ValueError, match="temperature"):
@@ -310,23 +293,13 @@ def test_an_invalid_generation_config_does_not_stop_the_saving(
     assert reloaded.eos_token_id == model.generation_config.eos_token_id
 
 
-@contextmanager
-def disk_with(free_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_failed_save_leaves_the_earlier_folder_and_nothing_half_written(
-    folder: Path, model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+    folder: Path, model: LlamaForCausalLM, tiny_tokenizer: Tokenizer
+):
     before = model_sha256(folder)
     with torch.no_grad():
         model.model.norm.weight += 1
-    with disk_with(free_bytes=10_000), pytest.raises(StorageError, match=f"cannot be written to {folder}"):
+    with longest_file(10_000), pytest.raises(StorageError, match=f"cannot be written to {folder}"):
         save_model(model, tiny_tokenizer, folder)
     assert model_sha256(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -336,8 +309,8 @@ def test_a_failed_save_leaves_the_earlier_folder_and_nothing_half_written(
 
 
 def test_a_name_taken_by_a_file_is_refused_and_the_file_stays(
-    tmp_path: Path, model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+    tmp_path: Path, model: LlamaForCausalLM, tiny_tokenizer: Tokenizer
+):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(StorageError, match="is a file"):
         save_model(model, tiny_tokenizer, tmp_path / "model")
@@ -349,7 +322,7 @@ def test_a_name_taken_by_a_file_is_refused_and_the_file_stays(
 # ── model_sha256 ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_sha_sees_names_dtypes_shapes_and_bytes_but_not_files(tmp_path: Path) -> None:
+def test_sha_sees_names_dtypes_shapes_and_bytes_but_not_files(tmp_path: Path):
     def sha(*files: dict[str, torch.Tensor]) -> str:
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
         (tmp_path / "m").mkdir()
@@ -371,7 +344,7 @@ def test_sha_sees_names_dtypes_shapes_and_bytes_but_not_files(tmp_path: Path) ->
     assert len({whole, *different}) == 7
 
 
-def test_sha_of_a_folder_without_readable_weights_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_sha_of_a_folder_without_readable_weights_is_refused(tmp_path: Path, folder: Path):
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         model_sha256(tmp_path)
     truncate(folder)
@@ -380,7 +353,7 @@ def test_sha_of_a_folder_without_readable_weights_is_refused(tmp_path: Path, fol
 
 
 @pytest.mark.shared
-def test_the_small_pretrained_model_is_read_and_written_with_the_same_sha(tmp_path: Path, shared_dir: Path) -> None:
+def test_the_small_pretrained_model_is_read_and_written_with_the_same_sha(tmp_path: Path, shared_dir: Path):
     source = shared_dir / "models" / "tiny-base"
     loaded = load(source, dtype="bfloat16")
     save_model(loaded.model, loaded.tokenizer, tmp_path / "copy")
@@ -390,7 +363,7 @@ def test_the_small_pretrained_model_is_read_and_written_with_the_same_sha(tmp_pa
     assert model_sha256(tmp_path / "copy") != model_sha256(source)
 
 
-def test_an_outline_has_the_shapes_of_the_model_and_no_memory(workshop: Workshop) -> None:
+def test_an_outline_has_the_shapes_of_the_model_and_no_memory(workshop: Workshop):
     outline = outline_model(str(workshop.model), dtype="bfloat16")
     assert all(parameter.is_meta for parameter in outline.parameters())
     assert outline.dtype == torch.bfloat16

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from weakref import ref
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from parablock.errors import ModelError
@@ -18,6 +16,7 @@ from parablock.model.params import Replica
 
 IDS = torch.arange(24).view(2, 12)
 NUM_LAYERS = 4
+Make = Callable[..., Replica]
 
 
 @pytest.fixture
@@ -32,9 +31,7 @@ def make_replica(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., R
 # ── flat buffers ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_making_a_replica_changes_no_value(
-    tiny_llama: Callable[..., LlamaForCausalLM], make_replica: Callable[..., Replica]
-) -> None:
+def test_making_a_replica_changes_no_value(tiny_llama: Callable[..., LlamaForCausalLM], make_replica: Make):
     model = make_replica(include_embeddings=True, include_head=True).model
     plain, other = tiny_llama(num_layers=NUM_LAYERS), tiny_llama(num_layers=NUM_LAYERS, seed=1)
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
@@ -43,9 +40,7 @@ def test_making_a_replica_changes_no_value(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_block_is_one_dense_vector_of_which_the_parameters_are_views(
-    make_replica: Callable[..., Replica], dtype: str
-) -> None:
+def test_a_block_is_one_dense_vector_of_which_the_parameters_are_views(make_replica: Make, dtype: str):
     replica = make_replica(dtype)
     for block in replica.blocks:
         parameters = [replica.model.get_parameter(name) for name in block.parameter_names]
@@ -60,7 +55,7 @@ def test_a_block_is_one_dense_vector_of_which_the_parameters_are_views(
     assert len(storages) == NUM_LAYERS
 
 
-def test_read_gives_a_copy_on_the_cpu(make_replica: Callable[..., Replica]) -> None:
+def test_read_gives_a_copy_on_the_cpu(make_replica: Make):
     replica = make_replica("bfloat16")
     flat = replica.read(1)
     assert (flat.device.type, flat.dtype, flat.ndim) == ("cpu", torch.bfloat16, 1)
@@ -69,7 +64,7 @@ def test_read_gives_a_copy_on_the_cpu(make_replica: Callable[..., Replica]) -> N
     assert replica.read(1).abs().sum() == 0
 
 
-def test_blocks_of_mixed_dtypes_are_refused(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_blocks_of_mixed_dtypes_are_refused(tiny_llama: Callable[..., LlamaForCausalLM]):
     model = tiny_llama(num_layers=2)
     model.model.layers[1].self_attn.to(torch.bfloat16)
     blocks = partition_blocks(model, layers_per_block=1)
@@ -80,7 +75,7 @@ def test_blocks_of_mixed_dtypes_are_refused(tiny_llama: Callable[..., LlamaForCa
 # ── load ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_load_all_makes_one_replica_equal_to_another(make_replica: Callable[..., Replica]) -> None:
+def test_load_all_makes_one_replica_equal_to_another(make_replica: Make):
     source = make_replica(seed=1, include_embeddings=True, include_head=True)
     target = make_replica(seed=0, include_embeddings=True, include_head=True)
     assert not torch.equal(target.model(IDS).logits, source.model(IDS).logits)
@@ -90,7 +85,7 @@ def test_load_all_makes_one_replica_equal_to_another(make_replica: Callable[...,
     assert not torch.equal(target.model(IDS).logits, source.model(IDS).logits)
 
 
-def test_a_replica_keeps_nobodys_vector_alive(make_replica: Callable[..., Replica]) -> None:
+def test_a_replica_keeps_nobodys_vector_alive(make_replica: Make):
     replica = make_replica()
     flat = replica.read(0) + 1
     known = ref(flat)
@@ -102,9 +97,7 @@ def test_a_replica_keeps_nobodys_vector_alive(make_replica: Callable[..., Replic
     assert replica.buffer(0).abs().sum() == 0
 
 
-def test_loading_the_same_object_again_copies_nothing_until_the_block_is_invalidated(
-    make_replica: Callable[..., Replica],
-) -> None:
+def test_loading_the_same_object_again_copies_nothing_until_the_block_is_invalidated(make_replica: Make):
     replica = make_replica()
     flat = torch.randn(replica.blocks[1].num_parameters)
     replica.load(1, flat)
@@ -119,7 +112,7 @@ def test_loading_the_same_object_again_copies_nothing_until_the_block_is_invalid
     assert torch.equal(replica.read(1), flat)
 
 
-def test_a_vector_of_another_size_or_dtype_is_refused(make_replica: Callable[..., Replica]) -> None:
+def test_a_vector_of_another_size_or_dtype_is_refused(make_replica: Make):
     replica = make_replica()
     flat = replica.read(0)
     for wrong in (flat[:-1], flat.view(1, -1), flat.bfloat16()):
@@ -132,7 +125,7 @@ def test_a_vector_of_another_size_or_dtype_is_refused(make_replica: Callable[...
 # ── activate ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_only_the_active_block_requires_gradients(make_replica: Callable[..., Replica]) -> None:
+def test_only_the_active_block_requires_gradients(make_replica: Make):
     replica = make_replica()
 
     def training() -> set[str]:
@@ -153,49 +146,9 @@ def test_only_the_active_block_requires_gradients(make_replica: Callable[..., Re
     assert not replica.model.training
 
 
-def checkpointed(replica: Replica) -> list[int]:
-    return [i for i, layer in enumerate(replica.model.model.layers) if layer.gradient_checkpointing]
-
-
-def test_checkpointing_is_on_from_the_active_block_upwards_and_off_afterwards(
-    make_replica: Callable[..., Replica],
-) -> None:
-    replica = make_replica(include_embeddings=True)  # block b is layer b − 1
-    replica.activate(3, gradient_checkpointing=True)
-    assert checkpointed(replica) == [2, 3]
-    replica.activate(4, gradient_checkpointing=True)
-    assert checkpointed(replica) == [3]
-    replica.activate(4)
-    assert checkpointed(replica) == []
-    replica.activate(0, gradient_checkpointing=True)
-    assert checkpointed(replica) == [0, 1, 2, 3]
-    replica.deactivate()
-    assert checkpointed(replica) == []
-
-
-def test_checkpointing_is_not_reentrant(make_replica: Callable[..., Replica]) -> None:
-    def graph(replica: Replica) -> set[str]:
-        found, stack = set(), [replica.model(IDS, labels=IDS).loss.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is not None and node not in found:
-                found.add(node)
-                stack += [parent for parent, _ in node.next_functions]
-        return {node.name() for node in found}
-
-    # Reentrant checkpointing hides a layer in one CheckpointFunctionBackward; the other kind keeps its nodes.
-    replica = make_replica()
-    replica.activate(1)
-    plain = graph(replica)
-    replica.activate(1, gradient_checkpointing=True)
-    assert graph(replica) == plain
-    replica.model.model.layers[3]._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
-    assert graph(replica) - plain == {"CheckpointFunctionBackward"}
-
-
 def test_layers_that_cannot_be_checkpointed_are_refused_and_nothing_is_left_active(
     tiny_llama: Callable[..., LlamaForCausalLM],
-) -> None:
+):
     class Plain(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()

@@ -25,7 +25,7 @@ PROMISED_KEYS = [
     *("sequential_s", "hours", "memory_bytes", "never_visited", "recommended"),
 ]
 FURTHER_KEYS = [
-    *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict"),
+    *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict")
 ]
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
 
@@ -56,7 +56,7 @@ def large_config(folder: Path, **sections: Any) -> RunConfig:
     return parse_config(base | sections)
 
 
-def test_config_json_is_enough_for_a_model_that_would_fill_sixteen_gigabytes(outlined: Path) -> None:
+def test_config_json_is_enough_for_a_model_that_would_fill_sixteen_gigabytes(outlined: Path):
     plan = make_plan(large_config(outlined))
     layer = 4096 * (4096 + 1024 + 1024 + 4096 + 3 * 14336) + 2 * 4096
     assert plan.num_blocks == 32
@@ -73,7 +73,7 @@ def test_config_json_is_enough_for_a_model_that_would_fill_sixteen_gigabytes(out
     assert [block["name"] for block in (with_ends.blocks[0], with_ends.blocks[-1])] == ["embeddings", "head"]
 
 
-def test_a_folder_without_configuration_and_one_without_language_model_are_errors(tmp_path: Path) -> None:
+def test_a_folder_without_configuration_and_one_without_language_model_are_errors(tmp_path: Path):
     with pytest.raises(ModelError, match="no model folder"):
         make_plan(large_config(tmp_path / "gone"))
     with pytest.raises(ModelError, match="configuration"):
@@ -83,7 +83,7 @@ def test_a_folder_without_configuration_and_one_without_language_model_are_error
         make_plan(large_config(tmp_path))
 
 
-def test_the_keys_are_frozen_and_the_whole_is_json(workshop: Workshop) -> None:
+def test_the_keys_are_frozen_and_the_whole_is_json(workshop: Workshop):
     content = json.loads(json.dumps(asdict(plan_of(workshop))))
     assert sorted(content) == sorted([*PROMISED_KEYS, *FURTHER_KEYS])
     assert {"index", "layers", "parameters", "bytes"} <= set(content["blocks"][0])
@@ -94,21 +94,21 @@ def test_the_keys_are_frozen_and_the_whole_is_json(workshop: Workshop) -> None:
     assert per_round["float32"] > per_round["bfloat16"] > per_round["int8"] > per_round["int4"]
 
 
-def test_a_format_beyond_the_four_is_added_when_it_is_configured(workshop: Workshop) -> None:
+def test_a_format_beyond_the_four_is_added_when_it_is_configured(workshop: Workshop):
     plan = plan_of(workshop, "wire.format=int2")
     assert list(plan.bytes_per_client_round) == [*FORMATS, "int2"]
     assert plan.bytes_per_client_round["int2"] < plan.bytes_per_client_round["int4"]
     assert plan.recommended["format"] == "int2"
 
 
-def test_a_method_that_trains_no_blocks_is_refused(workshop: Workshop) -> None:
+def test_a_method_that_trains_no_blocks_is_refused(workshop: Workshop):
     config = load_config(workshop.config)
     federation = config.federation.model_copy(update={"method": "central"})
     with pytest.raises(ConfigError, match=r"federation\.method: plans are made for .*, not for central"):
         make_plan(config.model_copy(update={"federation": federation}))
 
 
-def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recommended(workshop: Workshop) -> None:
+def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recommended(workshop: Workshop):
     short = plan_of(workshop, "federation.num_rounds=2", "blocks.schedule=cyclic")
     assert short.never_visited == [2, 3]
     assert short.recommended["layers_per_block"] == 2
@@ -116,7 +116,7 @@ def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recomm
     assert (enough.never_visited, enough.recommended["layers_per_block"]) == ([], 1)
 
 
-def test_stated_steps_count_and_more_steps_compute_longer(workshop: Workshop) -> None:
+def test_stated_steps_count_and_more_steps_compute_longer(workshop: Workshop):
     # step_time_s is 0.05 in this configuration, K is 2
     assert plan_of(workshop).compute_s == pytest.approx(0.1)
     assert plan_of(workshop, "train.num_local_steps=6").compute_s == pytest.approx(0.3)
@@ -124,7 +124,7 @@ def test_stated_steps_count_and_more_steps_compute_longer(workshop: Workshop) ->
     assert plan_of(workshop).compute_source == "stated"
 
 
-def test_without_a_statement_an_ordinary_device_and_the_longest_examples_are_assumed(workshop: Workshop) -> None:
+def test_without_a_statement_an_ordinary_device_and_the_longest_examples_are_assumed(workshop: Workshop):
     config = load_config(workshop.config, ["engine.step_time_s=null", "engine.num_threads=2"])
     plan = make_plan(config)
     assert plan.compute_source == "assumed"
@@ -140,7 +140,7 @@ def test_without_a_statement_an_ordinary_device_and_the_longest_examples_are_ass
     )
 
 
-def test_accumulation_and_checkpointing_make_steps_longer(workshop: Workshop) -> None:
+def test_accumulation_and_checkpointing_make_steps_longer(workshop: Workshop):
     def computes(*overrides: str) -> float:
         return plan_of(workshop, "engine.step_time_s=null", *overrides).compute_s
 
@@ -150,7 +150,7 @@ def test_accumulation_and_checkpointing_make_steps_longer(workshop: Workshop) ->
 
 def test_clients_that_share_this_machine_are_slower_under_the_real_clock(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     real = ["engine.clock=real", "engine.step_time_s=null", "engine.num_threads=1"]
     factor, told = slowdown(load_config(workshop.config, real), 1)
@@ -163,7 +163,7 @@ def test_clients_that_share_this_machine_are_slower_under_the_real_clock(
     )
 
 
-def test_steps_that_fill_the_wait_follow_the_link(workshop: Workshop) -> None:
+def test_steps_that_fill_the_wait_follow_the_link(workshop: Workshop):
     def computes(mbps: float) -> float:
         link = [f"link.upload_mbps={mbps}", f"link.download_mbps={mbps}", "link.latency_s=0"]
         return plan_of(workshop, "train.num_local_steps=auto", *link).compute_s
@@ -173,7 +173,7 @@ def test_steps_that_fill_the_wait_follow_the_link(workshop: Workshop) -> None:
     assert computes(100.0) == pytest.approx(0.05)
 
 
-def test_overlap_saves_most_where_exchange_and_computation_are_equally_long(workshop: Workshop) -> None:
+def test_overlap_saves_most_where_exchange_and_computation_are_equally_long(workshop: Workshop):
     def saving(step_time_s: float) -> float:
         rows = plan_of(
             workshop,
@@ -191,7 +191,7 @@ def test_overlap_saves_most_where_exchange_and_computation_are_equally_long(work
     assert short <= 0.5
 
 
-def test_several_speeds_are_shown_and_the_configured_link_first(workshop: Workshop) -> None:
+def test_several_speeds_are_shown_and_the_configured_link_first(workshop: Workshop):
     rows = plan_of(workshop, "link.upload_mbps=7", "link.download_mbps=20").links
     assert [(row["upload_mbps"], row["download_mbps"]) for row in rows] == [
         (7, 20),
@@ -202,7 +202,7 @@ def test_several_speeds_are_shown_and_the_configured_link_first(workshop: Worksh
     assert [row["upload_mbps"] for row in unlimited] == [4, 10, 30, 100]
 
 
-def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(workshop: Workshop) -> None:
+def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(workshop: Workshop):
     auto = ("blocks={split: attention_mlp, layers_per_block: auto}", "federation.num_rounds=8")
     fast = plan_of(workshop, *auto, "link={upload_mbps: 10, download_mbps: 10}")
     slow = plan_of(workshop, *auto, "link={upload_mbps: 5, download_mbps: 5}")
@@ -220,7 +220,7 @@ def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(works
     assert few_rounds.num_blocks == 4  # smaller ones would not all be visited
 
 
-def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_link(workshop: Workshop) -> None:
+def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_link(workshop: Workshop):
     unlimited = ["link.upload_mbps=null", "link.download_mbps=null", "link.latency_s=0"]
     assert plan_of(workshop, *unlimited).verdict.startswith("No link speed is given")
     assert "set federation.delay: 1." in plan_of(workshop, "federation.delay=0").verdict

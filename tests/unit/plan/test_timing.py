@@ -35,7 +35,7 @@ def timing_of(delay: int, *, num_rounds: int, compute_s: float, link: Link, chun
     return time_rounds(itinerary, sizes, lambda *_: compute_s, link, delay=delay)
 
 
-def test_one_after_the_other_a_round_is_the_sum_and_overlapped_the_longer_one() -> None:
+def test_one_after_the_other_a_round_is_the_sum_and_overlapped_the_longer_one():
     # 250,000 elements are 8·10^6 bit: 1 s up and 2 s down; headers add below 0.1 %
     link = Link(8.0, 4.0)
     serial = timing_of(0, num_rounds=50, compute_s=4.0, link=link)
@@ -50,7 +50,7 @@ def test_one_after_the_other_a_round_is_the_sum_and_overlapped_the_longer_one() 
     assert overlapped.cover_s == overlapped.exchange_s < overlapped.compute_s
 
 
-def test_a_link_that_takes_longer_than_the_computation_sets_the_pace_again() -> None:
+def test_a_link_that_takes_longer_than_the_computation_sets_the_pace_again():
     wide = timing_of(1, num_rounds=40, compute_s=4.0, link=Link(8.0, 4.0))
     narrow = timing_of(1, num_rounds=40, compute_s=4.0, link=Link(1.6, 1.6))  # 5 s up, 5 s down
     assert narrow.cover_s > narrow.compute_s and narrow.round_s > 1.4 * wide.round_s
@@ -59,7 +59,7 @@ def test_a_link_that_takes_longer_than_the_computation_sets_the_pace_again() -> 
     assert patient.round_s < narrow.round_s
 
 
-def test_streaming_runs_both_directions_at_once() -> None:
+def test_streaming_runs_both_directions_at_once():
     whole = timing_of(0, num_rounds=10, compute_s=1.0, link=Link(8.0, 8.0))
     streamed = timing_of(0, num_rounds=10, compute_s=1.0, link=Link(8.0, 8.0), chunk_bytes=65536)
     # 16 chunks: all of them up, and the last one down
@@ -116,7 +116,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_bytes_and_times_are_those_of_the_run(name: str, workshop: Workshop, tmp_path: Path) -> None:
+def test_bytes_and_times_are_those_of_the_run(name: str, workshop: Workshop, tmp_path: Path):
     config = load_config(workshop.config, SETTINGS[name])
     outcome = workshop.run(tmp_path / "run", *SETTINGS[name])
     assert outcome.code == 0, outcome.stderr
@@ -137,7 +137,7 @@ def test_bytes_and_times_are_those_of_the_run(name: str, workshop: Workshop, tmp
     assert plan.round_s * rounds == pytest.approx(plan.hours * 3600)
 
 
-def test_lora_methods_send_adapters_half_of_them_or_stacks_of_them(workshop: Workshop) -> None:
+def test_lora_methods_send_adapters_half_of_them_or_stacks_of_them(workshop: Workshop):
     plans = {
         method: make_plan(
             load_config(workshop.config, [f"federation.method={method}", "federation.delay=0", "lora.rank=4"])
@@ -161,6 +161,6 @@ def test_lora_methods_send_adapters_half_of_them_or_stacks_of_them(workshop: Wor
     assert list(plans["flora"].traffic) == ["float32"], "adapters that are stacked have no other format"
 
 
-def test_another_delay_is_another_time(workshop: Workshop) -> None:
+def test_another_delay_is_another_time(workshop: Workshop):
     hours = {d: make_plan(load_config(workshop.config, [f"federation.delay={d}"])).hours for d in (0, 1)}
     assert hours[1] < 0.9 * hours[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import erfc, exp, log, log1p, sqrt
 
 import numpy as np
@@ -9,11 +10,9 @@ import pytest
 import torch
 from dp_accounting.rdp import RdpAccountant
 
-from engines import run_here
+from engines import QUIET, run_here, server_plan
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.clock import VirtualClock
-from parablock.engine.local_steps import FixedSteps
-from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.update_form import Differences
 from parablock.privacy.accounting import Accountant
 from parablock.privacy.keystream import Keystream, derive, new_key
@@ -21,7 +20,7 @@ from parablock.privacy.protection import Protection
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
 from parablock.wire.quantize import Encoding
-from parablock.wire.transport import Link
+from toy import ToyTrainer
 
 KEY = bytes(range(32))
 
@@ -121,32 +120,17 @@ def test_words_fill_their_range_evenly():
     ).sum() < 340  # chi-square, 255 degrees of freedom: 340 is exceeded once in 3000
 
 
-class Spiky:
+class Spiky(ToyTrainer):
     """A trainer whose update has one large element in 64, beside which rounding leaves nothing."""
 
-    num_examples, step_time_s = 1, 1.0
-
-    def train(
-        self,
-        round_index: int,
-        block_index: int,
-        num_local_steps: int,
-        steps_before: int,
-        working: tuple[torch.Tensor, ...],
-    ) -> Trained:
+    def train(self, round_index, block_index, num_local_steps, steps_before, working) -> Trained:
         return Trained(working[block_index] + torch.tensor([1.0] + 63 * [0.01]).repeat(2), 0.0)
-
-    def memory(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def remember(self, memory: dict[str, torch.Tensor]) -> None:
-        assert not memory
 
 
 @pytest.mark.parametrize(("payload_format", "told"), [("int4", ["98.4%"]), ("int8", []), ("float32", [])])
 def test_an_update_of_which_rounding_leaves_little_is_warned_about_once(payload_format: str, told: list[str]):
-    plan = ServerPlan(1, 3, 0, "cyclic", 1.0, 0, Differences(Encoding(payload_format)), FixedSteps(1), 20.0, 0)
+    plan = server_plan(1, 3, 0, Differences(Encoding(payload_format)))
     lines: list[str] = []
-    hooks = Hooks(lambda *_: None, lambda _: None, on_event=lines.append)
-    run_here([torch.zeros(128)], [Spiky()], plan, Trace(VirtualClock()), hooks, link=Link(), in_flight="own")
+    hooks = replace(QUIET, on_event=lines.append)
+    run_here([torch.zeros(128)], [Spiky(0)], plan, Trace(VirtualClock()), hooks)
     assert [line.split("zeros of ")[1].split(" ")[0] for line in lines] == told

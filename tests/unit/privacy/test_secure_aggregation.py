@@ -195,21 +195,6 @@ def test_an_update_waits_until_its_masks_are_known_and_other_messages_pass():
     assert wires.collector.receive_until(1.0) is None
 
 
-def test_cohorts_share_their_secrets_among_themselves():
-    cohorts = {0: (0, 1, 2), 1: (1, 2, 3), 2: (0, 2, 3)}
-    wires = Wires(4, cohorts)
-    grid, drawn = FixedPointGrid(1.0, 3), deltas(4)
-    for t, cohort in cohorts.items():
-        came = {}
-        for client_id in cohort:
-            wires.upload(client_id, update(client_id, grid.encode(drawn[client_id]), t), t)
-            came[client_id] = words_of(wires.collector.receive(1.0, "updates")[1]), 1
-        aggregation, plain = FixedPointAggregation(grid, Rule()), FixedPointAggregation(grid, Rule())
-        aggregation.masks = wires.collector.masks_of(t, cohort, SIZE + 1)
-        expected = plain.fold({i: (grid.encode(drawn[i]), 1) for i in cohort})
-        assert torch.equal(aggregation.fold(came), expected)
-
-
 def test_a_client_reveals_one_sum_of_a_round_and_none_of_few():
     everybody = tuple(range(4))
     for first, second in (((0, 1, 2, 3), (0, 1, 2)), ((0, 1), None), ((0, 1, 2, 9), None)):

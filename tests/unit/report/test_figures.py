@@ -124,12 +124,6 @@ def test_of_too_many_bars_whole_rounds_are_drawn_from_the_first(tmp_path: Path, 
     assert gantt_figure(run.spans)["num_clients"] == 1
 
 
-def test_a_run_without_spans_has_an_empty_timeline():
-    figure = gantt_figure([])
-    assert [bar["x"] for bar in figure["data"]] == [[], [], []]
-    assert figure["num_rounds"] == 0
-
-
 # -- blocks and clients ---------------------------------------------------------------------------------------
 
 
@@ -144,13 +138,6 @@ def test_each_block_shows_its_norms_at_its_visits_and_how_many_there_were(tmp_pa
     assert lines[3]["name"] == "3 · layers.3"
 
 
-def test_rows_without_a_norm_and_runs_without_rows_can_be_drawn(tmp_path: Path):
-    run = a_run(tmp_path)
-    old = replace(run, rows=tuple({k: v for k, v in row.items() if k != "delta_norm"} for row in run.rows))
-    assert blocks_figure(old)["data"][0]["y"] == [None] * 3
-    assert blocks_figure(replace(run, rows=()))["data"][-1]["x"] == [0] * 4
-
-
 def with_clients(run: RunRecord, *labels: dict[str, int]) -> RunRecord:
     clients = [{"examples": sum(own.values()), "tokens": 1, "target_tokens": 1, "labels": own} for own in labels]
     return replace(run, manifest={**run.manifest, "clients": clients})
@@ -159,21 +146,6 @@ def with_clients(run: RunRecord, *labels: dict[str, int]) -> RunRecord:
 def test_examples_are_stacked_by_label_where_a_client_has_several(tmp_path: Path):
     run = with_clients(a_run(tmp_path), {"yes": 3, "no": 9}, {"no": 4})
     assert {name: bar["y"] for name, bar in by_name(clients_figure(run)).items()} == {"no": [9, 4], "yes": [3, 0]}
-
-
-def test_one_label_for_each_client_is_said_and_not_coloured(tmp_path: Path):
-    run = with_clients(a_run(tmp_path), {"a.jsonl": 3}, {"b.jsonl": 4})
-    figure = clients_figure(run)
-    (bars,) = figure["data"]
-    assert (bars["y"], bars["customdata"]) == ([3, 4], ["a.jsonl", "b.jsonl"])
-    assert figure["layout"]["xaxis"]["ticktext"] == ["0<br>a.jsonl", "1<br>b.jsonl"]
-    assert figure["layout"]["showlegend"] is False
-
-
-def test_many_clients_are_numbered_where_there_is_room(tmp_path: Path):
-    run = with_clients(a_run(tmp_path), *({f"{i}.jsonl": 3} for i in range(60)))
-    axis = clients_figure(run)["layout"]["xaxis"]
-    assert axis["tickvals"] == list(range(0, 60, 3)) and axis["ticktext"][1] == "3"
 
 
 def test_of_many_labels_the_rare_ones_are_one_colour(tmp_path: Path):

@@ -103,9 +103,3 @@ def test_the_command_names_what_it_wrote(tmp_path: Path):
     outcome = command("report", str(run))
     assert outcome.code == 0
     assert str(run / "report.html") in outcome.stdout and str(run / "report.md") in outcome.stdout
-
-
-def test_the_command_refuses_a_folder_without_a_run_as_wrong_input(tmp_path: Path):
-    outcome = command("report", str(tmp_path))
-    assert outcome.code == 2
-    assert "holds no run" in outcome.stderr and "Traceback" not in outcome.stderr

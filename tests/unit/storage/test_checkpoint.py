@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -112,11 +111,3 @@ def test_another_format_version_is_not_guessed_at(tmp_path):
     (place / "state.json").write_text(json.dumps({**meta, "format_version": 99}))
     with pytest.raises(CheckpointError, match="version 99"):
         load_newest(tmp_path)
-
-
-def test_a_state_without_damage_is_the_control(tmp_path):
-    save_checkpoint(tmp_path, replace(state(16), progress={}), keep=1)
-    found, passed_over = load_newest(tmp_path)
-    assert found is not None
-    assert found.progress == {}
-    assert passed_over == []

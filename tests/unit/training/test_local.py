@@ -16,9 +16,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    OPTConfig,
     PreTrainedModel,
-    Qwen3Config,
     get_scheduler,
 )
 from transformers.trainer_pt_utils import get_parameter_names
@@ -32,6 +30,7 @@ from parablock.training.adamw import Moments
 from parablock.training.local import LocalArguments, LocalResult, learning_rate_at, train_block
 
 NUM_LAYERS = 4
+Make = Callable[..., PreTrainedModel]
 PLAIN = LocalArguments(learning_rate=1e-2, max_grad_norm=0.0)
 
 
@@ -152,7 +151,7 @@ def final_softcapping() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2, softcapped logits"])
-def test_the_loss_is_that_of_hugging_face(make_model: Callable[..., PreTrainedModel], family: str) -> None:
+def test_the_loss_is_that_of_hugging_face(make_model: Make, family: str):
     model = make_model(family) if family in ("llama", "gpt2") else final_softcapping()
     batch = make_batch(0)
     inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
@@ -173,7 +172,7 @@ def named(batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def test_logits_are_made_only_where_a_label_is_predicted(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_logits_are_made_only_where_a_label_is_predicted(make_model: Make):
     model, batch = make_model(), make_batch(0)
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _i, logits: sizes.append(logits.numel() // 128))
@@ -182,7 +181,7 @@ def test_logits_are_made_only_where_a_label_is_predicted(make_model: Callable[..
     assert sizes == [count_label_tokens(batch.labels_BT), batch.input_ids_BT.numel()]
 
 
-def test_a_model_without_a_known_head_has_the_same_loss(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_model_without_a_known_head_has_the_same_loss(make_model: Make):
     model, batch = make_model(), make_batch(0)
     expected = sum_loss(model, **named(batch))
     model.get_output_embeddings = lambda: None
@@ -194,9 +193,7 @@ def test_a_model_without_a_known_head_has_the_same_loss(make_model: Callable[...
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("block_index", [0, 2, 3, 5])
-def test_a_block_is_trained_as_by_a_plain_loop(
-    make_model: Callable[..., PreTrainedModel], family: str, block_index: int
-) -> None:
+def test_a_block_is_trained_as_by_a_plain_loop(make_model: Make, family: str, block_index: int):
     """Block 0: embeddings, 1 … 4: layers, 5: final norm (the tied head belongs to block 0)."""
     # An epsilon above the rounding noise of gradients that are zero by symmetry (GPT-2's key bias).
     arguments = replace(
@@ -218,9 +215,7 @@ def test_a_block_is_trained_as_by_a_plain_loop(
     assert all(torch.equal(replica.read(index), value) for index, value in others.items())
 
 
-def test_training_starts_from_start_and_not_from_what_the_replica_holds(
-    make_model: Callable[..., PreTrainedModel],
-) -> None:
+def test_training_starts_from_start_and_not_from_what_the_replica_holds(make_model: Make):
     start = make_replica(make_model()).read(1)
     kept = start.clone()
     replica = make_replica(make_model())
@@ -232,7 +227,7 @@ def test_training_starts_from_start_and_not_from_what_the_replica_holds(
     assert difference(other.trained, first.trained) > 1e-2
 
 
-def test_the_global_random_state_has_no_effect(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_the_global_random_state_has_no_effect(make_model: Make):
     results = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
@@ -247,9 +242,7 @@ def test_the_global_random_state_has_no_effect(make_model: Callable[..., PreTrai
 # ── precision ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_bf16_is_stepped_in_an_fp32_master_so_small_steps_add_up(
-    make_model: Callable[..., PreTrainedModel],
-) -> None:
+def test_bf16_is_stepped_in_an_fp32_master_so_small_steps_add_up(make_model: Make):
     # On the same batch AdamW moves a weight by about the learning rate at every step: 8 · 1e-5 = 8e-5. A bf16
     # weight above 0.1 has its neighbour 5e-4 away or more, so that each single step rounds away.
     arguments = replace(PLAIN, learning_rate=1e-5)
@@ -266,25 +259,11 @@ def test_bf16_is_stepped_in_an_fp32_master_so_small_steps_add_up(
     assert torch.equal(replica.read(1), result.trained.bfloat16())
 
 
-def test_bf16_follows_fp32(make_model: Callable[..., PreTrainedModel]) -> None:
-    arguments = replace(PLAIN, learning_rate=1e-3)
-    deltas = []
-    for dtype in ("float32", "bfloat16"):
-        replica = make_replica(make_model(dtype=dtype))
-        start = replica.read(2).float()
-        deltas.append(train(replica, 2, steps(1, 2, 3), arguments).trained - start)
-    other = train(make_replica(make_model()), 2, steps(4, 5, 6), arguments).trained - start
-    assert torch.cosine_similarity(*deltas, dim=0) > 0.95
-    assert torch.cosine_similarity(deltas[0], other, dim=0) < 0.5
-
-
 # ── gradient accumulation, clipping, weight decay, schedule ─────────────────────────────────────────
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_micro_batches_of_four_make_the_step_of_one_of_eight(
-    make_model: Callable[..., PreTrainedModel], dtype: str
-) -> None:
+def test_two_micro_batches_of_four_make_the_step_of_one_of_eight(make_model: Make, dtype: str):
     whole = make_batch(1, rows=8)
     whole.labels_BT[:4, :10] = -100  # the halves differ in label tokens, so a mean of means would differ
     halves = [Batch(*(t[part] for t in named(whole).values())) for part in (slice(0, 4), slice(4, 8))]
@@ -300,7 +279,7 @@ def test_two_micro_batches_of_four_make_the_step_of_one_of_eight(
     assert difference(one.trained, second.trained) > bound
 
 
-def test_a_micro_batch_without_labels_adds_nothing(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_micro_batch_without_labels_adds_nothing(make_model: Make):
     masked = make_batch(2)
     masked.labels_BT.fill_(-100)
     alone = train(make_replica(make_model()), 1, [[make_batch(1)]])
@@ -310,20 +289,7 @@ def test_a_micro_batch_without_labels_adds_nothing(make_model: Callable[..., Pre
         train(make_replica(make_model()), 1, [[masked]], first_step=7)
 
 
-def test_clipping_bounds_the_gradient(make_model: Callable[..., PreTrainedModel]) -> None:
-    # exp_avg after one step is (1 − β1) · gradient = 0.1 · gradient
-    def gradient_norm(bound: float) -> float:
-        arguments = replace(PLAIN, max_grad_norm=bound)
-        return train(make_replica(make_model()), 1, steps(1), arguments).moments.exp_avg.norm().item() / 0.1
-
-    free = gradient_norm(0.0)
-    assert gradient_norm(free / 2) == pytest.approx(free / 2, rel=1e-4)
-    assert gradient_norm(free * 2) == pytest.approx(free, rel=1e-6)
-
-
-def test_weight_decay_shrinks_matrices_and_spares_norms_and_biases(
-    make_model: Callable[..., PreTrainedModel],
-) -> None:
+def test_weight_decay_shrinks_matrices_and_spares_norms_and_biases(make_model: Make):
     for family in ("llama", "gpt2"):
         replica = make_replica(make_model(family))
         block = replica.blocks[1]
@@ -350,40 +316,9 @@ def trainer_decays(model: PreTrainedModel) -> set[str]:
     return set(get_parameter_names(model, [nn.LayerNorm], patterns))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        OPTConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24),
-        Qwen3Config(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8),
-        GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2),
-    ],
-    ids=["opt", "qwen3", "gpt2"],
-)
-def test_one_dimension_is_what_the_trainer_of_hugging_face_spares(
-    config: OPTConfig | Qwen3Config | GPT2Config,
-) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    names = {name for name, _ in model.named_parameters()}  # tied heads once
-    assert {name for name in names if model.get_parameter(name).ndim > 1} == trainer_decays(model) & names
-    assert trainer_decays(model) & names != names
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"learning_rate": 2e-2}, {"adam_beta1": 0.5}, {"adam_beta2": 0.9}, {"adam_epsilon": 1e-2}],
-    ids=lambda change: next(iter(change)),
-)
-def test_each_argument_of_adamw_takes_effect(
-    make_model: Callable[..., PreTrainedModel], change: dict[str, float]
-) -> None:
-    plain = train(make_replica(make_model()), 1, steps(1, 2)).trained
-    changed = train(make_replica(make_model()), 1, steps(1, 2), replace(PLAIN, **change)).trained
-    assert difference(plain, changed) > 1e-4
-
-
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.25])
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
-def test_the_learning_rate_is_that_of_a_scheduler_of_transformers(name: str, warmup_ratio: float) -> None:
+def test_the_learning_rate_is_that_of_a_scheduler_of_transformers(name: str, warmup_ratio: float):
     arguments = replace(PLAIN, lr_scheduler_type=name, warmup_ratio=warmup_ratio)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     hf_name = "constant_with_warmup" if name == "constant" else name
@@ -399,9 +334,7 @@ def test_the_learning_rate_is_that_of_a_scheduler_of_transformers(name: str, war
     assert learning_rate_at(arguments, 20, 12) == learning_rate_at(arguments, 12, 12)
 
 
-def test_a_step_uses_the_learning_rate_of_its_place_in_the_run(
-    make_model: Callable[..., PreTrainedModel],
-) -> None:
+def test_a_step_uses_the_learning_rate_of_its_place_in_the_run(make_model: Make):
     linear = replace(PLAIN, lr_scheduler_type="linear")
 
     def trained(arguments: LocalArguments, first_step: int) -> Tensor:
@@ -413,25 +346,13 @@ def test_a_step_uses_the_learning_rate_of_its_place_in_the_run(
     assert torch.equal(trained(linear, 4), trained(replace(PLAIN, learning_rate=PLAIN.learning_rate * 0.6), 0))
     assert difference(trained(linear, 4), trained(linear, 5)) > 1e-4
     assert torch.equal(trained(PLAIN, 4), trained(PLAIN, 5))
-    two = train(
-        make_replica(make_model()), 1, steps(1, 2), linear, first_step=8, total_steps=10
-    )  # rates 0.2 and 0.1
-    one = train(make_replica(make_model()), 1, steps(1), linear, first_step=8, total_steps=10)
-    second_step = difference(two.trained, one.trained)
-    assert (
-        second_step
-        < 0.2 * PLAIN.learning_rate
-        < difference(train(make_replica(make_model()), 1, steps(1, 2), PLAIN).trained, one.trained)
-    )
 
 
 # ── gradient checkpointing ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_checkpointing_recomputes_from_the_block_upwards_and_changes_no_number(
-    make_model: Callable[..., PreTrainedModel], family: str
-) -> None:
+def test_checkpointing_recomputes_from_the_block_upwards_and_changes_no_number(make_model: Make, family: str):
     def run(*, gradient_checkpointing: bool) -> tuple[Tensor, list[int], int]:
         replica = make_replica(make_model(family))
         layers = replica.model.model.layers if family == "llama" else replica.model.transformer.h
@@ -491,8 +412,8 @@ def trained_leaves(loss: Tensor) -> set[int]:
 
 @pytest.mark.parametrize("block_index", range(NUM_LAYERS))
 def test_backpropagation_ends_at_the_block_and_makes_no_gradient_of_frozen_weights(
-    make_model: Callable[..., PreTrainedModel], block_index: int
-) -> None:
+    make_model: Make, block_index: int
+):
     replica = make_replica(make_model())
     entering: dict[int, bool] = {}
     for index, layer in enumerate(replica.model.model.layers):
@@ -506,26 +427,10 @@ def test_backpropagation_ends_at_the_block_and_makes_no_gradient_of_frozen_weigh
     assert trained_leaves(loss) == {id(parameter) for parameter in replica.parameters(block_index)}
 
 
-def test_the_higher_the_block_the_less_is_kept_for_the_backward_pass(
-    make_model: Callable[..., PreTrainedModel],
-) -> None:
-    kept = []
-    for block_index in range(NUM_LAYERS):
-        replica = make_replica(make_model())
-        with saved_bytes() as saved:
-            train(replica, block_index, steps(1))
-        kept.append(saved[0])
-    model = make_model().train()
-    with saved_bytes() as full:
-        sum_loss(model, **named(make_batch(1)))
-    assert full[0] > kept[0] > kept[1] > kept[2] > kept[3]
-    assert kept[3] < full[0] / 2
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_and_optimizer_state_are_those_of_the_block_alone_and_gone_afterwards(
-    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, dtype: str
+):
     replica = make_replica(make_model(dtype=dtype))
     block = replica.blocks[1]
     step_of_adamw = torch.optim.AdamW.step
@@ -549,6 +454,7 @@ def test_gradients_and_optimizer_state_are_those_of_the_block_alone_and_gone_aft
 
     monkeypatch.setattr(torch.optim.AdamW, "step", observe)
     gc.collect()
+    gc.freeze()  # only what is made from here on is looked at, which is quick
     before = float_bytes()
     result = train(replica, 1, steps(1, 2), start=replica.read(1))
     assert len(optimizers) == 2
@@ -560,6 +466,7 @@ def test_gradients_and_optimizer_state_are_those_of_the_block_alone_and_gone_aft
     assert float_bytes() - before == 12 * block.num_parameters
     del result
     assert float_bytes() == before
+    gc.unfreeze()
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
@@ -580,7 +487,7 @@ def float_bytes() -> int:
 # ── moments ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_kept_moments_go_on_where_the_last_visit_ended(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_kept_moments_go_on_where_the_last_visit_ended(make_model: Make):
     arguments = replace(PLAIN, weight_decay=0.1, lr_scheduler_type="cosine")
     together = train(make_replica(make_model()), 1, steps(1, 2, 3, 4), arguments, total_steps=6)
     replica = make_replica(make_model())
@@ -603,9 +510,7 @@ def test_kept_moments_go_on_where_the_last_visit_ended(make_model: Callable[...,
 # ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(
-    make_model: Callable[..., PreTrainedModel],
-) -> None:
+def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(make_model: Make):
     replica = make_replica(make_model())
     start = replica.read(1)
     broken = start.clone()
@@ -620,6 +525,6 @@ def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(
     assert torch.equal(train(replica, 1, steps(1), start=start).trained, fresh)
 
 
-def test_a_last_step_that_leaves_no_finite_block_is_refused(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_last_step_that_leaves_no_finite_block_is_refused(make_model: Make):
     with pytest.raises(TrainingError, match=r"trained block is not finite \(block 1, 1 steps from 3"):
         train(make_replica(make_model()), 1, steps(1), replace(PLAIN, learning_rate=float("inf")), first_step=3)

@@ -123,19 +123,10 @@ def forged(header: object, payload: bytes = b"", *, payload_length: int | None =
 
 
 VECTORS = [{"format": "float32", "shape": [1]}]
-UPDATE_FIELDS = {
-    "kind": "Update",
-    "round_index": 0,
-    "block_index": 0,
-    "client_id": 0,
-    "num_examples": 1,
-    "committed": -1,
-    "train_loss": 0.5,
-    "num_local_steps": 1,
-    "compute_s": "5.0e-01",
-    "chunk_index": 0,
-    "num_chunks": 1,
-}
+UPDATE_FIELDS = json.loads(
+    '{"kind": "Update", "round_index": 0, "block_index": 0, "client_id": 0, "num_examples": 1, "committed": -1,'
+    ' "train_loss": 0.5, "num_local_steps": 1, "compute_s": "5.0e-01", "chunk_index": 0, "num_chunks": 1}'
+)
 
 
 def test_the_forged_update_without_a_fault_is_read():

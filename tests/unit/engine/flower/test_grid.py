@@ -1,4 +1,4 @@
-"""The server over Flower: what is sent again, and SuperNodes that come and go."""
+"""The server over Flower: SuperNodes that come and go."""
 
 from __future__ import annotations
 
@@ -8,53 +8,9 @@ from frames import OPENING
 from loop_grid import Online
 from parablock.clock import RealClock
 from parablock.engine.flower import grid
-from parablock.engine.flower.exchange import (
-    Reply,
-)
-from parablock.engine.flower.lanes import Lane, Site
-from parablock.engine.flower.stream import START
+from parablock.engine.flower.exchange import Reply
 from parablock.errors import InputError
 from parablock.trace import Trace
-
-
-def with_a_site() -> tuple[grid.GridTransport, Site, Lane]:
-    """Make the server's side of a site with one SuperNode, for which there are 12 MiB."""
-    transport = grid.GridTransport(Online(), 1, OPENING, epoch_s=lambda: 0.0, tell=print)
-    transport.begin(Trace(RealClock()), None)
-    site = transport._sites[0]
-    site.take_lane("both", 1)
-    lane = site.lanes["both"]
-    site.out.put(bytes(12 << 20), 0)
-    return transport, site, lane
-
-
-def test_of_what_a_site_lacks_only_that_is_sent_again_which_it_does_not_have_ahead():
-    transport, site, lane = with_a_site()
-    first, second = (site.ask(lane, OPENING, 0.0) for _ in range(2))
-    assert first.frames and second.frames[0].place == first.frames[-1].next_place
-    lost, other = (grid._Asked(0, lane, exchange, 0.0) for exchange in lane.under_way)
-    has = Reply(0, wanted=START, ahead=second.frames[0].place)
-    assert not transport._take(grid._Arrived(lost, 1.0, problem="a link broke"))
-    assert lane.overdue_s == 1.0 + other.exchange.patience_s  # its SuperNode comes to the other one only now
-    assert transport._take(grid._Arrived(other, 2.0, has))
-    site.down.note(1 << 30, 1.0)  # all might go at once
-    again = site.ask(lane, OPENING, 0.0).frames
-    assert sum(len(part.content) for part in again) == sum(len(part.content) for part in first.frames)
-
-
-def test_where_flower_has_lost_sight_of_a_supernode_a_frame_tells_first_what_the_site_has():
-    sizes = []
-    for node_is_gone in (False, True):
-        transport, site, lane = with_a_site()
-        for _ in range(2):
-            request = site.ask(lane, OPENING, 0.0)
-            sizes.append(sum(len(part.content) for part in request.frames))
-            (exchange,) = lane.under_way
-            lost = grid._Asked(0, lane, exchange, 0.0)
-            assert not transport._take(grid._Arrived(lost, 1.0, problem="?", node_is_gone=node_is_gone))
-        assert lane.offline is node_is_gone
-    whole, frame_bytes = 8 << 20, 1 << 20
-    assert sizes == [whole, whole, whole, frame_bytes]
 
 
 def test_a_site_that_starts_again_without_keys_does_not_end_the_run():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from frames import REQUEST, frame
 from parablock.engine.flower.session import Position, SessionFolder
 from parablock.errors import ParaBlockError, StorageError
+from tiny_runs import longest_file
 
 
 def test_the_disk_gives_back_what_came_after_the_newest_snapshot(tmp_path: Path):
@@ -37,13 +37,8 @@ def test_a_sites_disk_that_takes_no_more_is_said_and_leaves_nothing_half_written
     folder = SessionFolder(tmp_path, "run", "1")
     folder.open(REQUEST)
     folder.keep([frame(0, b"there is room")])
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with pytest.raises(StorageError, match="cannot be written") as full:
-            folder.keep([frame(1, bytes(200_000))])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with longest_file(100_000), pytest.raises(StorageError, match="cannot be written") as full:
+        folder.keep([frame(1, bytes(200_000))])
     assert "Make room there" in full.value.remedy
     assert [frame.content for frame in folder.kept()] == [b"there is room"]
 

@@ -43,56 +43,6 @@ def test_every_message_arrives_once_and_in_order_whatever_is_lost(messages, exch
     assert out.is_empty
 
 
-@given(
-    messages=st.lists(st.binary(max_size=40), min_size=1, max_size=8),
-    pairs=st.lists(
-        st.tuples(
-            st.integers(1, 30),
-            st.integers(1, 30),
-            st.integers(1, 9),
-            st.sampled_from(["both", "first", "second", "first, and second twice"]),
-        ),
-        max_size=40,
-    ),
-)
-@settings(max_examples=100, deadline=None)
-def test_of_two_exchanges_that_follow_each_other_only_what_was_lost_is_sent_again(messages, pairs):
-    out, inbox, received, sent = Outbox(), Inbox(), [], 0
-    for message in messages:
-        out.put(message, 0)
-    for first_bytes, second_bytes, longest, fate in [*pairs, *[(1 << 20, 1, 1 << 20, "both")] * 2]:
-        out.acknowledge(inbox.wanted, inbox.ahead)
-        first = out.unconfirmed(first_bytes, longest)
-        is_gap = inbox.ahead is not None
-        second = out.after(first[-1].next_place, second_bytes, longest) if first and not is_gap else []
-        if "first" in fate or fate == "both":
-            received += [message for message, _ in inbox.take(first)]
-            sent += sum(len(each.content) for each in first)
-        for _ in range({"first": 0, "first, and second twice": 2}.get(fate, 1)):
-            received += [message for message, _ in inbox.take(second, follows=True)]
-        sent += sum(len(each.content) for each in second) if fate != "first" else 0
-    out.acknowledge(inbox.wanted)
-    assert received == messages
-    assert out.is_empty and inbox.ahead is None
-    assert sent == sum(map(len, messages))  # what arrived was never sent again
-
-
-def test_what_is_ahead_of_its_turn_has_to_follow_and_to_be_of_the_same_message():
-    out, other, inbox = Outbox(), Outbox(), Inbox()
-    out.put(b"1 s, and a delta", 0)
-    other.put(b"2 s, and a delta", 0)
-    second = out.after(out.after(START, 6, 6)[0].next_place, 100)
-    with pytest.raises(CodecError, match="byte 6 of message 0 came where byte 0"):
-        inbox.take(second)
-    assert inbox.ahead is None
-    assert inbox.take(second, follows=True) == []
-    assert inbox.ahead is not None and inbox.ahead[:2] == (0, 6)
-    assert [f.content for f in out.after(inbox.wanted, 100, until=inbox.ahead)] == [b"1 s, a"]
-    assert [f.content for f in other.after(inbox.wanted, 100, until=inbox.ahead)] == [b"2 s, and a delta"]
-    assert [m for m, _ in inbox.take(other.after(inbox.wanted, 100, until=inbox.ahead))] == [b"2 s, and a delta"]
-    assert inbox.ahead is None
-
-
 def test_a_missing_frame_is_an_error_and_a_known_one_is_not():
     inbox = Inbox()
     first, second = frame(0, b"a"), frame(1, b"bcd")
@@ -124,12 +74,3 @@ def test_a_message_that_was_made_again_is_taken_from_its_beginning():
     assert inbox.take(late) == []  # of the one that has died, overtaken: nothing of it is wanted any more
     assert inbox.wanted[:2] == (0, 4)
     assert [message for message, _ in inbox.take(other.after(inbox.wanted, 100))] == [b"2 s, and a delta"]
-
-
-def test_a_sender_that_starts_again_keeps_the_numbers_and_does_not_send_what_is_known():
-    out = Outbox(first=3)
-    out.acknowledge(Place(5))
-    for content in (b"3", b"4", b"5"):
-        out.put(content, 0)
-    assert [(frame.message, frame.content) for frame in out.unconfirmed(100)] == [(5, b"5")]
-    assert not out.has(Place(6)) and out.has(Place(5))
