@@ -115,9 +115,9 @@ def test_the_other_device_is_as_foreign_as_a_gpu(library: Path):
 
 
 LEAVING = (
-    "from parablock.model import device_copy as leaving",
+    "from parablock.model import device_copy",
     "there = torch.arange(3500.).to('other') / 7",
-    "on_its_way = leaving.leave(there)",
+    "on_its_way = device_copy.copy_to_cpu(there)",
 )
 
 

@@ -15,8 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from parablock.cli.main import main
-from parablock.model import device_copy as leaving
-from parablock.model import load
+from parablock.model import device_copy, load
 
 
 def build(folder: Path) -> Path:
@@ -39,7 +38,7 @@ def make_known(library: str) -> None:
     module.device_count, module.current_device = lambda: 1, lambda: 0
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch._register_device_module("other", module)
-    leaving.PART = 1000  # several of them, also of a tiny block
+    device_copy.PART = 1000  # several of them, also of a tiny block
     load._device = lambda _: torch.device("other")  # type: ignore[assignment]
     to = PreTrainedModel.to
 
