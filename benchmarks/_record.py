@@ -31,16 +31,21 @@ from rich.table import Table
 from torch import Tensor
 
 import parablock
+from parablock.clock import Clock
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
+from parablock.engine.contract import EngineInput, EngineResult
+from parablock.engine.inprocess import run_in_process
+from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
 from parablock.experiment.progress import PlainProgress
 from parablock.experiment.run import resume, run
 from parablock.model.blocks import partition_blocks
 from parablock.model.load import outline_model
 from parablock.storage.run_directory import RunDirectory
-from parablock.training.trainer import Trained
-from parablock.wire.messages import RoundStart
+from parablock.trace import Trace
+from parablock.training.trainer import Trained, Trainer
+from parablock.wire.transport import Link
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -391,15 +396,30 @@ class Idle:
     def __init__(self, step_time_s: float | None = None, sends: int | None = None) -> None:
         self.step_time_s, self._sends = step_time_s, sends
 
-    def train(self, start: RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        block = working[start.block_index].float() if self._sends is None else torch.zeros(self._sends)
-        return Trained(block + 0.001 * (1 + start.round_index), 1.0)
+    def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
+        block = rest[-1][block_index].float() if self._sends is None else torch.zeros(self._sends)
+        return Trained(block + 0.001 * (1 + round_index), 1.0)
 
     def memory(self) -> dict[str, Tensor]:
         return {}
 
     def remember(self, memory: dict[str, Tensor]) -> None:
         assert not memory
+
+
+def run_engine(
+    params: Sequence[Tensor],
+    trainers: Sequence[Trainer],
+    plan: ServerPlan,
+    clock: Clock,
+    *,
+    link: Link = Link(),  # noqa: B008  (it is frozen)
+    in_flight: str = "aligned",
+    on_commit: Callable[..., None] = lambda *_: None,
+) -> EngineResult:
+    """Run the engine of one process, without a run directory."""
+    client, hooks = ClientPlan(in_flight, plan.form), Hooks(on_commit, lambda _: None)
+    return run_in_process(EngineInput(plan, client, lambda: params, trainers, Trace(clock), hooks, link))
 
 
 def fresh_folder(options: Options) -> Path:

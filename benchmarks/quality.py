@@ -43,6 +43,7 @@ from _record import (
     material_of,
     metrics_of,
     record,
+    run_engine,
     section,
     spread,
     t0,
@@ -53,19 +54,17 @@ from rich.console import Console
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.parablock import NEVER
 from parablock.algorithm.sequential import OracleProblem, Solve, run_sequential
 from parablock.algorithm.stacking import Factors
 from parablock.clock import VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.config.load import overridden, parse_config
-from parablock.config.methods import LORA_METHODS
+from parablock.config.methods import METHODS as ROWS
 from parablock.demo.material import TEST_FILE_NAME, make_word_problems
-from parablock.engine.contract import Hooks
-from parablock.engine.inprocess import run_in_process
+from parablock.engine.update_form import StackedAdapters
 from parablock.evaluation.choices import MAX_GROUP_CHOICES
 from parablock.evaluation.side_by_side import score_models
-from parablock.experiment.engines import server_plan
+from parablock.experiment.engines import server_plan, update_form
 from parablock.experiment.inputs import read_inputs
 from parablock.methods.blocks import trained_blocks
 from parablock.methods.choose import make_method_model
@@ -78,10 +77,8 @@ from parablock.report.reading import read_runs
 from parablock.report.tables import ablation_table
 from parablock.seeding import generator_for
 from parablock.storage.run_directory import RunDirectory
-from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import ASSUMED_FLOPS
-from parablock.wire.messages import RoundStart
 from parablock.wire.quantize import Encoding, pack
 from parablock.wire.transport import Link
 
@@ -150,7 +147,7 @@ def squared_norms(num_rounds: int, seed: int, step: float, **how: Any) -> list[f
         num_rounds: T.
         seed: Of data, batches and start.
         step: Of the K stochastic gradient steps on a block.
-        how: `apart`, `blocks`, `steps`, `corrected`, the `wire` by which updates are rounded, fields of `OracleProblem`.
+        how: `apart`, `blocks`, `steps`, `corrected`, the `wire` that rounds updates, fields of `OracleProblem`.
     """
     features, labels = make_clients(seed, how.pop("apart", 1.0))
     num_steps, corrected, wire = how.pop("steps", STEPS), how.pop("corrected", True), how.pop("wire", None)
@@ -610,13 +607,12 @@ so this setting has more and smaller ones (`--seeds 7 --alphas 0.3 --rounds 48 -
 
 # -- every method on T0 ---------------------------------------------------------------------------------------
 
-NAMES = {"parablock": "ParaBlock", "fl_bcd": "FL-BCD", "fedavg": "FedAvg", "fedprox": "FedProx", "fedit": "FedIT"}
-NAMES |= {"ffa_lora": "FFA-LoRA", "flora": "FLoRA", "fedcybgd": "FedCyBGD", "local": "local", "central": "central"}
+NAMES = {name: row.title for name, row in ROWS.items()}
 KINDS = {
-    "blocks": ("parablock", "fl_bcd", "fedcybgd"),
-    "all parameters": ("fedavg", "fedprox", "local", "central"),
-    "adapters": LORA_METHODS,
+    kind: tuple(name for name, row in ROWS.items() if row.trains == trains)
+    for kind, trains in (("blocks", "blocks"), ("all parameters", "everything"), ("adapters", "adapters"))
 }
+LORA = KINDS["adapters"]
 GRID = {"blocks": (1e-3, 3e-3, 1e-2), "all parameters": (3e-4, 1e-3, 3e-3), "adapters": (3e-3, 1e-2)}
 TUNED_ON = {"blocks": "fl_bcd", "all parameters": "fedavg", "adapters": "fedit"}
 TUNING_SEED = 9
@@ -624,7 +620,7 @@ ROUNDS = {"blocks": 1.0, "all parameters": 0.5, "adapters": 1.0, "fedcybgd": 8.0
 """Of those of a block method; FedCyBGD trains on one of eight clients in a round."""
 SCORED = ("parablock", "fl_bcd", "fedavg", "fedit")
 """The methods that are scored on each family apart."""
-SILENT = ("local", "central")
+SILENT = tuple(name for name, row in ROWS.items() if not row.sends)
 """The methods that send nothing."""
 
 
@@ -741,17 +737,12 @@ def round_s(method: str, mbps: float, options: Options) -> float:
     config = method_config(method, 1e-3, 0, options)
     blocks, _, factors = trained_of("fedavg" if method in SILENT else method, material_of(options).model)
     rounds = (4 if method == "fedcybgd" else 2) * len(blocks)
-    plan = replace(server_plan(config, factors=factors), num_rounds=rounds)
+    form = StackedAdapters(factors) if factors else update_form(config)
+    plan = replace(server_plan(config, form), num_rounds=rounds)
     clock, sends = VirtualClock(), factors.num_elements if factors else None
-    run_in_process(
-        [torch.zeros(0 if method in SILENT else block.num_parameters) for block in blocks],
-        [Idle(config.engine.step_time_s, sends) for _ in range(plan.num_clients)],
-        plan,
-        Trace(clock),
-        Hooks(lambda *_: None, lambda _: None),
-        link=Link(mbps, mbps),
-        in_flight="aligned",
-    )
+    params = [torch.zeros(0 if method in SILENT else block.num_parameters) for block in blocks]
+    idle = [Idle(config.engine.step_time_s, sends) for _ in range(plan.num_clients)]
+    run_engine(params, idle, plan, clock, link=Link(mbps, mbps))
     return clock.now() / rounds
 
 
@@ -783,7 +774,7 @@ def equal_seconds(found: Found, options: Options) -> Found:
 
 def equal_bytes(found: Found) -> Found:
     """Return each method's losses when so many bytes have crossed a client's link."""
-    few = (*LORA_METHODS, "parablock")
+    few = (*LORA, "parablock")
     whole = max(run["curve"][-1][1] for run in found["runs"] if run["method"] in few)
 
     def losses(num_bytes: float) -> Found:
@@ -842,7 +833,7 @@ def losses_table(columns: Mapping[str, Found], ends: Mapping[str, Sequence[float
             bold = "**" * (mean == means[wins[-1]])
             cell = f"{bold}{mean:.4f}{bold}{'†' * (None in column[name])}"
             rows.setdefault(name, [NAMES[name]]).append(cell)
-    by_lora = sum(name in LORA_METHODS for name in wins)
+    by_lora = sum(name in LORA for name in wins)
     return [
         table(["method", *columns], rows.values()),
         f"Lowest loss, column by column: {', '.join(NAMES[name] for name in wins)}.\n"
@@ -1081,10 +1072,9 @@ def run_fedavg(config: RunConfig) -> tuple[float, list[Found]]:
     steps, step_time_s = config.train.num_local_steps, config.engine.step_time_s
     assert isinstance(steps, int) and step_time_s is not None
     for t in range(config.federation.num_rounds):
-        start = RoundStart(t, 0, steps, steps_before=t * steps, committed=NEVER, news=())
         replies = []
         for trainer in fleet.trainers:
-            trained = trainer.train(start, (to_flat(arrays),)).trained[:]
+            trained = trainer.train(t, 0, steps, t * steps, (to_flat(arrays),)).trained[:]
             metrics = MetricRecord({"num-examples": trainer.num_examples})
             content = RecordDict({"arrays": to_arrays(trained), "metrics": metrics})
             replies.append(SimpleNamespace(content=content, has_error=lambda: False))

@@ -41,6 +41,7 @@ from _record import (
     material_of,
     metrics_of,
     record,
+    run_engine,
     run_quietly,
     section,
     table,
@@ -53,16 +54,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from parablock.algorithm.aggregate import fold, join
-from parablock.algorithm.robust import RoundAggregation
 from parablock.clock import RealClock, VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.data.batches import Batch
-from parablock.engine.contract import Hooks
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
+from parablock.engine.plans import ServerPlan
 from parablock.engine.round_fold import RoundFold
-from parablock.engine.server import ServerPlan
-from parablock.experiment.engines import server_plan
+from parablock.engine.update_form import Differences
+from parablock.experiment.engines import server_plan, update_form
 from parablock.experiment.progress import PlainProgress
 from parablock.experiment.run import run
 from parablock.model.adapters import adapter_block, add_adapters
@@ -76,7 +75,6 @@ from parablock.plan.traffic import Sizes
 from parablock.report.write import write_report
 from parablock.seeding import generator_for
 from parablock.storage.run_directory import RunDirectory
-from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.local import LocalArguments, train_block
 from parablock.training.step_time import ASSUMED_FLOPS
@@ -85,7 +83,7 @@ from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, Vector, byte
 from parablock.wire.transport import Link
 
 CHUNK_BYTES = 4_194_304
-ARGUMENTS = LocalArguments(learning_rate=1e-4, total_steps=1_000_000)
+ARGUMENTS = LocalArguments(learning_rate=1e-4)
 LORA_RANK = 16
 UNSCORED = {"evaluation.every_rounds": 0, "evaluation.max_examples": 16}
 SMALL = UNSCORED | {"train.per_device_train_batch_size": 2, "train.learning_rate": 1e-3, "data.max_length": 64}
@@ -186,7 +184,7 @@ def measure_steps(model: PreTrainedModel, options: Options) -> Found:
 
     def visit(b: int) -> Tensor:
         steps = [[batch] for batch in batches]
-        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, moments=None).trained[:]
+        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, total_steps=len(steps)).trained[:]
 
     ways: dict[str, Callable[[int], Any]] = {
         "block": visit,
@@ -385,9 +383,9 @@ def measure_streaming(options: Options) -> Found:
     for _ in range(max(1, options.repeats // 2)):
         for name, chunk in (("whole", {}), ("streamed", {"chunk_bytes": 4 * CHUNK_PIECE})):
             encoding = Encoding("float32", **chunk)
-            plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, encoding, FixedSteps(1), 60.0, 0)
-            clock, hooks = RealClock(), Hooks(lambda *_: None, lambda _: None)
-            run_in_process(params, [Idle(), Idle()], plan, Trace(clock), hooks, link=link, in_flight="own")
+            plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, Differences(encoding), FixedSteps(1), 60.0, 0)
+            clock = RealClock()
+            run_engine(params, [Idle(), Idle()], plan, clock, link=link, in_flight="own")
             seconds[name].append(clock.now() / 2)
     up_and_down = 2 * link.upload_s(4 * chunks * CHUNK_PIECE)
     found = {name: median(values) for name, values in seconds.items()}
@@ -401,10 +399,11 @@ def measure_aggregation(options: Options) -> Found:
     alone = in_turns(lambda: arithmetic(sources, options), sources, options, options.repeats)
     rows = [{"what": "the arithmetic alone", **alone}]
     for name in options.formats:
-        cuts = Encoding(name, chunk_bytes=CHUNK_BYTES).cut(options.block)
+        form = Differences(Encoding(name, chunk_bytes=CHUNK_BYTES))
+        cuts = form.cuts(options.block)
         chunks = [[pack(source[cut], name) for cut in cuts] for source in sources]
         for order in ORDERS:
-            fold_all = partial(one_round, chunks, cuts, order, folder, options.updates)
+            fold_all = partial(one_round, chunks, form, order, folder, options)
             found = in_turns(fold_all, sources, options, options.fold_repeats)
             found["disk_gigabytes_per_s"] = disk_speed(folder, round(1e9 * found["file_gigabytes"]))
             rows.append({"what": f"{name}, {order}", "format": name, "order": order, **found})
@@ -444,13 +443,14 @@ def arithmetic(sources: list[Tensor], options: Options) -> tuple[int, float]:
 
 
 def one_round(
-    chunks: list[list[Vector]], cuts: list[slice], order: str, folder: Path, num_updates: int
+    chunks: list[list[Vector]], form: Differences, order: str, folder: Path, options: Options
 ) -> tuple[int, float]:
     """Take and fold a round's updates; return bytes that were kept in the file, and seconds of the server.
 
     Each chunk comes in bytes of its own, as a message does; making them is not counted.
     """
-    folding = RoundFold(0, 0, dict.fromkeys(range(num_updates), 1), cuts, RoundAggregation, folder)
+    num_updates, cuts = options.updates, form.cuts(options.block)
+    folding = RoundFold(0, 0, dict.fromkeys(range(num_updates), 1), options.block, form, folder)
     first, seconds = Update(0, 0, 0, 1, -1, 1.0, 1, 1.0, 0, len(cuts), chunks[0][0]), 0.0
     late = num_updates - 1 if order == ORDERS[1] else num_updates
     arrivals = [(client_id, index) for index in range(len(cuts)) for client_id in range(late)]
@@ -675,15 +675,9 @@ def simulate(config: RunConfig, cohort: int, full_size: int, options: Options) -
         real_s.append(time.perf_counter())
         memory.append(process.memory_info().rss)
 
-    run_in_process(
-        params,
-        [Idle(options.compute_s / options.steps)] * options.clients,
-        server_plan(config),
-        Trace(clock),
-        Hooks(on_commit, lambda _: None),
-        link=Link(**config.link.model_dump()),
-        in_flight="aligned",
-    )
+    idle = [Idle(options.compute_s / options.steps)] * options.clients
+    shaped = Link(**config.link.model_dump())
+    run_engine(params, idle, server_plan(config, update_form(config)), clock, link=shaped, on_commit=on_commit)
     per_round = median(later - earlier for earlier, later in pairwise(real_s[1:]))
     chunk = full_size // CHUNKS // CHUNK_PIECE * CHUNK_PIECE
     planned = time_rounds(

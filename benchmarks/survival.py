@@ -43,6 +43,7 @@ from _record import (
     material_of,
     metrics_of,
     record,
+    run_engine,
     run_quietly,
     section,
     spread,
@@ -61,10 +62,8 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.config.section import KINDS_AT
 from parablock.deploy.one_machine import Deployment, resume_local, watch
-from parablock.engine.contract import Hooks
-from parablock.engine.inprocess import run_in_process
 from parablock.errors import CodecError, ConfigError, ParaBlockError
-from parablock.experiment.engines import server_plan
+from parablock.experiment.engines import server_plan, update_form
 from parablock.experiment.inputs import read_inputs
 from parablock.experiment.progress import PlainProgress
 from parablock.methods.choose import make_method_model
@@ -73,12 +72,11 @@ from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
 from parablock.seeding import generator_for
 from parablock.storage.run_directory import RunDirectory
-from parablock.trace import Trace
 from parablock.training.trainer import Trained, Trainer
 from parablock.wire import messages
 from parablock.wire.codec import CHECKSUM, PREFIX
 from parablock.wire.quantize import FORMATS, pack
-from parablock.wire.transport import Link, Parcel
+from parablock.wire.transport import Parcel
 
 POLL_S, PATIENCE_S, SITES = 0.05, 600.0, 2
 SMALL = {"data.max_length": 96, "train.learning_rate": 1e-3}
@@ -255,7 +253,7 @@ def killed(config: RunConfig, directory: Path, draw: np.random.Generator, parts:
     shuffled = [str(part) for part in draw.permutation([part for part in parts if part != "superlink"])]
     shuffled += [part for part in parts if part == "superlink"]
     kills, began, deployment = list[Found](), time.monotonic(), Deployment(directory, SITES, lanes=2)
-    deployment.read_inputs(config)
+    deployment.prepare(config)
     with deployment:
         watched = Watched(deployment)
         for part, (after_rounds, part_s) in zip(shuffled, moments, strict=True):
@@ -335,7 +333,7 @@ def cut_link_section(found: Found) -> Found:
 
 def over_a_proxy(config: RunConfig, directory: Path, options: Options, direction: str, block_bytes: int) -> Found:
     """Run with site 0 behind the proxy; cut it in the middle of transfers in this direction."""
-    sys.path.append(str(REPOSITORY / "tests"))
+    sys.path.append(str(REPOSITORY / "tests" / "support"))
     from cuttable_proxy import PIECE, CuttableProxy
 
     class BehindAProxy(Deployment):
@@ -357,7 +355,7 @@ def over_a_proxy(config: RunConfig, directory: Path, options: Options, direction
         return idle and moved - start > block_bytes / 2
 
     deployment = BehindAProxy(directory, SITES)
-    deployment.read_inputs(config)
+    deployment.prepare(config)
     with deployment:
         began, watched = time.monotonic(), Watched(deployment)
         for _ in range(options.cuts if direction else 0):
@@ -568,8 +566,8 @@ class Attacker:
         self.num_examples, self.step_time_s = self.honest.num_examples, self.honest.step_time_s
         self.memory, self.remember = self.honest.memory, self.honest.remember
 
-    def train(self, start: messages.RoundStart, working: tuple[Tensor, ...]) -> Trained:
-        found, v = self.honest.train(start, working), working[start.block_index].float()
+    def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
+        found, v = self.honest.train(round_index, block_index, *rest), rest[-1][block_index].float()
         return replace(found, trained=v + self.factor * (found.trained[:].float() - v))
 
 
@@ -596,15 +594,8 @@ def robust(options: Options, console: Console) -> None:
             fleet, honest = make_method_model(job), options.clients - options.attackers
             trainers = [*fleet.trainers[:honest], *(Attacker(t, ATTACKS[attack]) for t in fleet.trainers[honest:])]
             before = fleet.evaluate(fleet.params)
-            ended = run_in_process(
-                fleet.params,
-                trainers,
-                server_plan(job.config),
-                Trace(VirtualClock()),
-                Hooks(lambda *_: None, lambda _: None),
-                link=Link(),
-                in_flight=job.config.federation.in_flight,
-            )
+            plan = server_plan(job.config, update_form(job.config))
+            ended = run_engine(fleet.params, trainers, plan, VirtualClock())
             losses = {"initial_eval_loss": before, "final_eval_loss": fleet.evaluate(ended.server.params)}
             found.append({"attack": attack, "factor": ATTACKS[attack], "rule": name, **losses})
             console.print(f"{attack}, {name}: {found[-1]}")
@@ -768,7 +759,7 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
     masks = wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS)
     lap("unmask")
     masked_fold = FixedPointAggregation(grid, Rule())
-    masked_fold.unmask(masks)
+    masked_fold.masks = masks
     masked = masked_fold.fold(came)
     lap("fold masked")
     plain = FixedPointAggregation(grid, Rule()).fold(words)
