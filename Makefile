@@ -64,12 +64,11 @@ test-fast: $(STAMP)  ## the tests that are not marked slow
 
 test-all: check test  ## what CI runs: check and test
 
-bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, links, clients, peers, one seed of quality
+bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, links, peers, one seed of quality
 	$(BIN)/python benchmarks/speed.py step
 	$(BIN)/python benchmarks/speed.py wire
 	$(BIN)/python benchmarks/speed.py overlap
 	$(BIN)/python benchmarks/speed.py slow_link
-	$(BIN)/python benchmarks/speed.py clients
 	$(BIN)/python benchmarks/speed.py scale
 	$(BIN)/python benchmarks/quality.py peers
 	$(BIN)/python benchmarks/quality.py formats --seeds 0 --no-table --output runs/formats-short.json

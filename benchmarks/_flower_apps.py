@@ -36,25 +36,30 @@ def serve(grid: Any, context: Any) -> None:
     import torch
 
     from parablock.clock import RealClock
-    from parablock.engine.contract import Hooks
+    from parablock.engine.contract import EngineInput
     from parablock.engine.flower.engine import run_over_flower
     from parablock.engine.flower.exchange import Request
     from parablock.engine.flower.grid import GridTransport
     from parablock.engine.local_steps import FixedSteps
-    from parablock.engine.server import ServerPlan
+    from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
+    from parablock.engine.update_form import Differences
     from parablock.trace import Trace
 
     wanted, elements, encoding = settings()
     sites, rounds, delay = wanted["sites"], wanted["rounds"], wanted["delay"]
-    plan = ServerPlan(sites, rounds, delay, "cyclic", 1.0, 0, encoding, FixedSteps(1), 900.0, 0)
+    form = Differences(encoding)
+    plan = ServerPlan(sites, rounds, delay, "cyclic", 1.0, 0, form, FixedSteps(1), 900.0, 0)
     opening = Request("benchmark", str(context.run_id), None, "", "")
     transport = GridTransport(grid, sites, opening, epoch_s=epoch_s, tell=print)
     transport.gather(300.0)
     trace, commits = Trace(RealClock()), list[float]()
     hooks = Hooks(on_commit=lambda *_: commits.append(trace.clock.now()), on_checkpoint=lambda _: None)
-    run_over_flower(
-        lambda: tuple(torch.zeros(elements) for _ in range(wanted["blocks"])), plan, trace, hooks, transport
-    )
+    client = ClientPlan("aligned", form)
+
+    def take_params() -> list[Any]:
+        return [torch.zeros(elements) for _ in range(wanted["blocks"])]
+
+    run_over_flower(EngineInput(plan, client, take_params, (), trace, hooks), transport)
     spans = [[s.client_id, s.activity, s.start_s, s.duration_s, dict(s.facts)] for s in trace.spans]
     found = {"commits": commits, "spans": spans, "epoch_s": epoch_s() - trace.clock.now()}
     beside = Path(wanted["output"] + ".partial")
@@ -72,6 +77,8 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
     from parablock.engine.flower.local_socket import address_of, listen, secret_of
     from parablock.engine.flower.mailbox import TrainerMailbox
     from parablock.engine.flower.session import SessionFolder
+    from parablock.engine.plans import ClientPlan, ClientStart
+    from parablock.engine.update_form import Differences
     from parablock.trace import Trace
     from parablock.training.trainer import Trained
 
@@ -82,9 +89,9 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
     class Sleeper:
         num_examples, step_time_s = 1, None
 
-        def train(self, start: Any, working: Any) -> Trained:
+        def train(self, _: int, block_index: int, *rest: Any) -> Trained:
             time.sleep(wanted["compute_s"])
-            return Trained(working[start.block_index] + noise, 0.0)
+            return Trained(rest[-1][block_index] + noise, 0.0)
 
         def memory(self) -> dict[str, Any]:
             return {}
@@ -103,9 +110,9 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
         lease_s=600.0,
     )
     state = initial_client(tuple(torch.zeros(elements) for _ in range(wanted["blocks"])))
-    how = {"in_flight": "aligned", "encoding": encoding, "hand_in": lambda *_: None}
+    plan = ClientPlan("aligned", Differences(encoding))
     with mailbox:
-        Client(client_id, state, Sleeper(), nullcontext(mailbox), trace, **how).run()
+        Client(client_id, plan, Sleeper(), nullcontext(mailbox), trace, start=ClientStart(state)).run()
 
 
 def _site_of(context: Any) -> tuple[int, Path, list[str]]:

@@ -29,71 +29,59 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
+import _record as kit
 from _flower_apps import SETTINGS
-from _record import REPOSITORY, Bar, Found, Options, benchmark, commit, fresh_folder, main, record, section, table
-from rich.console import Console
+from _record import Bar, Found, Options, benchmark, main, record, section, table
 
+from parablock.deploy import processes
 from parablock.deploy.keys import make_keys
-from parablock.deploy.processes import (
-    LANES,
-    ServerFiles,
-    environment,
-    register_sites,
-    server_environment,
-    site_environment,
-    submit,
-    superlink_command,
-    supernode_command,
-    wait_for_port,
-    write_connection,
-)
+from parablock.deploy.processes import LANES, ServerFiles, server_environment, supernode_command
 
+SITES, ROUNDS, REPEATS, MBPS, MEGABYTES, LARGE_MEGABYTES = 2, 6, 3, 200.0, 100.0, 400.0
 OUTAGE_S, SLOW_MBPS, LAYER_MB = 60.0, 4.0, 116.0
 """An outage, a slow link, and a layer of Llama-3-8B in int4."""
+
+WIRE_S = 2 * MEGABYTES * 8 / MBPS
+"""The seconds that a block takes on the wire, up and down."""
 
 DISTURBANCES = ("nothing", f"an outage of {OUTAGE_S:g} s", "an answer lost")
 EQUAL, LONG, BALANCED, HOSPITAL = "wire = compute", "covered", "exchange = compute", "30 Mbit/s"
 Row = Found
 
 
-def flower(options: Options, console: Console) -> None:
-    """Measure rounds over real Flower processes and shaped links: seconds, where they go, memory, lost answers.
-
-    Scenarios that are named with --only are measured anew; the rows of the others stay in the record.
-    """
+def flower(options: Options) -> None:
+    """Measure rounds over real Flower processes and shaped links: seconds, where they go, memory, lost answers."""
     if os.geteuid() != 0:
         sys.exit("network namespaces need root")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # take everything down
-    folders = (REPOSITORY / "benchmarks", REPOSITORY / "src", os.environ.get("PYTHONPATH", ""))
+    folders = (kit.REPOSITORY / "benchmarks", kit.REPOSITORY / "src", os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, folders))  # Flower looks there
-    folder, output = fresh_folder(options), Path(options.output)
+    folder, output = kit.fresh_folder(options), Path(options.output)
     kept = json.loads(output.read_text(encoding="utf-8"))["results"] if output.exists() else []
     rows = [row for row in kept if row["scenario"] not in options.only]
-    config = {name: getattr(options, name) for name in ("mbps", "megabytes", "sites")}
     for scenario in options.only:
-        variants = scenarios(options, rows)[scenario]
+        variants = scenarios(rows, is_small=options.smoke)[scenario]
         places = [folder / scenario.replace(" ", "-") / str(number) for number in range(len(variants))]
         with ThreadPoolExecutor(len(variants)) as pool:
             side_by_side = pool.map if scenario.startswith("slow") else map
             for row in side_by_side(measured, places, variants):
-                rows.append({"scenario": scenario, **row, "commit": commit()})
-                record(options, rows, bars_of(rows, options), config=config, console=Console(quiet=True))
-    record(options, rows, bars_of(rows, options), config=config, console=console)
+                rows.append({"scenario": scenario, **row, "commit": kit.commit()})
+                record(options, rows, bars_of(rows), {"mbps": MBPS, "megabytes": MEGABYTES, "sites": SITES})
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is deployed."""
 
-    megabytes: float  # of a block, 10^6 bytes
+    megabytes: float = MEGABYTES  # of a block, 10^6 bytes
     compute_s: float = 0.0  # that a round's training takes
     delay: int = 0
-    rounds: int = 5
-    sites: int = 2
+    rounds: int = ROUNDS
+    sites: int = SITES
     blocks: int = 3
     chunk_mib: int = 4  # of an update; the server folds and sends on chunk by chunk
-    up_mbps: float = 200.0  # of each site's link; 0: as fast as it goes
-    down_mbps: float = 200.0
+    up_mbps: float = MBPS  # of each site's link; 0: as fast as it goes
+    down_mbps: float = MBPS
     secure: bool = True  # with TLS and node keys
     lane: int = 0  # which of several deployments at once
     supernodes: int = 2  # of a site: one for both directions, or one for each
@@ -110,57 +98,42 @@ class Wanted:
         return 180 + self.rounds * (5 * self.compute_s + carried_s * max(1, self.sites - 1))
 
 
-def wire_s(options: Options) -> float:
-    """Return the seconds that a block takes on the wire, up and down."""
-    return float(2 * options.megabytes * 8 / options.mbps)
-
-
-def scenarios(options: Options, rows: list[Row]) -> dict[str, list[Wanted]]:
+def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
     """Return what is deployed in each scenario; one depends on what is on record."""
-    wire = wire_s(options)
-    shape = {key: getattr(options, key) for key in ("sites", "chunk_mib", "megabytes", "supernodes")}
-    shape |= {"up_mbps": options.mbps, "down_mbps": options.mbps}
-
-    def usual(delay: int = 0, **other: Any) -> Wanted:
-        return Wanted(**shape | {"delay": delay, "rounds": options.rounds + delay} | other)
 
     def slow(direction: str, lane: int) -> list[Wanted]:
-        size, speed = 4.0 if options.smoke else LAYER_MB, {f"{direction}_mbps": SLOW_MBPS, "direction": direction}
+        size, speed = 4.0 if is_small else LAYER_MB, {f"{direction}_mbps": SLOW_MBPS, "direction": direction}
         one = Wanted(size, rounds=1, sites=1, blocks=1, **speed)
         return [replace(one, lane=lane + place, disturbance=what) for place, what in enumerate(DISTURBANCES)]
 
+    def both(**how: Any) -> list[Wanted]:
+        return [Wanted(delay=delay, rounds=ROUNDS + delay, **how) for delay in (0, 1)]
+
     equal = list[Wanted]()
-    for repeat in range(options.repeats):  # delay 0 and 1 in turn; in between without TLS, once two SuperNodes
-        serial, overlapped = (usual(d, compute_s=wire, supernodes=1, repeat=repeat) for d in (0, 1))
-        equal += [serial, overlapped] + ([replace(overlapped, secure=False)] if repeat % 2 == 0 else [])
-        equal += [replace(each, supernodes=2) for each in (serial, overlapped)] if repeat == 0 else []
-    balanced = 1.5 * wire
+    for repeat in range(REPEATS):  # delay 0 and 1 in turn; in between without TLS, once two SuperNodes
+        pair = both(compute_s=WIRE_S, supernodes=1, repeat=repeat)
+        equal += pair + ([replace(pair[1], secure=False)] if repeat % 2 == 0 else [])
+        equal += [replace(each, supernodes=2) for each in pair] if repeat == 0 else []
+    balanced = 1.5 * WIRE_S
     with suppress(ValueError):  # an exchange through Flower where the wire took as long as the computation
-        balanced = round_s(rows, EQUAL, delay=0, supernodes=options.supernodes) - wire
-    hospital = {"megabytes": 40.0, "up_mbps": 30.0, "down_mbps": 30.0, "compute_s": 8.0}
-    few = {"megabytes": 0.004, "rounds": 3 if options.smoke else 10, "supernodes": 1}
-    large = Wanted(8.0 if options.smoke else options.large_megabytes, rounds=2, blocks=1, up_mbps=0, down_mbps=0)
+        balanced = round_s(rows, EQUAL, delay=0, supernodes=2) - WIRE_S
+    hospital = both(megabytes=40.0, up_mbps=30.0, down_mbps=30.0, compute_s=8.0)[1]
+    few = Wanted(0.004, rounds=3 if is_small else 10, supernodes=1)
+    large = Wanted(8.0 if is_small else LARGE_MEGABYTES, rounds=2, blocks=1, up_mbps=0, down_mbps=0)
     return {
-        "empty": [usual(warm=warm, **few) for warm in (True, False)],
+        "empty": [few, replace(few, warm=False)],
         EQUAL: equal,
-        LONG: [usual(delay, compute_s=2.5 * wire) for delay in (0, 1)],
-        BALANCED: [usual(delay, compute_s=round(balanced, 1)) for delay in (0, 1)],
-        HOSPITAL: [usual(1, **hospital | {"supernodes": supernodes}) for supernodes in (1, 2)],
+        LONG: both(compute_s=2.5 * WIRE_S),
+        BALANCED: both(compute_s=round(balanced, 1)),
+        HOSPITAL: [replace(hospital, supernodes=supernodes) for supernodes in (1, 2)],
         "slow link, up": slow("up", 1),
         "slow link, down": slow("down", 4),
         "memory": [replace(large, sites=sites) for sites in (2, 4)],
     }
 
 
-SCENARIOS = ("empty", EQUAL, LONG, BALANCED, HOSPITAL, "slow link, up", "slow link, down", "memory")
-
-
 def measured(folder: Path, wanted: Wanted) -> Row:
-    """Deploy, and return how long rounds took, where each second went, who used memory, what a link moved.
-
-    Without the first two rounds, in which the server learns how fast the link is and how large an update. A
-    disturbance comes when half of the block has passed.
-    """
+    """Deploy, and return how long rounds took, where each second went, who used memory, what a link moved."""
     done = [wanted.disturbance in ("", DISTURBANCES[0])]
     place = 0 if wanted.direction == "up" else 1
 
@@ -193,9 +166,7 @@ def measured(folder: Path, wanted: Wanted) -> Row:
     }
 
 
-# -- what was found -------------------------------------------------------------------------------------------
-
-
+# -- what was found
 def of(rows: list[Row], scenario: str, **wanted: Any) -> list[Row]:
     return [row for row in rows if row["scenario"] == scenario and all(row[k] == v for k, v in wanted.items())]
 
@@ -205,9 +176,9 @@ def round_s(rows: list[Row], scenario: str, **wanted: Any) -> float:
     return median(seconds for row in of(rows, scenario, **wanted) for seconds in row["rounds"])
 
 
-def bars_of(rows: list[Row], options: Options) -> list[Bar]:
+def bars_of(rows: list[Row]) -> list[Bar]:
     """Return the bars of what has been measured."""
-    wire, made = wire_s(options), list[Bar]()
+    made = list[Bar]()
 
     def add(name: str, limit: float, value: Callable[[], float]) -> None:
         with suppress(ValueError):  # not all of it has been measured
@@ -232,8 +203,8 @@ def bars_of(rows: list[Row], options: Options) -> list[Bar]:
         name = f"wire = compute, {which}: delay 1 / delay 0"
         add(name, 0.65, lambda many=many: at(EQUAL, 1, many) / at(EQUAL, 0, many))
         name = f"an exchange / its time on the wire, {which}"
-        add(name, 1.6, lambda many=many: (at(EQUAL, 0, many) - wire) / wire)
-    add("covered: round / compute at delay 1", 1.06, lambda: at(LONG, 1) / (2.5 * wire))
+        add(name, 1.6, lambda many=many: (at(EQUAL, 0, many) - WIRE_S) / WIRE_S)
+    add("covered: round / compute at delay 1", 1.06, lambda: at(LONG, 1) / (2.5 * WIRE_S))
     add("covered: delay 1 / delay 0", 0.60, lambda: at(LONG, 1) / at(LONG, 0))
     name = "exchange = compute: round at delay 1 / max(compute, exchange through Flower)"
     add(name, 1.05, lambda: at(BALANCED, 1) / max(compute_s(), at(BALANCED, 0) - compute_s()))
@@ -271,14 +242,7 @@ def flower_section(found: Found) -> Found:
     rows: list[Row] = found["results"]
     slow_rows = [row for row in rows if row.get("disturbance")]
     parts: list[str | Found] = [
-        "Real SuperLink, SuperNodes and trainers on one machine, two sites behind shaped links "
-        f"of {found['config']['mbps']:g} Mbit/s each way, TLS and node keys on where it does not say otherwise. "
-        "Training is a sleep. An exchange is a round without its computation: the wire and all of Flower's chain. "
-        "ClientApps are forked from a process that has loaded Flower, or start from nothing.",
-        "Where the computation covers an exchange, delay 1 takes as long as the computation: of delay 0 that is "
-        "computation / (computation + exchange) at least. So with 20 s of computation 0.6 asks for an exchange of "
-        "13.3 s or more, and 1.6 times the wire is 12.8 s: both bars cannot be met at once. 0.6 is asked as well "
-        "where the computation only just covers the exchange.",
+        kit.ABOUT["flower"]["covered"],
         rounds_table([row for row in rows if row["scenario"] != "memory" and "rounds" in row]),
     ]
     chains = [row for row in rows if row["scenario"] in ("empty", EQUAL) and row.get("chain")]
@@ -302,7 +266,7 @@ def flower_section(found: Found) -> Found:
         ]
         parts += ["Most memory of a process, by sites and size of a block:", table(["process", *heads], lines)]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
-    return section("Over Flower", *parts, f"The rows are of commit {commits}.")
+    return section("flower", found, *parts, f"The rows are of commit {commits}.")
 
 
 def rounds_table(rows: list[Row]) -> Found:
@@ -334,8 +298,7 @@ def chain_table(rows: list[Row]) -> Found:
     return table(["", *groups], lines)
 
 
-# -- where each second goes -----------------------------------------------------------------------------------
-
+# -- where each second goes
 SLEEPS = "nothing for the SuperNode: the server takes, folds, hands over; the SuperNode sleeps"
 DOWNLOAD = "download: link to SuperNode"
 TO_CLIENTAPP = "SuperNode to ClientApp, which polls"
@@ -347,12 +310,8 @@ STAGES = (SLEEPS, DOWNLOAD, TO_CLIENTAPP, TRAINER, COMPUTATION, TO_SUPERNODE, UP
 """What a SuperNode, which does one thing at a time, does with a round; together they are the round."""
 
 COMMIT = "(the server: from the last byte of the last site to the commit)"
-SAID = {
-    "Receiving: train": DOWNLOAD,
-    "Received successfully": TO_CLIENTAPP,
-    "Sending: train": UPLOAD,
-    "Sent successfully": SLEEPS,
-}
+SAID = {"Receiving: train": DOWNLOAD, "Received successfully": TO_CLIENTAPP}
+SAID |= {"Sending: train": UPLOAD, "Sent successfully": SLEEPS}
 """What begins when a SuperNode says it."""
 
 Stay = tuple[float, float, str]
@@ -360,11 +319,7 @@ Stay = tuple[float, float, str]
 
 
 def chain_of(result: Found) -> dict[str, float]:
-    """Return the median seconds of every stage, over rounds and sites; of two SuperNodes, each has its stages.
-
-    Args:
-        result: Of `Deployment.result`, at delay 0. The first two rounds are left out.
-    """
+    """Return the median seconds of every stage, over rounds and sites; of two SuperNodes, each has its stages."""
     found, sites = list[dict[str, float]](), [stays_of(result, site) for site in range(len(result["sites"]))]
     for begin, end in list(pairwise(at_s + result["epoch_s"] for at_s in result["commits"]))[2:]:
 
@@ -411,41 +366,12 @@ def stays_of(result: Found, client_id: int) -> dict[str, list[Stay]]:
     return found
 
 
-# -- a deployment ---------------------------------------------------------------------------------------------
-
-ROLES = {
-    "flower-superlink": "SuperLink",
-    "flwr-serverapp": "ServerApp",
-    "flower-supernode": "SuperNode",
-    "flwr-clientapp": "ClientApp",
-    "_flower_apps.py": "trainer",
-}
-APP = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-[project]
-name = "parablock-benchmark"
-version = "1.0.0"
-[tool.flwr.app]
-publisher = "parablock"
-[tool.flwr.app.components]
-serverapp = "_flower_apps:server"
-clientapp = "_flower_apps:client"
-[tool.flwr.app.config]
-"""
+# -- a deployment
+ROLES, APP = (kit.ABOUT["flower"][key] for key in ("roles", "app"))
 
 
 class Deployment:
-    """Everything that runs while one scenario is measured.
-
-    What a process says is written down with the time, so that the seconds of an exchange can be told apart; the
-    memory of every process is looked at while it lives.
-
-    Args:
-        stack: Takes it down.
-        folder: A new one.
-        wanted: What is deployed.
-    """
+    """Everything that runs while one scenario is measured."""
 
     def __init__(self, stack: ExitStack, folder: Path, wanted: Wanted) -> None:
         folder.mkdir(parents=True)
@@ -457,20 +383,21 @@ class Deployment:
         if keys is not None:
             make_keys(keys, wanted.sites, ["127.0.0.1", *(link.gateway for link in self.links)])
         files = ServerFiles(folder / "home", keys and keys / "server", f"127.0.0.1:{port}")
-        write_connection(files)
+        processes.write_connection(files)
         for link in self.links:
             link.lay(stack)
         env = server_environment(files.home, {**self._settings, "PARABLOCK_FLOWER_ROLE": "server"})
-        superlink = self._launch("superlink", superlink_command(replace(files, address=f"0.0.0.0:{port}")), env)
-        wait_for_port(files.address, superlink, folder / "superlink.log")
+        command = processes.superlink_command(replace(files, address=f"0.0.0.0:{port}"))
+        superlink = self._launch("superlink", command, env)
+        processes.wait_for_port(files.address, superlink, folder / "superlink.log")
         if keys is not None:
-            register_sites(files)
+            processes.register_sites(files)
         self.swallower = Swallower(self.links[0].gateway, port) if wanted.disturbance == DISTURBANCES[2] else None
         for link in self.links:
             self._start_site(link, keys, self.swallower.port if self.swallower else port)
         (folder / "app").mkdir()
         (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
-        self._run_id, self._is_watching = submit(files, folder / "app"), True
+        self._run_id, self._is_watching = processes.submit(files, folder / "app"), True
         threading.Thread(target=self._watch_memory, daemon=True).start()
         stack.callback(self._stop_watching)
 
@@ -499,7 +426,7 @@ class Deployment:
             own_keys = keys and keys / state.name
             command = [*link.inside, *supernode_command(superlink, own_keys, state, own_port, carries)]
             command[command.index("--node-config") + 1] += f' state="{state}" client-id={link.site}'
-            around = site_environment if self._wanted.warm else environment
+            around = processes.site_environment if self._wanted.warm else processes.environment
             home = self._folder / f"home-{link.site}-{carries}"
             self._launch(f"{state.name}-{carries}", command, around(home, self._settings))
 
@@ -597,13 +524,7 @@ def call(*command: str) -> None:
 
 
 class Swallower:
-    """Stands before a server; when a `direction` is set it loses the answer to the next large request that goes up,
-    or breaks off the next large answer that goes down.
-
-    Args:
-        host: The address to listen at.
-        target: The server's port on this machine.
-    """
+    """Stands before a server; with a `direction` it loses the next large answer up, or breaks one off down."""
 
     def __init__(self, host: str, target: int) -> None:
         self._target, self.swallowed, self.direction = target, 0, ""
@@ -636,12 +557,7 @@ class Swallower:
             end.close()
 
 
-OPTIONS = {"sites": (2, "how many"), "rounds": (6, "at delay 0; one more at delay 1"), "repeats": 3, "mbps": 200.0}
-OPTIONS |= {"supernodes": (2, "of a site; 1: both directions take turns"), "chunk_mib": (4, "of an update")}
-OPTIONS |= {"megabytes": (100.0, "of a block, each way")}
-OPTIONS |= {"large_megabytes": (400.0, "of a block, where memory is looked at")}
-OPTIONS |= {"only": (list(SCENARIOS), "these scenarios; the others stay on record", {"choices": list(SCENARIOS)})}
-BENCHMARKS = (benchmark(flower, flower_section, OPTIONS, {"only": ["empty"]}, "--only empty"),)
+BENCHMARKS = (benchmark(flower, flower_section),)
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

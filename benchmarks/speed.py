@@ -9,9 +9,6 @@ import copy
 import ctypes
 import multiprocessing
 import os
-import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,60 +20,32 @@ from statistics import fmean, median
 from tempfile import TemporaryFile
 from typing import Any
 
+import _record as kit
 import psutil
 import torch
-from _record import (
-    SHARED,
-    Bar,
-    Found,
-    Idle,
-    Material,
-    Options,
-    benchmark,
-    configured,
-    fresh_folder,
-    generated,
-    link,
-    main,
-    material_of,
-    metrics_of,
-    record,
-    run_quietly,
-    section,
-    table,
-    table_of,
-    training,
-)
-from rich.console import Console
+from _record import Bar, Found, Options, benchmark, main, record, section, table, table_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from parablock.algorithm.aggregate import fold, join
-from parablock.algorithm.robust import RoundAggregation
 from parablock.clock import RealClock, VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.data.batches import Batch
-from parablock.engine.contract import Hooks
-from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import FixedSteps
+from parablock.engine.plans import ServerPlan
 from parablock.engine.round_fold import RoundFold
-from parablock.engine.server import ServerPlan
-from parablock.experiment.engines import server_plan
-from parablock.experiment.progress import PlainProgress
-from parablock.experiment.run import run
+from parablock.engine.update_form import Differences
+from parablock.experiment.engines import server_plan, update_form
 from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import partition_blocks
-from parablock.model.load import DTYPES, load_model, outline_model
+from parablock.model.load import load_model, outline_model
 from parablock.model.params import Replica
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
-from parablock.report.write import write_report
 from parablock.seeding import generator_for
-from parablock.storage.run_directory import RunDirectory
-from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.local import LocalArguments, train_block
 from parablock.training.step_time import ASSUMED_FLOPS
@@ -85,55 +54,28 @@ from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, Vector, byte
 from parablock.wire.transport import Link
 
 CHUNK_BYTES = 4_194_304
-ARGUMENTS = LocalArguments(learning_rate=1e-4, total_steps=1_000_000)
+ARGUMENTS = LocalArguments(learning_rate=1e-4)
 LORA_RANK = 16
-UNSCORED = {"evaluation.every_rounds": 0, "evaluation.max_examples": 16}
-SMALL = UNSCORED | {"train.per_device_train_batch_size": 2, "train.learning_rate": 1e-3, "data.max_length": 64}
-ORDERS = ("in turns", "one client late")
-"""Of updates that arrive."""
+ORDERS, WIRE_FORMATS = ("in turns", "one client late"), ("float32", "int8", "int4")
+"""Of updates that arrive, and what they are aggregated in."""
 
 FORMATS_AND_DELAYS = (("int4", 1), ("int8", 1), ("bfloat16", 1), ("float32", 1), ("int4", 0))
-SHAPES = {  # hidden, MLP, layers, heads, key-value heads: Llama 3.2 1B, Llama 3 8B and 70B
-    "1B": (2048, 8192, 16, 32, 8),
-    "8B": (4096, 14336, 32, 32, 8),
-    "70B": (8192, 28672, 80, 64, 8),
-}
-WAYS = {
-    "FL-BCD, bf16": "bfloat16",
-    "ParaBlock, bf16": "bfloat16",
-    "ParaBlock, int8": "int8",
-    "ParaBlock, int4": "int4",
-}
+SHAPES, WAYS = kit.ABOUT["scale"]["shapes"], kit.ABOUT["scale"]["ways"]
 UTILISATIONS = (0.5, 0.8, 0.9, 0.95, 0.99)
 NUM_BLOCKS, CHUNKS = 2, 4
-PLANNED_FAMILIES = ("ag_news", "gigaword", "social_i_qa")
-PLANS = {
-    "wide link, delay 1": (60.0, {"federation.delay": 1}),
-    "narrow link, delay 1": (8.0, {"federation.delay": 1}),
-    "narrow link, delay 0, int8": (8.0, {"federation.delay": 0, "wire.format": "int8"}),
-}
-
-# -- step -----------------------------------------------------------------------------------------------------
 
 
-def step(options: Options, console: Console) -> None:
-    """Time a block's step beside a loop by hand, full fine-tuning, and LoRA; all with the same batches and AdamW.
-
-    The loop by hand has to end with the same parameters. A block's time is that of a whole visit divided by K,
-    averaged over blocks from the first to the last; its memory is that of the first, the largest. The ways take
-    turns, in seconds of the processor. Peak memory is that of a process of its own.
-    """
-    torch.set_num_threads(options.threads)
-    rows = []
-    for name, make in models(options):
-        console.print(f"measuring {name} …")
-        rows.append({"model": name} | measure_steps(make(), options))
+# -- step
+def step(options: Options) -> None:
+    """Time a block's step beside a loop by hand, full fine-tuning, and LoRA, with the same batches and AdamW."""
+    torch.set_num_threads(1)
+    rows = [{"model": name} | measure_steps(make(), options) for name, make in models(options).items()]
     bars = [
         Bar(f"block / {words}, {row['model']}", row["ratios"][way], limit)
         for row in rows
         for words, way, limit in (("loop by hand", "by hand", 1.05), ("full step", "full", 0.65))
     ]
-    record(options, rows, bars, config=None, console=console)
+    record(options, rows, bars)
 
 
 def step_section(found: Found) -> Found:
@@ -147,30 +89,19 @@ def step_section(found: Found) -> Found:
         for row in found["results"]
         for name, seconds in row["step_s"].items()
     ]
-    text = "Of a block, of the same loop written by hand, of all parameters, of LoRA (r = 16)."
-    return section("A local step", text, table(["model", "ms", "block / this", "peak MB beside the model"], rows))
+    return section("step", found, table(["model", "ms", "block / this", "peak MB beside the model"], rows))
 
 
-def models(options: Options) -> list[tuple[str, Callable[[], PreTrainedModel]]]:
-    arguments = {"dtype": options.dtype, "device": "cpu", "init": "pretrained", "seed": 0}
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=2 if options.smoke else 12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    found: dict[str, Callable[[], PreTrainedModel]] = {
-        Path(options.model).name: lambda: load_model(options.model, **arguments).model,
-        f"llama-{config.num_hidden_layers}x512": lambda: AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[options.dtype]
-        ),
-    }
-    if not Path(options.model).is_dir():
-        del found[Path(options.model).name]
-    return [(name, make) for name, make in found.items() if name in (options.only or found)]
+def models(options: Options) -> dict[str, Callable[[], PreTrainedModel]]:
+    layers = 2 if options.smoke else 12
+    shape = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": layers}
+    config = LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
+    found: dict[str, Callable[[], PreTrainedModel]] = {}
+    if (folder := kit.SHARED / "models" / options.model).is_dir():
+        arguments = {"dtype": "float32", "device": "cpu", "init": "pretrained", "seed": 0}
+        found[folder.name] = lambda: load_model(str(folder), **arguments).model
+    found[f"llama-{layers}x512"] = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return found
 
 
 def measure_steps(model: PreTrainedModel, options: Options) -> Found:
@@ -186,7 +117,7 @@ def measure_steps(model: PreTrainedModel, options: Options) -> Found:
 
     def visit(b: int) -> Tensor:
         steps = [[batch] for batch in batches]
-        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, moments=None).trained[:]
+        return train_block(replica, b, starts[b], steps, ARGUMENTS, first_step=0, total_steps=len(steps)).trained[:]
 
     ways: dict[str, Callable[[int], Any]] = {
         "block": visit,
@@ -281,10 +212,7 @@ def peak_bytes(way: Callable[[], object]) -> int:
 
 
 class PeakMemory:
-    """The most memory of this process while the block lasts, above what it had before.
-
-    Linux keeps the peak (VmHWM) and sets it back on request; elsewhere it is what the process has at the end.
-    """
+    """The most memory of this process while the block lasts, above what it had before."""
 
     peak_bytes = 0
 
@@ -304,16 +232,14 @@ class PeakMemory:
         self.peak_bytes = peak - self._before
 
 
-# -- wire -----------------------------------------------------------------------------------------------------
-
-
-def wire(options: Options, console: Console) -> None:
+# -- wire
+def wire(options: Options) -> None:
     """Measure bytes and speed of every format, what streaming saves, what aggregation of many updates needs."""
     torch.set_num_threads(1)
     formats, streaming = measure_formats(options), measure_streaming(options)
     aggregation = measure_aggregation(options)
     alone, *folds = aggregation["rows"]
-    slowest = min(row["megabytes_per_s"] for row in formats if row["format"].startswith("int"))
+    slowest = min(row["megabytes_per_s"] for row in formats)
     bars = [
         Bar("int4 bytes / float32 bytes", payload_bytes(10**6, "int4") / payload_bytes(10**6, "float32"), 0.14),
         Bar("encode and decode of the slowest quantised format, MB/s of float32", slowest, 400, at_most=False),
@@ -325,7 +251,7 @@ def wire(options: Options, console: Console) -> None:
         for row in (alone, *(row for row in folds if row["order"] == ORDERS[0]))
     ]
     found = {"formats": formats, "streaming": streaming, "aggregation": aggregation}
-    record(options, found, bars, config=None, console=console)
+    record(options, found, bars)
 
 
 def wire_section(found: Found) -> Found:
@@ -335,45 +261,24 @@ def wire_section(found: Found) -> Found:
         row | {"disk": f"{row['disk_gigabytes_per_s']:.2f}" if row["file_gigabytes"] else ""}
         for row in aggregation["rows"]
     ]
-    size = f"{aggregation['updates']} updates of {aggregation['parameters'] / 1e6:g} M parameters"
-    speeds = {"format": "{format}, {rounding}", "bytes / float32": "{bytes_ratio:.4f}"}
-    columns = {
-        "updates": "{what}",
-        "GB/s of float32": "{gigabytes_per_s:.2f}",
-        "/ plain `add_`": "{relative_throughput:.3f}",
-        "peak memory, blocks": "{peak_blocks:.2f}",
-        "GB in a file": "{file_gigabytes:.1f}",
-        "GB/s of the disk": "{disk}",
-    }
-    return section(
-        "The wire",
-        "Encoding and decoding on one core, and the server's fold.",
-        table_of(formats, speeds | {"MB/s of float32": "{megabytes_per_s:,.0f}"}),
-        f"{size}, through the server's fold: what memory has no room for is in a file until the round is "
-        "committed, because a client may still be taken out. Beside it a plain `add_` of the same vectors, and a "
-        "plain write of the same bytes. The file is what costs the time, and with int4 the decoding.",
-        table_of(folds, columns),
-    )
+    said, millions = kit.ABOUT["wire"], aggregation["parameters"] / 1e6
+    fold = said["fold"].format(updates=aggregation["updates"], millions=millions)
+    return section("wire", found, table_of(formats, said["columns"]), fold, table_of(folds, said["fold_columns"]))
 
 
 def measure_formats(options: Options) -> list[Found]:
     values = torch.from_numpy(generator_for(0, "benchmark").normal(size=options.elements)).float() * 1e-3
     rows = []
-    for name in FORMATS:
-        for rounding in ("stochastic", "nearest") if name.startswith("int") else ("nearest",):
-            encoding, seconds = Encoding(name, rounding), []
-            for t in range(options.repeats + 1):
-                began = time.perf_counter()
-                pack(values, name, encoding.noise(t, 0)).values.float()
-                seconds.append(time.perf_counter() - began)
-            rows.append(
-                {
-                    "format": name,
-                    "rounding": rounding,
-                    "bytes_ratio": payload_bytes(options.elements, name) / (4 * options.elements),
-                    "megabytes_per_s": 4e-6 * options.elements / median(seconds[1:]),
-                }
-            )
+    roundings = [(name, how) for name in FORMATS if name.startswith("int") for how in ("stochastic", "nearest")]
+    for name, rounding in roundings:
+        encoding, seconds = Encoding(name, rounding), []
+        for t in range(options.repeats + 1):
+            began = time.perf_counter()
+            pack(values, name, encoding.noise(t, 0)).values.float()
+            seconds.append(time.perf_counter() - began)
+        ratio = payload_bytes(options.elements, name) / (4 * options.elements)
+        speed = 4e-6 * options.elements / median(seconds[1:])
+        rows.append({"format": name, "rounding": rounding, "bytes_ratio": ratio, "megabytes_per_s": speed})
     return rows
 
 
@@ -385,9 +290,9 @@ def measure_streaming(options: Options) -> Found:
     for _ in range(max(1, options.repeats // 2)):
         for name, chunk in (("whole", {}), ("streamed", {"chunk_bytes": 4 * CHUNK_PIECE})):
             encoding = Encoding("float32", **chunk)
-            plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, encoding, FixedSteps(1), 60.0, 0)
-            clock, hooks = RealClock(), Hooks(lambda *_: None, lambda _: None)
-            run_in_process(params, [Idle(), Idle()], plan, Trace(clock), hooks, link=link, in_flight="own")
+            plan = ServerPlan(2, 2, 0, "cyclic", 1.0, 0, Differences(encoding), FixedSteps(1), 60.0, 0)
+            clock = RealClock()
+            kit.run_engine(params, [kit.Idle(), kit.Idle()], plan, clock, link=link, in_flight="own")
             seconds[name].append(clock.now() / 2)
     up_and_down = 2 * link.upload_s(4 * chunks * CHUNK_PIECE)
     found = {name: median(values) for name, values in seconds.items()}
@@ -397,15 +302,16 @@ def measure_streaming(options: Options) -> Found:
 def measure_aggregation(options: Options) -> Found:
     """Fold all updates in every format and order, and the arithmetic alone, each in turns with a plain `add_`."""
     sources = [torch.randn(options.block) for _ in range(3)]  # no update is in the cache when its turn comes
-    folder = fresh_folder(options)
+    folder = kit.fresh_folder(options)
     alone = in_turns(lambda: arithmetic(sources, options), sources, options, options.repeats)
     rows = [{"what": "the arithmetic alone", **alone}]
-    for name in options.formats:
-        cuts = Encoding(name, chunk_bytes=CHUNK_BYTES).cut(options.block)
+    for name in WIRE_FORMATS:
+        form = Differences(Encoding(name, chunk_bytes=CHUNK_BYTES))
+        cuts = form.cuts(options.block)
         chunks = [[pack(source[cut], name) for cut in cuts] for source in sources]
         for order in ORDERS:
-            fold_all = partial(one_round, chunks, cuts, order, folder, options.updates)
-            found = in_turns(fold_all, sources, options, options.fold_repeats)
+            fold_all = partial(one_round, chunks, form, order, folder, options)
+            found = in_turns(fold_all, sources, options, 1)
             found["disk_gigabytes_per_s"] = disk_speed(folder, round(1e9 * found["file_gigabytes"]))
             rows.append({"what": f"{name}, {order}", "format": name, "order": order, **found})
     return {"updates": options.updates, "parameters": options.block, "rows": rows}
@@ -444,13 +350,11 @@ def arithmetic(sources: list[Tensor], options: Options) -> tuple[int, float]:
 
 
 def one_round(
-    chunks: list[list[Vector]], cuts: list[slice], order: str, folder: Path, num_updates: int
+    chunks: list[list[Vector]], form: Differences, order: str, folder: Path, options: Options
 ) -> tuple[int, float]:
-    """Take and fold a round's updates; return bytes that were kept in the file, and seconds of the server.
-
-    Each chunk comes in bytes of its own, as a message does; making them is not counted.
-    """
-    folding = RoundFold(0, 0, dict.fromkeys(range(num_updates), 1), cuts, RoundAggregation, folder)
+    """Take and fold a round's updates; return bytes that were kept in the file, and seconds of the server."""
+    num_updates, cuts = options.updates, form.cuts(options.block)
+    folding = RoundFold(0, 0, dict.fromkeys(range(num_updates), 1), options.block, form, folder)
     first, seconds = Update(0, 0, 0, 1, -1, 1.0, 1, 1.0, 0, len(cuts), chunks[0][0]), 0.0
     late = num_updates - 1 if order == ORDERS[1] else num_updates
     arrivals = [(client_id, index) for index in range(len(cuts)) for client_id in range(late)]
@@ -484,41 +388,32 @@ def disk_speed(folder: Path, num_bytes: int) -> float:
         return 1e-9 * num_bytes / (time.perf_counter() - began)
 
 
-# -- overlap --------------------------------------------------------------------------------------------------
-
-
-def overlap(options: Options, console: Console) -> None:
-    """Measure how much of the communication is hidden on the real clock, with threads that really run at once.
-
-    A run without a link tells how long a round computes, on average; the link is then set so that an exchange takes
-    `--loads` of that. FL-BCD and ParaBlock run over it, one right after the other, so that a slow minute of the
-    machine hits both; medians over repeats count. Examples are cut to one length, but rounds are uneven, because
-    backpropagation stops at the active block: a load near 1 is more than the short rounds can hide.
-    """
-    folder, found = fresh_folder(options), []
-    settings = training(options) | UNSCORED | {"engine.clock": "real", "data.max_length": 64}
-    settings |= {"train.learning_rate": 1e-3, "train.completion_only_loss": False, "data.partition.scheme": None}
-    material = material_of(options, "ag_news", "rotten_tomatoes")
+# -- overlap
+def overlap(options: Options) -> None:
+    """Measure how much of the communication is hidden on the real clock, with threads that really run at once."""
+    folder, found = kit.fresh_folder(options), []
+    settings = kit.training(options) | {"data.partition.scheme": None}
+    material = kit.material_of(options, "ag_news", "rotten_tomatoes")
 
     for repeat in range(options.repeats):
-        serial = configured(material, settings | {"federation.delay": 0})
-        calibration = run_quietly(serial, folder / f"{repeat}-calibration")
+        serial = kit.configured(material, settings | {"federation.delay": 0})
+        calibration = kit.run_quietly(serial, folder / f"{repeat}-calibration")
         compute_s, num_bytes = calibration["compute_s"] / options.rounds, calibration["bytes_per_client_round"]
         for load in options.loads:
-            mbps = num_bytes / 2 * 8e-6 / (load * compute_s)
-            speeds = {
-                "upload_mbps": mbps / options.upload_share,
-                "download_mbps": mbps / (1 - options.upload_share),
-            }
-            links = {f"link.{key}": value for key, value in speeds.items()}
-            configs = [configured(material, settings | links | {"federation.delay": delay}) for delay in (0, 1)]
+            mbps = num_bytes * 8e-6 / (load * compute_s)
+            shaped = settings | kit.link(mbps)
+            configs = [kit.configured(material, shaped | {"federation.delay": delay}) for delay in (0, 1)]
             zero, one = (
-                run_quietly(config, folder / f"{repeat}-load-{load:g}-delay-{delay}")
+                kit.run_quietly(config, folder / f"{repeat}-load-{load:g}-delay-{delay}")
                 for delay, config in enumerate(configs)
             )
             found.append(
                 {"load": load, "ratio": one["wall_time_s"] / zero["wall_time_s"]}
-                | {"link": {"compute_s": compute_s, "bytes": num_bytes, **speeds}, "delay_0": zero, "delay_1": one}
+                | {
+                    "link": {"compute_s": compute_s, "bytes": num_bytes, "mbps": mbps},
+                    "delay_0": zero,
+                    "delay_1": one,
+                }
                 | {"calibration": calibration}
             )
     bars = []
@@ -528,62 +423,32 @@ def overlap(options: Options, console: Console) -> None:
         ratio = median(row["ratio"] for row in same)
         bars.append(Bar(f"load {load:g}: wall time of delay 1 / delay 0, median", ratio, 0.60))
         bars.append(Bar(f"load {load:g}: overlap_fraction of delay 1, median", hidden, 0.90, at_most=False))
-    record(options, found, bars, config=configs[1], console=console)
+    record(options, found, bars, configs[1])
 
 
-def overlap_section(found: Found) -> Found:
-    columns = {
-        "exchange / computation": "{load:g}",
-        "FL-BCD, s": "{delay_0[wall_time_s]:.2f}",
-        "ParaBlock, s": "{delay_1[wall_time_s]:.2f}",
-        "ratio": "{ratio:.3f}",
-        "hidden": "{delay_1[overlap_fraction]:.0%}",
-    }
-    text = "Two clients over a shaped link, under the real clock."
-    return section("Real time", text, table_of(found["results"], columns))
-
-
-# -- slow link ------------------------------------------------------------------------------------------------
-
-
-def slow_link(options: Options, console: Console) -> None:
-    """Measure what a round on a hospital's link takes, over what it computes, for every wire format.
-
-    A block of the small model stands for a layer of Llama-3-8B: the link is slower by as much as the block is
-    smaller, so that every transfer takes as long as that of the large layer would, in simulated time.
-    """
-    folder, runs = fresh_folder(options), []
-    material = material_of(options, "ag_news", "rotten_tomatoes")
+# -- slow link
+def slow_link(options: Options) -> None:
+    """Measure what a round on a hospital's link takes, over what it computes, for every wire format."""
+    folder, runs = kit.fresh_folder(options), []
+    material = kit.material_of(options, "ag_news", "rotten_tomatoes")
     full = first_block(outline("8B"))
     small = first_block(outline_model(material.model, dtype="float32"))
-    settings = SMALL | training(options) | link(options.mbps * small / full)
-    settings |= {"engine.step_time_s": options.compute_s, "train.num_local_steps": 1, "data.partition.scheme": None}
+    settings = kit.training(options) | kit.link(options.mbps * small / full)
+    settings |= {"engine.step_time_s": options.compute_s, "data.partition.scheme": None}
     settings |= {} if options.smoke else {"data.max_length": 32}
     for wire_format, delay in FORMATS_AND_DELAYS[::3] if options.smoke else FORMATS_AND_DELAYS:
         chunk_bytes = round(CHUNK_PIECE * bytes_per_element(wire_format))
         case = {"wire.format": wire_format, "wire.chunk_bytes": chunk_bytes, "federation.delay": delay}
-        config, directory = configured(material, settings | case), folder / f"{wire_format}-delay-{delay}"
-        summary = run_quietly(config, directory)
-        rounds = metrics_of(RunDirectory(directory))[1:-1]  # the first waits for nobody, the last has the drain
+        config, directory = kit.configured(material, settings | case), folder / f"{wire_format}-delay-{delay}"
+        summary = kit.run_quietly(config, directory)
+        rounds = kit.metrics_of(directory)[1:-1]  # the first waits for nobody, the last has the drain
         found = {key: median(row[key] for row in rounds) for key in ("round_s", "communication_s")}
         found |= {key: summary[key] for key in ("overlap_fraction", "final_eval_loss")}
         found |= {"compute_s": options.compute_s, "ratio": found["round_s"] / options.compute_s}
         runs.append({"format": wire_format, "delay": delay, **found})
     bars = [Bar("round / compute with int4", runs[0]["ratio"], 1.05)]
     results = {"layer_parameters": full, "block_parameters": small, "runs": runs}
-    record(options, results, bars, config=config, console=console)
-
-
-def slow_link_section(found: Found) -> Found:
-    options, size = found["options"], found["results"]["layer_parameters"]
-    columns = {"format, delay": "{format}, {delay}", "up and down, s": "{communication_s:.1f}"}
-    columns |= {"round, s": "{round_s:.1f}", "round / computation": "{ratio:.3f}"}
-    return section(
-        f"A layer of Llama-3-8B at {options['mbps']:g} Mbit/s",
-        f"Virtual clock; a round computes for {options['compute_s']:g} s, and moves a layer of {size:,} "
-        "parameters.",
-        table_of(found["results"]["runs"], columns),
-    )
+    record(options, results, bars, config)
 
 
 def first_block(model: PreTrainedModel) -> int:
@@ -593,44 +458,25 @@ def first_block(model: PreTrainedModel) -> int:
 
 def outline(size: str) -> PreTrainedModel:
     """Make a Llama of these shapes without values."""
-    hidden, mlp, layers, heads, key_value_heads = SHAPES[size]
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        tie_word_embeddings=size == "1B",
-    )
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shape = dict(zip(keys, SHAPES[size], strict=True))
+    config = LlamaConfig(**shape, vocab_size=128_256, tie_word_embeddings=size == "1B")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-# -- scale ----------------------------------------------------------------------------------------------------
-
-
-def scale(options: Options, console: Console) -> None:
-    """Simulate a thousand clients that exchange blocks of Llama-3-8B; compute what bandwidth keeps a client busy.
-
-    The first part is the real server and a thousand clients with two threads each. A block has a few thousand
-    parameters, and the link is slower by as much as it is smaller than a real one. The simulated time is held
-    against the plan of the same run, which is made from the full-size bytes.
-
-    The second part is in the form of Streaming DiLoCo (Douillard et al., 2025, arXiv 2501.18512). Blocks are single
-    layers; a round is K steps on a GPU of ordinary speed; an exchange is streamed.
-    """
+# -- scale
+def scale(options: Options) -> None:
+    """Simulate a thousand clients with blocks of Llama-3-8B; compute what bandwidth keeps a client busy."""
     torch.set_num_threads(1)
     full_size = first_block(outline("8B"))
-    settings = training(options) | link(options.mbps * CHUNKS * CHUNK_PIECE / full_size)
+    settings = kit.training(options) | kit.link(options.mbps * CHUNKS * CHUNK_PIECE / full_size)
     settings |= {"federation.num_clients": options.clients, "engine.step_time_s": options.compute_s / options.steps}
-    settings |= {"wire.format": "int4", "wire.chunk_bytes": CHUNK_PIECE // 2, "model.dtype": "bfloat16"}
-    settings |= {"blocks.schedule": "cyclic", "data.partition.scheme": None}
+    settings |= {"wire.chunk_bytes": CHUNK_PIECE // 2, "data.partition.scheme": None}
     cohorts = []
     for cohort in options.cohorts:
-        console.print(f"simulating cohorts of {cohort} …")
         part = {"federation.participation": cohort / options.clients}
-        config = configured(Material("none", ("none",), ()), settings | part)
+        config = kit.configured(kit.Material("none", ("none",), ()), settings | part)
         cohorts.append(simulate(config, cohort, full_size, options))
     few, many = cohorts[0], cohorts[-1]
     growth = many["real_s_per_client"] / few["real_s_per_client"]
@@ -642,27 +488,16 @@ def scale(options: Options, console: Console) -> None:
         Bar("memory of the largest / one full-size copy a client", copies, 0.01),
     ]
     results = {"cohorts": cohorts, "bandwidths": [row for size in SHAPES for row in bandwidths(size, options)]}
-    record(options, results, bars, config=config, console=console)
+    record(options, results, bars, config)
 
 
 def scale_section(found: Found) -> Found:
     cohorts, speeds = found["results"]["cohorts"], found["results"]["bandwidths"]
     parts = {part: f"{{mbps[{part}]:,.1f}}" for part in speeds[0]["mbps"]}
-    columns = {
-        "cohort": "{cohort}",
-        "simulated, s": "{simulated_s:.0f}",
-        "planned, s": "{planned_s:.0f}",
-        "real s a round": "{real_s_per_round:.2f}",
-        "GB": "{gigabytes:.2f}",
-    }
-    return section(
-        "What a link must carry",
-        "Mbit/s each way at which a client computes for a part of the time: one layer a block, eight local\n"
-        "steps on a GPU of ordinary speed.",
-        table_of(speeds, {"model, method": "{model}, {way}", **parts}),
-        f"Blocks of Llama-3-8B and {cohorts[0]['clients']:,} clients under the virtual clock, int4:",
-        table_of([row | {"gigabytes": row["grown_bytes"] / 1e9} for row in cohorts], columns),
-    )
+    said, rows = kit.ABOUT["scale"], [row | {"gigabytes": row["grown_bytes"] / 1e9} for row in cohorts]
+    by_part = table_of(speeds, {"model, method": "{model}, {way}", **parts})
+    text = said["cohorts"].format(clients=cohorts[0]["clients"])
+    return section("scale", found, by_part, text, table_of(rows, said["columns"]))
 
 
 def simulate(config: RunConfig, cohort: int, full_size: int, options: Options) -> Found:
@@ -675,15 +510,9 @@ def simulate(config: RunConfig, cohort: int, full_size: int, options: Options) -
         real_s.append(time.perf_counter())
         memory.append(process.memory_info().rss)
 
-    run_in_process(
-        params,
-        [Idle(options.compute_s / options.steps)] * options.clients,
-        server_plan(config),
-        Trace(clock),
-        Hooks(on_commit, lambda _: None),
-        link=Link(**config.link.model_dump()),
-        in_flight="aligned",
-    )
+    idle = [kit.Idle(options.compute_s / options.steps)] * options.clients
+    shaped = Link(**config.link.model_dump())
+    kit.run_engine(params, idle, server_plan(config, update_form(config)), clock, link=shaped, on_commit=on_commit)
     per_round = median(later - earlier for earlier, later in pairwise(real_s[1:]))
     chunk = full_size // CHUNKS // CHUNK_PIECE * CHUNK_PIECE
     planned = time_rounds(
@@ -727,83 +556,14 @@ def bandwidths(size: str, options: Options) -> list[Found]:
     return rows
 
 
-# -- clients --------------------------------------------------------------------------------------------------
-
-
-def clients(options: Options, console: Console) -> None:
-    """Measure what the virtual clock says of a hundred clients on this machine, and what it costs.
-
-    Every client has a machine and a link of its own in simulated time, so a round of many takes as long as one of a
-    few. With a given step time that holds exactly; with the measured one many have a slower slowest client.
-    """
-    folder, found = fresh_folder(options), []
-    settings = SMALL | training(options) | {"evaluation.max_examples": 8, "federation.delay": 1}
-    settings |= {"link.upload_mbps": 200, "link.download_mbps": 500, "link.latency_s": 0.005}
-    for step_time_s in (options.step_time_s, None):
-        for num_clients in options.clients:
-            material = generated(folder / f"material-{num_clients}", num_clients=num_clients)
-            config = configured(material, settings | {"engine.step_time_s": step_time_s})
-            found.append({"step_time_s": step_time_s, **counted_run(config, folder / f"run-{len(found)}")})
-    few, many, few_measured, many_measured = (row["wall_time_s"] for row in found)
-    fewest, most = options.clients
-    bars = [
-        Bar(f"simulated time of {most} clients / {fewest}, step time given", many / few, 1.01),
-        Bar(f"simulated time of {most} clients / {fewest}, step time measured", many_measured / few_measured, 1.5),
-        Bar("threads of a client", (found[1]["peak_python_threads"] - 1) / most, 2),
-    ]
-    record(options, found, bars, config=config, console=console)
-
-
-def counted_run(config: RunConfig, directory: Path) -> Found:
-    """Run, counting the threads of this process at every round."""
-    threads: list[int] = []
-
-    def count() -> bool:
-        threads.append(threading.active_count())
-        return False
-
-    summary = run(config, directory, progress=PlainProgress(console=Console(quiet=True)), asked_to_stop=count)
-    return summary | {
-        "host_s_per_round": summary["elapsed_s"] / summary["num_rounds"],
-        "peak_python_threads": max(threads),
-        "threads_afterwards": threading.active_count(),
-        "resident_bytes": psutil.Process().memory_info().rss,
-    }
-
-
-def clients_section(found: Found) -> Found:
-    columns = {
-        "clients": "{num_clients}",
-        "step time, s": "{step}",
-        "simulated, s": "{wall_time_s:.2f}",
-        "overlap": "{overlap_fraction:.3f}",
-        "real s a round": "{host_s_per_round:.2f}",
-        "threads": "{peak_python_threads}",
-        "MB": "{megabytes:.0f}",
-    }
-    rows = [
-        row | {"step": row["step_time_s"] or "measured", "megabytes": row["resident_bytes"] / 1e6}
-        for row in found["results"]
-    ]
-    return section("Many clients", "On one machine, virtual clock, delay 1.", table_of(rows, columns))
-
-
-# -- plan -----------------------------------------------------------------------------------------------------
-
-
-def plan(options: Options, console: Console) -> None:
-    """Measure what `parablock plan --probe` predicts against what a run then measures.
-
-    A run is planned right before and right after it, because the speed of a machine drifts that does other things
-    as well; the mean of both plans is compared, and medians over repeats.
-    """
-    if options.cpu_time:
-        time.perf_counter = time.process_time  # whoever asks for elapsed seconds from now on: clock and probe
-    folder, material = fresh_folder(options), material_of(options, *PLANNED_FAMILIES, num_clients=3)
-    settings = training(options) | UNSCORED | {"train.learning_rate": 1e-3, "data.max_length": 128}
+# -- plan
+def plan(options: Options) -> None:
+    """Measure what `parablock plan --probe` predicts against what a run then measures."""
+    folder = kit.fresh_folder(options)
+    material = kit.material_of(options, "ag_news", "gigaword", "social_i_qa", num_clients=3)
     configs = {
-        name: configured(material, settings | link(mbps) | {"link.latency_s": 0.02} | case)
-        for name, (mbps, case) in PLANS.items()
+        name: kit.configured(material, kit.training(options) | kit.link(case["mbps"]) | case["settings"])
+        for name, case in kit.ABOUT["plan"]["cases"].items()
     }
     found: dict[str, list[tuple[Found, Found]]] = {name: [] for name in configs}
     for repeat in range(options.repeats):
@@ -811,7 +571,6 @@ def plan(options: Options, console: Console) -> None:
             before, during = predicted(config), measured(config, folder / f"{number}-{repeat}")
             after = predicted(config)
             found[name].append(({key: (before[key] + after[key]) / 2 for key in before}, during))
-            console.print(f"{name}, repeat {repeat}: {found[name][-1]}")
     rows = []
     for name, pairs in found.items():
         for key in pairs[0][0]:
@@ -819,14 +578,7 @@ def plan(options: Options, console: Console) -> None:
             rows.append({"case": name, "key": key, "predicted": said, "measured": was, "ratio": said / was})
     bars = [Bar(f"{r['case']}: |{r['key']} predicted / measured − 1|", abs(r["ratio"] - 1), 0.15) for r in rows]
     shown = {name: config.model_dump(mode="json") for name, config in configs.items()}
-    record(options, {"medians": rows, "repeats": found}, bars, config=shown, console=console)
-
-
-def plan_section(found: Found) -> Found:
-    columns = {"case": "{case}", "of a round": "`{key}`", "predicted": "{predicted:,.4g}"}
-    columns |= {"measured": "{measured:,.4g}", "ratio": "{ratio:.3f}"}
-    text = "A round as `parablock plan --probe` predicts it and as a run measures it; medians over repeats."
-    return section("A plan and its run", text, table_of(found["results"]["medians"], columns))
+    record(options, {"medians": rows, "repeats": found}, bars, shown)
 
 
 def predicted(config: RunConfig) -> Found:
@@ -838,97 +590,19 @@ def predicted(config: RunConfig) -> Found:
 
 def measured(config: RunConfig, directory: Path) -> Found:
     """Run, and return what the summary says of a round."""
-    summary = run_quietly(config, directory)
+    summary = kit.run_quietly(config, directory)
     names = {"compute_s": "compute_s", "communication_s": "communication_s", "round_s": "wall_time_s"}
     times = {name: summary[key] / summary["num_rounds"] for name, key in names.items()}
     return times | {"bytes_per_client_round": summary["bytes_per_client_round"]}
 
 
-def report(options: Options, console: Console) -> None:
-    """Measure how large the report of a long run of many clients is, how soon written, and how soon usable.
-
-    The browser is headless Chromium. A page is usable when its last figure is drawn and answers the mouse. Every
-    opening is a new page in a warm browser.
-    """
-    folder = fresh_folder(options)
-    settings = SMALL | {"evaluation.every_rounds": 8, "evaluation.max_examples": 8, "train.num_local_steps": 1}
-    settings |= {"link.upload_mbps": 20, "link.download_mbps": 40, "link.latency_s": 0.005, "federation.delay": 1}
-    material = generated(folder / "material", num_clients=options.clients)
-    config = configured(material, settings | training(options))
-    run_quietly(config, folder / "run")
-    began = time.perf_counter()
-    page = write_report([folder / "run"])
-    written_s = time.perf_counter() - began
-    drawn_s = open_page(page, options.repeats)
-    results = {"bytes": page.stat().st_size, "written_s": written_s, "drawn_s": drawn_s}
-    bars = [Bar("bytes of report.html", results["bytes"], 5e6), Bar("seconds to write it", written_s, 1.0)]
-    bars.append(Bar("seconds until it can be used, median", median(drawn_s), 2.0))
-    record(options, results, bars, config=config, console=console)
-
-
-def report_section(found: Found) -> Found:
-    options, results = found["options"], found["results"]
-    row = [f"{results['bytes'] / 1e6:.2f}", f"{results['written_s']:.2f}", f"{median(results['drawn_s']):.2f}"]
-    text = f"Of {options['rounds']} rounds of {options['clients']} clients, opened in Chromium."
-    return section("A report", text, table(["MB", "s to write", "s until it can be used, median"], [row]))
-
-
-def open_page(page: Path, repeats: int) -> list[float]:
-    """Open a page a few times; return the seconds from navigation to the last figure."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    how, found = webdriver.ChromeOptions(), list[float]()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        how.add_argument(argument)
-    how.binary_location = shutil.which("chromium") or sys.exit("Chromium is missing: make browser")
-    drawn = "return performance.getEntriesByName('drawn')[0]?.startTime"
-    with webdriver.Chrome(options=how, service=Service(shutil.which("chromedriver"))) as browser:
-        for _ in range(repeats):
-            browser.get("about:blank")
-            browser.get(page.resolve().as_uri())
-            found.append(WebDriverWait(browser, 60).until(lambda driven: driven.execute_script(drawn)) / 1000)
-    return found
-
-
-STEP = {"model": (str(SHARED / "models" / "tiny-base"), "a model folder; left out when absent")}
-STEP |= {"only": (None, "names of models; all when left out", {"nargs": "+"}), "batch_size": 8, "repeats": 5}
-STEP |= {"dtype": ("float32", "precision", {"choices": sorted(DTYPES)}), "length": (48, "tokens of an example")}
-STEP |= {"steps": (4, "local steps of a visit, K"), "threads": (1, "torch threads")}
-STEP |= {"blocks": (4, "blocks that are visited, from the first to the last")}
-STEP_SMOKE = {"batch_size": 1, "length": 8, "steps": 1, "repeats": 1, "blocks": 2}
-WIRE = {"elements": (4_000_000, "length of the vector of the format table"), "repeats": 5}
-WIRE |= {"updates": (64, "updates that are aggregated"), "block": (50_000_000, "parameters of their block")}
-WIRE |= {"formats": (["float32", "int8", "int4"], "of aggregated updates", {"nargs": "*"})}
-WIRE |= {"fold_repeats": (1, "repeats of what goes through a file")}
-WIRE_SMOKE = {"elements": 200_000, "repeats": 1, "updates": 4, "block": 400_000}
-OVERLAP = {"rounds": 16, "steps": 2, "repeats": 3, "upload_share": (0.5, "the upload's part of the exchange")}
-OVERLAP |= {"loads": ([0.77, 0.95], "time of an exchange / computation of a round")}
-OVERLAP_SMOKE = {"rounds": 8, "steps": 1, "repeats": 1, "loads": [0.85]}
-SLOW = {"mbps": 30.0, "compute_s": (40.0, "simulated seconds that a round computes"), "rounds": 10}
-SCALE = SLOW | {"clients": 1000, "cohorts": ([10, 25, 50, 100], "clients of a round"), "rounds": 6, "steps": 8}
-SCALE |= {"batch_size": 8, "length": (512, "tokens of an example, in the table of bandwidths")}
-SCALE_SMOKE = {"clients": 8, "cohorts": [2, 4], "rounds": 4}
-CLIENTS = {
-    "clients": ([4, 100], "few clients, and many", {"nargs": 2}),
-    "rounds": 8,
-    "steps": 2,
-    "step_time_s": 0.5,
-}
-PLAN = {"rounds": 8, "steps": 2, "repeats": 3, "cpu_time": (False, "count processor seconds, on a busy machine")}
-REPORT = {"clients": 20, "rounds": 100, "repeats": (5, "how often it is opened")}
 BENCHMARKS = (
-    benchmark(step, step_section, STEP, STEP_SMOKE, "--repeats 3"),
-    benchmark(wire, wire_section, WIRE, WIRE_SMOKE, "--repeats 3"),
-    benchmark(overlap, overlap_section, OVERLAP, OVERLAP_SMOKE, "--loads 0.77"),
-    benchmark(slow_link, slow_link_section, SLOW, {"rounds": 8}, "--mbps 10"),
-    benchmark(scale, scale_section, SCALE, SCALE_SMOKE, "--cohorts 50"),
-    benchmark(clients, clients_section, CLIENTS, {"clients": [2, 5], "steps": 1}, "--clients 4 200"),
-    benchmark(plan, plan_section, PLAN, {"repeats": 1}, "--cpu-time"),
-    benchmark(
-        report, report_section, REPORT, {"clients": 2, "rounds": 8, "repeats": 1}, "--rounds 200 --clients 10"
-    ),
+    benchmark(step, step_section),
+    benchmark(wire, wire_section),
+    benchmark(overlap),
+    benchmark(slow_link),
+    benchmark(scale, scale_section),
+    benchmark(plan),
 )
 
 if __name__ == "__main__":

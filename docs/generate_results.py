@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,71 +26,8 @@ Every table comes from a record in `benchmarks/results/`, and carries the comman
 and seconds of the virtual clock are the same at every repetition on the same machine. ± is the standard deviation
 over seeds, unless it says otherwise. A bar that is missed says so.
 """
-ORDER = (
-    *("rate", "quality_t0", "quality_t0_families", "quality_t0_long", "quality_t0_cosine", "quality_gsm8k"),
-    *("words", "words_alpha01", "methods", "ablations", "model_ablations", "formats", "overlap", "robust"),
-    *("secure_aggregation", "kill_resume", "kill_sites", "soak", "soak_drops", "cut_link", "fuzz", "fuzz_guided"),
-    *("slow_link", "scale", "peers", "step", "wire", "flower"),
-)
-"""The records whose sections are on the page."""
-T0_TIME, T0_LOSS = (
-    "t0, shuffled: seconds to FL-BCD's last loss, mean ratio",
-    "t0, shuffled: loss of ParaBlock / FL-BCD",
-)
-CLAIMS = (
-    ("quality_t0", f"{T0_LOSS}, means", "final loss on T0, ParaBlock / FL-BCD, equal rounds"),
-    ("quality_t0_cosine", T0_TIME, "seconds to FL-BCD's final loss on T0, a decaying rate, ParaBlock / FL-BCD"),
-    (
-        "words",
-        "α 0.3: seconds to FL-BCD's last loss, mean ratio",
-        "seconds to FL-BCD's final loss on word problems, ParaBlock / FL-BCD",
-    ),
-    ("rate", "|slope of ParaBlock − slope of FL-BCD|", "the convergence rate: slopes of both, difference"),
-    (
-        "formats",
-        "final loss of int4 / float32, means of 3 seeds",
-        "final loss with int4 / with float32 on the wire",
-    ),
-    ("wire", "int4 bytes / float32 bytes", "bytes of int4 / float32"),
-    (
-        "peers",
-        "seconds to the loss, ParaBlock int4 / FedAvg",
-        "seconds to a loss at 10 Mbit/s, ParaBlock with int4 / Flower's FedAvg",
-    ),
-    ("flower", "covered: round / compute at delay 1", "over real Flower, a round / its computation"),
-    (
-        "flower",
-        "exchange = compute: delay 1 / delay 0",
-        "where an exchange takes as long as the computation, ParaBlock / FL-BCD",
-    ),
-    (
-        "flower",
-        "an exchange / its time on the wire, one SuperNode a site",
-        "an exchange through Flower / its time on the wire",
-    ),
-    ("step", "block / full step, tiny-base", "a training step of a block / of the whole model"),
-    (
-        "kill_resume",
-        "killed runs that end with the undisturbed model",
-        "of 50 killed runs, those that end with the same model",
-    ),
-    (
-        "kill_sites",
-        "of them in runs that end with the undisturbed model",
-        "of 12 kills of a deployment's parts, likewise",
-    ),
-    (
-        "cut_link",
-        "bytes sent again down for a cut / chunk",
-        "sent again after a cut of 20 s, in chunks of 4 MiB",
-    ),
-    (
-        "soak_drops",
-        "final loss with 30 % dropping / undisturbed, means",
-        "final loss where clients drop 30 % of rounds / undisturbed",
-    ),
-)
-"""The record of a claim of the first table, its bar there, and the claim."""
+WHAT = tomllib.loads((RESULTS.parent / "benchmarks.toml").read_text(encoding="utf-8"))["page"]
+"""The records whose sections are on the page, and the claims of its first table: record, bar there, words."""
 
 Record = dict[str, Any]
 
@@ -111,7 +49,7 @@ def readme(text: str, folder: Path = RESULTS) -> str:
 
 def records(folder: Path) -> dict[str, Record]:
     """Read the records that are there, in the order of the page."""
-    paths = {name: folder / f"{name}.json" for name in ORDER}
+    paths = {name: folder / f"{name}.json" for name in WHAT["order"]}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
@@ -135,12 +73,12 @@ def section(found: Record) -> str:
 def glance(found: Mapping[str, Record], page: str = "") -> list[str]:
     """Write the first table, of the claims whose records are there, with links to the sections of a page."""
     rows = []
-    for name, bar_name, claim in CLAIMS:
-        if name in found:
-            bar = next(bar for bar in found[name]["bars"] if bar["name"] == bar_name)
+    for made in WHAT["claims"]:
+        if (name := made["record"]) in found:
+            bar = next(bar for bar in found[name]["bars"] if bar["name"] == made["bar"])
             asked = f"{'≤' if bar['at_most'] else '≥'} {bar['limit']:g}"
             told = f"{bar['value']:.4g}" if bar["is_met"] else f"**{bar['value']:.4g}**, missed"
-            rows.append([f"[{claim}]({page}#{anchor(found[name])})", told, asked])
+            rows.append([f"[{made['claim']}]({page}#{anchor(found[name])})", told, asked])
     return table(["", "found", "asked for"], rows)
 
 

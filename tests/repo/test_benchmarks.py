@@ -143,15 +143,6 @@ def test_the_wire_folds_every_format_and_order_beside_the_arithmetic_alone(bench
     assert "peak memory of aggregation, blocks" in names
 
 
-def test_many_simulated_clients_take_the_time_of_few_and_two_threads_each(benchmark: Any) -> None:
-    few, many, *_ = benchmark("speed", "clients", "--smoke")["results"]
-    assert (few["num_clients"], many["num_clients"]) == (2, 5)
-    assert many["wall_time_s"] == pytest.approx(few["wall_time_s"], rel=1e-2)
-    assert many["uplink_bytes"] == pytest.approx(few["uplink_bytes"] * 5 / 2, rel=1e-2)
-    # two threads a client; a library may keep one of its own in either run
-    assert many["peak_python_threads"] - few["peak_python_threads"] == 2 * (5 - 2)
-
-
 def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp_path: Path) -> None:
     def summaries() -> dict[str, int]:
         return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/summary.json")}
