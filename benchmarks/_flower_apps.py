@@ -112,7 +112,7 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
     state = initial_client(tuple(torch.zeros(elements) for _ in range(wanted["blocks"])))
     plan = ClientPlan("aligned", Differences(encoding))
     with mailbox:
-        Client(client_id, plan, Sleeper(), nullcontext(mailbox), trace, start=ClientStart(state)).run()
+        Client(client_id, plan, Sleeper(), nullcontext(mailbox), trace, start=ClientStart(state), warn=print).run()
 
 
 def _site_of(context: Any) -> tuple[int, Path, list[str]]:

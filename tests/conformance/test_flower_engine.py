@@ -81,6 +81,7 @@ def over_flower(
                     make_trainer(client_id, examples[client_id], None),
                     MaskedMailbox(mailbox, masked) if masked else nullcontext(mailbox),
                     trace,
+                    warn=on_event,
                     start=ClientStart(initial_client(initial(4))),
                     faults=Faults(faults),
                 ).run()

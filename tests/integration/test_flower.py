@@ -400,12 +400,13 @@ def masked(workshop: Workshop, config: RunConfig) -> Facts:
     deployment.prepare(on_the_grid(config, "masked"))
     with deployment, watching(deployment, Patience()) as ended:
         pass
-    return {"ended": ended, "config": config}
+    logs = [path.read_text() for path in sorted(workshop.path.rglob("trainer.log"))]
+    return {"ended": ended, "config": config, "logs": logs}
 
 
 def on_the_grid(config: RunConfig, grid: str) -> RunConfig:
     tree = config.model_dump(mode="json")
-    tree |= {"privacy": {"clip_norm": 10.0, "secure_aggregation": grid}, "wire": {"streaming": False}}
+    tree |= {"privacy": {"clip_norm": 0.01, "secure_aggregation": grid}, "wire": {"streaming": False}}
     return parse_config(tree)
 
 
@@ -417,3 +418,8 @@ def test_masked_updates_give_what_the_plain_grid_gives_in_one_process(
     assert summary["model_sha256"] == facts["expected"]
     without = in_one_process(on_the_grid(facts["config"], "none"), tmp_path / "without")
     assert without != facts["expected"]
+
+
+def test_masked_sites_are_told_that_little_is_left_of_their_updates(plays: Mapping[str, Future[Facts]]):
+    logs = plays["masked"].result()["logs"]
+    assert logs and all("clipping takes 9" in log for log in logs)

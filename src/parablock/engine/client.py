@@ -83,9 +83,9 @@ class Client:
         trace: Trace,
         *,
         start: ClientStart,
+        warn: Callable[[str], None],
         hand_in: Callable[[int, ClientSnapshot], None] = lambda *_: None,
         faults: Faults = NO_FAULTS,
-        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client_id, self.state, self._plan, self._trainer = client_id, start.state, plan, trainer
         self._entered, self._trace, self._hand_in, self._faults = pipeline, trace, hand_in, faults
