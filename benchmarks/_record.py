@@ -42,7 +42,7 @@ from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
 from parablock.experiment.progress import PlainProgress
 from parablock.experiment.run import resume, run
 from parablock.model.blocks import partition_blocks
-from parablock.model.load import outline_model
+from parablock.model.pretrained import outline_model
 from parablock.storage.run_directory import RunDirectory
 from parablock.trace import Trace
 from parablock.training.trainer import Trained, Trainer

@@ -34,7 +34,7 @@ from _flower_apps import SETTINGS
 from _record import Bar, Found, Options, benchmark, main, record, section, table
 
 from parablock.deploy import processes
-from parablock.deploy.keys import make_keys
+from parablock.deploy.credentials import make_keys
 from parablock.deploy.processes import LANES, ServerFiles, server_environment, supernode_command
 
 SITES, ROUNDS, REPEATS, MBPS, MEGABYTES, LARGE_MEGABYTES = 2, 6, 3, 200.0, 100.0, 400.0

@@ -40,12 +40,12 @@ from parablock.evaluation.choices import MAX_GROUP_CHOICES
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.engines import server_plan, update_form
 from parablock.experiment.inputs import read_inputs
-from parablock.methods.blocks import trained_blocks
 from parablock.methods.choose import make_method_model
 from parablock.methods.flora import factors_of
+from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
-from parablock.model.load import load_model
+from parablock.model.pretrained import load_model
 from parablock.plan.forecast import make_plan
 from parablock.report.reading import read_runs
 from parablock.report.tables import ablation_table

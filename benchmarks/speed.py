@@ -39,8 +39,8 @@ from parablock.engine.update_form import Differences
 from parablock.experiment.engines import server_plan, update_form
 from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import partition_blocks
-from parablock.model.load import load_model, outline_model
 from parablock.model.params import Replica
+from parablock.model.pretrained import load_model, outline_model
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds

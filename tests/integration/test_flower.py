@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from cuttable_proxy import CuttableProxy
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
-from parablock.deploy.keys import make_keys
+from parablock.deploy.credentials import make_keys
 from parablock.deploy.one_machine import Deployment, resume_local, watch
 from parablock.deploy.processes import environment, flower, free_ports
 from parablock.deploy.variables import failure_file, server_log

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from parablock.cli.main import main
-from parablock.model import device_copy, load
+from parablock.model import device_copy
+from parablock.model import pretrained as load
 
 
 def build(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """The command line `parablock`: arguments and printing, without logic.
 
-- `main`: all commands but `deploy`, and the exit codes.
-- `deploy`: `parablock deploy`: keys, server, sites.
-- `doctor`: the checks of `parablock doctor`.
-- `terminal`: progress, Ctrl-C, and the last lines of a run.
+main       all commands but `deploy`, and the exit codes
+deploy     `parablock deploy`: keys, server, sites
+doctor     the checks of `parablock doctor`
+terminal   progress, Ctrl-C, and the last lines of a run
 """

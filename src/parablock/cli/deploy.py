@@ -39,7 +39,7 @@ def keys(
 
     Example: parablock deploy keys --sites 3 --host fl.example.org --output-dir keys
     """
-    from parablock.deploy.keys import make_keys
+    from parablock.deploy.credentials import make_keys
 
     hosts = host or ["localhost", "127.0.0.1"]
     make_keys(output_dir, sites, hosts)

@@ -101,7 +101,7 @@ def blocks(
     Example: parablock blocks Qwen/Qwen3-0.6B --layers-per-block 2
     """
     from parablock.model.blocks import partition_blocks
-    from parablock.model.load import load_model
+    from parablock.model.pretrained import load_model
     from parablock.wire.quantize import FORMATS, payload_bytes
 
     loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)

@@ -22,7 +22,7 @@ import yaml
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
-from parablock.deploy.keys import make_keys
+from parablock.deploy.credentials import make_keys
 from parablock.deploy.processes import (
     ServerFiles,
     client_command,

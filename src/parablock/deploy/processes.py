@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parablock import __version__
-from parablock.deploy.keys import missing_extra
+from parablock.deploy.credentials import missing_extra
 from parablock.deploy.variables import OUTPUT_KEY
 from parablock.deploy.warm import write_commands
 from parablock.engine.flower.exchange import BOTH, DOWN, UP

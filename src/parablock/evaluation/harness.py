@@ -10,7 +10,7 @@ from typing import Any
 
 from parablock.errors import DataError
 from parablock.evaluation.side_by_side import models_of
-from parablock.model.load import load_model
+from parablock.model.pretrained import load_model
 
 
 @dataclass(frozen=True)

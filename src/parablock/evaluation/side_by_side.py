@@ -13,7 +13,7 @@ from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import exact_match
 from parablock.evaluation.scoring import Sample, context_length, evaluate_loss
-from parablock.model.load import LoadedModel, load_model
+from parablock.model.pretrained import LoadedModel, load_model
 from parablock.storage.run_directory import RunDirectory
 
 TASKS = ("loss", "exact_match", "multiple_choice")

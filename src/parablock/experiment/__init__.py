@@ -1,11 +1,11 @@
 """A run, from its configuration to its run directory.
 
-run: starts or resumes a run, drives the engine, finishes or fails.
-inputs: reads rows, base model, blocks and tokens.
-fit_blocks: `blocks.layers_per_block: auto`.
-engines: the configuration as the engine and its arguments.
-protections: the configuration as privacy, robust aggregation and masking.
-recorder: rounds, trace, checkpoints and summary.
-progress: the display of a run on a terminal or in a log.
-trackers: TensorBoard and Weights & Biases.
+run           starts or resumes a run, drives the engine, finishes or fails
+inputs        reads rows, base model, blocks and tokens
+fit_blocks    `blocks.layers_per_block: auto`
+engines       the configuration as the engine and its arguments
+protections   the configuration as privacy, robust aggregation and masking
+recorder      rounds, trace, checkpoints and summary
+progress      the display of a run on a terminal or in a log
+trackers      TensorBoard and Weights & Biases
 """

@@ -15,7 +15,7 @@ from parablock.algorithm.schedule import blocks_never_visited
 from parablock.config.keys import RunConfig
 from parablock.engine.local_steps import exchange_s
 from parablock.experiment.engines import encoding_of
-from parablock.methods.blocks import layer_blocks
+from parablock.methods.trained_blocks import layer_blocks
 from parablock.model.blocks import Block, find_layers
 from parablock.training.flops import FlopModel
 from parablock.training.step_time import Compute, assumed_compute, stated_compute

@@ -23,9 +23,9 @@ from parablock.data.sources import Row, load_rows, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.experiment.fit_blocks import fit_blocks, never_visited
 from parablock.methods.base import RunInputs
-from parablock.methods.blocks import trained_blocks
+from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import Block
-from parablock.model.load import LoadedModel, load_model
+from parablock.model.pretrained import LoadedModel, load_model
 from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
 

@@ -20,8 +20,8 @@ from parablock.engine.update_form import UpdateForm
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.model.adapters import merge_adapters
 from parablock.model.blocks import Block
-from parablock.model.load import LoadedModel
 from parablock.model.params import Replica
+from parablock.model.pretrained import LoadedModel
 from parablock.model.save import model_sha256, save_model
 from parablock.training.trainer import LocalTrainer, Trainer, local_arguments
 

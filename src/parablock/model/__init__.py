@@ -1,6 +1,6 @@
 """Hugging Face causal language models: loading, blocks, parameters, loss, saving.
 
-load          read a model and its tokenizer
+pretrained    read a model and its tokenizer
 blocks        the partition of the parameters into blocks
 params        a client's copy, with one flat buffer for each block
 adapters      LoRA adapters

@@ -1,8 +1,11 @@
 """`parablock plan`: predict bytes, time and memory of a run from its configuration, and advise on settings.
 
-- `forecast`: the plan, joined from the files below, and the run whose link, delay and blocks it varies.
-- `itinerary`: the rounds: which clients are asked, and which blocks they are sent.
-- `traffic`: bytes of the messages. `timing`: computation and messages on a clock.
-- `probe`: seconds of computation, measured on this machine.
-- `memory`: memory of a client. `advice`: settings that hide the exchange. `view`: the plan as tables.
+forecast    the plan, joined from the files below, and the run whose link, delay and blocks it varies
+itinerary   the rounds: which clients are asked, and which blocks they are sent
+traffic     bytes of the messages
+timing      computation and messages on a clock
+probe       seconds of computation, measured on this machine
+memory      memory of a client
+advice      settings that hide the exchange
+view        the plan as tables
 """

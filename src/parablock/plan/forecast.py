@@ -15,10 +15,10 @@ from parablock.engine.local_steps import local_steps_of
 from parablock.errors import ConfigError
 from parablock.experiment.engines import encoding_of
 from parablock.experiment.fit_blocks import estimated_compute, fit_blocks, flops_of, never_visited
-from parablock.methods.blocks import layer_blocks, trained_blocks
+from parablock.methods.trained_blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
-from parablock.model.load import outline_model
+from parablock.model.pretrained import outline_model
 from parablock.plan.advice import WIRE_FORMATS, Case, recommend, verdict
 from parablock.plan.itinerary import walk
 from parablock.plan.memory import memory_per_client

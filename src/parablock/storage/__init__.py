@@ -1,6 +1,6 @@
 """Files that survive a crash.
 
-files: writes files and folders whole or not at all, and keeps one process in a folder.
-checkpoint: saves and restores the state of a run; the one list of what that state is.
-run_directory: the files of a run, and the figures that follow from its rows and spans.
+files           writes files and folders whole or not at all, and keeps one process in a folder
+checkpoint      saves and restores the state of a run; the one list of what that state is
+run_directory   the files of a run, and the figures that follow from its rows and spans
 """

@@ -13,7 +13,7 @@ from parablock.data.formats import detect_format
 from parablock.data.sources import load_rows
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.errors import DataError, StorageError
-from parablock.model.load import load_model
+from parablock.model.pretrained import load_model
 from parablock.model.save import model_sha256
 
 TEXTS = ["Ann has 3 apples and picks 12 more.", "How many apples does Ann have now?", "#### 15"]

@@ -12,7 +12,7 @@ from parablock.data.prompts import Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, TrainingError
 from parablock.evaluation.choices import MAX_GROUP_CHOICES, find_choices, multiple_choice
-from parablock.model.load import load_model
+from parablock.model.pretrained import load_model
 
 CHOICES = ["Ann", "apples", "12", "How many apples does Ann have?"]
 

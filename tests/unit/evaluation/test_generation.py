@@ -11,7 +11,7 @@ from parablock.data.prompts import Example, find_stop_token_ids, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
 from parablock.evaluation.generation import answers_match, exact_match, generate_completions
-from parablock.model.load import load_model
+from parablock.model.pretrained import load_model
 
 QUESTIONS = ["How many apples?", "Ann?", "How many apples does Ann have? Ann has 12 apples.", "12 and 12", "#"]
 ANSWERS = ["Ann has 12.\n#### 12", "She has\n#### 1,200", "many apples", "#### 24", "Ann"]

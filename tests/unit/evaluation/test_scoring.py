@@ -11,7 +11,7 @@ from parablock.data.prompts import IGNORED_LABEL, Example, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
 from parablock.evaluation.scoring import evaluate_loss, score_examples
-from parablock.model.load import load_model
+from parablock.model.pretrained import load_model
 
 PAD = 1
 

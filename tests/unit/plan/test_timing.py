@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parablock.config.load import load_config
 from parablock.model.blocks import find_layers
-from parablock.model.load import outline_model
+from parablock.model.pretrained import outline_model
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds

@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError, StorageError
 from parablock.model.blocks import partition_blocks
-from parablock.model.load import LoadedModel, load_model, outline_model, quiet_transformers
 from parablock.model.params import Replica
+from parablock.model.pretrained import LoadedModel, load_model, outline_model, quiet_transformers
 from parablock.model.save import model_sha256, save_model
 from parablock.plan.memory import FP32, memory_per_client
 from planning import config_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parablock.deploy.keys import make_keys
+from parablock.deploy.credentials import make_keys
 from parablock.errors import StorageError
 
 
