@@ -422,4 +422,4 @@ def test_masked_updates_give_what_the_plain_grid_gives_in_one_process(
 
 def test_masked_sites_are_told_that_little_is_left_of_their_updates(plays: Mapping[str, Future[Facts]]):
     logs = plays["masked"].result()["logs"]
-    assert logs and all("clipping takes 9" in log for log in logs)
+    assert logs and all("clipping removes 9" in log for log in logs)

@@ -56,8 +56,8 @@ def test_without_noise_and_below_the_bound_a_run_is_the_plain_one_bitwise(worksh
 def test_an_update_that_clipping_takes_away_is_warned_about(workshop: Workshop, tmp_path: Path):
     clipped, quiet = Messages(), Messages()
     summary(workshop, tmp_path / "clipped", "privacy.clip_norm=0.0001", progress=clipped)
-    told = [line for line in clipped.lines if "clipping takes" in line]
-    assert any(line.startswith("client 2, block 0: clipping takes ") for line in told)
+    told = [line for line in clipped.lines if "clipping removes" in line]
+    assert any(line.startswith("client 2, block 0: clipping removes ") for line in told)
     assert len(told) == len(set(told)) <= 16  # once for each client and block
     summary(workshop, tmp_path / "int8", "wire.format=int8", progress=quiet)
     assert not any("of its update" in line for line in quiet.lines)

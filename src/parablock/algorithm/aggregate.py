@@ -143,6 +143,8 @@ def apply_update(
     if optimizer.name == "momentum":
         velocity = mean_delta if not moments else beta * moments[0] + mean_delta
         return (value.float() + optimizer.learning_rate * velocity).to(value.dtype), (velocity,)
+    if optimizer.name != "adam":
+        raise ValueError(f"server optimizer {optimizer.name!r} is none of none, momentum, adam")
     first, second = moments or (torch.zeros_like(mean_delta), torch.zeros_like(mean_delta))
     first = beta * first + (1 - beta) * mean_delta
     second = ADAM_BETA2 * second + (1 - ADAM_BETA2) * mean_delta.square()

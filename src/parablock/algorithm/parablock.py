@@ -12,10 +12,11 @@ round t − 1 travels while round t is computed, and a round costs max(compute, 
 | y^b | `trained` | v^b after K local steps |
 | Δ_i | `delta` | y^b − v^b, fp32, this sign everywhere |
 | Δ̄, ρ_b | `Aggregate.mean_delta`, `.rho` | weighted mean; ‖Δ̄‖² / Σ w_i‖Δ_i‖² |
-| α_s | `overlay_weight(…)` | the client's prediction of the aggregate from its own update |
+| α_b | `overlay_weight(…)` | the client's prediction of the aggregate from its own update; `aligned` is ours |
 
 Every value is a flat vector of one block and is never changed in place. Every function takes a state and returns a
-new one, which shares all unchanged tensors. So a state can be kept, compared and saved at any time.
+new one, which shares all unchanged tensors. So a state can be kept, compared and saved at any time. The two
+threads are in `engine/pipeline.py`, a whole run in one thread is `sequential.py`.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def initial_server(params: Sequence[Tensor]) -> ServerState:
 
 
 def commit(state: ClientState, commits: Sequence[Commit], committed: int) -> ClientState:
-    """Take the server's commits over: the correction.
+    """Replace the base by the server's committed values: the correction.
 
     Each block takes the server's value exactly. The client's updates of all rounds up to `committed` leave F,
     whether the server counted them or not. The overlay is dropped with them, never subtracted, so nothing drifts.
@@ -163,7 +164,7 @@ def overlay_weight(rule: str, rho: float) -> float:
 
 
 def working_block(state: ClientState, block_index: int, rule: str) -> Tensor:
-    """Return v^b = z^b + Σ α_s Δ_s over the updates of this block in flight, oldest first.
+    """Return v^b = z^b + Σ α_b Δ_s over the updates of this block in flight, oldest first.
 
     Each sum is rounded to the run's dtype before the next, as the server's commits are. Without an update in flight
     the result is the base tensor itself.
@@ -211,7 +212,7 @@ def server_commit(
     announce: Callable[[Tensor, Tensor], Tensor] | None = None,
     into: Tensor | None = None,
 ) -> ServerState:
-    """Commit the next round: x^b ← x^b + η Δ̄, or a step of the block's server optimizer.
+    """Commit the next round: x^b ← x^b + Δ̄, or a step of the block's server optimizer.
 
     Args:
         state: The server before; the next round is `state.committed + 1`, and its block is in `history`.

@@ -103,7 +103,7 @@ def run_sequential(params: Sequence[Tensor], problem: OracleProblem, solve: Solv
     for t in range(problem.num_rounds):
         commit_through(t - 1 - problem.delay)
         b = _block_of_round(problem, server)
-        server = schedule_round(server, b, (1,))  # `solve` knows K
+        server = schedule_round(server, b, (1,))  # any K: `solve` takes the local steps
         updates.append({})
         for i in _cohort_of_round(problem, server, t):
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)

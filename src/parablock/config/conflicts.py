@@ -153,7 +153,10 @@ def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
     """A commit cannot need more updates than a round asks for."""
     size = cohort_size(federation)
     if federation["min_updates"] > size:
-        yield "federation.min_updates", f"{federation['min_updates']} of the {size} updates that a round asks for"
+        yield (
+            "federation.min_updates",
+            f"is {federation['min_updates']}, but a round asks for {size}; give at most {size}",
+        )
 
 
 def _faults(config: Mapping[str, Any]) -> Iterator[Problem]:

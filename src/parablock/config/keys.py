@@ -142,7 +142,9 @@ class FederationSection(Section):
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = Field("mean", description="Aggregation rule.")
     trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="Part of the clients cut at either end.")
     assumed_attackers: int = Field(1, ge=0, description="Hostile clients that `krum` withstands.")
-    stall_timeout_s: float = Field(600.0, gt=0, description="Patience with a peer that does not move, seconds.")
+    stall_timeout_s: float = Field(
+        600.0, gt=0, description="Seconds without progress before a peer counts as stalled."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -253,7 +253,7 @@ def _protected(update: LocalUpdate) -> tuple[ArrivingVector, tuple[tuple[float, 
     if update.protection is None:
         return delta, ()
     protected, factor = update.protection.apply(delta[:], update.round_index)
-    return protected, ((1 - factor, "clipping takes {:.1%} of the length"),)
+    return protected, ((1 - factor, "clipping removes {:.1%} of the norm"),)
 
 
 def _encode_in_chunks(vector: ArrivingVector, size: int, encoding: Encoding, update: LocalUpdate) -> EncodedUpdate:
@@ -271,5 +271,5 @@ def _encode_in_chunks(vector: ArrivingVector, size: int, encoding: Encoding, upd
             moved, left = moved + int(exact.count_nonzero()), left + int(seen[part].count_nonzero())
         if encoding.error_feedback:
             torch.sub(exact, seen[part], out=kept_back[part])
-    losses = ((1 - left / moved, "rounding makes zeros of {:.1%} of the elements"),) if moved else ()
+    losses = ((1 - left / moved, "rounding sets {:.1%} of the elements to zero"),) if moved else ()
     return EncodedUpdate(chunks, seen, kept_back if encoding.error_feedback else None, losses)

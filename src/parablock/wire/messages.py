@@ -42,7 +42,7 @@ MAX_PROBLEM_CHARACTERS = 1000
 
 def _read_seconds(text: object) -> float:
     if not isinstance(text, str) or not 0 <= (seconds := float(text)) < math.inf:
-        raise ValueError(f"{text!r} is no length of time")
+        raise ValueError(f"{text!r} is no number of seconds, 0 or more")
     return seconds
 
 

@@ -105,6 +105,8 @@ class Encoding:
         """Return the generator that rounds one vector, None for nearest; the server is client −1."""
         if self.rounding == "nearest":
             return None
+        if self.rounding != "stochastic":
+            raise ValueError(f"rounding {self.rounding!r} is none of nearest, stochastic")
         return generator_for(self.seed, "rounding", round_index, client_id)
 
     def payload_bytes(self, num_elements: int) -> int:

@@ -108,3 +108,8 @@ def test_the_sum_takes_the_memory_that_it_is_given_and_is_the_same(dtype: torch.
     assert torch.equal(mean, value.float() + before)
     assert (found.data_ptr() == mean.data_ptr()) == (dtype == torch.float32)
     assert expected.data_ptr() != mean.data_ptr()
+
+
+def test_a_server_optimizer_of_another_name_is_refused_and_not_taken_for_adam():
+    with pytest.raises(ValueError, match="'adagrad' is none of none, momentum, adam"):
+        apply_update(torch.zeros(2), torch.ones(2), (), ServerOptimizer("adagrad"))

@@ -175,5 +175,5 @@ def test_a_fault_that_cannot_happen_is_refused(case: str):
 
 def test_a_commit_cannot_need_more_updates_than_are_asked_for():
     (problem,) = problems({"federation.min_updates": 3, "federation.participation": 0.25})
-    assert problem == "federation.min_updates: 3 of the 2 updates that a round asks for"
+    assert problem == "federation.min_updates: is 3, but a round asks for 2; give at most 2"
     assert parsed(federation__min_updates=8).federation.min_updates == 8

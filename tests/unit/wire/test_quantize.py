@@ -119,3 +119,8 @@ def test_packing_in_pieces_is_packing_at_once():
     parts = [pack(values[k : k + PIECE], "int4", generator).values for k in range(0, len(values), PIECE)]
     assert torch.equal(whole, torch.cat(parts))
     assert ceil(len(values) / PIECE) == 3
+
+
+def test_a_rounding_of_another_name_is_refused_and_not_taken_for_stochastic():
+    with pytest.raises(ValueError, match="'floor' is none of nearest, stochastic"):
+        Encoding("int8", rounding="floor").noise(0, 0)
