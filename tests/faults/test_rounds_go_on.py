@@ -312,3 +312,30 @@ def test_under_the_real_clock_a_dead_client_ends_no_run_either():
     assert ran.result.finished
     assert 2 not in ran.counted[-1]
     assert equal(ran.trajectory, replay(ran))
+
+
+class Counting(ToyTrainer):
+    """It remembers how many rounds it has trained, and has nothing to remember before the first."""
+
+    rounds = 0
+
+    def train(self, *turn):
+        self.rounds += 1
+        return super().train(*turn)
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {"rounds": torch.tensor(self.rounds)} if self.rounds else {}
+
+    def remember(self, memory: dict[str, torch.Tensor]) -> None:
+        self.rounds = int(memory.get("rounds", 0))
+
+
+@pytest.mark.parametrize("at", ["train", "upload", "download"])
+def test_a_client_that_dies_in_its_first_round_forgets_what_it_trained(at: str):
+    def rounds_of(*faults: Fault) -> list[int]:
+        trainers = [Counting(i) for i in range(3)]
+        plan = server_plan(3, 6, 1, aggregation_s=0.0)
+        run_here(initial(4), trainers, plan, Trace(VirtualClock()), link=LINK, faults=Faults(faults))
+        return [trainer.rounds for trainer in trainers]
+
+    assert rounds_of(Fault(1, 1, at, "kill", 1.0)) == rounds_of() == [6, 6, 6]

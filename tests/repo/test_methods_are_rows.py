@@ -15,7 +15,9 @@ ROWS = "config/methods.py"
 NAMESAKES = (".mode", "['mode']", "__version__")
 """Ends of what means something else: the noise of `privacy.mode` is local or central, the package is parablock."""
 WORDS = {"parablock", "local", "central"}
-"""Names that are words with other meanings, so that a list of texts may hold them."""
+"""Names that are words with other meanings, so that a text may be one; the others stand nowhere but in the rows."""
+TEXT_METHODS = {"startswith", "endswith", "removeprefix", "removesuffix", "upper", "lower", "casefold", "find"}
+"""Ways to look into a name."""
 
 
 def names_in(node: ast.AST) -> Iterator[str]:
@@ -44,8 +46,29 @@ def asked_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, str(key.value)
         elif isinstance(node, ast.Tuple | ast.List | ast.Set):
             yield from ((node.lineno, name) for name in names_in(node) if name not in WORDS)
+        elif isinstance(node, ast.Constant) and node.value in set(METHODS) - WORDS:
+            yield node.lineno, str(node.value)
         elif isinstance(node, ast.Name) and node.id.endswith("_METHODS"):
             yield node.lineno, node.id
+        elif isinstance(node, ast.Call) and is_look_into(node):
+            yield node.lineno, ast.unparse(node.func)
+        if isinstance(node, ast.Compare) and any(is_name(side) for side in node.comparators):
+            yield from ((node.lineno, "in a name") for op in node.ops if isinstance(op, ast.In | ast.NotIn))
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith((".title", ".source", ".own_keys")):
+            yield from ((node.lineno, ast.unparse(node.left)) for _ in [0] if "traits" in ast.unparse(node.left))
+
+
+def is_name(node: ast.AST) -> bool:
+    """Whether an expression is a method's name, as far as its own name tells."""
+    return isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node).split(".")[-1] == "method"
+
+
+def is_look_into(call: ast.Call) -> bool:
+    """Whether a call looks into a method's name, or finds something by it."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr in TEXT_METHODS:
+        return is_name(call.func.value)
+    by_name = isinstance(call.func, ast.Name) and call.func.id in ("getattr", "globals", "isinstance")
+    return by_name and any("method" in ast.unparse(a).split("_") or is_name(a) for a in call.args[1:])
 
 
 def found_in(text: str) -> list[str]:
@@ -75,6 +98,14 @@ def test_no_file_but_the_rows_tells_methods_apart_by_name() -> None:
         ('KINDS = {"parablock": "block", "local": "full"}', ["local", "parablock"]),
         ('KINDS = dict.fromkeys(["fedavg"])', ["fedavg"]),
         ("x = method in LORA_METHODS", ["LORA_METHODS"]),
+        ('FLORA = "flora"', ["flora"]),
+        ('def of(name="fedit"): ...', ["fedit"]),
+        ('x = METHODS["flora"]', ["flora"]),
+        ('x = method.startswith("fed")', ["method.startswith"]),
+        ('x = config.federation.method.endswith("lora")', ["config.federation.method.endswith"]),
+        ('x = "lora" in federation.method', ["in a name"]),
+        ("x = getattr(self, method)", ["getattr"]),
+        ('x = traits.title == "FLoRA"', ["traits.title"]),
         ('x = config.privacy.mode == "local"', []),
         ('x = privacy["mode"] == "central"', []),
         ('versions = {"parablock": __version__}', []),

@@ -78,7 +78,8 @@ def without_a_source(tests: Path, folder: Path) -> list[str]:
 def unnamed_in_their_room(folder: Path) -> list[str]:
     """List files that the first docstring of their room does not name."""
     rooms = {
-        path.parent: ast.get_docstring(ast.parse(path.read_text())) or "" for path in folder.glob("*/__init__.py")
+        path.parent: ast.get_docstring(ast.parse(path.read_text())) or ""
+        for path in [*folder.glob("*/__init__.py"), *folder.glob("*/*/__init__.py")]
     }
     return sorted(
         f"{room.name}/{path.name}"
@@ -142,6 +143,55 @@ def test_the_rule_of_names_sees_files_and_classes_and_no_private_ones(tmp_path: 
     write(tmp_path, "b/__init__.py", "")
     write(tmp_path, "a/__init__.py", "class Lane: ...\n")
     assert names_that_stand_twice(tmp_path) == {"run.py", "Lane"}
+
+
+def without_init(folder: Path) -> list[str]:
+    """List folders of source that are no package, which no rule of imports would see."""
+    return sorted({path.parent.name for path in modules(folder) if not (path.parent / "__init__.py").exists()})
+
+
+def test_every_folder_is_a_package(tmp_path: Path) -> None:
+    assert without_init(SOURCE) == []
+    write(tmp_path, "__init__.py", "")
+    write(tmp_path, "tools/anything.py", "x = 1\n")
+    assert without_init(tmp_path) == ["tools"]
+
+
+PURE = {
+    *(
+        "__future__",
+        "abc",
+        "array",
+        "bisect",
+        "collections",
+        "dataclasses",
+        "functools",
+        "itertools",
+        "math",
+        "numpy",
+    ),
+    *("parablock", "statistics", "torch", "typing"),
+}
+"""All that the arithmetic of the method may import."""
+
+
+def impure(folder: Path) -> list[str]:
+    """List imports beyond `PURE`, and files opened, in a folder."""
+    found = []
+    for path in modules(folder):
+        tree = ast.parse(path.read_text())
+        found += [f"{path.name}: {package}" for package in imported_packages(path) if package not in PURE]
+        names = [
+            ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute | ast.alias)
+        ]
+        found += [f"{path.name}: {name}" for name in names if name in ("open", "torch.distributed")]
+    return found
+
+
+def test_the_arithmetic_of_the_method_imports_arithmetic_alone(tmp_path: Path) -> None:
+    assert impure(SOURCE / "algorithm") == []
+    write(tmp_path, "mean.py", "import socket, torch.distributed\nfrom math import fsum\nopen('x')\n")
+    assert impure(tmp_path) == ["mean.py: socket", "mean.py: torch.distributed", "mean.py: open"]
 
 
 def test_every_room_says_what_each_of_its_files_is_for(tmp_path: Path) -> None:

@@ -41,7 +41,10 @@ def listed(walk: str) -> list[str]:
     text = CONTRIBUTING.read_text(encoding="utf-8")
     between = re.search(rf"<!-- {re.escape(walk)} -->\n(.*?)<!-- end of the walk -->", text, re.S)
     assert between, walk
-    return re.findall(r"^\d+\. `([^`]+)`", between.group(1), re.M)
+    numbered = re.findall(r"^(\d+)\. `([^`]+)`", between.group(1), re.M)
+    assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
+    assert len({path for _, path in numbered}) == len(numbered)
+    return [path for _, path in numbered]
 
 
 def carries(value: object, depth: int = 2) -> bool:

@@ -112,7 +112,7 @@ class LoopGrid(Grid):
             if self._fate(client_id, self.exchanges[client_id]) == "refuse":
                 return
             if folder.path.exists() and folder.finished is not None:
-                reply = Reply(client_id, wanted=Place(folder.finished), idle=True, finished=True)
+                reply = Reply(client_id, wanted=Place(folder.finished, 0, 0), idle=True, finished=True)
             else:
                 reply = self._carry(client_id, folder, request)
             self.reply_bytes += sum(len(frame.content) for frame in reply.frames)
@@ -139,7 +139,7 @@ class LoopGrid(Grid):
                     return receive_reply(connection)
             except (OSError, EOFError):
                 self.is_over.wait(0.01)
-        return Reply(client_id, wanted=Place(folder.finished or 0), idle=True, finished=True)
+        return Reply(client_id, wanted=Place(folder.finished or 0, 0, 0), idle=True, finished=True)
 
 
 class Online(LoopGrid):

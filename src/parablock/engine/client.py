@@ -92,7 +92,7 @@ class Client:
         self._sent, self._residuals, self._rejoins = dict(start.sent), dict(start.residuals), start.rejoins
         self._protection, self._warn, self._warned = plan.protection_of(client_id), warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
-        if start.memory:
+        if start.memory is not None:
             trainer.remember(dict(start.memory))
 
     def run(self, on_served: Callable[[], None] = lambda: None) -> None:

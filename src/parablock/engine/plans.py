@@ -109,14 +109,14 @@ class ClientStart:
         state: The initial parameters, or the result of `restore_client`.
         sent: Updates in flight when the run was interrupted; they are sent again first.
         residuals: The residual of each block, for error feedback.
-        memory: The memory of its trainer.
+        memory: What its trainer remembers, an empty memory included; None if the trainer is new.
         rejoins: Whether the run went on without the client, which then sends `Join` first.
     """
 
     state: ClientState
     sent: Mapping[int, list[bytes]] = field(default_factory=dict)
     residuals: Mapping[int, Tensor] = field(default_factory=dict)
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] | None = None
     rejoins: bool = False
 
 

@@ -125,7 +125,7 @@ def _carry(request: Request, client_id: int, state_dir: Path, command: list[str]
             folder.open(request)
             if folder.finished is not None:
                 now = datetime.now(UTC).timestamp()
-                wanted = Place(folder.finished)
+                wanted = Place(folder.finished, 0, 0)
                 return Reply(client_id, wanted, arrived_s=now, left_s=now, idle=True, finished=True)
             trainer = _reach_trainer(folder, state_dir, command)
         with closing(trainer) as connection:

@@ -110,9 +110,14 @@ _READERS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for ki
 
 def word_of(error: BaseException) -> tuple[str, str, str, int]:
     """Return what an error says, as plain values: what, cause, remedy, exit code."""
-    if isinstance(error, ParaBlockError):
-        return error.what, error.cause, error.remedy, error.exit_code
-    return repr(error), "", "", 1
+    if not isinstance(error, ParaBlockError):
+        return _encodable(repr(error)), "", "", 1
+    return _encodable(error.what), _encodable(error.cause), _encodable(error.remedy), error.exit_code
+
+
+def _encodable(text: str) -> str:
+    """Return a text with escapes in place of lone surrogates, which rows and file names may hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_of(who: str, word: Sequence[Any]) -> ParaBlockError:

@@ -49,11 +49,11 @@ class Place(NamedTuple):
     """
 
     message: Count
-    offset: Count = 0
-    checksum: Count = 0
+    offset: Count
+    checksum: Count
 
 
-START = Place(0)
+START = Place(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Frame:
     def next_place(self) -> Place:
         """The place behind it."""
         end = self.offset + len(self.content)
-        return Place(self.message + 1) if end == self.size else Place(self.message, end, self.checksum)
+        return Place(self.message + 1, 0, 0) if end == self.size else Place(self.message, end, self.checksum)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Outbox:
     """The sending end of a stream, from message `first` on."""
 
     def __init__(self, first: int = 0) -> None:
-        self.next_number, self.wanted = first, Place(first)
+        self.next_number, self.wanted = first, Place(first, 0, 0)
         self._ahead: Place | None = None
         self._kept: deque[_Kept] = deque()
 
@@ -194,7 +194,7 @@ class Inbox:
     """The receiving end of a stream, from message `first` on."""
 
     def __init__(self, first: int = 0) -> None:
-        self.wanted = Place(first)
+        self.wanted = Place(first, 0, 0)
         self._parts: list[bytes] = []
         self._ahead: list[Frame] = []
 

@@ -28,7 +28,9 @@ def test_headers_say_all_and_give_it_back():
     request = replace(REQUEST, frames=frames, wanted=Place(7, 2, 9), restore=3)
     assert frame_lengths(header_of(request)) == [2, 0]
     assert request_of(header_of(request), [b"xy", b""]) == request
-    reply = Reply(1, wanted=Place(2), held_rounds=(1, 2), spans=(("compute", "computing", 0.5, 1.0, {"a": 1}),))
+    reply = Reply(
+        1, wanted=Place(2, 0, 0), held_rounds=(1, 2), spans=(("compute", "computing", 0.5, 1.0, {"a": 1}),)
+    )
     assert reply_of(header_of(reply), []) == reply
     with pytest.raises(CodecError, match="not a Reply"):
         reply_of(header_of(request), [b"xy", b""])
@@ -85,3 +87,16 @@ def test_a_sites_error_keeps_its_words_and_its_fault():
     assert isinstance(error, InputError)
     assert (error.what, error.cause, error.remedy) == ("client 1: full", "c", "r")
     assert error_of("client 1", word_of(KeyError("x"))).exit_code == 1
+
+
+def test_a_sites_error_arrives_also_with_text_that_is_no_text():
+    told = reply_of(header_of(Reply(1, error=word_of(StorageError("no \udcff here")))), [])
+    assert told.error[0] == "no \\udcff here"
+
+
+@pytest.mark.parametrize("place", [[1], [0, 0], {"message": 0, "offset": 0}, [0, 0, 0, 0]])
+def test_a_place_is_three_numbers(place: object):
+    said = json.loads(header_of(Reply(0)))
+    assert reply_of(json.dumps({**said, "wanted": [0, 0, 0]}), []).wanted == (0, 0, 0)
+    with pytest.raises(CodecError, match="wanted"):
+        reply_of(json.dumps({**said, "wanted": place}), [])
