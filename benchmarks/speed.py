@@ -1,4 +1,4 @@
-"""How fast: a local step, the wire, overlap in real time, slow links, many clients, a plan.
+"""How fast: a local step, the wire, overlap in real time, slow links, many clients.
 
 .venv/bin/python benchmarks/speed.py step
 """
@@ -41,7 +41,6 @@ from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import partition_blocks
 from parablock.model.load import load_model, outline_model
 from parablock.model.params import Replica
-from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
@@ -556,53 +555,12 @@ def bandwidths(size: str, options: Options) -> list[Found]:
     return rows
 
 
-# -- plan
-def plan(options: Options) -> None:
-    """Measure what `parablock plan --probe` predicts against what a run then measures."""
-    folder = kit.fresh_folder(options)
-    material = kit.material_of(options, "ag_news", "gigaword", "social_i_qa", num_clients=3)
-    configs = {
-        name: kit.configured(material, kit.training(options) | kit.link(case["mbps"]) | case["settings"])
-        for name, case in kit.ABOUT["plan"]["cases"].items()
-    }
-    found: dict[str, list[tuple[Found, Found]]] = {name: [] for name in configs}
-    for repeat in range(options.repeats):
-        for number, (name, config) in enumerate(configs.items()):
-            before, during = predicted(config), measured(config, folder / f"{number}-{repeat}")
-            after = predicted(config)
-            found[name].append(({key: (before[key] + after[key]) / 2 for key in before}, during))
-    rows = []
-    for name, pairs in found.items():
-        for key in pairs[0][0]:
-            said, was = (median(pair[side][key] for pair in pairs) for side in (0, 1))
-            rows.append({"case": name, "key": key, "predicted": said, "measured": was, "ratio": said / was})
-    bars = [Bar(f"{r['case']}: |{r['key']} predicted / measured − 1|", abs(r["ratio"] - 1), 0.15) for r in rows]
-    shown = {name: config.model_dump(mode="json") for name, config in configs.items()}
-    record(options, {"medians": rows, "repeats": found}, bars, shown)
-
-
-def predicted(config: RunConfig) -> Found:
-    """Return what a plan says of a round."""
-    made = make_plan(config, probe=True)
-    times = {key: getattr(made, key) for key in ("compute_s", "communication_s", "round_s")}
-    return times | {"bytes_per_client_round": made.bytes_per_client_round[config.wire.format]}
-
-
-def measured(config: RunConfig, directory: Path) -> Found:
-    """Run, and return what the summary says of a round."""
-    summary = kit.run_quietly(config, directory)
-    names = {"compute_s": "compute_s", "communication_s": "communication_s", "round_s": "wall_time_s"}
-    times = {name: summary[key] / summary["num_rounds"] for name, key in names.items()}
-    return times | {"bytes_per_client_round": summary["bytes_per_client_round"]}
-
-
 BENCHMARKS = (
     benchmark(step, step_section),
     benchmark(wire, wire_section),
     benchmark(overlap),
     benchmark(slow_link),
     benchmark(scale, scale_section),
-    benchmark(plan),
 )
 
 if __name__ == "__main__":
