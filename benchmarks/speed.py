@@ -1,4 +1,4 @@
-"""How fast: a local step, the wire, overlap in real time, slow links, many clients.
+"""How fast: a local step, the wire, overlap in real time, slow links, many clients, an earlier commit.
 
 .venv/bin/python benchmarks/speed.py step
 """
@@ -9,15 +9,18 @@ import copy
 import ctypes
 import multiprocessing
 import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, mkdtemp
 from typing import Any
 
 import _record as kit
@@ -555,12 +558,54 @@ def bandwidths(size: str, options: Options) -> list[Found]:
     return rows
 
 
+# -- beside an earlier commit
+def before(options: Options) -> None:
+    """Compare the processor time of whole commands with that at an earlier commit, in turns."""
+    folder = kit.fresh_folder(options).resolve()
+    material = kit.generated(folder / "material", num_clients=2, examples_per_client=100)
+    configs = {
+        name: kit.configured(material, kit.training(options) | case["settings"])
+        for name, case in kit.ABOUT["before"]["cases"].items()
+    }
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in configs}
+    with TemporaryDirectory() as place, ExitStack() as stack:
+        git, earlier = ["git", "-C", str(kit.REPOSITORY), "worktree"], Path(place) / "parablock"
+        subprocess.run([*git, "add", "--quiet", "--detach", str(earlier), options.against], check=True)
+        stack.callback(subprocess.run, [*git, "remove", "--force", str(earlier)], check=True)
+        for repeat, (name, config) in product(range(options.repeats + 1), configs.items()):
+            command = kit.ABOUT["before"]["cases"][name]["command"]
+            now_s, then_s = (processor_s(tree, folder, command, config) for tree in (kit.REPOSITORY, earlier))
+            if repeat or options.smoke:  # the first turn fills caches
+                pairs[name].append((now_s, then_s))
+    rows = [
+        {"command": name, "now_s": median(now for now, _ in of_it), "before_s": median(then for _, then in of_it)}
+        | {"ratio": median(now / then for now, then in of_it), "pairs": of_it}
+        for name, of_it in pairs.items()
+    ]
+    bars = [Bar(f"{row['command']}: processor seconds now / before", row["ratio"], 1.02) for row in rows]
+    record(options, rows, bars, {name: config.model_dump(mode="json") for name, config in configs.items()})
+
+
+def processor_s(tree: Path, folder: Path, command: str, config: RunConfig) -> float:
+    """Run a command of a source tree; return the processor seconds that it and its children took."""
+    place = Path(mkdtemp(dir=folder))
+    (place / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    line = [sys.executable, "-m", "parablock", command, str(place / "config.yaml")]
+    line += ["--output-dir", str(place / "run")] if command == "run" else []
+    since = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    subprocess.run(line, check=True, env=environment, stdout=subprocess.DEVNULL)
+    found = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found.ru_utime + found.ru_stime - since.ru_utime - since.ru_stime
+
+
 BENCHMARKS = (
     benchmark(step, step_section),
     benchmark(wire, wire_section),
     benchmark(overlap),
     benchmark(slow_link),
     benchmark(scale, scale_section),
+    benchmark(before),
 )
 
 if __name__ == "__main__":
