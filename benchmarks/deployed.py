@@ -32,7 +32,7 @@ from typing import IO, Any
 
 import _record as kit
 from _flower_apps import SETTINGS
-from _record import Bar, Found, Options, benchmark, main, record, section, table, table_of
+from _record import Bar, Found, Options, benchmarks, main, record, section, table, table_of
 
 from parablock.deploy import processes
 from parablock.deploy.keys import make_keys
@@ -539,7 +539,7 @@ class Swallower:
             end.close()
 
 
-BENCHMARKS = (benchmark(flower, flower_section),)
+BENCHMARKS = benchmarks(globals())
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

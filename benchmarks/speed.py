@@ -26,7 +26,7 @@ from typing import Any
 import _record as kit
 import psutil
 import torch
-from _record import Bar, Found, Options, benchmark, main, record, section, table, table_of
+from _record import Bar, Found, Options, benchmarks, main, record, section, table, table_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -135,7 +135,7 @@ def measure_steps(model: PreTrainedModel, options: Options) -> Found:
     return {
         "by_hand_ends_with_the_same_block": same,
         "step_s": {name: fmean(map(median, of_way.values())) for name, of_way in seconds.items()},
-        "ratios": {name: ratio_to(seconds["block"], seconds[name], chosen) for name in ways if name != "block"},
+        "ratios": {name: ratio_to(seconds["block"], seconds[name]) for name in ways if name != "block"},
         "peak_bytes_beside_the_model": peaks,
         "samples_s": seconds,
     }
@@ -174,26 +174,18 @@ def take_turns(
     ways: dict[str, Callable[[int], object]], chosen: list[int], options: Options
 ) -> dict[str, dict[int, list[float]]]:
     """Time every way on every block `repeats` times, one after the other; all in seconds per step."""
-    seconds: dict[str, dict[int, list[float]]] = {
-        name: {b: [] for b in (chosen[:1] if name in ("full", "lora") else chosen)}  # these know no blocks
-        for name in ways
-    }
-    for repeat in range(options.repeats + 1):
-        for b in chosen:
-            for name, way in ways.items():
-                if b in seconds[name]:
-                    began = time.process_time()
-                    way(b)
-                    if repeat or options.smoke:  # the first turn warms up
-                        seconds[name][b].append((time.process_time() - began) / options.steps)
+    seconds: dict[str, dict[int, list[float]]] = {name: {b: [] for b in chosen} for name in ways}
+    for repeat, b, (name, way) in product(range(options.repeats + 1), chosen, ways.items()):
+        began = time.process_time()
+        way(b)
+        if repeat or options.smoke:  # the first turn warms up
+            seconds[name][b].append((time.process_time() - began) / options.steps)
     return seconds
 
 
-def ratio_to(own: dict[int, list[float]], other: dict[int, list[float]], chosen: list[int]) -> float:
-    """Return the time of a block step over that of another way, both in the same turn where they share blocks."""
-    if len(other) < len(chosen):
-        return fmean(median(own[b]) for b in chosen) / median(other[chosen[0]])
-    return fmean(median(a / b for a, b in zip(own[block], other[block], strict=True)) for block in chosen)
+def ratio_to(own: dict[int, list[float]], other: dict[int, list[float]]) -> float:
+    """Return the time of a block step over that of another way, both in the same turn."""
+    return fmean(median(a / b for a, b in zip(own[block], other[block], strict=True)) for block in own)
 
 
 def peak_bytes(way: Callable[[], object]) -> int:
@@ -599,14 +591,7 @@ def processor_s(tree: Path, folder: Path, command: str, config: RunConfig) -> fl
     return found.ru_utime + found.ru_stime - since.ru_utime - since.ru_stime
 
 
-BENCHMARKS = (
-    benchmark(step, step_section),
-    benchmark(wire, wire_section),
-    benchmark(overlap),
-    benchmark(slow_link),
-    benchmark(scale, scale_section),
-    benchmark(before),
-)
+BENCHMARKS = benchmarks(globals())
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

@@ -29,7 +29,7 @@ from typing import Any
 import _record as kit
 import numpy as np
 import torch
-from _record import Bar, Found, Options, benchmark, main, record, section, spread, table, table_of
+from _record import Bar, Found, Options, benchmarks, main, record, section, spread, table, table_of
 from torch import Tensor
 
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
@@ -852,15 +852,7 @@ def valid_texts() -> Iterator[bytes]:
 INPUTS = {"messages": (valid_messages, mutated_message), "configurations": (valid_texts, mutated_text)}
 """What is valid of each kind, and what changes it."""
 
-BENCHMARKS = (
-    benchmark(kill_resume, kill_resume_section),
-    benchmark(kill_sites, kill_sites_section),
-    benchmark(cut_link, cut_link_section),
-    benchmark(soak, soak_section),
-    benchmark(robust, robust_section),
-    benchmark(secure_aggregation, secure_aggregation_section),
-    benchmark(fuzz, fuzz_section),
-)
+BENCHMARKS = benchmarks(globals())
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

@@ -156,7 +156,7 @@ def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp
     assert len(summaries()) >= 5 and summaries().items() >= kept.items()
     (row,) = first
     (serial, overlapped), longer = row["runs"], row["longer"]
-    # eight of the ten rounds of the longer run are those of the shorter one, from whose checkpoint it went on
+    # after eight of its ten rounds the longer run is where the shorter one ends
     assert longer["curve"][-2] == [overlapped["seconds"], overlapped["final_eval_loss"]] != longer["curve"][-1]
     anew = run(load_config(tmp_path / "runs" / longer["directory"] / "config.yaml"), tmp_path / "anew")
     assert anew["model_sha256"] == longer["model_sha256"] != overlapped["model_sha256"]
