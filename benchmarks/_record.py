@@ -114,7 +114,6 @@ def benchmarks(names: Mapping[str, Any], **options: Found) -> list[Benchmark]:
 
 
 def main(description: str | None, benchmarks: Sequence[Benchmark]) -> None:
-    """Read the command line, and run the benchmark that it names."""
     options = make_parser(description, benchmarks).parse_args()
     chosen = next(each for each in benchmarks if each.name == options.benchmark)
     if options.smoke:
@@ -173,7 +172,6 @@ def record(options: Options, results: Any, bars: Sequence[Bar], config: Any = No
 
 
 def write(path: Path, content: Found) -> None:
-    """Write a record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -186,7 +184,6 @@ def section(name: str, found: Found, *parts: str | Found, more: str = "", **fact
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Found:
-    """Make a table of a section."""
     return {"columns": list(columns), "rows": [list(row) for row in rows]}
 
 
@@ -211,7 +208,6 @@ def grouped(rows: Sequence[Found], key: str) -> dict[Any, list[Found]]:
 
 
 def facts(options: Options) -> Found:
-    """Tell what ran where."""
     told = {name: value for name, value in vars(options).items() if name not in ("section", "section_only")}
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
@@ -366,7 +362,6 @@ def fresh_folder(options: Options) -> Path:
 
 
 def run_quietly(config: RunConfig, directory: Path) -> Found:
-    """Run without a word and return the summary."""
     return run(config, directory, progress=QUIET)
 
 
@@ -398,5 +393,4 @@ class Kept:
 
 
 def metrics_of(directory: Path) -> list[Found]:
-    """Read the rounds of a run."""
     return [json.loads(line) for line in RunDirectory(directory).metrics.read_text(encoding="utf-8").splitlines()]

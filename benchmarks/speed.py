@@ -401,15 +401,9 @@ def overlap(options: Options) -> None:
                 kit.run_quietly(config, folder / f"{repeat}-load-{load:g}-delay-{delay}")
                 for delay, config in enumerate(configs)
             )
-            found.append(
-                {"load": load, "ratio": one["wall_time_s"] / zero["wall_time_s"]}
-                | {
-                    "link": {"compute_s": compute_s, "bytes": num_bytes, "mbps": mbps},
-                    "delay_0": zero,
-                    "delay_1": one,
-                }
-                | {"calibration": calibration}
-            )
+            row = {"load": load, "ratio": one["wall_time_s"] / zero["wall_time_s"], "delay_0": zero, "delay_1": one}
+            facts = {"compute_s": compute_s, "bytes": num_bytes, "mbps": mbps}
+            found.append(row | {"link": facts, "calibration": calibration})
     bars = []
     for load in options.loads:
         same = [row for row in found if row["load"] == load]
@@ -446,7 +440,6 @@ def slow_link(options: Options) -> None:
 
 
 def first_block(model: PreTrainedModel) -> int:
-    """Count the parameters of a model's first block, which is one layer."""
     return partition_blocks(model, layers_per_block=1)[0].num_parameters
 
 

@@ -598,42 +598,32 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
     grid = FixedPointGrid(1.0, CLIENTS)
     sending = [i for i in everybody if i not in DROPPING]
     deltas = {i: torch.randn(size, generator=generator) / math.sqrt(4 * size) for i in sending}
-    seconds, since = dict[str, float](), time.perf_counter()
+    seconds = dict[str, float]()
 
-    def lap(what: str) -> None:
-        nonlocal since
-        seconds[what], since = time.perf_counter() - since, time.perf_counter()
+    def timed(what: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        done = work()
+        seconds[what] = time.perf_counter() - began
+        return done
 
     wires = Wires(Cohorts(CLIENTS, dict.fromkeys(range(num_rounds), everybody)))
     wires.collector.send(0, Parcel(messages.to_bytes(messages.Mark(0, False)), 0))
     setup_bytes = wires.wire_bytes
-    lap("agree")
-    words = {i: (grid.encode(delta), 1) for i, delta in deltas.items()}
-    lap("encode")
-    updates = {}
-    for i, (word, _) in words.items():
-        update = messages.Update(0, 0, i, 1, -1, 0.0, 1, 0.0, 0, 1, pack(word, "word32"))
-        updates[i] = messages.to_bytes(update)
-    lap("to bytes")
-    for client_id, raw in updates.items():
-        wires.take(client_id, wires.couriers[client_id].outgoing(Parcel(raw, 0)))
-    lap("mask")
+    words = timed("encode", lambda: {i: (grid.encode(delta), 1) for i, delta in deltas.items()})
+    updates = {
+        i: messages.to_bytes(messages.Update(0, 0, i, 1, -1, 0.0, 1, 0.0, 0, 1, pack(word, "word32")))
+        for i, (word, _) in words.items()
+    }
+    timed("mask", lambda: [wires.take(i, wires.couriers[i].outgoing(Parcel(raw, 0))) for i, raw in updates.items()])
     came = {}
     for _ in updates:
         client_id, raw = wires.collector.receive(1.0, "the updates")
         update = messages.from_bytes(raw)
         assert isinstance(update, messages.Update)
         came[client_id] = update.delta.values, 1
-    before = wires.wire_bytes
-    lap("receive")
-    masks = wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS)
-    lap("unmask")
-    masked_fold = FixedPointAggregation(grid, Rule())
-    masked_fold.masks = masks
-    masked = masked_fold.fold(came)
-    lap("fold masked")
-    plain = FixedPointAggregation(grid, Rule()).fold(words)
-    lap("fold plain")
+    before, masked_fold = wires.wire_bytes, FixedPointAggregation(grid, Rule())
+    masked_fold.masks = timed("unmask", lambda: wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS))
+    masked, plain = masked_fold.fold(came), FixedPointAggregation(grid, Rule()).fold(words)
     first = min(came)
     return {
         "elements": size,
