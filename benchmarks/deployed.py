@@ -387,9 +387,9 @@ class Deployment:
             self._start_site(link, keys, self.swallower.port if self.swallower else port)
         (folder / "app").mkdir()
         (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
-        self._run_id, self._is_watching = processes.submit(files, folder / "app"), True
+        self._run_id, self._is_over = processes.submit(files, folder / "app"), threading.Event()
         threading.Thread(target=self._watch_memory, daemon=True).start()
-        stack.callback(self._stop_watching)
+        stack.callback(self._is_over.set)
 
     def result(self, meanwhile: Callable[[Deployment], None]) -> Found:
         """Wait for the end of the run; return what the server wrote, and what the sites' processes noted."""
@@ -440,12 +440,11 @@ class Deployment:
     def _watch_memory(self) -> None:
         """Keep the most that any process of each kind has had; those of this deployment have its folder at home."""
         mark = f"FLWR_HOME={self._folder}".encode()
-        while self._is_watching:
+        while not self._is_over.wait(0.5):
             for process in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):  # it has just ended
                     if mark in (process / "environ").read_bytes():
                         self._note_peak(process)
-            time.sleep(0.5)
 
     def _note_peak(self, process: Path) -> None:
         words = [(process / "comm").read_text().strip()]
@@ -453,9 +452,6 @@ class Deployment:
         peaks = re.findall(r"VmHWM:\s+(\d+)", (process / "status").read_text())
         for role in [role for name, role in ROLES.items() if name in words][:1]:
             self.peaks[role] = max([self.peaks.get(role, 0), *(1024 * int(peak) for peak in peaks)])
-
-    def _stop_watching(self) -> None:
-        self._is_watching = False
 
 
 def stamp_lines(source: IO[bytes], path: Path) -> None:

@@ -132,10 +132,15 @@ def measure_steps(model: PreTrainedModel, options: Options) -> Found:
     found = torch.cat([plain.get_parameter(name).data.view(-1) for name in replica.blocks[last].parameter_names])
     same = torch.allclose(visit(chosen[-1]), found.float(), rtol=1e-4, atol=1e-6)
     seconds = take_turns(ways, chosen, options)
+
+    def of_blocks(name: str) -> float:  # a block's step over that of another way, both in the same turn
+        turns = [zip(seconds["block"][b], seconds[name][b], strict=True) for b in chosen]
+        return fmean(median(own / other for own, other in pairs) for pairs in turns)
+
     return {
         "by_hand_ends_with_the_same_block": same,
         "step_s": {name: fmean(map(median, of_way.values())) for name, of_way in seconds.items()},
-        "ratios": {name: ratio_to(seconds["block"], seconds[name]) for name in ways if name != "block"},
+        "ratios": {name: of_blocks(name) for name in ways if name != "block"},
         "peak_bytes_beside_the_model": peaks,
         "samples_s": seconds,
     }
@@ -181,11 +186,6 @@ def take_turns(
         if repeat or options.smoke:  # the first turn warms up
             seconds[name][b].append((time.process_time() - began) / options.steps)
     return seconds
-
-
-def ratio_to(own: dict[int, list[float]], other: dict[int, list[float]]) -> float:
-    """Return the time of a block step over that of another way, both in the same turn."""
-    return fmean(median(a / b for a, b in zip(own[block], other[block], strict=True)) for block in own)
 
 
 def peak_bytes(way: Callable[[], object]) -> int:
