@@ -7,16 +7,10 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 SETTINGS = "PARABLOCK_FLOWER_BENCHMARK"
-
-
-def epoch_s() -> float:
-    """Return the seconds since 1970."""
-    return datetime.now(UTC).timestamp()
 
 
 def settings() -> tuple[dict[str, Any], int, Any]:
@@ -50,7 +44,7 @@ def serve(grid: Any, context: Any) -> None:
     form = Differences(encoding)
     plan = ServerPlan(sites, rounds, delay, "cyclic", 1.0, 0, form, FixedSteps(1), 900.0, 0)
     opening = Request("benchmark", str(context.run_id), None, "", "")
-    transport = GridTransport(grid, sites, opening, epoch_s=epoch_s, tell=print)
+    transport = GridTransport(grid, sites, opening, epoch_s=time.time, tell=print)
     transport.gather(300.0)
     trace, commits = Trace(RealClock()), list[float]()
     hooks = Hooks(on_commit=lambda *_: commits.append(trace.clock.now()), on_checkpoint=lambda _: None)
@@ -61,7 +55,7 @@ def serve(grid: Any, context: Any) -> None:
 
     run_over_flower(EngineInput(plan, client, take_params, (), trace, hooks), transport)
     spans = [[s.client_id, s.activity, s.start_s, s.duration_s, dict(s.facts)] for s in trace.spans]
-    found = {"commits": commits, "spans": spans, "epoch_s": epoch_s() - trace.clock.now()}
+    found = {"commits": commits, "spans": spans, "epoch_s": time.time() - trace.clock.now()}
     beside = Path(wanted["output"] + ".partial")
     beside.write_text(json.dumps(found))
     beside.rename(wanted["output"])
@@ -106,7 +100,7 @@ def train(client_id: int, state_dir: Path, session: Path) -> None:
         secret_of(state_dir),
         SessionFolder(state_dir, session.parent.name, session.name.removeprefix("session-")),
         trace,
-        epoch_s=epoch_s() - trace.clock.now(),
+        epoch_s=time.time() - trace.clock.now(),
         lease_s=600.0,
     )
     state = initial_client(tuple(torch.zeros(elements) for _ in range(wanted["blocks"])))
@@ -130,9 +124,9 @@ def _client() -> Any:
 
     @app.train()
     def exchange(message: Any, context: Any) -> Any:
-        entered_s = epoch_s()
+        entered_s = time.time()
         reply = courier(message, context)
-        stamps = {"carries": context.node_config["carries"], "entered_s": entered_s, "left_s": epoch_s()}
+        stamps = {"carries": context.node_config["carries"], "entered_s": entered_s, "left_s": time.time()}
         with (Path(str(context.node_config["state"])) / "couriers.jsonl").open("a") as file:
             file.write(json.dumps(stamps) + "\n")
         return reply

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -96,21 +95,25 @@ class Benchmark:
         return str(ABOUT[self.name]["example"])
 
 
-def benchmark(
-    measure: Callable[[Options], None], made: Callable[[Found], Found] | None = None, **options: Any
-) -> Benchmark:
-    """Make a subcommand; without what makes its section, this is a table of the rows of its results."""
-    name, where = measure.__name__, ABOUT[measure.__name__].get("rows")
+def benchmarks(names: Mapping[str, Any], **options: Found) -> list[Benchmark]:
+    """Make the subcommands of a file; a section is made by `NAME_section`, or is a table of the results."""
 
-    def of_rows(found: Found) -> Found:
-        rows = found["results"][where] if where else found["results"]
-        return section(name, found, table_of(rows, ABOUT[name]["columns"]))
+    def of_rows(name: str, found: Found) -> Found:
+        where, columns = ABOUT[name].get("rows"), ABOUT[name]["columns"]
+        return section(name, found, table_of(found["results"][where] if where else found["results"], columns))
 
-    return Benchmark(measure, made or of_rows, ABOUT[name]["options"] | options)
+    return [
+        Benchmark(
+            names[name],
+            names.get(f"{name}_section", partial(of_rows, name)),
+            ABOUT[name]["options"] | options.get(name, {}),
+        )
+        for name in ABOUT
+        if "example" in ABOUT[name] and callable(names.get(name))
+    ]
 
 
 def main(description: str | None, benchmarks: Sequence[Benchmark]) -> None:
-    """Read the command line, and run the benchmark that it names."""
     options = make_parser(description, benchmarks).parse_args()
     chosen = next(each for each in benchmarks if each.name == options.benchmark)
     if options.smoke:
@@ -169,7 +172,6 @@ def record(options: Options, results: Any, bars: Sequence[Bar], config: Any = No
 
 
 def write(path: Path, content: Found) -> None:
-    """Write a record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -182,7 +184,6 @@ def section(name: str, found: Found, *parts: str | Found, more: str = "", **fact
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Found:
-    """Make a table of a section."""
     return {"columns": list(columns), "rows": [list(row) for row in rows]}
 
 
@@ -207,7 +208,6 @@ def grouped(rows: Sequence[Found], key: str) -> dict[Any, list[Found]]:
 
 
 def facts(options: Options) -> Found:
-    """Tell what ran where."""
     told = {name: value for name, value in vars(options).items() if name not in ("section", "section_only")}
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
@@ -362,22 +362,16 @@ def fresh_folder(options: Options) -> Path:
 
 
 def run_quietly(config: RunConfig, directory: Path) -> Found:
-    """Run without a word and return the summary."""
     return run(config, directory, progress=QUIET)
 
 
 class Kept:
-    """A complete run of a configuration: one that is there, or one that is run, resumed or lengthened now."""
+    """A complete run of a configuration: one that is there, or one that is run or resumed now."""
 
-    def __init__(self, config: RunConfig, options: Options, name: str, shorter: Kept | None = None) -> None:
+    def __init__(self, config: RunConfig, options: Options, name: str) -> None:
         digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
         self.config, self.directory = config, RunDirectory(Path(options.work_dir) / f"{name}-{digest}")
         directory, self.name = self.directory, self.directory.path.name
-        if shorter and not directory.config.exists():  # go on from its last checkpoint
-            assert config.train.lr_scheduler_type == "constant" and not config.train.warmup_ratio
-            directory.create(config.to_yaml(), shorter.directory.read_manifest())
-            shutil.copyfile(shorter.directory.metrics, directory.metrics)
-            shutil.copytree(shorter.directory.checkpoints, directory.checkpoints, dirs_exist_ok=True)
         complete = directory.summary.exists() and directory.read_summary().get("status") == "completed"
         if not complete and directory.config.exists():
             resume(directory.path, progress=QUIET)
@@ -385,9 +379,7 @@ class Kept:
             run_quietly(config, directory.path)
         self.summary, self.rows = directory.read_summary(), metrics_of(directory.path)
         self.loss: float = self.summary["final_eval_loss"]
-        # what both runs have counts for what it took in the shorter one, which did not make an exchange twice
-        taken = [row["round_s"] for row in shorter.rows] if shorter else []
-        seconds = accumulate(taken + [row["round_s"] for row in self.rows[len(taken) :]])
+        seconds = accumulate(row["round_s"] for row in self.rows)
         self.curve = [
             [s, row["eval_loss"]] for s, row in zip(seconds, self.rows, strict=True) if row["eval_loss"] is not None
         ]
@@ -401,5 +393,4 @@ class Kept:
 
 
 def metrics_of(directory: Path) -> list[Found]:
-    """Read the rounds of a run."""
     return [json.loads(line) for line in RunDirectory(directory).metrics.read_text(encoding="utf-8").splitlines()]

@@ -19,11 +19,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -31,15 +32,15 @@ from typing import IO, Any
 
 import _record as kit
 from _flower_apps import SETTINGS
-from _record import Bar, Found, Options, benchmark, main, record, section, table
+from _record import Bar, Found, Options, benchmarks, main, record, section, table, table_of
 
 from parablock.deploy import processes
 from parablock.deploy.credentials import make_keys
 from parablock.deploy.processes import LANES, ServerFiles, server_environment, supernode_command
 
 SITES, ROUNDS, REPEATS, MBPS, MEGABYTES, LARGE_MEGABYTES = 2, 6, 3, 200.0, 100.0, 400.0
-OUTAGE_S, SLOW_MBPS, LAYER_MB = 60.0, 4.0, 116.0
-"""An outage, a slow link, and a layer of Llama-3-8B in int4."""
+OUTAGE_S, SLOW_MBPS, LAYER_MB, PATIENCE_S = 60.0, 4.0, 116.0, 3600.0
+"""An outage, a slow link, a layer of Llama-3-8B in int4, and how long a run may take."""
 
 WIRE_S = 2 * MEGABYTES * 8 / MBPS
 """The seconds that a block takes on the wire, up and down."""
@@ -89,13 +90,6 @@ class Wanted:
     repeat: int = 0
     direction: str = ""  # that is slow and disturbed
     disturbance: str = ""
-
-    @property
-    def patience_s(self) -> float:
-        """How long the whole may take."""
-        slowest = min(self.up_mbps or 1000.0, self.down_mbps or 1000.0)
-        carried_s = 60 + 4 * 8 * self.megabytes / slowest  # several sites share this machine
-        return 180 + self.rounds * (5 * self.compute_s + carried_s * max(1, self.sites - 1))
 
 
 def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
@@ -190,33 +184,33 @@ def bars_of(rows: list[Row]) -> list[Bar]:
                 return round_s(rows, scenario, delay=delay, secure=True, supernodes=many)
         raise ValueError(scenario)
 
-    def warm(is_warm: bool) -> float:
-        return round_s(rows, "empty", warm=is_warm)
+    def faster(scenario: str, *supernodes: int) -> float:
+        return at(scenario, 1, *supernodes) / at(scenario, 0, *supernodes)
 
-    def compute_s() -> float:
-        return max(row["compute_s"] for row in of(rows, BALANCED))
+    def balanced() -> float:
+        compute_s = max(row["compute_s"] for row in of(rows, BALANCED))
+        return at(BALANCED, 1) / max(compute_s, at(BALANCED, 0) - compute_s)
 
-    add("seconds of an empty exchange", 5.0, lambda: warm(True))
+    warm, cold = (partial(round_s, rows, "empty", warm=is_warm) for is_warm in (True, False))
+    add("seconds of an empty exchange", 5.0, warm)
     name = "an empty exchange: a forked ClientApp / one that starts from nothing"
-    add(name, 0.85, lambda: warm(True) / warm(False))
+    add(name, 0.85, lambda: warm() / cold())
     for many, which in ((2, "two SuperNodes a site"), (1, "one SuperNode a site")):
-        name = f"wire = compute, {which}: delay 1 / delay 0"
-        add(name, 0.65, lambda many=many: at(EQUAL, 1, many) / at(EQUAL, 0, many))
+        add(f"wire = compute, {which}: delay 1 / delay 0", 0.65, partial(faster, EQUAL, many))
         name = f"an exchange / its time on the wire, {which}"
         add(name, 1.6, lambda many=many: (at(EQUAL, 0, many) - WIRE_S) / WIRE_S)
     add("covered: round / compute at delay 1", 1.06, lambda: at(LONG, 1) / (2.5 * WIRE_S))
-    add("covered: delay 1 / delay 0", 0.60, lambda: at(LONG, 1) / at(LONG, 0))
-    name = "exchange = compute: round at delay 1 / max(compute, exchange through Flower)"
-    add(name, 1.05, lambda: at(BALANCED, 1) / max(compute_s(), at(BALANCED, 0) - compute_s()))
-    add("exchange = compute: delay 1 / delay 0", 0.60, lambda: at(BALANCED, 1) / at(BALANCED, 0))
+    add("covered: delay 1 / delay 0", 0.60, partial(faster, LONG))
+    add("exchange = compute: round at delay 1 / max(compute, exchange through Flower)", 1.05, balanced)
+    add("exchange = compute: delay 1 / delay 0", 0.60, partial(faster, BALANCED))
     name = "30 Mbit/s, delay 1: a round with two SuperNodes a site / with one"
     add(name, 0.75, lambda: at(HOSPITAL, 1, 2) / at(HOSPITAL, 1, 1))
-    add("TLS and node keys / insecure, in turn", 1.10, lambda: tls(rows))
+    add("TLS and node keys / insecure, in turn", 1.10, partial(tls, rows))
     for way in ("up", "down"):
-        add(f"slow link, {way}: bytes sent again / a part", 1.0, lambda way=way: again(rows, way))
+        add(f"slow link, {way}: bytes sent again / a part", 1.0, partial(again, rows, way))
     for role, limit in (("ServerApp", 4.0), ("ClientApp", 3.0)):
         peaks = [row["peak_bytes"][role] / (row["megabytes"] * 1e6) for row in of(rows, "memory")]
-        add(f"peak memory of the {role}, in blocks", limit, lambda peaks=peaks: max(peaks))
+        add(f"peak memory of the {role}, in blocks", limit, partial(max, peaks))
     return made
 
 
@@ -240,24 +234,21 @@ def again(rows: list[Row], direction: str) -> float:
 
 def flower_section(found: Found) -> Found:
     rows: list[Row] = found["results"]
-    slow_rows = [row for row in rows if row.get("disturbance")]
-    parts: list[str | Found] = [
-        kit.ABOUT["flower"]["covered"],
+    said, slow_rows, memories = (
+        kit.ABOUT["flower"],
+        [row for row in rows if row.get("disturbance")],
+        of(rows, "memory"),
+    )
+    parts = [
+        said["covered"],
         rounds_table([row for row in rows if row["scenario"] != "memory" and "rounds" in row]),
     ]
-    chains = [row for row in rows if row["scenario"] in ("empty", EQUAL) and row.get("chain")]
-    if chains:
+    if chains := [row for row in rows if row["scenario"] in ("empty", EQUAL) and row.get("chain")]:
         parts += ["Where each second of a round goes, at delay 0:", chain_table(chains)]
     if slow_rows:
-        of_it = f"{slow_rows[0]['megabytes']:g} MB, {slow_rows[0]['mbps']:g} Mbit/s in one direction"
-        lines = [
-            [f"{row['direction']}, {row['disturbance']}", f"{row['seconds']:.0f}"]
-            + [f"{row[key] / 1e6:.1f}" for key in ("wire_bytes", "part_bytes")]
-            for row in slow_rows
-        ]
-        head = ["direction, disturbed by", "seconds", "MB on the wire", "MB of a part"]
-        parts += [f"One round of {of_it}, on a busy machine:", table(head, lines)]
-    if memories := of(rows, "memory"):
+        told = [row | {f"mega_{key}": row[key] / 1e6 for key in ("wire_bytes", "part_bytes")} for row in slow_rows]
+        parts += [said["slow"].format(**slow_rows[0]), table_of(told, said["slow_columns"])]
+    if memories:
         heads = [f"{row['sites']} sites, {row['megabytes']:g} MB: GB (blocks)" for row in memories]
         size, peaks_of_rows = memories[0]["megabytes"] * 1e6, [row["peak_bytes"] for row in memories]
         lines = [
@@ -270,28 +261,27 @@ def flower_section(found: Found) -> Found:
 
 
 def rounds_table(rows: list[Row]) -> Found:
-    groups: dict[tuple[Any, ...], list[float]] = {}
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in rows:
         way = f"{row['scenario']}: delay {row['delay']}{'' if row['secure'] else ', without TLS'}"
         way += (", one SuperNode" if row["supernodes"] == 1 else "") + ("" if row["warm"] else COLD)
-        groups.setdefault((way, row["megabytes"], row["compute_s"]), []).extend(row["rounds"])
-    lines = []
-    for (way, mega, compute_s), found in groups.items():
-        spread = f"{min(found):.1f} … {max(found):.1f} ({len(found)})"
-        seconds = (f"{compute_s:g}", f"{median(found):.1f}", f"{median(found) - compute_s:.1f}")
-        lines.append([way, f"{mega:g}", *seconds, spread])
-    head = ["scenario", "MB each way", "computation, s", "round, s (median)", "exchange, s"]
-    return table([*head, "from … to (rounds)"], lines)
+        groups[way, row["megabytes"], row["compute_s"]] += row["rounds"]
+    lines = [
+        {"way": way, "mega": mega, "compute_s": compute_s, "rounds": len(found), "least": min(found)}
+        | {"most": max(found), "median": median(found), "exchange_s": median(found) - compute_s}
+        for (way, mega, compute_s), found in groups.items()
+    ]
+    return table_of(lines, kit.ABOUT["flower"]["columns"])
 
 
 COLD = ", ClientApps from nothing"
 
 
 def chain_table(rows: list[Row]) -> Found:
-    groups: dict[str, list[Mapping[str, float]]] = {}
+    groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for row in rows:
         which = ("one SuperNode" if row["supernodes"] == 1 else "two SuperNodes") + ("" if row["warm"] else COLD)
-        groups.setdefault(f"{row['scenario']}, {which}", []).append(row["chain"])
+        groups[f"{row['scenario']}, {which}"].append(row["chain"])
     columns = [{name: median(chain[name] for chain in found) for name in found[0]} for found in groups.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     lines = [[name, *(f"{column[name]:.2f}" if name in column else "" for column in columns)] for name in names]
@@ -397,13 +387,13 @@ class Deployment:
             self._start_site(link, keys, self.swallower.port if self.swallower else port)
         (folder / "app").mkdir()
         (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
-        self._run_id, self._is_watching = processes.submit(files, folder / "app"), True
+        self._run_id, self._is_over = processes.submit(files, folder / "app"), threading.Event()
         threading.Thread(target=self._watch_memory, daemon=True).start()
-        stack.callback(self._stop_watching)
+        stack.callback(self._is_over.set)
 
     def result(self, meanwhile: Callable[[Deployment], None]) -> Found:
         """Wait for the end of the run; return what the server wrote, and what the sites' processes noted."""
-        give_up, log = time.monotonic() + self._wanted.patience_s, self._folder / "superlink.log"
+        give_up, log = time.monotonic() + PATIENCE_S, self._folder / "superlink.log"
         while not self.output.exists():
             has_ended = re.search(rf"Finished task \d+ of run {self._run_id}", log.read_text(errors="replace"))
             if (has_ended or time.monotonic() > give_up) and not self.output.exists():
@@ -449,37 +439,25 @@ class Deployment:
 
     def _watch_memory(self) -> None:
         """Keep the most that any process of each kind has had; those of this deployment have its folder at home."""
-        mark, foreign = f"FLWR_HOME={self._folder}".encode(), set[str]()
-        while self._is_watching:
+        mark = f"FLWR_HOME={self._folder}".encode()
+        while not self._is_over.wait(0.5):
             for process in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):  # it has just ended
-                    if process.name in foreign:
-                        continue
-                    if mark not in (process / "environ").read_bytes():
-                        foreign.add(process.name)
-                    elif role := role_of(process):
-                        self.peaks[role] = max(self.peaks.get(role, 0), peak_of(process))
-            time.sleep(0.5)
+                    if mark in (process / "environ").read_bytes():
+                        self._note_peak(process)
 
-    def _stop_watching(self) -> None:
-        self._is_watching = False
+    def _note_peak(self, process: Path) -> None:
+        words = [(process / "comm").read_text().strip()]
+        words += [Path(part).name for part in (process / "cmdline").read_text(errors="replace").split("\0")[:3]]
+        peaks = re.findall(r"VmHWM:\s+(\d+)", (process / "status").read_text())
+        for role in [role for name, role in ROLES.items() if name in words][:1]:
+            self.peaks[role] = max([self.peaks.get(role, 0), *(1024 * int(peak) for peak in peaks)])
 
 
 def stamp_lines(source: IO[bytes], path: Path) -> None:
     with path.open("w", buffering=1) as log:
         for line in source:
-            log.write(f"{datetime.now(UTC).timestamp():.3f} {line.decode(errors='replace')}")
-
-
-def role_of(process: Path) -> str:
-    cmdline = (process / "cmdline").read_text(errors="replace").split("\0")
-    arguments = [(process / "comm").read_text().strip(), *(Path(part).name for part in cmdline[:3])]
-    return next((role for name, role in ROLES.items() if name in arguments), "")
-
-
-def peak_of(process: Path) -> int:
-    lines = (process / "status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+            log.write(f"{time.time():.3f} {line.decode(errors='replace')}")
 
 
 class Link:
@@ -557,7 +535,7 @@ class Swallower:
             end.close()
 
 
-BENCHMARKS = (benchmark(flower, flower_section),)
+BENCHMARKS = benchmarks(globals())
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

@@ -24,7 +24,7 @@ from typing import Any
 
 import _record as kit
 import torch
-from _record import Bar, Found, Options, benchmark, grouped, main, record, section, spread, table
+from _record import Bar, Found, Options, benchmarks, grouped, main, record, section, spread, table
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
@@ -219,13 +219,13 @@ SAME_S = 0.01
 
 
 def duel(
-    config_of: Callable[[int, bool], RunConfig], options: Options, name: str, *, goes_on: bool
+    config_of: Callable[[int, bool], RunConfig], options: Options, name: str
 ) -> tuple[list[kit.Kept], kit.Kept | None, float | None]:
     """Run FL-BCD, ParaBlock, and ParaBlock for longer where it is not as low; return also the ratio of times."""
     runs = [kit.Kept(config_of(delay, False), options, f"{name}-delay-{delay}") for delay in (0, 1)]
     longer, reached = None, first_time(runs[1].curve, runs[0].loss)
     if reached is None:
-        longer = kit.Kept(config_of(1, True), options, f"{name}-longer", runs[1] if goes_on else None)
+        longer = kit.Kept(config_of(1, True), options, f"{name}-longer")
         reached = first_time(longer.curve, runs[0].loss)
     return runs, longer, None if reached is None else reached / runs[0].curve[-1][0]
 
@@ -254,7 +254,7 @@ def quality(options: Options) -> None:
             }
             return kit.configured(material, balanced(material, options) | settings)
 
-        runs, longer, ratio = duel(config_of, options, f"{name}-seed-{seed}", goes_on=constant)
+        runs, longer, ratio = duel(config_of, options, f"{name}-seed-{seed}")
         told = [
             run.told("delay", "num_rounds", "uplink_bytes") | {"seconds": run.curve[-1][0], "curve": run.curve}
             for run in (*runs, *([longer] if longer else []))
@@ -400,7 +400,7 @@ def words(options: Options) -> None:
             }
             return kit.configured(material, balanced(material, options) | settings)
 
-        runs, longer, ratio = duel(config_of, options, f"alpha-{alpha:g}-seed-{seed}", goes_on=False)
+        runs, longer, ratio = duel(config_of, options, f"alpha-{alpha:g}-seed-{seed}")
         row: Found = {"alpha": alpha, "seed": seed, "time_ratio": ratio, "ratio": runs[1].loss / runs[0].loss}
         for name, run in zip(("fl_bcd", "parablock", "parablock, more rounds"), (*runs, longer), strict=True):
             if run is not None:
@@ -818,16 +818,7 @@ def peers_section(found: Found) -> Found:
     return section("peers", found, table(head, rows))
 
 
-BENCHMARKS = (
-    benchmark(rate, rate_section),
-    benchmark(ablations, ablations_section),
-    benchmark(quality, quality_section),
-    benchmark(words, words_section),
-    benchmark(methods, methods_section, only=list(NAMES)),
-    benchmark(model_ablations, model_ablations_section),
-    benchmark(formats, formats_section),
-    benchmark(peers, peers_section),
-)
+BENCHMARKS = benchmarks(globals(), methods={"only": list(NAMES)})
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

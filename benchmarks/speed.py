@@ -1,4 +1,4 @@
-"""How fast: a local step, the wire, overlap in real time, slow links, many clients, a plan.
+"""How fast: a local step, the wire, overlap in real time, slow links, many clients, an earlier commit.
 
 .venv/bin/python benchmarks/speed.py step
 """
@@ -9,21 +9,24 @@ import copy
 import ctypes
 import multiprocessing
 import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, mkdtemp
 from typing import Any
 
 import _record as kit
 import psutil
 import torch
-from _record import Bar, Found, Options, benchmark, main, record, section, table, table_of
+from _record import Bar, Found, Options, benchmarks, main, record, section, table, table_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -41,7 +44,6 @@ from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
 from parablock.model.pretrained import load_model, outline_model
-from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
 from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
@@ -130,10 +132,15 @@ def measure_steps(model: PreTrainedModel, options: Options) -> Found:
     found = torch.cat([plain.get_parameter(name).data.view(-1) for name in replica.blocks[last].parameter_names])
     same = torch.allclose(visit(chosen[-1]), found.float(), rtol=1e-4, atol=1e-6)
     seconds = take_turns(ways, chosen, options)
+
+    def of_blocks(name: str) -> float:  # a block's step over that of another way, both in the same turn
+        turns = [zip(seconds["block"][b], seconds[name][b], strict=True) for b in chosen]
+        return fmean(median(own / other for own, other in pairs) for pairs in turns)
+
     return {
         "by_hand_ends_with_the_same_block": same,
         "step_s": {name: fmean(map(median, of_way.values())) for name, of_way in seconds.items()},
-        "ratios": {name: ratio_to(seconds["block"], seconds[name], chosen) for name in ways if name != "block"},
+        "ratios": {name: of_blocks(name) for name in ways if name != "block"},
         "peak_bytes_beside_the_model": peaks,
         "samples_s": seconds,
     }
@@ -172,26 +179,13 @@ def take_turns(
     ways: dict[str, Callable[[int], object]], chosen: list[int], options: Options
 ) -> dict[str, dict[int, list[float]]]:
     """Time every way on every block `repeats` times, one after the other; all in seconds per step."""
-    seconds: dict[str, dict[int, list[float]]] = {
-        name: {b: [] for b in (chosen[:1] if name in ("full", "lora") else chosen)}  # these know no blocks
-        for name in ways
-    }
-    for repeat in range(options.repeats + 1):
-        for b in chosen:
-            for name, way in ways.items():
-                if b in seconds[name]:
-                    began = time.process_time()
-                    way(b)
-                    if repeat or options.smoke:  # the first turn warms up
-                        seconds[name][b].append((time.process_time() - began) / options.steps)
+    seconds: dict[str, dict[int, list[float]]] = {name: {b: [] for b in chosen} for name in ways}
+    for repeat, b, (name, way) in product(range(options.repeats + 1), chosen, ways.items()):
+        began = time.process_time()
+        way(b)
+        if repeat or options.smoke:  # the first turn warms up
+            seconds[name][b].append((time.process_time() - began) / options.steps)
     return seconds
-
-
-def ratio_to(own: dict[int, list[float]], other: dict[int, list[float]], chosen: list[int]) -> float:
-    """Return the time of a block step over that of another way, both in the same turn where they share blocks."""
-    if len(other) < len(chosen):
-        return fmean(median(own[b]) for b in chosen) / median(other[chosen[0]])
-    return fmean(median(a / b for a, b in zip(own[block], other[block], strict=True)) for block in chosen)
 
 
 def peak_bytes(way: Callable[[], object]) -> int:
@@ -407,15 +401,9 @@ def overlap(options: Options) -> None:
                 kit.run_quietly(config, folder / f"{repeat}-load-{load:g}-delay-{delay}")
                 for delay, config in enumerate(configs)
             )
-            found.append(
-                {"load": load, "ratio": one["wall_time_s"] / zero["wall_time_s"]}
-                | {
-                    "link": {"compute_s": compute_s, "bytes": num_bytes, "mbps": mbps},
-                    "delay_0": zero,
-                    "delay_1": one,
-                }
-                | {"calibration": calibration}
-            )
+            row = {"load": load, "ratio": one["wall_time_s"] / zero["wall_time_s"], "delay_0": zero, "delay_1": one}
+            facts = {"compute_s": compute_s, "bytes": num_bytes, "mbps": mbps}
+            found.append(row | {"link": facts, "calibration": calibration})
     bars = []
     for load in options.loads:
         same = [row for row in found if row["load"] == load]
@@ -452,7 +440,6 @@ def slow_link(options: Options) -> None:
 
 
 def first_block(model: PreTrainedModel) -> int:
-    """Count the parameters of a model's first block, which is one layer."""
     return partition_blocks(model, layers_per_block=1)[0].num_parameters
 
 
@@ -556,54 +543,48 @@ def bandwidths(size: str, options: Options) -> list[Found]:
     return rows
 
 
-# -- plan
-def plan(options: Options) -> None:
-    """Measure what `parablock plan --probe` predicts against what a run then measures."""
-    folder = kit.fresh_folder(options)
-    material = kit.material_of(options, "ag_news", "gigaword", "social_i_qa", num_clients=3)
+# -- beside an earlier commit
+def before(options: Options) -> None:
+    """Compare the processor time of whole commands with that at an earlier commit, in turns."""
+    folder = kit.fresh_folder(options).resolve()
+    material = kit.generated(folder / "material", num_clients=2, examples_per_client=100)
     configs = {
-        name: kit.configured(material, kit.training(options) | kit.link(case["mbps"]) | case["settings"])
-        for name, case in kit.ABOUT["plan"]["cases"].items()
+        name: kit.configured(material, kit.training(options) | case["settings"])
+        for name, case in kit.ABOUT["before"]["cases"].items()
     }
-    found: dict[str, list[tuple[Found, Found]]] = {name: [] for name in configs}
-    for repeat in range(options.repeats):
-        for number, (name, config) in enumerate(configs.items()):
-            before, during = predicted(config), measured(config, folder / f"{number}-{repeat}")
-            after = predicted(config)
-            found[name].append(({key: (before[key] + after[key]) / 2 for key in before}, during))
-    rows = []
-    for name, pairs in found.items():
-        for key in pairs[0][0]:
-            said, was = (median(pair[side][key] for pair in pairs) for side in (0, 1))
-            rows.append({"case": name, "key": key, "predicted": said, "measured": was, "ratio": said / was})
-    bars = [Bar(f"{r['case']}: |{r['key']} predicted / measured − 1|", abs(r["ratio"] - 1), 0.15) for r in rows]
-    shown = {name: config.model_dump(mode="json") for name, config in configs.items()}
-    record(options, {"medians": rows, "repeats": found}, bars, shown)
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in configs}
+    with TemporaryDirectory() as place, ExitStack() as stack:
+        git, earlier = ["git", "-C", str(kit.REPOSITORY), "worktree"], Path(place) / "parablock"
+        subprocess.run([*git, "add", "--quiet", "--detach", str(earlier), options.against], check=True)
+        stack.callback(subprocess.run, [*git, "remove", "--force", str(earlier)], check=True)
+        for repeat, (name, config) in product(range(options.repeats + 1), configs.items()):
+            command = kit.ABOUT["before"]["cases"][name]["command"]
+            now_s, then_s = (processor_s(tree, folder, command, config) for tree in (kit.REPOSITORY, earlier))
+            if repeat or options.smoke:  # the first turn fills caches
+                pairs[name].append((now_s, then_s))
+    rows = [
+        {"command": name, "now_s": median(now for now, _ in of_it), "before_s": median(then for _, then in of_it)}
+        | {"ratio": median(now / then for now, then in of_it), "pairs": of_it}
+        for name, of_it in pairs.items()
+    ]
+    bars = [Bar(f"{row['command']}: processor seconds now / before", row["ratio"], 1.02) for row in rows]
+    record(options, rows, bars, {name: config.model_dump(mode="json") for name, config in configs.items()})
 
 
-def predicted(config: RunConfig) -> Found:
-    """Return what a plan says of a round."""
-    made = make_plan(config, probe=True)
-    times = {key: getattr(made, key) for key in ("compute_s", "communication_s", "round_s")}
-    return times | {"bytes_per_client_round": made.bytes_per_client_round[config.wire.format]}
+def processor_s(tree: Path, folder: Path, command: str, config: RunConfig) -> float:
+    """Run a command of a source tree; return the processor seconds that it and its children took."""
+    place = Path(mkdtemp(dir=folder))
+    (place / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    line = [sys.executable, "-m", "parablock", command, str(place / "config.yaml")]
+    line += ["--output-dir", str(place / "run")] if command == "run" else []
+    since = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    subprocess.run(line, check=True, env=environment, stdout=subprocess.DEVNULL)
+    found = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found.ru_utime + found.ru_stime - since.ru_utime - since.ru_stime
 
 
-def measured(config: RunConfig, directory: Path) -> Found:
-    """Run, and return what the summary says of a round."""
-    summary = kit.run_quietly(config, directory)
-    names = {"compute_s": "compute_s", "communication_s": "communication_s", "round_s": "wall_time_s"}
-    times = {name: summary[key] / summary["num_rounds"] for name, key in names.items()}
-    return times | {"bytes_per_client_round": summary["bytes_per_client_round"]}
-
-
-BENCHMARKS = (
-    benchmark(step, step_section),
-    benchmark(wire, wire_section),
-    benchmark(overlap),
-    benchmark(slow_link),
-    benchmark(scale, scale_section),
-    benchmark(plan),
-)
+BENCHMARKS = benchmarks(globals())
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

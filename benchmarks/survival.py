@@ -29,7 +29,7 @@ from typing import Any
 import _record as kit
 import numpy as np
 import torch
-from _record import Bar, Found, Options, benchmark, main, record, section, spread, table, table_of
+from _record import Bar, Found, Options, benchmarks, main, record, section, spread, table, table_of
 from torch import Tensor
 
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
@@ -598,42 +598,32 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
     grid = FixedPointGrid(1.0, CLIENTS)
     sending = [i for i in everybody if i not in DROPPING]
     deltas = {i: torch.randn(size, generator=generator) / math.sqrt(4 * size) for i in sending}
-    seconds, since = dict[str, float](), time.perf_counter()
+    seconds = dict[str, float]()
 
-    def lap(what: str) -> None:
-        nonlocal since
-        seconds[what], since = time.perf_counter() - since, time.perf_counter()
+    def timed(what: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        done = work()
+        seconds[what] = time.perf_counter() - began
+        return done
 
     wires = Wires(Cohorts(CLIENTS, dict.fromkeys(range(num_rounds), everybody)))
     wires.collector.send(0, Parcel(messages.to_bytes(messages.Mark(0, False)), 0))
     setup_bytes = wires.wire_bytes
-    lap("agree")
-    words = {i: (grid.encode(delta), 1) for i, delta in deltas.items()}
-    lap("encode")
-    updates = {}
-    for i, (word, _) in words.items():
-        update = messages.Update(0, 0, i, 1, -1, 0.0, 1, 0.0, 0, 1, pack(word, "word32"))
-        updates[i] = messages.to_bytes(update)
-    lap("to bytes")
-    for client_id, raw in updates.items():
-        wires.take(client_id, wires.couriers[client_id].outgoing(Parcel(raw, 0)))
-    lap("mask")
+    words = timed("encode", lambda: {i: (grid.encode(delta), 1) for i, delta in deltas.items()})
+    updates = {
+        i: messages.to_bytes(messages.Update(0, 0, i, 1, -1, 0.0, 1, 0.0, 0, 1, pack(word, "word32")))
+        for i, (word, _) in words.items()
+    }
+    timed("mask", lambda: [wires.take(i, wires.couriers[i].outgoing(Parcel(raw, 0))) for i, raw in updates.items()])
     came = {}
     for _ in updates:
         client_id, raw = wires.collector.receive(1.0, "the updates")
         update = messages.from_bytes(raw)
         assert isinstance(update, messages.Update)
         came[client_id] = update.delta.values, 1
-    before = wires.wire_bytes
-    lap("receive")
-    masks = wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS)
-    lap("unmask")
-    masked_fold = FixedPointAggregation(grid, Rule())
-    masked_fold.masks = masks
-    masked = masked_fold.fold(came)
-    lap("fold masked")
-    plain = FixedPointAggregation(grid, Rule()).fold(words)
-    lap("fold plain")
+    before, masked_fold = wires.wire_bytes, FixedPointAggregation(grid, Rule())
+    masked_fold.masks = timed("unmask", lambda: wires.collector.masks_of(0, sorted(came), size + EXTRA_WORDS))
+    masked, plain = masked_fold.fold(came), FixedPointAggregation(grid, Rule()).fold(words)
     first = min(came)
     return {
         "elements": size,
@@ -672,22 +662,11 @@ def fuzz(options: Options) -> None:
     folder = kit.fresh_folder(options).resolve()
     if options.engine not in ("drawn", "atheris"):
         sys.exit(f"--engine {options.engine}: mutations are drawn, or chosen by atheris")
-    if options.engine == "atheris":
-        texts = map(str.encode, valid_texts())
-        found = {
-            "messages": guided("messages", valid_messages(), options.messages, options.seed, folder),
-            "configurations": guided("configurations", texts, options.configs, options.seed, folder),
-        }
-    else:
-        found = {}
-        for name, inputs in (("messages", mutated_messages), ("configurations", mutated_texts)):
-            tally = Tally(reader(name, folder / "run.yaml"))
-            for raw in inputs(options):
-                tally.read(raw)
-            found[name] = tally.result()
-    bars = [
-        Bar("messages", found["messages"]["tried"], options.messages, at_most=False),
-        Bar("configurations", found["configurations"]["tried"], options.configs, at_most=False),
+    mutate = guided if options.engine == "atheris" else drawn
+    numbers = {"messages": options.messages, "configurations": options.configs}
+    found = {name: mutate(name, number, options.seed, folder) for name, number in numbers.items()}
+    bars = [Bar(name, found[name]["tried"], number, at_most=False) for name, number in numbers.items()]
+    bars += [
         Bar("foreign exceptions", sum(part["foreign"] for part in found.values()), 0),
         Bar("slowest of all, seconds", max(part["slowest_s"] for part in found.values()), 5.0),
         Bar("growth of memory, MiB", max(part["memory_growth_mib"] for part in found.values()), 256),
@@ -706,8 +685,9 @@ def fuzz_section(found: Found) -> Found:
 class Tally:
     """Reads inputs, and counts what came of them: read, refused with an error of ours, a foreign exception."""
 
-    def __init__(self, read: Callable[[bytes], object]) -> None:
-        self._read, self._counts, self._foreign, self._slowest_s = read, Counter[str](), Counter[str](), 0.0
+    def __init__(self, what: str, place: Path) -> None:
+        self._place = None if what == "messages" else place  # a configuration is read from a file
+        self._counts, self._foreign, self._slowest_s = Counter[str](), Counter[str](), 0.0
         self._before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @property
@@ -718,7 +698,11 @@ class Tally:
         """Read one input."""
         began, what = time.perf_counter(), "read"
         try:
-            self._read(raw)
+            if self._place is None:
+                messages.from_bytes(raw)
+            else:
+                self._place.write_bytes(raw)
+                load_config(self._place)
         except (CodecError, ConfigError):
             what = "refused"
         except Exception as error:
@@ -734,23 +718,26 @@ class Tally:
         return found | {"slowest_s": self._slowest_s, "memory_growth_mib": grown}
 
 
-def reader(what: str, place: Path) -> Callable[[bytes], object]:
-    """Return what reads a message, or a configuration, which is written to a place before."""
+def drawn(what: str, number: int, seed: int, folder: Path) -> Found:
+    """Draw so many mutations at random; return what was counted."""
+    (valid, mutated), draw, tally = (
+        INPUTS[what],
+        generator_for(seed, f"fuzz {what}"),
+        Tally(what, folder / "run.yaml"),
+    )
+    seeds = list(valid())
+    for _ in range(number):
+        tally.read(mutated(one_of(seeds, draw), draw))
+    return tally.result()
 
-    def read_configuration(raw: bytes) -> object:
-        place.write_bytes(raw)
-        return load_config(place)
 
-    return messages.from_bytes if what == "messages" else read_configuration
-
-
-def guided(what: str, valid: Iterator[bytes], number: int, seed: int, folder: Path) -> Found:
+def guided(what: str, number: int, seed: int, folder: Path) -> Found:
     """Let atheris choose so many mutations, in a process of its own; return what it counted."""
     if find_spec("atheris") is None:
         sys.exit("--engine atheris needs atheris, which is no part of the extras: pip install atheris")
     corpus, output = folder / what, folder / f"{what}.json"
     corpus.mkdir()
-    for place, raw in enumerate(valid):
+    for place, raw in enumerate(INPUTS[what][0]()):
         (corpus / f"valid-{place}").write_bytes(raw)
     command = [sys.executable, "-c", GUIDED, what, str(corpus), str(number), str(seed), str(output)]
     with output.with_suffix(".log").open("wb") as log:
@@ -762,7 +749,7 @@ def guided(what: str, valid: Iterator[bytes], number: int, seed: int, folder: Pa
 
 def be_guided(atheris: Any, what: str, corpus: str, number: str, seed: str, output: str) -> None:
     """Be the process in which atheris mutates inputs; it ends the process itself, so the counts go into a file."""
-    tally = Tally(reader(what, Path(output).with_suffix(".yaml")))
+    tally = Tally(what, Path(output).with_suffix(".yaml"))
 
     def one(raw: bytes) -> None:
         # mutations hardly ever leave the checksum right: every other message gets a right one
@@ -776,13 +763,11 @@ def be_guided(atheris: Any, what: str, corpus: str, number: str, seed: str, outp
     atheris.Fuzz()
 
 
-def mutated_messages(options: Options) -> Iterator[bytes]:
-    draw, seeds = generator_for(options.seed, "fuzz messages"), list(valid_messages())
-    for _ in range(options.messages):
-        yield mutated(seeds[int(draw.integers(len(seeds)))], draw)
+def one_of(choices: Sequence[Any], draw: np.random.Generator) -> Any:
+    return choices[int(draw.integers(len(choices)))]
 
 
-def mutated(raw: bytes, draw: np.random.Generator) -> bytes:
+def mutated_message(raw: bytes, draw: np.random.Generator) -> bytes:
     """Flip bytes, cut, double, splice, or replace fields of the header or the payload under a right checksum."""
     first, second = sorted(draw.integers(len(raw), size=2).tolist())
     match int(draw.integers(7)):
@@ -803,8 +788,7 @@ def mutated(raw: bytes, draw: np.random.Generator) -> bytes:
         payload = draw.bytes(len(payload) if draw.random() < 0.5 else int(draw.integers(0, 4000)))
     else:
         for _ in range(int(draw.integers(1, 4))):
-            keys = [*header, "extra"]
-            key, word = keys[int(draw.integers(len(keys)))], WORDS[int(draw.integers(len(WORDS)))]
+            key, word = one_of([*header, "extra"], draw), one_of(WORDS, draw)
             if isinstance(header.get(key), list) and header[key] and draw.random() < 0.5:
                 word = [*header[key][:-1], word]
             header[key] = word
@@ -816,14 +800,11 @@ def valid_messages() -> Iterator[bytes]:
     for name in FORMATS:
         vector = pack(torch.linspace(-1, 1, 300), name)
         news = (messages.NewValue(1, 3, 0.5, "value", vector), messages.NewValue(0, 2, 1.0, "difference", vector))
-        yield messages.to_bytes(messages.Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, 1, 3, vector))
-        yield messages.to_bytes(messages.RoundStart(5, 2, 8, 40, 3, news))
-        yield messages.to_bytes(messages.Finish(7, news))
-        yield messages.to_bytes(messages.Chunk(2, 7, "value", vector))
-    yield from map(
-        messages.to_bytes,
-        (messages.Mark(8, stop=True), messages.Skip(4), messages.Join((3, -1), (4, 5)), messages.Welcome()),
-    )
+        update = messages.Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, 1, 3, vector)
+        others = messages.RoundStart(5, 2, 8, 40, 3, news), messages.Finish(7, news)
+        yield from map(messages.to_bytes, (update, *others, messages.Chunk(2, 7, "value", vector)))
+    short = messages.Mark(8, stop=True), messages.Skip(4), messages.Join((3, -1), (4, 5)), messages.Welcome()
+    yield from map(messages.to_bytes, short)
 
 
 def sealed(body: bytes) -> bytes:
@@ -831,51 +812,37 @@ def sealed(body: bytes) -> bytes:
     return body + CHECKSUM.pack(zlib.crc32(body))
 
 
-def mutated_texts(options: Options) -> Iterator[bytes]:
-    draw, texts = generator_for(options.seed, "fuzz configurations"), valid_texts()
-    for _ in range(options.configs):
-        lines = texts[int(draw.integers(len(texts)))].splitlines()
-        for _ in range(int(draw.integers(1, 4))):
-            change(lines, draw)
-        yield "\n".join(lines).encode()
+def mutated_text(raw: bytes, draw: np.random.Generator) -> bytes:
+    """Change lines: their values, their characters, their places."""
+    lines = raw.decode().splitlines()
+    for _ in range(int(draw.integers(1, 4))):
+        place, other = draw.integers(len(lines), size=2).tolist()
+        line = lines[place]
+        key, colon, _ = line.partition(":")
+        match int(draw.integers(5)):
+            case 0:
+                lines[place] = f"{key}{colon} {one_of(SCRAPS, draw)}"
+            case 1:
+                lines[place], lines[other] = lines[other], line
+            case 2:
+                lines.insert(other, line)
+            case 3:
+                lines[place] = " " * int(draw.integers(6)) + line
+            case _:
+                middle = int(draw.integers(len(line) + 1))
+                lines[place] = line[:middle] + chr(int(draw.integers(1, 0x2FF))) + line[middle:]
+    return "\n".join(lines).encode()
 
 
-def valid_texts() -> list[str]:
-    whole = parse_config({"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}).to_yaml()
-    return [
-        whole,
-        *(path.read_text(encoding="utf-8") for path in sorted((kit.REPOSITORY / "configs").glob("*.yaml"))),
-    ]
+def valid_texts() -> Iterator[bytes]:
+    yield parse_config({"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"]}}).to_yaml().encode()
+    yield from (path.read_bytes() for path in sorted((kit.REPOSITORY / "configs").glob("*.yaml")))
 
 
-def change(lines: list[str], draw: np.random.Generator) -> None:
-    """Change one line: its value, its characters, its place."""
-    place, other = draw.integers(len(lines), size=2).tolist()
-    line = lines[place]
-    key, colon, _ = line.partition(":")
-    match int(draw.integers(5)):
-        case 0:
-            lines[place] = f"{key}{colon} {SCRAPS[int(draw.integers(len(SCRAPS)))]}"
-        case 1:
-            lines[place], lines[other] = lines[other], line
-        case 2:
-            lines.insert(other, line)
-        case 3:
-            lines[place] = " " * int(draw.integers(6)) + line
-        case _:
-            middle = int(draw.integers(len(line) + 1))
-            lines[place] = line[:middle] + chr(int(draw.integers(1, 0x2FF))) + line[middle:]
+INPUTS = {"messages": (valid_messages, mutated_message), "configurations": (valid_texts, mutated_text)}
+"""What is valid of each kind, and what changes it."""
 
-
-BENCHMARKS = (
-    benchmark(kill_resume, kill_resume_section),
-    benchmark(kill_sites, kill_sites_section),
-    benchmark(cut_link, cut_link_section),
-    benchmark(soak, soak_section),
-    benchmark(robust, robust_section),
-    benchmark(secure_aggregation, secure_aggregation_section),
-    benchmark(fuzz, fuzz_section),
-)
+BENCHMARKS = benchmarks(globals())
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)
