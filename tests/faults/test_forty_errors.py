@@ -83,7 +83,7 @@ run run.yaml --output-dir out --set model.name_or_path=without_tokenizer
 run run.yaml --output-dir out --set model.name_or_path=incomplete_weights
   1 tensors are missing | The checkpoint is incomplete | Get the whole checkpoint again
 run run.yaml --output-dir out --set model.name_or_path=small_vocabulary
-  its model has 50 embeddings | The tokenizer is another model's | Use the tokenizer the model was trained with
+  its model has 50 embeddings | The tokenizer is another model's | Use the tokenizer of this model
 run run.yaml --output-dir out {IID} --set data.train=rows.jsonk
   'rows.jsonk' | Files are looked for from | check the name
 run run.yaml --output-dir out {IID} --set data.train=row.jsonl
