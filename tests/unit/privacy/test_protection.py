@@ -133,4 +133,4 @@ def test_an_update_of_which_rounding_leaves_little_is_warned_about_once(payload_
     lines: list[str] = []
     hooks = replace(QUIET, on_event=lines.append)
     run_here([torch.zeros(128)], [Spiky(0)], plan, Trace(VirtualClock()), hooks)
-    assert [line.split("zeros of ")[1].split(" ")[0] for line in lines] == told
+    assert [line.split("rounding sets ")[1].split(" ")[0] for line in lines] == told
