@@ -13,8 +13,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.methods import cohort_size
 from parablock.engine.update_form import NoiseOfRound
 from parablock.errors import ConfigError
-from parablock.privacy.masking import threshold_of
-from parablock.privacy.protection import Protection
+from parablock.privacy.protection import Protection, threshold_of
 
 if TYPE_CHECKING:
     from parablock.privacy.secure_aggregation import SecureAggregation

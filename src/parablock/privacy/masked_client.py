@@ -16,6 +16,7 @@ from parablock.errors import CodecError
 from parablock.privacy import masking
 from parablock.privacy.keystream import KEY_BYTES, new_key
 from parablock.privacy.masking import SHARE_BYTES, Cohorts
+from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
 from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
 from parablock.wire.quantize import pack
@@ -83,7 +84,7 @@ class MaskedClient:
         letters: list[list[bytes]] = [[] for _ in range(self._cohorts.num_clients)]
         for t in self._rounds:
             cohort = self._cohorts.of_round[t]
-            threshold = masking.threshold_of(len(cohort))
+            threshold = threshold_of(len(cohort))
             seeds = masking.split_secret(self._seeds[t], len(cohort), threshold)
             keys = masking.split_secret(self._mask_keys[t], len(cohort), threshold)
             for other, seed, key in zip(cohort, seeds, keys, strict=True):
@@ -144,7 +145,7 @@ class MaskedClient:
         t, clients = message.round_index, message.clients
         cohort = self._cohorts.of_round.get(t, ())
         before = self._revealed.setdefault(t, clients)
-        if before != clients or not set(clients) <= set(cohort) or len(clients) < masking.threshold_of(len(cohort)):
+        if before != clients or not set(clients) <= set(cohort) or len(clients) < threshold_of(len(cohort)):
             raise CodecError(
                 f"client {self._client_id} was asked to reveal the sum of clients {clients} in round {t}, after "
                 f"{before}, of {cohort}",

@@ -17,6 +17,7 @@ from parablock.errors import CodecError
 from parablock.privacy import masking
 from parablock.privacy.keystream import KEY_BYTES
 from parablock.privacy.masking import SHARE_BYTES, Cohorts
+from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import SEALING_KINDS, pack_bytes, unpack_bytes
@@ -87,9 +88,9 @@ class MaskedServer:
         message = to_bytes(sealing.Reveal(round_index, tuple(clients)))
         for client_id in cohort:
             self._inner.send(client_id, Parcel(message, round_index))
-        while len(revealed) < masking.threshold_of(len(cohort)):
+        while len(revealed) < threshold_of(len(cohort)):
             self._receive(f"the mask shares of round {round_index}, which {len(revealed)} clients have revealed")
-        shares = dict(sorted(revealed.items())[: masking.threshold_of(len(cohort))])
+        shares = dict(sorted(revealed.items())[: threshold_of(len(cohort))])
         parts = []
         for place, client_id in enumerate(cohort):
             begin = place * SHARE_BYTES

@@ -37,11 +37,6 @@ PRIME = 2**256 + 297
 SHARE_BYTES = 33
 
 
-def threshold_of(num_clients: int) -> int:
-    """Return the number of clients of a cohort that have to stay: all but a third."""
-    return num_clients - num_clients // 3
-
-
 @dataclass(frozen=True)
 class Cohorts:
     """The cohorts (ascending) of the future rounds, which secrets are made for."""

@@ -32,3 +32,8 @@ class Protection:
             return clipped, factor
         noise = self.normals(round_index)(delta.numel()).to(delta.device)
         return clipped + (self.noise_multiplier * self.clip_norm) * noise, factor
+
+
+def threshold_of(num_clients: int) -> int:
+    """Return the number of clients of a cohort that have to stay: all but a third."""
+    return num_clients - num_clients // 3

@@ -18,7 +18,8 @@ from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import CodecError, StallError
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
-from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret, threshold_of
+from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret
+from parablock.privacy.protection import threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
 from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
