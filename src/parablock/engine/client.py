@@ -7,7 +7,7 @@ next round is already there, and the exchange happens while it trains. The code 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -95,17 +95,25 @@ class Client:
         if start.memory is not None:
             trainer.remember(dict(start.memory))
 
-    def run(self, on_served: Callable[[], None] = lambda: None) -> None:
-        """Serve until the server ends the run; `on_served` is called after each message but the last."""
+    def run(self, keep: Callable[[], None] = lambda: None) -> None:
+        """Serve until the server ends the run.
+
+        `keep` is called before each update leaves: a client that goes on from the state and the `snapshot` of that
+        moment sends the same bytes again.
+        """
         with self._entered as pipeline:
-            self._pipeline = pipeline
+            self._pipeline, self._keep = pipeline, keep
             if self._rejoins:
                 pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
-            for round_index, chunks in self._sent.items():
-                for chunk in chunks:
-                    pipeline.send(chunk, round_index)
+            else:
+                self._send_again((t, index) for t, chunks in self._sent.items() for index in range(len(chunks)))
             while self._serve(from_bytes(pipeline.receive())):
-                on_served()
+                pass
+
+    def _send_again(self, chunks: Iterable[tuple[int, int]]) -> None:
+        for t, index in chunks:
+            if index < len(self._sent.get(t, ())):
+                self._pipeline.send(self._sent[t][index], t)
 
     def _serve(self, message: Message) -> bool:
         """Do what a message asks for; return False after the last one."""
@@ -120,6 +128,7 @@ class Client:
                 return False
             case Welcome():
                 self._rejoins = False
+                self._send_again(message.lacking)
             case RoundStart() | Chunk() if self._rejoins:
                 pass  # meant for the state before the restart
             case RoundStart():
@@ -180,8 +189,8 @@ class Client:
         ]
         self.state = put_in_flight(self.state, t, b, encoded.seen)
         self._sent[t] = messages
-        for message in messages:
-            self._pipeline.send(message, t)
+        self._keep()
+        self._send_again((t, index) for index in range(len(messages)))
 
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""

@@ -119,13 +119,14 @@ def make_server(
 ) -> Server:
     """Make the server of a run over a transport; a resumed one does not use the initial `params`."""
     masked = given.masking and given.masking.server_side(transport, given.first_open_round)
+    absent = frozenset(i for i in range(given.server.num_clients) if not transport.is_there(i))
     resumed = given.resumed
     if resumed is None:
-        start = ServerStart(initial_server(params))
+        start = ServerStart(initial_server(params), absent=absent)
     else:
         transport.ledger.restore_downlink(resumed.progress["downlink"])
         held = {client.client_id: client.versions for client in resumed.clients}
-        start = ServerStart(resumed.server, resumed.round_index, held, resumed.progress["server"])
+        start = ServerStart(resumed.server, resumed.round_index, held, resumed.progress["server"], absent)
     return Server(
         start,
         given.server,

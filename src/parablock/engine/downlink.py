@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor
 
-from parablock.algorithm.parablock import NEVER, ServerState, news_for
+from parablock.algorithm.parablock import NEVER, Commit, ServerState, news_for
 from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Welcome, to_bytes
 from parablock.wire.quantize import Encoding, Vector, bytes_per_element, join_chunks, pack
 from parablock.wire.transport import Parcel, ServerTransport
@@ -26,6 +26,7 @@ class Downlink:
         self._announced: dict[int, list[Vector]] = {}
         self._streamed_to: dict[int, set[int]] = {}
         self._news: dict[int, tuple[str, Vector]] = {}
+        self._overwritten: dict[int, list[Commit]] = {}
 
     def send(self, client_id: int, round_index: int, message: RoundStart | Mark | Finish | Welcome) -> None:
         """Send a message whose bytes count for a round."""
@@ -106,19 +107,35 @@ class Downlink:
         self.held[client_id] = state.versions
         return tuple(news)
 
+    def keep_until(self, round_index: int, before: ServerState, block_index: int) -> None:
+        """Keep a block's value from before a commit, as long as rounds up to `round_index` can ask for it again."""
+        b = block_index
+        old = Commit(b, before.versions[b], before.view[b], before.rho[b])
+        self._overwritten.setdefault(round_index, []).append(old)
+
+    def forget_old(self, committed: int) -> None:
+        """Drop the values that no open round can ask for."""
+        self._overwritten = {t: kept for t, kept in self._overwritten.items() if t > committed}
+
     def news_as_of(self, state: ServerState, client_id: int, committed: int) -> tuple[NewValue, ...] | None:
         """Return the commits up to a round that a client lacks, and note that it has them.
 
         None if that state is gone: a block has been committed again, and the client has missed the value before.
         """
         held, news = list(self.held[client_id]), []
+        kept = {(old.block_index, old.version): old for olds in self._overwritten.values() for old in olds}
         for new in news_for(state, held):
             b = new.block_index
-            if new.version <= committed:
-                news.append(NewValue(b, new.version, new.rho, "value", _exact(new.value)))
-                held[b] = new.version
-            elif b in state.history[held[b] + 1 : committed + 1]:
-                return None
+            if new.version > committed:
+                versions = [t for t in range(held[b] + 1, committed + 1) if state.history[t] == b]
+                known = [kept[b, t] for t in versions if (b, t) in kept]
+                if not known and versions:
+                    return None
+                if not known:
+                    continue
+                new = known[-1]
+            news.append(NewValue(b, new.version, new.rho, "value", _exact(new.value)))
+            held[b] = new.version
         self.held[client_id] = tuple(held)
         return tuple(news)
 

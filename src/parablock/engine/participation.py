@@ -1,12 +1,12 @@
 """Participation: the clients that a round asks, the answers that they owe, and the deadline of a round.
 
-A client is asked while it owes at most d answers. A client that is gone or far behind is asked no more, so no round
-waits for it. When it answers or joins again, the next round asks it, and sends all commits that it lacks.
+A client is asked while it owes at most d answers. A client that has left or is far behind is asked no more, so no
+round waits for it. When it answers or joins again, the next round asks it, and sends all commits that it lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -19,11 +19,13 @@ class Participation:
     Args:
         plan: The server's settings.
         answer_s: For each client the seconds of its last answer, from before an interruption.
+        absent: The clients that have not joined yet.
     """
 
-    def __init__(self, plan: ServerPlan, answer_s: Mapping[Any, float]) -> None:
+    def __init__(self, plan: ServerPlan, answer_s: Mapping[Any, float], absent: Collection[int] = ()) -> None:
         self._plan = plan
         self._owes: dict[int, set[int]] = {client_id: set() for client_id in range(plan.num_clients)}
+        self._left = set(absent)
         self._answer_s = {int(client_id): float(seconds) for client_id, seconds in answer_s.items()}
         self._asked: dict[int, tuple[int, ...]] = {}
         self._began_s: dict[int, float] = {}
@@ -67,17 +69,22 @@ class Participation:
         self._owes[client_id] = {t for t in self._owes[client_id] if t > round_index}
 
     def is_back(self, client_id: int, now_s: float) -> None:
-        """Note that a client owes nothing, because it has restarted."""
+        """Note that a client takes part and owes nothing, because it has joined, or restarted."""
         self._heard_s[client_id] = now_s
         self._owes[client_id] = set()
+        self._left.discard(client_id)
+
+    def leaves(self, client_id: int) -> None:
+        """Note that a client takes part no more, until it joins."""
+        self._left.add(client_id)
 
     def owes(self, client_id: int, round_index: int) -> None:
         """Note that a client is asked once more."""
         self._owes[client_id].add(round_index)
 
     def is_absent(self, client_id: int) -> bool:
-        """Return whether a client owes so many answers that it is not asked."""
-        return len(self._owes[client_id]) > self._plan.delay
+        """Return whether a client has left, or owes so many answers that it is not asked."""
+        return client_id in self._left or len(self._owes[client_id]) > self._plan.delay
 
     def deadline_s(self, round_index: int, missing: Sequence[int]) -> float | None:
         """Return when a round stops waiting for the missing clients; None without a deadline, or before any answer.

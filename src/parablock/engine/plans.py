@@ -93,12 +93,14 @@ class ServerStart:
         first_round: The next round.
         held: The block versions that each client holds; None: none of any block.
         memory: The plain values that `on_mark` got: clients asked, seconds of steps and of answers.
+        absent: The clients that are not there; they take part once they join.
     """
 
     state: ServerState
     first_round: int = 0
     held: Mapping[int, tuple[int, ...]] | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    absent: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

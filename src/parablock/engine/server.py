@@ -40,7 +40,18 @@ from parablock.engine.plans import Hooks, ServerPlan, ServerStart
 from parablock.engine.round_fold import Refusal, RoundFold
 from parablock.errors import CodecError, StallError, TrainingError
 from parablock.trace import Trace
-from parablock.wire.messages import Finish, Join, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
+from parablock.wire.messages import (
+    Finish,
+    Join,
+    Leave,
+    Mark,
+    NewValue,
+    RoundStart,
+    Skip,
+    Update,
+    Welcome,
+    from_bytes,
+)
 from parablock.wire.transport import ServerTransport
 
 SERVER = -1
@@ -76,7 +87,7 @@ class Server:
         self._on_event, self._first_round, memory = hooks.on_event, start.first_round, start.memory
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never)
-        self._participation = Participation(plan, memory.get("answer_s", {}))
+        self._participation = Participation(plan, memory.get("answer_s", {}), start.absent)
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
@@ -85,7 +96,8 @@ class Server:
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
         for t in range(self.state.committed + 1, len(self.state.history)):
-            self._participation.ask(t, asked.get(t, self._cohort(t)), trace.clock.now())
+            there = [i for i in asked.get(t, self._cohort(t)) if i not in start.absent]
+            self._participation.ask(t, there, trace.clock.now())
             self._folds[t] = self._new_fold(t)
 
     @property
@@ -176,8 +188,11 @@ class Server:
                     self._fold_chunk(fold)
                 else:
                     self._wait_for(fold)
+            block, overwritten = fold.block_index, self.state
             self._commit(fold)
+            self._downlink.keep_until(fold.round_index + self._plan.delay, overwritten, block)
             self._folds.pop(fold.round_index).close()
+            self._downlink.forget_old(self.state.committed)
 
     def _commit(self, fold: RoundFold) -> None:
         t, b, updates = fold.round_index, fold.block_index, fold.updates
@@ -281,6 +296,8 @@ class Server:
                 self._take_update(client_id, message)
             case Skip():
                 self._take_skip(client_id, message)
+            case Leave():
+                self._take_leave(client_id, message)
             case Join():
                 self._welcome(client_id, message)
             case _:
@@ -304,6 +321,14 @@ class Server:
                 remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
             )
         self._on_event(f"round {t} goes on without client {client_id}: {skip.problem}")
+
+    def _take_leave(self, client_id: int, leave: Leave) -> None:
+        """Go on without a client that has left, in all open rounds."""
+        self._on_event(f"client {client_id} leaves" + (f": {leave.problem}" if leave.problem else ""))
+        self._participation.leaves(client_id)
+        for fold in self._folds.values():
+            if client_id in fold.expected and client_id not in fold.delivered:
+                self._take_out(client_id, fold, Refusal("left", "that it leaves"))
 
     def _take_update(self, client_id: int, update: Update) -> None:
         t = update.round_index
@@ -359,11 +384,13 @@ class Server:
             return
         self._downlink.joins(client_id, join.versions)
         self._participation.is_back(client_id, self._trace.clock.now())
-        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome())
+        owed = [fold for fold in self._folds.values() if client_id in fold.expected]
+        owed = [fold for fold in owed if client_id not in fold.delivered]
+        lacking = [(f.round_index, k) for f in owed if f.round_index in join.sent for k in f.lacking(client_id)]
+        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(tuple(lacking)))
         self._on_event(f"client {client_id} is back")
-        for t, fold in self._folds.items():
-            if client_id not in fold.expected or client_id in fold.delivered:
-                continue
+        for fold in owed:
+            t = fold.round_index
             self._participation.owes(client_id, t)
             if t in join.sent:
                 continue

@@ -6,8 +6,9 @@
     server ── Mark(t): hand in your state as of the start of round t (and stop, if it says so) ──► client
     server ── Finish: the last commits; nothing more to train ──► client
     client ── Skip(t): I will send no update of round t ──► server
+    client ── Leave: I take part no more, until I join again ──► server
     client ── Join: I am back, and hold these versions ──► server
-    server ── Welcome: later messages fit these versions; earlier ones are void ──► client
+    server ── Welcome: later messages fit these versions, earlier ones are void; send these chunks again ──► client
 
 The new value of a block is of one of these kinds:
 
@@ -139,10 +140,17 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Leave:
+    """A client takes part no more, until it joins again; `problem` says why if it cannot."""
+
+    problem: Annotated[str, AfterValidator(_check_problem)] = ""
+
+
+@dataclass(frozen=True)
 class Join:
     """A client is back, and holds these versions of the blocks.
 
-    `sent` are the rounds whose updates it sends again, because it does not know whether they arrived.
+    `sent` are the rounds whose updates it still has, because it does not know whether they arrived.
     """
 
     versions: tuple[StrictInt, ...]
@@ -151,10 +159,15 @@ class Join:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The answer to `Join`: later messages fit the versions that the client holds."""
+    """The answer to `Join`: later messages fit the versions that the client holds.
+
+    `lacking` are the pairs (round, chunk) of the client's updates that the server has not got, in order.
+    """
+
+    lacking: tuple[tuple[StrictInt, StrictInt], ...] = ()
 
 
-Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Join | Welcome | Sealing
+Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Leave | Join | Welcome | Sealing
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
