@@ -6,6 +6,7 @@ A new transport is one more row of `TRANSPORTS`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -25,6 +26,11 @@ from parablock.engine.flower.local_socket import address_of, listen, secret_of
 from parablock.engine.flower.mailbox import TrainerMailbox
 from parablock.engine.flower.session import SessionFolder
 from parablock.engine.pipeline import Machines, Pipeline
+from parablock.engine.remote.frames import Opening
+from parablock.engine.remote.listener import Listener
+from parablock.engine.remote.remote_transport import RemoteTransport
+from parablock.engine.remote.site_channel import Server, SessionOver, SiteCaller, SiteChannel
+from parablock.errors import ParaBlockError
 from parablock.trace import Trace
 from parablock.wire.transport import Ledger, Link, MemoryTransport, Parcel, StopAsked
 
@@ -152,13 +158,64 @@ def over_flower(carries: Sequence[tuple[str, ...]], folder: Path) -> Meet:
     return meet
 
 
+def over_grpc(folder: Path) -> Meet:
+    def meet(server, client, *, num_clients=2, patience_s=10.0, asked_to_stop=lambda: False):
+        clock, opening = RealClock(), Opening("run", "session", "", "")
+        transport = RemoteTransport(opening, num_clients, 100, 1 << 20, Trace(clock), asked_to_stop=asked_to_stop)
+        listener = Listener("127.0.0.1:0", None, lambda _: None, num_clients=num_clients, tell=lambda _: None)
+        listener.open(transport)
+        failed = clock.mailbox()
+
+        def body(client_id: int) -> None:
+            caller = SiteCaller(client_id, Server(f"127.0.0.1:{listener.port}", None), lambda _: None)
+            channel = SiteChannel(caller, opening, f"process{client_id}", Trace(RealClock()), lease_s=patience_s)
+            channel.open()
+            try:
+                with suppress(SessionOver), channel:
+                    client(client_id, channel)
+                    assert channel.receive() == END.message
+            except Gone:
+                channel.stream.close()
+                gone.add(client_id)
+            except ParaBlockError as error:
+                failed.put(error)
+            finally:
+                if client_id not in gone:
+                    channel.close()
+
+        gone = set[int]()
+        threads = [threading.Thread(target=body, args=(client_id,)) for client_id in range(num_clients)]
+        for thread in threads:
+            thread.start()
+        while len(transport.there) < num_clients:
+            time.sleep(0.001)
+        transport.begin()
+        try:
+            server(transport, clock)
+            part(transport, num_clients)
+            transport.close(patience_s)
+        finally:
+            transport.leave()
+            for thread in threads:
+                thread.join()
+            listener.close()
+        return transport.ledger
+
+    return meet
+
+
 TRANSPORTS: dict[str, Callable[[Path], Meet]] = {
     "memory, real clock": partial(in_memory, RealClock),
     "memory, virtual clock": partial(in_memory, VirtualClock),
     "Flower, one lane": partial(over_flower, [("both",)]),
     "Flower, two lanes": partial(over_flower, [("up", "down")]),
+    "gRPC": over_grpc,
     "files in a folder": in_a_folder,
 }
+
+
+CONNECTED = {"gRPC"}
+"""Transports whose connection is a sign of life, also while the server has nothing to say."""
 
 
 def make_impatient(monkeypatch: pytest.MonkeyPatch) -> None:

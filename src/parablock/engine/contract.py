@@ -116,10 +116,13 @@ def make_server(
     params: Sequence[Tensor],
     transport: ServerTransport,
     on_mark: Callable[[int, ServerState, dict[str, Any]], None],
+    absent: frozenset[int] = frozenset(),
 ) -> Server:
-    """Make the server of a run over a transport; a resumed one does not use the initial `params`."""
+    """Make the server of a run over a transport; a resumed one does not use the initial `params`.
+
+    The `absent` clients take part once they join.
+    """
     masked = given.masking and given.masking.server_side(transport, given.first_open_round)
-    absent = frozenset(i for i in range(given.server.num_clients) if not transport.is_there(i))
     resumed = given.resumed
     if resumed is None:
         start = ServerStart(initial_server(params), absent=absent)

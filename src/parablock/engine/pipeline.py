@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -261,6 +262,11 @@ class Machines:
 
 Thread = threading.Thread
 """The type that `start_thread` returns."""
+
+
+def thread_pool(num_threads: int) -> futures.ThreadPoolExecutor:
+    """Return a pool of threads, for a library that asks for one."""
+    return futures.ThreadPoolExecutor(num_threads)
 
 
 def start_thread(clock: Clock, body: Callable[[], None], name: str) -> Thread:

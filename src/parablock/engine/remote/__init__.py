@@ -1,0 +1,9 @@
+"""The engine of real sites: the same server and clients, joined by one stream of gRPC for each site.
+
+frames            greetings and frames: what crosses a connection, and its limits
+numbered_stream   two ordered streams of messages that outlive connections
+grpc_options      settings of gRPC at both ends
+listener          the server's port: who may enter
+remote_transport  the server's end of the transport, with a place for each client
+site_channel      a site's end: it calls, takes part, and calls again after every cut
+"""

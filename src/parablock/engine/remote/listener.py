@@ -1,0 +1,211 @@
+"""The server's door: one TCP port, and a stream for each site that may enter.
+
+Nothing of a call is read before its identity is known, and nothing of it is kept before its greeting fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+
+from parablock.engine.pipeline import thread_pool
+from parablock.engine.remote.frames import Hello, Welcome, greeting_from_bytes, greeting_to_bytes
+from parablock.engine.remote.grpc_options import METHOD, SERVER_OPTIONS
+from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
+from parablock.errors import CodecError, InputError
+
+GRACE_S = 2.0
+"""How long connections may take to end when the listener closes."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A call before its greeting.
+
+    Attributes:
+        address: Where it comes from, for the log.
+        name: The name in its certificate; empty without one.
+        certificate: Its certificate, PEM; empty without one.
+        token: The value of the `authorization` header; empty without one.
+    """
+
+    address: str
+    name: str
+    certificate: bytes
+    token: str
+
+
+class NotAdmitted(Exception):  # noqa: N818  (it is an answer)
+    """The call is refused; `str` says why, to the caller and the log. Waiting cures it only if `is_temporary`."""
+
+    def __init__(self, why: str, *, is_temporary: bool = False) -> None:
+        super().__init__(why)
+        self.is_temporary = is_temporary
+
+
+class Session(Protocol):
+    """What stands behind the door: the run, as far as calls are concerned."""
+
+    def welcome(self, hello: Hello) -> tuple[Welcome, NumberedStream | None]:
+        """Return the answer to a greeting, and the stream that the call goes on with; None: the call ends.
+
+        Raises:
+            NotAdmitted: The site cannot take part.
+        """
+
+    def moved(self, client_id: int) -> None:
+        """Note that a frame has come."""
+
+    def deliver(self, client_id: int, delivered: Delivered) -> None:
+        """Take a message; waits while too many wait already."""
+
+    def left(self, client_id: int, stream: NumberedStream) -> None:
+        """Note that a site says bye."""
+
+
+class Listener(grpc.GenericRpcHandler):
+    """The listening end of all connections.
+
+    Args:
+        address: host:port; port 0 is any free one.
+        credentials: gRPC's credentials of the server; None: no TLS.
+        admit: Returns the client id that a caller may take, or None for any. Raises `NotAdmitted`.
+        num_clients: Sites that may be connected at a time.
+        tell: Gets a line for the log.
+
+    Raises:
+        InputError: The address cannot be listened at.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ServerCredentials | None,
+        admit: Callable[[Caller], int | None],
+        *,
+        num_clients: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._admit, self._tell = admit, tell
+        self._session: Session | None = None
+        self._calls: dict[Any, grpc.ServicerContext] = {}
+        self.refused = 0
+        self._pool = thread_pool(4 * num_clients + 8)
+        self._server = grpc.server(
+            self._pool, handlers=[self], options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * num_clients + 4
+        )
+        try:
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise InputError(
+                f"the server cannot listen at {address}: {error}",
+                cause="Another program listens there, or the address is not one of this machine.",
+                remedy="Look for it with `ss -ltnp`, or choose another --address.",
+            ) from None
+        self._server.start()
+
+    def open(self, session: Session) -> None:
+        """Let sites in from now on."""
+        self._session = session
+
+    def close(self) -> None:
+        """End all connections and free the port."""
+        self._server.stop(GRACE_S).wait()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Answer gRPC's question for the handler of a method."""
+        if handler_call_details.method != METHOD:
+            return None
+        return grpc.stream_stream_rpc_method_handler(self._serve)
+
+    def _serve(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        caller = _caller_of(context)
+        try:
+            may_be = self._admit(caller)
+            self._only_newest(caller if may_be is None else may_be, context)
+            hello = greeting_from_bytes(Hello, next(incoming, b""))
+            if may_be not in (None, hello.client_id):
+                raise NotAdmitted(f"the certificate of {caller.name} is not that of client {hello.client_id}")
+            if self._session is None:
+                raise NotAdmitted("the server is not ready yet: it reads its model", is_temporary=True)
+            session = self._session
+            welcome, stream = session.welcome(hello)
+        except CodecError as problem:
+            self._refuse(caller, context, str(problem).replace("\n", " "), is_temporary=False)
+        except NotAdmitted as problem:
+            self._refuse(caller, context, str(problem), is_temporary=problem.is_temporary)
+        yield greeting_to_bytes(welcome)
+        if stream is None:
+            return
+        try:
+            connection = stream.attach(hello.wanted)
+        except CodecError as problem:
+            self._refuse(caller, context, str(problem).replace("\n", " "), is_temporary=True)
+        context.add_callback(lambda: stream.detach(connection))
+        self._tell(f"client {hello.client_id} is connected, from {caller.address}")
+        self._pool.submit(self._read, hello.client_id, incoming, session, stream, connection)
+        yield from stream.frames(connection)
+
+    def _only_newest(self, who: object, context: grpc.ServicerContext) -> None:
+        """End an earlier call of the same site: the newest wins."""
+        before = self._calls.get(who)
+        self._calls[who] = context
+        if before is not None:
+            before.cancel()
+
+        def ended() -> None:
+            if self._calls.get(who) is context:
+                del self._calls[who]
+
+        context.add_callback(ended)
+
+    def _read(
+        self,
+        client_id: int,
+        incoming: Iterator[bytes],
+        session: Session,
+        stream: NumberedStream,
+        connection: int,
+    ) -> None:
+        why = "the connection ended"
+        try:
+            for frame in incoming:
+                if not stream.is_present(connection):
+                    return
+                delivered = stream.take(frame)
+                session.moved(client_id)
+                if delivered is not None:
+                    session.deliver(client_id, delivered)
+        except EOFError:
+            session.left(client_id, stream)
+            why = "it says bye"
+        except CodecError as problem:
+            why = f"refused: {problem.what}"
+            self.refused += 1
+        except Exception as cut:  # gRPC's iterator raises a bare Exception when a call is cut
+            why = f"the connection was cut {cut}".strip()
+        finally:
+            if stream.is_present(connection):
+                stream.detach(connection)
+                self._tell(f"client {client_id} is not connected any more: {why}")
+
+    def _refuse(self, caller: Caller, context: grpc.ServicerContext, why: str, *, is_temporary: bool) -> None:
+        if not is_temporary:
+            self.refused += 1
+            self._tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}")
+        status = grpc.StatusCode
+        context.abort(status.UNAVAILABLE if is_temporary else status.PERMISSION_DENIED, why)
+
+
+def _caller_of(context: grpc.ServicerContext) -> Caller:
+    known: Any = context.auth_context()
+    token = dict(context.invocation_metadata()).get("authorization", "")
+    (name, *_), (certificate, *_) = known.get("x509_common_name", [b""]), known.get("x509_pem_cert", [b""])
+    return Caller(context.peer(), name.decode(errors="replace"), certificate, str(token))

@@ -1,0 +1,296 @@
+"""The server's end of the transport to real sites: a stream for each, and what is known of them.
+
+It is the session behind the `Listener`. Readers of the connections deliver messages; the server's thread takes
+them. A reader waits while too many bytes of its site wait, so that gRPC lets that site wait too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from threading import Condition
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from parablock.clock import Clock
+from parablock.engine.remote.frames import Hello, Opening, Welcome
+from parablock.engine.remote.listener import NotAdmitted
+from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
+from parablock.errors import StallError
+from parablock.trace import Span, Trace
+from parablock.wire.messages import Leave, to_bytes
+from parablock.wire.transport import Ledger, Parcel, check_for_stop
+
+WAITING_BYTES = 32 << 20
+"""Bytes of a site's messages that wait for the server at most, beside the newest."""
+_Seconds = Annotated[float, Field(allow_inf_nan=False)]
+_Row = tuple[
+    Literal["computing", "waiting"],
+    _Seconds,
+    Annotated[_Seconds, Field(ge=0)],
+    dict[str, int],
+]
+_ROWS = TypeAdapter(Annotated[list[_Row], Field(max_length=10_000)])
+
+
+@dataclass
+class Place:
+    """A client's place in the session.
+
+    Attributes:
+        stream: The streams between it and the server.
+        incarnation: The word of the process that takes part; None: none has yet.
+        must_rejoin: Whether it does not take part, until a new process joins.
+        is_removed: Whether the operator has removed it.
+        since_s: Since when it is connected, or is not; seconds since 1970.
+        up_bytes: Bytes of its messages so far.
+        down_bytes: Bytes of messages to it that it has confirmed.
+        last_round: The newest round that it has sent something of.
+        waiting_bytes: Bytes of its messages that wait for the server.
+        up_free_s: When its last upload ended.
+        down_free_s: When its last download ended.
+    """
+
+    stream: NumberedStream
+    incarnation: str | None = None
+    must_rejoin: bool = False
+    is_removed: bool = False
+    since_s: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    last_round: int = -1
+    waiting_bytes: int = 0
+    up_free_s: float = 0.0
+    down_free_s: float = 0.0
+    room: Condition = field(default_factory=Condition)
+
+
+class RemoteTransport:
+    """The server's end, for the sites of one session.
+
+    Args:
+        opening: The session.
+        num_clients: Clients of the run.
+        num_rounds: Rounds of the run.
+        max_message_bytes: Longest message that a site may send.
+        trace: Records transfers, and the spans that sites tell of. Its clock is real.
+        asked_to_stop: Whether the user wants the run to stop.
+        tell: Gets a line for the log.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        num_clients: int,
+        num_rounds: int,
+        max_message_bytes: int,
+        trace: Trace,
+        *,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.opening, self._num_rounds, self._max_message_bytes = opening, num_rounds, max_message_bytes
+        self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
+        self._origin_s = _now_s() - trace.clock.now()
+        self._inbox = trace.clock.mailbox()
+        self._waiting = deque[tuple[int, bytes]]()
+        self._has_begun, self._is_over = False, False
+        self.places = {client_id: Place(self._new_stream(client_id)) for client_id in range(num_clients)}
+        self.ledger = Ledger()
+
+    @property
+    def clock(self) -> Clock:
+        """The run's clock."""
+        return self._clock
+
+    # ── the session, in the threads of the listener ─────────────────────────────────────────────────
+
+    def welcome(self, hello: Hello) -> tuple[Welcome, NumberedStream | None]:
+        """Return the answer to a greeting, and the site's stream."""
+        place = self.places.get(hello.client_id)
+        if place is None:
+            raise NotAdmitted(
+                f"there is no client {hello.client_id}; the run has clients 0 to {len(self.places) - 1}"
+            )
+        if place.is_removed:
+            raise NotAdmitted(f"client {hello.client_id} has been removed from the run by the server's operator")
+        now_s = _now_s()
+        with place.room:
+            is_new = hello.incarnation != place.incarnation
+            in_session = hello.session == self.opening.session and not (place.must_rejoin and not is_new)
+            if self._is_over or not in_session:
+                return Welcome(0, False, now_s, self.opening, self._is_over), None
+            rejoins = is_new and (place.incarnation is not None or place.must_rejoin)
+            if rejoins:
+                place.stream.close()
+                place.stream = self._new_stream(hello.client_id)
+            place.incarnation, place.must_rejoin, place.since_s = hello.incarnation, False, now_s
+            self._clock.progress()
+            return Welcome(place.stream.wanted, rejoins, now_s), place.stream
+
+    def moved(self, client_id: int) -> None:
+        """Note that a frame has come."""
+        del client_id
+        self._clock.progress()
+
+    def deliver(self, client_id: int, delivered: Delivered) -> None:
+        """Take a message; waits while too many wait already."""
+        if delivered.is_note:
+            self._record_spans(client_id, delivered.content)
+            return
+        place = self.places[client_id]
+        self._record(client_id, "uploading", delivered)
+        place.up_bytes += len(delivered.content)
+        place.last_round = max(place.last_round, self._round_of(delivered))
+        with place.room:
+            stream = place.stream
+            place.room.wait_for(lambda: place.waiting_bytes <= WAITING_BYTES or stream.is_closed)
+            place.waiting_bytes += len(delivered.content)
+        self._inbox.put((client_id, delivered.content))
+
+    def left(self, client_id: int, stream: NumberedStream) -> None:
+        """Note that a site says bye: it takes part again once a new process of it joins."""
+        place = self.places[client_id]
+        if place.stream is stream:
+            place.must_rejoin, place.since_s = True, _now_s()
+
+    def remove(self, client_id: int) -> None:
+        """Remove a client from the run; those who ask get no answer any more."""
+        place = self.places[client_id]
+        if not place.is_removed:
+            place.is_removed = place.must_rejoin = True
+            place.stream.close()
+            self._inbox.put((client_id, to_bytes(Leave("the operator has removed it"))))
+
+    def readmit(self, client_id: int) -> None:
+        """Let a removed client join again."""
+        self.places[client_id].is_removed = False
+
+    # ── the server's thread ─────────────────────────────────────────────────────────────────────────
+
+    def begin(self) -> frozenset[int]:
+        """Begin the run with the clients that are there; return the others, which take part once they join."""
+        for place in self.places.values():
+            with place.room:
+                place.must_rejoin = place.must_rejoin or not place.stream.has_connection
+        self._has_begun = True
+        return frozenset(client_id for client_id, place in self.places.items() if place.must_rejoin)
+
+    @property
+    def there(self) -> list[int]:
+        """The clients that take part and are connected."""
+        return [client_id for client_id in self.places if self.is_there(client_id)]
+
+    def is_there(self, client_id: int) -> bool:
+        """Return whether a client takes part and is connected."""
+        place = self.places[client_id]
+        return not place.must_rejoin and place.stream.has_connection
+
+    def send(self, client_id: int, parcel: Parcel) -> None:
+        """Put a message into the client's stream; nothing, where it does not take part."""
+        place = self.places[client_id]
+        if not (self._has_begun and place.must_rejoin):
+            place.stream.put(parcel.message, parcel.round_index)
+
+    def receive(
+        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
+        """Wait for the next message of any client."""
+        awaited = self.places if from_clients is None else from_clients
+        check = partial(check_for_stop, self, awaited, self._asked_to_stop)
+        try:
+            return self._open(self._inbox.get(timeout_s, waiting_for, check))
+        except StallError as stalled:
+            gone = [f"client {i}" for i in awaited if not self.is_there(i)]
+            raise StallError(
+                stalled.what,
+                cause=f"Not connected: {', '.join(gone) or 'none; those that are there compute, or are blocked'}.",
+                remedy="They go on as soon as they are back; nothing that was committed is lost.",
+            ) from None
+
+    def receive_until(
+        self, deadline_s: float, from_clients: Collection[int] | None = None
+    ) -> tuple[int, bytes] | None:
+        """Wait for the next message of any client; None if the clock reaches `deadline_s` first."""
+        del from_clients
+        item = self._inbox.get_until(deadline_s)
+        return None if item is None else self._open(item)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait until every client that is there has the last message of the run, and say bye."""
+        moved_s, left_bytes = self._clock.now(), -1
+        while waits := [i for i in self.there if self.places[i].stream.waiting_bytes]:
+            now_bytes = sum(self.places[i].stream.waiting_bytes for i in waits)
+            if now_bytes != left_bytes:
+                moved_s, left_bytes = self._clock.now(), now_bytes
+            if self._clock.now() - moved_s > timeout_s or self._asked_to_stop():
+                self._tell(f"the end of the run did not reach {', '.join(f'client {i}' for i in waits)}")
+                break
+            self._clock.sleep(0.01)
+        self.leave()
+
+    def leave(self) -> None:
+        """End the session for all."""
+        self._is_over = True
+        for place in self.places.values():
+            if place.stream.has_connection:
+                place.stream.say_bye(1.0)
+            place.stream.close()
+            with place.room:
+                place.room.notify_all()
+
+    def _open(self, item: Any) -> tuple[int, bytes]:
+        client_id, message = item
+        place = self.places[client_id]
+        with place.room:
+            place.waiting_bytes = max(0, place.waiting_bytes - len(message))
+            place.room.notify_all()
+        return client_id, message
+
+    # ── the record ──────────────────────────────────────────────────────────────────────────────────
+
+    def _new_stream(self, client_id: int) -> NumberedStream:
+        return NumberedStream(_now_s, self._max_message_bytes, partial(self._confirmed, client_id))
+
+    def _confirmed(self, client_id: int, delivered: Delivered) -> None:
+        self._record(client_id, "downloading", delivered)
+        self.places[client_id].down_bytes += len(delivered.content)
+
+    def _round_of(self, delivered: Delivered) -> int:
+        return min(max(delivered.round_index, 0), self._num_rounds - 1)
+
+    def _record(self, client_id: int, activity: str, delivered: Delivered) -> None:
+        """Count a transfer, from when its first part left, or the one before had ended, to when it was there."""
+        place, is_up = self.places[client_id], activity == "uploading"
+        end_s = delivered.arrived_s
+        begin_s = min(end_s, max(delivered.sent_s, place.up_free_s if is_up else place.down_free_s))
+        if is_up:
+            place.up_free_s = end_s
+        else:
+            place.down_free_s = end_s
+        t = self._round_of(delivered)
+        count = self.ledger.count_up if is_up else self.ledger.count_down
+        count(Parcel(delivered.content, t), client_id, end_s - begin_s)
+        facts = {"round_index": t, "payload_bytes": len(delivered.content)}
+        start_s = begin_s - self._origin_s
+        self._trace.spans.append(Span(client_id, "communication", activity, start_s, end_s - begin_s, facts))
+
+    def _record_spans(self, client_id: int, note: bytes) -> None:
+        try:
+            rows = _ROWS.validate_python([tuple(row) for row in json.loads(note)])
+        except (ValidationError, ValueError, TypeError, RecursionError):
+            self._tell(f"client {client_id} sent a record that cannot be read; it is left out")
+            return
+        for activity, start_s, duration_s, facts in rows:
+            self._trace.spans.append(
+                Span(client_id, "compute", activity, start_s - self._origin_s, duration_s, dict(facts))
+            )
+
+
+def _now_s() -> float:
+    return datetime.now(UTC).timestamp()

@@ -1,0 +1,362 @@
+"""A site's channel to the server: it calls, takes part in a session, and calls again after every cut.
+
+It stands where `Pipeline` stands in one process, so that the `Client` above it is the same: the compute thread
+sends and receives, and a thread of the channel keeps the connection.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from threading import Lock
+from types import TracebackType
+from typing import Any, NoReturn
+
+import grpc
+import psutil
+
+from parablock.clock import Clock
+from parablock.engine.pipeline import Interceptor, start_thread
+from parablock.engine.remote.frames import Hello, Opening, Welcome, greeting_from_bytes, greeting_to_bytes
+from parablock.engine.remote.grpc_options import METHOD, SITE_OPTIONS
+from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
+from parablock.errors import CodecError, InputError, ParaBlockError, StallError
+from parablock.trace import Trace
+from parablock.wire.messages import Leave, to_bytes
+from parablock.wire.transport import Parcel
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Pauses between two calls."""
+FIRST_ANSWER_S = 30.0
+"""How long the server's greeting may take."""
+PARTING_S = 5.0
+"""How long a site that leaves waits for its last word to arrive."""
+
+_FINAL = (
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class SessionOver(Exception):  # noqa: N818  (it is no fault)
+    """The session has ended, or another one has taken its place; the site asks again."""
+
+
+class Refused(InputError):  # noqa: N818
+    """The server refuses this site, and waiting does not cure it."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a site reaches its server.
+
+    Attributes:
+        address: host:port.
+        credentials: Returns gRPC's credentials of the channel, read anew for each call; None: no TLS.
+        token: The value of the `authorization` header; None: none.
+        options: Further options of the channel.
+        diagnose: Says more about a connection that cannot be made; empty: nothing is known.
+    """
+
+    address: str
+    credentials: Callable[[], grpc.ChannelCredentials] | None
+    token: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    diagnose: Callable[[], str] = lambda: ""
+
+
+class SiteCaller:
+    """Calls the server in the name of a client."""
+
+    def __init__(self, client_id: int, server: Server, tell: Callable[[str], None]) -> None:
+        self.client_id, self._server, self.tell = client_id, server, tell
+        self.address = server.address
+        self._last_problem = ""
+
+    def ask(self) -> Welcome:
+        """Ask once which session there is.
+
+        Raises:
+            Refused: The server refuses this site.
+            ConnectionError: There is no server, or it is not ready.
+        """
+        with self.call(lambda: Hello(self.client_id, "", "", 0, _now_s()), iter(())) as (welcome, _):
+            return welcome
+
+    def wait_for_session(self, clock: Clock, finished: str = "") -> Opening:
+        """Ask until there is a session other than a `finished` one."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                welcome = self.ask()
+                if welcome.opening and not welcome.is_over and welcome.opening.session != finished:
+                    return welcome.opening
+                self.say("the server has no run for this site at present")
+            except ConnectionError as problem:
+                self.say(f"waiting for the server: {problem}")
+            clock.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def say(self, problem: str) -> None:
+        """Tell of a problem once, until another one comes."""
+        if problem != self._last_problem:
+            self._last_problem = problem
+            self.tell(problem)
+
+    @contextmanager
+    def call(
+        self, hello: Callable[[], Hello], frames: Iterator[bytes]
+    ) -> Iterator[tuple[Welcome, Iterator[bytes]]]:
+        """Make one call; yield the server's greeting and the call, whose items are the server's frames.
+
+        Raises:
+            Refused: The server refuses this site.
+            ConnectionError: The call cannot be made, or was cut.
+        """
+
+        def outgoing() -> Iterator[bytes]:
+            yield greeting_to_bytes(hello())
+            yield from frames
+
+        server, options = self._server, [*SITE_OPTIONS, *self._server.options]
+        credentials = server.credentials and server.credentials()
+        metadata = (("authorization", server.token),) if server.token else ()
+        try:
+            with (
+                grpc.insecure_channel(server.address, options)
+                if credentials is None
+                else grpc.secure_channel(server.address, credentials, options)
+            ) as channel:
+                call = _exchange(channel)(outgoing(), metadata=metadata)
+                try:
+                    if (greeting := next(call, None)) is None:
+                        raise ConnectionError("the server ended the call")
+                    yield greeting_from_bytes(Welcome, greeting), call
+                finally:
+                    call.cancel()
+        except grpc.RpcError as error:
+            self._raise(error)
+
+    def _raise(self, error: Any) -> NoReturn:
+        words = " ".join(str(error.details()).split())
+        if error.code() in _FINAL:
+            raise Refused(
+                f"the server at {self._server.address} refuses client {self.client_id}: {words}",
+                remedy="Waiting does not cure this. Clear it up with the server's operator, and start again.",
+            ) from None
+        more = self._server.diagnose() if error.code() == grpc.StatusCode.UNAVAILABLE else ""
+        raise ConnectionError(more or words) from None
+
+
+class SiteChannel:
+    """One client's communication in one session.
+
+    Args:
+        caller: Calls the server.
+        opening: The session.
+        incarnation: A random word of this process.
+        trace: Records waits; its spans go to the server's record. Its clock is real.
+        lease_s: How long the site keeps its model without a sign of the server.
+    """
+
+    def __init__(
+        self, caller: SiteCaller, opening: Opening, incarnation: str, trace: Trace, *, lease_s: float
+    ) -> None:
+        self._caller, self.opening, self._incarnation = caller, opening, incarnation
+        self._trace, self._clock, self._lease_s = trace, trace.clock, lease_s
+        self._origin_s = _now_s() - trace.clock.now()  # seconds since 1970 by the server's clock, at zero of ours
+        self._inbox, self._attached = trace.clock.mailbox(), trace.clock.mailbox()
+        self.stream = NumberedStream(self._server_s, psutil.virtual_memory().total)
+        self._interceptor: Interceptor | None = None
+        self._intercepting = Lock()
+        self._ended: Exception | None = None
+        self._heard_s = trace.clock.now()
+        self._spans_told = 0
+        self._leaves, self._problem = True, ""
+
+    def open(self) -> bool:
+        """Connect; return whether an earlier process of this site took part in the session.
+
+        Raises:
+            SessionOver: It has ended.
+            Refused: The server refuses this site.
+        """
+        self._thread = start_thread(self._clock, self._keep_connected, "connection")
+        while (item := self._attached.get_until(self._clock.now() + 1.0)) is None:
+            pass
+        if isinstance(item, Exception):
+            raise item
+        return bool(item)
+
+    def intercept(self, interceptor: Interceptor) -> None:
+        """Let an interceptor change the messages from now on."""
+        self._interceptor = interceptor
+        self._put(interceptor.opening())
+
+    # ── the compute thread ──────────────────────────────────────────────────────────────────────────
+
+    def __enter__(self) -> SiteChannel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if error is None:  # the run is over, or stops
+            self._leaves = False
+            self._tell_spans()
+        elif isinstance(error, ParaBlockError):
+            self._problem = _without_details(error)
+
+    def close(self) -> None:
+        """Leave the session: say so, if the run goes on, and end the connection."""
+        if self._ended is None:
+            if self._leaves:
+                self.stream.put(to_bytes(Leave(self._problem)), 0)
+            self.stream.flush(PARTING_S)
+            self.stream.say_bye(PARTING_S)
+        self.stream.close()
+        self._thread.join()
+
+    def send(self, message: bytes, round_index: int) -> None:
+        """Put a message into the stream to the server, or raise the channel's error; returns at once."""
+        if self._ended is not None:
+            raise self._ended
+        self._tell_spans()
+        if self._interceptor is None:
+            self.stream.put(message, round_index)
+            return
+        with self._intercepting:
+            self._put(self._interceptor.outgoing(Parcel(message, round_index)))
+
+    def receive(self) -> bytes:
+        """Wait for the next message of the server.
+
+        Raises:
+            SessionOver: The session has ended.
+            Refused: The server refuses this site.
+            StallError: There has been no sign of the server for `lease_s`.
+        """
+        with self._trace.span(self._caller.client_id, "compute", "waiting"):
+            while True:
+                item = self._inbox.get_until(self._clock.now() + 1.0)
+                if isinstance(item, Exception):
+                    raise item
+                if item is not None:
+                    assert isinstance(item, bytes)
+                    return item
+                if not self.stream.has_connection and self._clock.now() - self._heard_s > self._lease_s:
+                    raise StallError(
+                        f"no sign of the server for {self._lease_s:g} s",
+                        cause="It, or the way to it, is down.",
+                        remedy="Nothing is to be done here: the site goes on as soon as the server is back.",
+                    )
+
+    def _tell_spans(self) -> None:
+        spans, self._spans_told = self._trace.spans[self._spans_told :], len(self._trace.spans)
+        if spans:
+            rows = [[s.activity, self._origin_s + s.start_s, s.duration_s, s.facts] for s in spans]
+            self.stream.put(json.dumps(rows).encode(), 0, is_note=True)
+
+    def _put(self, parcels: list[Parcel]) -> None:
+        for parcel in parcels:
+            self.stream.put(parcel.message, parcel.round_index)
+
+    # ── the connection's thread ─────────────────────────────────────────────────────────────────────
+
+    def _keep_connected(self) -> None:
+        pause_s, is_first = FIRST_PAUSE_S, True
+        while not self.stream.is_closed:
+            try:
+                with self._connection() as (welcome, numbers, call):
+                    if welcome.opening is not None or welcome.is_over:
+                        raise SessionOver
+                    self._heard_s, pause_s = self._clock.now(), FIRST_PAUSE_S
+                    if is_first:
+                        self._attached.put(welcome.rejoins)
+                        is_first = False
+                    self._caller.say(f"connected with {self._caller.address}")
+                    self._carry(welcome, numbers, call)
+            except ConnectionError as problem:
+                self._caller.say(f"the connection is down, and is made again: {problem}")
+            except (CodecError, SessionOver, Refused, EOFError) as error:
+                ended = SessionOver() if isinstance(error, EOFError) else error
+                self._ended = ended
+                (self._attached if is_first else self._inbox).put(ended)
+                self.stream.close()
+                return
+            if not self.stream.is_closed:
+                self._clock.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    @contextmanager
+    def _connection(self) -> Iterator[tuple[Welcome, SimpleQueue[int | None], Iterator[bytes]]]:
+        """Make one call, whose frames wait for the number of its connection."""
+        numbers: SimpleQueue[int | None] = SimpleQueue()
+        asked_s = _now_s()
+
+        def hello() -> Hello:
+            session = self.opening.session
+            return Hello(self._caller.client_id, session, self._incarnation, self.stream.wanted, asked_s)
+
+        def frames() -> Iterator[bytes]:
+            if (number := numbers.get()) is not None:
+                yield from self.stream.frames(number)
+
+        try:
+            with self._caller.call(hello, frames()) as (welcome, call):
+                came_s = _now_s()
+                self._origin_s = welcome.now_s + (came_s - asked_s) / 2 - self._clock.now()
+                yield welcome, numbers, call
+        finally:
+            numbers.put(None)
+
+    def _carry(self, welcome: Welcome, numbers: SimpleQueue[int | None], call: Iterator[bytes]) -> None:
+        connection = self.stream.attach(welcome.wanted)
+        numbers.put(connection)
+        try:
+            for frame in call:
+                self._heard_s = self._clock.now()
+                if (delivered := self.stream.take(frame)) is not None:
+                    self._take(delivered)
+        finally:
+            self.stream.detach(connection)
+
+    def _take(self, delivered: Delivered) -> None:
+        if self._interceptor is not None:
+            with self._intercepting:
+                answers = self._interceptor.incoming(Parcel(delivered.content, delivered.round_index))
+            if answers is not None:
+                self._put(answers)
+                return
+        self._inbox.put(delivered.content)
+
+    def _server_s(self) -> float:
+        return self._origin_s + self._clock.now()
+
+
+def _exchange(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
+    """Return the only method; frames cross as they are."""
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
+    return call
+
+
+def _without_details(error: ParaBlockError) -> str:
+    """Return what the server may know of an error: its kind, and no path, name or text of this site."""
+    kinds = {
+        "DataError": "its data cannot be read",
+        "ModelError": "its model is not the one of the run",
+        "ConfigError": "its configuration does not fit the run",
+        "StorageError": "its disk cannot be written",
+        "TrainingError": "its training failed",
+        "CodecError": "it could not read a message of the server",
+    }
+    return kinds.get(type(error).__name__, "it cannot take part")
+
+
+def _now_s() -> float:
+    return datetime.now(UTC).timestamp()
