@@ -352,7 +352,9 @@ def _sign_list(
     before: x509.CertificateRevocationList | None,
     serials: list[int],
 ) -> bytes:
-    number = before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number + 1 if before else 1
+    number = 1
+    if before is not None:  # an empty list is false
+        number += before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     new = x509.RevokedCertificateBuilder().revocation_date(now())
     entries = [*(before or ()), *(new.serial_number(serial).build() for serial in serials)]
     builder = (
