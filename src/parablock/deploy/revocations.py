@@ -27,6 +27,8 @@ class Revocations:
     def __init__(self, path: Path | None, authority: bytes) -> None:
         self._path, self._authority = path, parse_certificate(authority, "the authority's certificate")
         self._read: tuple[object, frozenset[int], str] = (None, frozenset(), "")
+        if path is not None:
+            self._refresh(path)
 
     @property
     def problem(self) -> str:
@@ -49,7 +51,7 @@ class Revocations:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 seen = (status.st_mtime_ns, status.st_size, status.st_ino)
-                if seen == self._read[0] and not self.problem:
+                if seen == self._read[0]:
                     return self._read
                 revoked = parse_revoked(file.read(), path, self._authority)
             self._read = (seen, frozenset(entry.serial_number for entry in revoked), "")
@@ -74,6 +76,6 @@ def parse_revoked(pem: bytes, path: Path, authority: x509.Certificate) -> x509.C
         genuine = isinstance(key, ec.EllipticCurvePublicKey) and revoked.is_signature_valid(key)
     except UNREADABLE:
         raise InputError(f"{path} is not a list of revoked certificates", remedy=remedy) from None
-    if not genuine or revoked.issuer != authority.subject:
+    if not genuine:
         raise InputError(f"{path} is not signed by {authority.subject.rfc4514_string()}", remedy=remedy)
     return revoked

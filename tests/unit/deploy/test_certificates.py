@@ -80,6 +80,12 @@ def named(*parts: str) -> Callable[[x509.CertificateBuilder], x509.CertificateBu
     return change
 
 
+def with_more_than_a_name(builder: x509.CertificateBuilder) -> x509.CertificateBuilder:
+    parts = [(NameOID.COMMON_NAME, "site-0"), (NameOID.ORGANIZATION_NAME, "another")]
+    builder._subject_name = x509.Name([x509.NameAttribute(kind, text) for kind, text in parts])
+    return uses(ExtendedKeyUsageOID.CLIENT_AUTH)(builder)
+
+
 def refused(folder: Path, told: str, kind: type[InputError] = InputError) -> InputError:
     with pytest.raises(kind, match=told) as caught:
         load_credentials(folder)
@@ -211,6 +217,18 @@ def test_dates_are_told_with_the_time_of_this_machine(
     assert loaded.days_left == 364
 
 
+def test_an_authority_that_has_expired_vouches_for_nobody(keys: Path, monkeypatch: pytest.MonkeyPatch):
+    def for_long(builder: x509.CertificateBuilder) -> x509.CertificateBuilder:
+        builder._not_valid_after = (certificates.now() + timedelta(days=5000)).replace(tzinfo=None)
+        return uses(CLIENT)(builder)
+
+    sign_by_hand(keys, "site-0", for_long)
+    assert load_credentials(keys / "site-0").days_left == 4999
+    here = certificates.now() + timedelta(days=3651)
+    monkeypatch.setattr(certificates, "now", lambda: here)
+    assert "made anew" in refused(keys / "site-0", r"authority\.pem has expired").remedy
+
+
 def test_the_days_that_are_left_are_whole_and_then_negative(keys: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = load_credentials(keys / "site-0")
     for left, days in ((timedelta(hours=47), 1), (timedelta(hours=1), 0), (timedelta(hours=-1), -1)):
@@ -233,6 +251,7 @@ CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUT
         ("site-0", named("site-07"), "'site-07' is not a name"),
         ("site-0", named("site-0", "site-1"), "is not a name"),
         ("site-0", named(), "is not a name"),
+        ("site-0", with_more_than_a_name, "is not a name"),
     ],
 )
 def test_a_certificate_for_another_use_or_name_is_refused(keys: Path, folder: str, change, told: str):

@@ -120,6 +120,7 @@ def test_a_bad_list_refuses_everybody_until_a_good_one_is_there(ours: Path, made
     assert all(listed.is_revoked(certificate(ours / f"site-{number}")) for number in (0, 1))
     with pytest.raises(AssertionError, match=told):
         raise AssertionError(listed.problem)
+    assert Revocations(path, load_credentials(ours / "server").authority).problem == listed.problem, "at the start"
     assert str(path) in listed.problem and "everybody is refused" in listed.problem
     if path.is_dir():
         path.rmdir()
