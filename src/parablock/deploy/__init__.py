@@ -3,7 +3,7 @@
 credentials    TLS certificates, and the keys of SuperNodes
 authority      who may be the server and who a site: signs requests, revokes
 certificates   the key, certificate and authority of one end, and their checks
-revocations    the list of revoked certificates, as the server reads it
+revocations    the list of revoked certificates
 signing_request   what an end sends to the authority
 superlink      the server: a SuperLink that knows the run
 server_app     the ServerApp: one run of the configuration

@@ -37,7 +37,7 @@ from parablock.deploy.certificates import (
     role_of,
     uncovered_host,
 )
-from parablock.deploy.revocations import Revocations, parse_revoked
+from parablock.deploy.revocations import Revocations, parse_revoked, sign_revoked
 from parablock.deploy.signing_request import (
     PEM,
     SigningRequest,
@@ -58,23 +58,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 __all__ = [
-    "Credentials",
-    "Issued",
-    "Revocations",
-    "SigningRequest",
-    "host_is_covered",
-    "install_certificate",
-    "key_is_encrypted",
-    "list_issued",
-    "load_credentials",
-    "make_all",
-    "make_authority",
-    "make_request",
-    "read_request",
-    "revoke",
-    "sign_request",
-    "uncovered_host",
-]
+    "Credentials", "Issued", "Revocations", "SigningRequest", "host_is_covered", "install_certificate",
+    "key_is_encrypted", "list_issued", "load_credentials", "make_all", "make_authority", "make_request",
+    "read_request", "revoke", "sign_request", "uncovered_host",
+]  # fmt: skip
 
 AUTHORITY_DAYS = 3650
 _BACKDATED = timedelta(hours=1)  # for the clocks of others that are slow
@@ -114,14 +101,12 @@ def make_authority(folder: Path, *, passphrase: bytes | None) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = subject_of(f"ParaBlock authority {os.urandom(4).hex()}")  # two of them can be told apart
     builder = _certificate(subject, subject, key.public_key(), key.public_key(), AUTHORITY_DAYS)
-    certificate = (
-        builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
-        .sign(key, hashes.SHA256())
-    )
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+    certificate = builder.sign(key, hashes.SHA256())
     write_new(folder / "authority.key", private_pem(key, passphrase), mode=0o600)
     write_new(folder / "issued.jsonl", b"", mode=0o600)
-    write_new(folder / "revoked.pem", _sign_list(certificate, key, None, []), mode=0o644)
+    write_new(folder / "revoked.pem", sign_revoked(certificate, key, None, []), mode=0o644)
     write_new(folder / "authority.pem", certificate.public_bytes(PEM), mode=0o644)
 
 
@@ -171,11 +156,9 @@ def sign_request(
         _place_authority(folder, authority)
         builder = _certificate(subject_of(asked.name), authority.subject, asked.key, key.public_key(), days)
         purpose = ROLES[asked.name.partition("-")[0]]
-        builder = (
-            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage("digital_signature"), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-        )
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_usage("digital_signature"), critical=True)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         if asked.hosts:
             builder = builder.add_extension(host_names(asked.hosts), critical=False)
         signed = builder.sign(key, hashes.SHA256())
@@ -342,27 +325,5 @@ def _revoke(
     authority_dir: Path, issued: list[Issued], authority: x509.Certificate, key: ec.EllipticCurvePrivateKey
 ) -> None:
     if issued:
-        content = _sign_list(authority, key, _revoked(authority_dir), [one.serial for one in issued])
+        content = sign_revoked(authority, key, _revoked(authority_dir), [one.serial for one in issued])
         replace_file(authority_dir / "revoked.pem", content)
-
-
-def _sign_list(
-    authority: x509.Certificate,
-    key: ec.EllipticCurvePrivateKey,
-    before: x509.CertificateRevocationList | None,
-    serials: list[int],
-) -> bytes:
-    number = 1
-    if before is not None:  # an empty list is false
-        number += before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-    new = x509.RevokedCertificateBuilder().revocation_date(now())
-    entries = [*(before or ()), *(new.serial_number(serial).build() for serial in serials)]
-    builder = (
-        x509.CertificateRevocationListBuilder(revoked_certificates=entries)
-        .issuer_name(authority.subject)
-        .last_update(now())
-        .next_update(authority.not_valid_after_utc)
-        .add_extension(x509.CRLNumber(number), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-    )
-    return builder.sign(key, hashes.SHA256()).public_bytes(PEM)

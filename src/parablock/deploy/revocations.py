@@ -1,15 +1,16 @@
-"""The authority's list of revoked certificates, as the server reads it."""
+"""The list of revoked certificates: how the authority signs it, and how the server reads it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from parablock.deploy.certificates import UNREADABLE, parse_certificate
+from parablock.deploy.certificates import UNREADABLE, now, parse_certificate
 from parablock.errors import InputError
 
 # isort: split
 from cryptography import x509  # after `certificates`, which says what to do where it is missing
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 
@@ -79,3 +80,26 @@ def parse_revoked(pem: bytes, path: Path, authority: x509.Certificate) -> x509.C
     if not genuine:
         raise InputError(f"{path} is not signed by {authority.subject.rfc4514_string()}", remedy=remedy)
     return revoked
+
+
+def sign_revoked(
+    authority: x509.Certificate,
+    key: ec.EllipticCurvePrivateKey,
+    before: x509.CertificateRevocationList | None,
+    serials: list[int],
+) -> bytes:
+    """Return a signed list, PEM, of what an earlier one holds, if there is one, and of new serial numbers."""
+    number = 1
+    if before is not None:  # an empty list is false
+        number += before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    new = x509.RevokedCertificateBuilder().revocation_date(now())
+    entries = [*(before or ()), *(new.serial_number(serial).build() for serial in serials)]
+    builder = (
+        x509.CertificateRevocationListBuilder(revoked_certificates=entries)
+        .issuer_name(authority.subject)
+        .last_update(now())
+        .next_update(authority.not_valid_after_utc)
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+    )
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
