@@ -173,7 +173,7 @@ def test_an_error_of_a_client_reaches_the_server_that_waits_for_another(meet, re
     def server(transport, clock):
         for client_id in range(2):
             transport.send(client_id, Parcel(b"go", 0))
-        assert from_bytes(answered(transport, 3)[1][0]) == Leave("it could not read a message of the server")
+        assert from_bytes(answered(transport, 2)[1][0]) == Leave("it could not read a message of the server")
 
     if request.node.stash[NAME] in CONNECTED:  # a site's trouble is its own
         meet(server, client, patience_s=2.0)

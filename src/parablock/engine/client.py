@@ -142,6 +142,11 @@ class Client:
         return True
 
     @property
+    def is_rejoining(self) -> bool:
+        """Whether the server has not yet answered that the client is back."""
+        return self._rejoins
+
+    @property
     def chunks_ahead(self) -> int:
         """Number of messages with parts of new values that no commit has used yet."""
         return sum(len(parts) for _, parts in self._chunks.values())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from parablock.algorithm.parablock import ClientState, ServerState, initial_server
+from parablock.algorithm.parablock import ClientState, Commit, ServerState, initial_server
 from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.engine.pipeline import Interceptor
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan, ServerStart
@@ -129,7 +129,8 @@ def make_server(
     else:
         transport.ledger.restore_downlink(resumed.progress["downlink"])
         held = {client.client_id: client.versions for client in resumed.clients}
-        start = ServerStart(resumed.server, resumed.round_index, held, resumed.progress["server"], absent)
+        memory, overwritten = resumed.progress["server"], resumed.overwritten
+        start = ServerStart(resumed.server, resumed.round_index, held, memory, absent, overwritten)
     return Server(
         start,
         given.server,
@@ -150,6 +151,7 @@ def make_checkpoint(
     ledger: Ledger,
     spans: Sequence[Span],
     faults: Faults = NO_FAULTS,
+    overwritten: tuple[tuple[int, Commit], ...] = (),
 ) -> RunState:
     """Return a checkpoint before a round.
 
@@ -161,6 +163,7 @@ def make_checkpoint(
         ledger: The traffic so far.
         spans: The trace so far.
         faults: The faults of the run.
+        overwritten: See `RunState`.
     """
     open_rounds = range(server.committed + 1, round_index)
     progress = {
@@ -169,7 +172,7 @@ def make_checkpoint(
         "faults": faults.happened_before(round_index, server.committed),
     }
     past = [span for span in list(spans) if _is_past(span, round_index, server.committed)]
-    return RunState(round_index, server, tuple(clients), progress, past)
+    return RunState(round_index, server, tuple(clients), progress, past, overwritten)
 
 
 def _is_past(span: Span, round_index: int, committed: int) -> bool:

@@ -18,15 +18,24 @@ from parablock.wire.transport import Parcel, ServerTransport
 
 
 class Downlink:
-    """The way from the server to the clients, with the block versions that each of them holds (`held`)."""
+    """The way from the server to the clients.
 
-    def __init__(self, transport: ServerTransport, encoding: Encoding, held: Mapping[int, tuple[int, ...]]) -> None:
+    `held` are the block versions that each client holds; for `overwritten` see `RunState`.
+    """
+
+    def __init__(
+        self,
+        transport: ServerTransport,
+        encoding: Encoding,
+        held: Mapping[int, tuple[int, ...]],
+        overwritten: Iterable[tuple[int, Commit]] = (),
+    ) -> None:
         self._transport, self._encoding = transport, encoding
         self.held = dict(held)
         self._announced: dict[int, list[Vector]] = {}
         self._streamed_to: dict[int, set[int]] = {}
         self._news: dict[int, tuple[str, Vector]] = {}
-        self._overwritten: dict[int, list[Commit]] = {}
+        self.overwritten = tuple(overwritten)
 
     def send(self, client_id: int, round_index: int, message: RoundStart | Mark | Finish | Welcome) -> None:
         """Send a message whose bytes count for a round."""
@@ -107,15 +116,15 @@ class Downlink:
         self.held[client_id] = state.versions
         return tuple(news)
 
-    def keep_until(self, round_index: int, before: ServerState, block_index: int) -> None:
+    def remember_until(self, round_index: int, before: ServerState, block_index: int) -> None:
         """Keep a block's value from before a commit, as long as rounds up to `round_index` can ask for it again."""
         b = block_index
         old = Commit(b, before.versions[b], before.view[b], before.rho[b])
-        self._overwritten.setdefault(round_index, []).append(old)
+        self.overwritten = (*self.overwritten, (round_index, old))
 
     def forget_old(self, committed: int) -> None:
         """Drop the values that no open round can ask for."""
-        self._overwritten = {t: kept for t, kept in self._overwritten.items() if t > committed}
+        self.overwritten = tuple((t, old) for t, old in self.overwritten if t > committed)
 
     def news_as_of(self, state: ServerState, client_id: int, committed: int) -> tuple[NewValue, ...] | None:
         """Return the commits up to a round that a client lacks, and note that it has them.
@@ -123,7 +132,7 @@ class Downlink:
         None if that state is gone: a block has been committed again, and the client has missed the value before.
         """
         held, news = list(self.held[client_id]), []
-        kept = {(old.block_index, old.version): old for olds in self._overwritten.values() for old in olds}
+        kept = {(old.block_index, old.version): old for _, old in self.overwritten}
         for new in news_for(state, held):
             b = new.block_index
             if new.version > committed:

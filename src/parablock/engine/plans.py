@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from parablock.algorithm.aggregate import ServerOptimizer
-from parablock.algorithm.parablock import ClientState, ServerState
+from parablock.algorithm.parablock import ClientState, Commit, ServerState
 from parablock.algorithm.schedule import client_in_turn, cohort
 from parablock.engine.local_steps import LocalSteps
 from parablock.engine.update_form import UpdateForm
@@ -94,6 +94,7 @@ class ServerStart:
         held: The block versions that each client holds; None: none of any block.
         memory: The plain values that `on_mark` got: clients asked, seconds of steps and of answers.
         absent: The clients that are not there; they take part once they join.
+        overwritten: Values that open rounds may ask for again; see `RunState`.
     """
 
     state: ServerState
@@ -101,6 +102,7 @@ class ServerStart:
     held: Mapping[int, tuple[int, ...]] | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
     absent: frozenset[int] = frozenset()
+    overwritten: tuple[tuple[int, Commit], ...] = ()
 
 
 @dataclass(frozen=True)

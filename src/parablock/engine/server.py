@@ -27,6 +27,7 @@ from torch import Tensor
 from parablock.algorithm.aggregate import apply_update
 from parablock.algorithm.parablock import (
     NEVER,
+    Commit,
     ServerState,
     commit_nothing,
     schedule_round,
@@ -86,7 +87,7 @@ class Server:
         self._hooks, self._on_mark, self._masks_of = hooks, on_mark, masks_of
         self._on_event, self._first_round, memory = hooks.on_event, start.first_round, start.memory
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
-        self._downlink = Downlink(transport, plan.form.encoding, start.held or never)
+        self._downlink = Downlink(transport, plan.form.encoding, start.held or never, start.overwritten)
         self._participation = Participation(plan, memory.get("answer_s", {}), start.absent)
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
@@ -104,6 +105,11 @@ class Server:
     def held(self) -> dict[int, tuple[int, ...]]:
         """The block versions that each client holds."""
         return dict(self._downlink.held)
+
+    @property
+    def overwritten(self) -> tuple[tuple[int, Commit], ...]:
+        """Values that open rounds may ask for again; see `RunState`."""
+        return self._downlink.overwritten
 
     def run(self) -> bool:
         """Run all rounds; return False if the user stopped the run."""
@@ -190,7 +196,7 @@ class Server:
                     self._wait_for(fold)
             block, overwritten = fold.block_index, self.state
             self._commit(fold)
-            self._downlink.keep_until(fold.round_index + self._plan.delay, overwritten, block)
+            self._downlink.remember_until(fold.round_index + self._plan.delay, overwritten, block)
             self._folds.pop(fold.round_index).close()
             self._downlink.forget_old(self.state.committed)
 

@@ -2,7 +2,7 @@
 
     round-000008/
       state.json            the round, versions, ρ, history, progress of the records, hashes
-      server.safetensors    x and view of every block, server-optimizer moments
+      server.safetensors    x and view of every block, server-optimizer moments, values that were overwritten lately
       client-000.safetensors  its updates in flight, as they were sent; moments and residuals, if kept
       trace.json            the spans so far
 
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parablock.algorithm.parablock import ServerState
+from parablock.algorithm.parablock import Commit, ServerState
 from parablock.errors import CheckpointError
 from parablock.storage.files import write_folder_beside
 from parablock.trace import Span
@@ -65,6 +65,7 @@ class RunState:
         clients: Every client's snapshot.
         progress: State of the records, as plain values.
         spans: The trace so far.
+        overwritten: (last round that may ask for it, a block's value from before a commit).
     """
 
     round_index: int
@@ -72,6 +73,7 @@ class RunState:
     clients: tuple[ClientSnapshot, ...]
     progress: dict[str, Any]
     spans: list[Span]
+    overwritten: tuple[tuple[int, Commit], ...] = ()
 
 
 def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
@@ -125,6 +127,8 @@ def _write_parts(folder: Path, state: RunState) -> None:
         if seen is not value:
             server[f"view.{b}"] = seen
         server |= {f"moments.{b}.{k}": moment for k, moment in enumerate(state.server.moments[b])}
+    for n, (_, old) in enumerate(state.overwritten):
+        server[f"overwritten.{n}"] = old.value
     save_file(server, folder / "server.safetensors")
     for client in state.clients:
         tensors = {
@@ -145,6 +149,7 @@ def _write_parts(folder: Path, state: RunState) -> None:
         },
         "clients": [{"versions": client.versions, "rho": client.rho} for client in state.clients],
         "progress": state.progress,
+        "overwritten": [(t, old.block_index, old.version, old.rho) for t, old in state.overwritten],
         "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / "state.json").write_text(json.dumps({**meta, "own_sha256": _own_sha256(meta)}, indent=1))
@@ -172,7 +177,11 @@ def _read(place: Path) -> RunState:
     )
     clients = tuple(_read_client(place, i, client) for i, client in enumerate(meta["clients"]))
     spans = [Span(*row) for row in json.loads((place / "trace.json").read_text())]
-    return RunState(meta["round_index"], server, clients, meta["progress"], spans)
+    overwritten = tuple(
+        (t, Commit(b, version, tensors[f"overwritten.{n}"], rho))
+        for n, (t, b, version, rho) in enumerate(meta.get("overwritten", ()))
+    )
+    return RunState(meta["round_index"], server, clients, meta["progress"], spans, overwritten)
 
 
 def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> ClientSnapshot:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -82,7 +82,7 @@ class Opening:
         config: The configuration of all clients, as YAML.
         base_sha256: Hash of the base model that all share.
         restored: The round of the checkpoint that the session goes on from; -1: from the base model.
-        restored_of: The session that wrote that checkpoint.
+        sessions: Earlier session → the first of its rounds that do not count any more.
     """
 
     __pydantic_config__ = _READ_STRICTLY
@@ -92,7 +92,7 @@ class Opening:
     config: str
     base_sha256: _Word
     restored: int = -1
-    restored_of: _Word = ""
+    sessions: dict[_Word, _Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

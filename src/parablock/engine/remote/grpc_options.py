@@ -30,6 +30,7 @@ SERVER_OPTIONS = [
 SITE_OPTIONS = [
     *OPTIONS,
     ("grpc.use_local_subchannel_pool", 1),  # a new connection is a new connection
+    ("grpc.enable_retries", 0),  # of its own: a call at a server that shuts down would hang, past its deadline
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]

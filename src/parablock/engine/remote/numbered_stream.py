@@ -98,12 +98,13 @@ class NumberedStream:
         with self._changed:
             return self._changed.wait_for(lambda: not self._out or self.is_closed, timeout_s)
 
-    def say_bye(self, timeout_s: float) -> None:
-        """Say that nothing more will come, where there is a connection."""
+    def say_bye(self, timeout_s: float) -> bool:
+        """Say that nothing more will come, where there is a connection; return whether it has been said."""
         with self._changed:
             self._says_bye = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._bye_said or not self._has_connection, timeout_s)
+            return self._bye_said
 
     def close(self) -> None:
         """End the present connection; there will be no other."""

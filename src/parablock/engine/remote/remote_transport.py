@@ -26,6 +26,9 @@ from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, to_bytes
 from parablock.wire.transport import Ledger, Parcel, check_for_stop
 
+LOOK_S = 0.01
+RETURN_S = 5.0
+"""How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
 """Bytes of a site's messages that wait for the server at most, beside the newest."""
 _Seconds = Annotated[float, Field(allow_inf_nan=False)]
@@ -47,6 +50,7 @@ class Place:
         incarnation: The word of the process that takes part; None: none has yet.
         must_rejoin: Whether it does not take part, until a new process joins.
         is_removed: Whether the operator has removed it.
+        knows_end: Whether it knows that the session has ended.
         since_s: Since when it is connected, or is not; seconds since 1970.
         up_bytes: Bytes of its messages so far.
         down_bytes: Bytes of messages to it that it has confirmed.
@@ -60,6 +64,7 @@ class Place:
     incarnation: str | None = None
     must_rejoin: bool = False
     is_removed: bool = False
+    knows_end: bool = False
     since_s: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
@@ -99,7 +104,7 @@ class RemoteTransport:
         self._origin_s = _now_s() - trace.clock.now()
         self._inbox = trace.clock.mailbox()
         self._waiting = deque[tuple[int, bytes]]()
-        self._has_begun, self._is_over = False, False
+        self.has_begun, self._is_over = False, False
         self.places = {client_id: Place(self._new_stream(client_id)) for client_id in range(num_clients)}
         self.ledger = Ledger()
 
@@ -123,6 +128,7 @@ class RemoteTransport:
         with place.room:
             is_new = hello.incarnation != place.incarnation
             in_session = hello.session == self.opening.session and not (place.must_rejoin and not is_new)
+            place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
                 return Welcome(0, False, now_s, self.opening, self._is_over), None
             rejoins = is_new and (place.incarnation is not None or place.must_rejoin)
@@ -178,7 +184,7 @@ class RemoteTransport:
         for place in self.places.values():
             with place.room:
                 place.must_rejoin = place.must_rejoin or not place.stream.has_connection
-        self._has_begun = True
+        self.has_begun = True
         return frozenset(client_id for client_id, place in self.places.items() if place.must_rejoin)
 
     @property
@@ -194,7 +200,7 @@ class RemoteTransport:
     def send(self, client_id: int, parcel: Parcel) -> None:
         """Put a message into the client's stream; nothing, where it does not take part."""
         place = self.places[client_id]
-        if not (self._has_begun and place.must_rejoin):
+        if not (self.has_begun and place.must_rejoin):
             place.stream.put(parcel.message, parcel.round_index)
 
     def receive(
@@ -224,22 +230,30 @@ class RemoteTransport:
     def close(self, timeout_s: float) -> None:
         """Wait until every client that is there has the last message of the run, and say bye."""
         moved_s, left_bytes = self._clock.now(), -1
-        while waits := [i for i in self.there if self.places[i].stream.waiting_bytes]:
+        while waits := [
+            i for i, place in self.places.items() if not place.must_rejoin and place.stream.waiting_bytes
+        ]:
             now_bytes = sum(self.places[i].stream.waiting_bytes for i in waits)
             if now_bytes != left_bytes:
                 moved_s, left_bytes = self._clock.now(), now_bytes
-            if self._clock.now() - moved_s > timeout_s or self._asked_to_stop():
+            patience_s = timeout_s if any(map(self.is_there, waits)) else min(timeout_s, RETURN_S)
+            if self._clock.now() - moved_s > patience_s or self._asked_to_stop():
                 self._tell(f"the end of the run did not reach {', '.join(f'client {i}' for i in waits)}")
                 break
-            self._clock.sleep(0.01)
+            self._clock.sleep(LOOK_S)
         self.leave()
 
     def leave(self) -> None:
-        """End the session for all."""
+        """End the session for all, and wait a moment for those whose line is cut just now."""
         self._is_over = True
+        give_up_s = self._clock.now() + RETURN_S
+        while waits := [place for place in self.places.values() if not (place.must_rejoin or place.knows_end)]:
+            for place in waits:
+                place.knows_end = place.stream.has_connection and place.stream.say_bye(LOOK_S)
+            if self._clock.now() > give_up_s:
+                break
+            self._clock.sleep(LOOK_S)
         for place in self.places.values():
-            if place.stream.has_connection:
-                place.stream.say_bye(1.0)
             place.stream.close()
             with place.room:
                 place.room.notify_all()

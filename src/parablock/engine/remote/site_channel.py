@@ -31,8 +31,8 @@ from parablock.wire.transport import Parcel
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two calls."""
-FIRST_ANSWER_S = 30.0
-"""How long the server's greeting may take."""
+FIRST_ANSWER_S = 10.0
+"""How long a server may take to answer which session there is; one that shuts down may never answer."""
 PARTING_S = 5.0
 """How long a site that leaves waits for its last word to arrive."""
 
@@ -85,7 +85,8 @@ class SiteCaller:
             Refused: The server refuses this site.
             ConnectionError: There is no server, or it is not ready.
         """
-        with self.call(lambda: Hello(self.client_id, "", "", 0, _now_s()), iter(())) as (welcome, _):
+        hello = Hello(self.client_id, "", "", 0, _now_s())
+        with self.call(lambda: hello, iter(()), timeout_s=FIRST_ANSWER_S) as (welcome, _):
             return welcome
 
     def wait_for_session(self, clock: Clock, finished: str = "") -> Opening:
@@ -110,7 +111,7 @@ class SiteCaller:
 
     @contextmanager
     def call(
-        self, hello: Callable[[], Hello], frames: Iterator[bytes]
+        self, hello: Callable[[], Hello], frames: Iterator[bytes], timeout_s: float | None = None
     ) -> Iterator[tuple[Welcome, Iterator[bytes]]]:
         """Make one call; yield the server's greeting and the call, whose items are the server's frames.
 
@@ -132,7 +133,7 @@ class SiteCaller:
                 if credentials is None
                 else grpc.secure_channel(server.address, credentials, options)
             ) as channel:
-                call = _exchange(channel)(outgoing(), metadata=metadata)
+                call = _exchange(channel)(outgoing(), timeout=timeout_s, metadata=metadata)
                 try:
                     if (greeting := next(call, None)) is None:
                         raise ConnectionError("the server ended the call")

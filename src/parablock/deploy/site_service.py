@@ -1,0 +1,79 @@
+"""A site's process: it waits for a run, takes part, and waits for the next one, until its operator stops it."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import logging
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from parablock.clock import RealClock
+from parablock.deploy.site import SiteConfig
+from parablock.engine.remote.site_channel import Refused, Server, SessionOver, SiteCaller
+from parablock.errors import ParaBlockError, StallError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LOGGER = logging.getLogger("parablock")
+
+
+def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+    """Serve the runs of a server, one after another.
+
+    Whatever goes wrong here ends this site's part of a run, never the process; the site waits for the next session.
+
+    Raises:
+        Refused: The server refuses this site, and waiting does not cure it.
+        StorageError: Another process serves this site, or its folder cannot be written.
+    """
+    from parablock.deploy.site_session import take_part
+
+    caller, finished = SiteCaller(site.client_id, server, LOGGER.info), ""
+    with _only_process(site):
+        while not asked_to_stop():
+            opening = caller.wait_for_session(RealClock(), finished)
+            LOGGER.info("takes part in run %s, session %s", opening.run, opening.session)
+            try:
+                take_part(site, caller, opening)
+                LOGGER.info("the run has ended, or stops; waiting for the next one")
+                finished = opening.session
+            except SessionOver:
+                LOGGER.info("the session has ended")
+            except Refused:
+                raise
+            except StallError as error:
+                LOGGER.warning("%s; the model leaves memory until the server is back", error.what)
+            except ParaBlockError as error:
+                LOGGER.error("this site leaves the run: %s", error)
+                LOGGER.error("It takes part again in the next session, or once it is started again.")
+                finished = opening.session
+            gc.collect()
+
+
+@contextmanager
+def _only_process(site: SiteConfig) -> Iterator[None]:
+    """Keep other processes out of the site's folder, and say which process is there."""
+    site.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = site.state_dir / "pid"
+    with path.open("a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise StorageError(
+                f"another process serves the site of {site.state_dir}: number {file.read().strip() or 'unknown'}",
+                cause="It was started before, or an earlier start did not end.",
+                remedy="End it first, or give this site a state_dir of its own.",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.truncate(0)

@@ -1,0 +1,133 @@
+"""The engine of real sites: the server of every engine, with a stream for each site instead of threads."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from parablock.algorithm.parablock import ServerState, initial_server
+from parablock.engine.contract import EngineInput, EngineResult, make_checkpoint, make_server
+from parablock.engine.plans import ServerPlan
+from parablock.engine.remote.frames import Opening
+from parablock.engine.remote.listener import Listener
+from parablock.engine.remote.remote_transport import RemoteTransport
+from parablock.storage.checkpoint import ClientSnapshot
+from parablock.wire.transport import StopAsked, Traffic
+
+LOOK_S = 0.05
+REMIND_S = 30.0
+"""How often the server says whom it waits for."""
+LEAST_MESSAGE_BYTES = 16 << 20
+"""Shortest limit of a site's message: the letters of secure aggregation are not updates."""
+MOST_SESSIONS = 60
+"""How many sessions a run remembers, so that what sites keep of them counts."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The facts of a run that its sites have to know; see `Opening`."""
+
+    run: str
+    config: str
+    base_sha256: str
+
+
+def run_remote(
+    given: EngineInput,
+    listener: Listener,
+    facts: RunFacts,
+    *,
+    num_sites: int,
+    on_open: Callable[[RemoteTransport], None] = lambda _: None,
+) -> EngineResult:
+    """Run all rounds, or those that a checkpoint has left, with sites that connect to the listener.
+
+    The run begins once `num_sites` sites are there, and begins again from the server's checkpoint whatever sites
+    have kept. A round that lacks updates waits for sites to come back, and says so. `on_open` gets the transport as
+    soon as sites may connect. The clock is real, and the input has no trainers.
+
+    Raises:
+        ParaBlockError: The error of the server; no site's trouble is one.
+    """
+    given = replace(given, server=replace(given.server, waits_for_return=True))
+    hooks = given.hooks
+    opening = _opening(given, facts)
+    params = given.take_params()
+    transport = RemoteTransport(
+        opening,
+        given.server.num_clients,
+        given.server.num_rounds,
+        _longest_update(given.server, [block.numel() for block in params]),
+        given.trace,
+        asked_to_stop=hooks.asked_to_stop,
+        tell=hooks.on_event,
+    )
+
+    def on_mark(round_index: int, state: ServerState, memory: dict[str, Any]) -> None:
+        clients = (
+            ClientSnapshot(client_id, versions, state.rho, {})
+            for client_id, versions in sorted(server.held.items())
+        )
+        memory = {**memory, "sessions": {**opening.sessions, opening.session: round_index}}
+        ledger, spans = transport.ledger, given.trace.spans
+        hooks.on_checkpoint(
+            make_checkpoint(
+                round_index, state, clients, memory, ledger=ledger, spans=spans, overwritten=server.overwritten
+            )
+        )
+
+    finished = False
+    listener.open(transport)
+    on_open(transport)
+    try:
+        if not _gather(transport, num_sites, hooks.asked_to_stop, hooks.on_event):
+            state = initial_server(params) if given.resumed is None else given.resumed.server
+            return EngineResult(state, (), False, Traffic())
+        server = make_server(given, params, transport, on_mark, transport.begin())
+        del params  # the server keeps what it needs
+        finished = server.run()
+        transport.close(given.server.stall_timeout_s)
+    except StopAsked as stop:  # sites learn of it when they are asked to go on from what they have kept
+        hooks.on_event(str(stop))
+    finally:
+        transport.leave()
+    traffic = transport.ledger.of_round(given.server.num_rounds - 1)
+    return EngineResult(server.state, (), finished, traffic, dict(server.refused))
+
+
+def _opening(given: EngineInput, facts: RunFacts) -> Opening:
+    resumed = given.resumed
+    sessions = {} if resumed is None else resumed.progress["server"].get("sessions", {})
+    return Opening(
+        run=facts.run,
+        session=secrets.token_hex(8),
+        config=facts.config,
+        base_sha256=facts.base_sha256,
+        restored=-1 if resumed is None else resumed.round_index,
+        sessions=dict(list(sessions.items())[-MOST_SESSIONS:]),
+    )
+
+
+def _longest_update(plan: ServerPlan, block_sizes: list[int]) -> int:
+    """Return the longest message that a site may send, bytes."""
+    encoding = plan.form.encoding
+    sizes = [encoding.payload_bytes(plan.form.num_elements(size)) for size in block_sizes]
+    return max(LEAST_MESSAGE_BYTES, max(sizes) + (1 << 20))
+
+
+def _gather(
+    transport: RemoteTransport, num_sites: int, asked_to_stop: Callable[[], bool], tell: Callable[[str], None]
+) -> bool:
+    """Wait until enough sites are there; return False if the user stops the run before."""
+    remind_s = transport.clock.now()
+    while len(there := transport.there) < num_sites:
+        if asked_to_stop():
+            return False
+        if transport.clock.now() >= remind_s:
+            missing = [str(client_id) for client_id in transport.places if client_id not in there]
+            tell(f"{len(there)} of {num_sites} sites are there; waiting for clients {', '.join(missing)}")
+            remind_s += REMIND_S
+        transport.clock.sleep(LOOK_S)
+    return True

@@ -1,0 +1,224 @@
+"""The engine of real sites gives bit for bit what one process gives, whoever dies and wherever the line is cut."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from engines import QUIET, run_here, server_plan
+from parablock.algorithm.fixed_point import FixedPointGrid
+from parablock.algorithm.parablock import same
+from parablock.algorithm.robust import Rule
+from parablock.clock import RealClock
+from parablock.engine.contract import EngineResult
+from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.update_form import Differences, FixedPointWords
+from parablock.privacy.protection import Protection
+from parablock.privacy.secure_aggregation import SecureAggregation
+from parablock.storage.checkpoint import RunState, load_newest, save_checkpoint
+from parablock.trace import Trace
+from parablock.wire.quantize import Encoding
+from remote_runs import BLOCKS, Died, Town
+from toy import ToyTrainer, initial
+
+EXAMPLES = [3, 1, 2]
+ROUNDS = 9
+CHUNKED = Encoding("float32", chunk_bytes=8)
+
+
+def plan(delay: int, encoding: Encoding = CHUNKED, examples: Sequence[int] = EXAMPLES, **changes) -> ServerPlan:
+    return server_plan(len(examples), ROUNDS, delay, Differences(encoding), checkpoint_every=2, **changes)
+
+
+def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, protection_of=lambda _: None) -> EngineResult:
+    trainers = [ToyTrainer(i, count, None) for i, count in enumerate(examples)]
+    return run_here(initial(BLOCKS), trainers, plan, Trace(RealClock()), QUIET, protection_of=protection_of)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize(
+    "encoding",
+    [Encoding("float32"), CHUNKED, Encoding("int8", chunk_bytes=8), Encoding("int8", error_feedback=True)],
+    ids=repr,
+)
+def test_sites_give_what_one_process_gives(tmp_path: Path, delay: int, encoding: Encoding):
+    result = Town(tmp_path, plan(delay, encoding), EXAMPLES).run()
+    assert result.finished
+    assert same(result.server.params, in_process(plan(delay, encoding)).server.params)
+    if delay:
+        assert not same(result.server.params, in_process(plan(0, encoding)).server.params)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("examples", [(3, 1), (3, 1, 2, 5)], ids=["two sites", "four sites"])
+def test_two_sites_and_four_give_what_one_process_gives(tmp_path: Path, delay: int, examples: tuple[int, ...]):
+    method = plan(delay, examples=examples)
+    assert same(Town(tmp_path, method, examples).run().server.params, in_process(method, examples).server.params)
+
+
+class Mortal(ToyTrainer):
+    """Dies in some of its rounds, once in each."""
+
+    dies: set[tuple[int, int]]
+
+    def train(self, round_index, *asked):
+        result = super().train(round_index, *asked)
+        if (self.client_id, round_index) in self.dies:
+            self.dies.remove((self.client_id, round_index))
+            raise Died
+        return result
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("schedule", ["shuffled", "random", "cyclic"])
+@pytest.mark.parametrize("encoding", [CHUNKED, Encoding("int8", error_feedback=True)], ids=repr)
+def test_sites_that_die_in_training_change_nothing(tmp_path: Path, delay: int, schedule: str, encoding: Encoding):
+    class Dying(Mortal):
+        dies = {(0, 2), (1, 2), (2, 4), (0, 5), (1, ROUNDS - 1)}
+
+    method = replace(plan(delay, encoding), schedule=schedule, min_updates=len(EXAMPLES))
+    town = Town(tmp_path, method, EXAMPLES, make_trainer=Dying)
+    result = town.run()
+    assert town.deaths == 5
+    assert same(result.server.params, in_process(method).server.params)
+    assert not result.refused
+
+
+def test_sites_that_die_anywhere_change_nothing(tmp_path: Path, monkeypatch):
+    """Each line of a site's store and channel is a place to die at, now and then."""
+    from parablock.engine.remote.site_channel import SiteChannel
+    from parablock.storage.site_store import SiteStore
+
+    draw, lock = Random(1), threading.Lock()
+
+    def deadly(owner, name):
+        inner = getattr(owner, name)
+
+        def call(self, *args, **kwargs):
+            with lock:
+                before, after = (draw.random() < 0.04 for _ in range(2))
+            if before:
+                raise Died
+            result = inner(self, *args, **kwargs)
+            if after:
+                raise Died
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("save_latest", "save_mark", "_put", "_put_update", "_sweep", "newest"):
+        deadly(SiteStore, name)
+    for name in ("send", "receive"):
+        deadly(SiteChannel, name)
+    method = replace(plan(1), num_rounds=20, min_updates=len(EXAMPLES))
+    town = Town(tmp_path, method, EXAMPLES)
+    result = town.run()
+    assert town.deaths > 10
+    assert same(result.server.params, in_process(method).server.params)
+
+
+def test_a_line_that_is_cut_at_any_time_changes_nothing_and_no_update_comes_twice(tmp_path: Path):
+    class Slow(ToyTrainer):
+        def train(self, *asked):
+            time.sleep(0.01)
+            return super().train(*asked)
+
+    method = replace(plan(1), num_rounds=30)
+    town = Town(tmp_path, method, EXAMPLES, make_trainer=Slow)
+    draw, is_over = Random(2), threading.Event()
+
+    def cutter() -> None:
+        while not is_over.wait(0.02):
+            town.cut(draw.randrange(len(EXAMPLES)))
+
+    thread = threading.Thread(target=cutter)
+    thread.start()
+    try:
+        result = town.run()
+    finally:
+        is_over.set()
+        thread.join()
+    assert sum("is connected" in line for line in town.told) > 10
+    assert same(result.server.params, in_process(method).server.params)
+    assert not result.refused
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("dies_after", range(1, ROUNDS - 1))
+def test_a_server_that_dies_goes_on_from_its_newest_checkpoint(tmp_path: Path, delay: int, dies_after: int):
+    method = replace(plan(delay), min_updates=len(EXAMPLES))
+    town = Town(tmp_path / "sites", method, EXAMPLES)
+    for client_id in range(len(EXAMPLES)):
+        town.start(client_id)
+
+    def on_checkpoint(state: RunState) -> None:
+        save_checkpoint(tmp_path / "checkpoints", state, keep=2)
+
+    def on_commit(state, *_) -> None:
+        if state.committed == dies_after:
+            raise Died
+
+    with pytest.raises(Died):
+        town.serve(Hooks(on_commit, on_checkpoint))
+    state, _ = load_newest(tmp_path / "checkpoints")
+    assert state is None or state.round_index >= dies_after - 1 - delay
+    result = town.serve(replace(QUIET, on_checkpoint=on_checkpoint), state)
+    town.end()
+    assert same(result.server.params, in_process(method).server.params)
+    assert not any("cannot get" in line for line in town.told)
+
+
+def test_server_and_sites_that_die_again_and_again_end_with_the_same_model(tmp_path: Path):
+    draw = Random(3)
+
+    class Dying(ToyTrainer):
+        def train(self, *asked):
+            if draw.random() < 0.1:
+                raise Died
+            return super().train(*asked)
+
+    method = replace(plan(1), num_rounds=24, min_updates=len(EXAMPLES))
+    town = Town(tmp_path / "sites", method, EXAMPLES, make_trainer=Dying)
+    for client_id in range(len(EXAMPLES)):
+        town.start(client_id)
+
+    def on_checkpoint(state: RunState) -> None:
+        save_checkpoint(tmp_path / "checkpoints", state, keep=2)
+        if draw.random() < 0.3:
+            raise Died
+
+    def on_commit(*_) -> None:
+        if draw.random() < 0.05:
+            raise Died
+
+    result, servers = None, 0
+    while result is None:
+        state, _ = load_newest(tmp_path / "checkpoints")
+        servers += 1
+        try:
+            result = town.serve(Hooks(on_commit, on_checkpoint), state)
+        except Died:
+            pass
+    town.end()
+    assert servers > 2 and town.deaths > 2
+    assert same(result.server.params, in_process(method).server.params)
+
+
+def on_the_grid(delay: int) -> ServerPlan:
+    form = FixedPointWords(FixedPointGrid(2.0, len(EXAMPLES)), Rule(clip_norm=2.0))
+    return replace(plan(delay, Encoding("float32")), form=form, min_updates=2)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_masked_updates_of_sites_give_the_plain_grid_of_one_process(tmp_path: Path, delay: int):
+    masking = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
+    protection_of = lambda _: Protection(2.0)  # noqa: E731
+    town = Town(tmp_path, on_the_grid(delay), EXAMPLES, masking=masking, protection_of=protection_of)
+    plain = in_process(on_the_grid(delay), protection_of=protection_of)
+    assert same(town.run().server.params, plain.server.params)

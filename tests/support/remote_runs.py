@@ -1,0 +1,167 @@
+"""A server and its sites over gRPC on the loopback, in threads that die when a test says so."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from engines import QUIET, engine_input
+from parablock.clock import RealClock
+from parablock.engine.contract import EngineResult
+from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
+from parablock.engine.remote.listener import Listener
+from parablock.engine.remote.remote_engine import RunFacts, run_remote
+from parablock.engine.remote.remote_transport import RemoteTransport
+from parablock.engine.remote.site_channel import Refused, Server, SessionOver, SiteCaller, SiteChannel
+from parablock.engine.remote.site_client import run_client
+from parablock.storage.checkpoint import RunState
+from parablock.storage.site_store import SiteStore
+from parablock.trace import Trace
+from toy import ToyTrainer, initial
+
+BLOCKS = 4
+
+
+class Died(BaseException):
+    """A process is gone from one moment to the next."""
+
+
+class Town:
+    """Sites that stay, each in a thread, and servers that come one after another at one address."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: ServerPlan,
+        examples: Sequence[int],
+        *,
+        make_trainer: Callable[[int, int, None], ToyTrainer] = ToyTrainer,
+        masking=None,
+        protection_of=lambda _: None,
+        address_of: Callable[[int, int], str] = lambda client_id, port: f"127.0.0.1:{port}",
+    ) -> None:
+        self.folder, self.plan, self.examples, self.make_trainer = folder, plan, examples, make_trainer
+        self.masking, self.protection_of, self.address_of = masking, protection_of, address_of
+        self.told, self.errors = list[str](), list[BaseException]()
+        self.deaths, self.is_over = 0, threading.Event()
+        self.channels = dict[int, SiteChannel]()
+        self.listener: Listener | None = None
+        self.port = 0
+        self.threads = dict[int, threading.Thread]()
+
+    def start(self, client_id: int) -> None:
+        """Start a site's process."""
+        self.threads[client_id] = threading.Thread(target=self._site, args=(client_id,), daemon=True)
+        self.threads[client_id].start()
+
+    def serve(self, hooks: Hooks = QUIET, resumed: RunState | None = None, *, sites: int | None = None, **options):
+        """Run a server to its end, or its death."""
+        everybody = len(self.examples)
+        self.listener = Listener(
+            f"127.0.0.1:{self.port}", None, lambda _: None, num_clients=everybody, tell=self.told.append
+        )
+        self.port = self.listener.port
+        self.transport: RemoteTransport | None = None
+
+        def on_open(transport: RemoteTransport) -> None:
+            self.transport = transport
+            options.get("on_open", lambda _: None)(transport)
+
+        given = engine_input(
+            initial(BLOCKS), [], self.plan, Trace(RealClock()), hooks, resumed=resumed, masking=self.masking
+        )
+        try:
+            return run_remote(
+                given,
+                self.listener,
+                RunFacts("run", "", ""),
+                num_sites=everybody if sites is None else sites,
+                on_open=on_open,
+            )
+        finally:
+            self.listener.close()
+
+    def run(self, hooks: Hooks = QUIET) -> EngineResult:
+        """Start all sites, run a server, and end."""
+        for client_id in range(len(self.examples)):
+            self.start(client_id)
+        try:
+            return self.serve(hooks)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End all sites."""
+        self.is_over.set()
+        for thread in self.threads.values():
+            thread.join(20)
+            assert not thread.is_alive()
+        if self.errors:
+            raise self.errors[0]
+
+    def cut(self, client_id: int) -> None:
+        """Cut a site's connection, as a router would."""
+        stream = self.transport and self.transport.places[client_id].stream
+        if stream:
+            stream.detach(stream._connection)
+
+    def _site(self, client_id: int) -> None:
+        finished = ""
+        while not self.is_over.is_set():
+            try:
+                finished = self._process(client_id, finished)
+            except Died:
+                self.deaths += 1
+            except (SessionOver, Refused, Leaves):
+                pass
+            except BaseException as error:
+                self.errors.append(error)
+                return
+
+    def _process(self, client_id: int, finished: str) -> str:
+        clock = RealClock()
+        server = Server(self.address_of(client_id, self.port), None)
+        caller = SiteCaller(client_id, server, lambda _: None)
+        while not self.is_over.is_set():
+            with suppress(ConnectionError):
+                caller = SiteCaller(client_id, Server(self.address_of(client_id, self.port), None), lambda _: None)
+                welcome = caller.ask()
+                if not welcome.is_over and welcome.opening.session != finished:
+                    break
+            clock.sleep(0.01)
+        else:
+            return finished
+        trace = Trace(clock)
+        channel = SiteChannel(caller, welcome.opening, secrets.token_hex(8), trace, lease_s=20.0)
+        self.channels[client_id] = channel
+        rejoins = channel.open()
+        try:
+            with channel:
+                if self.masking:
+                    channel.intercept(self.masking.client_side(client_id, 0))
+                run_client(
+                    client_id,
+                    ClientPlan("aligned", self.plan.form, self.protection_of),
+                    self.make_trainer(client_id, self.examples[client_id], None),
+                    channel,
+                    trace,
+                    store=SiteStore(self.folder / str(client_id)),
+                    params=initial(BLOCKS),
+                    marks_kept=3,
+                    rejoins=rejoins,
+                )
+        except Died:  # who is dead says no bye
+            channel.stream.close()
+            raise
+        except BaseException:
+            channel.close()
+            raise
+        channel.close()
+        return welcome.opening.session
+
+
+class Leaves(Exception):  # noqa: N818
+    """A site is stopped by its operator."""
