@@ -21,10 +21,6 @@ Insecure = Annotated[
 RunFile = Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")]
 Clients = Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")]
-Lanes = Annotated[
-    int,
-    typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: 1 for both directions, or 2, one for each."),
-]
 
 
 @deploy.command()
@@ -75,24 +71,23 @@ def client(
     superlink: Annotated[str, typer.Option("--superlink", help="host:port of the server.")],
     keys: Annotated[Path | None, typer.Option("--keys", help="This site's folder of `deploy keys`.")] = None,
     port: Annotated[int, typer.Option("--port", help="A free port of this machine, for its own processes.")] = 9094,
-    lanes: Lanes = 2,
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Start a site: Flower's SuperNodes, which connect to the server. Ctrl-C ends them.
+    """Start a site: Flower's SuperNode, which connects to the server. Ctrl-C ends it.
 
     Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
     """
-    from parablock.deploy.processes import check_site_keys, keep_running, supernodes_of
+    from parablock.deploy.processes import check_site_keys, keep_running, site_processes
     from parablock.deploy.site import load_site
 
     if (keys is None) != insecure:
         raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
     if keys is not None:
-        check_site_keys(keys, lanes)
+        check_site_keys(keys)
     home = load_site(site).state_dir / "flower"
-    supernodes = supernodes_of(home, superlink, keys and keys.absolute(), site.absolute(), port, lanes)
-    keep_running(supernodes, tell=typer.echo)
+    processes = site_processes(home, superlink, keys and keys.absolute(), site.absolute(), port)
+    keep_running(list(processes.values()), tell=typer.echo)
 
 
 @deploy.command()
@@ -101,7 +96,6 @@ def local(
     output_dir: OutputDir,
     clients: Clients = None,
     overrides: Overrides = None,
-    lanes: Lanes = 1,
     *,
     insecure: Insecure = False,
 ) -> None:
@@ -113,9 +107,7 @@ def local(
 
     settings = _flower_run(config, overrides, clients)
     with show_progress() as (progress, stop):
-        summary = deploy_local(
-            settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
-        )
+        summary = deploy_local(settings, output_dir, insecure=insecure, progress=progress, asked_to_stop=stop)
     print_summary(summary, output_dir)
 
 
@@ -126,16 +118,16 @@ def app(
     clients: Clients = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a run as a Flower app, for `flwr run` in Flower's simulation on this machine.
+    """Write a run as a Flower app, for `flwr run` in a federation whose SuperLink is on this machine.
 
-    Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/simulated
+    Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/federated
     """
     from parablock.deploy.one_machine import prepare_app
-    from parablock.deploy.processes import SIMULATION, run_command
+    from parablock.deploy.processes import run_command
 
     folder, num_sites = prepare_app(_flower_run(config, overrides, clients), output_dir)
-    sizes = f"num-supernodes={num_sites} client-resources-num-cpus=1"
-    typer.echo(f"{run_command(folder, SIMULATION)} --federation-config '{sizes}'")
+    typer.echo(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
+    typer.echo(run_command(folder, {}))
 
 
 def _flower_run(config: Path, overrides: list[str] | None, clients: int | None) -> RunConfig:

@@ -15,8 +15,7 @@ from parablock.deploy.processes import (
     ServerFiles,
     register_sites,
     run_command,
-    server_environment,
-    superlink_command,
+    server_processes,
     wait_for_port,
     write_app,
     write_connection,
@@ -55,23 +54,24 @@ def serve(config: RunConfig, output_dir: Path, *, keys: Path | None, address: st
     files = ServerFiles(folder / "flower", keys and keys.absolute(), address)
     reached = ServerFiles(files.home, files.keys, local)
     write_connection(reached)
-    app, log = write_app(folder / "app"), folder / "superlink.log"
-    more = {OUTPUT_VARIABLE: str(output_dir)}
+    log = folder / "superlink.log"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            superlink_command(files), env=server_environment(files.home, more), stdout=output, stderr=output
-        )
+    started: list[subprocess.Popen[bytes]] = []
     try:
-        wait_for_port(local, process, log)
-        if files.keys is not None:
-            register_sites(reached)
+        with log.open("ab") as output:
+            commands = server_processes(files, local, {OUTPUT_VARIABLE: str(output_dir)})
+            for command, env in commands.values():
+                started.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
+        wait_for_port(local, started[0], log)
+        app = write_app(folder / "app", nodes="" if files.keys is None else register_sites(reached))
         typer.echo(f"The SuperLink listens at {address}; its log is {log}.")
         line = run_command(app, {"FLWR_HOME": str(files.home)})
         typer.echo(f"Start the run when you like: {line} {CONNECTION}")
-        process.wait()
+        started[0].wait()
     except KeyboardInterrupt:
         pass
     finally:
-        process.terminate()
-        process.wait()
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            process.wait()
