@@ -29,14 +29,14 @@ LOGGER = logging.getLogger("parablock")
 PAUSE_S = 1.0
 CONNECT_S = 120.0
 """How long a server that has invited the site may be out of reach before the site asks for another invitation."""
+PARTING_S = 3.0
+"""How long a server that has ended the session may be out of reach."""
 OTHER_SERVER = "CERTIFICATE_VERIFY_FAILED"
 """gRPC's word where the certificate is not the one of the invitation: the run has another server by now."""
 
 
 def join(invitation: Invitation, context: Any) -> str:
     """Take part in the run that an invitation is for; return why that is over. Details stay in this site's log."""
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    LOGGER.setLevel(logging.INFO)
     try:
         if is_simulated(context.node_config):
             LOGGER.error(
@@ -98,7 +98,7 @@ def take_part_until_over(
             return OVER
         except SessionOver:
             LOGGER.info("the session has ended")
-            give_up_s = clock.now() + CONNECT_S
+            give_up_s = clock.now() + PARTING_S  # most often the server ends with it
         except Refused as error:
             LOGGER.error("%s", error)
             return REFUSED
@@ -112,4 +112,10 @@ def take_part_until_over(
         clock.sleep(PAUSE_S)
 
 
-app = client_app(join)
+def _join(invitation: Invitation, context: Any) -> str:
+    logging.basicConfig(format="%(asctime)s %(message)s")  # into the log of the SuperNode, or of its helper
+    LOGGER.setLevel(logging.INFO)
+    return join(invitation, context)
+
+
+app = client_app(_join)

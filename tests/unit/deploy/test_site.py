@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from parablock.config.load import parse_config
-from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
+from parablock.deploy.site import configuration_at, is_simulated, load_site, shared_config, site_file
 from parablock.deploy.superlink import server_config
 from parablock.errors import ConfigError
 
@@ -59,12 +59,19 @@ def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):
 
 def test_a_supernode_without_a_site_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PARABLOCK_SITE", raising=False)
-    for node_config, run_config in (({}, {"output-dir": "/run"}), ({"partition-id": 1}, {"output-dir": ""})):
-        with pytest.raises(ConfigError, match="deploy client"):
-            site_file(node_config, run_config)
+    with pytest.raises(ConfigError, match="--node-config"):
+        site_file({})
     monkeypatch.setenv("PARABLOCK_SITE", "/a.yaml")
-    assert site_file({}, {}) == Path("/a.yaml")
-    assert site_file({"site": "/b.yaml", "partition-id": 1}, {"output-dir": "/run"}) == Path("/b.yaml")
+    assert site_file({}) == Path("/a.yaml")
+    assert site_file({"site": "/b.yaml", "partition-id": 1}) == Path("/b.yaml")
+
+
+def test_a_node_of_a_simulation_stands_for_no_site(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PARABLOCK_SITE", raising=False)
+    simulated = {"partition-id": 1, "num-partitions": 4}
+    assert is_simulated(simulated)
+    assert not is_simulated(simulated | {"site": "/site.yaml"})
+    assert not is_simulated({"partition-id": 1})
 
 
 def test_a_site_that_is_told_to_end_ends_with_its_process():

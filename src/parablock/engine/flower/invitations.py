@@ -24,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from parablock.clock import RealClock
 from parablock.engine.contract import EngineInput, EngineResult
-from parablock.engine.flower.joining import ANSWER, INVITATION, SIMULATED, WILL_NOT_COME
+from parablock.engine.flower.joining import ANSWER, INVITATION, SIMULATED
 from parablock.engine.flower.run_certificate import VALID_DAYS, make_run_certificate
 from parablock.engine.pipeline import start_thread
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
@@ -35,7 +35,7 @@ from parablock.errors import InputError
 LOOK_S = 1.0
 """How often Flower is asked for nodes and answers."""
 AGAIN_S = 60.0
-"""How long a node whose site cannot take part is left alone."""
+"""How long a node whose site has ended its part is left alone."""
 SILENT_S = 180.0
 """How long an invitation that nobody comes by, nor answers, is believed to be on its way."""
 PARTING_S = 5.0
@@ -184,7 +184,7 @@ class Invitations:
         if not ids or not ids[0]:
             raise ConnectionError(f"node {node_id} could not be invited")
         node.epoch, node.message_id, node.invited_s = node.epoch + 1, ids[0], now_s
-        self._tell(f"node {node_id} is invited" + (f" for the {node.epoch}th time" if node.epoch > 1 else ""))
+        self._tell(f"node {node_id} is invited" + (f" again, invitation {node.epoch}" if node.epoch > 1 else ""))
 
     def _take_answers(self) -> None:
         waiting = {node.message_id: node_id for node_id, node in self.nodes.items() if node.message_id}
@@ -202,8 +202,7 @@ class Invitations:
     def _take_answer(self, node_id: int, node: Node, why: str) -> None:
         self._tell(f"the site at node {node_id} has ended its part: {why}")
         self.is_simulated = self.is_simulated or why == SIMULATED
-        if why in WILL_NOT_COME:
-            node.not_before_s = self._clock.now() + AGAIN_S
+        node.not_before_s = self._clock.now() + AGAIN_S  # at once it would answer the same
 
 
 def run_in_federation(

@@ -17,8 +17,6 @@ INVITATION, ANSWER = "join", "left"
 
 OVER, REFUSED, UNREACHABLE, FAILED, SIMULATED = "over", "refused", "unreachable", "failed", "simulated"
 """What a site answers. Its own words of a failure stay in its log."""
-WILL_NOT_COME = frozenset({REFUSED, UNREACHABLE, FAILED, SIMULATED})
-"""Answers after which another invitation at once would end in the same way."""
 
 
 @dataclass(frozen=True)
