@@ -80,6 +80,7 @@ class StatusBoard:
         self._control = control_of(output_dir)
         self._clock = RealClock()
         self._is_over = False
+        self._transport: RemoteTransport | None = None
         self._bytes_before: dict[int, tuple[int, int]] = {}
         self._began = datetime.now(UTC)
 
@@ -92,6 +93,8 @@ class StatusBoard:
         self._is_over = True
         for thread in self._clock.threads:
             thread.join()
+        with suppress(InputError):
+            self.look()
 
     def watch(self, transport: RemoteTransport) -> None:
         """Begin."""
@@ -110,6 +113,8 @@ class StatusBoard:
 
     def look(self) -> None:
         """Carry out what is asked, and write the status."""
+        if self._transport is None:
+            return
         for client_id, place in self._transport.places.items():
             if client_id in self._control.removed:
                 self._transport.remove(client_id)
@@ -119,6 +124,7 @@ class StatusBoard:
 
     def status(self) -> dict[str, Any]:
         """Return what is known of the server and of each site, as plain values."""
+        assert self._transport is not None
         sites = []
         for client_id, place in self._transport.places.items():
             up, down = self._bytes_before.get(client_id, (place.up_bytes, place.down_bytes))
@@ -189,8 +195,8 @@ def status_table(status: dict[str, Any]) -> Table:
     elif status["paused"]:
         head += ", paused"
     table = Table(title=head, caption=status["waiting_for"] and f"waits for {status['waiting_for']}")
-    for column in ("client", "state", "since", "last round", "up", "down", "up/s", "down/s", "on its way"):
-        table.add_column(column, justify="left" if column in ("client", "state") else "right")
+    for column in ("client", "state", "for", "round", "up", "down", "now", "on its way"):
+        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
     for site in status["sites"]:
         since = (now - datetime.fromisoformat(site["since"])).total_seconds() if site["since"] else None
         table.add_row(
@@ -198,7 +204,8 @@ def status_table(status: dict[str, Any]) -> Table:
             site["state"],
             "" if since is None else format_duration(since),
             "" if site["last_round"] < 0 else str(site["last_round"] + 1),
-            *(format_bytes(site[key]) for key in ("up_bytes", "down_bytes", "up_bytes_per_s", "down_bytes_per_s")),
+            *(format_bytes(site[key]) for key in ("up_bytes", "down_bytes")),
+            f"{format_bytes(site['up_bytes_per_s'] + site['down_bytes_per_s'])}/s",
             format_bytes(site["waiting_bytes"]),
         )
     return table
