@@ -14,7 +14,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -26,10 +25,13 @@ from parablock.errors import StorageError
 from parablock.experiment.progress import make_progress
 from parablock.experiment.run import run
 from tiny_runs import (
-    Outcome,
+    Runs,
     Workshop,
+    after,
+    assert_refused,
     command,
     command_apart,
+    done,
     half_written,
     longest_file,
     metrics_of,
@@ -50,12 +52,9 @@ def workshop(workshop: Workshop) -> Workshop:
 
 
 @pytest.fixture(scope="module")
-def finished(workshop: Workshop) -> Path:
+def finished(runs: Runs) -> Path:
     """A run of one round, complete."""
-    run_dir = workshop.path / "finished"
-    one_round = ("blocks.allow_unvisited=true", "federation.num_rounds=1", "evaluation.every_rounds=0")
-    assert workshop.run(run_dir, *one_round).code == 0
-    return run_dir
+    return runs("blocks.allow_unvisited=true", "federation.num_rounds=1", "evaluation.every_rounds=0")
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +65,6 @@ def unfinished(workshop: Workshop) -> Path:
     shutil.rmtree(run_dir / "model")
     (run_dir / "summary.json").unlink()
     return run_dir
-
-
-def assert_refused(outcome: Outcome, *says: str) -> None:
-    assert "Traceback" not in outcome.stderr + outcome.stdout
-    assert outcome.code == 2, outcome
-    assert outcome.stderr.startswith(("error: ", "Usage: "))
-    for words in says:
-        assert words in outcome.stderr
 
 
 # -- configurations -------------------------------------------------------------------------------------------
@@ -180,9 +171,6 @@ def test_wrong_rows_are_refused_with_their_file_and_line(case: str, workshop: Wo
     assert not (tmp_path / "out").exists()
 
 
-# -- models ---------------------------------------------------------------------------------------------------
-
-
 # -- the output folder ----------------------------------------------------------------------------------------
 
 
@@ -245,7 +233,7 @@ FULL: dict[str, tuple[str, list[str], str, str, list[str]]] = {
 
 @pytest.mark.parametrize("case", FULL)
 def test_a_disk_that_fills_under_a_file_leaves_the_last_good_checkpoint_to_go_on_from(
-    case: str, workshop: Workshop, small_disk: Resize
+    case: str, workshop: Workshop, runs: Runs, small_disk: Resize
 ):
     size, overrides, says, cure, left = FULL[case]
     run_dir = small_disk(size) / "out"
@@ -253,29 +241,21 @@ def test_a_disk_that_fills_under_a_file_leaves_the_last_good_checkpoint_to_go_on
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == left
     assert not (run_dir / "model").exists()
     small_disk("4m")
-    assert_goes_on(run_dir, workshop, left)
+    assert_goes_on(run_dir, runs, left)
 
 
-def assert_goes_on(run_dir: Path, workshop: Workshop, left: list[str], *overrides: str) -> None:
+def assert_goes_on(run_dir: Path, runs: Runs, left: list[str], *overrides: str) -> None:
     """Nothing is half-written, and a resume from the last checkpoint ends as if nothing had happened."""
     assert half_written(run_dir) == []
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == left
-    resumed = command("resume", str(run_dir))
-    assert resumed.code == 0
+    resumed = done("resume", str(run_dir))
     assert ("resuming at round" in resumed.stdout) == bool(left)
-    assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop, *overrides)["model_sha256"]
+    assert summary_of(run_dir)["model_sha256"] == summary_of(runs(*overrides))["model_sha256"]
     assert [row["round_index"] for row in metrics_of(run_dir)] == list(range(6))
 
 
-def undisturbed(workshop: Workshop, *overrides: str) -> dict[str, Any]:
-    run_dir = workshop.path / "-".join(["undisturbed", *overrides])
-    if not run_dir.exists():
-        assert workshop.run(run_dir, *overrides).code == 0
-    return summary_of(run_dir)
-
-
 def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_from(
-    workshop: Workshop, tmp_path: Path
+    workshop: Workshop, runs: Runs, tmp_path: Path
 ):
     # With kept moments a client's part of a checkpoint grows by 75 kB at each new block, to 188 kB at round 2
     # and 338 kB at round 4.
@@ -284,11 +264,11 @@ def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_
         outcome = workshop.run(run_dir, keep)
     assert_refused(outcome, "round-000004", "cannot be written", "--output-dir")
     assert summary_of(run_dir)["status"] == "failed"
-    assert_goes_on(run_dir, workshop, ["round-000002"], keep)
+    assert_goes_on(run_dir, runs, ["round-000002"], keep)
 
 
 def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workshop: Workshop, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run_dir, write, writes = tmp_path / "out", os.pwrite, list[int]()
 
@@ -303,34 +283,30 @@ def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from
         patched.setattr("parablock.engine.update_store.os.pwrite", full)
         assert_refused(workshop.run(run_dir), str(run_dir), "the disk is full", "parablock resume")
     assert summary_of(run_dir)["status"] == "failed"
-    assert_goes_on(run_dir, workshop, ["round-000002"])
+    assert_goes_on(run_dir, runs, ["round-000002"])
 
 
 def test_a_run_that_cannot_be_saved_when_it_is_stopped_says_so(workshop: Workshop, tmp_path: Path):
     run_dir = tmp_path / "out"
-    rounds: list[int] = []
-
-    def asked_to_stop() -> bool:
-        rounds.append(len(rounds))
-        return len(rounds) >= 3
-
     config = load_config(workshop.config, ["checkpoint.every_rounds=0"])
     with (
         make_progress(console=Console(file=io.StringIO())) as progress,
         longest_file(100_000),
         pytest.raises(StorageError, match="round-000003 cannot be written"),
     ):
-        run(config, run_dir, progress=progress, asked_to_stop=asked_to_stop)
+        run(config, run_dir, progress=progress, asked_to_stop=after(2))
     assert summary_of(run_dir)["status"] == "failed"
     assert half_written(run_dir) == []
 
 
-def test_a_run_whose_report_cannot_be_written_is_complete_all_the_same(workshop: Workshop, tmp_path: Path):
+def test_a_run_whose_report_cannot_be_written_is_complete_all_the_same(
+    workshop: Workshop, runs: Runs, tmp_path: Path
+):
     run_dir = tmp_path / "out"
     with longest_file(400_000):
         assert_refused(workshop.run(run_dir), "report.html cannot be written", "--output-dir")
     assert summary_of(run_dir) == {**summary_of(run_dir), "status": "completed"}
-    assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop)["model_sha256"]
+    assert summary_of(run_dir)["model_sha256"] == summary_of(runs())["model_sha256"]
     assert half_written(run_dir) == []
 
 

@@ -81,16 +81,9 @@ def _spans(t: int, client_id: int, num_blocks: int, delay: int) -> list[Span]:
     pace = 1 + 0.03 * math.sin(client_id + 3 * t)
     exchange_s = UPLOAD_S + DOWNLOAD_S
     start = t * (COMPUTE_S * 1.1 if delay else COMPUTE_S * 1.1 + exchange_s)
-    end = start + COMPUTE_S * pace
+    end, computed = start + COMPUTE_S * pace, {"round_index": t, "block_index": _block(t, num_blocks)}
     return [
-        Span(
-            client_id,
-            "compute",
-            "computing",
-            start,
-            end - start,
-            {"round_index": t, "block_index": _block(t, num_blocks)},
-        ),
+        Span(client_id, "compute", "computing", start, end - start, computed),
         Span(client_id, "communication", "uploading", end, UPLOAD_S, _facts(t)),
         Span(client_id, "communication", "downloading", end + UPLOAD_S, DOWNLOAD_S, _facts(t)),
     ]
