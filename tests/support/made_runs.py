@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from parablock.config.keys import RunConfig
+from parablock.report.reading import RunRecord, read_runs
 from parablock.storage.run_directory import time_and_bytes
 from parablock.trace import Span, write_chrome_trace
 
@@ -50,6 +51,11 @@ def make_run(
     summary = _summary(config, rows, spans, num_blocks, status)
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory
+
+
+def a_run(folder: Path, **sizes: Any) -> RunRecord:
+    """Make a run and read it."""
+    return read_runs([make_run(folder / "run", **sizes)])[0]
 
 
 def _row(t: int, num_clients: int, num_blocks: int, delay: int, num_rounds: int) -> dict[str, Any]:
