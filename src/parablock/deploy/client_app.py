@@ -22,6 +22,7 @@ from parablock.engine.flower.joining import (
     client_app,
 )
 from parablock.engine.remote.frames import Opening
+from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.site_channel import Refused, SessionOver, SiteCaller
 from parablock.errors import ConfigError, ParaBlockError, StallError
 
@@ -115,6 +116,7 @@ def take_part_until_over(
 def _join(invitation: Invitation, context: Any) -> str:
     logging.basicConfig(format="%(asctime)s %(message)s")  # into the log of the SuperNode, or of its helper
     LOGGER.setLevel(logging.INFO)
+    settle_environment()
     return join(invitation, context)
 
 

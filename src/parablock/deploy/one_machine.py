@@ -25,7 +25,6 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.credentials import make_keys
 from parablock.deploy.processes import (
-    AGAIN_S,
     Process,
     ServerFiles,
     free_ports,
@@ -38,13 +37,13 @@ from parablock.deploy.processes import (
     write_app,
     write_connection,
 )
+from parablock.deploy.status import control_of
 from parablock.deploy.variables import (
     OUTPUT_VARIABLE,
     config_file,
     failure_file,
     server_log,
     site_file_of,
-    stop_file,
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress, Progress
@@ -55,6 +54,8 @@ LOOK_S = 0.3
 STATUS_S = 20.0
 """How long nothing may move before Flower is asked whether the run still lives; each time costs a process."""
 HOST = "127.0.0.1"
+AGAIN_S = 5.0
+"""How long after its end a process is started again; a SuperNode may be refused for a minute."""
 MOST_STARTS = 20
 """How often a process that ends by itself is started at most."""
 
@@ -155,8 +156,8 @@ class Deployment:
 
     def submit(self) -> str:
         """Start a Flower run, or the next one of an interrupted run."""
-        for word in (failure_file, stop_file):
-            word(self.output_dir).unlink(missing_ok=True)
+        failure_file(self.output_dir).unlink(missing_ok=True)
+        control_of(self.output_dir).clear()
         return submit(self.files, self.folder / "app")
 
     def trainer_pid(self, client_id: int) -> int | None:
@@ -315,7 +316,7 @@ def watch(
         if (rounds := look()) > shown:
             next_status, shown = time.monotonic() + STATUS_S, rounds
         if asked_to_stop():
-            stop_file(deployment.output_dir).touch()
+            control_of(deployment.output_dir).ask("stop")
         failure = failure_file(deployment.output_dir)
         if failure.exists():
             word = json.loads(failure.read_text(encoding="utf-8"))

@@ -11,31 +11,24 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from parablock import __version__
 from parablock.deploy.credentials import missing_extra
 from parablock.deploy.variables import DATA_PORT_KEY, NODES_KEY, OUTPUT_KEY
-from parablock.errors import ConfigError, InputError, ParaBlockError
+from parablock.errors import InputError, ParaBlockError
 from parablock.storage.files import last_lines
 
 CONNECTION = "parablock"
 """The name of the server in the Flower configuration that we write."""
 PYTHON = Path(sys.executable)
 """The Python that Flower's commands are beside."""
-AGAIN_S = 5.0
-"""How long after its end a SuperNode is started again."""
-LOOK_S = 0.2
-"""How often SuperNodes are looked after."""
-END_S = 5.0
-"""How long a SuperNode may take to end when it is told to."""
 NO_TELEMETRY = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -128,20 +121,6 @@ def _secret(home: Path) -> Path:
     return path
 
 
-def check_site_keys(keys: Path) -> None:
-    """Refuse a folder that is not one of a site.
-
-    Raises:
-        ConfigError: It lacks something.
-    """
-    missing = [name for name in ("ca.pem", "site.key") if not (keys / name).is_file()]
-    if missing:
-        raise ConfigError(
-            [f"--keys: {keys} has no {' and no '.join(missing)}; give a folder site-N of `deploy keys`"],
-            source="deploy client",
-        )
-
-
 def site_processes(home: Path, superlink: str, keys: Path | None, site_file: Path, port: int) -> dict[str, Process]:
     """Return the processes of a site: its SuperNode, and the helper; see `supernode_command`."""
     env = environment(home)
@@ -159,48 +138,6 @@ def server_processes(files: ServerFiles, reached: str, more: Mapping[str, str]) 
         "superlink": (superlink_command(files), env),
         "helper": (helper_command(reached, files.home, authority), env),
     }
-
-
-def keep_running(commands: Sequence[Process], *, tell: Callable[[str], None]) -> None:
-    """Run commands until we are told to end; start one again after a while where it ends by itself.
-
-    A SuperNode that lost its power is refused until the server has noticed, which takes it a minute.
-    """
-
-    def end(number: int, frame: object) -> None:
-        del frame
-        sys.exit(128 + number)  # out of whatever waits below; the handler itself must not wait for the process
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for command, env in commands:
-            processes.append(subprocess.Popen(command, env=env))
-        while True:
-            for place, (command, env) in enumerate(commands):
-                if (code := processes[place].poll()) is not None:
-                    tell(
-                        f"{Path(command[0]).name} ended with code {code} and starts again in {AGAIN_S:g} s. If the "
-                        "server refused it, then either the server does not know this site's key: give --keys the "
-                        "folder made for this site. Or it has not noticed yet that the site was gone, which takes "
-                        "it a minute."
-                    )
-                    time.sleep(AGAIN_S)
-                    processes[place] = subprocess.Popen(command, env=env)
-            time.sleep(LOOK_S)
-    finally:
-        for process in processes:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:  # as long as it tries to reach a server, it does not listen
-        process.kill()
-        process.wait()
 
 
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:

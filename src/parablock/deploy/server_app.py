@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from parablock.config.load import load_config
+from parablock.deploy.direct_server import stop_or_pause
 from parablock.deploy.site import shared_config
+from parablock.deploy.status import StatusBoard
 from parablock.deploy.variables import (
     client_of_node,
     config_file,
@@ -25,7 +27,6 @@ from parablock.deploy.variables import (
     failure_file,
     output_dir_of,
     server_log,
-    stop_file,
 )
 from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.flower.invitations import run_in_federation, server_app
@@ -50,13 +51,21 @@ class FlowerEngine:
     held_rounds: frozenset[int] | None = None
 
     def __init__(self, grid: Any, settings: Mapping[str, Any], output_dir: Path, job: RunInputs) -> None:
-        self._grid, self._port, self._client_of = grid, data_port_of(settings), client_of_node(settings)
+        self._grid, self._output_dir = grid, output_dir
+        self._port, self._client_of = data_port_of(settings), client_of_node(settings)
         config = shared_config(job.config)
         self._facts = RunFacts(_run_word(output_dir), config, str(job.manifest["base_sha256"]))
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
-        return run_in_federation(given, self._grid, self._facts, port=self._port, client_of=self._client_of)
+        return run_in_federation(
+            given,
+            self._grid,
+            self._facts,
+            port=self._port,
+            client_of=self._client_of,
+            board=lambda listener: StatusBoard(self._output_dir, given.trace, listener),
+        )
 
 
 def main(grid: Any, context: Any) -> None:
@@ -108,7 +117,8 @@ def _logged(output_dir: Path) -> Iterator[None]:
 
 
 def _run(grid: Any, settings: Mapping[str, Any], output_dir: Path) -> None:
-    progress, asked_to_stop = LoggedProgress(), stop_file(output_dir).exists
+    progress = LoggedProgress()
+    asked_to_stop = stop_or_pause(output_dir, lambda: False, progress.message)
 
     def connect(job: RunInputs) -> FlowerEngine:
         return FlowerEngine(grid, settings, output_dir, job)

@@ -6,23 +6,42 @@ import fcntl
 import gc
 import logging
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from parablock.clock import RealClock
+from parablock.deploy.door import server_of
+from parablock.deploy.log_files import log_to
 from parablock.deploy.site import SiteConfig
 from parablock.engine.remote.site_channel import Refused, Server, SessionOver, SiteCaller
 from parablock.errors import ParaBlockError, StallError, StorageError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 LOGGER = logging.getLogger("parablock")
 
 
-def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
-    """Serve the runs of a server, one after another.
+def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool = False) -> None:
+    """Be the process of a site, with a log on the terminal and in its folder, until a signal ends it.
+
+    With `once` it ends with its first run, and with the error that made it leave.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
+    LOGGER.setLevel(logging.INFO)
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for handler in (screen, log_to(site.state_dir / "log" / "site.log")):
+        LOGGER.addHandler(handler)
+    LOGGER.propagate = False
+    try:
+        serve(site, server_of(address, keys, LOGGER.warning), once=once)
+    except KeyboardInterrupt:
+        LOGGER.info("this site has left, as its operator asked")
+
+
+def serve(site: SiteConfig, server: Server, *, once: bool = False) -> None:
+    """Serve the runs of a server, one after another, or one alone.
 
     Whatever goes wrong here ends this site's part of a run, never the process; the site waits for the next session.
 
@@ -34,11 +53,13 @@ def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = 
 
     caller, finished = SiteCaller(site.client_id, server, LOGGER.info), ""
     with only_process(site):
-        while not asked_to_stop():
+        while True:
             opening = caller.wait_for_session(RealClock(), finished)
             LOGGER.info("takes part in run %s, session %s", opening.run, opening.session)
             try:
                 take_part(site, caller, opening)
+                if once:
+                    return
                 LOGGER.info("the run has ended, or stops; waiting for the next one")
                 finished = opening.session
             except SessionOver:
@@ -48,6 +69,8 @@ def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = 
             except StallError as error:
                 LOGGER.warning("%s; the model leaves memory until the server is back", error.what)
             except ParaBlockError as error:
+                if once:
+                    raise
                 LOGGER.error("this site leaves the run: %s", error)
                 LOGGER.error("It takes part again in the next session, or once it is started again.")
                 finished = opening.session

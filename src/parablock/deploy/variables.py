@@ -83,8 +83,3 @@ def site_file_of(output_dir: Path, client_id: object) -> Path:
 def failure_file(output_dir: Path) -> Path:
     """Return the file in which a run that cannot go on says why, beside its run directory."""
     return output_dir.with_name(f"{output_dir.name}.failure.json")
-
-
-def stop_file(output_dir: Path) -> Path:
-    """Return the file that asks a run to save and stop at the next round."""
-    return output_dir / "stop"

@@ -15,7 +15,6 @@ import pytest
 from parablock.deploy.one_machine import Deployment
 from parablock.deploy.processes import (
     ServerFiles,
-    check_site_keys,
     run_status,
     server_processes,
     site_processes,
@@ -24,7 +23,6 @@ from parablock.deploy.processes import (
     write_connection,
 )
 from parablock.deploy.variables import site_file_of
-from parablock.errors import ConfigError
 
 
 def test_a_server_that_does_not_answer_leaves_the_status_unknown(tmp_path: Path):
@@ -79,11 +77,3 @@ def test_a_leftover_of_a_deployment_is_ended_and_a_stranger_with_its_number_is_n
         assert stranger.poll() is None
         stranger.communicate(b"\n")
     assert stranger.returncode == 0
-
-
-def test_a_folder_without_a_sites_keys_is_refused(tmp_path: Path):
-    (tmp_path / "ca.pem").touch()
-    with pytest.raises(ConfigError, match=r"has no site\.key; give a folder site-N"):
-        check_site_keys(tmp_path)
-    (tmp_path / "site.key").touch()
-    check_site_keys(tmp_path)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -27,6 +27,7 @@ from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.flower.joining import ANSWER, INVITATION, SIMULATED
 from parablock.engine.flower.run_certificate import VALID_DAYS, make_run_certificate
 from parablock.engine.pipeline import start_thread
+from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
 from parablock.engine.remote.remote_engine import RunFacts, run_remote
 from parablock.engine.remote.remote_transport import RemoteTransport
@@ -205,15 +206,31 @@ class Invitations:
         node.not_before_s = self._clock.now() + AGAIN_S  # at once it would answer the same
 
 
+class Watcher(Protocol):
+    """Shows a session."""
+
+    def watch(self, transport: RemoteTransport) -> None:
+        """Begin to."""
+
+
 def run_in_federation(
-    given: EngineInput, grid: Grid, facts: RunFacts, *, port: int, client_of: Mapping[int, int]
+    given: EngineInput,
+    grid: Grid,
+    facts: RunFacts,
+    *,
+    port: int,
+    client_of: Mapping[int, int],
+    board: Callable[[Listener], AbstractContextManager[Watcher]] | None = None,
 ) -> EngineResult:
     """Run with the sites of a Flower federation, which call at `port`, 0 for any free one; see `run_remote`.
+
+    A `board` shows the listener and the transport while the run lasts.
 
     Raises:
         InputError: The port is busy, or Flower only simulates its nodes.
         ParaBlockError: The error of the server.
     """
+    settle_environment()
     credentials, certificate = make_run_certificate()
     hooks, num_clients = given.hooks, given.server.num_clients
     tell = hooks.on_event
@@ -222,13 +239,15 @@ def run_in_federation(
 
     def begin(transport: RemoteTransport) -> None:
         tell(f"sites are awaited at port {listener.port}")
+        if watcher is not None:
+            watcher.watch(transport)
         invitations.begin(listener.port, transport.is_there)
 
     def asked_to_stop() -> bool:
         return invitations.is_simulated or hooks.asked_to_stop()
 
     given = replace(given, hooks=replace(hooks, asked_to_stop=asked_to_stop))
-    with closing(listener):
+    with closing(listener), board(listener) if board else nullcontext() as watcher:
         try:
             result = run_remote(given, listener, facts, num_sites=num_clients, on_open=begin)
         finally:
