@@ -7,6 +7,8 @@ commands are those beside this Python, or beside the one that PARABLOCK_FLOWER_P
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +24,21 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pages import ROOT
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.deploy import processes
 from parablock.deploy.one_machine import Deployment, watch
-from parablock.deploy.processes import CONNECTION, environment, flower
+from parablock.deploy.processes import (
+    CONNECTION,
+    ServerFiles,
+    environment,
+    flower,
+    free_ports,
+    submit,
+    wait_for_port,
+    write_connection,
+)
 from parablock.deploy.variables import server_log
 from parablock.errors import ParaBlockError
 from parablock.experiment.progress import LoggedProgress
@@ -231,14 +243,51 @@ def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_m
 # ── masked updates ──────────────────────────────────────────────────────────────────────────────────
 
 
+class BehindNginx(Deployment):
+    """SuperNodes reach the SuperLink through the proxy of docs/engines.md, and nobody else does."""
+
+    def start_superlink(self) -> None:
+        super().start_superlink()
+        keys, folder = self.folder / "keys" / "server", self.folder / "nginx"
+        folder.mkdir()
+        (self.proxy_port,) = free_ports(1)
+        block = re.search(r"```text\n(  server \{.*?\n  \}\n)", (ROOT / "docs/engines.md").read_text(), re.DOTALL)
+        assert block is not None
+        mine = {"443": str(self.proxy_port), "127.0.0.1:8000": self.files.address, "/etc/fl": str(keys)}
+        text = re.sub("|".join(map(re.escape, mine)), lambda found: mine[found[0]], block[1])
+        paths = "".join(f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy"))
+        conf = folder / "nginx.conf"
+        main = f"daemon off; master_process off; pid {folder}/pid; events {{}}"
+        conf.write_text(f"{main} http {{ access_log off; {paths}\n{text} }}")
+        command = ["nginx", "-c", str(conf), "-e", str(folder / "error.log")]
+        self._launch("nginx", (command, dict(os.environ)))
+        wait_for_port(f"127.0.0.1:{self.proxy_port}", self.processes["nginx"], folder / "error.log")
+
+    def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
+        super().start_supernode(client_id, superlink or f"127.0.0.1:{self.proxy_port}")
+
+
+def through_the_proxy(deployment: BehindNginx) -> str:
+    """Try to start a run as somebody who knows the address and the authority's certificate."""
+    stranger = ServerFiles(
+        deployment.folder / "stranger", deployment.files.keys, f"127.0.0.1:{deployment.proxy_port}"
+    )
+    write_connection(stranger)
+    try:
+        return submit(stranger, deployment.folder / "app")
+    except ParaBlockError as refused:
+        return str(refused)
+
+
 def masked(workshop: Workshop, config: RunConfig) -> Facts:
     """Mask updates that in one process are on the grid without masks."""
-    deployment = Deployment(workshop.path / "deployed", LEAST_MASKED)
+    kind = BehindNginx if shutil.which("nginx") else Deployment
+    deployment = kind(workshop.path / "deployed", LEAST_MASKED)
     deployment.prepare(on_the_grid(config, "masked"))
     with deployment, watching(deployment, Patience()) as ended:
-        pass
+        said = through_the_proxy(deployment) if isinstance(deployment, BehindNginx) else None
     logs = [path.read_text() for path in sorted((deployment.folder / "logs").glob("supernode-*-helper.log"))]
-    return {"ended": ended, "logs": logs, "one": workshop.path / "one"}
+    return {"ended": ended, "logs": logs, "one": workshop.path / "one", "stranger": said}
 
 
 def on_the_grid(config: RunConfig, grid: str) -> RunConfig:
@@ -255,6 +304,14 @@ def test_masked_updates_give_what_the_plain_grid_gives_in_one_process(
     assert summary["model_sha256"] == model_of(facts["one"])
     without = in_one_process(on_the_grid(facts["config"], "none"), tmp_path / "without")
     assert without != summary["model_sha256"]
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is missing: apt-get install nginx-light")
+def test_a_stranger_at_the_documented_proxy_of_the_masked_run_starts_nothing(plays: Mapping[str, Future[Facts]]):
+    facts = plays["masked"].result()
+    assert "403" in facts["stranger"] or "failed" in facts["stranger"]
+    assert not facts["stranger"].isdecimal(), "no run has begun"
+    assert facts["ended"][0]["status"] == "completed", "while SuperNodes get through"
 
 
 def test_masked_sites_are_told_that_little_is_left_of_their_updates(plays: Mapping[str, Future[Facts]]):
