@@ -39,24 +39,15 @@ from parablock.engine.downlink import Downlink
 from parablock.engine.participation import Participation
 from parablock.engine.plans import Hooks, ServerPlan, ServerStart
 from parablock.engine.round_fold import Refusal, RoundFold
-from parablock.errors import CodecError, StallError, TrainingError
+from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
-from parablock.wire.messages import (
-    Finish,
-    Join,
-    Leave,
-    Mark,
-    NewValue,
-    RoundStart,
-    Skip,
-    Update,
-    Welcome,
-    from_bytes,
-)
+from parablock.wire.messages import Join, Leave, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
 from parablock.wire.transport import ServerTransport
 
 SERVER = -1
 """The client_id of the draws that round the server's values."""
+MOST_TOLD = 100
+"""How many refusals of a client are told, at most."""
 
 
 class Server:
@@ -90,7 +81,7 @@ class Server:
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never, start.overwritten)
         self._participation = Participation(plan, memory.get("answer_s", {}), start.absent)
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
-        self.refused = Counter[str](memory.get("refused", {}))
+        self.refused, self._told = Counter[str](memory.get("refused", {})), Counter[int]()
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
         self._committed_at_start = start.state.committed
         self._counted: dict[int, tuple[int, ...]] = {}
@@ -131,10 +122,8 @@ class Server:
             self._start_round(t)
         self._commit_through(plan.num_rounds - 1)
         for client_id in range(plan.num_clients):
-            if self._participation.is_absent(client_id):  # its block versions are unknown
-                self._downlink.joins(client_id, (NEVER,) * len(self.state.params))
-            news = self._downlink.news_for(self.state, client_id)
-            self._downlink.send(client_id, plan.num_rounds - 1, Finish(self.state.committed, news))
+            is_lost = self._participation.is_absent(client_id)
+            self._downlink.finish(self.state, client_id, plan.num_rounds - 1, is_lost=is_lost)
         return True
 
     def _start_round(self, t: int) -> None:
@@ -319,13 +308,8 @@ class Server:
         if not skip.problem:
             return
         self.refused["failed"] += 1
-        if len(fold.expected) < self._fewest:
-            raise TrainingError(
-                f"client {client_id} could not train round {t}: {skip.problem}",
-                cause=f"{len(fold.expected)} clients are left, federation.min_updates is {self._plan.min_updates}. "
-                "Most often the learning rate is too high; or the client's data or weights are broken.",
-                remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
-            )
+        if len(fold.expected) < self._fewest and self._ends_run(fold):
+            raise fold.training_error(client_id, skip.problem, self._plan.min_updates)
         self._on_event(f"round {t} goes on without client {client_id}: {skip.problem}")
 
     def _take_leave(self, client_id: int, leave: Leave) -> None:
@@ -368,7 +352,12 @@ class Server:
         self._count(client_id, problem)
         self._participation.answered(client_id, fold.round_index, self._trace.clock.now())
         self._take_out(client_id, fold, problem)
-        fold.check_one_fits()
+        if self._ends_run(fold):
+            fold.check_one_fits()
+
+    def _ends_run(self, fold: RoundFold) -> bool:
+        """Return whether what is wrong with a round is more than one site's trouble."""
+        return not self._plan.waits_for_return or (len(fold.out) > 1 and fold.is_out_for_one_reason)
 
     def _take_out(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         fold.take_out(client_id, problem)
@@ -380,13 +369,15 @@ class Server:
 
     def _count(self, client_id: int, problem: Refusal) -> None:
         self.refused[problem.reason] += 1
-        self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
+        self._told[client_id] += 1
+        if self._told[client_id] <= MOST_TOLD:
+            more = "; what else is refused of it is counted alone" if self._told[client_id] == MOST_TOLD else ""
+            self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}{more}")
 
     def _welcome(self, client_id: int, join: Join) -> None:
         """Ask a restarted client for the updates that it owes, each from the state of its round."""
-        if len(join.versions) != len(self.state.params):
-            text = f"a model of {len(join.versions)} blocks where the server has {len(self.state.params)}"
-            self._count(client_id, Refusal("misfit", text))
+        if misfit := self._downlink.misfit(self.state, join.versions):
+            self._count(client_id, Refusal("misfit", misfit))
             return
         self._downlink.joins(client_id, join.versions)
         self._participation.is_back(client_id, self._trace.clock.now())
