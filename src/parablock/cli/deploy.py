@@ -1,19 +1,23 @@
-"""`parablock deploy`: the server and the sites of a real deployment, on Flower."""
+"""`parablock deploy`: the server and the sites of a real deployment."""
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parablock.cli.terminal import Overrides, print_summary, show_progress
+from parablock.cli.deploy_keys import keys_app
+from parablock.cli.terminal import Overrides, console, print_summary, show_progress
 from parablock.errors import ConfigError
 
 if TYPE_CHECKING:
     from parablock.config.keys import RunConfig
 
-deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites, with Flower.")
+deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites.")
+deploy.add_typer(keys_app, name="keys")
 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Use neither TLS nor node keys; for trials on one machine.")
@@ -21,78 +25,70 @@ Insecure = Annotated[
 RunFile = Annotated[Path, typer.Argument(help="A YAML file, as for `parablock run`.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results.")]
 Clients = Annotated[int | None, typer.Option("--clients", min=1, help="Sites; default: as configured.")]
-Lanes = Annotated[
-    int,
-    typer.Option("--lanes", min=1, max=2, help="SuperNodes of a site: 1 for both directions, or 2, one for each."),
-]
-
-
-@deploy.command()
-def keys(
-    sites: Annotated[int, typer.Option("--sites", min=1, help="Number of sites.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="A new folder.")],
-    host: Annotated[
-        list[str] | None, typer.Option("--host", help="A name or address of the server; repeatable.")
-    ] = None,
-) -> None:
-    """Make the server's certificate and a key pair for each site.
-
-    Example: parablock deploy keys --sites 3 --host fl.example.org --output-dir keys
-    """
-    from parablock.deploy.credentials import make_keys
-
-    hosts = host or ["localhost", "127.0.0.1"]
-    make_keys(output_dir, sites, hosts)
-    typer.echo(f"{output_dir}/server stays on the server; its certificate is for {', '.join(hosts)}.")
-    typer.echo(
-        f"{output_dir}/site-0 … site-{sites - 1}: hand each to its site alone, over a channel that you trust."
-    )
+Keys = Annotated[Path | None, typer.Option("--keys", help="The folder with the key and the certificate.")]
+RunDir = Annotated[Path, typer.Argument(help="The run directory of the server.")]
 
 
 @deploy.command()
 def server(
     config: Annotated[Path, typer.Argument(help="The run, as YAML.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="The run directory.")],
-    keys: Annotated[Path | None, typer.Option("--keys", help="DIR/server of `deploy keys`.")] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The run directory; a run in it goes on.")],
+    keys: Keys = None,
     address: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "0.0.0.0:8000",
+    sites: Annotated[
+        int | None, typer.Option("--sites", min=1, help="Begin once so many are there; default: all clients.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Serve metrics for Prometheus at this port of 127.0.0.1.")
+    ] = None,
+    overrides: Overrides = None,
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Start the server: Flower's SuperLink, with this run ready to be submitted. Ctrl-C ends it.
+    """Run with the sites that connect, and end with the run. Ctrl-C saves it; the same command goes on with it.
 
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
-    from parablock.deploy.superlink import serve, server_config
+    from parablock.deploy.direct_server import serve_run, server_config
+    from parablock.deploy.door import check_keys
 
-    if (keys is None) != insecure:
-        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy server")
-    serve(server_config(config), output_dir, keys=keys, address=address)
+    check_keys(keys, insecure=insecure)
+    settings = server_config(config, overrides)
+    if metrics_port is not None:
+        from parablock.deploy.metrics_endpoint import serve_metrics
+
+        serve_metrics(output_dir, metrics_port)
+    with show_progress() as (progress, stop):
+        summary = serve_run(
+            settings,
+            output_dir,
+            keys=keys,
+            address=address if keys else address.replace("0.0.0.0", "127.0.0.1"),
+            num_sites=sites,
+            progress=progress,
+            asked_to_stop=stop,
+        )
+    print_summary(summary, output_dir)
 
 
 @deploy.command()
 def client(
     site: Annotated[Path, typer.Argument(help="The site's own YAML file.")],
-    superlink: Annotated[str, typer.Option("--superlink", help="host:port of the server.")],
-    keys: Annotated[Path | None, typer.Option("--keys", help="This site's folder of `deploy keys`.")] = None,
-    port: Annotated[int, typer.Option("--port", help="A free port of this machine, for its own processes.")] = 9094,
-    lanes: Lanes = 2,
+    server: Annotated[str, typer.Option("--server", help="host:port of the server.")],
+    keys: Keys = None,
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Start a site: Flower's SuperNodes, which connect to the server. Ctrl-C ends them.
+    """Serve the runs of a server, one after another. Ctrl-C leaves the run and ends the process.
 
-    Example: parablock deploy client site.yaml --superlink fl.example.org:8000 --keys site-0
+    Example: parablock deploy client site.yaml --server fl.example.org:8000 --keys keys
     """
-    from parablock.deploy.processes import check_site_keys, keep_running, supernodes_of
+    from parablock.deploy.door import check_keys
     from parablock.deploy.site import load_site
+    from parablock.deploy.site_service import start_site
 
-    if (keys is None) != insecure:
-        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="deploy client")
-    if keys is not None:
-        check_site_keys(keys, lanes)
-    home = load_site(site).state_dir / "flower"
-    supernodes = supernodes_of(home, superlink, keys and keys.absolute(), site.absolute(), port, lanes)
-    keep_running(supernodes, tell=typer.echo)
+    check_keys(keys, insecure=insecure)
+    start_site(load_site(site), server, keys)
 
 
 @deploy.command()
@@ -101,22 +97,97 @@ def local(
     output_dir: OutputDir,
     clients: Clients = None,
     overrides: Overrides = None,
-    lanes: Lanes = 1,
+    engine: Annotated[
+        str, typer.Option("--engine", help="remote: direct; flower: SuperLink, SuperNodes.")
+    ] = "remote",
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Start a SuperLink, SuperNodes and trainers on this machine, run, and stop all of them again.
+    """Start a server and sites on this machine, run, and stop all of them again.
 
-    Example: parablock deploy local configs/t0.yaml --clients 2 --output-dir runs/deployed
+    Example: parablock deploy local configs/t0.yaml --output-dir runs/deployed
     """
-    from parablock.deploy.one_machine import deploy_local
-
-    settings = _flower_run(config, overrides, clients)
+    if engine not in ("remote", "flower"):
+        raise ConfigError([f"--engine is remote or flower, not {engine}"], source="deploy local")
+    settings = _run_at_sites(config, overrides, clients, engine)
     with show_progress() as (progress, stop):
-        summary = deploy_local(
-            settings, output_dir, lanes=lanes, insecure=insecure, progress=progress, asked_to_stop=stop
-        )
+        if engine == "remote":
+            from parablock.deploy.direct_local import deploy_direct
+
+            summary = deploy_direct(settings, output_dir, insecure=insecure, progress=progress, asked_to_stop=stop)
+        else:
+            from parablock.deploy.one_machine import deploy_local
+
+            summary = deploy_local(settings, output_dir, insecure=insecure, progress=progress, asked_to_stop=stop)
     print_summary(summary, output_dir)
+
+
+@deploy.command()
+def status(
+    output_dir: RunDir,
+    *,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it every second, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show who is connected, since when, how much has moved, and what is waited for.
+
+    Example: parablock deploy status runs/first --watch
+    """
+    from rich.live import Live
+
+    from parablock.deploy import status as board
+
+    now = board.read_status(output_dir)
+    if as_json:
+        typer.echo(json.dumps(now, indent=1))
+    elif not watch:
+        console.print(board.status_table(now))
+    else:
+        with suppress(KeyboardInterrupt), Live(board.status_table(now), console=console) as live:
+            for now in board.watch(output_dir):
+                live.update(board.status_table(now))
+
+
+@deploy.command()
+def stop(output_dir: RunDir) -> None:
+    """Ask the server to save and stop at the next round; sites stay, and go on when it is started again.
+
+    Example: parablock deploy stop runs/first
+    """
+    _ask(output_dir, "stop", "The server saves and stops at the next round.")
+
+
+@deploy.command()
+def pause(output_dir: RunDir, *, off: Annotated[bool, typer.Option("--off", help="Go on.")] = False) -> None:
+    """Let the server begin no further round, until `--off`.
+
+    Example: parablock deploy pause runs/first
+    """
+    _ask(output_dir, "pause", "The server goes on." if off else "The server begins no further round.", undo=off)
+
+
+@deploy.command()
+def remove(
+    output_dir: RunDir,
+    client_id: Annotated[int, typer.Argument(min=0, help="The client.")],
+    *,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it join again.")] = False,
+) -> None:
+    """Remove a site from the run: what it sends from now on does not count, and it is not let in.
+
+    Example: parablock deploy remove runs/first 3
+    """
+    words = f"Client {client_id} may join again." if undo else f"Client {client_id} is removed."
+    _ask(output_dir, f"removed-{client_id}", words, undo=undo)
+
+
+def _ask(output_dir: Path, what: str, words: str, *, undo: bool = False) -> None:
+    from parablock.deploy.status import control_of, read_status
+
+    if not read_status(output_dir)["running"]:
+        typer.echo("No server is running there at present; it is told when it starts.", err=True)
+    control_of(output_dir).ask(what, undo=undo)
+    typer.echo(words)
 
 
 @deploy.command()
@@ -133,14 +204,14 @@ def app(
     from parablock.deploy.one_machine import prepare_app
     from parablock.deploy.processes import SIMULATION, run_command
 
-    folder, num_sites = prepare_app(_flower_run(config, overrides, clients), output_dir)
+    folder, num_sites = prepare_app(_run_at_sites(config, overrides, clients, "flower"), output_dir)
     sizes = f"num-supernodes={num_sites} client-resources-num-cpus=1"
     typer.echo(f"{run_command(folder, SIMULATION)} --federation-config '{sizes}'")
 
 
-def _flower_run(config: Path, overrides: list[str] | None, clients: int | None) -> RunConfig:
-    """Load a run for the Flower engine; `clients` replaces the configured number of clients."""
-    from parablock.config.load import load_config
+def _run_at_sites(config: Path, overrides: list[str] | None, clients: int | None, engine: str) -> RunConfig:
+    """Load a run for an engine of real sites; `clients` replaces the configured number of clients."""
+    from parablock.config.load import at_sites, load_config
 
     more = [] if clients is None else [f"federation.num_clients={clients}"]
-    return load_config(config, [*(overrides or []), *more, "engine.name=flower"])
+    return load_config(config, [*(overrides or []), *more, *at_sites(engine)])

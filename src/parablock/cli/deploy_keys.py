@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 keys_app = typer.Typer(
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Keys and certificates: an end makes its key and a request, the authority signs it, the end installs it.",
 )
@@ -18,6 +17,34 @@ PassphraseFile = Annotated[
     Path | None,
     typer.Option("--passphrase-file", help="A file for you alone; default: asked for at the terminal."),
 ]
+
+
+@keys_app.callback(invoke_without_command=True)
+def everything(
+    context: typer.Context,
+    sites: Annotated[
+        int | None, typer.Option("--sites", min=1, help="All keys at once, for so many sites.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="A new folder for all of them.")] = None,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="A name or address of the server; repeatable.")
+    ] = None,
+) -> None:
+    """Keys and certificates: an end makes its key and a request, the authority signs it, the end installs it.
+
+    For a trial, all of them at once, where one person sees every key:
+
+    Example: parablock deploy keys --sites 2 --output-dir keys
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if sites is None or output_dir is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+    from parablock.deploy.authority import make_all
+
+    make_all(output_dir, sites, host or [])
+    typer.echo(f"{output_dir}/server is the server's; {output_dir}/site-0 to site-{sites - 1} are one site's each.")
 
 
 @keys_app.command()

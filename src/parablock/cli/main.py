@@ -71,15 +71,19 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
 
     Example: parablock resume runs/t0
     """
-    from parablock.deploy.one_machine import is_deployed, resume_local
+    from parablock.config.load import load_config
+    from parablock.storage.run_directory import RunDirectory
 
+    config = RunDirectory(directory).config
     with show_progress() as (progress, stop):
-        if is_deployed(directory):
-            summary = resume_local(directory, progress=progress, asked_to_stop=stop)
-        else:
-            from parablock.experiment.run import resume as resume_experiment
-
-            summary = resume_experiment(directory, progress=progress, asked_to_stop=stop)
+        match load_config(config).engine.name if config.exists() else "inprocess":
+            case "remote":
+                from parablock.deploy.direct_local import resume_direct as go_on
+            case "flower":
+                from parablock.deploy.one_machine import resume_local as go_on
+            case _:
+                from parablock.experiment.run import resume as go_on
+        summary = go_on(directory, progress=progress, asked_to_stop=stop)
     print_summary(summary, directory)
 
 

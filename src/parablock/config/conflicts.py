@@ -50,9 +50,9 @@ def refuse_conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> No
 
 def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Clients at sites may have rows of their own; injected faults happen in one process only."""
-    deployed = config["engine"]["name"] == "flower"
+    deployed = config["engine"]["name"] != "inprocess"
     if not config["data"]["train"] and not (deployed and config["data"]["test"]):
-        yield "data.train", "names no file; sites may have rows of their own (engine.name: flower, and data.test)"
+        yield "data.train", "names no file; sites may have rows of their own (engine.name: remote, and data.test)"
     if deployed and config["faults"]:
         yield "faults", "happen with engine.name: inprocess only; at sites, kill real processes"
 
@@ -81,7 +81,7 @@ def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
         return
     if config["link"]["upload_mbps"] is None and config["link"]["download_mbps"] is None:
         yield key, "auto fits the blocks to the link; set link.upload_mbps and link.download_mbps, or a number"
-    if config["engine"]["name"] == "flower":
+    if config["engine"]["name"] != "inprocess":
         yield key, "auto depends on the machine, and sites would differ; set the number that `parablock plan` shows"
     if config["train"]["num_local_steps"] == "auto":
         yield key, "auto follows from train.num_local_steps, which is auto too; set a number for one of them"

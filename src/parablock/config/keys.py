@@ -246,7 +246,9 @@ class LinkSection(Section):
 class EngineSection(Section):
     """The engine of server and clients, and its clock."""
 
-    name: Literal["inprocess", "flower"] = Field("inprocess", description="All in one process, or Flower.")
+    name: Literal["inprocess", "remote", "flower"] = Field(
+        "inprocess", description="All in one process, real sites, or real sites that Flower starts."
+    )
     clock: Literal["real", "virtual"] = Field("real", description="Real time, or discrete-event simulation.")
     num_threads: int | None = Field(None, ge=1, description="Torch threads of a client; null: a fair share.")
     step_time_s: float | None = Field(
@@ -259,8 +261,8 @@ class EngineSection(Section):
     def _step_time_is_virtual(self) -> EngineSection:
         if self.step_time_s is not None and self.clock == "real":
             raise ValueError("step_time_s takes effect under clock: virtual only")
-        if self.name == "flower" and self.clock == "virtual":
-            raise ValueError("name: flower runs in real time; leave clock: real")
+        if self.name != "inprocess" and self.clock == "virtual":
+            raise ValueError(f"name: {self.name} runs in real time; leave clock: real")
         return self
 
 

@@ -149,3 +149,8 @@ def _hint(key: str, root: type[BaseModel]) -> str:
         *(known for known in leaf if leaf[known] == name),
     ]
     return f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(siblings.values())}"
+
+
+def at_sites(engine: str) -> list[str]:
+    """Return the overrides that run a configuration at real sites, in real time, whatever it was made for."""
+    return [f"engine.name={engine}", "engine.clock=real", "engine.step_time_s=null"]

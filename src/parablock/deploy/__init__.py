@@ -1,5 +1,13 @@
-"""Real sites: the processes of a deployment over Flower, and how an operator starts them.
+"""Real sites: the processes of a deployment, direct or inside a Flower federation, and how operators start them.
 
+direct_server  the server of a direct deployment: it listens, runs, and shows who is there
+direct_local   a whole direct deployment on this machine
+door           who may enter at the server, and how a site knows the server
+site_service   a site's process: it serves one run after another
+site_session   a site in one session of a run
+status         what a server shows of its sites, and what its operator asks of it
+metrics_endpoint  the same for Prometheus
+log_files      logs, with rotation
 credentials    TLS certificates, and the keys of SuperNodes
 authority      who may be the server and who a site: signs requests, revokes
 certificates   the key, certificate and authority of one end, and their checks

@@ -6,19 +6,35 @@ import fcntl
 import gc
 import logging
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from parablock.clock import RealClock
+from parablock.deploy.door import server_of
+from parablock.deploy.log_files import log_to
 from parablock.deploy.site import SiteConfig
 from parablock.engine.remote.site_channel import Refused, Server, SessionOver, SiteCaller
 from parablock.errors import ParaBlockError, StallError, StorageError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 LOGGER = logging.getLogger("parablock")
+
+
+def start_site(site: SiteConfig, address: str, keys: Path | None) -> None:
+    """Be the process of a site, with a log on the terminal and in its folder, until a signal ends it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
+    LOGGER.setLevel(logging.INFO)
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for handler in (screen, log_to(site.state_dir / "log" / "site.log")):
+        LOGGER.addHandler(handler)
+    LOGGER.propagate = False
+    try:
+        serve(site, server_of(address, keys, LOGGER.warning))
+    except KeyboardInterrupt:
+        LOGGER.info("this site has left, as its operator asked")
 
 
 def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = lambda: False) -> None:

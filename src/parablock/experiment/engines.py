@@ -103,7 +103,7 @@ def checkpoints_kept(config: RunConfig) -> int:
     A site may be d + 1 rounds behind the server when both die; the run goes on from a round that all of them keep.
     """
     keep, behind = config.checkpoint.keep, config.federation.delay + 2
-    return max(keep, behind) if config.engine.name == "flower" else keep
+    return keep if config.engine.name == "inprocess" else max(keep, behind)
 
 
 def clients_of(config: RunConfig) -> int:

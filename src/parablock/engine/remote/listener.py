@@ -119,6 +119,10 @@ class Listener(grpc.GenericRpcHandler):
         """Let sites in from now on."""
         self._session = session
 
+    def tell_to(self, tell: Callable[[str], None]) -> None:
+        """Give the lines for the log to another function from now on."""
+        self._tell = tell
+
     def close(self) -> None:
         """End all connections and free the port."""
         self._server.stop(GRACE_S).wait()

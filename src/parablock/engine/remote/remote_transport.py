@@ -123,6 +123,7 @@ class RemoteTransport:
         self.has_begun, self._is_over = False, False
         self.places = {client_id: Place(self._new_stream(client_id)) for client_id in range(num_clients)}
         self.ledger = Ledger()
+        self.waiting_for = ""
 
     @property
     def clock(self) -> Clock:
@@ -241,6 +242,7 @@ class RemoteTransport:
     ) -> tuple[int, bytes]:
         """Wait for the next message of any client."""
         awaited = self.places if from_clients is None else from_clients
+        self.waiting_for = waiting_for
         check = partial(check_for_stop, self, awaited, self._asked_to_stop)
         try:
             return self._open(self._inbox.get(timeout_s, waiting_for, check))

@@ -1,0 +1,175 @@
+"""The door of a direct deployment: who may enter at the server, and how a site knows the server."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import grpc
+import psutil
+
+from parablock.deploy.authority import Credentials, Revocations, host_is_covered, load_credentials, uncovered_host
+from parablock.deploy.certificates import client_id_of
+from parablock.engine.remote.grpc_options import settle_environment
+from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
+from parablock.engine.remote.site_channel import Server
+from parablock.errors import ConfigError, InputError, ParaBlockError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WARN_DAYS = 30
+"""How many days before the end of a certificate both ends warn of it."""
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Take an address apart: host:port, or [address]:port of IPv6.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535 or (":" in host and not host.startswith("[")):
+        problem = f"{address!r} is no address; give host:port, and [address]:port for IPv6"
+        raise ConfigError([problem], source="the command line")
+    return host.strip("[]"), int(port)
+
+
+def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[str], None]) -> Listener:
+    """Open the server's port; without `keys` there is no TLS, and on the loopback alone.
+
+    Raises:
+        ConfigError: Without keys the address is not of the loopback.
+        InputError: Another program listens there, which is named; or the keys do not fit.
+    """
+    settle_environment()
+    host, port = host_and_port(address)
+    if keys is None:
+        if host not in LOOPBACK:
+            problem = f"without keys the server listens on this machine alone, not at {host}; give --keys DIR"
+            raise ConfigError([problem], source="the command line")
+        _check_free(host, port)
+        return Listener(address, None, lambda _: None, num_clients=num_clients, tell=tell)
+    credentials = load_credentials(keys)
+    warn_of_expiry(credentials, tell)
+    _check_free(host, port)
+    revoked = keys / "revoked.pem"
+    revocations = Revocations(revoked if revoked.exists() else None, credentials.authority)
+    if revocations.problem:
+        tell(f"nobody is let in: {revocations.problem}")
+
+    def admit(caller: Caller) -> int:
+        if revocations.is_revoked(caller.certificate):
+            raise NotAdmitted(revocations.problem or f"the certificate of {caller.name} has been revoked")
+        try:
+            return client_id_of(caller.name)
+        except ParaBlockError as problem:
+            raise NotAdmitted(problem.what) from None
+
+    return Listener(address, _server_credentials(keys, credentials), admit, num_clients=num_clients, tell=tell)
+
+
+def _server_credentials(keys: Path, credentials: Credentials) -> grpc.ServerCredentials:
+    """Return credentials that are read again when a renewed certificate is there."""
+
+    def configuration(now: Credentials) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(now.key, now.certificate)], now.authority)
+
+    current = credentials
+
+    def renewed() -> grpc.ServerCertificateConfiguration:
+        nonlocal current
+        with suppress(ParaBlockError):  # half installed: the one before stays
+            current = load_credentials(keys)
+        return configuration(current)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(credentials), renewed, True)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say who listens at a port.
+
+    Raises:
+        InputError: Somebody does.
+    """
+    if not port:
+        return
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1] == port:
+                name = psutil.Process(connection.pid).name() if connection.pid else "a process of another user"
+                raise InputError(
+                    f"port {port} of {host} is taken: process {connection.pid or ''} ({name}) listens there",
+                    cause="It may be an earlier server that has not ended, or another program.",
+                    remedy="End it, or choose another port with --address.",
+                )
+
+
+def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> Server:
+    """Return how a site reaches its server; keys are read anew for each connection, so that a renewal counts.
+
+    Raises:
+        ConfigError: Without keys the address is not of the loopback.
+        InputError: The keys do not fit.
+    """
+    settle_environment()
+    host, port = host_and_port(address)
+    if keys is None:
+        if host not in LOOPBACK:
+            problem = f"without keys a site connects with this machine alone, not with {host}; give --keys DIR"
+            raise ConfigError([problem], source="the command line")
+        return Server(address, None)
+    warn_of_expiry(load_credentials(keys), tell)
+
+    def credentials() -> grpc.ChannelCredentials:
+        now = load_credentials(keys)
+        return grpc.ssl_channel_credentials(now.authority, now.key, now.certificate)
+
+    return Server(address, credentials, diagnose=lambda: diagnose(host, port, load_credentials(keys)))
+
+
+def diagnose(host: str, port: int, credentials: Credentials) -> str:
+    """Return why no connection with a server can be made, in words; empty if one can, or nothing is known."""
+    try:
+        with socket.create_connection((host, port), timeout=5) as plain, TemporaryDirectory() as folder:
+            for name, content in (("key", credentials.key), ("certificate", credentials.certificate)):
+                (Path(folder) / name).touch(mode=0o600)
+                (Path(folder) / name).write_bytes(content)
+            context = ssl.create_default_context(cadata=credentials.authority.decode())
+            context.load_cert_chain(Path(folder) / "certificate", Path(folder) / "key")
+            with context.wrap_socket(plain, server_hostname=host):
+                return ""
+    except ssl.SSLCertVerificationError as error:
+        if "mismatch" in error.verify_message.lower() or "doesn't match" in error.verify_message.lower():
+            return (
+                f"the server's certificate is not for {host}; it has to name the host that sites call: "
+                "make a new request at the server with --host, and have it signed"
+            )
+        return f"the server's certificate is not trusted: {error.verify_message}; both ends need the same authority"
+    except ssl.SSLError as error:
+        return f"the two ends cannot agree on TLS: {error.reason or error}"
+    except OSError as error:
+        return f"{host}:{port} cannot be reached: {error.strerror or error}"
+
+
+def check_host(keys: Path, host: str) -> str:
+    """Return the text of a server's certificate that lacks a host's name; empty if it has it."""
+    credentials = load_credentials(keys)
+    return "" if host_is_covered(credentials, host) else uncovered_host(credentials, host)
+
+
+def warn_of_expiry(credentials: Credentials, tell: Callable[[str], None]) -> None:
+    """Tell of a certificate that ends soon."""
+    if credentials.days_left <= WARN_DAYS:
+        tell(
+            f"the certificate of {credentials.name} ends in {credentials.days_left} days, on "
+            f"{credentials.not_after:%Y-%m-%d}; renew it with `parablock deploy keys renew`"
+        )
+
+
+def check_keys(keys: Path | None, *, insecure: bool) -> None:
+    """Raise a ConfigError unless there are keys, or the operator says that there are none."""
+    if (keys is None) != insecure:
+        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="the command line")

@@ -1,0 +1,26 @@
+"""The logs of server and sites: a JSON object a line, with rotation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+LOG_BYTES, LOGS = 10 << 20, 5
+"""A log is begun anew after so many bytes, and so many are kept."""
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": when, "level": record.levelname, "message": record.getMessage()})
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Return a handler that writes a JSON object a line, with rotation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOGS, encoding="utf-8")
+    handler.setFormatter(_JsonLines())
+    return handler
