@@ -41,11 +41,11 @@ class Downlink:
         """Send a message whose bytes count for a round."""
         self._transport.send(client_id, Parcel(to_bytes(message), round_index))
 
-    def finish(self, state: ServerState, client_id: int, round_index: int, *, is_lost: bool) -> None:
+    def finish(self, state: ServerState, client_id: int, *, is_lost: bool) -> None:
         """Send the last commits; whole ones to a client of which it is not known what it holds."""
         if is_lost:
             self.joins(client_id, (NEVER,) * len(state.params))
-        self.send(client_id, round_index, Finish(state.committed, self.news_for(state, client_id)))
+        self.send(client_id, len(state.history) - 1, Finish(state.committed, self.news_for(state, client_id)))
 
     def misfit(self, state: ServerState, versions: tuple[int, ...]) -> str:
         """Return why a client cannot hold these versions; empty if it can."""

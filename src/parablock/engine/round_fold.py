@@ -209,10 +209,10 @@ class RoundFold:
                 remedy="Use for all clients the same configuration and the same base model.",
             )
 
-    @property
-    def is_out_for_one_reason(self) -> bool:
-        """Whether no client is left, all of them for the same reason."""
-        return not self._came and len({problem.reason for problem in self.out.values()}) == 1
+    def ends_run(self, *, of_one_client: bool) -> bool:
+        """Whether a lack of updates ends the run: where one client's trouble does, or all have the same."""
+        is_everybodys = not self._came and len({problem.reason for problem in self.out.values()}) == 1
+        return of_one_client or (len(self.out) > 1 and is_everybodys)
 
     def training_error(self, client_id: int, problem: str, min_updates: int) -> TrainingError:
         """Return the error of a round that lacks updates because a client cannot train."""

@@ -83,6 +83,14 @@ class SiteStore:
                 old.unlink()
             self._sweep()
 
+    def keep_as_mark(self, round_index: int) -> None:
+        """Keep the newest state as that of a checkpoint: the server died before it could ask for it."""
+        latest, mark = self.folder / f"{LATEST}.json", self.folder / f"mark-{round_index:06d}.json"
+        if latest.exists() and not mark.exists():
+            with storage(self.folder):
+                text = latest.read_text(encoding="utf-8")
+            write_atomically(mark, text)
+
     def newest(self, sessions: Mapping[str, int]) -> tuple[StoredClient | None, list[str]]:
         """Return the newest undamaged state of these sessions, and why others were passed over.
 

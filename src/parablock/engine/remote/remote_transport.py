@@ -335,7 +335,14 @@ class RemoteTransport:
         try:
             rows = _ROWS.validate_python([tuple(row) for row in json.loads(note)])
             spans = [
-                Span(client_id, "compute", activity, start_s - self._origin_s, duration_s, {**facts})
+                Span(
+                    client_id,
+                    "compute",
+                    activity,
+                    start_s - self._origin_s,
+                    duration_s,
+                    {str(name): value for name, value in facts.items()},
+                )
                 for activity, start_s, duration_s, facts in rows
             ]
             if not all(first_s <= span.start_s <= span.start_s + span.duration_s <= last_s for span in spans):

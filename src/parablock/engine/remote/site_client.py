@@ -45,10 +45,12 @@ def run_client(
     session.
     """
     opening, session = channel.opening, channel.opening.session
+    before = [session, *opening.sessions][-1]
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
-        if not client.is_rejoining:
-            store.save_mark(session, round_index, client.state, taken, keep=marks_kept)
+        if not client.is_rejoining and max(taken.sent, default=-1) < round_index:
+            of = session if round_index > opening.restored else before  # a server may never hear of this session
+            store.save_mark(of, round_index, client.state, taken, keep=marks_kept)
 
     def keep() -> None:
         newest = client.state.in_flight[-1]
@@ -74,6 +76,8 @@ def _start(
     sessions = {**opening.sessions, opening.session: sys.maxsize}
     store.forget_newer(sessions)
     stored, passed_over = store.newest(sessions)
+    if stored is not None and stored.session != opening.session:
+        store.keep_as_mark(opening.restored)
     for reason in passed_over:
         LOGGER.warning("passed over a damaged state: %s", reason)
     if stored is None:
