@@ -46,8 +46,7 @@ from parablock.wire.transport import ServerTransport
 
 SERVER = -1
 """The client_id of the draws that round the server's values."""
-MOST_TOLD = 100
-"""How many refusals of a client are told, at most."""
+MOST_TOLD = 100  # refusals of a client
 
 
 class Server:
@@ -231,9 +230,8 @@ class Server:
                 needed_in = fold.round_index + 1 + plan.delay
                 wanted = range(plan.num_clients) if needed_in >= plan.num_rounds else self._cohort(needed_in)
                 present = [i for i in wanted if i in fold.expected or not self._participation.is_absent(i)]
-                self._downlink.stream(
-                    state, chunk, present, min(needed_in, plan.num_rounds - 1), first=part.start == 0
-                )
+                t = min(needed_in, plan.num_rounds - 1)
+                self._downlink.stream(state, chunk, present, t, first=part.start == 0)
 
     # ── receiving ───────────────────────────────────────────────────────────────────────────────────
 
@@ -259,12 +257,12 @@ class Server:
     def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
         """Take out the clients that have not delivered; silent ones leave the later open rounds too."""
         for client_id in set(fold.expected) - set(fold.delivered):
-            text = f"{fold.progress_of(client_id)}, {reason} {how}"
-            self._on_event(f"round {fold.round_index} goes on without {text}")
-            self._take_out(client_id, fold, Refusal(reason, text))
+            refusal = Refusal(reason, f"{fold.progress_of(client_id)}, {reason} {how}")
+            self._on_event(f"round {fold.round_index} goes on without {refusal.text}")
+            self._take_out(client_id, fold, refusal)
             for later in self._folds.values() if reason == "silent" else ():
                 if client_id in later.expected and len(later.expected) > self._fewest:
-                    self._take_out(client_id, later, Refusal(reason, text))
+                    self._take_out(client_id, later, refusal)
 
     def _wait(self, waiting_for: str, clients: Collection[int] | None = None, *, can_go_on: bool = False) -> None:
         while True:
