@@ -142,7 +142,7 @@ def test_whatever_happens_to_any_file_a_whole_state_or_none_is_found(tmp_path: P
         assert stored is not None and is_whole(stored), name
         if (of_latest or name == "latest.json") and harm != "three bytes more":
             assert stored.round_index == 6, name
-            assert harm == "removed" and name == "latest.json" or passed_over, name
+            assert (harm == "removed" and name == "latest.json") or passed_over, name
         site = trained(folder, 9)  # and the site goes on
         assert site.store.newest(ALL)[0].round_index == 9
 
