@@ -9,15 +9,25 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import grpc
 import psutil
 
+from parablock.errors import ConfigError, InputError, ParaBlockError
+
+try:
+    import grpc
+except ImportError:
+    raise InputError(
+        "a direct deployment needs grpcio, which is not installed",
+        cause="It comes with an extra of ParaBlock.",
+        remedy='Install it: pip install "parablock[deploy]"',
+    ) from None
+
+# isort: split
 from parablock.deploy.authority import Credentials, Revocations, host_is_covered, load_credentials, uncovered_host
 from parablock.deploy.certificates import client_id_of
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
 from parablock.engine.remote.site_channel import Server
-from parablock.errors import ConfigError, InputError, ParaBlockError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WARN_DAYS = 30
