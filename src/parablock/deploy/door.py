@@ -67,10 +67,14 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
     _check_free(host, port)
     revoked = keys / "revoked.pem"
     revocations = Revocations(revoked if revoked.exists() else None, credentials.authority)
+    is_listed = revoked.exists()
     if revocations.problem:
         tell(f"nobody is let in: {revocations.problem}")
 
     def admit(caller: Caller) -> int:
+        nonlocal revocations, is_listed
+        if not is_listed and revoked.exists():  # the first list may come while the server runs
+            revocations, is_listed = Revocations(revoked, credentials.authority), True
         if revocations.is_revoked(caller.certificate):
             raise NotAdmitted(revocations.problem or f"the certificate of {caller.name} has been revoked")
         try:

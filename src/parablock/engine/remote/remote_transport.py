@@ -124,7 +124,8 @@ class RemoteTransport:
                 f"there is no client {hello.client_id}; the run has clients 0 to {len(self.places) - 1}"
             )
         if place.is_removed:
-            raise NotAdmitted(f"client {hello.client_id} has been removed from the run by the server's operator")
+            words = f"client {hello.client_id} has been removed from the run by the server's operator"
+            raise NotAdmitted(words, is_temporary=True)  # it may be let in again, and into other runs
         now_s = _now_s()
         with place.room:
             is_new = hello.incarnation != place.incarnation
