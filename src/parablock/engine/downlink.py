@@ -41,6 +41,21 @@ class Downlink:
         """Send a message whose bytes count for a round."""
         self._transport.send(client_id, Parcel(to_bytes(message), round_index))
 
+    def finish(self, state: ServerState, client_id: int, *, is_lost: bool) -> None:
+        """Send the last commits; whole ones to a client of which it is not known what it holds."""
+        if is_lost:
+            self.joins(client_id, (NEVER,) * len(state.params))
+        self.send(client_id, len(state.history) - 1, Finish(state.committed, self.news_for(state, client_id)))
+
+    def misfit(self, state: ServerState, versions: tuple[int, ...]) -> str:
+        """Return why a client cannot hold these versions; empty if it can."""
+        if len(versions) != len(state.params):
+            return f"a model of {len(versions)} blocks where the server has {len(state.params)}"
+        for b, (version, newest) in enumerate(zip(versions, state.versions, strict=True)):
+            if version != NEVER and not (0 <= version <= newest and state.history[version] == b):
+                return f"version {version} of block {b}, which the server never made"
+        return ""
+
     def is_lossy(self, state: ServerState) -> bool:
         """Return whether new values are rounded on their way down."""
         return state.params[0].dtype.itemsize > bytes_per_element(self._encoding.format)

@@ -70,14 +70,14 @@ class FillTheWait:
         if not step_s or min(step_s.values()) <= 0:
             return (self.least,)
         waiting_s = exchange_s(self.link, payload_bytes, streamed=streamed)
-        covering = {i: self._bounded(ceil(waiting_s / each_s)) for i, each_s in step_s.items()}
+        covering = {i: ceil(self._bounded(waiting_s / each_s)) for i, each_s in step_s.items()}
         if self.alike:
             return (max(covering.values()),)
         round_s = max(covering[i] * each_s for i, each_s in step_s.items())
-        filling = {i: self._bounded(floor(round_s / each_s + ROUNDING)) for i, each_s in step_s.items()}
+        filling = {i: floor(self._bounded(round_s / each_s + ROUNDING)) for i, each_s in step_s.items()}
         return tuple(filling.get(client_id, self.least) for client_id in range(num_clients))
 
-    def _bounded(self, steps: int) -> int:
+    def _bounded(self, steps: float) -> float:  # before it is rounded: a site may say that a step takes no time
         return min(self.most, max(self.least, steps))
 
 

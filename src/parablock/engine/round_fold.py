@@ -21,7 +21,7 @@ from torch import Tensor
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate
 from parablock.engine.update_form import UpdateForm
 from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
-from parablock.errors import CodecError
+from parablock.errors import CodecError, TrainingError
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector, pack
 
@@ -121,9 +121,9 @@ class RoundFold:
         """The clients that have delivered every chunk."""
         return [client_id for client_id, chunks in self._came.items() if len(chunks) == len(self._cuts)]
 
-    def lacking(self, client_id: int) -> list[int]:
-        """Return the chunks that a client has not delivered."""
-        return [index for index in range(len(self._cuts)) if index not in self._came[client_id]]
+    def first_lacking(self, client_id: int) -> int:
+        """Return the first chunk that a client has not delivered."""
+        return next(index for index in range(len(self._cuts)) if index not in self._came[client_id])
 
     @property
     def updates(self) -> list[Update]:
@@ -208,6 +208,20 @@ class RoundFold:
                 cause="The clients run another configuration or another model than the server.",
                 remedy="Use for all clients the same configuration and the same base model.",
             )
+
+    def ends_run(self, *, of_one_client: bool) -> bool:
+        """Whether a lack of updates ends the run: where one client's trouble does, or all have the same."""
+        is_everybodys = not self._came and len({problem.reason for problem in self.out.values()}) == 1
+        return of_one_client or (len(self.out) > 1 and is_everybodys)
+
+    def training_error(self, client_id: int, problem: str, min_updates: int) -> TrainingError:
+        """Return the error of a round that lacks updates because a client cannot train."""
+        return TrainingError(
+            f"client {client_id} could not train round {self.round_index}: {problem}",
+            cause=f"{len(self.expected)} clients are left, federation.min_updates is {min_updates}. "
+            "Most often the learning rate is too high; or the client's data or weights are broken.",
+            remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
+        )
 
     def outliers(self) -> dict[int, Refusal]:
         """Return the updates that are far larger than the others; none if the rule bounds updates itself."""

@@ -39,24 +39,14 @@ from parablock.engine.downlink import Downlink
 from parablock.engine.participation import Participation
 from parablock.engine.plans import Hooks, ServerPlan, ServerStart
 from parablock.engine.round_fold import Refusal, RoundFold
-from parablock.errors import CodecError, StallError, TrainingError
+from parablock.errors import CodecError, StallError
 from parablock.trace import Trace
-from parablock.wire.messages import (
-    Finish,
-    Join,
-    Leave,
-    Mark,
-    NewValue,
-    RoundStart,
-    Skip,
-    Update,
-    Welcome,
-    from_bytes,
-)
+from parablock.wire.messages import Join, Leave, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
 from parablock.wire.transport import ServerTransport
 
 SERVER = -1
 """The client_id of the draws that round the server's values."""
+MOST_TOLD = 100  # refusals of a client
 
 
 class Server:
@@ -90,9 +80,9 @@ class Server:
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never, start.overwritten)
         self._participation = Participation(plan, memory.get("answer_s", {}), start.absent)
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
-        self.refused = Counter[str](memory.get("refused", {}))
+        self.refused, self._told = Counter[str](memory.get("refused", {})), Counter[int]()
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
-        self._committed_at_start = start.state.committed
+        self._committed_at_start, self._marked = start.state.committed, start.first_round
         self._counted: dict[int, tuple[int, ...]] = {}
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
@@ -131,10 +121,7 @@ class Server:
             self._start_round(t)
         self._commit_through(plan.num_rounds - 1)
         for client_id in range(plan.num_clients):
-            if self._participation.is_absent(client_id):  # its block versions are unknown
-                self._downlink.joins(client_id, (NEVER,) * len(self.state.params))
-            news = self._downlink.news_for(self.state, client_id)
-            self._downlink.send(client_id, plan.num_rounds - 1, Finish(self.state.committed, news))
+            self._downlink.finish(self.state, client_id, is_lost=self._participation.is_absent(client_id))
         return True
 
     def _start_round(self, t: int) -> None:
@@ -179,7 +166,7 @@ class Server:
         return RoundFold(t, b, asked, self.state.params[b].numel(), self._plan.form, self._plan.folder)
 
     def _mark(self, t: int, *, stop: bool) -> None:
-        memory = self._participation.memory(self.state.committed + 1)
+        self._marked, memory = t, self._participation.memory(self.state.committed + 1)
         self._on_mark(t, self.state, memory | {"step_s": dict(self.step_s), "refused": dict(self.refused)})
         for client_id in range(self._plan.num_clients):
             self._downlink.send(client_id, t, Mark(t, stop))
@@ -235,16 +222,16 @@ class Server:
             streams = plan.form.encoding.chunk_bytes is not None
             if not streams and not self._downlink.is_lossy(self.state):
                 return
-            b = fold.block_index
-            moments = tuple(moment[part] for moment in self.state.moments[b])
-            value, _ = apply_update(self.state.params[b][part], mean, moments, plan.server_optimizer)
+            b, state = fold.block_index, self.state
+            moments = tuple(moment[part] for moment in state.moments[b])
+            value, _ = apply_update(state.params[b][part], mean, moments, plan.server_optimizer)
             chunk = self._downlink.pack_chunk(self.state, b, part, value, fold.noise(plan.form.encoding, SERVER))
             if streams and not fold.began_again:
                 needed_in = fold.round_index + 1 + plan.delay
                 wanted = range(plan.num_clients) if needed_in >= plan.num_rounds else self._cohort(needed_in)
                 present = [i for i in wanted if i in fold.expected or not self._participation.is_absent(i)]
-                counted_in = min(needed_in, plan.num_rounds - 1)
-                self._downlink.stream(self.state, chunk, present, counted_in, first=part.start == 0)
+                t = min(needed_in, plan.num_rounds - 1)
+                self._downlink.stream(state, chunk, present, t, first=part.start == 0)
 
     # ── receiving ───────────────────────────────────────────────────────────────────────────────────
 
@@ -270,19 +257,17 @@ class Server:
     def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
         """Take out the clients that have not delivered; silent ones leave the later open rounds too."""
         for client_id in set(fold.expected) - set(fold.delivered):
-            text = f"{fold.progress_of(client_id)}, {reason} {how}"
-            self._on_event(f"round {fold.round_index} goes on without {text}")
-            self._take_out(client_id, fold, Refusal(reason, text))
+            refusal = Refusal(reason, f"{fold.progress_of(client_id)}, {reason} {how}")
+            self._on_event(f"round {fold.round_index} goes on without {refusal.text}")
+            self._take_out(client_id, fold, refusal)
             for later in self._folds.values() if reason == "silent" else ():
                 if client_id in later.expected and len(later.expected) > self._fewest:
-                    self._take_out(client_id, later, Refusal(reason, text))
+                    self._take_out(client_id, later, refusal)
 
-    def _wait(
-        self, waiting_for: str, from_clients: Collection[int] | None = None, *, can_go_on: bool = False
-    ) -> None:
+    def _wait(self, waiting_for: str, clients: Collection[int] | None = None, *, can_go_on: bool = False) -> None:
         while True:
             try:
-                received = self._transport.receive(self._plan.stall_timeout_s, waiting_for, from_clients)
+                received = self._transport.receive(self._plan.stall_timeout_s, waiting_for, clients)
             except StallError as error:
                 if can_go_on or not self._plan.waits_for_return:
                     raise
@@ -319,13 +304,8 @@ class Server:
         if not skip.problem:
             return
         self.refused["failed"] += 1
-        if len(fold.expected) < self._fewest:
-            raise TrainingError(
-                f"client {client_id} could not train round {t}: {skip.problem}",
-                cause=f"{len(fold.expected)} clients are left, federation.min_updates is {self._plan.min_updates}. "
-                "Most often the learning rate is too high; or the client's data or weights are broken.",
-                remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
-            )
+        if len(fold.expected) < self._fewest and fold.ends_run(of_one_client=not self._plan.waits_for_return):
+            raise fold.training_error(client_id, skip.problem, self._plan.min_updates)
         self._on_event(f"round {t} goes on without client {client_id}: {skip.problem}")
 
     def _take_leave(self, client_id: int, leave: Leave) -> None:
@@ -368,7 +348,8 @@ class Server:
         self._count(client_id, problem)
         self._participation.answered(client_id, fold.round_index, self._trace.clock.now())
         self._take_out(client_id, fold, problem)
-        fold.check_one_fits()
+        if fold.ends_run(of_one_client=not self._plan.waits_for_return):
+            fold.check_one_fits()
 
     def _take_out(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         fold.take_out(client_id, problem)
@@ -380,21 +361,27 @@ class Server:
 
     def _count(self, client_id: int, problem: Refusal) -> None:
         self.refused[problem.reason] += 1
-        self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
+        self._told[client_id] += 1
+        if self._told[client_id] <= MOST_TOLD:
+            self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
 
     def _welcome(self, client_id: int, join: Join) -> None:
         """Ask a restarted client for the updates that it owes, each from the state of its round."""
-        if len(join.versions) != len(self.state.params):
-            text = f"a model of {len(join.versions)} blocks where the server has {len(self.state.params)}"
-            self._count(client_id, Refusal("misfit", text))
+        if misfit := self._downlink.misfit(self.state, join.versions):
+            self._count(client_id, Refusal("misfit", misfit))
             return
         self._downlink.joins(client_id, join.versions)
         self._participation.is_back(client_id, self._trace.clock.now())
-        owed = [fold for fold in self._folds.values() if client_id in fold.expected]
-        owed = [fold for fold in owed if client_id not in fold.delivered]
-        lacking = [(f.round_index, k) for f in owed if f.round_index in join.sent for k in f.lacking(client_id)]
-        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(tuple(lacking)))
+        owed = [f for f in self._folds.values() if client_id in f.expected and client_id not in f.delivered]
+        lacking = tuple((f.round_index, f.first_lacking(client_id)) for f in owed if f.round_index in join.sent)
+        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(lacking))
         self._on_event(f"client {client_id} is back")
+        self._ask_again(client_id, [fold for fold in owed if fold.round_index < self._marked], join)
+        if self._plan.waits_for_return:  # it may have missed the checkpoint that the run would go on from
+            self._downlink.send(client_id, self._marked, Mark(self._marked, stop=False))
+        self._ask_again(client_id, [fold for fold in owed if fold.round_index >= self._marked], join)
+
+    def _ask_again(self, client_id: int, owed: list[RoundFold], join: Join) -> None:
         for fold in owed:
             t = fold.round_index
             self._participation.owes(client_id, t)

@@ -1,22 +1,25 @@
 """A site's memory of a run on its disk, so that its trainer can die at any moment and lose no update.
 
     RUN/
+      finished                there once the run has ended
       latest.json             after its newest local training, before that update left
-      mark-000008.json        at the start of round 8, where the server wrote a checkpoint
+      mark-000008.json        at the start of round 8, where the server wrote a checkpoint, or a session began
       block-003-S-000012 …    tensors that these files name: new values of blocks, residuals, moments
-      update-S-000012         the messages of an update, as they were sent, each behind its length
+      update-S-000012-…       the messages of an update, as they were sent, each behind its length
 
 S is the session. A tensor that has not changed is not written again, so a round costs its block and its update.
 A JSON file comes last and takes its name when it is whole; what no JSON file names is removed. Tensors carry a
-checksum, and so do messages: a damaged state is passed over.
+checksum, and so do messages and JSON files: a damaged state is passed over.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER, ClientState
+from parablock.errors import CodecError
 from parablock.storage.checkpoint import ClientSnapshot
 from parablock.storage.files import storage, write_atomically
+from parablock.wire.messages import Update, from_bytes
 
-LATEST = "latest"
+LATEST, FINISHED = "latest", "finished"
 FORMAT_VERSION = 1
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError),
+    *(SafetensorError, CodecError),
+)
+"""What reading a damaged state may raise."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +66,10 @@ class SiteStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._written: dict[str, tuple[Tensor, str]] = {}
+        self._written: dict[str, tuple[Tensor | Sequence[bytes], str]] = {}
         with storage(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.chmod(0o700)
 
     def save_latest(self, session: str, round_index: int, state: ClientState, snapshot: ClientSnapshot) -> None:
         """Store the client after a round, in the place of the round before."""
@@ -69,9 +80,27 @@ class SiteStore:
     ) -> None:
         """Store the client at the start of a round; only the newest `keep` marks stay."""
         self._save(f"mark-{round_index:06d}", session, round_index, state, snapshot)
-        for old in sorted(self.folder.glob("mark-*.json"))[:-keep]:
-            old.unlink()
-        self._sweep()
+        with storage(self.folder):
+            for old in sorted(self.folder.glob("mark-*.json"))[:-keep]:
+                old.unlink()
+            self._sweep()
+
+    def begin_with(self, stored: StoredClient) -> None:
+        """Keep the state that a session begins with, for a server that may begin again from the same checkpoint."""
+        latest, mark = self.folder / f"{LATEST}.json", self.folder / f"mark-{stored.round_index:06d}.json"
+        with suppress(*_DAMAGE):  # then the state is not that one
+            if _read_entry(latest)["round_index"] == stored.round_index:
+                write_atomically(mark, latest.read_text(encoding="utf-8"))
+
+    def finish(self) -> None:
+        """Note that the run has ended: its files go with `free_finished`."""
+        write_atomically(self.folder / FINISHED, "")
+
+    def free_finished(self) -> None:
+        """Remove what is stored of other runs that have ended."""
+        for path in self.folder.parent.glob(f"*/{FINISHED}"):
+            if path.parent != self.folder:
+                shutil.rmtree(path.parent, ignore_errors=True)
 
     def newest(self, sessions: Mapping[str, int]) -> tuple[StoredClient | None, list[str]]:
         """Return the newest undamaged state of these sessions, and why others were passed over.
@@ -79,35 +108,30 @@ class SiteStore:
         Args:
             sessions: Session → the first of its rounds that do not count any more.
         """
-        found = []
-        passed_over = []
+        found, passed_over = [], []
         for path in self.folder.glob("*.json"):
             try:
-                entry = json.loads(path.read_text(encoding="utf-8"))
-                if entry["format_version"] == FORMAT_VERSION and entry["round_index"] <= sessions.get(
-                    entry["session"], -1
-                ):
+                entry = _read_entry(path)
+                if entry["round_index"] <= sessions.get(entry["session"], -1):
                     found.append((entry["round_index"], path.name, entry))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except _DAMAGE as error:
                 passed_over.append(f"{path.name}: {error}")
         for _, name, entry in sorted(found, key=lambda each: each[:2], reverse=True):
             try:
                 return self._load(entry), passed_over
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except _DAMAGE as error:
                 passed_over.append(f"{name}: {error}")
         return None, passed_over
 
     def forget_newer(self, sessions: Mapping[str, int]) -> None:
-        """Remove states that the run has gone back behind, or that are of no session of it."""
-        for path in self.folder.glob("*.json"):
-            try:
-                entry = json.loads(path.read_text(encoding="utf-8"))
-                counts = entry["round_index"] <= sessions.get(entry["session"], -1)
-            except (ValueError, KeyError, TypeError):
-                counts = False
-            if not counts:
-                path.unlink()
-        self._sweep()
+        """Remove states that the run has gone back behind, or that are of no session of it; damaged ones stay."""
+        with storage(self.folder):
+            for path in self.folder.glob("*.json"):
+                with suppress(*_DAMAGE):
+                    entry = _read_entry(path)
+                    if entry["round_index"] > sessions.get(entry["session"], -1):
+                        path.unlink()
+            self._sweep()
 
     # ── files ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,8 +153,10 @@ class SiteStore:
                 "tensors": {key: self._put(key, value, session, round_index) for key, value in tensors.items()},
                 "updates": {t: self._put_update(session, t, sent) for t, sent in snapshot.sent.items()},
             }
-        write_atomically(self.folder / f"{name}.json", json.dumps(entry))
-        self._sweep()
+        text = json.dumps(entry)
+        write_atomically(self.folder / f"{name}.json", f"{text}\n{zlib.crc32(text.encode())}")
+        with storage(self.folder):
+            self._sweep()
 
     def _put(self, key: str, value: Tensor, session: str, round_index: int) -> str:
         before = self._written.get(key)
@@ -145,22 +171,26 @@ class SiteStore:
         return name
 
     def _put_update(self, session: str, round_index: int, messages: Sequence[bytes]) -> str:
-        name = f"update-{session}-{round_index:06d}"
-        path, partial = self.folder / name, self.folder / f".{name}.partial"
-        if not path.exists():
+        checksums = b"".join(message[-4:] for message in messages)
+        name = f"update-{session}-{round_index:06d}-{zlib.crc32(checksums):08x}"
+        before = self._written.get(name)
+        if before is None or before[0] is not messages:  # a file of that name may be damaged
+            partial = self.folder / f".{name}.partial"
             with partial.open("wb") as file:
                 for message in messages:
                     file.write(len(message).to_bytes(8, "little"))
                     file.write(message)
-            partial.replace(path)
+            partial.replace(self.folder / name)
+            self._written[name] = (messages, name)
         return name
 
     def _sweep(self) -> None:
         """Remove what no state names."""
         named = set()
         for path in self.folder.glob("*.json"):
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            named |= {*entry["tensors"].values(), *entry["updates"].values()}
+            with suppress(*_DAMAGE):  # nobody will read what a damaged one names
+                entry = _read_entry(path)
+                named |= {*entry["tensors"].values(), *entry["updates"].values()}
         for path in self.folder.iterdir():
             if re.match(r"\.?(block|residual|memory|update)-", path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
@@ -193,6 +223,16 @@ class SiteStore:
         return value
 
 
+def _read_entry(path: Path) -> dict[str, Any]:
+    text, _, checksum = path.read_text(encoding="utf-8").rpartition("\n")
+    if checksum != str(zlib.crc32(text.encode())):
+        raise ValueError("it has changed since it was written")
+    entry: dict[str, Any] = json.loads(text)
+    if entry["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"it is of format {entry['format_version']}, not {FORMAT_VERSION}")
+    return entry
+
+
 def _read_update(path: Path) -> list[bytes]:
     messages, content, at = [], path.read_bytes(), 0
     while at < len(content):
@@ -201,6 +241,12 @@ def _read_update(path: Path) -> list[bytes]:
         if len(messages[-1]) != size:
             raise ValueError(f"{path.name} is cut short")
         at += 8 + size
+    updates = [from_bytes(message) for message in messages]
+    if not updates or any(
+        not isinstance(update, Update) or (update.chunk_index, update.num_chunks) != (index, len(updates))
+        for index, update in enumerate(updates)
+    ):
+        raise ValueError(f"{path.name} is not a whole update")
     return messages
 
 

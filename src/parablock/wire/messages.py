@@ -8,7 +8,7 @@
     client ── Skip(t): I will send no update of round t ──► server
     client ── Leave: I take part no more, until I join again ──► server
     client ── Join: I am back, and hold these versions ──► server
-    server ── Welcome: later messages fit these versions, earlier ones are void; send these chunks again ──► client
+    server ── Welcome: later messages fit these versions, earlier ones are void; send these updates again ──► client
 
 The new value of a block is of one of these kinds:
 
@@ -54,6 +54,7 @@ def _check_problem(text: str) -> str:
 
 
 StrictFloat = InstanceOf[float]
+Whole = Annotated[StrictInt, Field(gt=-(1 << 62), lt=1 << 62)]
 Seconds = Annotated[float, BeforeValidator(_read_seconds)]
 Kind = Annotated[str, Field(pattern="^(value|difference|stack|streamed)$")]
 
@@ -62,8 +63,8 @@ Kind = Annotated[str, Field(pattern="^(value|difference|stack|streamed)$")]
 class NewValue:
     """The new value of one block, on its way to a client, and ρ of the aggregate of round `version`."""
 
-    block_index: StrictInt
-    version: StrictInt
+    block_index: Whole
+    version: Whole
     rho: Annotated[StrictFloat, Field(ge=0, le=1)]
     kind: Kind
     vector: InstanceOf[Vector]
@@ -73,8 +74,8 @@ class NewValue:
 class Chunk:
     """The next elements of one block's new value, of any kind but `streamed`; the parts come in order."""
 
-    block_index: StrictInt
-    version: StrictInt
+    block_index: Whole
+    version: Whole
     kind: Kind
     vector: InstanceOf[Vector]
 
@@ -86,11 +87,11 @@ class RoundStart:
     The round has `num_local_steps` steps; all rounds before it had `steps_before` steps together.
     """
 
-    round_index: StrictInt
-    block_index: StrictInt
-    num_local_steps: StrictInt
-    steps_before: StrictInt
-    committed: StrictInt
+    round_index: Whole
+    block_index: Whole
+    num_local_steps: Whole
+    steps_before: Whole
+    committed: Whole
     news: tuple[NewValue, ...]
 
 
@@ -98,7 +99,7 @@ class RoundStart:
 class Finish:
     """The drain: the last commits; there is nothing more to train."""
 
-    committed: StrictInt
+    committed: Whole
     news: tuple[NewValue, ...]
 
 
@@ -106,7 +107,7 @@ class Finish:
 class Mark:
     """A checkpoint: hand in the state as of the start of round t, and leave if `stop` is true."""
 
-    round_index: StrictInt
+    round_index: Whole
     stop: StrictBool
 
 
@@ -118,16 +119,16 @@ class Update:
     `train_loss` the mean over the K = `num_local_steps` local steps, and `compute_s` the seconds that they took.
     """
 
-    round_index: StrictInt
-    block_index: StrictInt
-    client_id: StrictInt
-    num_examples: StrictInt
-    committed: StrictInt
+    round_index: Whole
+    block_index: Whole
+    client_id: Whole
+    num_examples: Whole
+    committed: Whole
     train_loss: StrictFloat
-    num_local_steps: StrictInt
+    num_local_steps: Whole
     compute_s: Seconds
-    chunk_index: StrictInt
-    num_chunks: StrictInt
+    chunk_index: Whole
+    num_chunks: Whole
     delta: InstanceOf[Vector]
 
 
@@ -135,7 +136,7 @@ class Update:
 class Skip:
     """A client gives round t up: its update will not come; `problem` says why if training failed."""
 
-    round_index: StrictInt
+    round_index: Whole
     problem: Annotated[str, AfterValidator(_check_problem)] = ""
 
 
@@ -153,18 +154,18 @@ class Join:
     `sent` are the rounds whose updates it still has, because it does not know whether they arrived.
     """
 
-    versions: tuple[StrictInt, ...]
-    sent: tuple[StrictInt, ...]
+    versions: tuple[Whole, ...]
+    sent: tuple[Whole, ...]
 
 
 @dataclass(frozen=True)
 class Welcome:
     """The answer to `Join`: later messages fit the versions that the client holds.
 
-    `lacking` are the pairs (round, chunk) of the client's updates that the server has not got, in order.
+    `lacking` are the pairs (round, chunk): from that chunk on, the server has not got the client's update.
     """
 
-    lacking: tuple[tuple[StrictInt, StrictInt], ...] = ()
+    lacking: tuple[tuple[Whole, Whole], ...] = ()
 
 
 Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Leave | Join | Welcome | Sealing
@@ -198,7 +199,7 @@ def from_bytes(raw: bytes) -> Message:
     kind = str(fields.get("kind"))
     if kind not in _KINDS:
         raise CodecError(
-            f"a message is of kind {fields.get('kind')!r}; there are {', '.join(_KINDS)}",
+            f"a message is of kind {fields.get('kind')!r:.40}; there are {', '.join(_KINDS)}",
             cause="The sender is not ParaBlock, or a newer release.",
         )
     try:

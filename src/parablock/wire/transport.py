@@ -54,22 +54,26 @@ class Ledger:
         self._rounds: dict[int, Traffic] = {}
 
     def of_round(self, round_index: int) -> Traffic:
-        """Return the traffic of one round so far."""
-        return self._rounds.setdefault(round_index, Traffic())
+        """Return the traffic of one round so far; later transfers do not change it."""
+        traffic = self._rounds.get(round_index, Traffic())
+        return Traffic(dict(traffic.up), dict(traffic.down))
 
     def count_up(self, parcel: Parcel, client_id: int, seconds: float) -> None:
         """Add an upload."""
-        _add(self.of_round(parcel.round_index).up, client_id, len(parcel.message), seconds)
+        _add(self._round(parcel.round_index).up, client_id, len(parcel.message), seconds)
 
     def count_down(self, parcel: Parcel, client_id: int, seconds: float) -> None:
         """Add a download."""
-        _add(self.of_round(parcel.round_index).down, client_id, len(parcel.message), seconds)
+        _add(self._round(parcel.round_index).down, client_id, len(parcel.message), seconds)
 
     def restore_downlink(self, rounds: Mapping[Any, Mapping[Any, Sequence[Any]]]) -> None:
         """Restore the downloads counted before an interruption; uploads are repeated and counted anew."""
         for t, clients in rounds.items():
             for client_id, (wire_bytes, seconds) in clients.items():
-                _add(self.of_round(int(t)).down, int(client_id), int(wire_bytes), float(seconds))
+                _add(self._round(int(t)).down, int(client_id), int(wire_bytes), float(seconds))
+
+    def _round(self, round_index: int) -> Traffic:
+        return self._rounds.setdefault(round_index, Traffic())
 
 
 def _add(column: dict[int, tuple[int, float]], client_id: int, wire_bytes: int, seconds: float) -> None:

@@ -44,7 +44,9 @@ MAX_NOTE_BYTES = 1 << 20
 
 _READ_STRICTLY = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-_Word = Annotated[str, Field(max_length=64, pattern=r"^[0-9A-Za-z.+_-]*$")]
+_Word = Annotated[str, Field(max_length=64, pattern=r"^([0-9A-Za-z][0-9A-Za-z.+_-]*)?$")]
+_Name = Annotated[_Word, Field(min_length=1)]
+"""What a folder or a file may be named after: it is neither empty nor begins with a dot."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,20 @@ class Opening:
 
     __pydantic_config__ = _READ_STRICTLY
 
-    run: _Word
-    session: _Word
+    run: _Name
+    session: _Name
     config: str
     base_sha256: _Word
     restored: int = -1
     sessions: dict[_Word, _Count] = field(default_factory=dict)
+
+    def session_of(self, round_index: int) -> str:
+        """Return the session that a state of the rounds before this one is of.
+
+        What came before the checkpoint that this session went on from stays of the session that it was of, however
+        often it is trained again.
+        """
+        return next((before for before, end in self.sessions.items() if round_index <= end), self.session)
 
 
 @dataclass(frozen=True)
@@ -148,8 +158,12 @@ def greeting_from_bytes(kind: type[Greeting], raw: bytes) -> Greeting:
 def _check_release(protocol: object, release: object) -> None:
     if (protocol, release) != (PROTOCOL, __version__):
         raise CodecError(
-            f"the site runs ParaBlock {release!s:.40} (protocol {protocol!s:.10}), "
+            f"the site runs ParaBlock {_shown(release)} (protocol {_shown(protocol)}), "
             f"the server {__version__} (protocol {PROTOCOL})",
             cause="Client and server run different releases of ParaBlock.",
             remedy="Install the same release on both sides.",
         )
+
+
+def _shown(claimed: object) -> str:
+    return f"{claimed:.40}" if isinstance(claimed, str) and claimed.isprintable() else f"{claimed!r:.40}"

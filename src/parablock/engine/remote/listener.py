@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -59,8 +60,12 @@ class Session(Protocol):
     def moved(self, client_id: int) -> None:
         """Note that a frame has come."""
 
-    def deliver(self, client_id: int, delivered: Delivered) -> None:
-        """Take a message; waits while too many wait already."""
+    def deliver(self, client_id: int, stream: NumberedStream, delivered: Delivered) -> None:
+        """Take a message; waits while too many wait already.
+
+        Raises:
+            CodecError: It cannot come over this stream.
+        """
 
     def left(self, client_id: int, stream: NumberedStream) -> None:
         """Note that a site says bye."""
@@ -183,10 +188,8 @@ class Listener(grpc.GenericRpcHandler):
             for frame in incoming:
                 if not stream.is_present(connection):
                     return
-                delivered = stream.take(frame)
                 session.moved(client_id)
-                if delivered is not None:
-                    session.deliver(client_id, delivered)
+                stream.take(frame, connection, partial(session.deliver, client_id, stream))
         except EOFError:
             session.left(client_id, stream)
             why = "it says bye"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, Lock
 
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
 from parablock.errors import CodecError
@@ -70,7 +70,7 @@ class NumberedStream:
         on_confirmed: Callable[[Delivered], None] = lambda _: None,
     ) -> None:
         self._now_s, self._max_message_bytes, self._on_confirmed = now_s, max_message_bytes, on_confirmed
-        self._changed = Condition()
+        self._changed, self._taking = Condition(), Lock()
         self._out = deque[_Message]()
         self._next_out, self._cursor, self._furthest = 0, 0, 0
         self._sending = 0  # the place in `_out` of the message at the cursor
@@ -145,13 +145,15 @@ class NumberedStream:
                     f"part {other_wants} is wanted; the parts {first} to {self._next_out} are kept",
                     cause="The two sides do not remember the same session.",
                 )
-            self._confirm(other_wants)
+            done = self._confirm(other_wants)
             self._cursor, self._sending = other_wants, 0
             self._confirmed = self._wanted
-            self._connection += 1
+            self._connection = connection = self._connection + 1
             self._has_connection, self._bye_said = True, False
             self._changed.notify_all()
-            return self._connection
+        for message in done:
+            self._on_confirmed(message)
+        return connection
 
     def detach(self, connection: int) -> None:
         """End a connection, if it still is the present one."""
@@ -170,18 +172,28 @@ class NumberedStream:
         while (frame := self._next_frame(connection)) is not None:
             yield frame
 
-    def take(self, frame: bytes) -> Delivered | None:
-        """Take a frame of the other side; return the message that it completes.
+    def take(self, frame: bytes, connection: int, deliver: Callable[[Delivered], None]) -> None:
+        """Take a frame that came over a connection, or nothing, if it is not the present one any more.
+
+        `deliver` gets the message that the frame completes. It may wait: the frames of a later connection wait too,
+        so that messages stay in order.
 
         Raises:
             CodecError: It is no frame, is not the next one, or does not fit the message that it is a part of.
             EOFError: The other side says bye.
         """
+        with self._taking:
+            if self.is_present(connection) and (whole := self._take(frame, connection)) is not None:
+                deliver(whole)
+
+    def _take(self, frame: bytes, connection: int) -> Delivered | None:
         if len(frame) < HEAD.size or len(frame) > HEAD.size + PART_BYTES:
             raise CodecError(f"a frame of {len(frame)} bytes")
         kind, number, round_index, size, sent_s = HEAD.unpack_from(frame)
         if kind == CONFIRM:
             with self._changed:
+                if self._connection != connection:
+                    return None
                 if number > self._cursor:
                     raise CodecError(f"part {number} is confirmed; {self._cursor} have been sent")
                 done = self._confirm(number)

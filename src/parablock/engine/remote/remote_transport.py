@@ -21,9 +21,9 @@ from parablock.clock import Clock
 from parablock.engine.remote.frames import Hello, Opening, Welcome
 from parablock.engine.remote.listener import NotAdmitted
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
-from parablock.errors import StallError
+from parablock.errors import CodecError, StallError
 from parablock.trace import Span, Trace
-from parablock.wire.messages import Leave, to_bytes
+from parablock.wire.messages import Leave, kind_of, to_bytes
 from parablock.wire.transport import Ledger, Parcel, check_for_stop
 
 LOOK_S = 0.01
@@ -31,14 +31,20 @@ RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
 """Bytes of a site's messages that wait for the server at most, beside the newest."""
+MESSAGE_BYTES = 1 << 10
+"""What a message that waits costs beside its bytes, so that many empty ones are many bytes too."""
+SPANS_KEPT = 10_000
+"""How much of a site's record is kept between two rounds of it."""
+CLOCKS_APART_S = 60.0
+"""How far a site's spans may lie outside of the run."""
 _Seconds = Annotated[float, Field(allow_inf_nan=False)]
 _Row = tuple[
     Literal["computing", "waiting"],
     _Seconds,
     Annotated[_Seconds, Field(ge=0)],
-    dict[str, int],
+    dict[Literal["round_index", "block_index"], Annotated[int, Field(ge=0, lt=1 << 31)]],
 ]
-_ROWS = TypeAdapter(Annotated[list[_Row], Field(max_length=10_000)])
+_ROWS = TypeAdapter(Annotated[list[_Row], Field(max_length=SPANS_KEPT)])
 
 
 @dataclass
@@ -48,28 +54,38 @@ class Place:
     Attributes:
         stream: The streams between it and the server.
         incarnation: The word of the process that takes part; None: none has yet.
+        rejoins: Whether an earlier process took part.
+        has_sent: Whether the process has sent a message.
         must_rejoin: Whether it does not take part, until a new process joins.
         is_removed: Whether the operator has removed it.
+        is_garbled: Whether it has sent a record that cannot be read.
         knows_end: Whether it knows that the session has ended.
         since_s: Since when it is connected, or is not; seconds since 1970.
         up_bytes: Bytes of its messages so far.
         down_bytes: Bytes of messages to it that it has confirmed.
         last_round: The newest round that it has sent something of.
+        asked_round: The newest round that it has been sent something of.
         waiting_bytes: Bytes of its messages that wait for the server.
+        spans_left: How many more spans of it are kept until its next round.
         up_free_s: When its last upload ended.
         down_free_s: When its last download ended.
     """
 
     stream: NumberedStream
     incarnation: str | None = None
+    rejoins: bool = False
+    has_sent: bool = False
     must_rejoin: bool = False
     is_removed: bool = False
+    is_garbled: bool = False
     knows_end: bool = False
     since_s: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
     last_round: int = -1
     waiting_bytes: int = 0
+    asked_round: int = -1
+    spans_left: int = SPANS_KEPT
     up_free_s: float = 0.0
     down_free_s: float = 0.0
     room: Condition = field(default_factory=Condition)
@@ -123,31 +139,38 @@ class RemoteTransport:
             raise NotAdmitted(
                 f"there is no client {hello.client_id}; the run has clients 0 to {len(self.places) - 1}"
             )
-        if place.is_removed:
-            words = f"client {hello.client_id} has been removed from the run by the server's operator"
-            raise NotAdmitted(words, is_temporary=True)  # it may be let in again, and into other runs
         now_s = _now_s()
         with place.room:
+            if place.is_removed:
+                words = f"client {hello.client_id} has been removed from the run by the server's operator"
+                raise NotAdmitted(words, is_temporary=True)  # it may be let in again, and into other runs
             is_new = hello.incarnation != place.incarnation
-            in_session = hello.session == self.opening.session and not (place.must_rejoin and not is_new)
+            fits = hello.wanted == 0 if is_new else not place.must_rejoin  # a process that was replaced begins anew
+            in_session = hello.session == self.opening.session and fits
             place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
                 return Welcome(0, False, now_s, self.opening, self._is_over), None
-            rejoins = is_new and (place.incarnation is not None or place.must_rejoin)
-            if rejoins:
+            if is_new:
+                place.rejoins, place.has_sent = place.incarnation is not None or place.must_rejoin, False
+            if is_new and place.rejoins:
                 place.stream.close()
                 place.stream = self._new_stream(hello.client_id)
+                place.room.notify_all()
             place.incarnation, place.must_rejoin, place.since_s = hello.incarnation, False, now_s
             self._clock.progress()
-            return Welcome(place.stream.wanted, rejoins, now_s), place.stream
+            return Welcome(place.stream.wanted, place.rejoins, now_s), place.stream
 
     def moved(self, client_id: int) -> None:
         """Note that a frame has come."""
         del client_id
         self._clock.progress()
 
-    def deliver(self, client_id: int, delivered: Delivered) -> None:
-        """Take a message; waits while too many wait already."""
+    def deliver(self, client_id: int, stream: NumberedStream, delivered: Delivered) -> None:
+        """Take a message of a stream; waits while too many wait already.
+
+        Raises:
+            CodecError: A process joins late, or again; each `Join` may cost a model on its way down.
+        """
         if delivered.is_note:
             self._record_spans(client_id, delivered.content)
             return
@@ -156,10 +179,14 @@ class RemoteTransport:
         place.up_bytes += len(delivered.content)
         place.last_round = max(place.last_round, self._round_of(delivered))
         with place.room:
-            stream = place.stream
             place.room.wait_for(lambda: place.waiting_bytes <= WAITING_BYTES or stream.is_closed)
-            place.waiting_bytes += len(delivered.content)
-        self._inbox.put((client_id, delivered.content))
+            if stream.is_closed:
+                return  # the site has been removed, or another process of it has joined
+            if place.has_sent and kind_of(delivered.content) == "Join":
+                raise CodecError("it joins once more, without a new process")
+            place.has_sent = True
+            place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
+            self._inbox.put((client_id, delivered.content))
 
     def left(self, client_id: int, stream: NumberedStream) -> None:
         """Note that a site says bye: it takes part again once a new process of it joins."""
@@ -170,10 +197,12 @@ class RemoteTransport:
     def remove(self, client_id: int) -> None:
         """Remove a client from the run; those who ask get no answer any more."""
         place = self.places[client_id]
-        if not place.is_removed:
-            place.is_removed = place.must_rejoin = True
-            place.stream.close()
-            self._inbox.put((client_id, to_bytes(Leave("the operator has removed it"))))
+        with place.room:
+            if not place.is_removed:
+                place.is_removed = place.must_rejoin = True
+                place.stream.close()
+                place.room.notify_all()
+                self._inbox.put((client_id, to_bytes(Leave("the operator has removed it"))))
 
     def readmit(self, client_id: int) -> None:
         """Let a removed client join again."""
@@ -204,6 +233,8 @@ class RemoteTransport:
         place = self.places[client_id]
         if not (self.has_begun and place.must_rejoin):
             place.stream.put(parcel.message, parcel.round_index)
+            if parcel.round_index > place.asked_round:
+                place.asked_round, place.spans_left = parcel.round_index, SPANS_KEPT
 
     def receive(
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
@@ -265,7 +296,7 @@ class RemoteTransport:
         client_id, message = item
         place = self.places[client_id]
         with place.room:
-            place.waiting_bytes = max(0, place.waiting_bytes - len(message))
+            place.waiting_bytes = max(0, place.waiting_bytes - len(message) - MESSAGE_BYTES)
             place.room.notify_all()
         return client_id, message
 
@@ -285,7 +316,8 @@ class RemoteTransport:
         """Count a transfer, from when its first part left, or the one before had ended, to when it was there."""
         place, is_up = self.places[client_id], activity == "uploading"
         end_s = delivered.arrived_s
-        begin_s = min(end_s, max(delivered.sent_s, place.up_free_s if is_up else place.down_free_s))
+        free_s = max(self._origin_s, place.up_free_s if is_up else place.down_free_s)
+        begin_s = min(end_s, max(delivered.sent_s, free_s))
         if is_up:
             place.up_free_s = end_s
         else:
@@ -295,18 +327,38 @@ class RemoteTransport:
         count(Parcel(delivered.content, t), client_id, end_s - begin_s)
         facts = {"round_index": t, "payload_bytes": len(delivered.content)}
         start_s = begin_s - self._origin_s
-        self._trace.spans.append(Span(client_id, "communication", activity, start_s, end_s - begin_s, facts))
+        self._keep(client_id, Span(client_id, "communication", activity, start_s, end_s - begin_s, facts))
 
     def _record_spans(self, client_id: int, note: bytes) -> None:
+        place, first_s, last_s = self.places[client_id], -CLOCKS_APART_S, self._clock.now() + CLOCKS_APART_S
         try:
             rows = _ROWS.validate_python([tuple(row) for row in json.loads(note)])
+            spans = [
+                Span(
+                    client_id,
+                    "compute",
+                    activity,
+                    start_s - self._origin_s,
+                    duration_s,
+                    {str(name): value for name, value in facts.items()},
+                )
+                for activity, start_s, duration_s, facts in rows
+            ]
+            if not all(first_s <= span.start_s <= span.start_s + span.duration_s <= last_s for span in spans):
+                raise ValueError
         except (ValidationError, ValueError, TypeError, RecursionError):
-            self._tell(f"client {client_id} sent a record that cannot be read; it is left out")
+            if not place.is_garbled:
+                self._tell(f"client {client_id} sends records that cannot be read; they are left out")
+            place.is_garbled = True
             return
-        for activity, start_s, duration_s, facts in rows:
-            self._trace.spans.append(
-                Span(client_id, "compute", activity, start_s - self._origin_s, duration_s, dict(facts))
-            )
+        for span in spans:
+            self._keep(client_id, span)
+
+    def _keep(self, client_id: int, span: Span) -> None:
+        place = self.places[client_id]
+        if place.spans_left > 0:
+            place.spans_left -= 1
+            self._trace.spans.append(span)
 
 
 def _now_s() -> float:

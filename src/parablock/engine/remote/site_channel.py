@@ -218,8 +218,9 @@ class SiteChannel:
         if self._ended is None:
             if self._leaves:
                 self.stream.put(to_bytes(Leave(self._problem)), 0)
-            self.stream.flush(PARTING_S)
-            self.stream.say_bye(PARTING_S)
+            patience_s = PARTING_S if self.stream.has_connection else 0.0
+            if self.stream.flush(patience_s):
+                self.stream.say_bye(patience_s)
         self.stream.close()
         self._thread.join()
 
@@ -284,7 +285,7 @@ class SiteChannel:
                     self._carry(welcome, numbers, call)
             except ConnectionError as problem:
                 self._caller.say(f"the connection is down, and is made again: {problem}")
-            except (CodecError, SessionOver, Refused, EOFError) as error:
+            except (ParaBlockError, SessionOver, EOFError) as error:
                 ended = SessionOver() if isinstance(error, EOFError) else error
                 self._ended = ended
                 (self._attached if is_first else self._inbox).put(ended)
@@ -317,13 +318,15 @@ class SiteChannel:
             numbers.put(None)
 
     def _carry(self, welcome: Welcome, numbers: SimpleQueue[int | None], call: Iterator[bytes]) -> None:
-        connection = self.stream.attach(welcome.wanted)
+        try:
+            connection = self.stream.attach(welcome.wanted)
+        except CodecError:  # another process of this site has taken its place
+            raise SessionOver from None
         numbers.put(connection)
         try:
             for frame in call:
                 self._heard_s = self._clock.now()
-                if (delivered := self.stream.take(frame)) is not None:
-                    self._take(delivered)
+                self.stream.take(frame, connection, self._take)
         finally:
             self.stream.detach(connection)
 

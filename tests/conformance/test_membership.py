@@ -1,0 +1,119 @@
+"""Sites come and go in the middle of a run, and the model is bitwise that of the oracle told who counted when."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from engines import server_plan
+from parablock.algorithm.parablock import same
+from parablock.algorithm.sequential import OracleProblem, run_sequential
+from parablock.engine.plans import Hooks
+from parablock.engine.remote import remote_transport
+from parablock.engine.update_form import Differences
+from parablock.wire.quantize import Encoding
+from remote_runs import BLOCKS, Leaves, Town
+from toy import ToyTrainer, initial, solve
+
+EXAMPLES = [3, 1, 2, 5, 4, 2, 1, 3]
+ROUNDS = 18
+JOIN, LEAVE, REMOVED, RETURN = {6, 7}, {2: 8, 3: 10}, {4}, {2}
+"""Two join at a third, two leave in these rounds, one is removed, and one of those who left returns."""
+
+
+class MovingTown(Town):
+    """Sites that have left wait until they are told to return; one that was removed stays away."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.may_return = {client_id: threading.Event() for client_id in range(len(EXAMPLES))}
+        self.has_left, self.trained = set[int](), [set[int]() for _ in range(ROUNDS)]
+
+    def _process(self, client_id: int, finished: str) -> str:
+        if client_id in self.has_left:
+            while not (self.may_return[client_id].wait(0.02) or self.is_over.is_set()):
+                pass
+            if self.is_over.is_set():
+                return finished
+        return super()._process(client_id, finished)
+
+
+def move(tmp_path: Path, delay: int, encoding: Encoding):
+    plan = server_plan(8, ROUNDS, delay, Differences(encoding), checkpoint_every=4, min_updates=3)
+    counted, events = dict[int, list[int]](), list[str]()
+
+    class Moving(ToyTrainer):
+        def train(self, round_index, *asked):
+            if round_index >= LEAVE.get(self.client_id, ROUNDS) and self.client_id not in town.has_left:
+                town.has_left.add(self.client_id)
+                raise Leaves
+            town.trained[round_index].add(self.client_id)
+            return super().train(round_index, *asked)
+
+    town = MovingTown(tmp_path, plan, EXAMPLES, make_trainer=Moving)
+
+    def wait_for(holds) -> None:
+        ready = threading.Event()
+        for _ in range(1000):
+            if holds():
+                return
+            ready.wait(0.01)
+        raise AssertionError("nobody came")
+
+    def on_commit(state, updates, _) -> None:
+        t = state.committed
+        counted[t] = [update.client_id for update in updates]
+        if t == 5:
+            for client_id in JOIN:
+                town.start(client_id)
+            wait_for(lambda: all(town.transport.is_there(client_id) for client_id in JOIN))
+        if t == 7:
+            town.has_left |= REMOVED
+            town.transport.remove(*REMOVED)
+        if t == 10:
+            for client_id in RETURN:
+                wait_for(lambda: 2 in town.has_left)
+                town.may_return[client_id].set()
+            wait_for(lambda: all(town.transport.is_there(client_id) for client_id in RETURN))
+
+    for client_id in set(range(8)) - JOIN:
+        town.start(client_id)
+    try:
+        result = town.serve(Hooks(on_commit, lambda _: None, on_event=events.append), sites=6)
+    finally:
+        town.end()
+    return result, counted, town, events
+
+
+def told(counted: dict[int, list[int]], trained: list[set[int]], delay: int) -> OracleProblem:
+    took_part = [sorted(set(counted[t]) | trained[t]) for t in range(ROUNDS)]
+    lost = {(i, t) for t in range(ROUNDS) for i in took_part[t] if i not in counted[t]}
+    return OracleProblem(
+        EXAMPLES, ROUNDS, delay, schedule="shuffled", trained=took_part, lost=frozenset(lost), min_updates=3
+    )
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("float32", chunk_bytes=8)], ids=repr)
+def test_sites_join_leave_are_removed_and_return_in_the_middle(
+    tmp_path: Path, delay: int, encoding: Encoding, monkeypatch
+):
+    monkeypatch.setattr(remote_transport, "RETURN_S", 0.5)
+    result, counted, town, events = move(tmp_path, delay, encoding)
+    assert result.finished and not result.refused
+    problem = told(counted, town.trained, delay)
+    oracle = run_sequential(initial(BLOCKS), problem, solve).server
+    assert same(result.server.params, oracle.params)
+    assert result.server.history == oracle.history
+
+    assert [set(counted[t]) for t in range(5)] == [set(range(6))] * 5
+    last = set(counted[ROUNDS - 1])
+    assert last == {0, 1, 2, 5, 6, 7}, "two have joined, one has returned"
+    assert all(2 not in counted[t] for t in (8, 9, 10)) and all(3 not in counted[t] for t in range(10, ROUNDS))
+    assert all(4 not in counted[t] for t in range(8 + delay + 1, ROUNDS))
+    assert any("client 4 leaves: the operator has removed it" in line for line in events)
+
+    everybody = told({t: list(range(8)) for t in range(ROUNDS)}, [set() for _ in range(ROUNDS)], delay)
+    assert not same(result.server.params, run_sequential(initial(BLOCKS), everybody, solve).server.params)

@@ -1,0 +1,537 @@
+"""The door under attack: each stranger and each hostile site is refused, and the others' run goes on, bitwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import grpc
+import pytest
+
+from engines import QUIET, run_here, server_plan
+from parablock import __version__
+from parablock.algorithm.parablock import NEVER, same
+from parablock.clock import RealClock
+from parablock.deploy.authority import Credentials, load_credentials, make_all, revoke
+from parablock.deploy.door import listen
+from parablock.engine.plans import Hooks
+from parablock.engine.remote import listener as listener_module
+from parablock.engine.remote import remote_transport
+from parablock.engine.remote.frames import (
+    CONFIRM,
+    HEAD,
+    MAX_HELLO_BYTES,
+    NOTE,
+    PART,
+    PROTOCOL,
+    Hello,
+    Opening,
+    Welcome,
+    greeting_from_bytes,
+    greeting_to_bytes,
+)
+from parablock.engine.remote.grpc_options import METHOD
+from parablock.engine.remote.remote_transport import RemoteTransport
+from parablock.engine.update_form import Differences
+from parablock.trace import Trace
+from parablock.wire.codec import encode
+from parablock.wire.messages import Join, Leave, Skip, to_bytes
+from parablock.wire.quantize import Encoding
+from parablock.wire.transport import Parcel
+from remote_runs import BLOCKS, Town
+from toy import ToyTrainer, initial
+
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    make_all(folder / "ours", 4, ["localhost"])
+    make_all(folder / "theirs", 1, ["localhost"])
+    return folder
+
+
+class House:
+    """A server with its door, and no run behind it but a session."""
+
+    def __init__(self, keys: Path, num_clients: int = 3) -> None:
+        self.told = list[str]()
+        self.clock = RealClock()
+        self.trace = Trace(self.clock)
+        self.opening = Opening("run", "session", "", "abc")
+        self.listener = listen("127.0.0.1:0", keys, num_clients, self.told.append)
+        self.transport = RemoteTransport(self.opening, num_clients, 9, 5 << 20, self.trace, tell=self.told.append)
+        self.listener.open(self.transport)
+
+    @property
+    def num_threads(self) -> int:
+        return len(self.listener._pool._threads)
+
+    @property
+    def refusals(self) -> list[str]:
+        return [line for line in self.told if "refused" in line]
+
+    def close(self) -> None:
+        self.transport.leave()
+        self.listener.close()
+
+
+@pytest.fixture
+def house(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr(listener_module, "GRACE_S", 0.1)
+    monkeypatch.setattr(remote_transport, "RETURN_S", 0.1)
+    keys = shutil.copytree(made / "ours" / "server", tmp_path / "server")
+    shutil.copy(made / "ours" / "authority" / "revoked.pem", keys)
+    with closing(House(keys)) as opened:
+        yield opened
+
+
+def hello(client_id: int, **changes: object) -> bytes:
+    usual = Hello(client_id, "session", f"process{client_id}", 0, 1.0)
+    return json.dumps({**json.loads(greeting_to_bytes(usual)), **changes}).encode()
+
+
+class Call:
+    """A call by hand: what is put goes out, what comes is read."""
+
+    def __init__(self, port: int, credentials: grpc.ChannelCredentials | None, *first: bytes) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        address = f"localhost:{port}"
+        self.channel = (
+            grpc.insecure_channel(address, options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options)
+        )
+        self.out = SimpleQueue[bytes | None]()
+        for frame in first:
+            self.out.put(frame)
+        self.call = self.channel.stream_stream(METHOD)(iter(self.out.get, None), timeout=20)
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.out.put(None)
+        self.call.cancel()
+        self.channel.close()
+
+    def welcome(self) -> Welcome:
+        return greeting_from_bytes(Welcome, next(self.call))
+
+    def refusal(self) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in self.call:
+                pass
+        return caught.value.code(), caught.value.details()
+
+
+def certified(credentials: Credentials, authority: bytes | None = None) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(
+        authority or credentials.authority, credentials.key, credentials.certificate
+    )
+
+
+def site(made: Path, name: str) -> grpc.ChannelCredentials:
+    return certified(load_credentials(made / "ours" / name))
+
+
+def until(holds: Callable[[], object], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def is_let_in(house: House, made: Path, client_id: int = 0) -> bool:
+    with Call(house.listener.port, site(made, f"site-{client_id}"), hello(client_id)) as call:
+        return call.welcome().opening is None
+
+
+# ── strangers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stranger_is_refused_by_tls_and_costs_no_thread(house: House, made: Path):
+    ours, theirs = load_credentials(made / "ours/site-0"), load_credentials(made / "theirs/site-0")
+    strangers = {
+        "no TLS": None,
+        "no certificate": grpc.ssl_channel_credentials(ours.authority),
+        "foreign authority": certified(theirs, ours.authority),
+    }
+    for credentials in strangers.values():
+        with Call(house.listener.port, credentials, hello(0)) as call:
+            assert call.refusal()[0] == grpc.StatusCode.UNAVAILABLE
+    assert house.num_threads == 0 and house.told == []
+    assert is_let_in(house, made)
+    assert house.num_threads > 0
+
+
+def test_the_servers_certificate_is_none_of_a_site(house: House, made: Path):
+    with Call(house.listener.port, site(made, "server"), hello(0)) as call:
+        assert call.refusal()[0] in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED)
+    assert not house.transport.there and is_let_in(house, made)
+
+
+def test_a_site_cannot_take_the_place_of_another(house: House, made: Path):
+    with Call(house.listener.port, site(made, "site-1"), hello(0)) as call:
+        code, words = call.refusal()
+    assert code == grpc.StatusCode.PERMISSION_DENIED and "site-1 is not that of client 0" in words
+    assert len(house.refusals) == 1 and house.transport.places[0].incarnation is None
+    assert is_let_in(house, made, 1)
+
+
+def test_a_certificate_that_is_revoked_is_refused_from_then_on(house: House, made: Path, tmp_path: Path):
+    assert is_let_in(house, made, 2)
+    authority = shutil.copytree(made / "ours/authority", tmp_path / "authority")
+    revoke(authority, "site-2", passphrase=None)
+    shutil.copy(authority / "revoked.pem", tmp_path / "server")
+    with Call(house.listener.port, site(made, "site-2"), hello(2)) as call:
+        code, words = call.refusal()
+    assert code == grpc.StatusCode.PERMISSION_DENIED and "site-2 has been revoked" in words
+    assert len(house.refusals) == 1 and is_let_in(house, made, 1)
+
+
+def test_a_method_that_is_not_ours_is_not_answered(house: House, made: Path):
+    with grpc.secure_channel(f"localhost:{house.listener.port}", site(made, "site-0")) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=5)
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("greeting", "named"),
+    [
+        (hello(0, release="0.0.1"), ["0.0.1", __version__]),
+        (hello(0, protocol=PROTOCOL + 1), [f"protocol {PROTOCOL + 1}", f"protocol {PROTOCOL}"]),
+        (hello(0, release="\x1b[31m\nx"), [__version__]),
+        (b"GET / HTTP/1.1", ["greeting"]),
+        (b"", ["greeting"]),
+        (hello(0).ljust(MAX_HELLO_BYTES + 904), ["5000 bytes", "4096"]),
+        (hello(9), ["site-0 is not that of client 9"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason_in_one_line(
+    house: House, made: Path, greeting: bytes, named: list[str]
+):
+    with Call(house.listener.port, site(made, "site-0"), greeting) as call:
+        code, words = call.refusal()
+    assert code == grpc.StatusCode.PERMISSION_DENIED
+    (line,) = house.refusals
+    assert all(name in words and name in line for name in named) and line.isprintable()
+    assert house.transport.places[0].incarnation is None and is_let_in(house, made)
+
+
+def test_a_client_that_is_not_of_the_run_or_was_removed_is_refused(house: House, made: Path):
+    with Call(house.listener.port, site(made, "site-3"), hello(3)) as call:
+        assert "there is no client 3" in call.refusal()[1]
+    assert is_let_in(house, made, 1)
+    house.transport.remove(1)
+    with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
+        code, words = call.refusal()
+    assert code == grpc.StatusCode.PERMISSION_DENIED and "removed" in words
+    house.transport.readmit(1)
+    with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
+        assert call.welcome().opening == house.opening, "the process that was removed begins anew"
+    with Call(house.listener.port, site(made, "site-1"), hello(1, incarnation="new")) as call:
+        assert call.welcome().rejoins
+
+
+def test_a_greeting_that_never_comes_keeps_nobody_out(house: House, made: Path):
+    silent = [Call(house.listener.port, site(made, "site-0")) for _ in range(30)]
+    until(lambda: house.num_threads > 0)
+    assert is_let_in(house, made, 1)
+    assert is_let_in(house, made, 0), "the newest call of a site wins"
+    for call in silent:
+        call.__exit__()
+    assert house.num_threads <= 4 * 3 + 8
+
+
+# ── one site, many processes ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_newest_call_of_a_process_goes_on_with_its_streams(house: House, made: Path):
+    with Call(house.listener.port, site(made, "site-0"), hello(0)) as first:
+        first.welcome()
+        first.out.put(HEAD.pack(PART, 0, 0, 1, 1.0) + b"a")
+        assert house.transport.receive(5, "a message") == (0, b"a")
+        with Call(house.listener.port, site(made, "site-0"), hello(0)) as second:
+            assert second.welcome().wanted == 1
+            second.out.put(HEAD.pack(PART, 1, 0, 1, 1.0) + b"b")
+            assert house.transport.receive(5, "a message") == (0, b"b")
+            assert first.refusal()[0] in GONE
+            assert house.transport.is_there(0)
+
+
+def test_a_process_whose_first_welcome_was_lost_still_learns_that_it_rejoins(house: House, made: Path):
+    assert is_let_in(house, made)
+    for _ in range(3):
+        with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="second")) as call:
+            assert call.welcome().rejoins
+    with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="third")) as call:
+        assert call.welcome().rejoins
+    assert is_let_in(house, made, 1)
+    with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
+        assert not call.welcome().rejoins
+
+
+def test_a_process_that_was_replaced_cannot_take_the_streams_of_the_new_one(house: House, made: Path):
+    assert is_let_in(house, made)
+    with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="second")) as call:
+        call.welcome()
+        stream = house.transport.places[0].stream
+    with Call(house.listener.port, site(made, "site-0"), hello(0, wanted=57)) as call:
+        assert call.welcome().opening == house.opening, "it is to begin anew"
+    assert house.transport.places[0].stream is stream and not stream.is_closed
+
+
+def test_what_an_old_process_sent_does_not_arrive_after_the_new_one(house: House, made: Path, monkeypatch):
+    monkeypatch.setattr(remote_transport, "WAITING_BYTES", -1)
+    place = house.transport.places[0]
+    with Call(house.listener.port, site(made, "site-0"), hello(0)) as old:
+        old.welcome()
+        old.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"old")
+        until(lambda: place.stream.wanted == 1)
+        with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="new")) as new:
+            assert new.welcome().rejoins
+            monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1 << 20)
+            new.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"new")
+            assert house.transport.receive(5, "a message") == (0, b"new")
+            assert house.transport.receive_until(house.clock.now() + 0.1) is None
+
+
+# ── hostile sites ───────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def inside(house: House, made: Path, client_id: int = 0) -> Iterator[Call]:
+    with Call(house.listener.port, site(made, f"site-{client_id}"), hello(client_id)) as call:
+        call.welcome()
+        yield call
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"x" * 28,
+        HEAD.pack(9, 0, 0, 0, 0.0),
+        HEAD.pack(PART, 5, 0, 1, 0.0) + b"x",
+        HEAD.pack(PART, 0, 0, (5 << 20) + 1, 0.0) + bytes(1 << 20),
+        HEAD.pack(PART, 0, 0, (1 << 64) - 1, 0.0) + bytes(1 << 20),
+        HEAD.pack(CONFIRM, 1 << 60, 0, 0, 0.0),
+    ],
+    ids=lambda frame: frame[:29].hex(),
+)
+def test_a_frame_that_cannot_be_ends_that_connection_and_is_told_once(house: House, made: Path, frame: bytes):
+    with inside(house, made, 1) as other, inside(house, made) as call:
+        call.out.put(frame)
+        until(lambda: house.refusals)
+        until(lambda: not house.transport.is_there(0))
+        other.out.put(HEAD.pack(PART, 0, 0, 1, 1.0) + b"a")
+        assert house.transport.receive(5, "a message") == (1, b"a")
+    assert len(house.refusals) == 1 and house.listener.refused == 1
+    assert is_let_in(house, made)
+
+
+def row(**changes: object) -> list[object]:
+    now_s = time.time()
+    fields = {"activity": "computing", "start_s": now_s, "duration_s": 0.5, "facts": {"round_index": 3}}
+    return list({**fields, **changes}.values())
+
+
+NOTES = {
+    "huge": json.dumps([row()] * 10_001).encode(),
+    "NaN": json.dumps([row(start_s=float("nan"))]).encode(),
+    "infinite": json.dumps([row(duration_s=float("inf"))]).encode(),
+    "negative": json.dumps([row(duration_s=-1)]).encode(),
+    "centuries ago": json.dumps([row(start_s=0.0)]).encode(),
+    "centuries long": json.dumps([row(duration_s=1e10)]).encode(),
+    "of another": json.dumps([row(activity="aggregating")]).encode(),
+    "a fact of 4000 digits": json.dumps([row(facts={"round_index": 10**4000})]).encode(),
+    "other facts": json.dumps([row(facts={"x" * 1000: 1})]).encode(),
+    "a fact of text": json.dumps([row(facts={"round_index": "x"})]).encode(),
+    "too long a row": json.dumps([[*row(), 1]]).encode(),
+    "no list": b"{}3",
+    "a number": b"7",
+    "null": b"[null]",
+    "deep": b"[" * 100_000,
+    "no JSON": b"\xff\x00",
+    "empty": b"",
+}
+
+
+def test_hostile_records_are_left_out_and_told_once(house: House, made: Path):
+    with inside(house, made) as call:
+        for number, note in enumerate(NOTES.values()):
+            call.out.put(HEAD.pack(NOTE, number, 0, len(note), 1.0) + note)
+        good = json.dumps([row()]).encode()
+        call.out.put(HEAD.pack(NOTE, len(NOTES), 0, len(good), 1.0) + good)
+        until(lambda: house.trace.spans)
+        assert house.transport.is_there(0)
+    (span,) = house.trace.spans
+    assert span.activity == "computing" and span.facts == {"round_index": 3} and 0 <= span.start_s + 1 < 60
+    assert len([line for line in house.told if "records" in line]) == 1
+
+
+def test_a_site_that_tells_of_very_much_fills_no_memory(house: House, made: Path, monkeypatch):
+    monkeypatch.setattr(remote_transport, "SPANS_KEPT", 40)
+    place = house.transport.places[0]
+    place.spans_left = 40
+    with inside(house, made) as call:
+        note = json.dumps([row()] * 30).encode()
+        for number in range(10):
+            call.out.put(HEAD.pack(NOTE, number, 0, len(note), 1.0) + note)
+        until(lambda: place.stream.wanted == 10)
+        assert len(house.trace.spans) == 40
+        house.transport.send(0, Parcel(b"a new round", 1))
+        call.out.put(HEAD.pack(NOTE, 10, 0, len(note), 1.0) + note)
+        until(lambda: len(house.trace.spans) >= 70)
+
+
+@pytest.mark.parametrize("sent_s", [0.0, -1e308, 1e308, float("nan"), float("inf"), float("-inf")])
+def test_a_transfer_lasts_no_longer_than_the_run(house: House, made: Path, sent_s: float):
+    with inside(house, made) as call:
+        call.out.put(HEAD.pack(PART, 0, 1 << 30, 3, sent_s) + b"abc")
+        house.transport.receive(5, "a message")
+    (span,) = house.trace.spans
+    assert 0 <= span.start_s <= span.start_s + span.duration_s < house.clock.now() + 1
+    assert house.transport.ledger.of_round(8).up[0][0] == 3, "it counts for the last round"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 18])
+def test_a_site_that_floods_a_busy_server_is_stopped(house: House, made: Path, monkeypatch, size: int):
+    monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1 << 20)
+    place, content = house.transport.places[0], b"x" * size
+    limit = (1 << 20) // (size + remote_transport.MESSAGE_BYTES) + 2
+    with inside(house, made) as call, inside(house, made, 1) as other:
+        for number in range(limit + 60):
+            call.out.put(HEAD.pack(PART, number, 0, size, 1.0) + content)
+        until(lambda: place.waiting_bytes > 1 << 20)
+        time.sleep(0.1)
+        assert house.transport._inbox._items.qsize() <= limit
+        other.out.put(HEAD.pack(PART, 0, 0, 4, 1.0) + b"mine")
+        until(lambda: house.transport.places[1].stream.wanted == 1)
+        got = []
+        while len(got) < limit + 61:
+            got.append(house.transport.receive(5, "a message"))
+        assert got.count((1, b"mine")) == 1 and got.count((0, content)) == limit + 60
+        assert got.index((1, b"mine")) <= limit + 1, "the other one does not wait behind the flood"
+
+
+def test_who_is_removed_while_its_message_waits_says_nothing_more(house: House, made: Path, monkeypatch):
+    monkeypatch.setattr(remote_transport, "WAITING_BYTES", -1)
+    with inside(house, made) as call:
+        call.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"abc")
+        until(lambda: house.transport.places[0].stream.wanted == 1)
+        house.transport.remove(0)
+        client_id, message = house.transport.receive(5, "a message")
+        assert (client_id, message) == (0, to_bytes(Leave("the operator has removed it")))
+        assert house.transport.receive_until(house.clock.now() + 0.1) is None
+
+
+def test_a_process_joins_once(house: House, made: Path):
+    join = to_bytes(Join((NEVER,), ()))
+    with inside(house, made) as call:
+        for number in range(3):
+            call.out.put(HEAD.pack(PART, number, 0, len(join), 1.0) + join)
+        assert house.transport.receive(5, "a message") == (0, join)
+        until(lambda: house.refusals)
+        assert house.transport.receive_until(house.clock.now() + 0.1) is None
+    assert "joins once more" in house.refusals[0]
+
+
+def test_a_site_that_never_reads_does_not_slow_the_others(house: House, made: Path):
+    content = bytes(1 << 20)
+    with inside(house, made) as stalled, inside(house, made, 1) as fast:
+        for _ in range(40):
+            for client_id in (0, 1):
+                house.transport.send(client_id, Parcel(content, 0))
+        read = 0
+        while read < 40:
+            frame = next(fast.call)
+            read += frame[0] == PART
+        fast.out.put(HEAD.pack(CONFIRM, 40, 0, 0, 0.0))
+        until(lambda: house.transport.places[1].stream.waiting_bytes == 0)
+        waiting = list(house.transport.places[0].stream._out)
+        assert len(waiting) == 40 and all(each.content is content for each in waiting), "the same bytes for all"
+        assert stalled.call.is_active()
+
+
+# ── a run with a hostile site ───────────────────────────────────────────────────────────────────────
+
+
+EXAMPLES = [3, 1, 2]
+
+
+def deeds(client_id: int) -> list[bytes]:
+    digits = int("9" * 4300)
+    odd = [Join((7, 99, -5, 10**17), (5, 10**17, -3)), Join((-(10**18),) * BLOCKS, ()), Join((NEVER,) * 90, ())]
+    skips = [Skip(0, "nothing works"), Skip(10**18), Skip(-7, "x"), Skip(3, "no")]
+    raw = json.dumps({"kind": "Skip", "round_index": digits, "problem": "", "vectors": []})
+    fields = {"kind": "Update", "round_index": 0, "block_index": 0, "client_id": client_id, "num_examples": 1}
+    fields |= {"committed": -1, "train_loss": 1.0, "num_local_steps": 1, "compute_s": "5e-324"}
+    return [
+        to_bytes(odd[0]),
+        b"",
+        b"garbage",
+        raw.encode(),
+        encode({**fields, "chunk_index": digits, "num_chunks": digits}),
+        encode({"kind": "x" * 500_000}),
+        *map(to_bytes, [*skips, Leave("goes"), Leave(), Leave()]),
+        *[b"flood"] * 300,
+        to_bytes(odd[1]),
+    ]
+
+
+def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(remote_transport, "RETURN_S", 0.3)
+    method = server_plan(
+        3,
+        9,
+        1,
+        Differences(Encoding("float32", chunk_bytes=8)),
+        checkpoint_every=2,
+        min_updates=2,
+        stall_timeout_s=5.0,
+    )
+    events, counted = list[str](), dict[int, list[int]]()
+
+    def on_commit(state, updates, _) -> None:
+        counted[state.committed] = [update.client_id for update in updates]
+
+    town = Town(tmp_path, method, EXAMPLES)
+    for client_id in (0, 1):
+        town.start(client_id)
+
+    def attack() -> None:
+        until(lambda: town.port and town.transport is not None)
+        session = town.transport.opening.session
+        with Call(town.port, None, hello(2, session=session)) as call:
+            call.welcome()
+            for number, deed in enumerate(deeds(2)):
+                call.out.put(HEAD.pack(PART, number, 0, len(deed), 1.0) + deed)
+            with suppress(grpc.RpcError, StopIteration):
+                for _ in call.call:
+                    pass
+
+    town.transport = None
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    try:
+        result = town.serve(Hooks(on_commit, lambda _: None, on_event=events.append))
+    finally:
+        town.end()
+        attacker.join(10)
+    assert result.finished and counted == {t: [0, 1] for t in range(9)}
+    trainers = [ToyTrainer(i, EXAMPLES[i], None) for i in (0, 1)]
+    alone = run_here(initial(BLOCKS), trainers, replace(method, num_clients=2), Trace(RealClock()), QUIET)
+    assert same(result.server.params, alone.server.params)
+    assert result.refused["corrupt"] > 300 and sum("refused" in line for line in events) <= 100
+    assert all(len(line) < 2000 and line.isprintable() for line in events)
