@@ -176,8 +176,9 @@ def test_a_server_that_dies_goes_on_from_its_newest_checkpoint(tmp_path: Path, d
     assert not any("cannot get" in line for line in town.told)
 
 
-def test_server_and_sites_that_die_again_and_again_end_with_the_same_model(tmp_path: Path):
-    draw = Random(3)
+@pytest.mark.parametrize(("delay", "seed"), [(0, 1), (1, 2), (1, 3), (2, 4)])
+def test_server_and_sites_that_die_again_and_again_end_with_the_same_model(tmp_path: Path, delay: int, seed: int):
+    draw = Random(seed)
 
     class Dying(ToyTrainer):
         def train(self, *asked):
@@ -185,7 +186,7 @@ def test_server_and_sites_that_die_again_and_again_end_with_the_same_model(tmp_p
                 raise Died
             return super().train(*asked)
 
-    method = replace(plan(1), num_rounds=24, min_updates=len(EXAMPLES))
+    method = replace(plan(delay), num_rounds=24, min_updates=len(EXAMPLES))
     town = Town(tmp_path / "sites", method, EXAMPLES, make_trainer=Dying)
     for client_id in range(len(EXAMPLES)):
         town.start(client_id)

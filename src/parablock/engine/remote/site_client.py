@@ -42,19 +42,18 @@ def run_client(
     """Run a client through a session, from its newest state that belongs to the run, or from the initial `params`.
 
     Its state is on the disk before an update leaves. `rejoins` says that an earlier process took part in the
-    session.
+    session. What was stored of a finished run goes when the next run begins.
     """
-    opening, session = channel.opening, channel.opening.session
-    before = [session, *opening.sessions][-1]
+    opening = channel.opening
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
-        if not client.is_rejoining and max(taken.sent, default=-1) < round_index:
-            of = session if round_index > opening.restored else before  # a server may never hear of this session
-            store.save_mark(of, round_index, client.state, taken, keep=marks_kept)
+        if not client.is_rejoining:
+            store.save_mark(opening.session_of(round_index), round_index, client.state, taken, keep=marks_kept)
 
     def keep() -> None:
         newest = client.state.in_flight[-1]
-        store.save_latest(session, newest.round_index + 1, client.state, client.snapshot())
+        end = newest.round_index + 1
+        store.save_latest(opening.session_of(end), end, client.state, client.snapshot())
         LOGGER.info("round %d: block %d trained", newest.round_index, newest.block_index)
 
     client = Client(
@@ -68,6 +67,8 @@ def run_client(
         warn=LOGGER.warning,
     )
     client.run(keep)
+    if client.has_finished:
+        store.finish()
 
 
 def _start(
@@ -76,12 +77,12 @@ def _start(
     sessions = {**opening.sessions, opening.session: sys.maxsize}
     store.forget_newer(sessions)
     stored, passed_over = store.newest(sessions)
-    if stored is not None and stored.session != opening.session:
-        store.keep_as_mark(opening.restored)
     for reason in passed_over:
         LOGGER.warning("passed over a damaged state: %s", reason)
     if stored is None:
         return ClientStart(initial_client(params), rejoins=rejoins or opening.restored >= 0)
+    if stored.session != opening.session:
+        store.begin_with(stored)
     is_where_the_server_is = stored.session != opening.session and stored.round_index == opening.restored
     return _restored(stored, params, form, rejoins=rejoins or not is_where_the_server_is)
 
