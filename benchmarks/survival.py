@@ -195,7 +195,7 @@ def killed(config: RunConfig, directory: Path, draw: np.random.Generator, parts:
     moments = sorted((int(draw.integers(0, last)), float(draw.uniform(0, round_s))) for _ in parts)
     shuffled = [str(part) for part in draw.permutation([part for part in parts if part != "superlink"])]
     shuffled += [part for part in parts if part == "superlink"]
-    kills, began, deployment = list[Found](), time.monotonic(), Deployment(directory, SITES, lanes=2)
+    kills, began, deployment = list[Found](), time.monotonic(), Deployment(directory, SITES)
     deployment.prepare(config)
     with deployment:
         watched = Watched(deployment)

@@ -8,18 +8,14 @@ from parablock.clock import VirtualClock
 from parablock.errors import CodecError, ParaBlockError, StallError
 from parablock.wire.messages import Leave, from_bytes
 from parablock.wire.transport import Parcel, StopAsked
-from transports import CONNECTED, TRANSPORTS, Gone, Mail, make_impatient
+from transports import CONNECTED, TRANSPORTS, Gone, Mail
 
 LARGE = bytes(range(256)) * 16
-"""Over Flower it takes several exchanges of many frames."""
-
-
 NAME = pytest.StashKey[str]()
 
 
 @pytest.fixture(params=TRANSPORTS)
-def meet(request, tmp_path, monkeypatch):
-    make_impatient(monkeypatch)
+def meet(request, tmp_path):
     request.node.stash[NAME] = request.param
     return TRANSPORTS[request.param](tmp_path)
 

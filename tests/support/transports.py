@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import pytest
-
-from loop_grid import LoopGrid
 from pages import ROOT, python_of
 from parablock.clock import Clock, RealClock, VirtualClock
-from parablock.engine.flower import grid as grid_module
-from parablock.engine.flower import lanes
-from parablock.engine.flower.exchange import Request
-from parablock.engine.flower.grid import GridTransport
-from parablock.engine.flower.local_socket import address_of, listen, secret_of
-from parablock.engine.flower.mailbox import TrainerMailbox
-from parablock.engine.flower.session import SessionFolder
 from parablock.engine.pipeline import Machines, Pipeline
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.listener import Listener
@@ -32,7 +22,7 @@ from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.remote.site_channel import Server, SessionOver, SiteCaller, SiteChannel
 from parablock.errors import ParaBlockError
 from parablock.trace import Trace
-from parablock.wire.transport import Ledger, Link, MemoryTransport, Parcel, StopAsked
+from parablock.wire.transport import Ledger, Link, MemoryTransport, Parcel
 
 END = Parcel(b"the end", 99)
 """The server's last message, as every run has one: a client ends once it has it."""
@@ -63,7 +53,7 @@ class Meet(Protocol):
 
     def __call__(
         self,
-        server: Callable[[GridTransport | MemoryTransport, Clock], None],
+        server: Callable[[RemoteTransport | MemoryTransport, Clock], None],
         client: Callable[[int, Mail], None],
         *,
         num_clients: int = 2,
@@ -72,7 +62,7 @@ class Meet(Protocol):
     ) -> Ledger: ...
 
 
-def part(transport: GridTransport | MemoryTransport, num_clients: int) -> None:
+def part(transport: RemoteTransport | MemoryTransport, num_clients: int) -> None:
     for client_id in range(num_clients):
         transport.send(client_id, END)
 
@@ -115,44 +105,6 @@ def in_a_folder(folder: Path) -> Meet:
         with Machines(clock, bodies, transport.fail, stall_timeout_s=patience_s):
             server(transport, clock)
             part(transport, num_clients)
-        return transport.ledger
-
-    return meet
-
-
-def over_flower(carries: Sequence[tuple[str, ...]], folder: Path) -> Meet:
-    def meet(server, client, *, num_clients=2, patience_s=10.0, asked_to_stop=lambda: False):
-        dirs = [folder / str(client_id) for client_id in range(num_clients)]
-        gone = set[int]()
-
-        def serve(client_id: int, session: SessionFolder) -> None:
-            secret, listener = secret_of(dirs[client_id]), listen(address_of(dirs[client_id]))
-            trace = Trace(RealClock())
-            mailbox = TrainerMailbox(client_id, listener, secret, session, trace, epoch_s=0.0, lease_s=patience_s)
-            with suppress(Exception), mailbox:  # the server is told of an error
-                try:
-                    client(client_id, mailbox)
-                    assert mailbox.receive() == END.message
-                except Gone:
-                    gone.add(client_id)
-                    grid.is_over.wait()
-
-        def start(client_id: int, session: SessionFolder) -> None:
-            threading.Thread(target=serve, args=(client_id, session), daemon=True).start()
-
-        grid = LoopGrid(dirs, start, lambda client_id, _: "refuse" if client_id in gone else "carry", carries)
-        opening, clock = Request("run", "session", None, "", ""), RealClock()
-        transport = GridTransport(grid, num_clients, opening, epoch_s=lambda: 0.0, tell=lambda _: None)
-        transport.gather(10.0)
-        transport.begin(Trace(clock), None, asked_to_stop)
-        try:
-            server(transport, clock)
-            part(transport, num_clients)
-            with suppress(StopAsked):  # it need not wait for who is gone
-                transport.close(patience_s)
-        finally:
-            transport.leave()
-            grid.is_over.set()
         return transport.ledger
 
     return meet
@@ -207,8 +159,6 @@ def over_grpc(folder: Path) -> Meet:
 TRANSPORTS: dict[str, Callable[[Path], Meet]] = {
     "memory, real clock": partial(in_memory, RealClock),
     "memory, virtual clock": partial(in_memory, VirtualClock),
-    "Flower, one lane": partial(over_flower, [("both",)]),
-    "Flower, two lanes": partial(over_flower, [("up", "down")]),
     "gRPC": over_grpc,
     "files in a folder": in_a_folder,
 }
@@ -216,14 +166,3 @@ TRANSPORTS: dict[str, Callable[[Path], Meet]] = {
 
 CONNECTED = {"gRPC"}
 """Transports whose connection is a sign of life, also while the server has nothing to say."""
-
-
-def make_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make an exchange over Flower again after a moment, as after a minute in earnest, and cut messages small."""
-    monkeypatch.setattr(lanes, "WAIT_S", 0.3)
-    monkeypatch.setattr(lanes, "SLACK_S", 0.2)
-    monkeypatch.setattr(grid_module, "POLL_S", 0.005)
-    monkeypatch.setattr(lanes, "LEAST_BYTES", 1 << 10)
-    monkeypatch.setattr(lanes, "LEAST_FRAME_BYTES", 100)  # messages are cut into several
-    monkeypatch.setattr(lanes, "PUSH_S", 0.1)
-    monkeypatch.setattr(lanes, "STREAM_S", 0.1)

@@ -198,16 +198,19 @@ def app(
     clients: Clients = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a run as a Flower app, for `flwr run` in Flower's simulation on this machine.
+    """Write a run as a Flower app, for `flwr run` in a federation whose SuperLink is on this machine.
 
-    Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/simulated
+    Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/federated
     """
+    from parablock.deploy.direct_server import server_config
     from parablock.deploy.one_machine import prepare_app
-    from parablock.deploy.processes import SIMULATION, run_command
+    from parablock.deploy.processes import run_command
 
-    folder, num_sites = prepare_app(_run_at_sites(config, overrides, clients, "flower"), output_dir)
-    sizes = f"num-supernodes={num_sites} client-resources-num-cpus=1"
-    typer.echo(f"{run_command(folder, SIMULATION)} --federation-config '{sizes}'")
+    more = [] if clients is None else [f"federation.num_clients={clients}"]
+    settings = server_config(config, [*(overrides or []), *more], engine="flower")
+    folder, num_sites = prepare_app(settings, output_dir)
+    typer.echo(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
+    typer.echo(run_command(folder, {}))
 
 
 def _run_at_sites(config: Path, overrides: list[str] | None, clients: int | None, engine: str) -> RunConfig:

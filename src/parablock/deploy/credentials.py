@@ -1,9 +1,9 @@
 """Certificates of the server and keys of the sites, made once and handed over by hand.
 
-DIR/ca.pem               for every site: who the server is
+DIR/ca.pem                          for every site: who the server is
 DIR/server/server.pem, server.key   for the server
-DIR/server/site-0.pub, site-0-down.pub …   for the server: who may connect
-DIR/site-0/site.key, down.key, ca.pem      for that site alone: a key for each of its SuperNodes
+DIR/server/site-0.pub …             for the server: who may connect
+DIR/site-0/site.key, ca.pem         for that site alone: the key of its SuperNode
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VALID_DAYS = 825
 
 
 def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
-    """Write a certificate authority, the server's certificate for its `hosts`, and two key pairs for each site.
+    """Write a certificate authority, the server's certificate for its `hosts`, and a key pair for each site.
 
     Raises:
         StorageError: The folder holds something, or cannot be written.
@@ -85,12 +85,11 @@ def make_keys(directory: Path, num_sites: int, hosts: Sequence[str]) -> None:
     key = server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
     _write(directory / "server" / "server.key", key, secret=True)
     for site in (f"site-{number}" for number in range(num_sites)):
-        for key_file, name in (("site.key", site), ("down.key", f"{site}-down")):
-            pair = ec.generate_private_key(ec.SECP384R1())
-            openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-            private = pair.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain)
-            _write(directory / site / key_file, private, secret=True)
-            _write(directory / "server" / f"{name}.pub", pair.public_key().public_bytes(*openssh), secret=False)
+        pair = ec.generate_private_key(ec.SECP384R1())
+        openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        private = pair.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain)
+        _write(directory / site / "site.key", private, secret=True)
+        _write(directory / "server" / f"{site}.pub", pair.public_key().public_bytes(*openssh), secret=False)
 
 
 def missing_extra() -> InputError:

@@ -116,7 +116,7 @@ def serve_run(
             options: dict[str, Any] = {
                 "progress": _Told(progress, tell),
                 "connect": connect,
-                "asked_to_stop": _stop_or_pause(output_dir, asked_to_stop, tell),
+                "asked_to_stop": stop_or_pause(output_dir, asked_to_stop, tell),
             }
             return resume(output_dir, **options) if goes_on else run(config, output_dir, **options)
     finally:
@@ -163,7 +163,7 @@ def _check_same(directory: RunDirectory, config: RunConfig) -> None:
         )
 
 
-def _stop_or_pause(
+def stop_or_pause(
     output_dir: Path, asked_to_stop: Callable[[], bool], tell: Callable[[str], None]
 ) -> Callable[[], bool]:
     """Return whether to stop, after waiting as long as the run is paused; see `parablock deploy pause`."""

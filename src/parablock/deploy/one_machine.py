@@ -1,4 +1,4 @@
-"""A whole deployment on this machine: SuperLink, SuperNodes and trainers, brought up, watched, taken down again.
+"""A whole Flower federation on this machine: SuperLink, SuperNodes and trainers, brought up, watched, taken down.
 
 DIR/             the run directory, as after `parablock run`
 DIR/deployment/  keys, the sites' files and state, Flower's folders, the log of every process
@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,26 +25,25 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.credentials import make_keys
 from parablock.deploy.processes import (
+    Process,
     ServerFiles,
-    client_command,
     free_ports,
     register_sites,
     run_status,
-    server_environment,
+    server_processes,
+    site_processes,
     submit,
-    superlink_command,
     wait_for_port,
     write_app,
     write_connection,
 )
+from parablock.deploy.status import control_of
 from parablock.deploy.variables import (
     OUTPUT_VARIABLE,
     config_file,
     failure_file,
-    lanes_file,
     server_log,
     site_file_of,
-    stop_file,
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress, Progress
@@ -54,16 +54,22 @@ LOOK_S = 0.3
 STATUS_S = 20.0
 """How long nothing may move before Flower is asked whether the run still lives; each time costs a process."""
 HOST = "127.0.0.1"
+AGAIN_S = 5.0
+"""How long after its end a process is started again; a SuperNode may be refused for a minute."""
+MOST_STARTS = 20
+"""How often a process that ends by itself is started at most."""
 
 
 class Deployment:
-    """The processes of one deployment with `lanes` SuperNodes a site; they run while the context lasts."""
+    """The processes of one deployment; they run while the context lasts."""
 
-    def __init__(self, output_dir: Path, num_clients: int, *, lanes: int = 1, insecure: bool = False) -> None:
-        self.output_dir, self.num_clients = output_dir.absolute(), num_clients
-        self.lanes, self.insecure = lanes, insecure
+    def __init__(self, output_dir: Path, num_clients: int, *, insecure: bool = False) -> None:
+        self.output_dir, self.num_clients, self.insecure = output_dir.absolute(), num_clients, insecure
         self.folder = self.output_dir / "deployment"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, Process] = {}
+        self._starts = Counter[str]()
+        self._ended_s: dict[str, float] = {}
 
     def prepare(self, config: RunConfig) -> None:
         """Write all files: the server's configuration, one file for each site, keys."""
@@ -84,7 +90,6 @@ class Deployment:
         if not self.insecure:
             make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
         write_app(self.folder / "app", self.output_dir)
-        lanes_file(self.output_dir).write_text(str(self.lanes), encoding="utf-8")
 
     def log(self, name: str) -> Path:
         """Return the log of a process."""
@@ -106,36 +111,59 @@ class Deployment:
         port, *self._site_ports = free_ports(1 + self.num_clients)
         keys = None if self.insecure else self.folder / "keys" / "server"
         self.files = ServerFiles(self.folder / "flower", keys, f"{HOST}:{port}")
+        for home in [self.files.home, *map(self._home, range(self.num_clients))]:
+            shutil.rmtree(home, ignore_errors=True)  # what Flower remembers of earlier processes keeps new ones out
         write_connection(self.files)
         self.start_superlink()
+        if not self.insecure:
+            write_app(self.folder / "app", self.output_dir, register_sites(self.files))
         for client_id in range(self.num_clients):
             self.start_supernode(client_id)
 
     def start_superlink(self) -> None:
-        """Start the server's process and register the sites with it."""
-        env = server_environment(self.files.home, {OUTPUT_VARIABLE: str(self.output_dir)})
-        process = self._launch("superlink", superlink_command(self.files), env)
-        wait_for_port(self.files.address, process, self.log("superlink"))
-        if not self.insecure:
-            register_sites(self.files)
+        """Start the server's processes."""
+        more = {OUTPUT_VARIABLE: str(self.output_dir)}
+        commands = server_processes(self.files, self.files.address, more)
+        self._launch("superlink", commands["superlink"])
+        wait_for_port(self.files.address, self.processes["superlink"], self.log("superlink"))
+        self._launch("superlink-helper", commands["helper"])
 
     def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
-        """Start a site's process, towards the server or towards what stands before it."""
+        """Start a site's processes, towards the server or towards what stands before it."""
         keys = None if self.insecure else self.folder / "keys" / f"site-{client_id}"
         port, site_file = self._site_ports[client_id], site_file_of(self.output_dir, client_id)
-        command = client_command(superlink or self.files.address, keys, site_file, port, self.lanes)
-        self._launch(f"supernode-{client_id}", command, dict(os.environ))
+        address = superlink or self.files.address
+        commands = site_processes(self._home(client_id), address, keys, site_file, port)
+        self._launch(f"supernode-{client_id}", commands["supernode"])
+        self._launch(f"supernode-{client_id}-helper", commands["helper"])
+
+    def keep_up(self) -> None:
+        """Start again what has ended by itself, after a while."""
+        now_s = time.monotonic()
+        for name, process in list(self.processes.items()):
+            if process.poll() is None or self._starts[name] > MOST_STARTS:
+                continue
+            if now_s > self._ended_s.setdefault(name, now_s) + AGAIN_S:
+                self._launch(name, self._commands[name])
+
+    def gave_up(self, name: str) -> bool:
+        """Return whether a process is not there, and is not started again either."""
+        process = self.processes.get(name)
+        return process is None or (process.poll() is not None and self._starts[name] > MOST_STARTS)
+
+    def _home(self, client_id: int) -> Path:
+        return self.folder / "flower-sites" / str(client_id)
 
     def submit(self) -> str:
         """Start a Flower run, or the next one of an interrupted run."""
-        for word in (failure_file, stop_file):
-            word(self.output_dir).unlink(missing_ok=True)
+        failure_file(self.output_dir).unlink(missing_ok=True)
+        control_of(self.output_dir).clear()
         return submit(self.files, self.folder / "app")
 
     def trainer_pid(self, client_id: int) -> int | None:
         """Return the process number of a site's trainer, or None if there is none."""
         try:
-            pid = int((self.folder / "state" / str(client_id) / "lock").read_text(encoding="utf-8"))
+            pid = int((self.folder / "state" / str(client_id) / "pid").read_text(encoding="ascii"))
         except (OSError, ValueError):
             return None
         return pid if self._is_ours(pid) else None
@@ -146,16 +174,18 @@ class Deployment:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def _launch(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _launch(self, name: str, started: Process) -> None:
+        command, env = self._commands[name] = started
         self.log(name).parent.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self.processes[name] = process
+        self._starts[name] += 1
+        self._ended_s.pop(name, None)
         pids = {name: started.pid for name, started in self.processes.items()}
         (self.folder / "processes.json").write_text(json.dumps(pids), encoding="utf-8")
-        return process
 
     def _end_leftovers(self) -> None:
         """End what an earlier command left running when it was killed: two servers must not write one folder."""
@@ -177,6 +207,7 @@ class Deployment:
         return any(word.startswith(f"{self.folder}/") for word in words)
 
     def _stop(self) -> None:
+        trainers = [pid for pid in map(self.trainer_pid, range(self.num_clients)) if pid is not None]
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():
@@ -186,17 +217,15 @@ class Deployment:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self.processes.clear()
-        for client_id in range(self.num_clients):
-            if (pid := self.trainer_pid(client_id)) is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+        for pid in filter(self._is_ours, trainers):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 def deploy_local(
     config: RunConfig,
     output_dir: Path,
     *,
-    lanes: int = 1,
     insecure: bool = False,
     progress: Progress | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
@@ -209,7 +238,7 @@ def deploy_local(
     """
     RunDirectory(output_dir).check_unused()
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
-    deployment = Deployment(output_dir, config.federation.num_clients, lanes=lanes, insecure=insecure)
+    deployment = Deployment(output_dir, config.federation.num_clients, insecure=insecure)
     made = not output_dir.exists()
     deployment.prepare(config)
     try:
@@ -228,9 +257,10 @@ def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
         InputError: The folder holds a run already.
     """
     RunDirectory(output_dir).check_unused()
-    deployment = Deployment(output_dir, config.federation.num_clients, insecure=True)
-    deployment.prepare(config)
-    return deployment.folder / "app", deployment.num_clients
+    output_dir = output_dir.absolute()
+    config_file(output_dir).parent.mkdir(parents=True)
+    config_file(output_dir).write_text(config.to_yaml(), encoding="utf-8")
+    return write_app(output_dir / "deployment" / "app", output_dir), config.federation.num_clients
 
 
 def is_deployed(output_dir: Path) -> bool:
@@ -257,14 +287,13 @@ def resume_local(
     folder = Path(output_dir) / "deployment"
     if not (folder / "sites").exists():
         problem = (
-            "this run's server and sites are not on this machine; start the SuperLink again with "
-            "`parablock deploy server` and submit the app with `flwr run`: it goes on by itself"
+            "this run's server and sites are not on this machine; start its SuperLink again and "
+            "submit the app with `flwr run`: it goes on by itself"
         )
         raise ConfigError([problem], source=str(output_dir))
     deployment = Deployment(
         output_dir,
         config.federation.num_clients,
-        lanes=int(lanes_file(output_dir).read_text(encoding="utf-8")),
         insecure=not (folder / "keys").exists(),
     )
     with lock_folder(folder), deployment:
@@ -287,7 +316,7 @@ def watch(
         if (rounds := look()) > shown:
             next_status, shown = time.monotonic() + STATUS_S, rounds
         if asked_to_stop():
-            stop_file(deployment.output_dir).touch()
+            control_of(deployment.output_dir).ask("stop")
         failure = failure_file(deployment.output_dir)
         if failure.exists():
             word = json.loads(failure.read_text(encoding="utf-8"))
@@ -298,12 +327,12 @@ def watch(
         if is_over and (summary := directory.read_summary())["status"] != "failed":
             look()
             return summary
-        superlink = deployment.processes.get("superlink")
-        if superlink is None or superlink.poll() is not None:
+        deployment.keep_up()
+        if deployment.gave_up("superlink"):
             raise _ended("the SuperLink ended", deployment.log("superlink"), deployment.output_dir)
         if ended:
             raise _ended("the ServerApp ended", server_log(deployment.output_dir), deployment.output_dir)
-        if time.monotonic() > next_status:
+        if time.monotonic() > next_status and deployment.processes["superlink"].poll() is None:
             next_status = time.monotonic() + STATUS_S
             if ended := run_status(deployment.files, run_id).startswith("finished"):
                 time.sleep(2)  # its last files may be on their way; it is looked for them once more

@@ -1,64 +1,42 @@
-"""Flower's own commands with safe defaults: TLS and node keys on, telemetry and update checks off."""
+"""Flower's own commands with safe defaults: TLS, node keys and secrets on, telemetry and update checks off.
+
+A SuperLink and each SuperNode have a helper beside them, Flower's `flower-superexec`, which starts the apps. Both
+know a secret, so that no other user of the machine can take a task; and as the SuperLink has a database, it may be
+away for a while.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from parablock import __version__
 from parablock.deploy.credentials import missing_extra
-from parablock.deploy.variables import OUTPUT_KEY
-from parablock.deploy.warm import write_commands
-from parablock.engine.flower.exchange import BOTH, DOWN, UP
-from parablock.engine.flower.pace import ONE_BY_ONE
-from parablock.engine.flower.stream import PART_BYTES, together_bytes
-from parablock.errors import ConfigError, InputError, ParaBlockError
+from parablock.deploy.variables import DATA_PORT_KEY, NODES_KEY, OUTPUT_KEY
+from parablock.errors import InputError, ParaBlockError
 from parablock.storage.files import last_lines
 
 CONNECTION = "parablock"
 """The name of the server in the Flower configuration that we write."""
-AGAIN_S = 5.0
-"""How long after its end a SuperNode is started again."""
-LOOK_S = 0.2
-"""How often SuperNodes are looked after."""
-END_S = 5.0
-"""How long a SuperNode may take to end when it is told to."""
+PYTHON = Path(sys.executable)
+"""The Python that Flower's commands are beside."""
 NO_TELEMETRY = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-WHOLE_ARRAYS = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(together_bytes(PART_BYTES))}
-"""Lets an Array be one object to Flower; each is a request of its own, signed and checked."""
-POLL_OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
-"""How often a SuperNode's helper asks it for a message, seconds; each time takes a few milliseconds of a core."""
-SMALL_HEAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-"""Makes the C library give the buffers of messages back when they are freed, instead of keeping them for others."""
-REUSE_MEMORY = {
-    **dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "33554432"),
-    "MALLOC_ARENA_MAX": "1",
-}
-"""Makes it keep some for the next message of a site, which has one at a time: what is new has to be cleared."""
-TUNABLES, LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-"""Makes it ask for them in large pages, where the system has those for who asks: less work for the same bytes."""
-LANES = {1: (BOTH,), 2: (UP, DOWN)}
-"""What each SuperNode of a site carries, by how many it has."""
-KEY_FILES = {BOTH: "site.key", UP: "site.key", DOWN: "down.key"}
-"""Each SuperNode's private key in the site's folder of `make_keys`."""
 
 Process = tuple[list[str], Mapping[str, str]]
 """A command and its environment."""
-SIMULATION = {"RAY_USAGE_STATS_ENABLED": "0"}
-"""For Ray, which Flower's simulation starts: no report to its makers."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +69,8 @@ def run_command(app: Path, more: Mapping[str, str]) -> str:
 def superlink_command(files: ServerFiles) -> list[str]:
     """Return the command of the server."""
     host, _, port = files.address.rpartition(":")
-    command = [flower("flower-superlink"), "--host", host, "--port", port]
-    command.append("--disable-runtime-dependency-installation")
+    command = [flower("flower-superlink"), "--host", host, "--port", port, *_apart(files.home)]
+    command += ["--database", str(files.home / "superlink.db"), "--disable-runtime-dependency-installation"]
     if files.keys is None:
         return [*command, "--insecure"]
     return [
@@ -104,125 +82,75 @@ def superlink_command(files: ServerFiles) -> list[str]:
     ]
 
 
-def supernode_command(
-    superlink: str, keys: Path | None, site_file: Path, port: int, carries: str = BOTH
-) -> list[str]:
-    """Return the command of a SuperNode of a site, with a port of its own on this machine.
+def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: int, home: Path) -> list[str]:
+    """Return the command of a site's SuperNode, with a port of its own on this machine.
 
     `keys` is the site's folder of `make_keys`; without it there is no TLS.
     """
-    command = [flower("flower-supernode"), "--superlink", superlink, "--port", str(port)]
-    command += ["--node-config", f"site={json.dumps(str(site_file))} carries={json.dumps(carries)}"]
+    command = [flower("flower-supernode"), "--superlink", superlink, "--port", str(port), *_apart(home)]
+    host = superlink.rpartition(":")[0].strip("[]")
+    command += ["--node-config", f"site={json.dumps(str(site_file))} server-host={json.dumps(host)}"]
     if keys is None:
         return [*command, "--insecure"]
     return [
         *command,
         *("--root-certificates", str(keys / "ca.pem")),
-        *("--auth-supernode-private-key", str(keys / KEY_FILES[carries])),
+        *("--auth-supernode-private-key", str(keys / "site.key")),
     ]
 
 
-def check_site_keys(keys: Path, lanes: int) -> None:
-    """Refuse a folder that is not one of a site with so many SuperNodes.
-
-    Raises:
-        ConfigError: It lacks something.
-    """
-    needed = ["ca.pem", *(KEY_FILES[carries] for carries in LANES[lanes])]
-    missing = [name for name in needed if not (keys / name).is_file()]
-    if missing:
-        raise ConfigError(
-            [f"--keys: {keys} has no {' and no '.join(missing)}; give a folder site-N of `deploy keys`"],
-            source="deploy client",
-        )
+def helper_command(address: str, home: Path, authority: Path | None = None) -> list[str]:
+    """Return the command of the helper beside a SuperLink or SuperNode, which starts its apps."""
+    command = [flower("flower-superexec"), "--runtime-api-address", address]
+    command += ["--superexec-auth-secret-file", str(_secret(home))]
+    return [*command, *(["--insecure"] if authority is None else ["--root-certificates", str(authority)])]
 
 
-def client_command(superlink: str, keys: Path | None, site_file: Path, port: int, lanes: int) -> list[str]:
-    """Return the command of a site as its operator types it, with so many SuperNodes; see `supernode_command`."""
-    command = [sys.executable, "-m", "parablock", "deploy", "client", str(site_file)]
-    command += ["--superlink", superlink, "--port", str(port), "--lanes", str(lanes)]
-    return [*command, "--insecure"] if keys is None else [*command, "--keys", str(keys)]
+def _apart(home: Path) -> list[str]:
+    return ["--isolation", "process", "--superexec-auth-secret-file", str(_secret(home))]
 
 
-def supernodes_of(
-    home: Path, superlink: str, keys: Path | None, site_file: Path, port: int, lanes: int
-) -> list[Process]:
-    """Return the SuperNodes of a site, each with a folder and a port of its own; see `supernode_command`."""
-    found: list[Process] = []
-    for carries, own_port in zip(LANES[lanes], [port, *free_ports(lanes - 1)], strict=True):
-        own_home = home.with_name(f"{home.name}-{carries}") if carries == DOWN else home
-        command = supernode_command(superlink, keys, site_file, own_port, carries)
-        found.append((command, site_environment(own_home)))
-    return found
+def _secret(home: Path) -> Path:
+    """Return the file of the secret between a helper and its process, made at the first time."""
+    path = home / "superexec.secret"
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+    return path
 
 
-def keep_running(commands: Sequence[Process], *, tell: Callable[[str], None]) -> None:
-    """Run commands until they end well or we are told to end; start one again after a while where it fails.
-
-    A SuperNode that lost its power is refused until the server has noticed, which takes it a minute.
-    """
-
-    def end(number: int, frame: object) -> None:
-        del frame
-        sys.exit(128 + number)  # out of whatever waits below; the handler itself must not wait for the process
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for command, env in commands:
-            processes.append(subprocess.Popen(command, env=env))
-        while any(process.poll() != 0 for process in processes):
-            for place, (command, env) in enumerate(commands):
-                if code := processes[place].poll():
-                    tell(
-                        f"a SuperNode ended with code {code} and starts again in {AGAIN_S:g} s. If the server "
-                        "refused it, then either the server does not know this site's key: give --keys the folder "
-                        "made for this site. Or it has not noticed yet that the site was gone, which takes it a "
-                        "minute."
-                    )
-                    time.sleep(AGAIN_S)
-                    processes[place] = subprocess.Popen(command, env=env)
-            time.sleep(LOOK_S)
-    finally:
-        for process in processes:
-            _end(process)
+def site_processes(home: Path, superlink: str, keys: Path | None, site_file: Path, port: int) -> dict[str, Process]:
+    """Return the processes of a site: its SuperNode, and the helper; see `supernode_command`."""
+    env = environment(home)
+    return {
+        "supernode": (supernode_command(superlink, keys, site_file, port, home), env),
+        "helper": (helper_command(f"127.0.0.1:{port}", home), env),
+    }
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:  # as long as it tries to reach a server, it does not listen
-        process.kill()
-        process.wait()
+def server_processes(files: ServerFiles, reached: str, more: Mapping[str, str]) -> dict[str, Process]:
+    """Return the processes of a server that is reached at an address: its SuperLink, and the helper."""
+    env = environment(files.home, more)
+    authority = files.keys and files.keys / "ca.pem"
+    return {
+        "superlink": (superlink_command(files), env),
+        "helper": (helper_command(reached, files.home, authority), env),
+    }
 
 
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of Flower's processes: quiet, with a home of their own, and our Python first."""
     home.mkdir(parents=True, exist_ok=True)
-    pages = {TUNABLES: ":".join(filter(None, [LARGE_PAGES, os.environ.get(TUNABLES, "")]))}
-    own = {"FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
-    return {**os.environ, **NO_TELEMETRY, **WHOLE_ARRAYS, **SMALL_HEAP, **pages, **own}
+    return {**os.environ, **NO_TELEMETRY, "FLWR_HOME": str(home), "PATH": _path(), **(more or {})}
 
 
-def server_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a SuperLink."""
-    return environment(home, {**ONE_BY_ONE, **(more or {})})
-
-
-def site_environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a SuperNode; it finds a ClientApp that is loaded, where the system allows."""
-    env, commands = environment(home, {**POLL_OFTEN, **REUSE_MEMORY, **(more or {})}), home / "bin"
-    if write_commands(commands, flower("flwr-clientapp")):
-        env["PATH"] = os.pathsep.join([str(commands), env["PATH"]])
-    return env
-
-
-def write_app(directory: Path, output_dir: Path | str = "") -> Path:
+def write_app(directory: Path, output_dir: Path | str = "", nodes: str = "") -> Path:
     """Write the Flower app for plain `flwr run`; it holds only names, all code is in the installed package.
 
-    It names the run directory, for a SuperLink whose environment does not.
+    It names the run directory, for a SuperLink whose environment does not, and which node each client is; empty:
+    the first that comes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "pyproject.toml").write_text(
@@ -246,6 +174,8 @@ clientapp = "parablock.deploy.client_app:app"
 
 [tool.flwr.app.config]
 {OUTPUT_KEY} = {json.dumps(str(output_dir))}
+{DATA_PORT_KEY} = 0
+{NODES_KEY} = {json.dumps(nodes)}
 """,
         encoding="utf-8",
     )
@@ -261,11 +191,20 @@ def write_connection(files: ServerFiles) -> None:
     (files.home / "config.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
-def register_sites(files: ServerFiles) -> None:
-    """Let every site connect whose public key is in the server's folder."""
+def register_sites(files: ServerFiles) -> str:
+    """Let every site connect whose public key is in the server's folder; return the node that each of them is.
+
+    The SuperLink's database keeps them, and our folder beside it what it said.
+    """
     assert files.keys is not None
+    known_file = files.home / "nodes.json"
+    known = json.loads(known_file.read_text(encoding="utf-8")) if known_file.exists() else {}
     for public in sorted(files.keys.glob("site-*.pub")):
-        _flwr(files, ["supernode", "register", str(public), CONNECTION])
+        if public.stem not in known:
+            answer = _flwr(files, ["supernode", "register", str(public), CONNECTION, "--format", "json"])
+            known[public.stem] = str(json.loads(answer[answer.index("{") :])["node-id"])
+            known_file.write_text(json.dumps(known), encoding="utf-8")
+    return " ".join(f"{name.removeprefix('site-')}={node}" for name, node in known.items())
 
 
 def submit(files: ServerFiles, app: Path) -> str:
@@ -329,4 +268,4 @@ def _flwr(files: ServerFiles, arguments: Sequence[str]) -> str:
 
 
 def _path() -> str:
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.pathsep.join([str(PYTHON.parent), os.environ.get("PATH", "")])

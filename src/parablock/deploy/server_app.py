@@ -1,7 +1,7 @@
 """The ServerApp, as Flower loads it: one run of the configuration that a deployment was prepared with.
 
-`parablock deploy server` puts the run directory into the environment of the SuperLink, which is inherited; the app
-that `parablock deploy app` writes names it itself. A run that is there already is gone on with.
+`parablock deploy` puts the run directory into the environment of Flower's processes at the server, or the app that
+`parablock deploy app` writes names it. A run that is there already is gone on with.
 """
 
 from __future__ import annotations
@@ -11,21 +11,27 @@ import logging
 import os
 import secrets
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from parablock.config.load import load_config
+from parablock.deploy.direct_server import stop_or_pause
 from parablock.deploy.site import shared_config
-from parablock.deploy.variables import config_file, failure_file, output_dir_of, server_log, stop_file
+from parablock.deploy.status import StatusBoard
+from parablock.deploy.variables import (
+    client_of_node,
+    config_file,
+    data_port_of,
+    failure_file,
+    output_dir_of,
+    server_log,
+)
 from parablock.engine.contract import EngineInput, EngineResult
-from parablock.engine.flower.engine import run_over_flower, server_app
-from parablock.engine.flower.exchange import Request, word_of
-from parablock.engine.flower.grid import GridTransport
+from parablock.engine.flower.invitations import run_in_federation, server_app
+from parablock.engine.remote.remote_engine import RunFacts
 from parablock.errors import ParaBlockError
-from parablock.experiment.engines import clients_of
 from parablock.experiment.progress import LoggedProgress
 from parablock.experiment.run import resume, run
 from parablock.methods.base import RunInputs
@@ -33,37 +39,33 @@ from parablock.storage.files import lock_folder, write_atomically
 
 
 class FlowerEngine:
-    """The engine that runs over the connected SuperNodes; `session` is the id of the Flower run.
+    """The engine that runs with the sites of a Flower federation; `settings` is the Flower run's configuration.
 
-    The run directory keeps the key that sites know the run by.
+    The run directory keeps the word that sites know the run by.
 
     Raises:
-        StallError: Some site does not come.
+        ConfigError: The settings cannot be read.
     """
 
     is_local = False
+    held_rounds: frozenset[int] | None = None
 
-    def __init__(
-        self, grid: Any, session: str, output_dir: Path, job: RunInputs, tell: Callable[[str], None]
-    ) -> None:
-        config = job.config
-        opening = Request(
-            run_key=_run_key(output_dir),
-            session=session,
-            restore=None,
-            config=shared_config(config),
-            base_sha256=job.manifest["base_sha256"],
-        )
-        num_clients = clients_of(config)
-        self._transport = GridTransport(
-            grid, num_clients, opening, epoch_s=lambda: datetime.now(UTC).timestamp(), tell=tell
-        )
-        tell(f"waiting for {num_clients} sites")
-        self.held_rounds: frozenset[int] | None = self._transport.gather(config.federation.stall_timeout_s)
+    def __init__(self, grid: Any, settings: Mapping[str, Any], output_dir: Path, job: RunInputs) -> None:
+        self._grid, self._output_dir = grid, output_dir
+        self._port, self._client_of = data_port_of(settings), client_of_node(settings)
+        config = shared_config(job.config)
+        self._facts = RunFacts(_run_word(output_dir), config, str(job.manifest["base_sha256"]))
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
-        return run_over_flower(given, self._transport)
+        return run_in_federation(
+            given,
+            self._grid,
+            self._facts,
+            port=self._port,
+            client_of=self._client_of,
+            board=lambda listener: StatusBoard(self._output_dir, given.trace, listener),
+        )
 
 
 def main(grid: Any, context: Any) -> None:
@@ -73,16 +75,18 @@ def main(grid: Any, context: Any) -> None:
     with only_one(output_dir), _logged(output_dir):
         failure.unlink(missing_ok=True)
         try:
-            _run(grid, str(context.run_id), output_dir)
-        except Exception as error:
-            what, cause, remedy, exit_code = word_of(error)
-            if not isinstance(
-                error, ParaBlockError
-            ):  # whoever started the run need not search Flower's logs for it
-                cause = traceback.format_exc()
-            word = {"what": what, "cause": cause, "remedy": remedy, "exit_code": exit_code}
-            write_atomically(failure, json.dumps(word))
+            _run(grid, context.run_config, output_dir)
+        except ParaBlockError as error:
+            _leave_word(failure, error.what, error.cause, error.remedy, error.exit_code)
             raise
+        except Exception as error:  # whoever started the run need not search Flower's logs for it
+            _leave_word(failure, repr(error), traceback.format_exc(), "", 1)
+            raise
+
+
+def _leave_word(failure: Path, what: str, cause: str, remedy: str, exit_code: int) -> None:
+    word = {"what": what, "cause": cause, "remedy": remedy, "exit_code": exit_code}
+    write_atomically(failure, json.dumps(word))
 
 
 @contextmanager
@@ -112,11 +116,12 @@ def _logged(output_dir: Path) -> Iterator[None]:
         handler.close()
 
 
-def _run(grid: Any, session: str, output_dir: Path) -> None:
-    progress, asked_to_stop = LoggedProgress(), stop_file(output_dir).exists
+def _run(grid: Any, settings: Mapping[str, Any], output_dir: Path) -> None:
+    progress = LoggedProgress()
+    asked_to_stop = stop_or_pause(output_dir, lambda: False, progress.message)
 
     def connect(job: RunInputs) -> FlowerEngine:
-        return FlowerEngine(grid, session, output_dir, job, progress.message)
+        return FlowerEngine(grid, settings, output_dir, job)
 
     if (output_dir / "config.yaml").exists():
         resume(output_dir, progress=progress, connect=connect, asked_to_stop=asked_to_stop)
@@ -125,7 +130,7 @@ def _run(grid: Any, session: str, output_dir: Path) -> None:
         run(config, output_dir, progress=progress, connect=connect, asked_to_stop=asked_to_stop)
 
 
-def _run_key(output_dir: Path) -> str:
+def _run_word(output_dir: Path) -> str:
     path = output_dir / "run_key"
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))

@@ -17,7 +17,6 @@ from pydantic import Field
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config, read_tree, validate
 from parablock.config.section import Section
-from parablock.deploy.variables import OUTPUT_KEY, site_file_of
 from parablock.errors import ConfigError
 
 SITE_VARIABLE = "PARABLOCK_SITE"
@@ -59,22 +58,29 @@ def load_site(path: Path | str) -> SiteConfig:
     return site.model_copy(update={"state_dir": (path.parent / site.state_dir).resolve()})
 
 
-def site_file(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Path:
-    """Find the file of the site that a SuperNode runs for; a simulated one is named by the app.
+def is_simulated(node_config: Mapping[str, Any]) -> bool:
+    """Return whether a node is one of Flower's simulation, which stands for no site."""
+    return "partition-id" in node_config and "num-partitions" in node_config and not _named_file(node_config)
+
+
+def site_file(node_config: Mapping[str, Any]) -> Path:
+    """Find the file of the site that a SuperNode runs for.
 
     Raises:
         ConfigError: It names none.
     """
-    named = node_config.get("site") or os.environ.get(SITE_VARIABLE)
-    if not named and "partition-id" in node_config and run_config.get(OUTPUT_KEY):
-        return site_file_of(Path(str(run_config[OUTPUT_KEY])), node_config["partition-id"])
+    named = _named_file(node_config)
     if not named:
         problem = (
-            "the SuperNode does not say whose it is; start it with `parablock deploy client`, or with "
+            "the SuperNode does not say whose it is; start it with "
             f"--node-config 'site=\"/path/site.yaml\"', or set {SITE_VARIABLE}"
         )
         raise ConfigError([problem], source="the SuperNode")
-    return Path(str(named))
+    return Path(named)
+
+
+def _named_file(node_config: Mapping[str, Any]) -> str:
+    return str(node_config.get("site") or os.environ.get(SITE_VARIABLE) or "")
 
 
 def shared_config(config: RunConfig) -> str:

@@ -52,7 +52,7 @@ def serve(site: SiteConfig, server: Server, *, once: bool = False) -> None:
     from parablock.deploy.site_session import take_part
 
     caller, finished = SiteCaller(site.client_id, server, LOGGER.info), ""
-    with _only_process(site):
+    with only_process(site):
         while True:
             opening = caller.wait_for_session(RealClock(), finished)
             LOGGER.info("takes part in run %s, session %s", opening.run, opening.session)
@@ -78,7 +78,7 @@ def serve(site: SiteConfig, server: Server, *, once: bool = False) -> None:
 
 
 @contextmanager
-def _only_process(site: SiteConfig) -> Iterator[None]:
+def only_process(site: SiteConfig) -> Iterator[None]:
     """Keep other processes out of the site's folder, and say which process is there."""
     site.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = site.state_dir / "pid"

@@ -90,7 +90,7 @@ class Client:
         self.client_id, self.state, self._plan, self._trainer = client_id, start.state, plan, trainer
         self._entered, self._trace, self._hand_in, self._faults = pipeline, trace, hand_in, faults
         self._sent, self._residuals, self._rejoins = dict(start.sent), dict(start.residuals), start.rejoins
-        self.has_finished, self._missed_mark = False, -1
+        self.has_finished = False
         self._protection, self._warn, self._warned = plan.protection_of(client_id), warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         if start.memory is not None:
@@ -133,9 +133,8 @@ class Client:
                     self._commit(message.news, message.committed)
                 return False
             case Welcome():
-                self._rejoins, self._missed_mark = False, message.marked
+                self._rejoins = False
                 self._send_again(message.lacking)
-                self._hand_in_if_missed()
             case RoundStart() | Chunk() if self._rejoins:
                 pass  # meant for the state before the restart
             case RoundStart():
@@ -203,12 +202,6 @@ class Client:
         self._sent[t] = messages
         self._keep()
         self._send_again([(t, 0)])
-        self._hand_in_if_missed()
-
-    def _hand_in_if_missed(self) -> None:
-        """Hand in the state as of a mark that came while this client was gone, once it is there."""
-        if self.state.in_flight and self.state.in_flight[-1].round_index + 1 == self._missed_mark:
-            self._hand_in(self._missed_mark, self.snapshot())
 
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""

@@ -82,7 +82,7 @@ class Server:
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused, self._told = Counter[str](memory.get("refused", {})), Counter[int]()
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
-        self._committed_at_start, self._marked = start.state.committed, start.first_round or -1
+        self._committed_at_start, self._marked = start.state.committed, start.first_round
         self._counted: dict[int, tuple[int, ...]] = {}
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
@@ -374,8 +374,14 @@ class Server:
         self._participation.is_back(client_id, self._trace.clock.now())
         owed = [f for f in self._folds.values() if client_id in f.expected and client_id not in f.delivered]
         lacking = tuple((f.round_index, f.first_lacking(client_id)) for f in owed if f.round_index in join.sent)
-        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(lacking, self._marked))
+        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(lacking))
         self._on_event(f"client {client_id} is back")
+        self._ask_again(client_id, [fold for fold in owed if fold.round_index < self._marked], join)
+        if self._plan.waits_for_return:  # it may have missed the checkpoint that the run would go on from
+            self._downlink.send(client_id, self._marked, Mark(self._marked, stop=False))
+        self._ask_again(client_id, [fold for fold in owed if fold.round_index >= self._marked], join)
+
+    def _ask_again(self, client_id: int, owed: list[RoundFold], join: Join) -> None:
         for fold in owed:
             t = fold.round_index
             self._participation.owes(client_id, t)

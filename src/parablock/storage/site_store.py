@@ -87,12 +87,10 @@ class SiteStore:
 
     def begin_with(self, stored: StoredClient) -> None:
         """Keep the state that a session begins with, for a server that may begin again from the same checkpoint."""
-        latest = self.folder / f"{LATEST}.json"
-        with suppress(*_DAMAGE):
+        latest, mark = self.folder / f"{LATEST}.json", self.folder / f"mark-{stored.round_index:06d}.json"
+        with suppress(*_DAMAGE):  # then the state is not that one
             if _read_entry(latest)["round_index"] == stored.round_index:
-                write_atomically(
-                    self.folder / f"mark-{stored.round_index:06d}.json", latest.read_text(encoding="utf-8")
-                )
+                write_atomically(mark, latest.read_text(encoding="utf-8"))
 
     def finish(self) -> None:
         """Note that the run has ended: its files go with `free_finished`."""

@@ -163,11 +163,9 @@ class Welcome:
     """The answer to `Join`: later messages fit the versions that the client holds.
 
     `lacking` are the pairs (round, chunk): from that chunk on, the server has not got the client's update.
-    `marked` is the round of the newest `Mark`, which the client may have missed; -1 without one.
     """
 
     lacking: tuple[tuple[Whole, Whole], ...] = ()
-    marked: Whole = -1
 
 
 Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Leave | Join | Welcome | Sealing

@@ -14,24 +14,15 @@ import pytest
 
 from parablock.deploy.one_machine import Deployment
 from parablock.deploy.processes import (
-    LARGE_PAGES,
-    TUNABLES,
     ServerFiles,
-    check_site_keys,
-    environment,
     run_status,
+    server_processes,
+    site_processes,
     superlink_command,
     supernode_command,
-    supernodes_of,
     write_connection,
 )
 from parablock.deploy.variables import site_file_of
-from parablock.errors import ConfigError
-
-
-def test_what_a_user_asks_of_the_c_library_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(TUNABLES, "glibc.malloc.arena_max=2")
-    assert environment(tmp_path)[TUNABLES] == f"{LARGE_PAGES}:glibc.malloc.arena_max=2"
 
 
 def test_a_server_that_does_not_answer_leaves_the_status_unknown(tmp_path: Path):
@@ -41,23 +32,29 @@ def test_a_server_that_does_not_answer_leaves_the_status_unknown(tmp_path: Path)
 
 
 def test_the_defaults_are_the_safe_ones(tmp_path: Path):
-    server = superlink_command(ServerFiles(tmp_path, tmp_path, "127.0.0.1:8000"))
-    site = supernode_command("host:8000", tmp_path, tmp_path / "site.yaml", 9094)
-    assert "--enable-supernode-auth" in server and "--ssl-certfile" in server
-    assert "--root-certificates" in site and "--auth-supernode-private-key" in site
-    assert "--insecure" not in server + site
+    server = server_processes(ServerFiles(tmp_path, tmp_path, "0.0.0.0:8000"), "127.0.0.1:8000", {"A": "1"})
+    site = site_processes(tmp_path / "home", "host:8000", tmp_path, tmp_path / "site.yaml", 9094)
+    (superlink, env), (helper, _) = server["superlink"], server["helper"]
+    assert "--enable-supernode-auth" in superlink and "--ssl-certfile" in superlink and "--database" in superlink
+    assert "--root-certificates" in helper and env["A"] == "1"
+    (supernode, _), (site_helper, _) = site["supernode"], site["helper"]
+    assert "--root-certificates" in supernode and "--auth-supernode-private-key" in supernode
+    assert "--insecure" not in superlink + helper + supernode
     assert "--insecure" in superlink_command(ServerFiles(tmp_path, None, "127.0.0.1:8000"))
-    assert site[site.index("--node-config") + 1] == f'site="{tmp_path / "site.yaml"}" carries="both"'
+    assert "--insecure" in site_helper and "127.0.0.1:9094" in site_helper
+    told = supernode[supernode.index("--node-config") + 1]
+    assert told == f'site="{tmp_path / "site.yaml"}" server-host="host"'
+    assert 'server-host="::1"' in " ".join(supernode_command("[::1]:8000", None, tmp_path, 9094, tmp_path))
 
 
-def test_each_supernode_of_a_site_has_a_key_a_folder_and_a_port_of_its_own(tmp_path: Path):
-    (up, up_env), (down, down_env) = supernodes_of(tmp_path / "home", "host:8000", tmp_path, tmp_path, 9094, 2)
-    for option in ("--port", "--auth-supernode-private-key", "--node-config"):
-        assert up[up.index(option) + 1] != down[down.index(option) + 1]
-    assert up_env["FLWR_HOME"] != down_env["FLWR_HOME"]
-    assert [words[-1] for words in (up, down)] == [str(tmp_path / "site.key"), str(tmp_path / "down.key")]
-    ((both, _),) = supernodes_of(tmp_path / "home", "host:8000", None, tmp_path, 9094, 1)
-    assert 'carries="both"' in both[both.index("--node-config") + 1]
+def test_a_process_and_its_helper_share_a_secret_that_no_other_user_reads(tmp_path: Path):
+    site = site_processes(tmp_path / "home", "host:8000", None, tmp_path / "site.yaml", 9094)
+    files = {command[command.index("--superexec-auth-secret-file") + 1] for command, _ in site.values()}
+    (secret,) = map(Path, files)
+    assert len(secret.read_bytes()) == 32 and secret.stat().st_mode & 0o077 == 0
+    other = site_processes(tmp_path / "other", "host:8000", None, tmp_path / "site.yaml", 9095)["helper"][0]
+    assert Path(other[other.index("--superexec-auth-secret-file") + 1]).read_bytes() != secret.read_bytes()
+    assert all("process" in command for command, _ in [site["supernode"]])
 
 
 def test_a_leftover_of_a_deployment_is_ended_and_a_stranger_with_its_number_is_not(tmp_path: Path):
@@ -80,15 +77,3 @@ def test_a_leftover_of_a_deployment_is_ended_and_a_stranger_with_its_number_is_n
         assert stranger.poll() is None
         stranger.communicate(b"\n")
     assert stranger.returncode == 0
-
-
-def test_a_folder_without_a_sites_keys_is_refused(tmp_path: Path):
-    (tmp_path / "ca.pem").touch()
-    with pytest.raises(ConfigError, match=r"has no site\.key; give a folder site-N"):
-        check_site_keys(tmp_path, 1)
-    (tmp_path / "site.key").touch()
-    check_site_keys(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"has no down\.key"):
-        check_site_keys(tmp_path, 2)
-    (tmp_path / "down.key").touch()
-    check_site_keys(tmp_path, 2)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import yaml
 
 from parablock.config.load import parse_config
-from parablock.deploy.site import configuration_at, load_site, shared_config, site_file
-from parablock.deploy.superlink import server_config
+from parablock.deploy.direct_server import server_config
+from parablock.deploy.site import configuration_at, is_simulated, load_site, shared_config, site_file
 from parablock.errors import ConfigError
 
 SERVER = {
@@ -41,7 +37,7 @@ def test_the_server_tells_no_path_and_a_site_brings_its_own(tmp_path: Path):
 def test_a_server_without_rows_of_its_own_needs_some_to_score_on(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {name_or_path: m}\ndata: {test: [t.jsonl]}\n")
-    config = server_config(file)
+    config = server_config(file, engine="flower")
     assert (config.data.train, config.engine.name) == ((), "flower")
     file.write_text("model: {name_or_path: m}\ndata: {max_length: 64}\n")
     with pytest.raises(ConfigError, match=r"data\.train: names no file"):
@@ -59,22 +55,16 @@ def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):
 
 def test_a_supernode_without_a_site_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PARABLOCK_SITE", raising=False)
-    for node_config, run_config in (({}, {"output-dir": "/run"}), ({"partition-id": 1}, {"output-dir": ""})):
-        with pytest.raises(ConfigError, match="deploy client"):
-            site_file(node_config, run_config)
+    with pytest.raises(ConfigError, match="--node-config"):
+        site_file({})
     monkeypatch.setenv("PARABLOCK_SITE", "/a.yaml")
-    assert site_file({}, {}) == Path("/a.yaml")
-    assert site_file({"site": "/b.yaml", "partition-id": 1}, {"output-dir": "/run"}) == Path("/b.yaml")
+    assert site_file({}) == Path("/a.yaml")
+    assert site_file({"site": "/b.yaml", "partition-id": 1}) == Path("/b.yaml")
 
 
-def test_a_site_that_is_told_to_end_ends_with_its_process():
-    program = (
-        "import os, sys; from parablock.deploy.processes import keep_running; "
-        "waits = 'print(flush=True); import time; time.sleep(60)'; "
-        "keep_running([([sys.executable, '-c', waits], os.environ)] * 2, tell=print)"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=PIPE) as site:
-        assert site.stdout.readline() + site.stdout.readline() == b"\n\n"
-        site.terminate()
-        assert site.wait(10) == 128 + signal.SIGTERM
-        assert site.stdout.read() == b""  # closed: nobody is left who could write
+def test_a_node_of_a_simulation_stands_for_no_site(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PARABLOCK_SITE", raising=False)
+    simulated = {"partition-id": 1, "num-partitions": 4}
+    assert is_simulated(simulated)
+    assert not is_simulated(simulated | {"site": "/site.yaml"})
+    assert not is_simulated({"partition-id": 1})

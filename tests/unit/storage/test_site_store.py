@@ -191,7 +191,7 @@ def test_a_file_of_another_form_is_passed_over(tmp_path: Path, changes: dict[str
 )
 def test_an_update_that_is_not_whole_is_passed_over(tmp_path: Path, messages: list[bytes]):
     trained(tmp_path, 8)
-    (path,) = tmp_path.glob("update-S-000007-*")
+    path = tmp_path / "update-S-000007"
     path.write_bytes(b"".join(len(m).to_bytes(8, "little") + m for m in messages))
     stored, passed_over = SiteStore(tmp_path).newest(ALL)
     assert stored is not None and stored.round_index == 6 and is_whole(stored)
@@ -200,7 +200,7 @@ def test_an_update_that_is_not_whole_is_passed_over(tmp_path: Path, messages: li
 
 def test_a_damaged_update_is_written_anew_by_the_round_that_comes_again(tmp_path: Path):
     trained(tmp_path, 8)
-    next(tmp_path.glob("update-S-000007-*")).write_bytes(b"x")
+    (tmp_path / "update-S-000007").write_bytes(b"x")
     site = trained(tmp_path, 8)
     assert site.store.newest(ALL)[0].round_index == 8
     assert is_whole(newest(tmp_path))
@@ -285,12 +285,12 @@ def test_a_run_that_goes_back_forgets_what_is_newer(tmp_path: Path):
     assert files(tmp_path) == []
 
 
-def test_the_newest_state_becomes_that_of_a_checkpoint_unless_there_is_one(tmp_path: Path):
+def test_the_state_that_a_session_begins_with_outlives_the_training_after_it(tmp_path: Path):
     site = trained(tmp_path, 8)
-    site.store.begin_with(site.store.newest(ALL)[0])
+    site.store.begin_with(newest(tmp_path, {"S": 8}))
     site.train(8)
     assert newest(tmp_path, {"S": 8}).round_index == 8
-    site.store.begin_with(site.store.newest({"S": 6})[0])
+    site.store.begin_with(newest(tmp_path, {"S": 7}))
     assert newest(tmp_path, {"S": 7}).round_index == 6
 
 

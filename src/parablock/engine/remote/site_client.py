@@ -47,7 +47,7 @@ def run_client(
     opening = channel.opening
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
-        if not client.is_rejoining:
+        if not client.is_rejoining and max(taken.sent, default=-1) < round_index:
             store.save_mark(opening.session_of(round_index), round_index, client.state, taken, keep=marks_kept)
 
     def keep() -> None:
