@@ -33,7 +33,7 @@ from parablock.engine.remote.frames import (
     PROTOCOL,
     Hello,
     Opening,
-    Welcome,
+    Reception,
     greeting_from_bytes,
     greeting_to_bytes,
 )
@@ -123,8 +123,8 @@ class Call:
         self.call.cancel()
         self.channel.close()
 
-    def welcome(self) -> Welcome:
-        return greeting_from_bytes(Welcome, next(self.call))
+    def welcome(self) -> Reception:
+        return greeting_from_bytes(Reception, next(self.call))
 
     def refusal(self) -> tuple[grpc.StatusCode, str]:
         with pytest.raises(grpc.RpcError) as caught:
