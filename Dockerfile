@@ -1,4 +1,4 @@
-# ParaBlock without extras, on the CPU build of torch, as a user without rights:
+# ParaBlock with the extra for real sites, on the CPU build of torch, as a user without rights:
 #
 #   docker build -t parablock .
 #   docker run --rm -v "$PWD:/data" parablock run config.yaml --output-dir runs/mine
@@ -16,7 +16,7 @@ FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir /wheels/*.whl \
+RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[deploy]" \
     && useradd --create-home --uid 1000 parablock \
     && install --directory --owner parablock /data
 USER 1000

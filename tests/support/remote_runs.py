@@ -127,7 +127,9 @@ class Town:
         caller = SiteCaller(client_id, server, lambda _: None)
         while not self.is_over.is_set():
             with suppress(ConnectionError):
-                caller = SiteCaller(client_id, ServerEnd(self.address_of(client_id, self.port), None), lambda _: None)
+                caller = SiteCaller(
+                    client_id, ServerEnd(self.address_of(client_id, self.port), None), lambda _: None
+                )
                 welcome = caller.ask()
                 if not welcome.is_over and welcome.opening.session != finished:
                     break

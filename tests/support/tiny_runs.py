@@ -197,6 +197,7 @@ class Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["parablock.cli.main", "parablock.experiment.run"])
         self.log = log
+        log.write_text("")
         self._process = context.Process(target=_main_with, args=(list(arguments), str(log)))
         self._process.start()
 
@@ -205,6 +206,15 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     def send(self, number: signal.Signals) -> None:
         assert self._process.pid is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from parablock.cli.deploy_keys import keys_app
+from parablock.cli.deploy_start import check, init_app
 from parablock.cli.terminal import Overrides, console, print_summary, show_progress
 from parablock.errors import ConfigError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 deploy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run over real sites.")
 deploy.add_typer(keys_app, name="keys")
+deploy.add_typer(init_app, name="init")
+deploy.command()(check)
 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Use neither TLS nor node keys; for trials on one machine.")

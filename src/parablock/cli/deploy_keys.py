@@ -93,6 +93,24 @@ def request(
 
 
 @keys_app.command()
+def renew(
+    directory: Annotated[Path, typer.Argument(help="The folder of this site, or of the server.")],
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="Of the server: other names than it has; repeatable.")
+    ] = None,
+) -> None:
+    """Make a request for the name that the folder's certificate has, with the same key.
+
+    Example: parablock deploy keys renew keys
+    """
+    from parablock.deploy.authority import make_renewal
+
+    made = make_renewal(directory, host or [])
+    _tell_request(made)
+    typer.echo(f"Send {made} to the authority, and install its answer; processes that run take it by themselves.")
+
+
+@keys_app.command()
 def sign(
     requested: Annotated[Path, typer.Argument(metavar="REQUEST", help="The file that the end sent.")],
     authority_dir: Authority,

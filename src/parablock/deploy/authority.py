@@ -42,6 +42,7 @@ from parablock.deploy.signing_request import (
     PEM,
     SigningRequest,
     host_names,
+    make_renewal,
     make_request,
     private_pem,
     read_request,
@@ -59,8 +60,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 __all__ = [
     "Credentials", "Issued", "Revocations", "SigningRequest", "host_is_covered", "install_certificate",
-    "key_is_encrypted", "list_issued", "load_credentials", "make_all", "make_authority", "make_request",
-    "read_request", "revoke", "sign_request", "uncovered_host",
+    "key_is_encrypted", "list_issued", "load_credentials", "make_all", "make_authority", "make_renewal",
+    "make_request", "read_request", "revoke", "sign_request", "uncovered_host",
 ]  # fmt: skip
 
 AUTHORITY_DAYS = 3650

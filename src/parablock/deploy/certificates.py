@@ -31,7 +31,7 @@ except ImportError:
     raise InputError(
         "certificates need the package cryptography, which is not installed",
         cause="It comes with an extra of ParaBlock.",
-        remedy='Install it: pip install "parablock[flower]"',
+        remedy='Install it: pip install "parablock[deploy]"',
     ) from None
 
 ROLES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "site": ExtendedKeyUsageOID.CLIENT_AUTH}

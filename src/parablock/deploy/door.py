@@ -9,15 +9,25 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import grpc
 import psutil
 
+from parablock.errors import ConfigError, InputError, ParaBlockError
+
+try:
+    import grpc
+except ImportError:
+    raise InputError(
+        "a direct deployment needs grpcio, which is not installed",
+        cause="It comes with an extra of ParaBlock.",
+        remedy='Install it: pip install "parablock[deploy]"',
+    ) from None
+
+# isort: split
 from parablock.deploy.authority import Credentials, Revocations, host_is_covered, load_credentials, uncovered_host
 from parablock.deploy.certificates import client_id_of
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
 from parablock.engine.remote.site_channel import ServerEnd
-from parablock.errors import ConfigError, InputError, ParaBlockError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WARN_DAYS = 30
@@ -57,10 +67,14 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
     _check_free(host, port)
     revoked = keys / "revoked.pem"
     revocations = Revocations(revoked if revoked.exists() else None, credentials.authority)
+    is_listed = revoked.exists()
     if revocations.problem:
         tell(f"nobody is let in: {revocations.problem}")
 
     def admit(caller: Caller) -> int:
+        nonlocal revocations, is_listed
+        if not is_listed and revoked.exists():  # the first list may come while the server runs
+            revocations, is_listed = Revocations(revoked, credentials.authority), True
         if revocations.is_revoked(caller.certificate):
             raise NotAdmitted(revocations.problem or f"the certificate of {caller.name} has been revoked")
         try:

@@ -95,6 +95,24 @@ def make_request(folder: Path, name: str, hosts: Sequence[str] = ()) -> Path:
     return request
 
 
+def make_renewal(folder: Path, hosts: Sequence[str] = ()) -> Path:
+    """Make a request for the name that a folder's certificate has, valid or expired; its path is returned.
+
+    Raises:
+        InputError: The folder has no key or no certificate yet, or a host is none.
+        StorageError: As for `make_request`.
+    """
+    certificate = folder / f"{role_of(folder)}.pem"
+    with reading(folder):
+        if not certificate.exists():
+            raise InputError(
+                f"{folder} has no certificate to renew",
+                cause="The authority has not signed the first request yet, or its answer is not installed.",
+                remedy="Make the first request: parablock deploy keys request DIR --name NAME",
+            )
+    return make_request(folder, name_of(read_certificate(certificate)), hosts)
+
+
 def read_request(request: Path) -> SigningRequest:
     """Read a request and check that it was made with the key that it names, and asks for no more than it may.
 

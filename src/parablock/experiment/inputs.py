@@ -220,6 +220,8 @@ def describe_data(
         test: The test rows, tokenized.
         field: The field of the partition; None without one.
     """
+    if not any(parts):
+        return [f"{len(parts)} clients, with rows of their own", f"test: {test.summary()}"]
     skipped = [entry for part in train for entry in part.skipped]
     return [
         *partition_histogram(parts, field=field),

@@ -191,7 +191,7 @@ def test_a_file_of_another_form_is_passed_over(tmp_path: Path, changes: dict[str
 )
 def test_an_update_that_is_not_whole_is_passed_over(tmp_path: Path, messages: list[bytes]):
     trained(tmp_path, 8)
-    path = tmp_path / "update-S-000007"
+    (path,) = tmp_path.glob("update-S-000007-*")
     path.write_bytes(b"".join(len(m).to_bytes(8, "little") + m for m in messages))
     stored, passed_over = SiteStore(tmp_path).newest(ALL)
     assert stored is not None and stored.round_index == 6 and is_whole(stored)

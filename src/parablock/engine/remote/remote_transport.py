@@ -142,9 +142,8 @@ class RemoteTransport:
         now_s = _now_s()
         with place.room:
             if place.is_removed:
-                raise NotAdmitted(
-                    f"client {hello.client_id} has been removed from the run by the server's operator"
-                )
+                words = f"client {hello.client_id} has been removed from the run by the server's operator"
+                raise NotAdmitted(words, is_temporary=True)  # it may be let in again, and into other runs
             is_new = hello.incarnation != place.incarnation
             fits = hello.wanted == 0 if is_new else not place.must_rejoin  # a process that was replaced begins anew
             in_session = hello.session == self.opening.session and fits

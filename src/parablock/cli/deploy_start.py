@@ -1,0 +1,89 @@
+"""`parablock deploy init` and `check`: what an operator does before the first run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parablock.cli.terminal import console
+
+init_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Write the files that an operator starts with."
+)
+
+Folder = Annotated[Path, typer.Argument(help="A folder for them.")]
+Model = Annotated[str, typer.Option("--model", help="The base model: a folder, or an id of Hugging Face.")]
+
+
+@init_app.command("server")
+def init_server(
+    directory: Folder = Path("server"),
+    model: Model = "models/base",
+    test: Annotated[
+        list[str] | None, typer.Option("--test", help="Rows to score the model on; repeatable.")
+    ] = None,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="How many sites there are.")] = 2,
+) -> None:
+    """Write run.yaml with comments, a systemd unit and a compose file.
+
+    Example: parablock deploy init server server --model models/base --test test.jsonl --clients 2
+    """
+    from parablock.deploy.starter_files import server_files
+
+    _write(directory, server_files(directory, model=model, test=test or ["test.jsonl"], clients=clients))
+
+
+@init_app.command("site")
+def init_site(
+    directory: Folder = Path("site"),
+    client_id: Annotated[int, typer.Option("--client-id", min=0, help="Which client it is, from 0.")] = 0,
+    model: Model = "models/base",
+    train: Annotated[list[str] | None, typer.Option("--train", help="Its rows; repeatable.")] = None,
+    server: Annotated[str, typer.Option("--server", help="host:port of the server.")] = "fl.example.org:8000",
+) -> None:
+    """Write site.yaml with comments, a systemd unit and a compose file.
+
+    Example: parablock deploy init site site-0 --client-id 0 --model models/base --train notes.jsonl
+    """
+    from parablock.deploy.door import host_and_port
+    from parablock.deploy.starter_files import site_files
+
+    host_and_port(server)
+    files = site_files(directory, client_id=client_id, model=model, train=train or ["train.jsonl"], server=server)
+    _write(directory, files)
+
+
+def check(
+    site: Annotated[Path, typer.Argument(help="The site's own YAML file.")],
+    server: Annotated[str, typer.Option("--server", help="host:port of the server.")],
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="The folder with the key and the certificate.")
+    ] = None,
+    *,
+    insecure: Annotated[bool, typer.Option("--insecure", help="As for `parablock deploy client`.")] = False,
+) -> None:
+    """Look at everything a run would need of this site, before it joins. Exit code 2: something is wrong.
+
+    Example: parablock deploy check site.yaml --server fl.example.org:8000 --keys keys
+    """
+    from parablock.deploy.door import check_keys
+    from parablock.deploy.site_check import check_site
+
+    check_keys(keys, insecure=insecure)
+    is_good = True
+    for one in check_site(site, server, keys):
+        is_good = is_good and one.is_good
+        console.print(f"{'✓' if one.is_good else '✗'} {one.found}", highlight=False, soft_wrap=True)
+        if one.remedy:
+            console.print(f"  {one.remedy}", highlight=False, soft_wrap=True)
+    if not is_good:
+        raise typer.Exit(2)
+
+
+def _write(directory: Path, files: dict[str, str]) -> None:
+    from parablock.deploy.starter_files import write_starter_files
+
+    write_starter_files(directory, files)
+    typer.echo(f"{directory} has {', '.join(files)}. Read the first, and change what has to be changed.")

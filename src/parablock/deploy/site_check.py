@@ -1,0 +1,199 @@
+"""Everything that a run would need of a site, looked at before the site joins."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from parablock.config.keys import RunConfig
+from parablock.config.load import parse_config
+from parablock.deploy.certificates import load_credentials
+from parablock.deploy.door import WARN_DAYS, diagnose, host_and_port, server_of
+from parablock.deploy.site import SiteConfig, configuration_at, load_site
+from parablock.engine.remote.frames import Welcome
+from parablock.engine.remote.site_channel import Refused, SiteCaller
+from parablock.errors import ParaBlockError
+from parablock.report.units import format_bytes
+
+MOST_SKEW_S = 30.0
+"""How far the clocks of a site and the server may be apart; certificates and records depend on them."""
+SNAPSHOTS = 3
+"""How many states of about the model's size a site keeps, with the one that is being written."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One thing that was looked at: whether it is as it should be, what was found, and what to do."""
+
+    is_good: bool
+    found: str
+    remedy: str = ""
+
+
+def check_site(path: Path, address: str, keys: Path | None) -> Iterator[Checked]:
+    """Look at everything that a run would need of a site, and yield what is found, one after another.
+
+    Raises:
+        ConfigError: The address is none.
+    """
+    host, port = host_and_port(address)
+    try:
+        site = load_site(path)
+    except ParaBlockError as error:
+        yield _problem(error)
+        return
+    yield Checked(True, f"{path} is the file of client {site.client_id}")
+    yield _check_keys(site, keys)
+    reached = _reach(host, port, keys)
+    yield reached
+    welcome = None
+    if reached.is_good:
+        for one in _ask(site, address, keys):
+            if isinstance(one, Checked):
+                yield one
+            else:
+                welcome = one
+    yield from _check_material(site, welcome)
+
+
+def _problem(error: ParaBlockError) -> Checked:
+    return Checked(False, error.what, " ".join(words for words in (error.cause, error.remedy) if words))
+
+
+def _check_keys(site: SiteConfig, keys: Path | None) -> Checked:
+    if keys is None:
+        return Checked(True, "no keys, as --insecure says: the server has to be on this machine")
+    try:
+        credentials = load_credentials(keys)
+        client_id = credentials.client_id
+    except ParaBlockError as error:
+        return _problem(error)
+    if client_id != site.client_id:
+        return Checked(
+            False,
+            f"the certificate in {keys} is that of {credentials.name}, the file that of client {site.client_id}",
+            "Give the keys of this site, or mend `client_id`.",
+        )
+    soon = "; renew it: parablock deploy keys renew" if credentials.days_left <= WARN_DAYS else ""
+    return Checked(True, f"the certificate of {credentials.name} is valid for {credentials.days_left} days{soon}")
+
+
+def _reach(host: str, port: int, keys: Path | None) -> Checked:
+    remedy = "Ask the server's operator whether it runs; look at the name, the port and the firewall of this site."
+    if keys is not None:
+        try:
+            problem = diagnose(host, port, load_credentials(keys))
+        except ParaBlockError:
+            return Checked(False, f"{host}:{port} is not asked: without keys it does not answer")
+        found = f"{host}:{port} can be reached, and its certificate is right"
+        return Checked(False, problem, remedy) if problem else Checked(True, found)
+    try:
+        with closing(socket.create_connection((host, port), timeout=5)):
+            return Checked(True, f"{host}:{port} can be reached")
+    except OSError as error:
+        return Checked(False, f"{host}:{port} cannot be reached: {error.strerror or error}", remedy)
+
+
+def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked | Welcome]:
+    """Ask the server which run there is; a site that is connected would be cut by the question."""
+    if process := process_of(site):
+        yield Checked(True, f"process {process} serves this site already, so the server is not asked")
+        return
+    caller = SiteCaller(site.client_id, server_of(address, keys, lambda _: None), lambda _: None)
+    before_s = _now_s()
+    try:
+        welcome = caller.ask()
+    except Refused as refusal:
+        yield _problem(refusal)
+        return
+    except ConnectionError as problem:
+        yield Checked(False, f"the server has no answer for this site: {problem}", "Try again in a minute.")
+        return
+    skew_s = (before_s + _now_s()) / 2 - welcome.now_s
+    run = "no run" if welcome.opening is None or welcome.is_over else f"run {welcome.opening.run}"
+    yield Checked(True, f"the server lets this site in, and has {run} for it")
+    direction = "ahead of" if skew_s > 0 else "behind"
+    yield Checked(
+        abs(skew_s) <= MOST_SKEW_S,
+        f"this clock is {abs(skew_s):.1f} s {direction} the server's",
+        "" if abs(skew_s) <= MOST_SKEW_S else "Compare both clocks (date -u), and set the wrong one right.",
+    )
+    yield welcome
+
+
+def process_of(site: SiteConfig) -> str:
+    """Return the number of the process that serves a site; empty if none does."""
+    path = site.state_dir / "pid"
+    if not path.exists():
+        return ""
+    with path.open(encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another"
+    return ""
+
+
+def _check_material(site: SiteConfig, welcome: Welcome | None) -> Iterator[Checked]:
+    """Read rows and model as the run would; without a run, with the defaults of a configuration."""
+    from parablock.experiment.inputs import load_base, read_rows
+
+    opening = None if welcome is None or welcome.is_over else welcome.opening
+    try:
+        config = configuration_at(site, opening.config) if opening else _alone(site)
+    except ParaBlockError as error:
+        yield _problem(error)
+        return
+    try:
+        everybody = config.federation.num_clients
+        all_of = site.client_id if site.share == "all" else None
+        parts, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)
+        rows = len(parts[site.client_id])
+        remedy = "" if rows else "Give its files in `data.train` of its own file."
+        yield Checked(rows > 0, f"{rows} rows to train on, in {len(config.data.train)} files", remedy)
+    except ParaBlockError as error:
+        yield _problem(error)
+    try:
+        base = load_base(config.model, seed=config.seed)
+    except ParaBlockError as error:
+        yield _problem(error)
+        return
+    name = f"{config.model.name_or_path}, {base.num_parameters:,} parameters, hash {base.sha256[:12]}"
+    if opening is None:
+        yield Checked(True, f"{name}; compare it with the server's, which its log names")
+    elif base.sha256 == opening.base_sha256:
+        yield Checked(True, f"{name}, as at the server")
+    else:
+        words = f"{name}, and the server's base model has {opening.base_sha256[:12]}"
+        yield Checked(False, words, "Copy the server's model folder to this site.")
+    yield _check_disk(site, SNAPSHOTS * sum(p.numel() * p.element_size() for p in base.loaded.model.parameters()))
+
+
+def _alone(site: SiteConfig) -> RunConfig:
+    tree = {
+        "model": site.model.model_dump(),
+        "data": site.data,
+        "federation": {"num_clients": site.client_id + 1},
+        "blocks": {"allow_unvisited": True},
+    }
+    return parse_config(tree, source=f"the file of client {site.client_id}")
+
+
+def _check_disk(site: SiteConfig, needed: int) -> Checked:
+    folder = site.state_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = psutil.disk_usage(str(folder)).free
+    found = f"{format_bytes(free)} free for {site.state_dir}, of which a run takes {format_bytes(needed)}"
+    return Checked(free > needed, found, "" if free > needed else "Free some space, or give another `state_dir`.")
+
+
+def _now_s() -> float:
+    return datetime.now(UTC).timestamp()
