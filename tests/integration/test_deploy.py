@@ -173,6 +173,19 @@ def test_a_run_is_paused_renewed_removed_from_stopped_and_gone_on_with(begun: Fe
     assert pids(begun) == before
 
 
+def test_a_site_that_the_page_revokes_is_sent_home_and_the_other_stays(begun: Federation):
+    for line in begun.sections[DAYS]:
+        if " revoke " in line or line.startswith("cp "):
+            begun.shell(line)
+    begun.serve("sixth")
+    assert begun.started["site-1"].wait(180) == 2
+    assert "the certificate of site-1 has been revoked" in begun.told("site-1")
+    begun.until("server", lambda: begun.states("sixth") == ["connected", "not seen"])
+    asked("stop", begun.run_dir("sixth"))
+    assert begun.started["server"].wait(60) == 130, begun.told("server")
+    assert len(pids(begun)) == 1
+
+
 def asked(what: str, run_dir: Path, *words: str) -> None:
     outcome = command("deploy", what, str(run_dir), *words)
     assert outcome.code == 0, outcome.stderr
@@ -401,7 +414,7 @@ def test_a_check_names_everything_that_is_wrong_and_exits_with_2(door: Door):
 
 
 def test_this_file_reads_every_command_of_its_sections(begun: Federation):
-    assert len(begun.sections[BEGIN]) == 17
+    assert len(begun.sections[BEGIN]) == 18
     assert all(
         line.startswith(("parablock deploy ", "cp ")) for line in begun.sections[BEGIN] + begun.sections[DAYS]
     )

@@ -221,7 +221,10 @@ def configurations() -> list[tuple[str, str]]:
     """List (name, text) of the files in configs/ and of the examples in the pages."""
     files = [(page_id(path), path.read_text()) for path in sorted((ROOT / "configs").glob("*.yaml"))]
     blocks = [
-        (page_id(page), content) for page in PAGES for kind, content in fences(page.read_text()) if kind == "yaml"
+        (page_id(page), content)
+        for page in PAGES
+        for kind, content in fences(page.read_text())
+        if kind == "yaml" and not content.startswith("apiVersion:")  # of Kubernetes: tests/integration/test_deploy.py
     ]
     return files + blocks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shlex
 import socket
 import subprocess
@@ -81,15 +82,20 @@ class Federation:
                 "PYTHONUNBUFFERED": "1",
             },
         )
-        os.close(terminal)
-        printed = b""
         assert process.stdout is not None
-        with process.stdout as out:
-            while part := os.read(out.fileno(), 4096):
-                printed += part
-                if (part.rstrip().endswith(b":") and b"assphrase" in part) or b"confirmation:" in part:
+        printed, out, end = b"", process.stdout.fileno(), time.monotonic() + PATIENCE_S
+        with process.stdout:
+            while True:
+                assert time.monotonic() < end, (line, printed)
+                ready, _, _ = select.select([out, primary], [], [], 1.0)
+                if primary in ready and os.read(primary, 4096).rstrip().endswith(b":"):  # it asks
                     os.write(primary, f"{PASSPHRASE}\n".encode())
+                if out in ready:
+                    if not (part := os.read(out, 4096)):
+                        break
+                    printed += part
         os.close(primary)
+        os.close(terminal)
         text = printed.decode()
         assert process.wait(PATIENCE_S) == code, (line, text)
         assert "Traceback" not in text

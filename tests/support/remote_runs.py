@@ -15,7 +15,7 @@ from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_engine import RunFacts, run_remote
 from parablock.engine.remote.remote_transport import RemoteTransport
-from parablock.engine.remote.site_channel import Refused, Server, SessionOver, SiteCaller, SiteChannel
+from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
 from parablock.storage.checkpoint import RunState
 from parablock.storage.site_store import SiteStore
@@ -123,11 +123,13 @@ class Town:
 
     def _process(self, client_id: int, finished: str) -> str:
         clock = RealClock()
-        server = Server(self.address_of(client_id, self.port), None)
+        server = ServerEnd(self.address_of(client_id, self.port), None)
         caller = SiteCaller(client_id, server, lambda _: None)
         while not self.is_over.is_set():
             with suppress(ConnectionError):
-                caller = SiteCaller(client_id, Server(self.address_of(client_id, self.port), None), lambda _: None)
+                caller = SiteCaller(
+                    client_id, ServerEnd(self.address_of(client_id, self.port), None), lambda _: None
+                )
                 welcome = caller.ask()
                 if not welcome.is_over and welcome.opening.session != finished:
                     break

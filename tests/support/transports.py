@@ -19,7 +19,7 @@ from parablock.engine.pipeline import Machines, Pipeline
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_transport import RemoteTransport
-from parablock.engine.remote.site_channel import Server, SessionOver, SiteCaller, SiteChannel
+from parablock.engine.remote.site_channel import ServerEnd, SessionOver, SiteCaller, SiteChannel
 from parablock.errors import ParaBlockError
 from parablock.trace import Trace
 from parablock.wire.transport import Ledger, Link, MemoryTransport, Parcel
@@ -119,7 +119,7 @@ def over_grpc(folder: Path) -> Meet:
         failed = clock.mailbox()
 
         def body(client_id: int) -> None:
-            caller = SiteCaller(client_id, Server(f"127.0.0.1:{listener.port}", None), lambda _: None)
+            caller = SiteCaller(client_id, ServerEnd(f"127.0.0.1:{listener.port}", None), lambda _: None)
             channel = SiteChannel(caller, opening, f"process{client_id}", Trace(RealClock()), lease_s=patience_s)
             channel.open()
             try:

@@ -27,7 +27,7 @@ from parablock.deploy.authority import Credentials, Revocations, host_is_covered
 from parablock.deploy.certificates import client_id_of
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
-from parablock.engine.remote.site_channel import Server
+from parablock.engine.remote.site_channel import ServerEnd
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WARN_DAYS = 30
@@ -121,7 +121,7 @@ def _check_free(host: str, port: int) -> None:
                 )
 
 
-def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> Server:
+def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> ServerEnd:
     """Return how a site reaches its server; keys are read anew for each connection, so that a renewal counts.
 
     Raises:
@@ -134,14 +134,14 @@ def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> S
         if host not in LOOPBACK:
             problem = f"without keys a site connects with this machine alone, not with {host}; give --keys DIR"
             raise ConfigError([problem], source="the command line")
-        return Server(address, None)
+        return ServerEnd(address, None)
     warn_of_expiry(load_credentials(keys), tell)
 
     def credentials() -> grpc.ChannelCredentials:
         now = load_credentials(keys)
         return grpc.ssl_channel_credentials(now.authority, now.key, now.certificate)
 
-    return Server(address, credentials, diagnose=lambda: diagnose(host, port, load_credentials(keys)))
+    return ServerEnd(address, credentials, diagnose=lambda: diagnose(host, port, load_credentials(keys)))
 
 
 def diagnose(host: str, port: int, credentials: Credentials) -> str:

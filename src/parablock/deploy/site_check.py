@@ -17,7 +17,7 @@ from parablock.config.load import parse_config
 from parablock.deploy.certificates import load_credentials
 from parablock.deploy.door import WARN_DAYS, diagnose, host_and_port, server_of
 from parablock.deploy.site import SiteConfig, configuration_at, load_site
-from parablock.engine.remote.frames import Welcome
+from parablock.engine.remote.frames import Reception
 from parablock.engine.remote.site_channel import Refused, SiteCaller
 from parablock.errors import ParaBlockError
 from parablock.report.units import format_bytes
@@ -101,7 +101,7 @@ def _reach(host: str, port: int, keys: Path | None) -> Checked:
         return Checked(False, f"{host}:{port} cannot be reached: {error.strerror or error}", remedy)
 
 
-def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked | Welcome]:
+def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked | Reception]:
     """Ask the server which run there is; a site that is connected would be cut by the question."""
     if process := process_of(site):
         yield Checked(True, f"process {process} serves this site already, so the server is not asked")
@@ -141,7 +141,7 @@ def process_of(site: SiteConfig) -> str:
     return ""
 
 
-def _check_material(site: SiteConfig, welcome: Welcome | None) -> Iterator[Checked]:
+def _check_material(site: SiteConfig, welcome: Reception | None) -> Iterator[Checked]:
     """Read rows and model as the run would; without a run, with the defaults of a configuration."""
     from parablock.experiment.inputs import load_base, read_rows
 

@@ -16,7 +16,7 @@ from parablock.clock import RealClock
 from parablock.deploy.door import server_of
 from parablock.deploy.log_files import log_to
 from parablock.deploy.site import SiteConfig
-from parablock.engine.remote.site_channel import Refused, Server, SessionOver, SiteCaller
+from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller
 from parablock.errors import ParaBlockError, StallError, StorageError
 
 LOGGER = logging.getLogger("parablock")
@@ -40,7 +40,7 @@ def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool 
         LOGGER.info("this site has left, as its operator asked")
 
 
-def serve(site: SiteConfig, server: Server, *, once: bool = False) -> None:
+def serve(site: SiteConfig, server: ServerEnd, *, once: bool = False) -> None:
     """Serve the runs of a server, one after another, or one alone.
 
     Whatever goes wrong here ends this site's part of a run, never the process; the site waits for the next session.

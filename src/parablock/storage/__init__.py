@@ -2,5 +2,6 @@
 
 files           writes files and folders whole or not at all, and keeps one process in a folder
 checkpoint      saves and restores the state of a run; the one list of what that state is
+site_store      what a site keeps of a run, to go on after any death
 run_directory   the files of a run, and the figures that follow from its rows and spans
 """

@@ -206,7 +206,7 @@ def from_bytes(raw: bytes) -> Message:
         return _read(kind, fields, vectors)
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CodecError(
-            f"a {kind} message lacks or misstates a field: {error!r}",
+            f"a {kind} message lacks or misstates a field: {' '.join(repr(error).split()):.300}",
             cause="The sender is not ParaBlock.",
         ) from None
 

@@ -136,7 +136,7 @@ def test_wrong_arguments_are_told(tmp_path: Path, place: Path):
 
 def test_each_command_has_examples_that_name_a_command_with_its_options():
     commands = {command.callback.__name__: command.callback for command in keys_app.registered_commands}
-    assert set(commands) == {"authority", "request", "sign", "install", "revoke", "show"}
+    assert set(commands) == {"authority", "request", "renew", "sign", "install", "revoke", "show"}
     for name, callback in commands.items():
         examples = re.findall(r"Example: parablock deploy keys (.+)", inspect.getdoc(callback) or "")
         assert examples

@@ -463,7 +463,7 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it():
     hidden = "import sys; sys.modules['cryptography'] = None\nimport parablock.deploy.authority"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
     assert "InputError: certificates need the package cryptography" in done.stderr
-    assert 'pip install "parablock[flower]"' in done.stderr
+    assert 'pip install "parablock[deploy]"' in done.stderr
 
 
 def test_keys_are_on_the_curve_that_is_promised(made: Path):

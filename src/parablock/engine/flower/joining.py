@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from parablock.engine.flower.run_certificate import NAME
-from parablock.engine.remote.site_channel import Server
+from parablock.engine.remote.site_channel import ServerEnd
 
 INVITATION, ANSWER = "join", "left"
 """The names of both records; Flower's type of an invitation is `train.join`."""
@@ -35,10 +35,10 @@ class Invitation:
     token: str = field(repr=False)
     epoch: int
 
-    def server(self, client_id: int, host: str) -> Server:
+    def server(self, client_id: int, host: str) -> ServerEnd:
         """Return how a client reaches the server at a host."""
         pem, address = self.certificate.encode(), f"[{host}]" if ":" in host else host
-        return Server(
+        return ServerEnd(
             f"{address}:{self.port}",
             lambda: grpc.ssl_channel_credentials(root_certificates=pem),
             token=f"{client_id}:{self.token}",

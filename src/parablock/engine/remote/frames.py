@@ -3,7 +3,7 @@
 A connection begins with two greetings, of a JSON object each:
 
     site ── Hello: who am I, of which release, in which session, and which part do I want next ──► server
-    server ── Welcome: the session, and which part the server wants next ──► site
+    server ── Reception: the session, and which part the server wants next ──► site
 
 Then each side sends frames at any time:
 
@@ -106,7 +106,7 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Welcome:
+class Reception:
     """The server's greeting.
 
     Attributes:
@@ -126,10 +126,10 @@ class Welcome:
     is_over: bool = False
 
 
-Greeting = TypeVar("Greeting", Hello, Welcome)
+Greeting = TypeVar("Greeting", Hello, Reception)
 
 
-def greeting_to_bytes(greeting: Hello | Welcome) -> bytes:
+def greeting_to_bytes(greeting: Hello | Reception) -> bytes:
     """Encode a greeting."""
     return json.dumps(asdict(greeting)).encode()
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 
 from parablock.engine.pipeline import thread_pool
-from parablock.engine.remote.frames import Hello, Welcome, greeting_from_bytes, greeting_to_bytes
+from parablock.engine.remote.frames import Hello, Reception, greeting_from_bytes, greeting_to_bytes
 from parablock.engine.remote.grpc_options import METHOD, SERVER_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, InputError
@@ -50,7 +50,7 @@ class NotAdmitted(Exception):  # noqa: N818  (it is an answer)
 class Session(Protocol):
     """What stands behind the door: the run, as far as calls are concerned."""
 
-    def welcome(self, hello: Hello) -> tuple[Welcome, NumberedStream | None]:
+    def welcome(self, hello: Hello) -> tuple[Reception, NumberedStream | None]:
         """Return the answer to a greeting, and the stream that the call goes on with; None: the call ends.
 
         Raises:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from parablock.clock import Clock
-from parablock.engine.remote.frames import Hello, Opening, Welcome
+from parablock.engine.remote.frames import Hello, Opening, Reception
 from parablock.engine.remote.listener import NotAdmitted
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, StallError
@@ -48,7 +48,7 @@ _ROWS = TypeAdapter(Annotated[list[_Row], Field(max_length=SPANS_KEPT)])
 
 
 @dataclass
-class Place:
+class ClientPlace:
     """A client's place in the session.
 
     Attributes:
@@ -121,7 +121,7 @@ class RemoteTransport:
         self._inbox = trace.clock.mailbox()
         self._waiting = deque[tuple[int, bytes]]()
         self.has_begun, self._is_over = False, False
-        self.places = {client_id: Place(self._new_stream(client_id)) for client_id in range(num_clients)}
+        self.places = {client_id: ClientPlace(self._new_stream(client_id)) for client_id in range(num_clients)}
         self.ledger = Ledger()
         self.waiting_for = ""
 
@@ -132,7 +132,7 @@ class RemoteTransport:
 
     # ── the session, in the threads of the listener ─────────────────────────────────────────────────
 
-    def welcome(self, hello: Hello) -> tuple[Welcome, NumberedStream | None]:
+    def welcome(self, hello: Hello) -> tuple[Reception, NumberedStream | None]:
         """Return the answer to a greeting, and the site's stream."""
         place = self.places.get(hello.client_id)
         if place is None:
@@ -149,7 +149,7 @@ class RemoteTransport:
             in_session = hello.session == self.opening.session and fits
             place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
-                return Welcome(0, False, now_s, self.opening, self._is_over), None
+                return Reception(0, False, now_s, self.opening, self._is_over), None
             if is_new:
                 place.rejoins, place.has_sent = place.incarnation is not None or place.must_rejoin, False
             if is_new and place.rejoins:
@@ -158,7 +158,7 @@ class RemoteTransport:
                 place.room.notify_all()
             place.incarnation, place.must_rejoin, place.since_s = hello.incarnation, False, now_s
             self._clock.progress()
-            return Welcome(place.stream.wanted, place.rejoins, now_s), place.stream
+            return Reception(place.stream.wanted, place.rejoins, now_s), place.stream
 
     def moved(self, client_id: int) -> None:
         """Note that a frame has come."""

@@ -21,7 +21,7 @@ import psutil
 
 from parablock.clock import Clock
 from parablock.engine.pipeline import Interceptor, start_thread
-from parablock.engine.remote.frames import Hello, Opening, Welcome, greeting_from_bytes, greeting_to_bytes
+from parablock.engine.remote.frames import Hello, Opening, Reception, greeting_from_bytes, greeting_to_bytes
 from parablock.engine.remote.grpc_options import METHOD, SITE_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, InputError, ParaBlockError, StallError
@@ -52,7 +52,7 @@ class Refused(InputError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerEnd:
     """How a site reaches its server.
 
     Attributes:
@@ -73,12 +73,12 @@ class Server:
 class SiteCaller:
     """Calls the server in the name of a client."""
 
-    def __init__(self, client_id: int, server: Server, tell: Callable[[str], None]) -> None:
+    def __init__(self, client_id: int, server: ServerEnd, tell: Callable[[str], None]) -> None:
         self.client_id, self._server, self.tell = client_id, server, tell
         self.address = server.address
         self._last_problem = ""
 
-    def ask(self) -> Welcome:
+    def ask(self) -> Reception:
         """Ask once which session there is.
 
         Raises:
@@ -112,7 +112,7 @@ class SiteCaller:
     @contextmanager
     def call(
         self, hello: Callable[[], Hello], frames: Iterator[bytes], timeout_s: float | None = None
-    ) -> Iterator[tuple[Welcome, Iterator[bytes]]]:
+    ) -> Iterator[tuple[Reception, Iterator[bytes]]]:
         """Make one call; yield the server's greeting and the call, whose items are the server's frames.
 
         Raises:
@@ -137,7 +137,7 @@ class SiteCaller:
                 try:
                     if (greeting := next(call, None)) is None:
                         raise ConnectionError("the server ended the call")
-                    yield greeting_from_bytes(Welcome, greeting), call
+                    yield greeting_from_bytes(Reception, greeting), call
                 finally:
                     call.cancel()
         except grpc.RpcError as error:
@@ -296,7 +296,7 @@ class SiteChannel:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     @contextmanager
-    def _connection(self) -> Iterator[tuple[Welcome, SimpleQueue[int | None], Iterator[bytes]]]:
+    def _connection(self) -> Iterator[tuple[Reception, SimpleQueue[int | None], Iterator[bytes]]]:
         """Make one call, whose frames wait for the number of its connection."""
         numbers: SimpleQueue[int | None] = SimpleQueue()
         asked_s = _now_s()
@@ -317,7 +317,7 @@ class SiteChannel:
         finally:
             numbers.put(None)
 
-    def _carry(self, welcome: Welcome, numbers: SimpleQueue[int | None], call: Iterator[bytes]) -> None:
+    def _carry(self, welcome: Reception, numbers: SimpleQueue[int | None], call: Iterator[bytes]) -> None:
         try:
             connection = self.stream.attach(welcome.wanted)
         except CodecError:  # another process of this site has taken its place

@@ -14,7 +14,7 @@ from parablock.engine.remote.frames import (
     PROTOCOL,
     Hello,
     Opening,
-    Welcome,
+    Reception,
     greeting_from_bytes,
     greeting_to_bytes,
 )
@@ -22,7 +22,7 @@ from parablock.errors import CodecError
 
 HELLO = Hello(3, "session", "process", 7, 1.5)
 OPENING = Opening("run", "session", "train: {}", "abc", 4, {"before": 4})
-WELCOME = Welcome(9, rejoins=True, now_s=2.5, opening=OPENING)
+WELCOME = Reception(9, rejoins=True, now_s=2.5, opening=OPENING)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -44,8 +44,8 @@ def refusal(raw: bytes, kind: type = Hello) -> str:
 
 def test_greetings_come_back_as_they_were():
     assert greeting_from_bytes(Hello, greeting_to_bytes(HELLO)) == HELLO
-    assert greeting_from_bytes(Welcome, greeting_to_bytes(WELCOME)) == WELCOME
-    assert greeting_from_bytes(Welcome, greeting_to_bytes(Welcome(9, rejoins=True, now_s=2.5))) != WELCOME
+    assert greeting_from_bytes(Reception, greeting_to_bytes(WELCOME)) == WELCOME
+    assert greeting_from_bytes(Reception, greeting_to_bytes(Reception(9, rejoins=True, now_s=2.5))) != WELCOME
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_a_greeting_is_read_up_to_its_limit_and_no_further():
 def test_a_session_cannot_name_another_folder(field: str, name: str):
     fields = json.loads(greeting_to_bytes(WELCOME))
     fields["opening"][field] = name
-    refusal(json.dumps(fields).encode(), Welcome)
+    refusal(json.dumps(fields).encode(), Reception)
     fields["opening"][field] = "r-1.2_x"
-    assert getattr(greeting_from_bytes(Welcome, json.dumps(fields).encode()).opening, field) == "r-1.2_x"
+    assert getattr(greeting_from_bytes(Reception, json.dumps(fields).encode()).opening, field) == "r-1.2_x"
 
 
 @settings(max_examples=200, deadline=None)
