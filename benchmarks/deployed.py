@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/deployed.py deployment --only empty
 
-Each site stands in a network namespace of its own, behind a link that is shaped in both directions. What trains only
-takes time (`_remote_ends.py`), so that two cores can hold everything; the rest is the product: door, streams, engine,
-disk. An exchange is all of a round that is not computation. Links need root, `ip` and `tc`.
+Each site stands in a network namespace of its own, behind a link that is shaped in both directions. What trains
+only takes time (`_remote_ends.py`), so that two cores can hold everything; the rest is the product: door, streams,
+engine, disk. An exchange is all of a round that is not computation. Links need root, `ip` and `tc`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,11 +87,10 @@ class Wanted:
 def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
     """Return what is deployed in each scenario; one depends on what is on record."""
     layer_mb, outage_s, large_mb = (2.0, 3.0, 8.0) if is_small else (LAYER_MB, OUTAGE_S, LARGE_MEGABYTES)
+    layer = Wanted(layer_mb, rounds=1, sites=1, blocks=1)
     slow = [
-        Wanted(
-            layer_mb, rounds=1, sites=1, blocks=1, lane=lane, direction=way, outage_s=s, **{f"{way}_mbps": SLOW_MBPS}
-        )
-        for lane, (way, s) in enumerate((way, s) for way in ("up", "down") for s in (0.0, outage_s))
+        replace(layer, lane=lane, direction=way, outage_s=s, **{f"{way}_mbps": SLOW_MBPS})
+        for lane, (way, s) in enumerate(product(("up", "down"), (0.0, outage_s)))
     ]
     compute_s = 0.6 * Wanted().wire_s
     with suppress(ValueError):
@@ -163,9 +162,8 @@ def bars_of(rows: list[Row]) -> list[Bar]:
         return Wanted(**{key: of(rows, scenario)[0][key] for key in ("megabytes", "up_mbps", "down_mbps")}).wire_s
 
     def slow(what: str, way: str) -> float:
-        plain, disturbed = (min(of(rows, SLOW, direction=way), key=lambda row: sign * row["outage_s"])[what]
-                            for sign in (1, -1))  # fmt: skip
-        return float(disturbed - plain)
+        found = sorted(of(rows, SLOW, direction=way), key=lambda row: float(row["outage_s"]))
+        return float(found[1][what] - found[0][what])
 
     def beyond(end: str, copies: int) -> float:
         (row,) = of(rows, MEMORY)
@@ -238,8 +236,9 @@ class Ends:
             self._launch(str(site), self.links[site].inside if self.links else [])
 
     def wait_for_start(self) -> float:
-        """Return when the first part of a block is on a link; at once where there are no links."""
-        self._wait_for(lambda: not self.links or max(self.links[0].moved()) > 1e6 * min(1, self._wanted.megabytes / 8))
+        """Return when the beginning of a block is on a link; at once where there are no links."""
+        beginning = 1e6 * min(1, self._wanted.megabytes / 8)
+        self._wait_for(lambda: not self.links or max(self.links[0].moved()) > beginning)
         return time.monotonic()
 
     def result(self) -> tuple[Found, list[Found]]:
