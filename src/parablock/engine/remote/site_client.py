@@ -41,18 +41,19 @@ def run_client(
 ) -> None:
     """Run a client through a session, from its newest state that belongs to the run, or from the initial `params`.
 
-    Its state is on the disk before an update leaves. `rejoins` says that an earlier process took part in the
+    Its state is on the disk before an update leaves; the next round may be trained meanwhile. `rejoins` says that an earlier process took part in the
     session.
     """
     opening, session = channel.opening, channel.opening.session
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
         if not client.is_rejoining:
-            store.save_mark(session, round_index, client.state, taken, keep=marks_kept)
+            state = client.state
+            channel.defer(lambda: store.save_mark(session, round_index, state, taken, keep=marks_kept))
 
     def keep() -> None:
-        newest = client.state.in_flight[-1]
-        store.save_latest(session, newest.round_index + 1, client.state, client.snapshot())
+        state, snapshot, newest = client.state, client.snapshot(), client.state.in_flight[-1]
+        channel.defer(lambda: store.save_latest(session, newest.round_index + 1, state, snapshot))
         LOGGER.info("round %d: block %d trained", newest.round_index, newest.block_index)
 
     client = Client(
