@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,23 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
 
 import parablock
-from parablock.clock import Clock
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
-from parablock.engine.contract import EngineInput, EngineResult
-from parablock.engine.inprocess import run_in_process
-from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
 from parablock.experiment.progress import PlainProgress
 from parablock.experiment.run import resume, run
 from parablock.model.blocks import partition_blocks
 from parablock.model.pretrained import outline_model
 from parablock.storage.run_directory import RunDirectory
-from parablock.trace import Trace
-from parablock.training.trainer import Trained, Trainer
-from parablock.wire.transport import Link
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 RESULTS = REPOSITORY / "benchmarks" / "results"
+sys.path.append(str(REPOSITORY / "tests" / "support"))
+"""Benchmarks use toys, messages of each kind, the clients of masked sums and the slow proxy that tests have too."""
+
 QUIET = PlainProgress(console=Console(quiet=True))
 
 Found = dict[str, Any]
@@ -80,19 +76,13 @@ class Bar:
 # -- subcommands
 @dataclass(frozen=True)
 class Benchmark:
-    """A subcommand: what measures, what makes the section of a record, and what differs from `benchmarks.toml`."""
+    """A subcommand: what measures, what makes the section of a record, an example, the defaults of its options."""
 
+    name: str
     measure: Callable[[Options], None]
     section: Callable[[Found], Found]
+    example: str
     options: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.measure.__name__
-
-    @property
-    def example(self) -> str:
-        return str(ABOUT[self.name]["example"])
 
 
 def benchmarks(names: Mapping[str, Any], **options: Found) -> list[Benchmark]:
@@ -102,15 +92,13 @@ def benchmarks(names: Mapping[str, Any], **options: Found) -> list[Benchmark]:
         where, columns = ABOUT[name].get("rows"), ABOUT[name]["columns"]
         return section(name, found, table_of(found["results"][where] if where else found["results"], columns))
 
-    return [
-        Benchmark(
-            names[name],
-            names.get(f"{name}_section", partial(of_rows, name)),
-            ABOUT[name]["options"] | options.get(name, {}),
-        )
-        for name in ABOUT
-        if "example" in ABOUT[name] and callable(names.get(name))
-    ]
+    made = []
+    for name, said in ABOUT.items():
+        if "example" in said and callable(measure := names.get(name)):
+            makes_section = names.get(f"{name}_section", partial(of_rows, name))
+            defaults = said["options"] | options.get(name, {})
+            made.append(Benchmark(name, measure, makes_section, said["example"], defaults))
+    return made
 
 
 def main(description: str | None, benchmarks: Sequence[Benchmark]) -> None:
@@ -209,9 +197,7 @@ def grouped(rows: Sequence[Found], key: str) -> dict[Any, list[Found]]:
 
 def facts(options: Options) -> Found:
     told = {name: value for name, value in vars(options).items() if name not in ("section", "section_only")}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     processor = names[0] if names else platform.processor()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
@@ -269,7 +255,7 @@ def generated(
 def material_of(options: Options, *families: str, num_clients: int = 2) -> Material:
     """Return T0, or what is generated in the work folder for a smoke test."""
     if options.smoke:
-        return generated(Path(options.work_dir) / "material", num_clients=num_clients)
+        return generated(Path(options.work_dir).resolve() / "material", num_clients=num_clients)
     return pretrained(*(f"t0/{family}" for family in families))
 
 
@@ -295,11 +281,8 @@ def configured(material: Material, settings: Mapping[str, Any]) -> RunConfig:
     tree: Found = {}
     for key, value in (usual | dict(settings)).items():
         *sections, name = key.split(".")
-        branch = tree
-        for each in sections:
-            branch = branch.setdefault(each, {})
         if value is not None:
-            branch[name] = value
+            reduce(lambda branch, each: branch.setdefault(each, {}), sections, tree)[name] = value
     return parse_config(tree)
 
 
@@ -321,44 +304,11 @@ def balanced_link(model: str, round_s: float) -> Found:
     return link(2 * (block_bytes + 600) * 8e-6 / round_s)
 
 
-class Idle:
-    """A trainer whose steps take simulated time only; it sends as much as the block, or so many elements."""
-
-    num_examples = 1
-
-    def __init__(self, step_time_s: float | None = None, sends: int | None = None) -> None:
-        self.step_time_s, self._sends = step_time_s, sends
-
-    def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
-        block = rest[-1][block_index].float() if self._sends is None else torch.zeros(self._sends)
-        return Trained(block + 0.001 * (1 + round_index), 1.0)
-
-    def memory(self) -> dict[str, Tensor]:
-        return {}
-
-    def remember(self, memory: dict[str, Tensor]) -> None:
-        assert not memory
-
-
-def run_engine(
-    params: Sequence[Tensor],
-    trainers: Sequence[Trainer],
-    plan: ServerPlan,
-    clock: Clock,
-    *,
-    link: Link = Link(),  # noqa: B008  (it is frozen)
-    in_flight: str = "aligned",
-    on_commit: Callable[..., None] = lambda *_: None,
-) -> EngineResult:
-    """Run the engine of one process, without a run directory."""
-    client, hooks = ClientPlan(in_flight, plan.form), Hooks(on_commit, lambda _: None)
-    return run_in_process(EngineInput(plan, client, lambda: params, trainers, Trace(clock), hooks, link))
-
-
 def fresh_folder(options: Options) -> Path:
     """Make a new folder for this benchmark's run directories, which stay there to be looked at."""
-    Path(options.work_dir).mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="", dir=options.work_dir))
+    folder = Path(options.work_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="", dir=folder))
 
 
 def run_quietly(config: RunConfig, directory: Path) -> Found:
@@ -380,9 +330,13 @@ class Kept:
         self.summary, self.rows = directory.read_summary(), metrics_of(directory.path)
         self.loss: float = self.summary["final_eval_loss"]
         seconds = accumulate(row["round_s"] for row in self.rows)
-        self.curve = [
-            [s, row["eval_loss"]] for s, row in zip(seconds, self.rows, strict=True) if row["eval_loss"] is not None
+        moved = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in self.rows)
+        self.points = [
+            {"round": row["round_index"] + 1, "bytes": num_bytes, "seconds": s, "loss": row["eval_loss"]}
+            for row, num_bytes, s in zip(self.rows, moved, seconds, strict=True)
+            if row["eval_loss"] is not None
         ]
+        self.curve = [[point["seconds"], point["loss"]] for point in self.points]
         print(f"{self.name}: {self.summary['initial_eval_loss']:.4f} → {self.loss:.4f}")
 
     def told(self, *keys: str) -> Found:

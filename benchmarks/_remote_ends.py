@@ -66,7 +66,17 @@ class Ends:
     def serve(self) -> None:
         """Run the rounds; note when each was committed, and the processor's seconds until then."""
         wanted, trace, opened, commits = self.wanted, self.trace, [], []
-        hooks = Hooks(lambda *_: commits.append((trace.clock.now(), time.process_time())), lambda _: None)
+
+        def tell(name: str) -> None:
+            again = [place.stream.sent_again_bytes for place in opened[0].places.values()]
+            self.found(name, commits=commits, sent_again_bytes=again)
+
+        def on_commit(*_: object) -> None:
+            commits.append((trace.clock.now(), time.process_time()))
+            if len(commits) == wanted["rounds"]:
+                tell("committed")
+
+        hooks = Hooks(on_commit, lambda _: None)
         listener = listen("0.0.0.0:0", self.keys("server"), wanted["sites"], print)
         write_atomically(self.folder / "port", str(listener.port))
         plan = ServerPlan(
@@ -79,8 +89,7 @@ class Ends:
             run_remote(
                 given, listener, RunFacts("benchmark", "", ""), num_sites=wanted["sites"], on_open=opened.append
             )
-        again = [place.stream.sent_again_bytes for place in opened[0].places.values()]
-        self.found("server", commits=commits, sent_again_bytes=again)
+        tell("server")
 
     def train(self, client_id: int) -> None:
         """Be a site."""

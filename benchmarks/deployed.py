@@ -89,7 +89,10 @@ def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
     layer_mb, outage_s, large_mb = (2.0, 3.0, 8.0) if is_small else (LAYER_MB, OUTAGE_S, LARGE_MEGABYTES)
     layer = Wanted(layer_mb, rounds=1, sites=1, blocks=1)
     slow = [
-        replace(layer, lane=lane, direction=way, outage_s=s, **{f"{way}_mbps": SLOW_MBPS})
+        # down in a second round, since a server that has ended does not wait a minute for a site that is cut off
+        replace(
+            layer, lane=lane, direction=way, outage_s=s, rounds=1 + (way == "down"), **{f"{way}_mbps": SLOW_MBPS}
+        )
         for lane, (way, s) in enumerate(product(("up", "down"), (0.0, outage_s)))
     ]
     compute_s = 0.6 * Wanted().wire_s
@@ -242,8 +245,10 @@ class Ends:
         return time.monotonic()
 
     def result(self) -> tuple[Found, list[Found]]:
-        """Wait for the end; return what the server and the sites have found."""
+        """Wait for the end, or the last commit of a link that is slow down; return what both ends have found."""
         names = ["server", *(f"site-{site}" for site in range(self._wanted.sites))]
+        if self._wanted.direction == "down":
+            names = ["committed"]
         files = [self._folder / f"{name}.json" for name in names]
         self._wait_for(lambda: all(file.exists() for file in files))
         server, *sites = (json.loads(file.read_text(encoding="utf-8")) for file in files)

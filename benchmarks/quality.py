@@ -15,18 +15,20 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from itertools import accumulate, pairwise, product
-from math import inf, sqrt
+from itertools import product
+from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
 
 import _record as kit
+import numpy as np
 import torch
 from _record import Bar, Found, Options, benchmarks, grouped, main, record, section, spread, table
 from torch import Tensor
 
+from engines import run_here
 from parablock.algorithm.aggregate import ServerOptimizer
 from parablock.algorithm.sequential import OracleProblem, Solve, run_sequential
 from parablock.algorithm.stacking import Factors
@@ -50,10 +52,12 @@ from parablock.plan.forecast import make_plan
 from parablock.report.reading import read_runs
 from parablock.report.tables import ablation_table
 from parablock.seeding import generator_for
+from parablock.trace import Trace
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import ASSUMED_FLOPS
 from parablock.wire.quantize import Encoding, pack
 from parablock.wire.transport import Link
+from toy import Idle
 
 STEP_S = 0.25
 
@@ -73,7 +77,9 @@ def first_time(curve: list[list[float]], loss: float) -> float | None:
 
 
 # -- a problem without a model: how fast the gradient vanishes, and what each knob does
-BLOCKS, SIZE, CLIENTS, EXAMPLES, BATCH, STEPS, REGULARISATION, CONSTANT_STEP = 5, 8, 6, 60, 12, 2, 0.1, 0.3
+PROBLEM = kit.ABOUT["rate"]["problem"]
+BLOCKS, SIZE, CLIENTS, EXAMPLES, BATCH, STEPS, REGULARISATION = PROBLEM.values()
+CONSTANT_STEP = 0.3
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """Of the 95% interval, by the number of seeds."""
 VARIANTS, KNOBS = kit.ABOUT["rate"]["variants"], kit.ABOUT["ablations"]["knobs"]
@@ -162,9 +168,7 @@ def rate(options: Options) -> None:
     serial, overlapped = found["FL-BCD"]["slope"], found["ParaBlock"]["slope"]
     bars = [Bar("slope of FL-BCD", serial, -0.45), Bar("slope of ParaBlock", overlapped, -0.45)]
     bars.append(Bar("|slope of ParaBlock − slope of FL-BCD|", abs(overlapped - serial), 0.05))
-    facts: Found = {"blocks": BLOCKS, "block_size": SIZE, "clients": CLIENTS, "examples": EXAMPLES, "batch": BATCH}
-    facts |= {"local_steps": STEPS, "regularisation": REGULARISATION}
-    record(options, found, bars, {"variants": VARIANTS, "problem": facts})
+    record(options, found, bars, {"variants": VARIANTS, "problem": PROBLEM})
 
 
 def slope(rounds: list[int], values: list[float]) -> float:
@@ -219,42 +223,45 @@ SAME_S = 0.01
 
 
 def duel(
-    config_of: Callable[[int, bool], RunConfig], options: Options, name: str
+    material: kit.Material, settings: Found, options: Options, name: str, *, one_in: int, longer: Found
 ) -> tuple[list[kit.Kept], kit.Kept | None, float | None]:
-    """Run FL-BCD, ParaBlock, and ParaBlock for longer where it is not as low; return also the ratio of times."""
-    runs = [kit.Kept(config_of(delay, False), options, f"{name}-delay-{delay}") for delay in (0, 1)]
-    longer, reached = None, first_time(runs[1].curve, runs[0].loss)
+    """Run FL-BCD, ParaBlock, and ParaBlock for longer where it is not as low; return also the ratio of times.
+
+    The longer run has a round more for `one_in`, and settings of its own.
+    """
+
+    def run(delay: int, rounds: int, which: str, **own: Any) -> kit.Kept:
+        own |= {"federation.delay": delay, "federation.num_rounds": rounds}
+        config = kit.configured(material, balanced(material, options) | settings | own)
+        return kit.Kept(config, options, f"{name}-{which}")
+
+    runs = [run(delay, options.rounds, f"delay-{delay}") for delay in (0, 1)]
+    longest, reached = None, first_time(runs[1].curve, runs[0].loss)
     if reached is None:
-        longer = kit.Kept(config_of(1, True), options, f"{name}-longer")
-        reached = first_time(longer.curve, runs[0].loss)
-    return runs, longer, None if reached is None else reached / runs[0].curve[-1][0]
+        longest = run(1, options.rounds + max(1, options.rounds // one_in), "longer", **longer)
+        reached = first_time(longest.curve, runs[0].loss)
+    return runs, longest, None if reached is None else reached / runs[0].curve[-1][0]
 
 
 def quality(options: Options) -> None:
     """Compare the last loss of delay 1 with that of delay 0 on T0 and GSM8K: how soon, and the right answers."""
     found: list[Found] = []
-    constant = options.lr_scheduler_type == "constant"
+    one_in = LONGER_ONE_IN if options.lr_scheduler_type == "constant" else LONGER_ONE_IN_OF_A_DECAY
     for name, seed in product(options.only, options.seeds):
-
-        def config_of(delay: int, longer: bool, name: str = name, seed: int = seed) -> RunConfig:
-            num_clients = 2 if options.smoke else {"t0": 8, "gsm8k": 4}[name]
-            material = kit.material_of(options, num_clients=num_clients)
-            if name == "gsm8k" and not options.smoke:
-                material = kit.pretrained("gsm8k", train="/train.jsonl", test="/test.jsonl")
-            more = max(1, options.rounds // (LONGER_ONE_IN if constant else LONGER_ONE_IN_OF_A_DECAY))
-            settings = {
-                "data.partition.scheme": "by_file" if name == "t0" else "iid",
-                "federation.num_clients": num_clients,
-                "federation.num_rounds": options.rounds + more * longer,
-                "federation.delay": delay,
-                "train.lr_scheduler_type": options.lr_scheduler_type,
-                "evaluation.every_rounds": 2 if longer else 4,
-                "checkpoint.every_rounds": max(1, options.rounds // 4),
-                "seed": seed,
-            }
-            return kit.configured(material, balanced(material, options) | settings)
-
-        runs, longer, ratio = duel(config_of, options, f"{name}-seed-{seed}")
+        num_clients = 2 if options.smoke else {"t0": 8, "gsm8k": 4}[name]
+        material = kit.material_of(options, num_clients=num_clients)
+        if name == "gsm8k" and not options.smoke:
+            material = kit.pretrained("gsm8k", train="/train.jsonl", test="/test.jsonl")
+        settings = {
+            "data.partition.scheme": "by_file" if name == "t0" else "iid",
+            "federation.num_clients": num_clients,
+            "train.lr_scheduler_type": options.lr_scheduler_type,
+            "evaluation.every_rounds": 4,
+            "checkpoint.every_rounds": max(1, options.rounds // 4),
+            "seed": seed,
+        }
+        more = {"one_in": one_in, "longer": {"evaluation.every_rounds": 2}}
+        runs, longer, ratio = duel(material, settings, options, f"{name}-seed-{seed}", **more)
         told = [
             run.told("delay", "num_rounds", "uplink_bytes") | {"seconds": run.curve[-1][0], "curve": run.curve}
             for run in (*runs, *([longer] if longer else []))
@@ -269,18 +276,22 @@ def quality(options: Options) -> None:
         record(options, found, quality_bars(found), runs[1].config)  # the rest may not be reached
 
 
+def duel_bars(name: str, serial: float, overlapped: float, rows: list[Found]) -> list[Bar]:
+    """Return the bars of the mean last losses of both, and of how soon ParaBlock reaches FL-BCD's."""
+    soon = fmean(9.99 if row["time_ratio"] is None else row["time_ratio"] for row in rows)
+    return [
+        Bar(f"{name}: loss of ParaBlock / FL-BCD, means", overlapped / serial, 1.02),
+        Bar(f"{name}: seconds to FL-BCD's last loss, mean ratio", soon, 0.55),
+    ]
+
+
 def quality_bars(found: list[Found]) -> list[Bar]:
     bars = []
     for data, rows in grouped(found, "data").items():
-        name = f"{data}, shuffled"
-        serial, overlapped = (fmean(row["runs"][delay]["final_eval_loss"] for row in rows) for delay in (0, 1))
+        losses = [fmean(row["runs"][delay]["final_eval_loss"] for row in rows) for delay in (0, 1)]
         base = fmean(row["runs"][0]["initial_eval_loss"] for row in rows)
-        times = [9.99 if row["time_ratio"] is None else row["time_ratio"] for row in rows]
-        bars += [
-            Bar(f"{name}: loss of ParaBlock / FL-BCD, means", overlapped / serial, 1.02),
-            Bar(f"{name}: loss of the worse of both / base model", max(serial, overlapped) / base, 0.9),
-            Bar(f"{name}: seconds to FL-BCD's last loss, mean ratio", fmean(times), 0.55),
-        ]
+        bars += duel_bars(f"{data}, shuffled", *losses, rows)
+        bars.append(Bar(f"{data}, shuffled: loss of the worse of both / base model", max(losses) / base, 0.9))
     return bars
 
 
@@ -389,18 +400,10 @@ def words(options: Options) -> None:
     test = str(folder / "problems" / TEST_FILE_NAME)
     material = kit.Material(kit.material_of(options).model, tuple(map(str, train)), (test,))
     for alpha, seed in product(options.alphas, options.seeds):
-
-        def config_of(delay: int, longer: bool, alpha: float = alpha, seed: int = seed) -> RunConfig:
-            more = max(1, options.rounds // LONGER_ONE_IN_OF_A_DECAY) * longer
-            settings = {
-                "data.partition": {"scheme": "dirichlet", "alpha": alpha, "field": "template"},
-                "federation.num_rounds": options.rounds + more,
-                "federation.delay": delay,
-                "seed": seed,
-            }
-            return kit.configured(material, balanced(material, options) | settings)
-
-        runs, longer, ratio = duel(config_of, options, f"alpha-{alpha:g}-seed-{seed}")
+        partition = {"scheme": "dirichlet", "alpha": alpha, "field": "template"}
+        settings, name = {"data.partition": partition, "seed": seed}, f"alpha-{alpha:g}-seed-{seed}"
+        how = {"one_in": LONGER_ONE_IN_OF_A_DECAY, "longer": {}}
+        runs, longer, ratio = duel(material, settings, options, name, **how)
         row: Found = {"alpha": alpha, "seed": seed, "time_ratio": ratio, "ratio": runs[1].loss / runs[0].loss}
         for name, run in zip(("fl_bcd", "parablock", "parablock, more rounds"), (*runs, longer), strict=True):
             if run is not None:
@@ -414,13 +417,10 @@ def words(options: Options) -> None:
 
 
 def words_bars(found: list[Found]) -> list[Bar]:
-    bars = []
+    bars = list[Bar]()
     for alpha, rows in grouped(found, "alpha").items():
-        ratio = fmean(row["parablock"]["loss"] for row in rows) / fmean(row["fl_bcd"]["loss"] for row in rows)
-        times = [inf if row["time_ratio"] is None else row["time_ratio"] for row in rows]
-        if alpha >= 0.3:
-            bars.append(Bar(f"α {alpha:g}: loss of ParaBlock / FL-BCD at equal rounds, means", ratio, 1.02))
-        bars.append(Bar(f"α {alpha:g}: seconds to FL-BCD's last loss, mean ratio", min(9.99, fmean(times)), 0.55))
+        losses = [fmean(row[name]["loss"] for row in rows) for name in ("fl_bcd", "parablock")]
+        bars += duel_bars(f"α {alpha:g}", *losses, rows)[0 if alpha >= 0.3 else 1 :]
     return bars
 
 
@@ -440,16 +440,10 @@ def words_section(found: Found) -> Found:
 
 # -- every method on T0
 NAMES = {name: row.title for name, row in ROWS.items()}
-KINDS = {
-    kind: tuple(name for name, row in ROWS.items() if row.trains == trains)
-    for kind, trains in (("blocks", "blocks"), ("all parameters", "everything"), ("adapters", "adapters"))
-}
-LORA = KINDS["adapters"]
-GRID = {"blocks": (1e-3, 3e-3, 1e-2), "all parameters": (3e-4, 1e-3, 3e-3), "adapters": (3e-3, 1e-2)}
-TUNED_ON = {"blocks": "fl_bcd", "all parameters": "fedavg", "adapters": "fedit"}
+KINDS = kit.ABOUT["methods"]["kinds"]
+KIND_OF = {name: kind for kind, of in KINDS.items() for name, row in ROWS.items() if row.trains == of["trains"]}
+LORA = tuple(name for name, kind in KIND_OF.items() if kind == "adapters")
 TUNING_SEED = 9
-ROUNDS = {"blocks": 1.0, "all parameters": 0.5, "adapters": 1.0, "fedcybgd": 8.0}
-"""Of those of a block method; FedCyBGD trains on one of eight clients in a round."""
 SCORED = ("parablock", "fl_bcd", "fedavg", "fedit")
 """The methods that are scored on each family apart."""
 SILENT = tuple(name for name, row in ROWS.items() if not row.sends)
@@ -463,21 +457,16 @@ def methods(options: Options) -> None:
     base = family_scores(kit.material_of(options).model, options, "base") if is_scored else {}
     found: Found = {"learning_rates": rates, "runs": [], "base": base}
     for seed in options.seeds:
-        for kind, of_kind in KINDS.items():
-            for method in (method for method in of_kind if method in options.only):
-                run = kit.Kept(method_config(method, rates[kind], seed, options), options, f"{method}-seed-{seed}")
-                clients = 1 if method == "central" else run.config.federation.num_clients
-                spent = accumulate((row["uplink_bytes"] + row["downlink_bytes"]) / clients for row in run.rows)
-                curve = [
-                    [k, num_bytes, row["eval_loss"]]
-                    for k, (num_bytes, row) in enumerate(zip(spent, run.rows, strict=True), 1)
-                    if row["eval_loss"] is not None
-                ]
-                row = {"method": method, "seed": seed, "learning_rate": rates[kind]} | run.told("num_rounds")
-                row["curve"] = [[0, 0.0, run.summary["initial_eval_loss"]], *curve]
-                scored = is_scored and method in SCORED
-                row["scores"] = family_scores(str(run.directory.model), options, run.name) if scored else {}
-                found["runs"].append(row)
+        for method in (method for method in KIND_OF if method in options.only):
+            learning_rate = rates[KIND_OF[method]]
+            run = kit.Kept(method_config(method, learning_rate, seed, options), options, f"{method}-seed-{seed}")
+            clients = 1 if method == "central" else run.config.federation.num_clients
+            curve = [[point["round"], point["bytes"] / clients, point["loss"]] for point in run.points]
+            row = {"method": method, "seed": seed, "learning_rate": learning_rate} | run.told("num_rounds")
+            row["curve"] = [[0, 0.0, run.summary["initial_eval_loss"]], *curve]
+            scored = is_scored and method in SCORED
+            row["scores"] = family_scores(str(run.directory.model), options, run.name) if scored else {}
+            found["runs"].append(row)
         runs = grouped(found["runs"], "method")
         found["round_s"] = {name: {str(u): round_s(name, u, options) for u in options.links} for name in runs}
         found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
@@ -489,8 +478,8 @@ def methods(options: Options) -> None:
 
 
 def method_config(method: str, learning_rate: float, seed: int, options: Options) -> RunConfig:
-    kind = next(kind for kind, of_kind in KINDS.items() if method in of_kind)
-    rounds = round(options.rounds * ROUNDS.get(method, ROUNDS[kind]))
+    kind = KIND_OF[method]
+    rounds = round(options.rounds * kit.ABOUT["methods"]["rounds_of"].get(method, KINDS[kind]["rounds"]))
     full = kind == "all parameters"  # a round of these sends many bytes: look at each
     settings = {
         "federation.method": method,
@@ -508,12 +497,11 @@ def tuned_rates(options: Options) -> dict[str, float]:
     """Find the learning rate of each kind of method: the best of its grid after half of the rounds."""
     short = Options(**vars(options) | {"rounds": max(8, options.rounds // 2)})
     rates = {}
-    for kind, grid in GRID.items():
-        configs = {
-            rate: method_config(TUNED_ON[kind], rate, TUNING_SEED, short)
-            for rate in grid[: 1 if options.smoke else None]
-        }
-        losses = {rate: kit.Kept(config, options, "tuning").loss for rate, config in configs.items()}
+    for kind, tuned in KINDS.items():
+        losses = {}
+        for rate in tuned["grid"][: 1 if options.smoke else None]:
+            config = method_config(tuned["on"], rate, TUNING_SEED, short)
+            losses[rate] = kit.Kept(config, options, "tuning").loss
         rates[kind] = min(losses, key=lambda rate: losses[rate])
     return rates
 
@@ -535,7 +523,7 @@ def trained_of(method: str, model: str) -> tuple[tuple[Block, ...], FlopModel, F
 
 def step_s(kind: str, options: Options) -> float:
     """Return the seconds of a local step on one assumed core, by its operations; for blocks their mean."""
-    blocks, flops, _ = trained_of(TUNED_ON[kind], kit.material_of(options).model)
+    blocks, flops, _ = trained_of(KINDS[kind]["on"], kit.material_of(options).model)
     if kind == "adapters":  # the matrices themselves need no gradient
         blocks = tuple(replace(block, layers=()) for block in blocks)
     tokens = Tokens.at_most(num_examples=options.batch_size, max_length=options.max_length)
@@ -551,46 +539,41 @@ def round_s(method: str, mbps: float, options: Options) -> float:
     plan = replace(server_plan(config, form), num_rounds=rounds)
     clock, sends = VirtualClock(), factors.num_elements if factors else None
     params = [torch.zeros(0 if method in SILENT else block.num_parameters) for block in blocks]
-    idle = [kit.Idle(config.engine.step_time_s, sends) for _ in range(plan.num_clients)]
-    kit.run_engine(params, idle, plan, clock, link=Link(mbps, mbps))
+    idle = [Idle(config.engine.step_time_s, sends) for _ in range(plan.num_clients)]
+    run_here(params, idle, plan, Trace(clock), link=Link(mbps, mbps))
     return clock.now() / rounds
 
 
-def loss_at(curve: list[list[float]], place: float, axis: int) -> float | None:
-    """Read a curve off at so many rounds (axis 0) or bytes (axis 1); None beyond its end."""
-    for left, right in pairwise(curve):
-        if left[axis] <= place <= right[axis] * (1 + 1e-9):
-            share = (place - left[axis]) / (right[axis] - left[axis])
-            return left[2] + share * (right[2] - left[2])
-    return None
-
-
 def losses_at(found: Found, place: Callable[[str], float], axis: int) -> Found:
-    """Read the curves of each method that sends anything off at its place."""
+    """Read the curves of each method that sends anything off, at so many rounds (axis 0) or bytes (axis 1).
+
+    A loss is None beyond the end of its curve.
+    """
+
+    def loss_at(curve: list[list[float]], at: float) -> float | None:
+        places, losses = [point[axis] for point in curve], [point[2] for point in curve]
+        return float(np.interp(at, places, losses)) if at <= places[-1] * (1 + 1e-9) else None
+
     sending = {name: runs for name, runs in grouped(found["runs"], "method").items() if name not in SILENT}
-    return {name: [loss_at(run["curve"], place(name), axis) for run in runs] for name, runs in sending.items()}
+    return {name: [loss_at(run["curve"], place(name)) for run in runs] for name, runs in sending.items()}
 
 
 def equal_seconds(found: Found, options: Options) -> Found:
     """Return each method's losses when ParaBlock has done a part and all of its rounds, for each link."""
-
-    def losses(mbps: str, seconds: float) -> Found:
-        return losses_at(found, lambda name: seconds / found["round_s"][name][mbps], 0)
-
-    links = found["round_s"]["parablock"].items()
-    wholes = {mbps: [share * seconds * options.rounds for share in (0.25, 0.5, 1.0)] for mbps, seconds in links}
-    return {mbps: {f"{at:.1f}": losses(mbps, at) for at in times} for mbps, times in wholes.items()}
+    losses: Found = {}
+    for mbps, round_seconds in found["round_s"]["parablock"].items():
+        for share in (0.25, 0.5, 1.0):
+            at = share * round_seconds * options.rounds
+            read = losses_at(found, lambda name, at=at, mbps=mbps: at / found["round_s"][name][mbps], 0)
+            losses.setdefault(mbps, {})[f"{at:.1f}"] = read
+    return losses
 
 
 def equal_bytes(found: Found) -> Found:
     """Return each method's losses when so many bytes have crossed a client's link."""
-    few = (*LORA, "parablock")
-    whole = max(run["curve"][-1][1] for run in found["runs"] if run["method"] in few)
-
-    def losses(num_bytes: float) -> Found:
-        return losses_at(found, lambda _: num_bytes, 1)
-
-    return {f"{at / 1e6:.1f}": losses(at) for at in (share * whole for share in (0.125, 0.25, 0.5, 1.0))}
+    whole = max(run["curve"][-1][1] for run in found["runs"] if run["method"] in (*LORA, "parablock"))
+    places = [share * whole for share in (0.125, 0.25, 0.5, 1.0)]
+    return {f"{at / 1e6:.1f}": losses_at(found, lambda _, at=at: at, 1) for at in places}
 
 
 def methods_section(found: Found) -> Found:
@@ -753,14 +736,7 @@ def peer(name: str, options: Options) -> Found:
         before, points = run_fedavg(config)
     else:
         run = kit.Kept(config, options, "".join(letter if letter.isalnum() else "-" for letter in name.lower()))
-        moved = accumulate(row["uplink_bytes"] + row["downlink_bytes"] for row in run.rows)
-        seen = [
-            {"round": row["round_index"] + 1, "bytes": num_bytes}
-            for row, num_bytes in zip(run.rows, moved, strict=True)
-            if row["eval_loss"] is not None
-        ]
-        points = [row | {"seconds": s, "loss": loss} for row, (s, loss) in zip(seen, run.curve, strict=True)]
-        before = run.summary["initial_eval_loss"]
+        before, points = run.summary["initial_eval_loss"], run.points
     way = {"everything": "full", "adapters": "lora"}.get(config.federation.traits.trains, "block")
     memory_bytes = make_plan(peer_config(OURS, options)).memory_bytes[way]
     reached = next((point for point in points if point["loss"] <= options.loss), None)

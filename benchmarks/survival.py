@@ -11,16 +11,16 @@ import os
 import re
 import resource
 import socket
-import struct
 import subprocess
 import sys
 import time
-import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from operator import truediv
 from pathlib import Path
 from statistics import fmean, median
@@ -32,27 +32,21 @@ import torch
 from _record import Bar, Found, Options, benchmarks, main, record, section, spread, table, table_of
 from torch import Tensor
 
+from cuttable_proxy import CuttableProxy
+from masked_wires import MaskedWires
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Rule
-from parablock.clock import VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.config.section import KINDS_AT
 from parablock.deploy.direct_local import HOST, LocalSites
 from parablock.errors import CodecError, ConfigError
-from parablock.experiment.engines import server_plan, update_form
-from parablock.experiment.inputs import read_inputs
-from parablock.methods.choose import make_method_model
-from parablock.privacy.masked_client import MaskedClient
-from parablock.privacy.masked_server import MaskedServer
-from parablock.privacy.masking import Cohorts
 from parablock.seeding import generator_for
 from parablock.storage.run_directory import RunDirectory
-from parablock.training.trainer import Trained, Trainer
 from parablock.wire import messages
-from parablock.wire.codec import CHECKSUM, PREFIX
-from parablock.wire.quantize import FORMATS, pack
+from parablock.wire.quantize import pack
 from parablock.wire.transport import Parcel
+from sealed_messages import every_message, forged, parts_of, sealed
 
 POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 600.0, 2, 1.0
 SAME = "same model as one process"
@@ -204,9 +198,6 @@ class RealSites:
     """A server and sites, each a process that the command line starts, and a bad link before each site."""
 
     def __init__(self, directory: Path, config: RunConfig, bytes_per_s: float) -> None:
-        sys.path.append(str(kit.REPOSITORY / "tests" / "support"))
-        from cuttable_proxy import CuttableProxy
-
         with socket.create_server((HOST, 0)) as found:
             self.port = int(found.getsockname()[1])
         self.output_dir, self.sites = directory, LocalSites(directory, config)
@@ -288,10 +279,8 @@ def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list
 
 
 def deployed(material: kit.Material, options: Options) -> RunConfig:
-    files = ([material.model], material.train[:SITES], material.test)
-    model, train, test = (tuple(str(Path(file).absolute()) for file in some) for some in files)
-    settings = kit.training(options) | {"engine.clock": None}
-    return kit.configured(kit.Material(model[0], train, test), settings)
+    sites = replace(material, train=material.train[:SITES])
+    return kit.configured(sites, kit.training(options) | {"engine.clock": None})
 
 
 def in_one_process(config: RunConfig, directory: Path, other_seed: int = 0) -> str:
@@ -408,49 +397,24 @@ def compared(
 
 
 # -- hostile clients
-ATTACKS = {"none": 1.0, "sign flip": -1.0, "flip and scale": -10.0}
-"""What an attacker multiplies its update by."""
-
-
-@dataclass
-class Attacker:
-    """A client that trains as all do and sends a multiple of what it found."""
-
-    honest: Trainer
-    factor: float
-
-    def __post_init__(self) -> None:
-        self.num_examples, self.step_time_s = self.honest.num_examples, self.honest.step_time_s
-        self.memory, self.remember = self.honest.memory, self.honest.remember
-
-    def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
-        found, v = self.honest.train(round_index, block_index, *rest), rest[-1][block_index].float()
-        return replace(found, trained=v + self.factor * (found.trained[:].float() - v))
+ATTACKS, RULES = kit.ABOUT["robust"]["attacks"], kit.ABOUT["robust"]["rules_of"]
+"""What an attacker multiplies its update by; the settings of each rule."""
 
 
 def robust(options: Options) -> None:
     """Measure what hostile clients do to each aggregation rule: held-out loss, beside that of nobody's attack."""
-    rule = "federation.aggregation"
-    rules = {
-        "mean": {},
-        "median": {rule: "median"},
-        "trimmed mean": {rule: "trimmed_mean", "federation.trim_fraction": 0.2},
-        "krum": {rule: "krum", "federation.assumed_attackers": options.attackers},
-    }
     material = kit.material_of(options, num_clients=options.clients)
     own = {"federation.num_clients": options.clients, "data.partition.scheme": None}
     settings, found = kit.training(options) | own, []
+    hostile = list(product(range(options.rounds), range(options.clients - options.attackers, options.clients)))
     for attack in options.attacks:
+        scaled = {"at": "train", "kind": "scale", "value": ATTACKS[attack]}
+        faults = [scaled | {"round": t, "client": client} for t, client in hostile if attack != "none"]
         for name in options.rules if attack != "none" else ["mean"]:
-            job = read_inputs(kit.configured(material, settings | rules[name]))
-            fleet, honest = make_method_model(job), options.clients - options.attackers
-            trainers = [*fleet.trainers[:honest], *(Attacker(t, ATTACKS[attack]) for t in fleet.trainers[honest:])]
-            before = fleet.evaluate(fleet.params)
-            plan = server_plan(job.config, update_form(job.config))
-            ended = kit.run_engine(fleet.params, trainers, plan, VirtualClock())
-            losses = {"initial_eval_loss": before, "final_eval_loss": fleet.evaluate(ended.server.params)}
-            found.append({"attack": attack, "factor": ATTACKS[attack], "rule": name, **losses})
-            print(found[-1])
+            expected = {"federation.assumed_attackers": options.attackers} if name == "krum" else {}
+            config = kit.configured(material, settings | RULES[name] | expected | {"faults": faults})
+            run = kit.Kept(config, options, f"{attack}-{name}".replace(" ", "-"))
+            found.append({"attack": attack, "factor": ATTACKS[attack], "rule": name} | run.told())
     bars = [
         Bar(f"{row['attack']}, {row['rule']}: loss / clean loss", row["final_eval_loss"] / clean_loss(found), 1.05)
         for row in found
@@ -472,7 +436,7 @@ def robust_section(found: Found) -> Found:
 # -- secure aggregation
 CLIENTS, DROPPING = 8, (2, 5)
 DEVIATIONS = ("deviations_of_masked_from_uniform", "deviations_of_plain_from_uniform")
-GRIDS = {"none": "float32, nobody drops", "plain": "grid, two of eight drop", "masked": "masked, the same drop"}
+GRIDS = kit.ABOUT["secure_aggregation"]["runs"]
 
 
 def secure_aggregation(options: Options) -> None:
@@ -518,32 +482,6 @@ def secure_aggregation_section(found: Found) -> Found:
     return section("secure_aggregation", found, made, **told)
 
 
-class Wires:
-    """Couriers and collector in one thread, joined by lists of bytes that are counted."""
-
-    def __init__(self, cohorts: Cohorts) -> None:
-        self.couriers = [MaskedClient(i, cohorts) for i in range(cohorts.num_clients)]
-        self.up = deque[tuple[int, bytes]]()
-        self.wire_bytes = 0
-        self.collector = MaskedServer(self, cohorts, stall_timeout_s=1.0)
-        for client_id, courier in enumerate(self.couriers):
-            self.take(client_id, courier.opening())
-
-    def take(self, client_id: int, parcels: Sequence[Parcel]) -> None:
-        self.wire_bytes += sum(len(parcel.message) for parcel in parcels)
-        self.up.extend((client_id, parcel.message) for parcel in parcels)
-
-    def send(self, client_id: int, parcel: Parcel) -> None:
-        self.wire_bytes += len(parcel.message)
-        self.take(client_id, self.couriers[client_id].incoming(parcel) or ())
-
-    def receive(self, *_: object) -> tuple[int, bytes]:
-        return self.up.popleft()
-
-    def receive_until(self, *_: object) -> tuple[int, bytes] | None:
-        return self.up.popleft() if self.up else None
-
-
 def measure_protocol(size: int, num_rounds: int) -> Found:
     """Let eight clients agree, six of them send, and the server take the masks off."""
     everybody, generator = tuple(range(CLIENTS)), torch.Generator().manual_seed(0)
@@ -558,7 +496,7 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
         seconds[what] = time.perf_counter() - began
         return done
 
-    wires = Wires(Cohorts(CLIENTS, dict.fromkeys(range(num_rounds), everybody)))
+    wires = MaskedWires(CLIENTS, dict.fromkeys(range(num_rounds), everybody))
     wires.collector.send(0, Parcel(messages.to_bytes(messages.Mark(0, False)), 0))
     setup_bytes = wires.wire_bytes
     words = timed("encode", lambda: {i: (grid.encode(delta), 1) for i, delta in deltas.items()})
@@ -566,7 +504,7 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
         i: messages.to_bytes(messages.Update(0, 0, i, 1, -1, 0.0, 1, 0.0, 0, 1, pack(word, "word32")))
         for i, (word, _) in words.items()
     }
-    timed("mask", lambda: [wires.take(i, wires.couriers[i].outgoing(Parcel(raw, 0))) for i, raw in updates.items()])
+    timed("mask", lambda: [wires.upload(i, raw) for i, raw in updates.items()])
     came = {}
     for _ in updates:
         client_id, raw = wires.collector.receive(1.0, "the updates")
@@ -600,18 +538,12 @@ def deviations(words: Tensor) -> float:
 WORDS: list[Any] = [None, True, -1, 0, 1, 7, 2**31, 2**63, -(2**70), 10**400, 0.5, -1e308, "", "int4", "Update"]
 WORDS += [[], {}, [1], [[]], [-1], [2**62], {"shape": [3]}, [{"format": "int2", "shape": [10**9]}]]
 WORDS += [math.nan, math.inf]
-SCRAPS = ["", "{}", "[]", "null", "true", ".nan", "-1", "1e999", "0x", "2020-13-45", "!!bool x", "&a [*a]"]
-SCRAPS += ["? [a]", "'"]
-GUIDED = """import sys, atheris
-with atheris.instrument_imports(include=["parablock.wire", "parablock.config.load", "parablock.config.section"]):
-    import survival
-survival.be_guided(atheris, *sys.argv[1:])
-"""
+SCRAPS = kit.ABOUT["fuzz"]["scraps"]
 
 
 def fuzz(options: Options) -> None:
     """Read mutated messages and configurations by the million: no foreign error, no hang, no growing memory."""
-    folder = kit.fresh_folder(options).resolve()
+    folder = kit.fresh_folder(options)
     if options.engine not in ("drawn", "atheris"):
         sys.exit(f"--engine {options.engine}: mutations are drawn, or chosen by atheris")
     mutate = guided if options.engine == "atheris" else drawn
@@ -691,7 +623,8 @@ def guided(what: str, number: int, seed: int, folder: Path) -> Found:
     corpus.mkdir()
     for place, raw in enumerate(INPUTS[what][0]()):
         (corpus / f"valid-{place}").write_bytes(raw)
-    command = [sys.executable, "-c", GUIDED, what, str(corpus), str(number), str(seed), str(output)]
+    arguments = map(str, (what, corpus, number, seed, output))
+    command = [sys.executable, "-c", kit.ABOUT["fuzz"]["guided"], *arguments]
     with output.with_suffix(".log").open("wb") as log:
         done = subprocess.run(command, stdout=log, stderr=log, check=False, cwd=Path(__file__).parent)
     if done.returncode != 0:
@@ -734,8 +667,7 @@ def mutated_message(raw: bytes, draw: np.random.Generator) -> bytes:
             return raw + raw[:first]
         case 3:
             return sealed((raw[:first] + raw[second:] + draw.bytes(second - first))[:-4])
-    (length,) = struct.unpack_from("<I", raw, 6)
-    header, payload = json.loads(raw[PREFIX.size :][:length]), raw[PREFIX.size + length : -CHECKSUM.size]
+    header, payload = parts_of(raw)
     if draw.random() < 0.3:
         payload = draw.bytes(len(payload) if draw.random() < 0.5 else int(draw.integers(0, 4000)))
     else:
@@ -744,24 +676,7 @@ def mutated_message(raw: bytes, draw: np.random.Generator) -> bytes:
             if isinstance(header.get(key), list) and header[key] and draw.random() < 0.5:
                 word = [*header[key][:-1], word]
             header[key] = word
-    head = json.dumps(header).encode()
-    return sealed(PREFIX.pack(b"PBLK", 1, len(head), len(payload)) + head + payload)
-
-
-def valid_messages() -> Iterator[bytes]:
-    for name in FORMATS:
-        vector = pack(torch.linspace(-1, 1, 300), name)
-        news = (messages.NewValue(1, 3, 0.5, "value", vector), messages.NewValue(0, 2, 1.0, "difference", vector))
-        update = messages.Update(5, 2, 3, 120, 4, 1.25, 8, 0.5, 1, 3, vector)
-        others = messages.RoundStart(5, 2, 8, 40, 3, news), messages.Finish(7, news)
-        yield from map(messages.to_bytes, (update, *others, messages.Chunk(2, 7, "value", vector)))
-    short = messages.Mark(8, stop=True), messages.Skip(4), messages.Join((3, -1), (4, 5)), messages.Welcome()
-    yield from map(messages.to_bytes, short)
-
-
-def sealed(body: bytes) -> bytes:
-    """Put a right checksum after anything."""
-    return body + CHECKSUM.pack(zlib.crc32(body))
+    return forged(header, payload)
 
 
 def mutated_text(raw: bytes, draw: np.random.Generator) -> bytes:
@@ -791,7 +706,7 @@ def valid_texts() -> Iterator[bytes]:
     yield from (path.read_bytes() for path in sorted((kit.REPOSITORY / "configs").glob("*.yaml")))
 
 
-INPUTS = {"messages": (valid_messages, mutated_message), "configurations": (valid_texts, mutated_text)}
+INPUTS = {"messages": (partial(every_message, 300), mutated_message), "configurations": (valid_texts, mutated_text)}
 """What is valid of each kind, and what changes it."""
 
 BENCHMARKS = benchmarks(globals())

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from parablock.model.pretrained import LoadedModel, load_model
 from tiny_runs import Runs, Workshop, half_written, make_workshop
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -49,6 +50,14 @@ def shared_dir() -> Path:
             pytest.fail(f"{folder} is missing; CI must not skip the tests on real data")
         pytest.skip(f"{folder} is missing: the real data and model lie beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(shared_dir: Path) -> LoadedModel:
+    """The small pretrained model, which no test trains."""
+    return load_model(
+        str(shared_dir / "models/tiny-base"), dtype="float32", device="cpu", init="pretrained", seed=0
+    )
 
 
 @pytest.fixture(scope="session")

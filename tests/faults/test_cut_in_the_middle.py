@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from engines import run_here, server_plan
+from engines import Followed, follow, server_plan
 from parablock.algorithm.parablock import same
 from parablock.clock import VirtualClock
-from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
-from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
 from parablock.trace import Trace
 from parablock.wire.quantize import CHUNK_PIECE, Encoding
@@ -25,38 +23,14 @@ WHOLE, STREAMED = Encoding("float32"), Encoding("float32", chunk_bytes=CHUNK_BYT
 HEADER_BYTES = 400
 
 
-@dataclass
-class Ran:
-    result: EngineResult
-    counted: list[list[int]]
-    uplink_bytes: int
-    downlink_bytes: int
-    seconds: float
-    events: list[str]
-
-
-def run(*faults: Fault, encoding: Encoding = STREAMED, delay: int = 1, stall_timeout_s: float = 600.0) -> Ran:
-    clock = VirtualClock()
-    counted, events, traffic_of = [], [], {}
+def run(*faults: Fault, encoding: Encoding = STREAMED, delay: int = 1, stall_timeout_s: float = 600.0) -> Followed:
     plan = server_plan(3, ROUNDS, delay, Differences(encoding), stall_timeout_s=stall_timeout_s, aggregation_s=0.0)
+    params, trainers = [torch.linspace(-1, 1, SIZE) for _ in range(3)], [Walker(i, 1.0) for i in range(3)]
+    return follow(params, trainers, plan, Trace(VirtualClock()), link=Link(2.0, 2.0), faults=Faults(faults))
 
-    def on_commit(state, updates, traffic) -> None:
-        counted.append([update.client_id for update in updates])
-        traffic_of[state.committed] = traffic
 
-    result = run_here(
-        [torch.linspace(-1, 1, SIZE) for _ in range(3)],
-        [Walker(i, 1.0) for i in range(3)],
-        plan,
-        Trace(clock),
-        Hooks(on_commit, lambda _: None, on_event=events.append),
-        link=Link(2.0, 2.0),
-        faults=Faults(faults),
-    )
-    up, down = (
-        sum(getattr(traffic, f"{way}link_bytes") for traffic in traffic_of.values()) for way in ("up", "down")
-    )
-    return Ran(result, counted, up, down, clock.now(), events)
+def moved(ran: Followed, way: str) -> int:
+    return sum(getattr(traffic, f"{way}link_bytes") for traffic in ran.traffic)
 
 
 @pytest.mark.parametrize("delay", [0, 1])
@@ -65,7 +39,7 @@ def test_a_link_cut_for_six_minutes_costs_six_minutes_and_at_most_one_chunk(way:
     undisturbed, cut = run(delay=delay), run(Fault(1, 3, f"{way}load", "drop", SIX_MINUTES), delay=delay)
     assert same(cut.result.server.params, undisturbed.result.server.params)
     assert cut.counted == undisturbed.counted == [[0, 1, 2]] * ROUNDS
-    again = getattr(cut, f"{way}link_bytes") - getattr(undisturbed, f"{way}link_bytes")
+    again = moved(cut, way) - moved(undisturbed, way)
     assert 0 < again <= CHUNK_BYTES + HEADER_BYTES < 4 * SIZE / 2
     assert SIX_MINUTES - 2 < cut.seconds - undisturbed.seconds < SIX_MINUTES + 2
     assert not cut.events

@@ -1,7 +1,7 @@
-"""Forty ways of going wrong, from `plan` to `resume`: each says what it is, why, and what to do.
+"""Forty ways of going wrong and more, from `plan` to `resume`: each says what it is, why, and what to do.
 
-All of them go through the real command line, in one folder, where nothing may have changed afterwards. More
-of what can be wrong with values, rows and disks stands in `test_wrong_inputs.py`.
+All of them go through the real command line, in one folder, where nothing may have changed afterwards. What can
+be wrong with disks and with what a run left stands in `test_wrong_inputs.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from broken_inputs import write_broken_files, write_broken_models
 from tiny_runs import Workshop, command, half_written, sum_row, write_rows
 
 IID = "--set data.partition.scheme=iid --set federation.num_clients=2"
+READ = f"run run.yaml --output-dir out {IID} --set data.train"
+BY_LABEL = "--set data.partition.scheme=by_field --set data.partition.field=label"
+SPARSE = "--set 'data.partition={scheme: dirichlet, field: label, alpha: 0.01}'"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,44 @@ run run.yaml --output-dir out {IID} --set data.train=silent.jsonl
   None of 2 rows has anything to train on | because the completion is empty | give rows with completions
 run run.yaml --output-dir out {IID} --set data.train=corrupt.parquet
   corrupt.parquet cannot be read | The file is damaged | Fetch or export it again
+run run.yaml --output-dir out --set engine.name=flower --set engine.clock=real --set engine.step_time_s=null
+  engine.name: flower | has its clients at sites | start it with `parablock deploy local`
+run run.yaml --output-dir out --set engine.name=flower
+  engine: | flower runs in real time | leave clock: real
+run run.yaml --output-dir out --set blocks.layers_per_block=auto --set link={{}}
+  blocks.layers_per_block: auto | fits the blocks to the link | set link.upload_mbps
+run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num_local_steps=auto
+  blocks.layers_per_block: auto | follows from train.num_local_steps, which is auto too | set a number
+{READ}=folder
+  folder is a folder | not a file | List the files
+{READ}=bytes.jsonl
+  bytes.jsonl, line 2 is not JSON | byte 0xff at position 12 is not UTF-8 | one JSON object per line, in UTF-8
+{READ}=numbers.jsonl
+  numbers.jsonl, line 2 | holds a value of type int, not an object | one JSON object per line
+{READ}=blank.jsonl
+  blank.jsonl is empty | it holds no row | at least one example
+{READ}=mixed.jsonl
+  mixed.jsonl, line 1 has the format prompt_completion | line 2 has gsm8k | into one format
+{READ}=number_for_text.jsonl
+  number_for_text.jsonl, line 2 | field completion is of type int, not text | as a string
+{READ}=turns.jsonl
+  turns.jsonl, line 2 | turn 1 of messages has no role and content | such as {{"role": "user"
+{READ}=rows.jsonl --set data.format=gsm8k
+  rows.jsonl, line 2 | no value in field question | gsm8k: question, answer
+{READ}=rows.jsonl --set data.max_length=8
+  None of 4 rows | because the prompt alone fills max_length 8 | Raise data.max_length
+{READ}=rows.jsonl --set federation.num_clients=9
+  8 rows cannot be split over 9 clients | Every client needs at least one row | lower federation.num_clients
+{READ}=rows.jsonl --set federation.num_clients=8 --set data.test=[]
+  client 0 has 1 row | a part of each client's rows is held out | Give data.test
+{READ}=label_missing.jsonl {BY_LABEL}
+  label_missing.jsonl, line 5 | no value in field 'label' | Choose a field for data.partition.field
+{READ}=labelled.jsonl {BY_LABEL} --set data.partition.field=colour
+  labelled.jsonl, line 1 | no value in field 'colour' | Choose a field for data.partition.field
+{READ}=labelled.jsonl {BY_LABEL} --set federation.num_clients=3
+  by_field gives one value of 'label' to each client | 2 values and 3 clients | Set federation.num_clients: 2
+{READ}=labelled.jsonl --set federation.num_clients=8 {SPARSE}
+  over 8 rows | gave each of 8 clients | Raise data.partition.alpha
 run run.yaml --output-dir out --set federation.num_rounds=3
   federation.num_rounds: 3 rounds | would never train block | give at least 4 rounds
 run run.yaml --output-dir rows.jsonl/out
@@ -110,6 +151,12 @@ compare run.yaml --output-dir out --methods parablock,parablock
   --methods | parablock, parablock | give each method once
 compare run.yaml --output-dir out --seeds 0,x
   --seeds | '0,x' | give whole numbers such as 0,1,2
+blocks model --split thirds
+  blocks.split | is 'thirds' | Choose one of layer, attention_mlp
+eval finished --data many.jsonl --task multiple_choice
+  many.jsonl, line 1 has no field choices | only where there are 2 to 16 | Give each row a field choices
+eval finished --data missing.jsonl
+  missing.jsonl does not exist | Relative paths start from | Check the path
 eval unfinished --data test.jsonl
   the run in unfinished has no model yet | It was interrupted, or it failed | parablock resume unfinished
 eval model --data test.jsonl --task vibes
@@ -144,6 +191,7 @@ def folder(workshop: Workshop) -> Iterator[Path]:
     write_broken_models(workshop)
     write_rows(path / "plain.jsonl", [{"text": "Ann has 12 apples."}] * 4)
     write_rows(path / "choices.jsonl", [{**sum_row(1, 1), "choices": ["#### 3", "#### 4"]}])
+    write_rows(path / "many.jsonl", (sum_row(1, k) for k in range(20)))
     make_runs(workshop)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)

@@ -7,12 +7,12 @@ links, deadlines or deaths.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from engines import run_here, server_plan
+from engines import Followed, follow, run_here, server_plan
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.clock import RealClock, VirtualClock
@@ -46,18 +46,11 @@ class Diverging(ToyTrainer):
 
 
 @dataclass
-class Ran:
-    """A run, and what the oracle is told of it."""
+class Ran(Followed):
+    """A run, and what the oracle is told of it beside."""
 
-    result: EngineResult
-    trajectory: list[tuple[torch.Tensor, ...]]
-    counted: list[list[int]]
     trained: list[list[int]]
     faults: Faults
-    seconds: float
-    events: list[str]
-    uplink_bytes: int
-    params: list[torch.Tensor] = field(default_factory=list)
 
 
 def run(
@@ -72,24 +65,10 @@ def run(
 ) -> Ran:
     """Run; `changes` are fields of the server's plan."""
     clock, injected = clock or VirtualClock(), Faults(faults)
-    trajectory, counted, events, up = [], [], [], []
     plan = server_plan(len(EXAMPLES), ROUNDS, delay, Differences(encoding), aggregation_s=0.0, **changes)
-
-    def on_commit(state, updates, traffic) -> None:
-        trajectory.append(state.params)
-        counted.append([update.client_id for update in updates])
-        up.append(traffic.uplink_bytes)
-
+    trainers = [Diverging(i, n, step_s, diverging.get(i, ())) for i, n in enumerate(EXAMPLES)]
     trace = Trace(clock)
-    result = run_here(
-        initial(4),
-        [Diverging(i, n, step_s, diverging.get(i, ())) for i, n in enumerate(EXAMPLES)],
-        plan,
-        trace,
-        Hooks(on_commit, lambda _: None, on_event=events.append),
-        link=link,
-        faults=injected,
-    )
+    followed = follow(initial(4), trainers, plan, trace, link=link, faults=injected)
     # what a machine computes in the moment in which it dies never leaves it
     doing = {
         activity: {(s.client_id, s.facts["round_index"]) for s in trace.spans if s.activity == activity}
@@ -97,7 +76,7 @@ def run(
     }
     done = doing["computing"] & doing["uploading"] - {(i, t) for i, rounds in diverging.items() for t in rounds}
     trained = [sorted(i for i, t in done if t == round_index) for round_index in range(ROUNDS)]
-    return Ran(result, trajectory, counted, trained, injected, clock.now(), events, sum(up))
+    return Ran(**vars(followed), trained=trained, faults=injected)
 
 
 def stopped_or_whole(

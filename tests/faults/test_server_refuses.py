@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +23,7 @@ from parablock.trace import Trace
 from parablock.wire.messages import Finish, Join, Mark, RoundStart, Skip, Update, Welcome, from_bytes, to_bytes
 from parablock.wire.quantize import CHUNK_PIECE, Encoding, pack
 from parablock.wire.transport import Ledger, Parcel
+from sealed_messages import sealed
 
 SIZE = 3 * CHUNK_PIECE
 CHUNKED = Encoding("float32", chunk_bytes=4 * CHUNK_PIECE)
@@ -192,8 +191,7 @@ def test_a_bad_last_chunk_takes_the_whole_update_out_although_the_others_were_fo
         if (client_id, start.round_index) == (2, 3):
             last = changed(update[-1], **fields)
             if case == "a loss that is none":  # our own encoder would not write it
-                body = last[:-4].replace(b"123456.0", b"NaN     ")
-                last = body + struct.pack("<I", zlib.crc32(body))
+                last = sealed(last[:-4].replace(b"123456.0", b"NaN     "))
             update = [*update[:-1], last]
         return everybody_honest(client_id, start, update)
 

@@ -1,8 +1,8 @@
-"""Wrong inputs through the real command line.
+"""Disks, folders and runs that are wrong, through the real command line.
 
-Every one of them ends with exit code 2 and one block on stderr that names the key, or the file and line, and
-says what to do; there is no traceback, and nothing half-written is left. The most frequent ones are in
-`test_forty_errors.py`, single values of a configuration in `tests/unit/config`.
+Every one of them ends with exit code 2 and one block on stderr that names the place and says what to do; there is
+no traceback, and nothing half-written is left. Wrong configurations, rows and models are in `test_forty_errors.py`,
+single values of a configuration in `tests/unit/config`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -26,16 +25,17 @@ from parablock.errors import StorageError
 from parablock.experiment.progress import make_progress
 from parablock.experiment.run import run
 from tiny_runs import (
-    Outcome,
+    Runs,
     Workshop,
+    after,
+    assert_refused,
     command,
     command_apart,
+    done,
     half_written,
     longest_file,
     metrics_of,
-    sum_row,
     summary_of,
-    write_rows,
 )
 
 Resize = Callable[[str], Path]
@@ -50,12 +50,9 @@ def workshop(workshop: Workshop) -> Workshop:
 
 
 @pytest.fixture(scope="module")
-def finished(workshop: Workshop) -> Path:
+def finished(runs: Runs) -> Path:
     """A run of one round, complete."""
-    run_dir = workshop.path / "finished"
-    one_round = ("blocks.allow_unvisited=true", "federation.num_rounds=1", "evaluation.every_rounds=0")
-    assert workshop.run(run_dir, *one_round).code == 0
-    return run_dir
+    return runs("blocks.allow_unvisited=true", "federation.num_rounds=1", "evaluation.every_rounds=0")
 
 
 @pytest.fixture(scope="module")
@@ -68,42 +65,7 @@ def unfinished(workshop: Workshop) -> Path:
     return run_dir
 
 
-def assert_refused(outcome: Outcome, *says: str) -> None:
-    assert "Traceback" not in outcome.stderr + outcome.stdout
-    assert outcome.code == 2, outcome
-    assert outcome.stderr.startswith(("error: ", "Usage: "))
-    for words in says:
-        assert words in outcome.stderr
-
-
 # -- configurations -------------------------------------------------------------------------------------------
-
-WRONG_VALUES = {
-    "flower in one process": (
-        ["engine.name=flower", "engine.clock=real", "engine.step_time_s=null"],
-        ["engine.name: flower", "deploy local"],
-    ),
-    "flower in simulated time": (["engine.name=flower"], ["engine: ", "leave clock: real"]),
-    "blocks fit no link": (
-        ["blocks.layers_per_block=auto", "link={upload_mbps: null, download_mbps: null}"],
-        ["blocks.layers_per_block: auto fits the blocks to the link", "set link.upload_mbps"],
-    ),
-    "both are auto": (
-        ["blocks.layers_per_block=auto", "train.num_local_steps=auto"],
-        ["blocks.layers_per_block: auto follows from train.num_local_steps", "set a number"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_VALUES)
-def test_a_wrong_value_is_refused_with_its_key(case: str, workshop: Workshop, tmp_path: Path):
-    overrides, says = WRONG_VALUES[case]
-    assert_refused(workshop.run(tmp_path / "out", *overrides), *says)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_configuration_that_the_wrong_values_are_put_into_is_right(finished: Path):
-    assert summary_of(finished)["status"] == "completed"
 
 
 def test_all_problems_of_a_configuration_are_said_at_once(workshop: Workshop, tmp_path: Path):
@@ -120,67 +82,6 @@ def test_all_problems_of_a_configuration_are_said_at_once(workshop: Workshop, tm
         "wire: error_feedback",
         "sede: unknown key; did you mean `seed`?",
     )
-
-
-# -- rows -----------------------------------------------------------------------------------------------------
-
-ONE_FILE = ["data.partition.scheme=iid", "federation.num_clients=2"]
-
-
-def reads(name: str) -> list[str]:
-    return [*ONE_FILE, f"data.train={{path}}/{name}"]
-
-
-def split_by(scheme: str, field: str, name: str = "labelled.jsonl") -> list[str]:
-    return [*reads(name), f"data.partition={{{{scheme: {scheme}, field: {field}}}}}"]
-
-
-WRONG_ROWS = {
-    "folder": (reads("folder"), ["folder is a folder, not a file", "List the files"]),
-    "not UTF-8": (reads("bytes.jsonl"), ["bytes.jsonl, line 2 is not JSON", "UTF-8"]),
-    "not an object": (reads("numbers.jsonl"), ["numbers.jsonl, line 2 holds a value of type int"]),
-    "blank lines": (reads("blank.jsonl"), ["blank.jsonl is empty", "at least one example"]),
-    "two formats": (reads("mixed.jsonl"), ["mixed.jsonl, line", "has the format", "one format"]),
-    "number for text": (reads("number_for_text.jsonl"), ["number_for_text.jsonl, line 2", "as a string"]),
-    "turn without content": (reads("turns.jsonl"), ["turns.jsonl, line", "turn 1", '"role": "user"']),
-    "another format": ([*reads("rows.jsonl"), "data.format=gsm8k"], ["rows.jsonl, line", "question", "prompt"]),
-    "prompts fill max_length": ([*reads("rows.jsonl"), "data.max_length=8"], ["None of 4 rows", "data.max_length"]),
-    "more clients than rows": (
-        [*reads("rows.jsonl"), "federation.num_clients=9"],
-        ["8 rows cannot be split over 9 clients", "lower federation.num_clients"],
-    ),
-    "nothing left to train on": (
-        [*reads("rows.jsonl"), "federation.num_clients=8", "data.test=[]"],
-        ["client 0 has 1 row", "Give data.test"],
-    ),
-    "field missing in a row": (
-        split_by("by_field", "label", "label_missing.jsonl"),
-        ["label_missing.jsonl, line 5"],
-    ),
-    "field missing everywhere": (
-        split_by("by_field", "colour"),
-        ["labelled.jsonl, line 1", "data.partition.field"],
-    ),
-    "wrong number of values": (
-        [*split_by("by_field", "label"), "federation.num_clients=3"],
-        ["2 values and 3 clients", "federation.num_clients: 2"],
-    ),
-    "dirichlet leaves a client empty": (
-        [*split_by("dirichlet", "label"), "federation.num_clients=8", "data.partition.alpha=0.01"],
-        ["gave each of 8 clients", "Raise data.partition.alpha"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_ROWS)
-def test_wrong_rows_are_refused_with_their_file_and_line(case: str, workshop: Workshop, tmp_path: Path):
-    overrides, says = WRONG_ROWS[case]
-    outcome = workshop.run(tmp_path / "out", *(override.format(path=workshop.path) for override in overrides))
-    assert_refused(outcome, *says)
-    assert not (tmp_path / "out").exists()
-
-
-# -- models ---------------------------------------------------------------------------------------------------
 
 
 # -- the output folder ----------------------------------------------------------------------------------------
@@ -245,7 +146,7 @@ FULL: dict[str, tuple[str, list[str], str, str, list[str]]] = {
 
 @pytest.mark.parametrize("case", FULL)
 def test_a_disk_that_fills_under_a_file_leaves_the_last_good_checkpoint_to_go_on_from(
-    case: str, workshop: Workshop, small_disk: Resize
+    case: str, workshop: Workshop, runs: Runs, small_disk: Resize
 ):
     size, overrides, says, cure, left = FULL[case]
     run_dir = small_disk(size) / "out"
@@ -253,29 +154,21 @@ def test_a_disk_that_fills_under_a_file_leaves_the_last_good_checkpoint_to_go_on
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == left
     assert not (run_dir / "model").exists()
     small_disk("4m")
-    assert_goes_on(run_dir, workshop, left)
+    assert_goes_on(run_dir, runs, left)
 
 
-def assert_goes_on(run_dir: Path, workshop: Workshop, left: list[str], *overrides: str) -> None:
+def assert_goes_on(run_dir: Path, runs: Runs, left: list[str], *overrides: str) -> None:
     """Nothing is half-written, and a resume from the last checkpoint ends as if nothing had happened."""
     assert half_written(run_dir) == []
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == left
-    resumed = command("resume", str(run_dir))
-    assert resumed.code == 0
+    resumed = done("resume", str(run_dir))
     assert ("resuming at round" in resumed.stdout) == bool(left)
-    assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop, *overrides)["model_sha256"]
+    assert summary_of(run_dir)["model_sha256"] == summary_of(runs(*overrides))["model_sha256"]
     assert [row["round_index"] for row in metrics_of(run_dir)] == list(range(6))
 
 
-def undisturbed(workshop: Workshop, *overrides: str) -> dict[str, Any]:
-    run_dir = workshop.path / "-".join(["undisturbed", *overrides])
-    if not run_dir.exists():
-        assert workshop.run(run_dir, *overrides).code == 0
-    return summary_of(run_dir)
-
-
 def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_from(
-    workshop: Workshop, tmp_path: Path
+    workshop: Workshop, runs: Runs, tmp_path: Path
 ):
     # With kept moments a client's part of a checkpoint grows by 75 kB at each new block, to 188 kB at round 2
     # and 338 kB at round 4.
@@ -284,11 +177,11 @@ def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_
         outcome = workshop.run(run_dir, keep)
     assert_refused(outcome, "round-000004", "cannot be written", "--output-dir")
     assert summary_of(run_dir)["status"] == "failed"
-    assert_goes_on(run_dir, workshop, ["round-000002"], keep)
+    assert_goes_on(run_dir, runs, ["round-000002"], keep)
 
 
 def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workshop: Workshop, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run_dir, write, writes = tmp_path / "out", os.pwrite, list[int]()
 
@@ -303,34 +196,30 @@ def test_a_disk_that_is_full_of_updates_leaves_the_last_checkpoint_to_go_on_from
         patched.setattr("parablock.engine.update_store.os.pwrite", full)
         assert_refused(workshop.run(run_dir), str(run_dir), "the disk is full", "parablock resume")
     assert summary_of(run_dir)["status"] == "failed"
-    assert_goes_on(run_dir, workshop, ["round-000002"])
+    assert_goes_on(run_dir, runs, ["round-000002"])
 
 
 def test_a_run_that_cannot_be_saved_when_it_is_stopped_says_so(workshop: Workshop, tmp_path: Path):
     run_dir = tmp_path / "out"
-    rounds: list[int] = []
-
-    def asked_to_stop() -> bool:
-        rounds.append(len(rounds))
-        return len(rounds) >= 3
-
     config = load_config(workshop.config, ["checkpoint.every_rounds=0"])
     with (
         make_progress(console=Console(file=io.StringIO())) as progress,
         longest_file(100_000),
         pytest.raises(StorageError, match="round-000003 cannot be written"),
     ):
-        run(config, run_dir, progress=progress, asked_to_stop=asked_to_stop)
+        run(config, run_dir, progress=progress, asked_to_stop=after(2))
     assert summary_of(run_dir)["status"] == "failed"
     assert half_written(run_dir) == []
 
 
-def test_a_run_whose_report_cannot_be_written_is_complete_all_the_same(workshop: Workshop, tmp_path: Path):
+def test_a_run_whose_report_cannot_be_written_is_complete_all_the_same(
+    workshop: Workshop, runs: Runs, tmp_path: Path
+):
     run_dir = tmp_path / "out"
     with longest_file(400_000):
         assert_refused(workshop.run(run_dir), "report.html cannot be written", "--output-dir")
     assert summary_of(run_dir) == {**summary_of(run_dir), "status": "completed"}
-    assert summary_of(run_dir)["model_sha256"] == undisturbed(workshop)["model_sha256"]
+    assert summary_of(run_dir)["model_sha256"] == summary_of(runs())["model_sha256"]
     assert half_written(run_dir) == []
 
 
@@ -381,31 +270,13 @@ def test_a_run_with_a_damaged_record_cannot_be_resumed(name: str, unfinished: Pa
     assert_refused(command("resume", str(run_dir)), name)
 
 
-# -- eval, blocks, demo ---------------------------------------------------------------------------------------
+# -- the command line -----------------------------------------------------------------------------------------
 
 
-WRONG_SCORES = {
-    "no choices": (["--data", "many.jsonl", "--task", "multiple_choice"], ["many.jsonl, line", "choices"]),
-    "missing file": (["--data", "missing.jsonl"], ["missing.jsonl does not exist", "Check the path"]),
-    "no file": ([], ["--data"]),
-    "no examples": (["--data", "test.jsonl", "--max-examples", "0"], ["--max-examples"]),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_SCORES)
-def test_what_cannot_be_scored_is_refused(
-    case: str, workshop: Workshop, finished: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write_rows(workshop.path / "many.jsonl", (sum_row(1, k) for k in range(20)))
-    write_rows(workshop.path / "choices.jsonl", [{**sum_row(1, 1), "choices": ["#### 3", "#### 4"]}])
-    monkeypatch.chdir(workshop.path)
-    arguments, says = WRONG_SCORES[case]
-    assert_refused(command("eval", str(finished), *arguments), *says)
-
-
-def test_an_unknown_split_is_refused(workshop: Workshop):
-    says = ("blocks.split is 'thirds'", "attention_mlp")
-    assert_refused(command("blocks", str(workshop.model), "--split", "thirds"), *says)
+def test_what_is_to_be_scored_has_to_be_given(workshop: Workshop, finished: Path):
+    assert_refused(command("eval", str(finished)), "--data")
+    nothing = ("--data", str(workshop.test_file), "--max-examples", "0")
+    assert_refused(command("eval", str(finished), *nothing), "--max-examples")
 
 
 def test_a_demo_does_not_write_over_a_run(finished: Path):

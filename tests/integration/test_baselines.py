@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -17,7 +16,17 @@ from parablock import load_config, resume
 from parablock import run as run_here
 from parablock.evaluation.side_by_side import score_models
 from parablock.model.adapters import adapted_layers
-from tiny_runs import NUM_CLIENTS, NUM_LAYERS, Outcome, Workshop, metrics_of, summary_of
+from tiny_runs import (
+    NUM_CLIENTS,
+    NUM_LAYERS,
+    Outcome,
+    Runs,
+    Workshop,
+    after,
+    assert_refused,
+    metrics_of,
+    summary_of,
+)
 
 LORA = ("fedit", "ffa_lora", "flora")
 APART = ("local", "central")
@@ -29,13 +38,9 @@ SHAPES = ((32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32))
 
 
 @pytest.fixture(scope="module")
-def runs(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def runs(runs: Runs) -> Folders:
     """One run of each method, of the same length."""
-    folder = tmp_path_factory.mktemp("runs")
-    for method in BASELINES:
-        outcome = run(workshop, folder / method, method)
-        assert outcome.code == 0, outcome.stderr
-    return {method: folder / method for method in BASELINES}
+    return {method: runs(f"federation.method={method}", "federation.delay=0") for method in BASELINES}
 
 
 def run(workshop: Workshop, directory: Path, method: str, *overrides: str) -> Outcome:
@@ -61,8 +66,7 @@ def test_a_method_that_is_stopped_ends_with_the_same_model(
     workshop: Workshop, runs: Folders, tmp_path: Path, method: str
 ):
     config = load_config(workshop.config, [f"federation.method={method}", "federation.delay=0"])
-    asked = itertools.count()
-    stopped = run_here(config, tmp_path / "run", asked_to_stop=lambda: next(asked) >= 3)
+    stopped = run_here(config, tmp_path / "run", asked_to_stop=after(3))
     assert stopped["status"] == "interrupted"
     ended, whole = resume(tmp_path / "run"), summary_of(runs[method])
     assert ended["model_sha256"] == whole["model_sha256"]
@@ -115,9 +119,7 @@ def test_rank_alpha_and_targets_of_adapters_take_effect(workshop: Workshop, tmp_
 
 
 def test_a_module_that_is_not_there_is_refused_with_those_that_are(workshop: Workshop, tmp_path: Path):
-    outcome = run(workshop, tmp_path / "run", "fedit", "lora.target_modules=[query]")
-    assert outcome.code == 2
-    assert "query" in outcome.stderr and "q_proj" in outcome.stderr
+    assert_refused(run(workshop, tmp_path / "run", "fedit", "lora.target_modules=[query]"), "query", "q_proj")
     assert not (tmp_path / "run").exists()
 
 
@@ -125,9 +127,7 @@ def test_without_peft_the_error_says_how_to_get_it(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "peft", None)
-    outcome = run(workshop, tmp_path / "run", "fedit")
-    assert outcome.code == 2
-    assert "peft" in outcome.stderr and "parablock[lora]" in outcome.stderr
+    assert_refused(run(workshop, tmp_path / "run", "fedit"), "peft", "parablock[lora]")
     assert run(workshop, tmp_path / "other", "fedavg", "federation.num_rounds=1").code == 0
 
 

@@ -25,6 +25,7 @@ from tiny_runs import (
     Workshop,
     command,
     command_apart,
+    done,
     metrics_of,
     sum_row,
     summary_of,
@@ -465,8 +466,7 @@ def test_at_most_so_many_examples_are_scored(runs: Runs):
 
 
 def test_blocks_shows_the_partition(workshop: Workshop):
-    outcome = command("blocks", str(workshop.model))
-    assert outcome.code == 0
+    outcome = done("blocks", str(workshop.model))
     for layer in range(NUM_LAYERS):
         assert re.search(rf"{layer}\W+layers\.{layer}\W+9,280\W+37,120\W+18,560\W", outcome.stdout)
     assert "37,120 of 46,752 parameters are in blocks; the other 9,632 stay as they are." in outcome.stdout
@@ -489,9 +489,8 @@ def scores(stdout: str) -> dict[str, tuple[float, int]]:
 
 
 def test_eval_scores_the_base_and_the_tuned_model_side_by_side(finished: Path, workshop: Workshop):
-    outcome = command("eval", str(finished), "--data", str(workshop.test_file))
+    outcome = done("eval", str(finished), "--data", str(workshop.test_file))
     summary = summary_of(finished)
-    assert outcome.code == 0
     assert scores(outcome.stdout) == {
         "base": (pytest.approx(summary["initial_eval_loss"], abs=1e-4), 6),
         "tuned": (pytest.approx(summary["final_eval_loss"], abs=1e-4), 6),
@@ -521,8 +520,7 @@ def test_eval_scores_a_model_alone(finished: Path, workshop: Workshop):
 
 def test_eval_generates_answers(finished: Path, workshop: Workshop):
     arguments = ("eval", str(finished), "--data", str(workshop.test_file), "--task", "exact_match")
-    outcome = command(*arguments, "--max-new-tokens", "4")
-    assert outcome.code == 0
+    outcome = done(*arguments, "--max-new-tokens", "4")
     assert set(scores(outcome.stdout)) == {"base", "tuned"}
     assert outcome.stdout.count("where '#### 0' is right") == 2
     silent = command(*arguments, "--max-new-tokens", "4", "--samples", "0")
@@ -530,8 +528,7 @@ def test_eval_generates_answers(finished: Path, workshop: Workshop):
 
 
 def test_eval_chooses_between_choices(finished: Path, choices_file: Path):
-    outcome = command("eval", str(finished), "--data", str(choices_file), "--task", "multiple_choice")
-    assert outcome.code == 0
+    outcome = done("eval", str(finished), "--data", str(choices_file), "--task", "multiple_choice")
     for value, count in scores(outcome.stdout).values():
         assert count == 4
         assert value in (0, 0.25, 0.5, 0.75, 1)
@@ -562,8 +559,7 @@ def test_every_command_has_help_with_an_example_of_itself():
     names = re.findall(r"^│ (\w+)  ", command("--help").stdout.partition(" Commands ")[2], flags=re.MULTILINE)
     assert set(names) >= set(COMMANDS)
     for name in set(names) - {"deploy"}:  # which has commands of its own, with examples
-        outcome = command(name, "--help")
-        assert outcome.code == 0
+        outcome = done(name, "--help")
         assert f"Example: parablock {name}" in " ".join(outcome.stdout.split())
 
 

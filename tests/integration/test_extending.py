@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from outcomes import ended
 from pages import ROOT, Step, perform, steps
 from parablock import load_config, run
 from tiny_runs import Workshop, command, metrics_of, summary_of
@@ -134,18 +134,10 @@ def done(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Done:
                     content += " --format json" if content.startswith("parablock plan") else ""
                     todo.append((section, step.language, content))
     todo.append(("parity", "python", PARITY))
-    paths = (place / "src", ROOT / "tests/support", ROOT / "tests/parity")
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PERFORM],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "COLUMNS": "200"},
-        input=json.dumps([entry[1:] for entry in todo]),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    paths = os.pathsep.join(map(str, (place / "src", ROOT / "tests/support", ROOT / "tests/parity")))
+    given = json.dumps([entry[1:] for entry in todo])
+    process = ended([sys.executable, "-W", "error", "-c", PERFORM], place, {"PYTHONPATH": paths}, given=given)
+    assert process.code == 0, process.stderr
     printed: dict[str, list[str]] = {}
     for (section, *_), output in zip(todo, json.loads(process.stdout), strict=True):
         printed.setdefault(section, []).append(output)
@@ -191,8 +183,8 @@ def test_a_change_applies_alone_and_once_and_is_as_tidy_as_the_rest(section: str
     for how in (["check"], ["format", "--check"]):
         options = ["--no-cache", "--config", str(ROOT / "pyproject.toml")]
         tool = [sys.executable, "-m", "ruff", *how, *options, *files_of(section)]
-        outcome = subprocess.run(tool, cwd=folder, capture_output=True, text=True, check=False)
-        assert outcome.returncode == 0, outcome.stdout
+        outcome = ended(tool, folder)
+        assert outcome.code == 0, outcome.stdout
     with pytest.raises(AssertionError, match="error: "):
         perform(change, folder)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from parablock.config.load import load_config
 from parablock.experiment.run import resume, run
-from tiny_runs import Runs, Workshop, metrics_of, summary_of
+from tiny_runs import Runs, Workshop, after, metrics_of, summary_of
 
 KILLED = "faults=[{client: 3, round: 2, at: train, kind: kill}]"
 BRIEFLY = "faults=[{client: 3, round: 2, at: train, kind: kill, value: 1.0}]"
@@ -27,9 +27,8 @@ def test_the_summary_counts_each_kind_of_fault_and_of_refused_updates(runs: Runs
     assert summary["faults"] == {"nan": 1, "scale": 1, "drop": 1, "corrupt": 1}
     assert summary["refused_updates"] == {"not_finite": 1, "norm": 1, "corrupt": 1}
     assert participants(run_dir) == [[0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 3], [0, 2, 3], [1, 2, 3], [0, 1, 2, 3]]
-    assert (
-        "refused (not_finite): client 2 sent values that are not finite" in run_dir.with_suffix(".log").read_text()
-    )
+    log = run_dir.with_suffix(".log").read_text()
+    assert "refused (not_finite): client 2 sent values that are not finite" in log
     assert not {"faults", "refused_updates"} & set(summary_of(runs()))
 
 
@@ -57,27 +56,20 @@ def test_a_run_with_faults_resumes_as_if_it_had_never_stopped(workshop: Workshop
     )
     config = load_config(workshop.config, [faults, "federation.deadline_factor=2.0", "checkpoint.every_rounds=0"])
     whole = run(config, tmp_path / "whole")
-    for after in (2, 4):
-        asked = iter([*[False] * (after - 1), True])
-        assert (
-            run(config, tmp_path / f"{after}", asked_to_stop=lambda asked=asked: next(asked))["status"]
-            == "interrupted"
-        )
-        resumed = resume(tmp_path / f"{after}")
+    for rounds in (1, 3):
+        directory = tmp_path / str(rounds)
+        assert run(config, directory, asked_to_stop=after(rounds))["status"] == "interrupted"
+        resumed = resume(directory)
         assert resumed["model_sha256"] == whole["model_sha256"]
         assert resumed["faults"] == whole["faults"] == {"nan": 1, "drop": 1, "sign_flip": 1}
-        assert participants(tmp_path / f"{after}") == participants(tmp_path / "whole")
+        assert participants(directory) == participants(tmp_path / "whole")
 
 
 def test_who_was_dead_at_a_checkpoint_takes_part_again_after_it(workshop: Workshop, tmp_path: Path):
-    kills = (
-        "{client: 3, round: 1, at: train, kind: kill}",
-        "{client: 2, round: 3, at: upload, kind: kill, value: 900}",
-    )
-    dead = f"faults=[{kills[0]}, {kills[1]}]"
+    second = "{client: 2, round: 3, at: upload, kind: kill, value: 900}"
+    dead = f"faults=[{{client: 3, round: 1, at: train, kind: kill}}, {second}]"
     config = load_config(workshop.config, [dead, "federation.deadline_factor=2.0", "federation.num_rounds=8"])
-    asked = iter([False, False, False, True])
-    assert run(config, tmp_path / "run", asked_to_stop=lambda: next(asked))["status"] == "interrupted"
+    assert run(config, tmp_path / "run", asked_to_stop=after(3))["status"] == "interrupted"
     resumed = resume(tmp_path / "run")
     assert resumed["status"] == "completed"
     counted = participants(tmp_path / "run")

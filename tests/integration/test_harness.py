@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from parablock.evaluation.harness import score_with_harness
-from tiny_runs import Workshop, command, write_rows
+from tiny_runs import Workshop, assert_refused, command, done, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,7 @@ def test_both_models_of_a_run_are_scored_on_a_task_of_a_local_file(
     assert (base.count, tuned.count) == (4, 4)
     assert 1.0 < tuned.value < 0.5 * base.value
     folder = ("--tasks-dir", str(tasks), "--max-examples", "2")
-    said = command("eval", str(tmp_path / "run"), "--harness", "local_sums", *folder)
-    assert said.code == 0, said.stderr
+    said = done("eval", str(tmp_path / "run"), "--harness", "local_sums", *folder)
     assert "local_sums" in said.stdout and "tuned" in said.stdout
 
 
@@ -60,9 +59,7 @@ def test_an_unknown_task_and_a_folder_that_is_not_there_are_errors(
     workshop: Workshop, tasks: Path, tmp_path: Path
 ) -> None:
     for task, folder, said in (("nope", tasks, "nope"), ("local_sums", tmp_path / "gone", "no folder")):
-        outcome = command("eval", str(workshop.model), "--harness", task, "--tasks-dir", str(folder))
-        assert outcome.code == 2
-        assert said in outcome.stderr
+        assert_refused(command("eval", str(workshop.model), "--harness", task, "--tasks-dir", str(folder)), said)
 
 
 def test_without_the_harness_the_error_says_how_to_get_it(
@@ -70,19 +67,14 @@ def test_without_the_harness_the_error_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     outcome = command("eval", str(workshop.model), "--harness", "local_sums", "--tasks-dir", str(tasks))
-    assert outcome.code == 2
-    assert "parablock[eval]" in outcome.stderr
+    assert_refused(outcome, "parablock[eval]")
 
 
 def test_something_to_score_on_has_to_be_given(workshop: Workshop) -> None:
-    outcome = command("eval", str(workshop.model))
-    assert outcome.code == 2
-    assert "--data" in outcome.stderr
+    assert_refused(command("eval", str(workshop.model)), "--data")
 
 
 def test_a_run_with_a_model_for_each_client_asks_for_one_of_them(workshop: Workshop, tmp_path: Path) -> None:
     workshop.run(tmp_path / "run", "federation.method=local", "federation.delay=0", "federation.num_rounds=1")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
-    outcome = command("eval", str(tmp_path / "run"), "--data", str(workshop.test_file))
-    assert outcome.code == 2
-    assert "client_0" in outcome.stderr
+    assert_refused(command("eval", str(tmp_path / "run"), "--data", str(workshop.test_file)), "client_0")

@@ -27,6 +27,7 @@ from tiny_runs import (
     Workshop,
     command,
     command_line,
+    done,
     half_written,
     metrics_of,
     summary_of,
@@ -67,17 +68,9 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workshop: Workshop) -> Runs:
+def undisturbed(runs: Runs) -> Runs:
     """Give the run directory of a run with these overrides that nothing disturbed."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def run_dir(*overrides: str) -> Path:
-        if overrides not in made:
-            made[overrides] = workshop.path / "undisturbed" / str(len(made))
-            assert workshop.run(made[overrides], *LONGER, *overrides).code == 0
-        return made[overrides]
-
-    return run_dir
+    return lambda *overrides: runs(*LONGER, *overrides)
 
 
 def start(workshop: Workshop, run_dir: Path, *overrides: str) -> Process:
@@ -134,7 +127,7 @@ def test_a_run_killed_twice_at_random_moments_ends_as_if_never_stopped(
     with go_on(run_dir) as process:
         kill_at(process, run_dir, rows=rows[1], later_s=moments.uniform(0, 0.03))
     if not (run_dir / "summary.json").exists():
-        assert command("resume", str(run_dir)).code == 0
+        done("resume", str(run_dir))
     assert_same_run(run_dir, undisturbed(*overrides))
 
 
@@ -169,7 +162,7 @@ def test_a_run_killed_while_it_saves_its_model_writes_it_again(
         process.wait_until((run_dir / ".model.partial").exists)
         process.kill()
     if not (run_dir / "summary.json").exists():
-        assert command("resume", str(run_dir)).code == 0
+        done("resume", str(run_dir))
     assert_same_run(run_dir, undisturbed())
 
 
@@ -217,8 +210,7 @@ def test_a_signal_stops_a_run_cleanly_and_it_goes_on_from_that_round(
     assert not (run_dir / "model").exists()
     newest = max(int(path.name.removeprefix("round-")) for path in (run_dir / "checkpoints").iterdir())
     assert newest >= summary["rounds_done"]
-    resumed = command("resume", str(run_dir))
-    assert resumed.code == 0
+    resumed = done("resume", str(run_dir))
     assert f"resuming at round {newest}" in resumed.stdout
     assert_same_run(run_dir, undisturbed(*overrides))
 
@@ -248,7 +240,7 @@ def test_the_installed_program_stops_at_ctrl_c(workshop: Workshop, undisturbed: 
     assert process.returncode == 130, said
     assert "stopped and saved; go on with: parablock resume" in said
     assert "Traceback" not in said
-    assert command("resume", str(run_dir)).code == 0
+    done("resume", str(run_dir))
     assert_same_run(run_dir, undisturbed(*REAL))
 
 
@@ -267,7 +259,7 @@ def test_a_second_signal_stops_at_once_and_leaves_a_run_that_goes_on(
     assert "Traceback" not in process.log.read_text()
     text = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(text.replace("latency_s: 0.4", "latency_s: 0.0"))  # no need to wait
-    assert command("resume", str(run_dir)).code == 0
+    done("resume", str(run_dir))
     assert_same_run(run_dir, undisturbed("federation.delay=0"))
 
 
@@ -298,8 +290,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     content = bytearray((newest / name).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / name).write_bytes(content)
-    resumed = command("resume", str(run_dir))
-    assert resumed.code == 0
+    resumed = done("resume", str(run_dir))
     assert f"passed over a damaged checkpoint: {newest.name}" in resumed.stdout
     assert f"resuming at round {int(before.name.removeprefix('round-'))}" in resumed.stdout
     assert_same_run(run_dir, undisturbed())
@@ -323,8 +314,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_or_from_the_beginning(
     newest = int(checkpoints(run_dir)[-1].name.removeprefix("round-"))
     if damage:
         damage(run_dir)
-    resumed = command("resume", str(run_dir))
-    assert resumed.code == 0
+    resumed = done("resume", str(run_dir))
     assert "passed over" not in resumed.stdout
     assert (f"resuming at round {newest}" in resumed.stdout) == (damage is not forget_checkpoints)
     assert_same_run(run_dir, undisturbed())
@@ -346,7 +336,7 @@ def test_lost_lines_of_the_metrics_are_an_error_and_not_a_gap(kept: int, interru
 
 def test_time_and_trace_go_on_where_they_were(interrupted: Path, undisturbed: Runs, tmp_path: Path):
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    assert command("resume", str(run_dir)).code == 0
+    done("resume", str(run_dir))
     ours, theirs = summary_of(run_dir), summary_of(undisturbed())
     assert ours["compute_s"] == pytest.approx(theirs["compute_s"])
     # what was in flight is sent again: at most the exchange of one round more

@@ -6,10 +6,8 @@ how fast a GPU is, nor what the kernels of a GPU give.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import other_device
-from tiny_runs import NUM_LAYERS, Outcome, Workshop, command, summary_of, write_rows
+from outcomes import Outcome, ended
+from tiny_runs import NUM_LAYERS, Workshop, command, summary_of, write_rows
 
 KEEP = ("train.optimizer_state=keep", "checkpoint.every_rounds=3")
 COARSE = (
@@ -38,15 +37,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def there(library: Path, *arguments: str) -> Outcome:
     """Run the command line where models are loaded onto the other device."""
-    done = subprocess.run(
-        [sys.executable, str(Path(other_device.__file__)), str(library), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    script = [sys.executable, other_device.__file__, library, *arguments]
+    return ended(script, environment={"OMP_NUM_THREADS": "1"})
 
 
 def assert_as_good(there: Path, here: Path) -> None:
@@ -99,14 +91,8 @@ def test_a_run_goes_on_there_and_its_model_is_scored_there(workshop: Workshop, l
 def said_there(library: Path, *lines: str) -> str:
     """Run lines of Python where torch knows the device, and give all that they say."""
     script = ("import sys, torch, other_device", "other_device.make_known(sys.argv[1])", *lines)
-    ended = subprocess.run(
-        [sys.executable, "-c", "\n".join(script), str(library)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(other_device.__file__).parent,
-    )
-    return ended.stdout + ended.stderr
+    done = ended([sys.executable, "-c", "\n".join(script), library], Path(other_device.__file__).parent)
+    return done.stdout + done.stderr
 
 
 def test_the_other_device_is_as_foreign_as_a_gpu(library: Path):

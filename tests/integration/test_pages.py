@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 
 from pages import ROOT, Step, perform, steps
+from tiny_runs import summary_of
 
 
 def page(name: str) -> list[Step]:
     return list(steps((ROOT / "docs" / name).read_text()))
-
-
-def summary_of(run_dir: Path) -> dict[str, float]:
-    content: dict[str, float] = json.loads((run_dir / "summary.json").read_text())
-    return content
 
 
 @pytest.mark.slow

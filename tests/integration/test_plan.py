@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import Workshop, command, summary_of
+from tiny_runs import Workshop, assert_refused, command, done, summary_of
 
 
 def planned(workshop: Workshop, *arguments: str) -> dict[str, Any]:
-    outcome = command("plan", str(workshop.config), "--format", "json", *arguments)
-    assert outcome.code == 0, outcome.stderr
+    outcome = done("plan", str(workshop.config), "--format", "json", *arguments)
     content: dict[str, Any] = json.loads(outcome.stdout)
     return content
 
@@ -66,5 +65,4 @@ def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) 
 
 
 def test_an_unknown_format_is_named(workshop: Workshop) -> None:
-    outcome = command("plan", str(workshop.config), "--format", "xml")
-    assert outcome.code == 2 and "--format" in outcome.stderr and "Traceback" not in outcome.stderr
+    assert_refused(command("plan", str(workshop.config), "--format", "xml"), "--format")

@@ -13,7 +13,7 @@ import pytest
 from parablock import load_config, resume, run
 from parablock.errors import CheckpointError, ConfigError
 from parablock.privacy.accounting import Accountant
-from tiny_runs import Workshop, metrics_of
+from tiny_runs import Workshop, after, metrics_of
 
 KEY = bytes(range(32))
 CENTRAL = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=0.1")
@@ -90,8 +90,7 @@ def test_a_resumed_run_adds_the_same_noise(
     overrides: tuple[str, ...], workshop: Workshop, tmp_path: Path, known_key: None
 ):
     whole = summary(workshop, tmp_path / "whole", *overrides)
-    rounds = iter(range(100))
-    stopped = summary(workshop, tmp_path / "run", *overrides, asked_to_stop=lambda: next(rounds) == 2)
+    stopped = summary(workshop, tmp_path / "run", *overrides, asked_to_stop=after(2))
     assert stopped["status"] == "interrupted"
     resumed = resume(tmp_path / "run")
     assert resumed["model_sha256"] == whole["model_sha256"]
@@ -99,8 +98,7 @@ def test_a_resumed_run_adds_the_same_noise(
 
 
 def test_without_its_key_a_run_cannot_go_on(workshop: Workshop, tmp_path: Path):
-    rounds = iter(range(100))
-    summary(workshop, tmp_path / "run", *CENTRAL, asked_to_stop=lambda: next(rounds) == 2)
+    summary(workshop, tmp_path / "run", *CENTRAL, asked_to_stop=after(2))
     (tmp_path / "run" / "privacy.key").unlink()
     with pytest.raises(CheckpointError, match=r"privacy\.key cannot be read"):
         resume(tmp_path / "run")
@@ -132,11 +130,8 @@ def test_masked_runs_end_as_the_plain_grid_bitwise_also_when_resumed_and_near_th
     assert masked["model_sha256"] == plain["model_sha256"] != without["model_sha256"]
     assert masked["final_eval_loss"] == pytest.approx(without["final_eval_loss"], rel=0.02)
     assert masked["uplink_bytes"] > plain["uplink_bytes"]
-    rounds = iter(range(100))
-    stopped = summary(
-        workshop, tmp_path / "run", *GRID, "privacy.secure_aggregation=masked",
-        asked_to_stop=lambda: next(rounds) == 2,
-    )  # fmt: skip
+    again = (*GRID, "privacy.secure_aggregation=masked")
+    stopped = summary(workshop, tmp_path / "run", *again, asked_to_stop=after(2))
     assert stopped["status"] == "interrupted"
     assert resume(tmp_path / "run")["model_sha256"] == masked["model_sha256"]
 

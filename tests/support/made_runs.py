@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from parablock.config.keys import RunConfig
+from parablock.report.reading import RunRecord, read_runs
 from parablock.storage.run_directory import time_and_bytes
 from parablock.trace import Span, write_chrome_trace
 
@@ -52,6 +53,11 @@ def make_run(
     return directory
 
 
+def a_run(folder: Path, **sizes: Any) -> RunRecord:
+    """Make a run and read it."""
+    return read_runs([make_run(folder / "run", **sizes)])[0]
+
+
 def _row(t: int, num_clients: int, num_blocks: int, delay: int, num_rounds: int) -> dict[str, Any]:
     loss = 1.2 + 2.4 * math.exp(-2.5 * t / num_rounds) + 0.06 * math.sin(5 * t)
     return {
@@ -81,16 +87,9 @@ def _spans(t: int, client_id: int, num_blocks: int, delay: int) -> list[Span]:
     pace = 1 + 0.03 * math.sin(client_id + 3 * t)
     exchange_s = UPLOAD_S + DOWNLOAD_S
     start = t * (COMPUTE_S * 1.1 if delay else COMPUTE_S * 1.1 + exchange_s)
-    end = start + COMPUTE_S * pace
+    end, computed = start + COMPUTE_S * pace, {"round_index": t, "block_index": _block(t, num_blocks)}
     return [
-        Span(
-            client_id,
-            "compute",
-            "computing",
-            start,
-            end - start,
-            {"round_index": t, "block_index": _block(t, num_blocks)},
-        ),
+        Span(client_id, "compute", "computing", start, end - start, computed),
         Span(client_id, "communication", "uploading", end, UPLOAD_S, _facts(t)),
         Span(client_id, "communication", "downloading", end + UPLOAD_S, DOWNLOAD_S, _facts(t)),
     ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+from outcomes import ended
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = "<!-- not run"
@@ -74,21 +75,8 @@ def perform(step: Step, folder: Path, change: Callable[[str], str | None] = lamb
 
 def _run(command: list[str], folder: Path) -> str:
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={
-            **os.environ,
-            "PATH": programs,
-            "COLUMNS": "200",
-            "OMP_NUM_THREADS": "2",
-            "GIT_CEILING_DIRECTORIES": str(folder.parent),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    environment = {"PATH": programs, "OMP_NUM_THREADS": "2", "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    done = ended(command, folder, environment)
+    assert done.code == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout

@@ -12,13 +12,13 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from outcomes import Outcome, ended
 from parablock.cli.main import main
 
 NUM_CLIENTS = 4
@@ -36,15 +37,6 @@ Row = dict[str, Any]
 
 
 Runs = Callable[..., Path]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended, and what it said."""
-
-    code: int
-    stdout: str
-    stderr: str
 
 
 @dataclass(frozen=True)
@@ -134,6 +126,13 @@ def command(*arguments: str) -> Outcome:
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
 
 
+def done(*arguments: str) -> Outcome:
+    """Run the real command line in this process; it has to succeed."""
+    outcome = command(*arguments)
+    assert outcome.code == 0, outcome.stderr
+    return outcome
+
+
 def command_line(arguments: Iterable[str]) -> list[str]:
     """The same command line as a process of its own."""
     return [sys.executable, "-c", "from parablock.cli.main import main; main()", *arguments]
@@ -142,23 +141,23 @@ def command_line(arguments: Iterable[str]) -> list[str]:
 def command_apart(
     *arguments: str, environment: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
 ) -> Outcome:
-    """Run the command line as a process of its own, with a wide terminal so that no line is broken.
+    """Run the command line as a process of its own."""
+    return ended(command_line(arguments), environment=environment, before=before)
 
-    Args:
-        arguments: Of `parablock`.
-        environment: Variables beside those of this process.
-        before: Called in the new process before the program starts.
-    """
-    done = subprocess.run(
-        command_line(arguments),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "200", **(environment or {})},
-        preexec_fn=before,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+
+def assert_refused(outcome: Outcome, *says: str) -> None:
+    """Check that a command has ended with 2, and with one block on stderr that has these words."""
+    assert "Traceback" not in outcome.stderr + outcome.stdout
+    assert outcome.code == 2, outcome
+    assert outcome.stderr.startswith(("error: ", "Usage: "))
+    for words in says:
+        assert words in outcome.stderr
+
+
+def after(rounds: int) -> Callable[[], bool]:
+    """Return what asks a run to stop when so many of its rounds have started."""
+    asked = count()
+    return lambda: next(asked) >= rounds
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ stale block changes every gradient (a separable toy would pass everything), and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,3 +86,15 @@ class Walker(ToyTrainer):
         generator = torch.Generator().manual_seed(seed_for(0, "walk", self.client_id, round_index))
         v, other = working[block_index].float(), working[block_index - 1].float()
         return Trained(0.9 * v + 0.1 * other + 0.01 * torch.randn(v.shape, generator=generator), 0.0)
+
+
+class Idle(ToyTrainer):
+    """A trainer whose steps take simulated time only; it sends as much as the block, or so many elements."""
+
+    def __init__(self, step_time_s: float | None = None, sends: int | None = None) -> None:
+        super().__init__(0, 1, step_time_s)
+        self._sends = sends
+
+    def train(self, round_index: int, block_index: int, *rest: Any) -> Trained:
+        block = rest[-1][block_index].float() if self._sends is None else torch.zeros(self._sends)
+        return Trained(block + 0.001 * (1 + round_index), 1.0)

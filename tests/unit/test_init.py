@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import parablock
+from outcomes import ended
 from parablock import RunConfig, load_config, parse_config, resume, run
 from parablock.errors import CheckpointError
 from tiny_runs import Workshop, metrics_of, tiny_config
@@ -103,7 +104,6 @@ def test_a_type_checker_knows_the_interface_and_that_nothing_else_is_there(tmp_p
     right.write_text("from parablock import load_config, run\nx: dict[str, object] = run(load_config('a'), 'b')\n")
     wrong.write_text("import parablock\nparablock.run('a.yaml', 'b')\nparablock.resume()\nparablock.runn\n")
     mypy = [sys.executable, "-m", "mypy", "--config-file", str(Path(__file__).parents[2] / "pyproject.toml")]
-    checked = subprocess.run([*mypy, str(right)], capture_output=True, text=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
-    checked = subprocess.run([*mypy, str(wrong)], capture_output=True, text=True, check=False)
-    assert [line.split(":")[1] for line in checked.stdout.splitlines()[:-1]] == ["2", "3", "4"]
+    checked = ended([*mypy, right])
+    assert (checked.code, checked.stderr) == (0, ""), checked.stdout
+    assert [line.split(":")[1] for line in ended([*mypy, wrong]).stdout.splitlines()[:-1]] == ["2", "3", "4"]

@@ -77,6 +77,7 @@ def client(
     server: Annotated[str, typer.Option("--server", help="host:port of the server.")],
     keys: Keys = None,
     *,
+    once: Annotated[bool, typer.Option("--once", help="End with the first run; for a batch system.")] = False,
     insecure: Insecure = False,
 ) -> None:
     """Serve the runs of a server, one after another. Ctrl-C leaves the run and ends the process.
@@ -88,7 +89,7 @@ def client(
     from parablock.deploy.site_service import start_site
 
     check_keys(keys, insecure=insecure)
-    start_site(load_site(site), server, keys)
+    start_site(load_site(site), server, keys, once=once)
 
 
 @deploy.command()

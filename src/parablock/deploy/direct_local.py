@@ -7,6 +7,7 @@ DIR/deployment/  keys, the sites' files and state, the log of every process
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import yaml
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.direct_server import serve_run
-from parablock.errors import CheckpointError, ParaBlockError
+from parablock.errors import CheckpointError, InputError, ParaBlockError
 from parablock.experiment.progress import Progress
 from parablock.storage.files import last_lines, lock_folder, write_atomically
 from parablock.storage.run_directory import RunDirectory
@@ -82,7 +83,7 @@ class LocalSites:
         """Start the process of a site, as its operator would."""
         keys = self.keys_of(f"site-{client_id}")
         command = [sys.executable, "-m", "parablock", "deploy", "client", str(self.site_file(client_id))]
-        command += ["--server", address, *(["--insecure"] if keys is None else ["--keys", str(keys)])]
+        command += ["--once", "--server", address, *(["--insecure"] if keys is None else ["--keys", str(keys)])]
         self.log(client_id).parent.mkdir(parents=True, exist_ok=True)
         with self.log(client_id).open("ab") as log:
             process = subprocess.Popen(
@@ -99,7 +100,7 @@ class LocalSites:
     def check(self) -> None:
         """Raise the error of a site that has ended by itself."""
         for client_id, process in self.processes.items():
-            if process.poll() is not None:
+            if process.poll():
                 end = last_lines(self.log(client_id), 10)
                 raise ParaBlockError(
                     f"the process of site {client_id} ended; its log ends with:\n{end}",
@@ -141,8 +142,14 @@ def deploy_direct(
     RunDirectory(output_dir).check_unused()
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "remote"})})
     sites = LocalSites(output_dir, config, insecure=insecure)
+    was_there = output_dir.exists()
     sites.prepare()
-    return _run(sites, output_dir, progress, asked_to_stop)
+    try:
+        return _run(sites, output_dir, progress, asked_to_stop)
+    except InputError:
+        if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
+            shutil.rmtree(sites.folder if was_there else output_dir, ignore_errors=True)
+        raise
 
 
 def resume_direct(

@@ -19,9 +19,10 @@ from parablock.deploy.status import StatusBoard, control_of
 from parablock.engine.contract import EngineInput, EngineResult
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_engine import RunFacts, run_remote
-from parablock.errors import CheckpointError
+from parablock.errors import CheckpointError, ConfigError
 from parablock.experiment.engines import clients_of
 from parablock.experiment.progress import LoggedProgress, Progress
+from parablock.experiment.protections import masking_of
 from parablock.experiment.run import resume, run
 from parablock.methods.base import RunInputs
 from parablock.storage.files import write_atomically
@@ -88,6 +89,11 @@ def serve_run(
     """
     output_dir = output_dir.absolute()
     directory, progress = RunDirectory(output_dir), progress or LoggedProgress()
+    if num_sites is not None and num_sites < clients_of(config) and masking_of(config) is not None:
+        problem = (
+            f"--sites {num_sites}: masked updates need all {clients_of(config)} clients at the start; leave it out"
+        )
+        raise ConfigError([problem], source="the command line")
     goes_on = directory.config.exists()
     if goes_on:
         _check_same(directory, config)

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,8 +22,11 @@ from parablock.errors import ParaBlockError, StallError, StorageError
 LOGGER = logging.getLogger("parablock")
 
 
-def start_site(site: SiteConfig, address: str, keys: Path | None) -> None:
-    """Be the process of a site, with a log on the terminal and in its folder, until a signal ends it."""
+def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool = False) -> None:
+    """Be the process of a site, with a log on the terminal and in its folder, until a signal ends it.
+
+    With `once` it ends with its first run, and with the error that made it leave.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
     LOGGER.setLevel(logging.INFO)
     screen = logging.StreamHandler(sys.stdout)
@@ -32,13 +35,13 @@ def start_site(site: SiteConfig, address: str, keys: Path | None) -> None:
         LOGGER.addHandler(handler)
     LOGGER.propagate = False
     try:
-        serve(site, server_of(address, keys, LOGGER.warning))
+        serve(site, server_of(address, keys, LOGGER.warning), once=once)
     except KeyboardInterrupt:
         LOGGER.info("this site has left, as its operator asked")
 
 
-def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
-    """Serve the runs of a server, one after another.
+def serve(site: SiteConfig, server: Server, *, once: bool = False) -> None:
+    """Serve the runs of a server, one after another, or one alone.
 
     Whatever goes wrong here ends this site's part of a run, never the process; the site waits for the next session.
 
@@ -50,11 +53,13 @@ def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = 
 
     caller, finished = SiteCaller(site.client_id, server, LOGGER.info), ""
     with _only_process(site):
-        while not asked_to_stop():
+        while True:
             opening = caller.wait_for_session(RealClock(), finished)
             LOGGER.info("takes part in run %s, session %s", opening.run, opening.session)
             try:
                 take_part(site, caller, opening)
+                if once:
+                    return
                 LOGGER.info("the run has ended, or stops; waiting for the next one")
                 finished = opening.session
             except SessionOver:
@@ -64,6 +69,8 @@ def serve(site: SiteConfig, server: Server, asked_to_stop: Callable[[], bool] = 
             except StallError as error:
                 LOGGER.warning("%s; the model leaves memory until the server is back", error.what)
             except ParaBlockError as error:
+                if once:
+                    raise
                 LOGGER.error("this site leaves the run: %s", error)
                 LOGGER.error("It takes part again in the next session, or once it is started again.")
                 finished = opening.session

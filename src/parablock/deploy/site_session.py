@@ -53,6 +53,7 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
     model = make_method_model(job, (site.client_id,))
     (trainer,) = model.trainers
     store = SiteStore(site.state_dir / opening.run)
+    store.free_finished()
     secret = _noise_key(store.folder) if adds_noise(config) else None
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
     plan = client_plan(config, model.form or update_form(config, secret), secret)

@@ -90,6 +90,7 @@ class Client:
         self.client_id, self.state, self._plan, self._trainer = client_id, start.state, plan, trainer
         self._entered, self._trace, self._hand_in, self._faults = pipeline, trace, hand_in, faults
         self._sent, self._residuals, self._rejoins = dict(start.sent), dict(start.residuals), start.rejoins
+        self.has_finished, self._missed_mark = False, -1
         self._protection, self._warn, self._warned = plan.protection_of(client_id), warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         if start.memory is not None:
@@ -106,14 +107,18 @@ class Client:
             if self._rejoins:
                 pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
             else:
-                self._send_again((t, index) for t, chunks in self._sent.items() for index in range(len(chunks)))
-            while self._serve(from_bytes(pipeline.receive())):
-                pass
+                self._send_again((t, 0) for t in self._sent)
+            try:
+                while self._serve(from_bytes(pipeline.receive())):
+                    pass
+            finally:
+                del self._keep  # which may hold this client
 
-    def _send_again(self, chunks: Iterable[tuple[int, int]]) -> None:
-        for t, index in chunks:
-            if index < len(self._sent.get(t, ())):
-                self._pipeline.send(self._sent[t][index], t)
+    def _send_again(self, updates: Iterable[tuple[int, int]]) -> None:
+        """Send updates in flight: of each round the chunks from one on."""
+        for t, first in updates:
+            for chunk in self._sent.get(t, ())[max(0, first) :]:
+                self._pipeline.send(chunk, t)
 
     def _serve(self, message: Message) -> bool:
         """Do what a message asks for; return False after the last one."""
@@ -122,13 +127,15 @@ class Client:
                 self._hand_in(message.round_index, self.snapshot())
                 return not message.stop
             case Finish():
+                self.has_finished = True
                 # if the server has not noticed the restart, differences do not fit the restored blocks
                 if not self._rejoins or all(new.kind == "value" for new in message.news):
                     self._commit(message.news, message.committed)
                 return False
             case Welcome():
-                self._rejoins = False
+                self._rejoins, self._missed_mark = False, message.marked
                 self._send_again(message.lacking)
+                self._hand_in_if_missed()
             case RoundStart() | Chunk() if self._rejoins:
                 pass  # meant for the state before the restart
             case RoundStart():
@@ -195,7 +202,13 @@ class Client:
         self.state = put_in_flight(self.state, t, b, encoded.seen)
         self._sent[t] = messages
         self._keep()
-        self._send_again((t, index) for index in range(len(messages)))
+        self._send_again([(t, 0)])
+        self._hand_in_if_missed()
+
+    def _hand_in_if_missed(self) -> None:
+        """Hand in the state as of a mark that came while this client was gone, once it is there."""
+        if self.state.in_flight and self.state.in_flight[-1].round_index + 1 == self._missed_mark:
+            self._hand_in(self._missed_mark, self.snapshot())
 
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""

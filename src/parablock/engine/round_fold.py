@@ -121,9 +121,9 @@ class RoundFold:
         """The clients that have delivered every chunk."""
         return [client_id for client_id, chunks in self._came.items() if len(chunks) == len(self._cuts)]
 
-    def lacking(self, client_id: int) -> list[int]:
-        """Return the chunks that a client has not delivered."""
-        return [index for index in range(len(self._cuts)) if index not in self._came[client_id]]
+    def first_lacking(self, client_id: int) -> int:
+        """Return the first chunk that a client has not delivered."""
+        return next(index for index in range(len(self._cuts)) if index not in self._came[client_id])
 
     @property
     def updates(self) -> list[Update]:

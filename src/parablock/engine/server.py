@@ -92,7 +92,7 @@ class Server:
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         self.refused = Counter[str](memory.get("refused", {}))
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
-        self._committed_at_start = start.state.committed
+        self._committed_at_start, self._marked = start.state.committed, start.first_round or -1
         self._counted: dict[int, tuple[int, ...]] = {}
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
@@ -179,6 +179,7 @@ class Server:
         return RoundFold(t, b, asked, self.state.params[b].numel(), self._plan.form, self._plan.folder)
 
     def _mark(self, t: int, *, stop: bool) -> None:
+        self._marked = t
         memory = self._participation.memory(self.state.committed + 1)
         self._on_mark(t, self.state, memory | {"step_s": dict(self.step_s), "refused": dict(self.refused)})
         for client_id in range(self._plan.num_clients):
@@ -392,8 +393,8 @@ class Server:
         self._participation.is_back(client_id, self._trace.clock.now())
         owed = [fold for fold in self._folds.values() if client_id in fold.expected]
         owed = [fold for fold in owed if client_id not in fold.delivered]
-        lacking = [(f.round_index, k) for f in owed if f.round_index in join.sent for k in f.lacking(client_id)]
-        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(tuple(lacking)))
+        lacking = tuple((f.round_index, f.first_lacking(client_id)) for f in owed if f.round_index in join.sent)
+        self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(lacking, self._marked))
         self._on_event(f"client {client_id} is back")
         for fold in owed:
             t = fold.round_index

@@ -1,10 +1,11 @@
 """A site's memory of a run on its disk, so that its trainer can die at any moment and lose no update.
 
     RUN/
+      finished                there once the run has ended
       latest.json             after its newest local training, before that update left
-      mark-000008.json        at the start of round 8, where the server wrote a checkpoint
+      mark-000008.json        at the start of round 8, where the server wrote a checkpoint, or a session began
       block-003-S-000012 …    tensors that these files name: new values of blocks, residuals, moments
-      update-S-000012         the messages of an update, as they were sent, each behind its length
+      update-S-000012-…       the messages of an update, as they were sent, each behind its length
 
 S is the session. A tensor that has not changed is not written again, so a round costs its block and its update.
 A JSON file comes last and takes its name when it is whole; what no JSON file names is removed. Tensors carry a
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from parablock.algorithm.parablock import NEVER, ClientState
 from parablock.storage.checkpoint import ClientSnapshot
 from parablock.storage.files import storage, write_atomically
 
-LATEST = "latest"
+LATEST, FINISHED = "latest", "finished"
 FORMAT_VERSION = 1
 
 
@@ -72,6 +74,23 @@ class SiteStore:
         for old in sorted(self.folder.glob("mark-*.json"))[:-keep]:
             old.unlink()
         self._sweep()
+
+    def begin_with(self, stored: StoredClient) -> None:
+        """Keep the state that a session begins with, for a server that may begin again from the same checkpoint."""
+        latest = self.folder / f"{LATEST}.json"
+        text = latest.read_text(encoding="utf-8") if latest.exists() else "{}"
+        if json.loads(text).get("round_index") == stored.round_index:
+            write_atomically(self.folder / f"mark-{stored.round_index:06d}.json", text)
+
+    def finish(self) -> None:
+        """Note that the run has ended: its files go with `free_finished`."""
+        write_atomically(self.folder / FINISHED, "")
+
+    def free_finished(self) -> None:
+        """Remove what is stored of other runs that have ended."""
+        for path in self.folder.parent.glob(f"*/{FINISHED}"):
+            if path.parent != self.folder:
+                shutil.rmtree(path.parent, ignore_errors=True)
 
     def newest(self, sessions: Mapping[str, int]) -> tuple[StoredClient | None, list[str]]:
         """Return the newest undamaged state of these sessions, and why others were passed over.
@@ -145,7 +164,8 @@ class SiteStore:
         return name
 
     def _put_update(self, session: str, round_index: int, messages: Sequence[bytes]) -> str:
-        name = f"update-{session}-{round_index:06d}"
+        checksums = b"".join(message[-4:] for message in messages)
+        name = f"update-{session}-{round_index:06d}-{zlib.crc32(checksums):08x}"
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         if not path.exists():
             with partial.open("wb") as file:

@@ -8,7 +8,7 @@
     client ── Skip(t): I will send no update of round t ──► server
     client ── Leave: I take part no more, until I join again ──► server
     client ── Join: I am back, and hold these versions ──► server
-    server ── Welcome: later messages fit these versions, earlier ones are void; send these chunks again ──► client
+    server ── Welcome: later messages fit these versions, earlier ones are void; send these updates again ──► client
 
 The new value of a block is of one of these kinds:
 
@@ -161,10 +161,12 @@ class Join:
 class Welcome:
     """The answer to `Join`: later messages fit the versions that the client holds.
 
-    `lacking` are the pairs (round, chunk) of the client's updates that the server has not got, in order.
+    `lacking` are the pairs (round, chunk): from that chunk on, the server has not got the client's update.
+    `marked` is the round of the newest `Mark`, which the client may have missed; -1 without one.
     """
 
     lacking: tuple[tuple[StrictInt, StrictInt], ...] = ()
+    marked: StrictInt = -1
 
 
 Message = RoundStart | Finish | Mark | Update | Chunk | Skip | Leave | Join | Welcome | Sealing

@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from parablock.data.prompts import (
     IGNORED_LABEL,
     Example,
-    Tokenized,
     detect_format,
     find_stop_token_ids,
     replace_completion,
-    tokenize_rows,
 )
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
+from tokens import tokenized
 
 TURN_END = "<|im_end|>"
 FORMAT_ROWS: dict[str, dict[str, Any]] = {
@@ -43,18 +42,6 @@ CONVERSATION = [
 
 def a_row(fields: dict[str, Any], line: int = 1) -> Row:
     return Row(fields, "set.jsonl", line)
-
-
-def tokenized(
-    rows: list[Row],
-    tokenizer: Tokenizer,
-    data_format: str = "auto",
-    max_length: int = 512,
-    completion_only_loss: bool = True,
-) -> Tokenized:
-    return tokenize_rows(
-        rows, tokenizer, data_format=data_format, max_length=max_length, completion_only_loss=completion_only_loss
-    )
 
 
 def one(fields: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> Example:

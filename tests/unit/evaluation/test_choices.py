@@ -8,20 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from parablock.data.prompts import Tokenized, tokenize_rows
+from parablock.data.prompts import Tokenized
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, TrainingError
 from parablock.evaluation.choices import MAX_GROUP_CHOICES, find_choices, multiple_choice
-from parablock.model.pretrained import load_model
+from parablock.model.pretrained import LoadedModel
+from tokens import stirred, tokenized
 
 CHOICES = ["Ann", "apples", "12", "How many apples does Ann have?"]
 
 
 def tokenized_of(tokenizer, rows: Sequence[dict[str, Any]], **options: Any) -> Tokenized:
-    settings = {"data_format": "auto", "max_length": 512, "completion_only_loss": True} | options
-    return tokenize_rows(
-        [Row(fields, "made_here", line) for line, fields in enumerate(rows, 1)], tokenizer, **settings
-    )
+    return tokenized([Row(fields, "made_here", line) for line, fields in enumerate(rows, 1)], tokenizer, **options)
 
 
 def question_rows(count: int = 12, **fields: Any) -> list[dict[str, Any]]:
@@ -31,11 +29,7 @@ def question_rows(count: int = 12, **fields: Any) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def model(tiny_llama, tiny_tokenizer):
     """A random model with some noise on its weights, so that it prefers different choices to different prompts."""
-    model = tiny_llama(vocab_size=len(tiny_tokenizer))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return stirred(tiny_llama(vocab_size=len(tiny_tokenizer)))
 
 
 def loop_log_probs(model, tokenizer, prompt: str, choice: str) -> list[float]:
@@ -204,12 +198,9 @@ def test_a_broken_model_is_an_error_and_not_an_accuracy(tiny_llama, tiny_tokeniz
 
 
 @pytest.mark.shared
-def test_real_questions_have_the_choices_of_their_template(shared_dir: Path):
-    loaded = load_model(
-        str(shared_dir / "models/tiny-base"), dtype="float32", device="cpu", init="pretrained", seed=0
-    )
+def test_real_questions_have_the_choices_of_their_template(shared_dir: Path, tiny_base: LoadedModel):
     rows = load_rows(str(shared_dir / "data/t0/glue_qqp.test.jsonl"), split="test")[:32]
-    tokenized = tokenize_rows(rows, loaded.tokenizer, data_format="auto", max_length=512, completion_only_loss=True)
-    assert {len(choices) for choices in find_choices(tokenized.examples)} == {2}
-    result = multiple_choice(loaded.model, loaded.tokenizer, tokenized)
+    questions = tokenized(rows, tiny_base.tokenizer)
+    assert {len(choices) for choices in find_choices(questions.examples)} == {2}
+    result = multiple_choice(tiny_base.model, tiny_base.tokenizer, questions)
     assert result.count == 32 and 0 < result.score < 1

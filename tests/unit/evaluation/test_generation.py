@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from parablock.data.batches import collate
-from parablock.data.prompts import Example, find_stop_token_ids, tokenize_rows
+from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
 from parablock.evaluation.generation import answers_match, exact_match, generate_completions
-from parablock.model.pretrained import load_model
+from parablock.model.pretrained import LoadedModel
+from tokens import stirred, tokenized
 
 QUESTIONS = ["How many apples?", "Ann?", "How many apples does Ann have? Ann has 12 apples.", "12 and 12", "#"]
 ANSWERS = ["Ann has 12.\n#### 12", "She has\n#### 1,200", "many apples", "#### 24", "Ann"]
@@ -23,17 +24,7 @@ def examples(tiny_tokenizer) -> tuple[Example, ...]:
         Row({"prompt": question, "completion": answer}, "made here", line)
         for line, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True), start=1)
     ]
-    return tokenize_rows(
-        rows, tiny_tokenizer, data_format="auto", max_length=512, completion_only_loss=True
-    ).examples
-
-
-def stirred(model, *, seed: int = 0):
-    """Add noise to all weights: a model of the usual initialisation only repeats its last token."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return tokenized(rows, tiny_tokenizer).examples
 
 
 @pytest.fixture
@@ -124,8 +115,7 @@ def test_generation_leaves_a_model_that_trains_in_training_mode(random_model, ti
 
 def test_of_a_prompt_too_long_for_the_context_the_end_is_kept(random_model, tiny_tokenizer):
     row = Row({"prompt": "apples Ann 12 " * 300, "completion": "12"}, "long.jsonl", 7)
-    tokenized = tokenize_rows([row], tiny_tokenizer, data_format="auto", max_length=4096, completion_only_loss=True)
-    (example,) = tokenized.examples
+    (example,) = tokenized([row], tiny_tokenizer, max_length=4096).examples
     assert len(example.prompt_ids) > 512 == random_model.config.max_position_embeddings
     answer = generate_completions(random_model, tiny_tokenizer, [example], max_new_tokens=12)
     assert answer == [loop_generate(random_model, tiny_tokenizer, example.prompt_ids[-500:], max_new_tokens=12)]
@@ -136,9 +126,9 @@ def test_of_a_prompt_too_long_for_the_context_the_end_is_kept(random_model, tiny
 
 def test_an_example_without_a_prompt_is_an_error_that_names_its_place(random_model, tiny_tokenizer):
     row = Row({"text": "Ann has 12 apples."}, "plain.jsonl", 3)
-    tokenized = tokenize_rows([row], tiny_tokenizer, data_format="text", max_length=64, completion_only_loss=True)
+    plain = tokenized([row], tiny_tokenizer, "text", max_length=64)
     with pytest.raises(DataError, match=r"plain\.jsonl, line 3 has no prompt"):
-        exact_match(random_model, tiny_tokenizer, tokenized.examples)
+        exact_match(random_model, tiny_tokenizer, plain.examples)
     with pytest.raises(DataError, match="no examples"):
         exact_match(random_model, tiny_tokenizer, [])
 
@@ -193,11 +183,8 @@ def test_answers_that_differ_do_not_match(prediction: str, reference: str):
 
 
 @pytest.mark.shared
-def test_the_pretrained_model_answers_real_questions(shared_dir: Path):
-    loaded = load_model(
-        str(shared_dir / "models/tiny-base"), dtype="float32", device="cpu", init="pretrained", seed=0
-    )
+def test_the_pretrained_model_answers_real_questions(shared_dir: Path, tiny_base: LoadedModel):
     rows = load_rows(str(shared_dir / "data/gsm8k/test.jsonl"), split="test")[:6]
-    tokenized = tokenize_rows(rows, loaded.tokenizer, data_format="auto", max_length=512, completion_only_loss=True)
-    result = exact_match(loaded.model, loaded.tokenizer, tokenized.examples, max_new_tokens=24, batch_size=3)
+    examples = tokenized(rows, tiny_base.tokenizer).examples
+    result = exact_match(tiny_base.model, tiny_base.tokenizer, examples, max_new_tokens=24, batch_size=3)
     assert result.count == 6 and all(sample.prediction for sample in result.samples)

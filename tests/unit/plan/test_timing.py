@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from parablock.config.load import load_config
 from parablock.model.blocks import find_layers
@@ -19,7 +20,7 @@ from parablock.plan.timing import time_rounds
 from parablock.plan.traffic import Sizes
 from parablock.wire.transport import Link
 from planning import config_of
-from tiny_runs import Workshop, make_workshop, summary_of
+from tiny_runs import Workshop, summary_of
 
 
 def timing_of(delay: int, *, num_rounds: int, compute_s: float, link: Link, chunk_bytes: int | None = None) -> Any:
@@ -69,15 +70,9 @@ def test_streaming_runs_both_directions_at_once():
 
 
 @pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Workshop:
-    def wide(**options: Any) -> LlamaForCausalLM:
-        return tiny_llama(hidden_size=64, **options)
-
-    return make_workshop(tmp_path_factory.mktemp("plan"), wide, tiny_tokenizer)
+def tiny_llama(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., LlamaForCausalLM]:
+    """The workshop's model is wider here."""
+    return partial(tiny_llama, hidden_size=64)
 
 
 SETTINGS = {

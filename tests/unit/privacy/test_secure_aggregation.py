@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
 from contextlib import suppress
 from itertools import combinations
 
@@ -11,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from masked_wires import MaskedWires
 from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.engine.round_fold import RoundFold
 from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import CodecError, StallError
 from parablock.privacy.masked_client import MaskedClient
-from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret
 from parablock.privacy.protection import threshold_of
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
@@ -44,54 +42,10 @@ def words_of(raw: bytes) -> torch.Tensor:
     return message.delta.values
 
 
-class Wires:
-    """Everybody in one thread: what the server waits for is what the couriers have answered by then."""
-
-    def __init__(self, num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> None:
-        known = Cohorts(num_clients, cohorts)
-        self.couriers = [MaskedClient(i, known) for i in range(num_clients)]
-        self.silent: set[int] = set()
-        self.seen: list[bytes] = []
-        self.to_compute: list[bytes] = []
-        self._up = deque[tuple[int, bytes]]()
-        self.collector = MaskedServer(self, known, stall_timeout_s=1.0)
-        for client_id, courier in enumerate(self.couriers):
-            self._take(client_id, courier.opening())
-
-    def upload(self, client_id: int, message: bytes, round_index: int = 0) -> None:
-        self._take(client_id, self.couriers[client_id].outgoing(Parcel(message, round_index)))
-
-    def send(self, client_id: int, parcel: Parcel) -> None:
-        if client_id in self.silent:
-            return
-        answers = self.couriers[client_id].incoming(parcel)
-        if answers is None:
-            self.to_compute.append(parcel.message)
-        else:
-            self._take(client_id, answers)
-
-    def receive(
-        self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
-    ) -> tuple[int, bytes]:
-        if not self._up:
-            raise StallError(waiting_for)
-        client_id, raw = self._up.popleft()
-        self.seen.append(raw)
-        return client_id, raw
-
-    def receive_until(
-        self, deadline_s: float, from_clients: Collection[int] | None = None
-    ) -> tuple[int, bytes] | None:
-        return self.receive(0.0, "") if self._up else None
-
-    def _take(self, client_id: int, parcels: list[Parcel]) -> None:
-        self._up.extend((client_id, parcel.message) for parcel in parcels)
-
-
 def masked_sum(num_clients: int, dropping: tuple[int, ...], *, silent: tuple[int, ...] = ()) -> torch.Tensor:
     """Let all but those who drop send masked words, and give the aggregate of the others."""
     grid, everybody = FixedPointGrid(1.0, num_clients), tuple(range(num_clients))
-    wires = Wires(num_clients, {0: everybody, 1: everybody})
+    wires = MaskedWires(num_clients, {0: everybody, 1: everybody})
     sent = {i: grid.encode(delta) for i, delta in deltas(num_clients).items() if i not in dropping}
     for client_id, words in sent.items():
         wires.upload(client_id, update(client_id, words))
@@ -187,7 +141,7 @@ def test_a_third_may_be_gone_when_secrets_are_revealed_and_no_more():
 
 
 def test_an_update_waits_until_its_masks_are_known_and_other_messages_pass():
-    wires = Wires(3, {4: (0, 1, 2)})
+    wires = MaskedWires(3, {4: (0, 1, 2)})
     wires.upload(1, update(1, torch.zeros(5, dtype=torch.int32), 4), 4)  # before anybody has anybody's keys
     assert not any(b'"Update"' in raw for raw in wires.seen)
     wires.collector.send(0, Parcel(to_bytes(Mark(4, False)), 4))
@@ -199,7 +153,7 @@ def test_an_update_waits_until_its_masks_are_known_and_other_messages_pass():
 def test_a_client_reveals_one_sum_of_a_round_and_none_of_few():
     everybody = tuple(range(4))
     for first, second in (((0, 1, 2, 3), (0, 1, 2)), ((0, 1), None), ((0, 1, 2, 9), None)):
-        wires = Wires(4, {0: everybody})
+        wires = MaskedWires(4, {0: everybody})
         wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
         asked = [to_bytes(Reveal(0, clients)) for clients in (first, second) if clients is not None]
         for message in asked[:-1]:
@@ -210,7 +164,7 @@ def test_a_client_reveals_one_sum_of_a_round_and_none_of_few():
 
 
 def test_shares_that_do_not_fit_are_noticed():
-    wires = Wires(3, {0: (0, 1, 2)})
+    wires = MaskedWires(3, {0: (0, 1, 2)})
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
     honest = wires.couriers[2].incoming
 
@@ -229,7 +183,7 @@ def test_shares_that_do_not_fit_are_noticed():
 
 
 def test_a_letter_that_was_changed_is_not_read():
-    wires = Wires(3, {0: (0, 1, 2)})
+    wires = MaskedWires(3, {0: (0, 1, 2)})
     passed = wires.send
 
     def changed(client_id: int, parcel: Parcel) -> None:
@@ -256,7 +210,7 @@ def test_what_is_no_key_or_no_letter_is_a_codec_error():
             MaskedClient(0, known).incoming(Parcel(roster, 0))
     with pytest.raises(CodecError, match="got 1 letters from 2 clients"):
         MaskedClient(0, known).incoming(Parcel(to_bytes(Letters((2,), pack_bytes(b"hi"))), 0))
-    wires = Wires(3, {0: (0, 1, 2)})
+    wires = MaskedWires(3, {0: (0, 1, 2)})
     wires.upload(0, to_bytes(Revealed(7, 0, pack_bytes(b"nobody asked"))))
     with pytest.raises(CodecError, match="kind Revealed that does not fit"):
         for _ in range(9):
@@ -291,7 +245,7 @@ def chi_square(words: torch.Tensor) -> float:
 
 def test_a_masked_update_cannot_be_told_from_noise_and_one_on_the_plain_grid_can():
     size, grid = 1 << 17, FixedPointGrid(1.0, 3)
-    wires = Wires(3, {0: (0, 1, 2)})
+    wires = MaskedWires(3, {0: (0, 1, 2)})
     plain = grid.encode(deltas(3, size)[0])
     wires.upload(0, update(0, plain))
     _, raw = wires.collector.receive(1.0, "the update")

@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 
-from made_runs import BLOCK_PARAMETERS, COMPUTE_S, make_run
+from made_runs import BLOCK_PARAMETERS, COMPUTE_S, a_run, make_run
 from parablock.report import gantt
 from parablock.report.figures import blocks_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
 from parablock.report.reading import RunRecord, read_runs
 from parablock.trace import Span
-
-
-def a_run(tmp_path: Path, **sizes: Any) -> RunRecord:
-    return read_runs([make_run(tmp_path / "run", **sizes)])[0]
 
 
 def by_name(figure: dict[str, Any]) -> dict[str, dict[str, Any]]:

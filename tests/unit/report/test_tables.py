@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from made_runs import make_run
-from parablock.report.reading import RunRecord, read_runs
+from made_runs import a_run, make_run
+from parablock.report.reading import read_runs
 from parablock.report.tables import (
     UNKNOWN,
     Table,
@@ -21,10 +20,6 @@ from parablock.report.tables import (
     settings_table,
     to_markdown,
 )
-
-
-def a_run(tmp_path: Path, **sizes: Any) -> RunRecord:
-    return read_runs([make_run(tmp_path / "run", **sizes)])[0]
 
 
 def cells(table: Table, column: str) -> list[str]:

@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -165,11 +165,7 @@ def test_the_loss_is_that_of_hugging_face(make_model: Make, family: str):
 
 
 def named(batch: Batch) -> dict[str, Tensor]:
-    return {
-        "input_ids_BT": batch.input_ids_BT,
-        "attention_mask_BT": batch.attention_mask_BT,
-        "labels_BT": batch.labels_BT,
-    }
+    return {field.name: getattr(batch, field.name) for field in fields(batch)}
 
 
 def test_logits_are_made_only_where_a_label_is_predicted(make_model: Make):

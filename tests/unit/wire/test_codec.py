@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 from parablock.errors import CodecError
-from parablock.wire.codec import PREFIX, PROTOCOL_VERSION, encode
+from parablock.wire.codec import PROTOCOL_VERSION, encode
 from parablock.wire.messages import (
     Chunk,
     Finish,
@@ -23,6 +22,7 @@ from parablock.wire.messages import (
 )
 from parablock.wire.quantize import Vector, pack, payload_bytes
 from parablock.wire.sealing import Advertise, Letters, Reveal, Revealed, Roster, Shares, pack_bytes
+from sealed_messages import forged, sealed
 
 VALUES = torch.tensor([1.0, -0.1, 3.0e-8, 65504.0])
 
@@ -110,16 +110,8 @@ def test_another_protocol_version_says_which():
     with pytest.raises(
         CodecError, match=rf"version {PROTOCOL_VERSION + 1} .* version {PROTOCOL_VERSION}"
     ) as caught:
-        from_bytes(bytes(raw) + struct.pack("<I", zlib.crc32(raw)))
+        from_bytes(sealed(bytes(raw)))
     assert "same release" in caught.value.remedy
-
-
-def forged(header: object, payload: bytes = b"", *, payload_length: int | None = None) -> bytes:
-    """A message with a right checksum and a header of our choice."""
-    head = header if isinstance(header, bytes) else json.dumps(header).encode()
-    length = len(payload) if payload_length is None else payload_length
-    body = PREFIX.pack(b"PBLK", PROTOCOL_VERSION, len(head), length) + head + payload
-    return body + struct.pack("<I", zlib.crc32(body))
 
 
 VECTORS = [{"format": "float32", "shape": [1]}]

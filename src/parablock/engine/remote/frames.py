@@ -94,6 +94,14 @@ class Opening:
     restored: int = -1
     sessions: dict[_Word, _Count] = field(default_factory=dict)
 
+    def session_of(self, round_index: int) -> str:
+        """Return the session that a state of the rounds before this one is of.
+
+        What came before the checkpoint that this session went on from stays of the session that it was of, however
+        often it is trained again.
+        """
+        return next((before for before, end in self.sessions.items() if round_index <= end), self.session)
+
 
 @dataclass(frozen=True)
 class Welcome:

@@ -225,8 +225,9 @@ class SiteChannel:
         if self._ended is None:
             if self._leaves:
                 self.stream.put(to_bytes(Leave(self._problem)), 0)
-            self.stream.flush(PARTING_S)
-            self.stream.say_bye(PARTING_S)
+            patience_s = PARTING_S if self.stream.has_connection else 0.0
+            if self.stream.flush(patience_s):
+                self.stream.say_bye(patience_s)
         self.stream.close()
         self._thread.join()
 

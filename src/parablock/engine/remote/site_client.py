@@ -41,19 +41,21 @@ def run_client(
 ) -> None:
     """Run a client through a session, from its newest state that belongs to the run, or from the initial `params`.
 
-    Its state is on the disk before an update leaves; the next round may be trained meanwhile. `rejoins` says that an earlier process took part in the
-    session.
+    Its state is on the disk before an update leaves; the next round may be trained meanwhile. `rejoins` says that
+    an earlier process took part in the session. What was stored of a finished run goes when the next run begins.
     """
-    opening, session = channel.opening, channel.opening.session
+    opening = channel.opening
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
         if not client.is_rejoining:
-            state = client.state
-            channel.defer(lambda: store.save_mark(session, round_index, state, taken, keep=marks_kept))
+            mark = opening.session_of(round_index), round_index, client.state, taken
+            channel.defer(lambda: store.save_mark(*mark, keep=marks_kept))
 
     def keep() -> None:
-        state, snapshot, newest = client.state, client.snapshot(), client.state.in_flight[-1]
-        channel.defer(lambda: store.save_latest(session, newest.round_index + 1, state, snapshot))
+        newest = client.state.in_flight[-1]
+        end = newest.round_index + 1
+        latest = opening.session_of(end), end, client.state, client.snapshot()
+        channel.defer(lambda: store.save_latest(*latest))
         LOGGER.info("round %d: block %d trained", newest.round_index, newest.block_index)
 
     client = Client(
@@ -67,6 +69,8 @@ def run_client(
         warn=LOGGER.warning,
     )
     client.run(keep)
+    if client.has_finished:
+        channel.defer(store.finish)
 
 
 def _start(
@@ -79,6 +83,8 @@ def _start(
         LOGGER.warning("passed over a damaged state: %s", reason)
     if stored is None:
         return ClientStart(initial_client(params), rejoins=rejoins or opening.restored >= 0)
+    if stored.session != opening.session:
+        store.begin_with(stored)
     is_where_the_server_is = stored.session != opening.session and stored.round_index == opening.restored
     return _restored(stored, params, form, rejoins=rejoins or not is_where_the_server_is)
 

@@ -1,0 +1,62 @@
+"""Secure aggregation in one thread: the couriers of all clients and the server's collector, joined by lists."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from parablock.errors import StallError
+from parablock.privacy.masked_client import MaskedClient
+from parablock.privacy.masked_server import MaskedServer
+from parablock.privacy.masking import Cohorts
+from parablock.wire.transport import Parcel
+
+
+class MaskedWires:
+    """Everybody in one thread: what the server waits for is what the couriers have answered by then.
+
+    Attributes:
+        silent: The clients that no message reaches any more.
+        seen: What the server has taken.
+        to_compute: What the couriers have handed on to the compute threads.
+        wire_bytes: Of all messages, up and down.
+    """
+
+    def __init__(self, num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> None:
+        known = Cohorts(num_clients, cohorts)
+        self.couriers = [MaskedClient(i, known) for i in range(num_clients)]
+        self.silent: set[int] = set()
+        self.seen: list[bytes] = []
+        self.to_compute: list[bytes] = []
+        self.wire_bytes = 0
+        self._up = deque[tuple[int, bytes]]()
+        self.collector = MaskedServer(self, known, stall_timeout_s=1.0)
+        for client_id, courier in enumerate(self.couriers):
+            self._take(client_id, courier.opening())
+
+    def upload(self, client_id: int, message: bytes, round_index: int = 0) -> None:
+        self._take(client_id, self.couriers[client_id].outgoing(Parcel(message, round_index)))
+
+    def send(self, client_id: int, parcel: Parcel) -> None:
+        self.wire_bytes += len(parcel.message)
+        if client_id in self.silent:
+            return
+        answers = self.couriers[client_id].incoming(parcel)
+        if answers is None:
+            self.to_compute.append(parcel.message)
+        else:
+            self._take(client_id, answers)
+
+    def receive(self, timeout_s: float, waiting_for: str, *_: object) -> tuple[int, bytes]:
+        if not self._up:
+            raise StallError(waiting_for)
+        client_id, raw = self._up.popleft()
+        self.seen.append(raw)
+        return client_id, raw
+
+    def receive_until(self, *_: object) -> tuple[int, bytes] | None:
+        return self.receive(0.0, "") if self._up else None
+
+    def _take(self, client_id: int, parcels: Sequence[Parcel]) -> None:
+        self.wire_bytes += sum(len(parcel.message) for parcel in parcels)
+        self._up.extend((client_id, parcel.message) for parcel in parcels)
