@@ -135,7 +135,7 @@ def measured(folder: Path, wanted: Wanted) -> Row:
         "site_cpu_s": site_cpu,
         "sent_again_bytes": sum(server["sent_again_bytes"]) + sum(site["sent_again_bytes"] for site in sites),
         "server_bytes": [server["idle_bytes"], server["peak_bytes"]],
-        "site_bytes": max([site["idle_bytes"], site["peak_bytes"]] for site in sites),
+        "site_bytes": max(([site["idle_bytes"], site["peak_bytes"]] for site in sites), default=None),
     }
 
 
