@@ -90,10 +90,8 @@ def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
     layer = Wanted(layer_mb, rounds=1, sites=1, blocks=1)
     slow = [
         # down in a second round, since a server that has ended does not wait a minute for a site that is cut off
-        replace(
-            layer, lane=lane, direction=way, outage_s=s, rounds=1 + (way == "down"), **{f"{way}_mbps": SLOW_MBPS}
-        )
-        for lane, (way, s) in enumerate(product(("up", "down"), (0.0, outage_s)))
+        replace(layer, lane=lane, direction=way, rounds=rounds, outage_s=s, **{f"{way}_mbps": SLOW_MBPS})
+        for lane, ((way, rounds), s) in enumerate(product((("up", 1), ("down", 2)), (0.0, outage_s)), start=1)
     ]
     compute_s = 0.6 * Wanted().wire_s
     with suppress(ValueError):
