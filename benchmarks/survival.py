@@ -162,20 +162,20 @@ def kill_sites(options: Options) -> None:
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
     draw, runs = generator_for(options.seed, "kill sites"), list[Found]()
     while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
+        load = os.getloadavg()[0]
         with RealSites(folder / f"run-{len(runs)}", config, options.bytes_per_s) as town:
-            runs.append(disturbed(town, draw, options.parts, options.outage_s) | {"load": os.getloadavg()[0]})
-        print(runs[-1])
-    kills = [kill for run in runs for kill in run["kills"]]
-    same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
-    bars = [
-        Bar("kills and cuts of a running deployment", len(kills), options.kills, at_most=False),
-        Bar("of them in runs that end with the undisturbed model", same, len(kills), at_most=False),
-        Bar("runs of another seed that do", float(other == expected), 0),
-    ]
-    if back := [kill["back_s"] for kill in kills if kill.get("alone")]:
-        name = "seconds from the start of a killed site until it has trained, loading of the model apart, the "
-        bars += [Bar(f"{name}{word}", of(back), 5) for word, of in (("median", median), ("most", max))]
-    record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
+            runs.append(disturbed(town, draw, options.parts, options.outage_s) | {"load": load})
+        kills = [kill for run in runs for kill in run["kills"]]
+        same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
+        bars = [
+            Bar("kills and cuts of a running deployment", len(kills), options.kills, at_most=False),
+            Bar("of them in runs that end with the undisturbed model", same, len(kills), at_most=False),
+            Bar("runs of another seed that do", float(other == expected), 0),
+        ]
+        if back := [kill["back_s"] for kill in kills if kill.get("alone")]:
+            name = "seconds from the start of a killed site until it has trained, without the loading of its model"
+            bars += [Bar(f"{name}: {word}", of(back), 5) for word, of in (("median", median), ("most", max))]
+        record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
 
 
 def kill_sites_section(found: Found) -> Found:
