@@ -1,37 +1,140 @@
-"""What rounds over Flower cost while blocks travelled inside its messages: the record alone.
+"""What an exchange between a server and its sites costs: real processes, mutual TLS, links that `tc tbf` shapes.
 
-.venv/bin/python benchmarks/deployed.py flower --section-only
+    .venv/bin/python benchmarks/deployed.py deployment --only empty
+
+Each site stands in a network namespace of its own, behind a link that is shaped in both directions. What trains
+only takes time (`_remote_ends.py`), so that two cores can hold everything; the rest is the product: door, streams,
+engine, disk. An exchange is all of a round that is not computation. Links need root, `ip` and `tc`.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import partial
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise, product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import _record as kit
-from _record import Bar, Found, Options, benchmarks, main, section, table, table_of
+from _record import Bar, Found, Options, benchmarks, main, record, section, table_of
 
-SITES, ROUNDS, REPEATS, MBPS, MEGABYTES, LARGE_MEGABYTES = 2, 6, 3, 200.0, 100.0, 400.0
-OUTAGE_S, SLOW_MBPS, LAYER_MB, PATIENCE_S = 60.0, 4.0, 116.0, 3600.0
-"""An outage, a slow link, a layer of Llama-3-8B in int4, and how long a run may take."""
+from parablock.deploy.authority import make_all
+from parablock.storage.files import last_lines
 
-WIRE_S = 2 * MEGABYTES * 8 / MBPS
-"""The seconds that a block takes on the wire, up and down."""
-
-DISTURBANCES = ("nothing", f"an outage of {OUTAGE_S:g} s", "an answer lost")
-EQUAL, LONG, BALANCED, HOSPITAL = "wire = compute", "covered", "exchange = compute", "30 Mbit/s"
+ROUNDS, MBPS, MEGABYTES, LARGE_MEGABYTES, PATIENCE_S = 6, 200.0, 100.0, 400.0, 1800.0
+OUTAGE_S, SLOW_MBPS, LAYER_MB = 60.0, 4.0, 116.0
+"""An outage, a slow link, and a layer of Llama-3-8B in int4."""
+FAST_SITES, SLOW_SITES = 2, 32
+EXCHANGE, EMPTY, BALANCED, HOSPITAL = "exchange", "empty", "exchange = compute", "30 Mbit/s"
+SLOW, MEMORY, MANY = "4 Mbit/s", "memory", "many sites"
 Row = Found
 
 
-def flower(options: Options) -> None:
-    """Show rounds over Flower as they were while blocks travelled inside its messages; nothing is measured anew."""
-    del options
-    sys.exit("blocks do not travel inside Flower's messages any more; the record is of the time when they did")
+def deployment(options: Options) -> None:
+    """Measure rounds of real processes over shaped links: seconds, processor, memory, what is sent again."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # take everything down
+    folder, output = kit.fresh_folder(options).resolve(), Path(options.output)
+    kept = json.loads(output.read_text(encoding="utf-8"))["results"] if output.exists() else []
+    rows = [row for row in kept if row["scenario"] not in options.only]
+    for scenario in options.only:
+        variants = scenarios(rows, is_small=options.smoke)[scenario]
+        if os.geteuid() != 0 and any(each.has_links for each in variants):
+            sys.exit(f"{scenario}: network namespaces need root")
+        places = [folder / scenario.replace(" ", "-").replace("/", "-") / str(n) for n in range(len(variants))]
+        load = os.getloadavg()[0]
+        with ThreadPoolExecutor(len(variants)) as pool:
+            side_by_side = pool.map if scenario == SLOW else map
+            for row in side_by_side(measured, places, variants):
+                rows.append({"scenario": scenario, **row, "load": load, "commit": kit.commit()})
+                record(options, rows, bars_of(rows), {"mbps": MBPS, "megabytes": MEGABYTES})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is deployed."""
+
+    megabytes: float = MEGABYTES  # of a block, 10^6 bytes
+    compute_s: float = 0.0  # that a round's training takes
+    delay: int = 0
+    rounds: int = ROUNDS
+    sites: int = 2
+    blocks: int = 2
+    up_mbps: float = MBPS  # of each site's link; 0: the loopback
+    down_mbps: float = MBPS
+    lane: int = 0  # which of several deployments at once
+    direction: str = ""  # that is slow
+    outage_s: float = 0.0  # in the middle of the first transfer in that direction
+
+    @property
+    def has_links(self) -> bool:
+        return self.up_mbps > 0
+
+    @property
+    def wire_s(self) -> float:
+        """The seconds of a block on the wire, up and then down."""
+        return sum(self.megabytes * 8 / mbps for mbps in (self.up_mbps, self.down_mbps))
+
+
+def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
+    """Return what is deployed in each scenario; one depends on what is on record."""
+    layer_mb, outage_s, large_mb = (2.0, 3.0, 8.0) if is_small else (LAYER_MB, OUTAGE_S, LARGE_MEGABYTES)
+    layer = Wanted(layer_mb, rounds=1, sites=1, blocks=1)
+    slow = [
+        # down in a second round, since a server that has ended does not wait a minute for a site that is cut off
+        replace(layer, lane=lane, direction=way, rounds=rounds, outage_s=s, **{f"{way}_mbps": SLOW_MBPS})
+        for lane, ((way, rounds), s) in enumerate(product((("up", 1), ("down", 2)), (0.0, outage_s)), start=1)
+    ]
+    compute_s = 0.6 * Wanted().wire_s
+    with suppress(ValueError):
+        compute_s = round(round_s(rows, EXCHANGE), 2)
+    balanced = Wanted(compute_s=compute_s, rounds=4 if is_small else ROUNDS)
+    loopback: Found = {"up_mbps": 0.0, "down_mbps": 0.0}
+    few = Wanted(0.004, rounds=12, **loopback) if is_small else Wanted(0.004, rounds=60)
+    many = [Wanted(0.1 if is_small else 5.0, sites=n, rounds=12, **loopback) for n in (FAST_SITES, SLOW_SITES)]
+    return {
+        EMPTY: [few],
+        EXCHANGE: [Wanted(10.0 if is_small else MEGABYTES)],
+        BALANCED: [balanced, replace(balanced, delay=1, rounds=balanced.rounds + 3)],
+        HOSPITAL: [Wanted(4.0 if is_small else 40.0, rounds=4, up_mbps=30.0, down_mbps=30.0)],
+        SLOW: slow,
+        MEMORY: [Wanted(large_mb, rounds=4, sites=4, **loopback)],
+        MANY: [replace(each, sites=min(each.sites, 4)) for each in many] if is_small else many,
+    }
+
+
+def measured(folder: Path, wanted: Wanted) -> Row:
+    """Deploy, and return how long rounds took, what they cost each end, and what was sent again."""
+    print(f"{folder.parent.name}, {wanted.sites} sites, delay {wanted.delay}: load {os.getloadavg()[0]:.2f}")
+    with ExitStack() as stack:
+        ends = Ends(stack, folder, wanted)
+        began_s = ends.wait_for_start()
+        if wanted.outage_s:
+            ends.links[0].cut_in_the_middle(wanted)
+        server, sites = ends.result()
+        seconds = time.monotonic() - began_s
+    commits = server["commits"]
+    steady = slice(2, len(commits) - 1 - wanted.delay)  # at the end nothing is left to overlap with
+    rounds = [(at - before, cpu - cpu_before) for (before, cpu_before), (at, cpu) in pairwise(commits)][steady]
+    site_cpu = [at - left for site in sites for (_, left), (at, _) in list(pairwise(site["cpu"]))[steady]]
+    return {
+        **asdict(wanted),
+        "seconds": seconds,  # from the first byte on the link to the end of both, for one round
+        "rounds_s": [s for s, _ in rounds],
+        "server_cpu_s": [cpu for _, cpu in rounds],
+        "site_cpu_s": site_cpu,
+        "sent_again_bytes": sum(server["sent_again_bytes"]) + sum(site["sent_again_bytes"] for site in sites),
+        "server_bytes": [server["idle_bytes"], server["peak_bytes"]],
+        "site_bytes": max(([site["idle_bytes"], site["peak_bytes"]] for site in sites), default=None),
+    }
 
 
 # -- what was found
@@ -39,9 +142,13 @@ def of(rows: list[Row], scenario: str, **wanted: Any) -> list[Row]:
     return [row for row in rows if row["scenario"] == scenario and all(row[k] == v for k, v in wanted.items())]
 
 
+def middle(rows: list[Row], scenario: str, what: str, **wanted: Any) -> float:
+    """Return the median of a scenario's rounds; a ValueError where it is not on record."""
+    return median(value for row in of(rows, scenario, **wanted) for value in row[what])
+
+
 def round_s(rows: list[Row], scenario: str, **wanted: Any) -> float:
-    """Return the median round, over the repeats of a scenario; a ValueError where it is not on record."""
-    return median(seconds for row in of(rows, scenario, **wanted) for seconds in row["rounds"])
+    return middle(rows, scenario, "rounds_s", **wanted)
 
 
 def bars_of(rows: list[Row]) -> list[Bar]:
@@ -49,117 +156,162 @@ def bars_of(rows: list[Row]) -> list[Bar]:
     made = list[Bar]()
 
     def add(name: str, limit: float, value: Callable[[], float]) -> None:
-        with suppress(ValueError):  # not all of it has been measured
+        with suppress(ValueError, IndexError):  # not all of it has been measured
             made.append(Bar(name, float(value()), limit))
 
-    def at(scenario: str, delay: int, *supernodes: int) -> float:
-        for many in supernodes or (2, 1):  # of one SuperNode where two are not on record
-            with suppress(ValueError):
-                return round_s(rows, scenario, delay=delay, secure=True, supernodes=many)
-        raise ValueError(scenario)
+    def wire_s(scenario: str) -> float:
+        return Wanted(**{key: of(rows, scenario)[0][key] for key in ("megabytes", "up_mbps", "down_mbps")}).wire_s
 
-    def faster(scenario: str, *supernodes: int) -> float:
-        return at(scenario, 1, *supernodes) / at(scenario, 0, *supernodes)
+    def slow(what: str, way: str) -> float:
+        found = sorted(of(rows, SLOW, direction=way), key=lambda row: float(row["outage_s"]))
+        return float(found[1][what] - found[0][what])
 
-    def balanced() -> float:
-        compute_s = max(row["compute_s"] for row in of(rows, BALANCED))
-        return at(BALANCED, 1) / max(compute_s, at(BALANCED, 0) - compute_s)
+    def beyond(end: str, copies: int) -> float:
+        (row,) = of(rows, MEMORY)
+        idle, peak = row[f"{end}_bytes"]
+        return (peak - idle) / (row["megabytes"] * 1e6) - copies * row["blocks"]
 
-    warm, cold = (partial(round_s, rows, "empty", warm=is_warm) for is_warm in (True, False))
-    add("seconds of an empty exchange", 5.0, warm)
-    name = "an empty exchange: a forked ClientApp / one that starts from nothing"
-    add(name, 0.85, lambda: warm() / cold())
-    for many, which in ((2, "two SuperNodes a site"), (1, "one SuperNode a site")):
-        add(f"wire = compute, {which}: delay 1 / delay 0", 0.65, partial(faster, EQUAL, many))
-        name = f"an exchange / its time on the wire, {which}"
-        add(name, 1.6, lambda many=many: (at(EQUAL, 0, many) - WIRE_S) / WIRE_S)
-    add("covered: round / compute at delay 1", 1.06, lambda: at(LONG, 1) / (2.5 * WIRE_S))
-    add("covered: delay 1 / delay 0", 0.60, partial(faster, LONG))
-    add("exchange = compute: round at delay 1 / max(compute, exchange through Flower)", 1.05, balanced)
-    add("exchange = compute: delay 1 / delay 0", 0.60, partial(faster, BALANCED))
-    name = "30 Mbit/s, delay 1: a round with two SuperNodes a site / with one"
-    add(name, 0.75, lambda: at(HOSPITAL, 1, 2) / at(HOSPITAL, 1, 1))
-    add("TLS and node keys / insecure, in turn", 1.10, partial(tls, rows))
+    def each(sites: int) -> float:
+        return middle(rows, MANY, "server_cpu_s", sites=sites) / sites
+
+    wire, name = f"{MEGABYTES:g} MB each way, {MBPS:g} Mbit/s", "processor seconds of a round"
+    add(f"{wire}: exchange / wire one after the other", 0.65, lambda: round_s(rows, EXCHANGE) / wire_s(EXCHANGE))
+    add(f"{wire}: {name}, server", 2.0, lambda: middle(rows, EXCHANGE, "server_cpu_s"))
+    add(f"{wire}: {name}, site", 1.2, lambda: middle(rows, EXCHANGE, "site_cpu_s"))
+    add("an empty exchange, s, median", 0.05, lambda: round_s(rows, EMPTY))
+    name = "exchange = compute: round at delay 1 / computation"
+    add(name, 1.05, lambda: round_s(rows, BALANCED, delay=1) / of(rows, BALANCED)[0]["compute_s"])
+    name = "exchange = compute: delay 1 / delay 0"
+    add(name, 0.54, lambda: round_s(rows, BALANCED, delay=1) / round_s(rows, BALANCED, delay=0))
+    add("30 Mbit/s: exchange / wire", 0.70, lambda: round_s(rows, HOSPITAL) / wire_s(HOSPITAL))
     for way in ("up", "down"):
-        add(f"slow link, {way}: bytes sent again / a part", 1.0, partial(again, rows, way))
-    for role, limit in (("ServerApp", 4.0), ("ClientApp", 3.0)):
-        peaks = [row["peak_bytes"][role] / (row["megabytes"] * 1e6) for row in of(rows, "memory")]
-        add(f"peak memory of the {role}, in blocks", limit, partial(max, peaks))
+        add(f"an outage, {way}: MiB sent again", 4, lambda way=way: slow("sent_again_bytes", way) / 2**20)
+        add(f"an outage, {way}: seconds more", OUTAGE_S + 10, lambda way=way: slow("seconds", way))
+    add("peak memory of the server beyond two models, blocks", 2.5, lambda: beyond("server", 2))
+    add("peak memory of a site beyond its model, blocks", 5, lambda: beyond("site", 1))
+    name = f"the server's processor seconds a site, {SLOW_SITES} sites / {FAST_SITES}"
+    add(name, 1.2, lambda: each(SLOW_SITES) / each(FAST_SITES))
     return made
 
 
-def tls(rows: list[Row]) -> float:
-    """Return the median round with TLS and keys over that without, of the repeats that have both."""
-    insecure = of(rows, EQUAL, delay=1, secure=False)
-    beside = {(row["repeat"], row["supernodes"]) for row in insecure}
-    secure = [r for r in of(rows, EQUAL, delay=1, secure=True) if (r["repeat"], r["supernodes"]) in beside]
-    with_it, without = (median(s for row in found for s in row["rounds"]) for found in (secure, insecure))
-    return with_it / without
-
-
-def again(rows: list[Row], direction: str) -> float:
-    """Return the most that a disturbance made be sent again, in parts."""
-    found = {row["disturbance"]: row for row in of(rows, f"slow link, {direction}")}
-    plain = found.pop(DISTURBANCES[0], None)
-    if plain is None or not all(row["happened"] for row in found.values()):
-        raise ValueError("there was nothing to send again")
-    return max((row["wire_bytes"] - plain["wire_bytes"]) / row["part_bytes"] for row in found.values())
-
-
-def flower_section(found: Found) -> Found:
-    rows: list[Row] = found["results"]
-    said, slow_rows, memories = (
-        kit.ABOUT["flower"],
-        [row for row in rows if row.get("disturbance")],
-        of(rows, "memory"),
-    )
-    parts = [
-        said["covered"],
-        rounds_table([row for row in rows if row["scenario"] != "memory" and "rounds" in row]),
-    ]
-    if chains := [row for row in rows if row["scenario"] in ("empty", EQUAL) and row.get("chain")]:
-        parts += ["Where each second of a round goes, at delay 0:", chain_table(chains)]
-    if slow_rows:
-        told = [row | {f"mega_{key}": row[key] / 1e6 for key in ("wire_bytes", "part_bytes")} for row in slow_rows]
-        parts += [said["slow"].format(**slow_rows[0]), table_of(told, said["slow_columns"])]
-    if memories:
-        heads = [f"{row['sites']} sites, {row['megabytes']:g} MB: GB (blocks)" for row in memories]
-        size, peaks_of_rows = memories[0]["megabytes"] * 1e6, [row["peak_bytes"] for row in memories]
-        lines = [
-            [role, *(f"{peaks[role] / 1e9:.2f} ({peaks[role] / size:.1f})" for peaks in peaks_of_rows)]
-            for role in sorted(memories[0]["peak_bytes"])
-        ]
-        parts += ["Most memory of a process, by sites and size of a block:", table(["process", *heads], lines)]
+def deployment_section(found: Found) -> Found:
+    rows, said, lines, parts = found["results"], kit.ABOUT["deployment"], [], []
+    for row in (row for row in rows if row["rounds_s"]):
+        medians = {key: median(row[f"{key}_s"]) for key in ("rounds", "server_cpu", "site_cpu")}
+        peaks = {end: (row[f"{end}_bytes"][1] - row[f"{end}_bytes"][0]) / 1e6 for end in ("server", "site")}
+        lines.append(
+            row
+            | medians
+            | {"exchange_s": medians["rounds"] - row["compute_s"] * (1 - row["delay"])}
+            | {"least": min(row["rounds_s"]), "most": max(row["rounds_s"]), "num": len(row["rounds_s"])}
+            | {f"{end}_mb": peak for end, peak in peaks.items()}
+        )
+    if lines:
+        parts.append(table_of(lines, said["columns"]))
+    if slow := of(rows, SLOW):
+        parts += [said["slow"].format(**slow[0]), table_of(slow, said["slow_columns"])]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
-    return section("flower", found, *parts, f"The rows are of commit {commits}.")
+    return section("deployment", found, *parts, f"The rows are of commit {commits}.")
 
 
-def rounds_table(rows: list[Row]) -> Found:
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for row in rows:
-        way = f"{row['scenario']}: delay {row['delay']}{'' if row['secure'] else ', without TLS'}"
-        way += (", one SuperNode" if row["supernodes"] == 1 else "") + ("" if row["warm"] else COLD)
-        groups[way, row["megabytes"], row["compute_s"]] += row["rounds"]
-    lines = [
-        {"way": way, "mega": mega, "compute_s": compute_s, "rounds": len(found), "least": min(found)}
-        | {"most": max(found), "median": median(found), "exchange_s": median(found) - compute_s}
-        for (way, mega, compute_s), found in groups.items()
-    ]
-    return table_of(lines, kit.ABOUT["flower"]["columns"])
+# -- a deployment
+class Ends:
+    """A server and its sites, each a process, with their links; all of it goes with the stack."""
+
+    def __init__(self, stack: ExitStack, folder: Path, wanted: Wanted) -> None:
+        folder.mkdir(parents=True)
+        self._stack, self._folder, self._wanted = stack, folder, wanted
+        self.links = [Link(wanted, site) for site in range(wanted.sites if wanted.has_links else 0)]
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        hosts = [link.gateway for link in self.links] or ["127.0.0.1"] * wanted.sites
+        make_all(folder / "keys", wanted.sites, [*dict.fromkeys(hosts)])
+        for link in self.links:
+            link.lay(stack)
+        told = asdict(wanted) | {"servers": []}
+        (folder / "wanted.json").write_text(json.dumps(told), encoding="utf-8")
+        self._launch("server", [])
+        self._wait_for((folder / "port").exists)
+        told["servers"] = [f"{host}:{(folder / 'port').read_text()}" for host in hosts]
+        (folder / "wanted.json").write_text(json.dumps(told), encoding="utf-8")
+        for site in range(wanted.sites):
+            self._launch(str(site), self.links[site].inside if self.links else [])
+
+    def wait_for_start(self) -> float:
+        """Return when the beginning of a block is on a link; at once where there are no links."""
+        beginning = 1e6 * min(1, self._wanted.megabytes / 8)
+        self._wait_for(lambda: not self.links or max(self.links[0].moved()) > beginning)
+        return time.monotonic()
+
+    def result(self) -> tuple[Found, list[Found]]:
+        """Wait for the end, or the last commit of a link that is slow down; return what both ends have found."""
+        names = ["server", *(f"site-{site}" for site in range(self._wanted.sites))]
+        if self._wanted.direction == "down":
+            names = ["committed"]
+        files = [self._folder / f"{name}.json" for name in names]
+        self._wait_for(lambda: all(file.exists() for file in files))
+        server, *sites = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        return server, sites
+
+    def _wait_for(self, what: Callable[[], bool]) -> None:
+        give_up_s = time.monotonic() + PATIENCE_S
+        while not what():
+            for name, process in self._processes.items():
+                if process.poll() or time.monotonic() > give_up_s:
+                    sys.exit(f"{name} ended, or takes too long:\n{last_lines(self._folder / f'{name}.log', 20)}")
+            time.sleep(0.05)
+
+    def _launch(self, name: str, inside: list[str]) -> None:
+        ends = str(Path(__file__).with_name("_remote_ends.py"))
+        command = [*inside, sys.executable, ends, name, str(self._folder)]
+        with (self._folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._processes[name] = process
+        self._stack.callback(process.wait)
+        self._stack.callback(process.terminate)
 
 
-COLD = ", ClientApps from nothing"
+class Link:
+    """A site's network: the server's end in our namespace, the site's end in one of its own."""
+
+    def __init__(self, wanted: Wanted, site: int) -> None:
+        name, self._up_mbps, self._down_mbps = f"{wanted.lane}-{site}", wanted.up_mbps, wanted.down_mbps
+        self._namespace, self._outer, self._inner = f"parablock{name}", f"pbo{name}", f"pbi{name}"
+        self.gateway = f"10.77.{8 * wanted.lane + site}.1"
+        self.inside = ["ip", "netns", "exec", self._namespace]
+
+    def lay(self, stack: ExitStack) -> None:
+        """Make the link; it goes with the stack."""
+        call("ip", "netns", "add", self._namespace)
+        stack.callback(call, "ip", "netns", "del", self._namespace)
+        call("ip", "link", "add", self._outer, "type", "veth", "peer", "name", self._inner)
+        stack.callback(call, "ip", "link", "del", self._outer)  # at once; with the namespace it goes when it likes
+        call("ip", "link", "set", self._inner, "netns", self._namespace)
+        ends = (((), self._outer, "1", self._down_mbps), (self.inside, self._inner, "2", self._up_mbps))
+        for inside, device, last, mbps in ends:
+            call(*inside, "ip", "addr", "add", f"{self.gateway[:-1]}{last}/24", "dev", device)
+            call(*inside, "ip", "link", "set", device, "up")
+            shape = ("rate", f"{mbps:g}mbit", "burst", "256kb", "latency", "200ms")
+            call(*inside, "tc", "qdisc", "add", "dev", device, "root", "tbf", *shape)
+        call(*self.inside, "ip", "link", "set", "lo", "up")
+
+    def cut_in_the_middle(self, wanted: Wanted) -> None:
+        """Take the link down once half of a block has moved in the slow direction."""
+        place = 0 if wanted.direction == "up" else 1
+        while self.moved()[place] < wanted.megabytes * 5e5:
+            time.sleep(0.05)
+        call("ip", "link", "set", self._outer, "down")
+        time.sleep(wanted.outage_s)
+        call("ip", "link", "set", self._outer, "up")
+
+    def moved(self) -> tuple[int, int]:
+        """Return the bytes that went up and down so far, headers and all."""
+        counts = Path("/sys/class/net") / self._outer / "statistics"
+        up, down = (int((counts / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
+        return up, down
 
 
-def chain_table(rows: list[Row]) -> Found:
-    groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-    for row in rows:
-        which = ("one SuperNode" if row["supernodes"] == 1 else "two SuperNodes") + ("" if row["warm"] else COLD)
-        groups[f"{row['scenario']}, {which}"].append(row["chain"])
-    columns = [{name: median(chain[name] for chain in found) for name in found[0]} for found in groups.values()]
-    names = dict.fromkeys(name for column in columns for name in column)
-    lines = [[name, *(f"{column[name]:.2f}" if name in column else "" for column in columns)] for name in names]
-    return table(["", *groups], lines)
+def call(*command: str) -> None:
+    subprocess.run(command, check=True)
 
 
 BENCHMARKS = benchmarks(globals())

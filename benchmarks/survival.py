@@ -10,20 +10,20 @@ import math
 import os
 import re
 import resource
-import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from operator import truediv
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import _record as kit
@@ -32,15 +32,15 @@ import torch
 from _record import Bar, Found, Options, benchmarks, main, record, section, spread, table, table_of
 from torch import Tensor
 
-from cuttable_proxy import PIECE, CuttableProxy
+from cuttable_proxy import CuttableProxy
 from masked_wires import MaskedWires
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Rule
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.config.section import KINDS_AT
-from parablock.deploy.one_machine import Deployment, resume_local, watch
-from parablock.errors import CodecError, ConfigError, ParaBlockError
+from parablock.deploy.direct_local import HOST, LocalSites
+from parablock.errors import CodecError, ConfigError
 from parablock.seeding import generator_for
 from parablock.storage.run_directory import RunDirectory
 from parablock.wire import messages
@@ -48,7 +48,7 @@ from parablock.wire.quantize import pack
 from parablock.wire.transport import Parcel
 from sealed_messages import every_message, forged, parts_of, sealed
 
-POLL_S, PATIENCE_S, SITES = 0.05, 600.0, 2
+POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 600.0, 2, 1.0
 SAME = "same model as one process"
 
 
@@ -156,23 +156,26 @@ def finish(process: subprocess.Popen[bytes], directory: Path) -> None:
 
 # -- a deployment of real processes, killed or cut off
 def kill_sites(options: Options) -> None:
-    """Kill a site's trainer, its SuperNode and the SuperLink at random moments, one of each in a run."""
-    folder = kit.fresh_folder(options)
+    """Kill sites and the server, and cut the network, at random moments, one of each in a run."""
+    folder = kit.fresh_folder(options).resolve()
     config = deployed(kit.generated(folder / "material", num_clients=SITES), options)
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
     draw, runs = generator_for(options.seed, "kill sites"), list[Found]()
     while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
-        runs.append(killed(config, folder / f"run-{len(runs)}", draw, options.parts))
-        print(runs[-1])
-    kills = sum(len(run["kills"]) for run in runs)
-    same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
-    bars = [
-        Bar("kills of running parts of a deployment", kills, options.kills, at_most=False),
-        Bar("of them in runs that end with the undisturbed model", same, kills, at_most=False),
-        Bar("runs of another seed that do", float(other == expected), 0),
-    ]
-    results = {"undisturbed": expected, "another_seed": other, "runs": runs}
-    record(options, results, bars, config)
+        load = os.getloadavg()[0]
+        with RealSites(folder / f"run-{len(runs)}", config, options.bytes_per_s) as town:
+            runs.append(disturbed(town, draw, options.parts, options.outage_s) | {"load": load})
+        kills = [kill for run in runs for kill in run["kills"]]
+        same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
+        bars = [
+            Bar("kills and cuts of a running deployment", len(kills), options.kills, at_most=False),
+            Bar("of them in runs that end with the undisturbed model", same, len(kills), at_most=False),
+            Bar("runs of another seed that do", float(other == expected), 0),
+        ]
+        if back := [kill["back_s"] for kill in kills if kill.get("alone")]:
+            name = "seconds from the start of a killed site until it has trained, without the loading of its model"
+            bars += [Bar(f"{name}: {word}", of(back), 5) for word, of in (("median", median), ("most", max))]
+        record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
 
 
 def kill_sites_section(found: Found) -> Found:
@@ -181,155 +184,103 @@ def kill_sites_section(found: Found) -> Found:
         [
             str(number),
             ", ".join(f"{kill['part']} after {kill['rounds_done']}" for kill in run["kills"]),
-            f"{run['seconds']:.0f}",
+            ", ".join(f"{kill['back_s']:.1f} + {kill['load_s']:.1f}" for kill in run["kills"] if "back_s" in kill),
+            *(f"{run[key]:.0f}" for key in ("seconds", "load")),
             same(run),
         ]
         for number, run in enumerate(found["results"]["runs"])
     ]
-    return section("kill_sites", found, table(["run", "killed, after how many rounds", "s", SAME], rows))
+    columns = ["run", "what, after how many rounds", "site back: s + loading", "s", "load", SAME]
+    return section("kill_sites", found, table(columns, rows))
 
 
-def killed(config: RunConfig, directory: Path, draw: np.random.Generator, parts: list[str]) -> Found:
-    """Kill the parts in the order of their moments, the SuperLink last, and go on until the run ends."""
-    last, round_s = config.federation.num_rounds - 2, 8.0  # about what a round over Flower takes here
-    moments = sorted((int(draw.integers(0, last)), float(draw.uniform(0, round_s))) for _ in parts)
-    shuffled = [str(part) for part in draw.permutation([part for part in parts if part != "superlink"])]
-    shuffled += [part for part in parts if part == "superlink"]
-    kills, began, deployment = list[Found](), time.monotonic(), Deployment(directory, SITES)
-    deployment.prepare(config)
-    with deployment:
-        watched = Watched(deployment)
-        for part, (after_rounds, part_s) in zip(shuffled, moments, strict=True):
-            watched.wait_for(lambda wanted=after_rounds: rounds_recorded(deployment.output_dir) >= wanted)
-            time.sleep(part_s)
-            site, rounds_done = int(draw.integers(SITES)), rounds_recorded(deployment.output_dir)
-            if watched.is_alive() and kill(deployment, part, site):
-                kills.append({"part": part, "site": site, "rounds_done": rounds_done})
-        watched.join()
-    summary = watched.summary
-    if watched.error is not None:
-        if "superlink" not in [kill["part"] for kill in kills]:
-            raise watched.error
-        summary = resume_local(directory, progress=kit.QUIET)
-    return {"kills": kills, "seconds": time.monotonic() - began, "model_sha256": summary["model_sha256"]}
+class RealSites:
+    """A server and sites, each a process that the command line starts, and a bad link before each site."""
+
+    def __init__(self, directory: Path, config: RunConfig, bytes_per_s: float) -> None:
+        with socket.create_server((HOST, 0)) as found:
+            self.port = int(found.getsockname()[1])
+        self.output_dir, self.sites = directory, LocalSites(directory, config)
+        self.links = [CuttableProxy(self.port, bytes_per_s) for _ in range(self.sites.num_sites)]
+        self.sites.prepare()
+        self.file = directory.with_suffix(".yaml")
+        self.file.write_text(config.to_yaml(), encoding="utf-8")
+
+    def __enter__(self) -> RealSites:
+        self.start_server()
+        for client_id in range(self.sites.num_sites):
+            self.start_site(client_id)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.kill()
+        self.server.wait()
+        self.sites.__exit__(None, None, None)
+        for link in self.links:
+            link.close()
+
+    def start_server(self) -> None:
+        keys = ["--keys", str(self.sites.keys_of("server")), "--address", f"{HOST}:{self.port}"]
+        arguments = ["deploy", "server", str(self.file), "--output-dir", str(self.output_dir), *keys]
+        self.server = parablock(self.output_dir, *arguments)
+
+    def start_site(self, client_id: int) -> None:
+        self.sites.start(client_id, f"{HOST}:{self.links[client_id].port}")
+
+    def lines_of(self, client_id: int) -> list[tuple[float, str]]:
+        """Return what a site's log says, with the times in seconds since 1970."""
+        lines = re.findall(r"(?m)^(\d{4}-\S+ [\d:]+),(\d{3}) (.*)$", self.sites.log(client_id).read_text())
+        return [(datetime.fromisoformat(at).timestamp() + int(ms) / 1e3, said) for at, ms, said in lines]
 
 
-def kill(deployment: Deployment, part: str, site: int) -> bool:
-    """Kill a part, and start again what nobody else does; False where it does not run just now."""
-    if part == "trainer":
-        pid = deployment.trainer_pid(site)
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-        return pid is not None
-    deployment.kill("superlink" if part == "superlink" else f"supernode-{site}")
-    if part == "supernode":
-        deployment.start_supernode(site)
-    return True
-
-
-def cut_link(options: Options) -> None:
-    """Break a link in the middle of transfers, with real sockets; measure what is sent again for it."""
-    folder = kit.fresh_folder(options)
-    config = deployed(kit.material_of(options), options, **{"wire.chunk_bytes": options.chunk_bytes})
-    expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
-    blocks = RunDirectory(folder / "one-process").read_manifest()["blocks"]
-    block_bytes = 4 * max(block["parameters"] for block in blocks)
-    results: Found = {"model_sha256": expected, "another_seed": other, "block_bytes": block_bytes}
-    for name, direction in (("undisturbed", ""), ("up", "up"), ("down", "down")):
-        results[name] = over_a_proxy(config, folder / name, options, direction, block_bytes)
-    bars = []
-    for direction in ("up", "down"):
-        cuts = results[direction]["cuts"]
-        again = (results[direction][direction] - results["undisturbed"][direction]) / max(1, cuts)
-        results[direction]["again_bytes_per_cut"] = again
-        bars.append(Bar(f"cuts in the middle of a transfer {direction}", cuts, options.cuts, at_most=False))
-        bars.append(Bar(f"bytes sent again {direction} for a cut / chunk", again / options.chunk_bytes, 1))
-    same = sum(results[name]["model_sha256"] == expected for name in ("undisturbed", "up", "down"))
-    bars.append(Bar("runs that end with the model of one process", same, 3, at_most=False))
-    bars.append(Bar("runs of another seed that do", float(other == expected), 0))
-    record(options, results, bars, config)
-
-
-def cut_link_section(found: Found) -> Found:
-    results, options, rows = found["results"], found["options"], []
-    told = {"undisturbed": "never", "up": "while an update goes up", "down": "while values come down"}
-    for name, when in told.items():
-        run = results[name]
-        again = f"{run['again_bytes_per_cut'] / 1e3:.0f}" if "again_bytes_per_cut" in run else ""
-        moved = (f"{run[direction] / 1e6:.2f}" for direction in ("up", "down"))
-        rows.append([when, str(run["cuts"]), *moved, again, same_as(results["model_sha256"])(run)])
-    made = table(["cut", "cuts", "MB up", "MB down", "sent again for a cut, kB", SAME], rows)
-    sizes = {"megabytes": results["block_bytes"] / 1e6, "kilobytes": options["chunk_bytes"] / 1e3}
-    return section("cut_link", found, made, **sizes)
-
-
-def over_a_proxy(config: RunConfig, directory: Path, options: Options, direction: str, block_bytes: int) -> Found:
-    """Run with site 0 behind the proxy; cut it in the middle of transfers in this direction."""
-
-    class BehindAProxy(Deployment):
-        def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
-            if client_id == 0:
-                port = int(self.files.address.rpartition(":")[2])
-                self.proxy = CuttableProxy(port, block_bytes / options.transfer_s)
-                superlink = f"127.0.0.1:{self.proxy.port}"
-            super().start_supernode(client_id, superlink)
-
-    def is_in_the_middle() -> bool:
-        """Tell whether half of a block has moved since the direction carried less than a piece for a while."""
-        nonlocal start, last, last_s, idle
-        moved, now_s = getattr(deployment.proxy, direction), time.monotonic()
-        if moved - last >= PIECE:
-            last, last_s = moved, now_s
-        elif now_s - last_s > 0.5:
-            start, last, last_s, idle = moved, moved, now_s, True
-        return idle and moved - start > block_bytes / 2
-
-    deployment = BehindAProxy(directory, SITES)
-    deployment.prepare(config)
-    with deployment:
-        began, watched = time.monotonic(), Watched(deployment)
-        for _ in range(options.cuts if direction else 0):
-            start, last, last_s, idle = 0, getattr(deployment.proxy, direction), time.monotonic(), False
-            if watched.wait_for(is_in_the_middle):
-                deployment.proxy.cut(options.outage_s)
-        watched.join()
-        proxy, seconds = deployment.proxy, time.monotonic() - began
-        found = {"cuts": proxy.cuts, "up": proxy.up, "down": proxy.down, "seconds": seconds}
-        proxy.close()
-    if watched.error is not None:
-        raise watched.error
-    return found | {key: watched.summary[key] for key in ("rounds_done", "model_sha256")}
-
-
-class Watched(threading.Thread):
-    """Waits for the end of a run over Flower while its processes are looked at."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        super().__init__(daemon=True)
-        self._deployment, self._run_id = deployment, deployment.submit()
-        self.summary: Found = {}
-        self.error: ParaBlockError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.summary = watch(self._deployment, self._run_id, kit.QUIET)
-        except ParaBlockError as error:
-            self.error = error
-
-    def wait_for(self, what: Callable[[], bool]) -> bool:
-        """Wait until something is so; tell whether the run still went on then."""
-        give_up = time.monotonic() + PATIENCE_S
-        while self.is_alive() and not what():
-            if time.monotonic() > give_up:
-                raise TimeoutError(self._deployment.log("superlink").read_text(encoding="utf-8")[-3000:])
+def disturbed(town: RealSites, draw: np.random.Generator, parts: list[str], outage_s: float) -> Found:
+    """Kill and cut at moments drawn at random; go on until the run ends."""
+    config, kills, began_s = town.sites.config, list[Found](), time.time()
+    last = config.federation.num_rounds - 2
+    moments = sorted((int(draw.integers(1, last)), float(draw.uniform(0, ROUND_S))) for _ in parts)
+    for part, (after_rounds, part_s) in zip(map(str, draw.permutation(parts)), moments, strict=True):
+        while town.server.poll() is None and rounds_recorded(town.output_dir) < after_rounds:
+            if time.time() - began_s > PATIENCE_S:
+                raise TimeoutError(f"look at {town.output_dir}")
             time.sleep(POLL_S)
-        return self.is_alive()
+        time.sleep(part_s)
+        if town.server.poll() is not None:
+            break
+        site, rounds_done = int(draw.integers(SITES)), rounds_recorded(town.output_dir)
+        process = town.server if part == "server" else town.sites.processes[site]
+        if part == "network":
+            town.links[site].cut(outage_s)
+        else:
+            process.kill()
+            process.wait()
+            town.start_server() if part == "server" else town.start_site(site)
+        kills.append({"part": part, "site": site, "rounds_done": rounds_done, "at_s": time.time()})
+    town.server.wait(PATIENCE_S)
+    for kill in kills:
+        if kill["part"] == "site":
+            kill.update(back_after(town.lines_of(kill["site"]), kill["at_s"], [other["at_s"] for other in kills]))
+    finish(town.server, town.output_dir)
+    return {"kills": kills, "seconds": time.time() - began_s, "model_sha256": sha256(town.output_dir)}
 
 
-def deployed(material: kit.Material, options: Options, **more: int) -> RunConfig:
+def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list[float]) -> Found:
+    """Return how long a site took to train again after a start, and how long of it to load its model."""
+    told = [(at_s, said) for at_s, said in lines if at_s >= start_s]
+    trained = [at_s for at_s, said in told if "trained" in said]
+    if not trained:  # the run ended before
+        return {}
+    asked, loaded = (
+        max(at_s for at_s, said in told if what in said and at_s <= trained[0])
+        for what in ("takes part", "the model is there")
+    )
+    alone = not any(start_s < at_s <= trained[0] for at_s in disturbed_s)
+    load_s = loaded - asked
+    return {"back_s": trained[0] - start_s - load_s, "load_s": load_s, "asked_s": asked - start_s, "alone": alone}
+
+
+def deployed(material: kit.Material, options: Options) -> RunConfig:
     sites = replace(material, train=material.train[:SITES])
-    return kit.configured(sites, kit.training(options) | {"engine.clock": None, **more})
+    return kit.configured(sites, kit.training(options) | {"engine.clock": None})
 
 
 def in_one_process(config: RunConfig, directory: Path, other_seed: int = 0) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 
 from engines import QUIET, engine_input
 from parablock.clock import RealClock
@@ -49,6 +50,7 @@ class Town:
         self.deaths, self.is_over = 0, threading.Event()
         self.channels = dict[int, SiteChannel]()
         self.listener: Listener | None = None
+        self.transport: RemoteTransport | None = None
         self.port = 0
         self.threads = dict[int, threading.Thread]()
 
@@ -64,7 +66,7 @@ class Town:
             f"127.0.0.1:{self.port}", None, lambda _: None, num_clients=everybody, tell=self.told.append
         )
         self.port = self.listener.port
-        self.transport: RemoteTransport | None = None
+        self.transport = None
 
         def on_open(transport: RemoteTransport) -> None:
             self.transport = transport
@@ -155,8 +157,13 @@ class Town:
                     marks_kept=3,
                     rejoins=rejoins,
                 )
-        except Died:  # who is dead says no bye
+        except Died:  # who is dead says no bye, and does nothing that was still to be done
             channel.stream.close()
+            with suppress(Empty):
+                while True:
+                    channel._work.get_nowait()
+            channel._work.put(None)
+            channel._worker.join()
             raise
         except BaseException:
             channel.close()

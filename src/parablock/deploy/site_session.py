@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +21,8 @@ from parablock.methods.choose import make_method_model
 from parablock.storage.files import write_beside
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
+
+LOGGER = logging.getLogger("parablock")
 
 
 def take_part(site: SiteConfig, caller: SiteCaller, opening: Opening) -> None:
@@ -52,6 +55,7 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
     store = SiteStore(site.state_dir / opening.run)
     store.free_finished()
     secret = _noise_key(store.folder) if adds_noise(config) else None
+    LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
     plan = client_plan(config, model.form or update_form(config, secret), secret)
     _mask(channel, config, site.client_id, opening, rejoins=rejoins)
     run_client(

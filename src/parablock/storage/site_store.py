@@ -163,9 +163,9 @@ class SiteStore:
         if before is not None and before[0] is value:
             return before[1]
         name = f"{key}-{session}-{round_index:06d}"
-        value = value.detach().contiguous().cpu()
+        stored = value.detach().contiguous().cpu()
         partial = self.folder / f".{name}.partial"
-        save_file({"value": value}, partial, metadata={"crc32": str(_crc(value))})
+        save_file({"value": stored}, partial, metadata={"crc32": str(_crc(stored))})
         partial.replace(self.folder / name)
         self._written[key] = (value, name)
         return name

@@ -1,7 +1,8 @@
 """A site's channel to the server: it calls, takes part in a session, and calls again after every cut.
 
 It stands where `Pipeline` stands in one process, so that the `Client` above it is the same: the compute thread
-sends and receives, and a thread of the channel keeps the connection.
+sends and receives, and threads of the channel keep the connection, and do what has to be done before a message
+leaves.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from queue import SimpleQueue
 from threading import Lock
 from types import TracebackType
@@ -176,6 +178,8 @@ class SiteChannel:
         self._interceptor: Interceptor | None = None
         self._intercepting = Lock()
         self._ended: Exception | None = None
+        self._failed: BaseException | None = None
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._heard_s = trace.clock.now()
         self._spans_told = 0
         self._leaves, self._problem = True, ""
@@ -192,6 +196,7 @@ class SiteChannel:
             pass
         if isinstance(item, Exception):
             raise item
+        self._worker = start_thread(self._clock, self._do_work, "outgoing")
         return bool(item)
 
     def intercept(self, interceptor: Interceptor) -> None:
@@ -215,6 +220,8 @@ class SiteChannel:
 
     def close(self) -> None:
         """Leave the session: say so, if the run goes on, and end the connection."""
+        self._work.put(None)
+        self._worker.join()
         if self._ended is None:
             if self._leaves:
                 self.stream.put(to_bytes(Leave(self._problem)), 0)
@@ -225,15 +232,18 @@ class SiteChannel:
         self._thread.join()
 
     def send(self, message: bytes, round_index: int) -> None:
-        """Put a message into the stream to the server, or raise the channel's error; returns at once."""
-        if self._ended is not None:
-            raise self._ended
+        """Hand a message over to the stream to the server, or raise the channel's error; returns at once."""
+        if (error := self._ended or self._failed) is not None:
+            raise error
         self._tell_spans()
-        if self._interceptor is None:
-            self.stream.put(message, round_index)
-            return
-        with self._intercepting:
-            self._put(self._interceptor.outgoing(Parcel(message, round_index)))
+        self._work.put(partial(self._send, Parcel(message, round_index)))
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Let the channel do something before it sends what it is given from now on; returns at once.
+
+        Its error surfaces in the compute thread, as those of the connection do, and nothing leaves after it.
+        """
+        self._work.put(work)
 
     def receive(self) -> bytes:
         """Wait for the next message of the server.
@@ -246,7 +256,7 @@ class SiteChannel:
         with self._trace.span(self._caller.client_id, "compute", "waiting"):
             while True:
                 item = self._inbox.get_until(self._clock.now() + 1.0)
-                if isinstance(item, Exception):
+                if isinstance(item, BaseException):
                     raise item
                 if item is not None:
                     assert isinstance(item, bytes)
@@ -257,6 +267,22 @@ class SiteChannel:
                         cause="It, or the way to it, is down.",
                         remedy="Nothing is to be done here: the site goes on as soon as the server is back.",
                     )
+
+    def _do_work(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            except BaseException as error:
+                self._failed = error
+                self._inbox.put(error)
+                return
+
+    def _send(self, parcel: Parcel) -> None:
+        if self._interceptor is None:
+            self.stream.put(parcel.message, parcel.round_index)
+            return
+        with self._intercepting:
+            self._put(self._interceptor.outgoing(parcel))
 
     def _tell_spans(self) -> None:
         spans, self._spans_told = self._trace.spans[self._spans_told :], len(self._trace.spans)

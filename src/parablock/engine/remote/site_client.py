@@ -41,19 +41,21 @@ def run_client(
 ) -> None:
     """Run a client through a session, from its newest state that belongs to the run, or from the initial `params`.
 
-    Its state is on the disk before an update leaves. `rejoins` says that an earlier process took part in the
-    session. What was stored of a finished run goes when the next run begins.
+    Its state is on the disk before an update leaves; the next round may be trained meanwhile. `rejoins` says that
+    an earlier process took part in the session. What was stored of a finished run goes when the next run begins.
     """
     opening = channel.opening
 
     def hand_in(round_index: int, taken: ClientSnapshot) -> None:
         if not client.is_rejoining and max(taken.sent, default=-1) < round_index:
-            store.save_mark(opening.session_of(round_index), round_index, client.state, taken, keep=marks_kept)
+            mark = opening.session_of(round_index), round_index, client.state, taken
+            channel.defer(lambda: store.save_mark(*mark, keep=marks_kept))
 
     def keep() -> None:
         newest = client.state.in_flight[-1]
         end = newest.round_index + 1
-        store.save_latest(opening.session_of(end), end, client.state, client.snapshot())
+        latest = opening.session_of(end), end, client.state, client.snapshot()
+        channel.defer(lambda: store.save_latest(*latest))
         LOGGER.info("round %d: block %d trained", newest.round_index, newest.block_index)
 
     client = Client(
@@ -68,7 +70,7 @@ def run_client(
     )
     client.run(keep)
     if client.has_finished:
-        store.finish()
+        channel.defer(store.finish)
 
 
 def _start(
