@@ -224,7 +224,8 @@ def configurations() -> list[tuple[str, str]]:
         (page_id(page), content)
         for page in PAGES
         for kind, content in fences(page.read_text())
-        if kind == "yaml" and not content.startswith("apiVersion:")  # of Kubernetes: tests/integration/test_deploy.py
+        if kind == "yaml"
+        and not content.startswith("apiVersion:")  # of Kubernetes: tests/integration/test_deploy.py
     ]
     return files + blocks
 
