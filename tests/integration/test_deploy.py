@@ -387,6 +387,13 @@ def test_the_kubernetes_and_slurm_files_of_the_page_have_what_they_need():
     assert "--requeue" in job and "--signal=TERM@60" in job
 
 
+def test_who_looks_at_a_status_does_not_wait_for_torch():
+    for module, loads in (("parablock.deploy.status", "False"), ("parablock.deploy.site_session", "True")):
+        code = f"import sys, {module}; print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == loads
+
+
 def test_init_writes_over_nothing(tmp_path: Path):
     folder = tmp_path / "site"
     outcome = command("deploy", "init", "site", str(folder), "--client-id", "3", "--train", "a.jsonl")

@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.table import Table
 
 from parablock.clock import RealClock
-from parablock.engine.pipeline import start_thread
-from parablock.engine.remote.listener import Listener
-from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.errors import InputError
 from parablock.report.units import format_bytes, format_duration
 from parablock.storage.files import write_atomically
 from parablock.trace import Trace
+
+if TYPE_CHECKING:  # who only reads a status does not wait for torch
+    from parablock.engine.remote.listener import Listener
+    from parablock.engine.remote.remote_transport import RemoteTransport
 
 LOOK_S = 1.0
 STALE_S = 10.0
@@ -98,6 +99,8 @@ class StatusBoard:
 
     def watch(self, transport: RemoteTransport) -> None:
         """Begin."""
+        from parablock.engine.pipeline import start_thread
+
         self._transport = transport
         self.look()
         start_thread(self._clock, self._run, "status")
