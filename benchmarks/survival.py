@@ -49,7 +49,7 @@ from parablock.wire.transport import Parcel
 from sealed_messages import every_message, forged, parts_of, sealed
 
 POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 600.0, 2, 1.0
-SAME = "same model as one process"
+SAME, BACK = "same model as one process", "{asked_s:.1f} + {load_s:.1f} + {rest_s:.1f}"
 
 
 def same_as(expected: str) -> Callable[[Found], str]:
@@ -184,13 +184,17 @@ def kill_sites_section(found: Found) -> Found:
         [
             str(number),
             ", ".join(f"{kill['part']} after {kill['rounds_done']}" for kill in run["kills"]),
-            ", ".join(f"{kill['back_s']:.1f} + {kill['load_s']:.1f}" for kill in run["kills"] if "back_s" in kill),
+            ", ".join(
+                BACK.format(**kill, rest_s=kill["back_s"] - kill["asked_s"])
+                for kill in run["kills"]
+                if "back_s" in kill
+            ),
             *(f"{run[key]:.0f}" for key in ("seconds", "load")),
             same(run),
         ]
         for number, run in enumerate(found["results"]["runs"])
     ]
-    columns = ["run", "what, after how many rounds", "site back: s + loading", "s", "load", SAME]
+    columns = ["run", "what, after how many rounds", "site back: program + model + rest, s", "s", "load", SAME]
     return section("kill_sites", found, table(columns, rows))
 
 
