@@ -11,7 +11,6 @@ from engines import server_plan
 from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.engine.plans import Hooks
-from parablock.engine.remote import remote_transport
 from parablock.engine.update_form import Differences
 from parablock.wire.quantize import Encoding
 from remote_runs import BLOCKS, Leaves, Town
@@ -29,10 +28,11 @@ class MovingTown(Town):
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         self.may_return = {client_id: threading.Event() for client_id in range(len(EXAMPLES))}
-        self.has_left, self.trained = set[int](), [set[int]() for _ in range(ROUNDS)]
+        self.has_left, self.is_away, self.trained = set[int](), set[int](), [set[int]() for _ in range(ROUNDS)]
 
     def _process(self, client_id: int, finished: str) -> str:
         if client_id in self.has_left:
+            self.is_away.add(client_id)
             while not (self.may_return[client_id].wait(0.02) or self.is_over.is_set()):
                 pass
             if self.is_over.is_set():
@@ -56,7 +56,7 @@ def move(tmp_path: Path, delay: int, encoding: Encoding):
 
     def wait_for(holds) -> None:
         ready = threading.Event()
-        for _ in range(1000):
+        for _ in range(3000):
             if holds():
                 return
             ready.wait(0.01)
@@ -74,9 +74,15 @@ def move(tmp_path: Path, delay: int, encoding: Encoding):
             town.transport.remove(*REMOVED)
         if t == 10:
             for client_id in RETURN:
-                wait_for(lambda: 2 in town.has_left)
+                wait_for(lambda: 2 in town.is_away)
                 town.may_return[client_id].set()
             wait_for(lambda: all(town.transport.is_there(client_id) for client_id in RETURN))
+
+        if t == ROUNDS - 2:
+            for client_id in REMOVED:  # its operator stops it, who waits to be let in again
+                town.channels[client_id].stream.close()
+                town.channels[client_id]._inbox.put(Leaves())
+            wait_for(lambda: town.is_away >= REMOVED)
 
     for client_id in set(range(8)) - JOIN:
         town.start(client_id)
@@ -97,10 +103,7 @@ def told(counted: dict[int, list[int]], trained: list[set[int]], delay: int) -> 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("float32", chunk_bytes=8)], ids=repr)
-def test_sites_join_leave_are_removed_and_return_in_the_middle(
-    tmp_path: Path, delay: int, encoding: Encoding, monkeypatch
-):
-    monkeypatch.setattr(remote_transport, "RETURN_S", 0.5)
+def test_sites_join_leave_are_removed_and_return_in_the_middle(tmp_path: Path, delay: int, encoding: Encoding):
     result, counted, town, events = move(tmp_path, delay, encoding)
     assert result.finished and not result.refused
     problem = told(counted, town.trained, delay)
