@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,6 +88,7 @@ def client(
 
     Example: parablock deploy client site.yaml --server fl.example.org:8000 --keys keys
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at import; a server that ends is no news here
     from parablock.deploy.door import check_keys
     from parablock.deploy.site import load_site
     from parablock.deploy.site_service import start_site
