@@ -1,4 +1,4 @@
-"""The door of a direct deployment: addresses, ports that are taken, strangers, proxies, and words for what is wrong."""
+"""The door of a direct deployment: addresses, ports, strangers, proxies, and words for what is wrong."""
 
 from __future__ import annotations
 
