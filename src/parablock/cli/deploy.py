@@ -53,6 +53,7 @@ def server(
 
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
+    from parablock.deploy.allocation import keep_freed_memory
     from parablock.deploy.direct_server import serve_run, server_config
     from parablock.deploy.door import check_keys
 
@@ -62,6 +63,7 @@ def server(
         from parablock.deploy.metrics_endpoint import serve_metrics
 
         serve_metrics(output_dir, metrics_port)
+    keep_freed_memory()
     with show_progress() as (progress, stop):
         summary = serve_run(
             settings,

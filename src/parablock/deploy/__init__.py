@@ -8,6 +8,7 @@ site_session   a site in one session of a run
 status         what a server shows of its sites, and what its operator asks of it
 metrics_endpoint  the same for Prometheus
 log_files      logs, with rotation
+allocation     the memory of long-lived processes
 starter_files  what an operator starts with: configuration, systemd unit, compose file
 site_check     everything a run would need of a site, before it joins
 credentials    TLS certificates, and the keys of SuperNodes
