@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from parablock.clock import RealClock
-from parablock.deploy.allocation import keep_freed_memory
+from parablock.deploy.allocation import keep_memory
 from parablock.deploy.door import listen, server_of
 from parablock.engine.contract import EngineInput
 from parablock.engine.local_steps import FixedSteps
@@ -143,7 +143,7 @@ class Sleeper:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as `parablock deploy server` and `deploy client` do
+    keep_memory()  # as `parablock deploy server` and `deploy client` do
     ends = Ends(Path(sys.argv[2]))
     if sys.argv[1] == "server":
         ends.serve()

@@ -13,6 +13,7 @@ import typer
 from parablock.cli.deploy_keys import keys_app
 from parablock.cli.deploy_start import check, init_app
 from parablock.cli.terminal import Overrides, console, print_summary, show_progress
+from parablock.deploy.allocation import keep_memory
 from parablock.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def server(
 
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
-    from parablock.deploy.allocation import keep_freed_memory
+    keep_memory()
     from parablock.deploy.direct_server import serve_run, server_config
     from parablock.deploy.door import check_keys
 
@@ -63,7 +64,6 @@ def server(
         from parablock.deploy.metrics_endpoint import serve_metrics
 
         serve_metrics(output_dir, metrics_port)
-    keep_freed_memory()
     with show_progress() as (progress, stop):
         summary = serve_run(
             settings,
@@ -90,6 +90,7 @@ def client(
 
     Example: parablock deploy client site.yaml --server fl.example.org:8000 --keys keys
     """
+    keep_memory()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at import; a server that ends is no news here
     from parablock.deploy.door import check_keys
     from parablock.deploy.site import load_site

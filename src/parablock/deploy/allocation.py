@@ -1,23 +1,32 @@
-"""The memory of a long-lived server or trainer."""
+"""The memory of a long-lived server or trainer: it is kept between rounds, in large pages.
+
+Memory that is new has to be cleared by the kernel, and a copy between small pages of a virtual machine may cost ten
+times one between large ones. The C library reads its settings when a process begins, so the process begins again.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import sys
-from contextlib import suppress
+from collections.abc import Mapping
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_MOST = (1 << 31) - 1
+SETTINGS = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Environment variables of glibc; see mallopt(3) and its manual on tunables. Other libraries ignore them."""
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep for the next round what a round has freed: memory that is new has to be cleared.
+def with_kept_memory(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with the settings; those that its owner has made stay."""
+    return {**SETTINGS, **environment}
 
-    Source: mallopt(3). Other systems than Linux with glibc stay as they are.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _MOST), (_M_ARENA_MAX, 1)):
-            library.mallopt(parameter, value)
+
+def keep_memory() -> None:
+    """Begin this command again with the settings, unless it has them, or is called within another program."""
+    arguments = sys.argv[1:]
+    is_command = sys.orig_argv[len(sys.orig_argv) - len(arguments) :] == arguments and bool(arguments)
+    if sys.platform.startswith("linux") and is_command and not SETTINGS.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, with_kept_memory(os.environ))

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from parablock.clock import RealClock
-from parablock.deploy.allocation import keep_freed_memory
 from parablock.deploy.door import server_of
 from parablock.deploy.log_files import log_to
 from parablock.deploy.site import SiteConfig
@@ -28,7 +27,6 @@ def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool 
 
     With `once` it ends with its first run, and with the error that made it leave.
     """
-    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
     LOGGER.setLevel(logging.INFO)
     screen = logging.StreamHandler(sys.stdout)
