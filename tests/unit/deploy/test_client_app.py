@@ -16,23 +16,23 @@ from parablock.deploy.site import load_site
 from parablock.deploy.site_service import only_process
 from parablock.engine.flower.joining import FAILED, OVER, REFUSED, SIMULATED, UNREACHABLE, Invitation
 from parablock.engine.flower.run_certificate import make_run_certificate
-from parablock.engine.remote.frames import Opening, Welcome
+from parablock.engine.remote.frames import Opening, Reception
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.site_channel import Refused, SessionOver
 from parablock.errors import ConfigError, DataError, StallError
 
 OPENING = Opening("run", "session", "", "")
-OPEN, ENDED = Welcome(0, False, 0.0, OPENING), Welcome(0, False, 0.0, OPENING, is_over=True)
+OPEN, ENDED = Reception(0, False, 0.0, OPENING), Reception(0, False, 0.0, OPENING, is_over=True)
 
 
 class Calls:
     """Answers calls of a site, one after the other, as a server would."""
 
-    def __init__(self, *answers: Welcome | Exception) -> None:
+    def __init__(self, *answers: Reception | Exception) -> None:
         self.answers, self.said = iter(answers), list[str]()
         self.say = self.said.append
 
-    def ask(self) -> Welcome:
+    def ask(self) -> Reception:
         answer = next(self.answers)
         if isinstance(answer, Exception):
             raise answer
