@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from parablock.hub import is_reachable, use_cache_when_offline
 
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,10 @@ class Parcel:
 
 @dataclass
 class Traffic:
-    """The traffic of one round: for each client the bytes and seconds of its uploads and its downloads."""
+    """The traffic of one round: for each client the bytes and seconds of its uploads and its downloads.
+
+    Other threads may add to it while it is read.
+    """
 
     up: dict[int, tuple[int, float]] = field(default_factory=dict)
     down: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -35,12 +38,12 @@ class Traffic:
     @property
     def uplink_bytes(self) -> int:
         """Uploaded bytes of all clients."""
-        return sum(wire_bytes for wire_bytes, _ in self.up.values())
+        return sum(wire_bytes for wire_bytes, _ in tuple(self.up.values()))
 
     @property
     def downlink_bytes(self) -> int:
         """Downloaded bytes of all clients."""
-        return sum(wire_bytes for wire_bytes, _ in self.down.values())
+        return sum(wire_bytes for wire_bytes, _ in tuple(self.down.values()))
 
     def seconds(self, client_id: int) -> float:
         """Return the seconds that a client's link was busy."""
@@ -54,26 +57,22 @@ class Ledger:
         self._rounds: dict[int, Traffic] = {}
 
     def of_round(self, round_index: int) -> Traffic:
-        """Return the traffic of one round so far; later transfers do not change it."""
-        traffic = self._rounds.get(round_index, Traffic())
-        return Traffic(dict(traffic.up), dict(traffic.down))
+        """Return the traffic of one round so far."""
+        return self._rounds.setdefault(round_index, Traffic())
 
     def count_up(self, parcel: Parcel, client_id: int, seconds: float) -> None:
         """Add an upload."""
-        _add(self._round(parcel.round_index).up, client_id, len(parcel.message), seconds)
+        _add(self.of_round(parcel.round_index).up, client_id, len(parcel.message), seconds)
 
     def count_down(self, parcel: Parcel, client_id: int, seconds: float) -> None:
         """Add a download."""
-        _add(self._round(parcel.round_index).down, client_id, len(parcel.message), seconds)
+        _add(self.of_round(parcel.round_index).down, client_id, len(parcel.message), seconds)
 
     def restore_downlink(self, rounds: Mapping[Any, Mapping[Any, Sequence[Any]]]) -> None:
         """Restore the downloads counted before an interruption; uploads are repeated and counted anew."""
         for t, clients in rounds.items():
             for client_id, (wire_bytes, seconds) in clients.items():
-                _add(self._round(int(t)).down, int(client_id), int(wire_bytes), float(seconds))
-
-    def _round(self, round_index: int) -> Traffic:
-        return self._rounds.setdefault(round_index, Traffic())
+                _add(self.of_round(int(t)).down, int(client_id), int(wire_bytes), float(seconds))
 
 
 def _add(column: dict[int, tuple[int, float]], client_id: int, wire_bytes: int, seconds: float) -> None:

@@ -17,6 +17,11 @@ from parablock.engine.remote.grpc_options import settle_environment
 from parablock.errors import ConfigError, InputError
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "")  # which `settle_environment` changes
+
+
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("door") / "keys"
