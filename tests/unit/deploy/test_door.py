@@ -19,7 +19,9 @@ from parablock.errors import ConfigError, InputError
 
 @pytest.fixture(autouse=True)
 def _environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "")  # which `settle_environment` changes
+    for name in ("https_proxy", "http_proxy", "no_proxy"):  # which `settle_environment` sets
+        monkeypatch.setenv(name, "")  # noted, so that it is as before after the test
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")
