@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from parablock.algorithm.parablock import same
 from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
+from parablock.storage.checkpoint import RunState
 from parablock.wire.quantize import Encoding
-from remote_runs import BLOCKS, Leaves, Town
+from remote_runs import BLOCKS, Died, Leaves, Town
 from toy import ToyTrainer, initial, solve
 
 EXAMPLES = [3, 1, 2, 5, 4, 2, 1, 3]
@@ -120,3 +122,50 @@ def test_sites_join_leave_are_removed_and_return_in_the_middle(tmp_path: Path, d
 
     everybody = told({t: list(range(8)) for t in range(ROUNDS)}, [set() for _ in range(ROUNDS)], delay)
     assert not same(result.server.params, run_sequential(initial(BLOCKS), everybody, solve).server.params)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_site_that_was_away_at_the_checkpoint_goes_on_from_what_it_really_holds(tmp_path: Path, delay: int):
+    """It misses rounds and a checkpoint, is back, and the server dies before the next one."""
+    plan = server_plan(3, ROUNDS, delay, Differences(Encoding("float32")), checkpoint_every=4, min_updates=2)
+    counted, states = dict[int, list[int]](), list[RunState]()
+
+    class Leaving(ToyTrainer):
+        def train(self, round_index, *asked):
+            if self.client_id == 2 and round_index == 5 and 2 not in town.has_left:
+                town.has_left.add(2)
+                raise Leaves
+            town.trained[round_index].add(self.client_id)
+            return super().train(round_index, *asked)
+
+    def on_commit(state, updates, _) -> None:
+        counted[state.committed] = [update.client_id for update in updates]
+        if state.committed == 8 and len(town.sessions) == 1:
+            assert 2 not in counted[7], "it is away"
+            town.may_return[2].set()
+            for _ in range(3000):
+                if town.transport.is_there(2):
+                    break
+                time.sleep(0.01)
+        if len(states) == 2 and len(town.sessions) == 1 and 2 in counted[state.committed] and state.committed > 8:
+            raise Died
+
+    town = MovingTown(tmp_path, plan, EXAMPLES[:3], make_trainer=Leaving)
+    for client_id in range(3):
+        town.start(client_id)
+    town.sessions = [1]
+    try:
+        with pytest.raises(Died):
+            town.serve(Hooks(on_commit, states.append))
+        assert states[-1].round_index == 8
+        town.sessions, town.trained[8:] = [1, 2], [set() for _ in range(ROUNDS - 8)]
+        result = town.serve(Hooks(on_commit, lambda _: None), states[-1])
+    finally:
+        town.end()
+    assert 2 in counted[8 + delay] and 2 not in counted[7]
+    took_part = [sorted(set(counted[t]) | town.trained[t]) for t in range(ROUNDS)]
+    lost = frozenset((i, t) for t in range(ROUNDS) for i in took_part[t] if i not in counted[t])
+    problem = OracleProblem(
+        EXAMPLES[:3], ROUNDS, delay, schedule="shuffled", trained=took_part, lost=lost, min_updates=2
+    )
+    assert same(result.server.params, run_sequential(initial(BLOCKS), problem, solve).server.params)

@@ -366,7 +366,7 @@ class Server:
             self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
 
     def _welcome(self, client_id: int, join: Join) -> None:
-        """Ask a restarted client for the updates that it owes, each from the state of its round."""
+        """Ask a restarted client for the updates that it owes, and a checkpoint that it may have missed."""
         if misfit := self._downlink.misfit(self.state, join.versions):
             self._count(client_id, Refusal("misfit", misfit))
             return
@@ -377,7 +377,7 @@ class Server:
         self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(lacking))
         self._on_event(f"client {client_id} is back")
         self._ask_again(client_id, [fold for fold in owed if fold.round_index < self._marked], join)
-        if self._plan.waits_for_return:  # it may have missed the checkpoint that the run would go on from
+        if self._plan.waits_for_return and self._marked - 1 in {*join.sent, *(fold.round_index for fold in owed)}:
             self._downlink.send(client_id, self._marked, Mark(self._marked, stop=False))
         self._ask_again(client_id, [fold for fold in owed if fold.round_index >= self._marked], join)
 
