@@ -126,46 +126,52 @@ def test_sites_join_leave_are_removed_and_return_in_the_middle(tmp_path: Path, d
 
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_site_that_was_away_at_the_checkpoint_goes_on_from_what_it_really_holds(tmp_path: Path, delay: int):
-    """It misses rounds and a checkpoint, is back, and the server dies before the next one."""
-    plan = server_plan(3, ROUNDS, delay, Differences(Encoding("float32")), checkpoint_every=4, min_updates=2)
-    counted, states = dict[int, list[int]](), list[RunState]()
+    """It misses rounds and the checkpoint of round 6, is back, and the server dies before that of round 12."""
+    plan = server_plan(3, ROUNDS, delay, Differences(Encoding("float32")), checkpoint_every=6, min_updates=2)
+    counted, states, trained = dict[int, list[int]](), list[RunState](), dict[str, set[tuple[int, int]]]()
 
     class Leaving(ToyTrainer):
         def train(self, round_index, *asked):
-            if self.client_id == 2 and round_index == 5 and 2 not in town.has_left:
+            if self.client_id == 2 and round_index == 3 and 2 not in town.has_left:
                 town.has_left.add(2)
                 raise Leaves
-            town.trained[round_index].add(self.client_id)
+            session = town.channels[self.client_id].opening.session
+            trained.setdefault(session, set()).add((self.client_id, round_index))
             return super().train(round_index, *asked)
 
     def on_commit(state, updates, _) -> None:
-        counted[state.committed] = [update.client_id for update in updates]
-        if state.committed == 8 - delay and len(town.sessions) == 1:
-            assert states[-1].round_index == 8 and 2 not in counted[7 - delay], "it is away"
+        t = state.committed
+        counted[t] = [update.client_id for update in updates]
+        if t == 6 - delay:
             town.may_return[2].set()
             for _ in range(3000):
                 if town.transport.is_there(2):
                     break
                 time.sleep(0.01)
-        if len(states) == 2 and len(town.sessions) == 1 and 2 in counted[state.committed] and state.committed > 8:
+        if t > 6 and 2 in counted[t] and len(trained) == 1:
             raise Died
 
     town = MovingTown(tmp_path, plan, EXAMPLES[:3], make_trainer=Leaving)
     for client_id in range(3):
         town.start(client_id)
-    town.sessions = [1]
     try:
         with pytest.raises(Died):
             town.serve(Hooks(on_commit, states.append))
-        assert states[-1].round_index == 8
-        town.sessions, town.trained[8:] = [1, 2], [set() for _ in range(ROUNDS - 8)]
+        assert [state.round_index for state in states] == [6]
+        assert town.has_left == {2} and 2 not in counted[5]
         result = town.serve(Hooks(on_commit, lambda _: None), states[-1])
     finally:
         town.end()
-    assert 2 in counted[9] and 2 not in counted[6]
-    took_part = [sorted(set(counted[t]) | town.trained[t]) for t in range(ROUNDS)]
-    lost = frozenset((i, t) for t in range(ROUNDS) for i in took_part[t] if i not in counted[t])
+    first, second = trained.values()
+    took_part = {(i, t) for i, t in first if t < 6} | second | {(i, t) for t, of in counted.items() for i in of}
+    assert (2, 6) in second and (2, 5) not in took_part
     problem = OracleProblem(
-        EXAMPLES[:3], ROUNDS, delay, schedule="shuffled", trained=took_part, lost=lost, min_updates=2
+        EXAMPLES[:3],
+        ROUNDS,
+        delay,
+        schedule="shuffled",
+        trained=[sorted(i for i, of in took_part if of == t) for t in range(ROUNDS)],
+        lost=frozenset((i, t) for i, t in took_part if i not in counted[t]),
+        min_updates=2,
     )
     assert same(result.server.params, run_sequential(initial(BLOCKS), problem, solve).server.params)
