@@ -3,7 +3,7 @@
     RUN/
       finished                there once the run has ended
       latest.json             after its newest local training, before that update left
-      mark-000008.json        at the start of round 8, where the server wrote a checkpoint, or a session began
+      mark-000008.json        at the start of round 8, where the server wrote a checkpoint, or a process began
       block-003-S-000012 …    tensors that these files name: new values of blocks, residuals, moments
       update-S-000012-…       the messages of an update, as they were sent, each behind its length
 
@@ -86,7 +86,7 @@ class SiteStore:
             self._sweep()
 
     def begin_with(self, stored: StoredClient) -> None:
-        """Keep the state that a session begins with, for a server that may begin again from the same checkpoint."""
+        """Keep the state that a process begins with, for a server that may go back to a checkpoint of that time."""
         latest, mark = self.folder / f"{LATEST}.json", self.folder / f"mark-{stored.round_index:06d}.json"
         with suppress(*_DAMAGE):  # then the state is not that one
             if _read_entry(latest)["round_index"] == stored.round_index:

@@ -83,8 +83,7 @@ def _start(
         LOGGER.warning("passed over a damaged state: %s", reason)
     if stored is None:
         return ClientStart(initial_client(params), rejoins=rejoins or opening.restored >= 0)
-    if stored.session != opening.session:
-        store.begin_with(stored)
+    store.begin_with(stored)
     is_where_the_server_is = stored.session != opening.session and stored.round_index == opening.restored
     return _restored(stored, params, form, rejoins=rejoins or not is_where_the_server_is)
 
