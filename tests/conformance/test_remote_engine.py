@@ -223,3 +223,29 @@ def test_masked_updates_of_sites_give_the_plain_grid_of_one_process(tmp_path: Pa
     town = Town(tmp_path, on_the_grid(delay), EXAMPLES, masking=masking, protection_of=protection_of)
     plain = in_process(on_the_grid(delay), protection_of=protection_of)
     assert same(town.run().server.params, plain.server.params)
+
+
+class Talkative(ToyTrainer):
+    """Does more in a round than the record of one note holds."""
+
+    SPANS = 11_000  # below what a site may have recorded
+    town: ClassVar[Town]
+
+    def train(self, round_index, *asked):
+        if round_index == 1 and self.client_id == 0:
+            trace = self.town.channels[0]._trace
+            for _ in range(self.SPANS):
+                with trace.span(
+                    0, "compute", "waiting", round_index=round_index, block_index=2**50, payload_bytes=2**50
+                ):
+                    pass
+        return super().train(round_index, *asked)
+
+
+def test_a_round_of_more_spans_than_a_note_holds_is_recorded_whole(tmp_path: Path):
+    traces = list[Trace]()
+    Talkative.town = Town(tmp_path, plan(1), EXAMPLES, make_trainer=Talkative)
+    Talkative.town.run(replace(QUIET, on_commit=lambda *_: traces.append(Talkative.town.transport._trace)))
+    told = [span for span in traces[-1].spans if span.client_id == 0 and span.facts.get("round_index") == 1]
+    assert len(told) >= Talkative.SPANS
+    assert not any("left out" in line for line in Talkative.town.told)

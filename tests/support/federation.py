@@ -94,10 +94,11 @@ class Federation:
                     if not (part := os.read(out, 4096)):
                         break
                     printed += part
+        ended = process.wait(PATIENCE_S)  # before its terminal is closed, which would hang it up
         os.close(primary)
         os.close(terminal)
         text = printed.decode()
-        assert process.wait(PATIENCE_S) == code, (line, text)
+        assert ended == code, (line, ended, text)
         assert "Traceback" not in text
         return text
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from parablock.clock import RealClock
 from parablock.config.keys import RunConfig
-from parablock.config.load import at_sites, overridden, parse_config, read_tree
+from parablock.config.load import at_sites, load_config, overridden, parse_config, read_tree
 from parablock.deploy.door import listen
 from parablock.deploy.log_files import log_to
 from parablock.deploy.site import shared_config
@@ -150,8 +150,6 @@ class _Told(Progress):
 
 def _check_same(directory: RunDirectory, config: RunConfig) -> None:
     """Refuse another run than the one that is in the folder."""
-    from parablock.config.load import load_config
-
     before = load_config(directory.config).model_dump(mode="json")
     different = [key for key, value in config.model_dump(mode="json").items() if value != before[key]]
     different = [key for key in different if key != "engine"]

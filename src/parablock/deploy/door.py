@@ -23,7 +23,7 @@ except ImportError:
     ) from None
 
 # isort: split
-from parablock.deploy.authority import Credentials, Revocations, host_is_covered, load_credentials, uncovered_host
+from parablock.deploy.authority import Credentials, Revocations, load_credentials
 from parablock.deploy.certificates import client_id_of
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
@@ -166,12 +166,6 @@ def diagnose(host: str, port: int, credentials: Credentials) -> str:
         return f"the two ends cannot agree on TLS: {error.reason or error}"
     except OSError as error:
         return f"{host}:{port} cannot be reached: {error.strerror or error}"
-
-
-def check_host(keys: Path, host: str) -> str:
-    """Return the text of a server's certificate that lacks a host's name; empty if it has it."""
-    credentials = load_credentials(keys)
-    return "" if host_is_covered(credentials, host) else uncovered_host(credentials, host)
 
 
 def warn_of_expiry(credentials: Credentials, tell: Callable[[str], None]) -> None:

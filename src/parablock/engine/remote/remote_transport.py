@@ -7,7 +7,6 @@ them. A reader waits while too many bytes of its site wait, so that gRPC lets th
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -119,7 +118,6 @@ class RemoteTransport:
         self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
         self._origin_s = _now_s() - trace.clock.now()
         self._inbox = trace.clock.mailbox()
-        self._waiting = deque[tuple[int, bytes]]()
         self.has_begun, self._is_over = False, False
         self.places = {client_id: ClientPlace(self._new_stream(client_id)) for client_id in range(num_clients)}
         self.ledger = Ledger()

@@ -35,6 +35,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two calls."""
 FIRST_ANSWER_S = 10.0
 """How long a server may take to answer which session there is; one that shuts down may never answer."""
+NOTE_ROWS = 2000
+"""Spans in a record at most, well below the length of a note."""
 PARTING_S = 5.0
 """How long a site that leaves waits for its last word to arrive."""
 
@@ -286,9 +288,9 @@ class SiteChannel:
 
     def _tell_spans(self) -> None:
         spans, self._spans_told = self._trace.spans[self._spans_told :], len(self._trace.spans)
-        if spans:
-            rows = [[s.activity, self._origin_s + s.start_s, s.duration_s, s.facts] for s in spans]
-            self.stream.put(json.dumps(rows).encode(), 0, is_note=True)
+        rows = [[s.activity, self._origin_s + s.start_s, s.duration_s, s.facts] for s in spans]
+        for first in range(0, len(rows), NOTE_ROWS):
+            self.stream.put(json.dumps(rows[first : first + NOTE_ROWS]).encode(), 0, is_note=True)
 
     def _put(self, parcels: list[Parcel]) -> None:
         for parcel in parcels:
