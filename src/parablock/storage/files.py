@@ -51,7 +51,7 @@ def write_beside(path: Path) -> Iterator[Path]:
     try:
         with storage(path):
             yield beside
-            _sync(beside)
+            sync(beside)
             beside.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -72,10 +72,10 @@ def write_folder_beside(folder: Path) -> Iterator[Path]:
             beside.mkdir(parents=True)
             yield beside
             for path in beside.iterdir():
-                _sync(path)
+                sync(path)
             shutil.rmtree(folder, ignore_errors=True)
             beside.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     except StorageError:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -91,7 +91,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
