@@ -3,10 +3,10 @@
     audit.jsonl        a line an entry: time, kind, facts, previous, hash
     audit.jsonl.head   the number of lines, and the hash of the last one
 
-`hash` is the SHA-256 of the line without it, and `previous` the hash of the line before. So a line that was changed,
-removed, added or moved does not fit its neighbours, and the head shows lines that are missing at the end. A line is
-on the disk when `append` returns. A process that dies in an append leaves half a line behind the head, or a line that
-the head does not count: the next append removes the one and keeps the other.
+`hash` is the SHA-256 of the line without it, and `previous` the hash of the line before. So a line that was
+changed, removed, added or moved does not fit its neighbours, and the head shows lines that are missing at the end. A
+line is on the disk when `append` returns. A process that dies in an append leaves half a line behind the head, or a
+line that the head does not count: the next append removes the one and keeps the other.
 
 Who can write to the folder can compute all hashes anew: the log finds accidents and careless changes. It protects
 against more if the hash of its last line is kept where others cannot write.
@@ -28,6 +28,8 @@ from typing import Any
 from parablock.errors import StorageError
 from parablock.storage.files import storage, sync, write_atomically
 
+FILE_NAME = "audit.jsonl"
+"""The log's name, in the folder of a site or of a run."""
 START = "0" * 64
 """The `previous` of the first line."""
 _KEYS = ("time", "kind", "facts", "previous", "hash")
@@ -47,8 +49,8 @@ class AuditEntry:
 class Verification:
     """The outcome of `verify`: the entries before the first bad line, the number of that line from 1, and why.
 
-    `bad_line` is None if the whole log fits. `num_bytes` is the length of these lines; an append that was cut off may
-    have left part of a line behind them.
+    `bad_line` is None if the whole log fits. `num_bytes` is the length of these lines; an append that was cut off
+    may have left part of a line behind them.
     """
 
     entries: tuple[AuditEntry, ...]
@@ -101,13 +103,18 @@ class AuditLog:
             self._write_head()
         return hash_
 
+    @property
+    def newest(self) -> str:
+        """The hash of the last line that this object knows."""
+        return self._hash
+
     def entries(self) -> tuple[AuditEntry, ...]:
         """Return all entries.
 
         Raises:
             StorageError: The log has been damaged.
         """
-        return _sound(self.path).entries
+        return _sound(self.path).entries if self.path.exists() else ()
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

@@ -77,7 +77,7 @@ def test_a_line_that_is_removed_moved_or_doubled_is_found(tmp_path: Path, change
         at = (k + 1) % len(lines)
         changed = {
             "removed": others,
-            "moved": others[:at] + [lines[k]] + others[at:],
+            "moved": [*others[:at], lines[k], *others[at:]],
             "doubled": [*lines, lines[k]],
         }
         path.write_bytes(b"".join(changed[change]))
