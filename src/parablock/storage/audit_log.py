@@ -4,9 +4,9 @@
     audit.jsonl.head   the number of lines, and the hash of the last one
 
 `hash` is the SHA-256 of the line without it, and `previous` the hash of the line before. So a line that was
-changed, removed, added or moved does not fit its neighbours, and the head shows lines that are missing at the end. A
-line is on the disk when `append` returns. A process that dies in an append leaves half a line behind the head, or a
-line that the head does not count: the next append removes the one and keeps the other.
+changed, removed, added or moved does not fit its neighbours, and the head shows lines that are missing at the end.
+A line is on the disk when `append` returns. A process that dies in an append leaves half a line behind the head, or
+a line that the head does not count: the next append removes the one and keeps the other.
 
 Who can write to the folder can compute all hashes anew: the log finds accidents and careless changes. It protects
 against more if the hash of its last line is kept where others cannot write.
