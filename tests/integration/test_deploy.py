@@ -99,7 +99,11 @@ def test_the_check_and_the_status_say_what_there_is(begun: Federation):
     assert has(r"certificate of site-0 is valid for 364 days", check) and "8 rows to train on" in check
     assert has(r"hash [0-9a-f]{12}, as at the server", check) and has(r"this clock is 0\.\d s", check)
     assert table.count("connected") == 2 and "paused" in table
-    assert [site["state"] for site in json.loads(as_json)["sites"]] == ["connected"] * 2
+    sites = json.loads(as_json)["sites"]
+    assert [site["state"] for site in sites] == ["connected"] * 2
+    assert table.count("364 days") == 2
+    assert sites[0]["certificate"]["key"] in (begun.folder / "authority/issued.jsonl").read_text()
+    assert sites[0]["certificate"]["key"] != sites[1]["certificate"]["key"]
 
 
 def test_nothing_of_a_sites_files_is_in_what_the_server_keeps(begun: Federation):

@@ -133,6 +133,12 @@ def check_credentials(key_file: Path, certificate_file: Path, authority_file: Pa
     )
 
 
+def key_and_end(pem: bytes) -> tuple[str, datetime]:
+    """Return the fingerprint of a certificate's key, as the authority shows it, and when the certificate ends."""
+    certificate = x509.load_pem_x509_certificate(pem)
+    return fingerprint_of(certificate.public_key()), certificate.not_valid_after_utc
+
+
 def host_is_covered(credentials: Credentials, host: str) -> bool:
     """Return whether a server's certificate is for a host, a name or an address."""
     return plain_host(host) in credentials.hosts

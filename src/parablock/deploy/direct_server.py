@@ -35,7 +35,6 @@ class RemoteEngine:
     """The engine that runs with the sites that connect to a listener."""
 
     is_local = False
-    held_rounds: frozenset[int] | None = None
 
     def __init__(self, listener: Listener, job: RunInputs, output_dir: Path, num_sites: int | None) -> None:
         self._listener, self._output_dir = listener, output_dir

@@ -25,13 +25,12 @@ except ImportError:
 # isort: split
 from parablock.deploy.authority import Credentials, Revocations, load_credentials
 from parablock.deploy.certificates import client_id_of
+from parablock.deploy.status import WARN_DAYS
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
 from parablock.engine.remote.site_channel import ServerEnd
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WARN_DAYS = 30
-"""How many days before the end of a certificate both ends warn of it."""
 
 
 def host_and_port(address: str) -> tuple[str, int]:

@@ -48,7 +48,6 @@ class FlowerEngine:
     """
 
     is_local = False
-    held_rounds: frozenset[int] | None = None
 
     def __init__(self, grid: Any, settings: Mapping[str, Any], output_dir: Path, job: RunInputs) -> None:
         self._grid, self._output_dir = grid, output_dir

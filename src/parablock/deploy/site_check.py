@@ -15,8 +15,9 @@ import psutil
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
 from parablock.deploy.certificates import load_credentials
-from parablock.deploy.door import WARN_DAYS, diagnose, host_and_port, server_of
+from parablock.deploy.door import diagnose, host_and_port, server_of
 from parablock.deploy.site import SiteConfig, configuration_at, load_site
+from parablock.deploy.status import WARN_DAYS
 from parablock.engine.remote.frames import Reception
 from parablock.engine.remote.site_channel import Refused, SiteCaller
 from parablock.errors import ParaBlockError

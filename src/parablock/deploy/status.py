@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # who only reads a status does not wait for torch
     from parablock.engine.remote.remote_transport import RemoteTransport
 
 LOOK_S = 1.0
+WARN_DAYS = 30
+"""How many days before the end of a certificate both ends warn of it."""
 STALE_S = 10.0
 """A status that is older than this is of a server that has ended."""
 
@@ -144,6 +147,7 @@ class StatusBoard:
                     "up_bytes_per_s": int((place.up_bytes - up) / LOOK_S),
                     "down_bytes_per_s": int((place.down_bytes - down) / LOOK_S),
                     "sent_again_bytes": place.stream.sent_again_bytes,
+                    "certificate": _certificate(self._listener.certificates.get(client_id, b"")),
                 }
             )
         return {
@@ -168,6 +172,17 @@ def _state(transport: RemoteTransport, client_id: int) -> str:
     if transport.is_there(client_id):
         return "connected"
     return "left" if place.must_rejoin and place.incarnation else "cut" if place.incarnation else "not seen"
+
+
+@lru_cache(maxsize=1024)
+def _certificate(pem: bytes) -> dict[str, str] | None:
+    """Return the fingerprint and the end of a site's certificate."""
+    if not pem:
+        return None
+    from parablock.deploy.certificates import key_and_end
+
+    fingerprint, not_after = key_and_end(pem)
+    return {"key": fingerprint, "not_after": not_after.isoformat(timespec="seconds")}
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
@@ -198,7 +213,7 @@ def status_table(status: dict[str, Any]) -> Table:
     elif status["paused"]:
         head += ", paused"
     table = Table(title=head, caption=status["waiting_for"] and f"waits for {status['waiting_for']}")
-    for column in ("client", "state", "for", "round", "up", "down", "now", "on its way"):
+    for column in ("client", "state", "for", "round", "up", "down", "now", "on its way", "certificate"):
         table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
     for site in status["sites"]:
         since = (now - datetime.fromisoformat(site["since"])).total_seconds() if site["since"] else None
@@ -210,8 +225,16 @@ def status_table(status: dict[str, Any]) -> Table:
             *(format_bytes(site[key]) for key in ("up_bytes", "down_bytes")),
             f"{format_bytes(site['up_bytes_per_s'] + site['down_bytes_per_s'])}/s",
             format_bytes(site["waiting_bytes"]),
+            _days(site["certificate"], now),
         )
     return table
+
+
+def _days(certificate: dict[str, str] | None, now: datetime) -> str:
+    if certificate is None:
+        return ""
+    days = (datetime.fromisoformat(certificate["not_after"]) - now).days
+    return f"{days} days" if days > WARN_DAYS else f"[red]{days} days[/red]"
 
 
 def _time(seconds: float) -> str:

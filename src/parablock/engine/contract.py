@@ -101,11 +101,9 @@ class Engine(Protocol):
 
     Attributes:
         is_local: Whether the clients train in this process.
-        held_rounds: The checkpoints that the clients can go on from, by round; None: all.
     """
 
     is_local: bool
-    held_rounds: frozenset[int] | None
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run all rounds after the checkpoint, if there is one."""

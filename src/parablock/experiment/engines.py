@@ -33,7 +33,6 @@ class InProcess:
     """Server and clients in this process, over links that the configuration describes."""
 
     is_local = True
-    held_rounds: frozenset[int] | None = None
 
     run = staticmethod(run_in_process)
 

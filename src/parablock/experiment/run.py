@@ -94,11 +94,11 @@ def resume(
         inputs = _checked_inputs(load_config(directory.config), progress)
         _check_unchanged(directory, inputs.manifest)
         engine = connect(inputs) if connect else InProcess()
-        state, passed_over = load_newest(directory.checkpoints, engine.held_rounds)
+        state, passed_over = load_newest(directory.checkpoints)
         for reason in passed_over:
             progress.message(f"passed over a damaged checkpoint: {reason}")
         if state is None:
-            progress.message("there is no checkpoint that server and clients share; the run begins anew")
+            progress.message("there is no checkpoint yet; the run begins anew")
         return _Run(inputs, directory, progress, asked_to_stop, engine, began).execute(state)
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,8 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int) -> Path:
     return place
 
 
-def load_newest(directory: Path, rounds: Collection[int] | None = None) -> tuple[RunState | None, list[str]]:
-    """Read the newest undamaged checkpoint, if `rounds` is given then only of these rounds.
+def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
+    """Read the newest undamaged checkpoint.
 
     Returns:
         The state, and why newer checkpoints were passed over. The state is None if none was ever finished.
@@ -101,8 +101,6 @@ def load_newest(directory: Path, rounds: Collection[int] | None = None) -> tuple
     """
     passed_over: list[str] = []
     for place in _checkpoints(directory):
-        if rounds is not None and int(place.name.removeprefix("round-")) not in rounds:
-            continue
         try:
             return _read(place), passed_over
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -5,9 +5,11 @@ Nothing of a call is read before its identity is known, and nothing of it is kep
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 import grpc
@@ -18,6 +20,8 @@ from parablock.engine.remote.grpc_options import METHOD, SERVER_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, InputError
 
+QUIET_S, MOST_REFUSALS = 60.0, 1000
+"""How long a refusal is not told again, so that callers who ask on and on fill no log; how many are remembered."""
 GRACE_S = 2.0
 """How long connections may take to end when the listener closes."""
 
@@ -58,7 +62,7 @@ class Session(Protocol):
         """
 
     def moved(self, client_id: int) -> None:
-        """Note that a frame has come."""
+        """Note that something has come which the run waits for."""
 
     def deliver(self, client_id: int, stream: NumberedStream, delivered: Delivered) -> None:
         """Take a message; waits while too many wait already.
@@ -81,6 +85,11 @@ class Listener(grpc.GenericRpcHandler):
         num_clients: Sites that may be connected at a time.
         tell: Gets a line for the log.
 
+    Attributes:
+        port: Where it listens.
+        certificates: The certificate with which each client was last let in, PEM; empty without one.
+        refused: How many calls were refused.
+
     Raises:
         InputError: The address cannot be listened at.
     """
@@ -97,7 +106,9 @@ class Listener(grpc.GenericRpcHandler):
         self._admit, self._tell = admit, tell
         self._session: Session | None = None
         self._calls: dict[Any, grpc.ServicerContext] = {}
+        self.certificates: dict[int, bytes] = {}
         self.refused = 0
+        self._refusals: dict[tuple[str, str], tuple[float, int]] = {}
         self._pool = thread_pool(4 * num_clients + 8)
         self._server = grpc.server(
             self._pool, handlers=[self], options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * num_clients + 4
@@ -158,6 +169,7 @@ class Listener(grpc.GenericRpcHandler):
         except CodecError as problem:
             self._refuse(caller, context, str(problem).replace("\n", " "), is_temporary=True)
         context.add_callback(lambda: stream.detach(connection))
+        self.certificates[hello.client_id] = caller.certificate
         self._tell(f"client {hello.client_id} is connected, from {caller.address}")
         self._pool.submit(self._read, hello.client_id, incoming, session, stream, connection)
         yield from stream.frames(connection)
@@ -188,8 +200,8 @@ class Listener(grpc.GenericRpcHandler):
             for frame in incoming:
                 if not stream.is_present(connection):
                     return
-                session.moved(client_id)
-                stream.take(frame, connection, partial(session.deliver, client_id, stream))
+                if stream.take(frame, connection, partial(session.deliver, client_id, stream)):
+                    session.moved(client_id)
         except EOFError:
             session.left(client_id, stream)
             why = "it says bye"
@@ -206,9 +218,22 @@ class Listener(grpc.GenericRpcHandler):
     def _refuse(self, caller: Caller, context: grpc.ServicerContext, why: str, *, is_temporary: bool) -> None:
         if not is_temporary:
             self.refused += 1
-            self._tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}")
+            self._tell_refusal(caller, why)
         status = grpc.StatusCode
         context.abort(status.UNAVAILABLE if is_temporary else status.PERMISSION_DENIED, why)
+
+    def _tell_refusal(self, caller: Caller, why: str) -> None:
+        """Tell of a refusal; of the same one again only after a while, with how many came meanwhile."""
+        now_s, who = time.monotonic(), (caller.name, why)
+        told_s, untold = self._refusals.get(who, (-inf, 0))
+        if now_s - told_s < QUIET_S:
+            self._refusals[who] = told_s, untold + 1
+            return
+        if len(self._refusals) >= MOST_REFUSALS:
+            self._refusals.clear()
+        self._refusals[who] = now_s, 0
+        more = f" ({untold} more times since it was said)" if untold else ""
+        self._tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}{more}")
 
 
 def _caller_of(context: grpc.ServicerContext) -> Caller:

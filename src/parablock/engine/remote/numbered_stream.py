@@ -75,6 +75,7 @@ class NumberedStream:
         self._next_out, self._cursor, self._furthest = 0, 0, 0
         self._sending = 0  # the place in `_out` of the message at the cursor
         self._wanted, self._confirmed = 0, 0
+        self._other_has, self._moves = 0, 0
         self._coming: _Message | None = None
         self._come = list[bytes]()
         self._connection, self._has_connection = 0, False
@@ -172,9 +173,10 @@ class NumberedStream:
         while (frame := self._next_frame(connection)) is not None:
             yield frame
 
-    def take(self, frame: bytes, connection: int, deliver: Callable[[Delivered], None]) -> None:
+    def take(self, frame: bytes, connection: int, deliver: Callable[[Delivered], None]) -> bool:
         """Take a frame that came over a connection, or nothing, if it is not the present one any more.
 
+        Return whether it moves messages on: a record does not, nor does what has been confirmed before.
         `deliver` gets the message that the frame completes. It may wait: the frames of a later connection wait too,
         so that messages stay in order.
 
@@ -183,8 +185,10 @@ class NumberedStream:
             EOFError: The other side says bye.
         """
         with self._taking:
+            before = self._moves
             if self.is_present(connection) and (whole := self._take(frame, connection)) is not None:
                 deliver(whole)
+            return self._moves > before
 
     def _take(self, frame: bytes, connection: int) -> Delivered | None:
         if len(frame) < HEAD.size or len(frame) > HEAD.size + PART_BYTES:
@@ -196,6 +200,8 @@ class NumberedStream:
                     return None
                 if number > self._cursor:
                     raise CodecError(f"part {number} is confirmed; {self._cursor} have been sent")
+                if number > self._other_has:
+                    self._other_has, self._moves = number, self._moves + 1
                 done = self._confirm(number)
             for message in done:
                 self._on_confirmed(message)
@@ -233,6 +239,7 @@ class NumberedStream:
             self._coming, self._come = None, []
         with self._changed:
             self._wanted += 1
+            self._moves += part.kind == PART
             self._changed.notify_all()
         return whole
 

@@ -159,7 +159,7 @@ class RemoteTransport:
             return Reception(place.stream.wanted, place.rejoins, now_s), place.stream
 
     def moved(self, client_id: int) -> None:
-        """Note that a frame has come."""
+        """Note that something has come which the run waits for."""
         del client_id
         self._clock.progress()
 

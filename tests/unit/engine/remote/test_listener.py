@@ -187,6 +187,21 @@ def test_a_site_cannot_take_the_place_of_another(house: House, made: Path):
     assert is_let_in(house, made, 1)
 
 
+def test_a_refused_caller_who_asks_on_and_on_fills_no_log(house: House, made: Path, monkeypatch):
+    def ask(client_id: int) -> None:
+        with Call(house.listener.port, site(made, "site-1"), hello(client_id)) as call:
+            call.refusal()
+
+    for _ in range(5):
+        ask(0)
+    assert len(house.refusals) == 1 and house.listener.refused == 5
+    ask(2)
+    assert len(house.refusals) == 2, "another reason is told at once"
+    monkeypatch.setattr(listener_module, "QUIET_S", 0.0)
+    ask(0)
+    assert "(4 more times" in house.refusals[2]
+
+
 def test_a_certificate_that_is_revoked_is_refused_from_then_on(house: House, made: Path, tmp_path: Path):
     assert is_let_in(house, made, 2)
     authority = shutil.copytree(made / "ours/authority", tmp_path / "authority")

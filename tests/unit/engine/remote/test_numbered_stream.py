@@ -37,8 +37,8 @@ class End:
     def attach(self, other_wants: int) -> None:
         self.connection = self.stream.attach(other_wants)
 
-    def take(self, frame: bytes, connection: int | None = None) -> None:
-        self.stream.take(frame, self.connection if connection is None else connection, self.got.append)
+    def take(self, frame: bytes, connection: int | None = None) -> bool:
+        return self.stream.take(frame, self.connection if connection is None else connection, self.got.append)
 
     def ready(self) -> bytes | None:
         """The next frame, if there is one at once."""
@@ -385,3 +385,15 @@ def test_a_connection_that_ends_ends_its_frames():
     assert not sender.is_alive()
     one.stream.close()
     assert not one.stream.has_connection and list(one.stream.frames(one.connection)) == []
+
+
+def test_only_parts_of_messages_and_what_is_newly_confirmed_move_a_run_on():
+    """So that a site which sends other frames on and on does not keep a server waiting for its update."""
+    one, other = pair()
+    one.stream.put(b"12345", 0)
+    one.stream.put(b"note", 0, is_note=True)
+    parts = one.drain()
+    assert [other.take(frame) for frame in parts] == [True, True, False]
+    assert [other.take(frame) for frame in parts] == [False] * 3, "they have come before"
+    (confirmed,) = other.drain()
+    assert [one.take(confirmed) for _ in range(3)] == [True, False, False]
