@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo fmt check test test-fast test-all bench bench-all docs build clean
+.PHONY: help setup browser proxies demo fmt check test test-fast test-all bench bench-all docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,15 @@ browser:  ## install Chromium for the tests of reports where it is missing (Debi
 	echo "Installing Chromium"; export DEBIAN_FRONTEND=noninteractive; \
 	apt-get -qq -o Acquire::Retries=3 update && \
 	apt-get -qq -o Acquire::Retries=3 -y --no-install-recommends install chromium chromium-driver >/dev/null
+
+proxies:  ## install nginx and Caddy for the tests of reverse proxies where they are missing (Debian and Ubuntu, as root)
+	@if command -v nginx >/dev/null && command -v caddy >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "make: nginx or Caddy is missing; without them the tests of reverse proxies are skipped." >&2; \
+		echo "      Install them: sudo apt-get install nginx-light caddy" >&2; exit 0; fi; \
+	echo "Installing nginx and Caddy"; export DEBIAN_FRONTEND=noninteractive; \
+	apt-get -qq -o Acquire::Retries=3 update && \
+	apt-get -qq -o Acquire::Retries=3 -y --no-install-recommends install nginx-light caddy >/dev/null
 
 demo: $(STAMP)  ## fine-tune a small model over several clients and say what happened (under five minutes)
 	$(BIN)/parablock demo

@@ -243,35 +243,53 @@ def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_m
 # ── masked updates ──────────────────────────────────────────────────────────────────────────────────
 
 
-class BehindNginx(Deployment):
-    """SuperNodes reach the SuperLink through the proxy of docs/engines.md, and nobody else does."""
+PROXIES = [proxy for proxy in ("nginx", "caddy") if shutil.which(proxy)]
+
+
+class BehindProxies(Deployment):
+    """SuperNodes reach the SuperLink through the proxies of docs/engines.md in turn, and nobody else does."""
 
     def start_superlink(self) -> None:
         super().start_superlink()
-        keys, folder = self.folder / "keys" / "server", self.folder / "nginx"
-        folder.mkdir()
-        (self.proxy_port,) = free_ports(1)
-        block = re.search(r"```text\n(  server \{.*?\n  \}\n)", (ROOT / "docs/engines.md").read_text(), re.DOTALL)
-        assert block is not None
-        mine = {"443": str(self.proxy_port), "127.0.0.1:8000": self.files.address, "/etc/fl": str(keys)}
-        text = re.sub("|".join(map(re.escape, mine)), lambda found: mine[found[0]], block[1])
+        self.ports = dict(zip(PROXIES, free_ports(len(PROXIES)), strict=True))
+        blocks = re.findall(r"```text\n(  .*?\n  \}\n)", (ROOT / "docs/engines.md").read_text(), re.DOTALL)
+        for proxy, block in zip(("nginx", "caddy"), blocks, strict=True):
+            if proxy not in PROXIES:
+                continue
+            (folder := self.folder / proxy).mkdir()
+            mine = {
+                "443": str(self.ports[proxy]),
+                "127.0.0.1:8000": self.files.address,
+                "/etc/fl": str(self.files.keys),
+            }
+            mine |= {"fl.example.org": "127.0.0.1"}
+            text = re.sub("|".join(map(re.escape, mine)), lambda found, mine=mine: mine[found[0]], block)
+            command = self._command(proxy, folder, text)
+            self._launch(
+                proxy, (command, {**os.environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
+            )
+            wait_for_port(f"127.0.0.1:{self.ports[proxy]}", self.processes[proxy], folder / "error.log")
+
+    @staticmethod
+    def _command(proxy: str, folder: Path, text: str) -> list[str]:
+        conf = folder / "conf"
+        if proxy == "caddy":
+            conf.write_text(f"{{\n admin off\n auto_https off\n}}\n{text}")
+            return ["caddy", "run", "--config", str(conf), "--adapter", "caddyfile"]
         paths = "".join(f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy"))
-        conf = folder / "nginx.conf"
         main = f"daemon off; master_process off; pid {folder}/pid; events {{}}"
         conf.write_text(f"{main} http {{ access_log off; {paths}\n{text} }}")
-        command = ["nginx", "-c", str(conf), "-e", str(folder / "error.log")]
-        self._launch("nginx", (command, dict(os.environ)))
-        wait_for_port(f"127.0.0.1:{self.proxy_port}", self.processes["nginx"], folder / "error.log")
+        return ["nginx", "-c", str(conf), "-e", str(folder / "error.log")]
 
     def start_supernode(self, client_id: int, superlink: str | None = None) -> None:
-        super().start_supernode(client_id, superlink or f"127.0.0.1:{self.proxy_port}")
+        proxy = PROXIES[client_id % len(PROXIES)]
+        super().start_supernode(client_id, superlink or f"127.0.0.1:{self.ports[proxy]}")
 
 
-def through_the_proxy(deployment: BehindNginx) -> str:
+def through(deployment: BehindProxies, proxy: str) -> str:
     """Try to start a run as somebody who knows the address and the authority's certificate."""
-    stranger = ServerFiles(
-        deployment.folder / "stranger", deployment.files.keys, f"127.0.0.1:{deployment.proxy_port}"
-    )
+    address, folder = f"127.0.0.1:{deployment.ports[proxy]}", deployment.folder / f"stranger-{proxy}"
+    stranger = ServerFiles(folder, deployment.files.keys, address)
     write_connection(stranger)
     try:
         return submit(stranger, deployment.folder / "app")
@@ -281,13 +299,13 @@ def through_the_proxy(deployment: BehindNginx) -> str:
 
 def masked(workshop: Workshop, config: RunConfig) -> Facts:
     """Mask updates that in one process are on the grid without masks."""
-    kind = BehindNginx if shutil.which("nginx") else Deployment
+    kind = BehindProxies if PROXIES else Deployment
     deployment = kind(workshop.path / "deployed", LEAST_MASKED)
     deployment.prepare(on_the_grid(config, "masked"))
     with deployment, watching(deployment, Patience()) as ended:
-        said = through_the_proxy(deployment) if isinstance(deployment, BehindNginx) else None
+        said = {proxy: through(deployment, proxy) for proxy in PROXIES if isinstance(deployment, BehindProxies)}
     logs = [path.read_text() for path in sorted((deployment.folder / "logs").glob("supernode-*-helper.log"))]
-    return {"ended": ended, "logs": logs, "one": workshop.path / "one", "stranger": said}
+    return {"ended": ended, "logs": logs, "one": workshop.path / "one", "strangers": said}
 
 
 def on_the_grid(config: RunConfig, grid: str) -> RunConfig:
@@ -306,11 +324,16 @@ def test_masked_updates_give_what_the_plain_grid_gives_in_one_process(
     assert without != summary["model_sha256"]
 
 
-@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is missing: apt-get install nginx-light")
-def test_a_stranger_at_the_documented_proxy_of_the_masked_run_starts_nothing(plays: Mapping[str, Future[Facts]]):
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+def test_a_stranger_at_the_documented_proxy_of_the_masked_run_starts_nothing(
+    plays: Mapping[str, Future[Facts]], proxy: str
+):
+    if proxy not in PROXIES:
+        pytest.skip(f"{proxy} is missing: make proxies")
     facts = plays["masked"].result()
-    assert "403" in facts["stranger"] or "failed" in facts["stranger"]
-    assert not facts["stranger"].isdecimal(), "no run has begun"
+    said = facts["strangers"][proxy]
+    assert "403" in said or "failed" in said
+    assert not said.isdecimal(), "no run has begun"
     assert facts["ended"][0]["status"] == "completed", "while SuperNodes get through"
 
 
