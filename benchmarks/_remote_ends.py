@@ -107,7 +107,7 @@ class Ends:
                 channel,
                 self.trace,
                 store=SiteStore(self.folder / f"state-{client_id}"),
-                params=self.params(),
+                take_params=self.params,
                 marks_kept=1,
                 rejoins=rejoins,
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,6 +14,7 @@ from random import Random
 from typing import ClassVar
 
 import pytest
+from torch import Tensor
 
 from engines import QUIET, run_here, server_plan
 from parablock.algorithm.fixed_point import FixedPointGrid
@@ -248,3 +251,24 @@ def test_a_round_of_more_spans_than_a_note_holds_is_recorded_as_far_as_a_site_ma
     told = [span for span in traces[-1].spans if span.client_id == 0 and span.facts.get("round_index") == 1]
     assert SPANS_KEPT - 10 <= len(told) <= SPANS_KEPT < Talkative.SPANS
     assert not any("left out" in line for line in Talkative.town.told)
+
+
+def test_a_site_keeps_no_value_that_a_commit_has_replaced(tmp_path: Path):
+    begun = list[weakref.ref[Tensor]]()
+
+    class Weighed(Town):
+        def params(self) -> list[Tensor]:
+            given = super().params()
+            begun.extend(map(weakref.ref, given))
+            return given
+
+    left = list[int]()
+
+    def on_commit(*_: object) -> None:
+        gc.collect()
+        left.append(sum(one() is not None for one in begun))
+
+    Weighed(tmp_path, plan(0), EXAMPLES).run(replace(QUIET, on_commit=on_commit))
+    assert left[0] == len(EXAMPLES) * BLOCKS and left[-1] <= len(EXAMPLES), (
+        "of one block, whose news are on their way"
+    )

@@ -268,7 +268,9 @@ class BehindProxies(Deployment):
             self._launch(
                 proxy, (command, {**os.environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
             )
-            wait_for_port(f"127.0.0.1:{self.ports[proxy]}", self.processes[proxy], self.folder / "logs" / f"{proxy}.log")
+            wait_for_port(
+                f"127.0.0.1:{self.ports[proxy]}", self.processes[proxy], self.folder / "logs" / f"{proxy}.log"
+            )
 
     @staticmethod
     def _command(proxy: str, folder: Path, text: str) -> list[str]:

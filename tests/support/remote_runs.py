@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 
+from torch import Tensor
+
 from engines import QUIET, engine_input
 from parablock.clock import RealClock
 from parablock.engine.contract import EngineResult
@@ -110,6 +112,10 @@ class Town:
         if stream:
             stream.detach(stream._connection)
 
+    def params(self) -> list[Tensor]:
+        """What every site begins with."""
+        return initial(BLOCKS)
+
     def _site(self, client_id: int) -> None:
         finished = ""
         while not self.is_over.is_set():
@@ -153,7 +159,7 @@ class Town:
                     channel,
                     trace,
                     store=SiteStore(self.folder / str(client_id)),
-                    params=initial(BLOCKS),
+                    take_params=self.params,
                     marks_kept=3,
                     rejoins=rejoins,
                 )

@@ -65,7 +65,7 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
         channel,
         trace,
         store=store,
-        params=model.take_params(),
+        take_params=model.take_params,
         marks_kept=checkpoints_kept(config),
         rejoins=rejoins,
     )

@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,7 +67,8 @@ class SiteStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._written: dict[str, tuple[Tensor | Sequence[bytes], str]] = {}
+        self._written: dict[str, tuple[ref[Tensor], str]] = {}
+        self._updates: set[str] = set()
         with storage(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.chmod(0o700)
@@ -160,28 +162,27 @@ class SiteStore:
 
     def _put(self, key: str, value: Tensor, session: str, round_index: int) -> str:
         before = self._written.get(key)
-        if before is not None and before[0] is value:
+        if before is not None and before[0]() is value:
             return before[1]
         name = f"{key}-{session}-{round_index:06d}"
         stored = value.detach().contiguous().cpu()
         partial = self.folder / f".{name}.partial"
         save_file({"value": stored}, partial, metadata={"crc32": str(_crc(stored))})
         partial.replace(self.folder / name)
-        self._written[key] = (value, name)
+        self._written[key] = (ref(value), name)
         return name
 
     def _put_update(self, session: str, round_index: int, messages: Sequence[bytes]) -> str:
         checksums = b"".join(message[-4:] for message in messages)
         name = f"update-{session}-{round_index:06d}-{zlib.crc32(checksums):08x}"
-        before = self._written.get(name)
-        if before is None or before[0] is not messages:  # a file of that name may be damaged
+        if name not in self._updates:  # a file of that name that another process wrote may be damaged
             partial = self.folder / f".{name}.partial"
             with partial.open("wb") as file:
                 for message in messages:
                     file.write(len(message).to_bytes(8, "little"))
                     file.write(message)
             partial.replace(self.folder / name)
-            self._written[name] = (messages, name)
+            self._updates.add(name)
         return name
 
     def _sweep(self) -> None:
@@ -195,6 +196,7 @@ class SiteStore:
             if re.match(r"\.?(block|residual|memory|update)-", path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
         self._written = {key: kept for key, kept in self._written.items() if kept[1] in named}
+        self._updates &= named
 
     def _load(self, entry: Mapping[str, Any]) -> StoredClient:
         values = {key: self._read(name) for key, name in entry["tensors"].items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -341,3 +343,11 @@ def test_a_round_writes_the_block_that_has_changed_and_no_other(tmp_path: Path):
     assert third.keys() == {"block-000-s-000003", "block-001-s-000002"}
     stored, _ = store.newest({"s": 9})
     assert stored is not None and {b: float(value[0]) for b, value in stored.blocks.items()} == {0: 2.0, 1: 1.0}
+
+
+def test_what_has_been_written_is_not_kept_in_memory(tmp_path: Path):
+    site = trained(tmp_path, 5)
+    old, kept = weakref.ref(site.base[0]), weakref.ref(site.base[1])
+    site.base = (value(0, 3), *site.base[1:])
+    gc.collect()
+    assert old() is None and kept() is not None

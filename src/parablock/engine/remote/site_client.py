@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,12 @@ def run_client(
     trace: Trace,
     *,
     store: SiteStore,
-    params: Sequence[Tensor],
+    take_params: Callable[[], Sequence[Tensor]],
     marks_kept: int,
     rejoins: bool,
 ) -> None:
-    """Run a client through a session, from its newest state that belongs to the run, or from the initial `params`.
+    """Run a client through a session, from its newest state that belongs to the run, or from the initial
+    parameters, which `take_params` returns, one flat vector for each block, and keeps none of.
 
     Its state is on the disk before an update leaves; the next round may be trained meanwhile. `rejoins` says that
     an earlier process took part in the session. What was stored of a finished run goes when the next run begins.
@@ -64,7 +65,7 @@ def run_client(
         trainer,
         nullcontext(channel),
         trace,
-        start=_start(store, opening, params, plan.form, rejoins=rejoins),
+        start=_start(store, opening, take_params(), plan.form, rejoins=rejoins),
         hand_in=hand_in,
         warn=LOGGER.warning,
     )

@@ -279,7 +279,7 @@ class Federation(PaperGrid):
                     channel,
                     trace,
                     store=SiteStore(self.folder / str(client_id)),
-                    params=initial(BLOCKS),
+                    take_params=lambda: initial(BLOCKS),
                     marks_kept=3,
                     rejoins=rejoins,
                 )
