@@ -66,7 +66,7 @@ def baselines(text: str) -> str:
     for name, method in METHODS.items():
         source = f"{method.title}: {method.source}" if method.source else "a bound, not a method"
         keys = ", ".join(f"`{key}`" for key in method.own_keys)
-        delay = "at least 1" if method.may_lag else "0"
+        delay = "0" if not method.may_lag else "at least 1" if method.without_delay else "any"
         lines.append(f"| `{name}` | {source} | {trained(method)} | {delay} | {keys} | {method.summary} |")
     return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import overridden, parse_config
-from parablock.config.methods import METHODS, OWNERS
+from parablock.config.load import overridden, parse_config, tree_of_method
+from parablock.config.methods import METHODS
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
@@ -40,11 +37,11 @@ class PlannedRun:
 
 
 def plan_comparison(
-    config: RunConfig, methods: Sequence[str], seeds: str = "", particular: Sequence[str] = ()
+    config: RunConfig, methods: Sequence[str], seeds: str = "", particular: Sequence[str] = (), delays: str = ""
 ) -> list[PlannedRun]:
-    """Make the configuration of every method and seed, before any of them runs.
+    """Make the configuration of every method, delay and seed, before any of them runs.
 
-    A method that may lag keeps the configured delay, or has 1 where that is 0; the others have 0. The section
+    Without `delays`, the configured method keeps its delay, and the others have their own default. The section
     `blocks` holds for the methods that train blocks.
 
     Args:
@@ -52,10 +49,11 @@ def plan_comparison(
         methods: Their names.
         seeds: Comma-separated; empty for the configured seed.
         particular: `method:key=value` settings of one method, such as `fedit:train.learning_rate=0.003`.
+        delays: Comma-separated; every method that may lag runs with each of them, the others once, with 0.
 
     Raises:
-        ConfigError: A method is unknown, not built or named twice, a seed is not a number, or a setting is for a
-            method that is not compared.
+        ConfigError: A method is unknown, not built or named twice, a seed or a delay is not a number, or a setting
+            is for a method that is not compared.
     """
     names = [name.strip() for name in methods if name.strip()]
     unknown = [name for name in names if name not in METHODS]
@@ -64,30 +62,34 @@ def plan_comparison(
         raise ConfigError([problem], source="--methods")
     if not names or len(set(names)) < len(names):
         raise ConfigError([f"{', '.join(names) or 'nothing'}: give each method once"], source="--methods")
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")] if seeds.strip() else [config.seed]
-    except ValueError:
-        raise ConfigError([f"{seeds!r}: give whole numbers such as 0,1,2"], source="--seeds") from None
+    numbers, all_delays = _numbers(seeds, "--seeds") or [config.seed], _numbers(delays, "--delays")
     own = _by_method(particular, names)
     planned = []
     for seed in numbers:
         for name in names:
-            tree = overridden(_tree_of(name, config) | {"seed": seed}, own[name])
-            folder = f"{name}-seed{seed}" if len(numbers) > 1 else name
-            planned.append(PlannedRun(folder, parse_config(tree, source=f"method {name}")))
+            for delay in all_delays if all_delays and METHODS[name].may_lag else [_delay_of(name, config)]:
+                tree = overridden(tree_of_method(config, name, delay) | {"seed": seed}, own[name])
+                folder = f"{name}-delay{delay}" if len(all_delays) > 1 else name
+                folder = f"{folder}-seed{seed}" if len(numbers) > 1 else folder
+                planned.append(PlannedRun(folder, parse_config(tree, source=f"method {name}")))
     return planned
 
 
-def _tree_of(name: str, config: RunConfig) -> dict[str, Any]:
-    """Write a configuration for a method, without what has no effect with it."""
-    method, tree = METHODS[name], config.model_dump(mode="json")
-    tree["federation"] |= {"method": name, "delay": max(1, config.federation.delay) if method.may_lag else 0}
-    if method.trains != "blocks":
-        tree["blocks"] = {"layers_path": config.blocks.layers_path}
-    for key in (key for key in OWNERS if key not in method.own_keys):
-        *sections, last = key.split(".")
-        del reduce(getitem, sections, tree)[last]
-    return tree
+def _numbers(text: str, option: str) -> list[int]:
+    """Read whole numbers, each once, separated by commas; none of an empty text."""
+    try:
+        numbers = [int(number) for number in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise ConfigError([f"{text!r}: give whole numbers such as 0,1,2"], source=option) from None
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError([f"{text}: give each number once"], source=option)
+    return numbers
+
+
+def _delay_of(name: str, config: RunConfig) -> int:
+    """Return the delay of a method in a comparison that names none."""
+    usual, configured = METHODS[name].delay, config.federation.delay
+    return configured if name == config.federation.method else max(usual, configured) if usual else 0
 
 
 def _by_method(particular: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
@@ -191,7 +193,7 @@ def _results(label: str, group: Sequence[Summary], tasks: Sequence[str]) -> tupl
 def predicted_memory_bytes(config: RunConfig) -> int:
     """Return the memory of a client while it trains, counted from shapes; see `parablock plan`."""
     scenario = Scenario(config, probe=False)
-    memory = memory_per_client(scenario.outline, scenario.blocks, config)
+    memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
     return memory[WAYS[config.federation.traits.trains]].total
 
 

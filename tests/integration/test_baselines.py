@@ -28,7 +28,8 @@ from tiny_runs import (
     summary_of,
 )
 
-LORA = ("fedit", "ffa_lora", "flora")
+LORA = ("fedit", "ffa_lora", "rolora", "flora")
+LAGGING = ("fedavg", "fedprox", "fedit", "ffa_lora", "rolora")
 APART = ("local", "central")
 BASELINES = ("fedavg", "fedprox", *LORA, "fedcybgd", *APART)
 Folders = dict[str, Path]
@@ -61,7 +62,7 @@ def test_a_method_learns_and_is_no_other(runs: Folders, method: str):
     assert {other["initial_eval_loss"] for other in others} == {summary["initial_eval_loss"]}
 
 
-@pytest.mark.parametrize("method", ["fedprox", *LORA, "fedcybgd", *APART])
+@pytest.mark.parametrize("method", ["fedprox", "fedit", "ffa_lora", "flora", "fedcybgd", *APART])
 def test_a_method_that_is_stopped_ends_with_the_same_model(
     workshop: Workshop, runs: Folders, tmp_path: Path, method: str
 ):
@@ -102,6 +103,98 @@ def test_lora_sends_its_adapters_and_ffa_lora_half_of_them(runs: Folders):
         row = metrics_of(runs[method])[0]
         headers = row["uplink_bytes"] / NUM_CLIENTS - 4 * elements
         assert 0 < headers < 600
+    for row, elements in zip(metrics_of(runs["rolora"]), [of_b, of_a] * 3, strict=True):  # B first, then in turn
+        assert 0 < row["uplink_bytes"] / NUM_CLIENTS - 4 * elements < 600
+
+
+def test_rolora_trains_one_factor_a_round_and_the_other_stays(workshop: Workshop, tmp_path: Path):
+    for rounds in (1, 2):
+        directory = tmp_path / str(rounds)
+        assert run(workshop, directory, "ffa_lora", f"federation.num_rounds={rounds}").code == 0
+    outcome = run(workshop, tmp_path / "one", "rolora", "federation.num_rounds=1")
+    assert_refused(outcome, "1 rounds of the cyclic schedule would never train", "adapters, A", "at least 2 rounds")
+    assert "blocks." not in outcome.stderr, "methods without blocks have none of these settings"
+    run(workshop, tmp_path / "rolora", "rolora", "federation.num_rounds=2", "evaluation.every_rounds=1")
+    ours, theirs = (metrics_of(tmp_path / name) for name in ("rolora", "1"))
+    assert ours[0]["train_loss"] == theirs[0]["train_loss"], (
+        "the first round is FFA-LoRA's: B from zero, A as drawn"
+    )
+    assert ours[1]["block_index"] == 1 and metrics_of(tmp_path / "2")[1]["train_loss"] != ours[1]["train_loss"]
+
+
+# -- overlap --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", LAGGING)
+def test_a_delay_is_a_number_for_every_method_that_averages(
+    workshop: Workshop, runs: Folders, tmp_path: Path, method: str
+):
+    serial = summary_of(runs[method])
+    delayed = {}
+    for delay, rule in ((1, "aligned"), (1, "none"), (2, "aligned")):
+        directory = tmp_path / f"{delay}{rule}"
+        changes = (f"federation.method={method}", f"federation.delay={delay}", f"federation.in_flight={rule}")
+        outcome = workshop.run(directory, *changes)
+        assert outcome.code == 0, outcome.stderr
+        delayed[delay, rule] = summary_of(directory)
+        assert [row["staleness"] for row in metrics_of(directory)] == [min(t, delay) for t in range(6)]
+    assert len({end["model_sha256"] for end in (serial, *delayed.values())}) == 4
+    assert all(end["final_eval_loss"] < serial["initial_eval_loss"] for end in delayed.values())
+    assert delayed[1, "aligned"]["wall_time_s"] < serial["wall_time_s"]
+    assert serial["overlap_fraction"] == 0 < delayed[1, "aligned"]["overlap_fraction"]
+
+
+def test_sparse_updates_take_a_hundredth_of_the_bytes_and_still_learn(
+    workshop: Workshop, runs: Folders, tmp_path: Path
+):
+    whole, ends = summary_of(runs["fedavg"]), {}
+    for density in (0.01, 0.02):
+        directory = tmp_path / str(density)
+        changes = (
+            "federation.method=fedavg",
+            "federation.delay=1",
+            f"wire={{format: sparse2, density: {density}}}",
+        )
+        assert workshop.run(directory, *changes).code == 0
+        ends[density] = summary_of(directory)
+        assert ends[density]["final_eval_loss"] < whole["initial_eval_loss"]
+    elements = metrics_of(runs["fedavg"])[0]["uplink_bytes"] / NUM_CLIENTS / 4
+    for density, kept in ((0.01, 41), (0.02, 82)):
+        row = metrics_of(tmp_path / str(density))[2]
+        for way in ("uplink_bytes", "downlink_bytes"):  # both ways, but for headers
+            assert row[way] / NUM_CLIENTS < 1.05 * kept * 14 / 8 / 4096 * elements + 800
+    assert ends[0.01]["model_sha256"] != ends[0.02]["model_sha256"]
+
+
+@pytest.mark.parametrize("method", ["fl_bcd", "fedavg", "fedit"])
+def test_muon_learns_with_every_kind_of_group_and_is_not_adamw(workshop: Workshop, tmp_path: Path, method: str):
+    changes = (f"federation.method={method}", "federation.delay=0", "federation.num_rounds=4")
+    ends = {}
+    for optimizer in ("adamw", "muon"):
+        assert workshop.run(tmp_path / optimizer, *changes, f"train.optimizer={optimizer}").code == 0
+        ends[optimizer] = summary_of(tmp_path / optimizer)
+    assert ends["muon"]["final_eval_loss"] < ends["muon"]["initial_eval_loss"]
+    assert ends["muon"]["model_sha256"] != ends["adamw"]["model_sha256"]
+
+
+def test_a_torch_without_muon_is_refused_with_the_version_that_has_it(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert_refused(workshop.run(tmp_path / "run", "train.optimizer=muon"), "train.optimizer: muon needs torch 2.9")
+    assert workshop.run(tmp_path / "other", "federation.num_rounds=4").code == 0
+
+
+def test_moments_are_kept_with_auto_where_every_round_trains_all(workshop: Workshop, runs: Folders, tmp_path: Path):
+    ends = {}
+    for method in ("fedit", "rolora"):
+        for state in ("keep", "auto"):
+            directory = tmp_path / f"{method}{state}"
+            assert run(workshop, directory, method, f"train.optimizer_state={state}").code == 0
+            ends[method, state] = summary_of(directory)["model_sha256"]
+        ends[method, "reset"] = summary_of(runs[method])["model_sha256"]
+    assert ends["fedit", "auto"] == ends["fedit", "keep"] != ends["fedit", "reset"]
+    assert ends["rolora", "auto"] == ends["rolora", "reset"] != ends["rolora", "keep"]
 
 
 def test_rank_alpha_and_targets_of_adapters_take_effect(workshop: Workshop, tmp_path: Path):

@@ -66,6 +66,35 @@ def test_tasks_memory_and_the_picture_stand_beside_the_losses(workshop, tmp_path
     assert yaml.safe_load((directory / "fedavg" / "config.yaml").read_text())["train"]["learning_rate"] == 0.01
 
 
+def test_every_method_runs_with_every_delay_that_it_can_have(workshop, tmp_path):
+    directory = tmp_path / "delays"
+    done(
+        *("compare", str(workshop.config), "--output-dir", str(directory), "--set", "federation.num_rounds=4"),
+        *("--methods", "parablock,fedit,flora", "--delays", "0,1"),
+    )
+    runs = {
+        run["name"]: (run["method"], run["delay"]) for run in json.loads((directory / "compare.json").read_text())
+    }
+    assert runs == {
+        "parablock-delay0": ("fl_bcd", 0),
+        "parablock-delay1": ("parablock", 1),
+        "fedit-delay0": ("fedit", 0),
+        "fedit-delay1": ("fedit", 1),
+        "flora-delay0": ("flora", 0),
+    }
+    assert {"fedit-delay0", "fedit-delay1"} <= set((directory / "compare.md").read_text().split())
+
+
+def test_without_delays_the_configured_method_keeps_its_own_and_others_have_their_default(workshop):
+    def delays(*overrides: str) -> dict[str, int]:
+        planned = plan_comparison(load_config(workshop.config, overrides), ["parablock", "fedavg", "fedit"])
+        return {run.name: run.config.federation.delay for run in planned}
+
+    assert delays() == {"parablock": 1, "fedavg": 0, "fedit": 0}
+    assert delays("federation.delay=2") == {"parablock": 2, "fedavg": 0, "fedit": 0}
+    assert delays("federation.method=fedit") == {"parablock": 1, "fedavg": 0, "fedit": 1}
+
+
 def test_a_compared_run_is_the_run_that_the_method_makes_alone(workshop, tmp_path):
     command("compare", str(workshop.config), "--output-dir", str(tmp_path / "c"), "--methods", "fl_bcd,parablock")
     workshop.run(tmp_path / "alone", "federation.delay=0")
@@ -100,6 +129,8 @@ def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_pat
         (["--methods", "flora", "--set", "wire.format=int8"], "not built"),
         (["--for", "fedit:train.learning_rate=1"], "for one of parablock, fl_bcd"),
         (["--for", "fl_bcd"], "method:key=value"),
+        (["--delays", "0,x"], "whole numbers"),
+        (["--delays", "1,1"], "each number once"),
         (["--for", "fl_bcd:train.learning_rat=1"], "train.learning_rate"),
         (["--tasks", "riddles"], "riddles"),
         (["--tasks", "exact_match", "--set", "data.test=[]"], "data.test"),

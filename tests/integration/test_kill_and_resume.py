@@ -58,6 +58,17 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "a schedule of the learning rate": ("train.lr_scheduler_type=cosine", "train.warmup_ratio=0.2"),
     "steps that fill the wait": ("train.num_local_steps=auto", "link={upload_mbps: 2, download_mbps: 2}"),
     "fedavg": ("federation.method=fedavg", "federation.delay=0"),
+    "fedavg in flight": ("federation.method=fedavg", "federation.delay=1"),
+    "fedit in flight, moments kept": (
+        *("federation.method=fedit", "federation.delay=2", "train.optimizer_state=auto"),
+        *("federation.participation=0.5", "federation.in_flight=mean"),
+    ),
+    "rolora": ("federation.method=rolora", "federation.delay=1", "wire={format: int4, error_feedback: true}"),
+    "sparse updates in flight": (
+        *("federation.method=fedit", "federation.delay=1", "wire={format: sparse2, density: 0.05}"),
+        "federation.participation=0.75",
+    ),
+    "muon, kept moments": ("train.optimizer=muon", "train.optimizer_state=keep"),
     "half layers for the link": (
         "blocks={split: attention_mlp, layers_per_block: auto}",
         "link={upload_mbps: 10, download_mbps: 10}",

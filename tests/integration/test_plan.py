@@ -30,6 +30,19 @@ def test_the_plan_of_a_run_is_what_the_run_then_takes(workshop: Workshop, tmp_pa
     assert planned(workshop)["total_bytes"] > 1.5 * moved  # float32
 
 
+@pytest.mark.parametrize("method", ["fedavg", "fedit", "ffa_lora", "rolora"])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_the_bytes_and_seconds_of_every_method_are_those_of_its_run(
+    workshop: Workshop, tmp_path: Path, method: str, delay: int
+) -> None:
+    (row,) = (row for row in planned(workshop)["methods"] if (row["method"], row["delay"]) == (method, delay))
+    changes = (f"federation.method={method}", f"federation.delay={delay}")
+    assert workshop.run(tmp_path / "run", *changes).code == 0
+    summary = summary_of(tmp_path / "run")
+    assert row["bytes_per_client_round"] == pytest.approx(summary["bytes_per_client_round"], rel=0.01)
+    assert row["hours"] * 3600 == pytest.approx(summary["wall_time_s"], rel=0.01)
+
+
 def test_options_for_the_link_replace_the_configured_one(workshop: Workshop) -> None:
     base, slower = planned(workshop), planned(workshop, "--upload-mbps", "2", "--download-mbps", "4")
     assert (slower["links"][0]["upload_mbps"], slower["links"][0]["download_mbps"]) == (2, 4)

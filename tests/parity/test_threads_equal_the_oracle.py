@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from engines import run_here, server_plan
-from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.aggregate import Kinds, ServerOptimizer
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Normals, Rule, aggregate_by
 from parablock.algorithm.sequential import OracleProblem, OracleResult, run_sequential
+from parablock.algorithm.sparse_mean import average_sparse
 from parablock.clock import RealClock, VirtualClock
 from parablock.engine.contract import EngineResult
 from parablock.engine.plans import Hooks
-from parablock.engine.update_form import Differences
+from parablock.engine.update_form import Differences, SparseDifferences
 from parablock.privacy.protection import Protection
 from parablock.seeding import generator_for
 from parablock.trace import Trace
-from parablock.wire.quantize import Encoding, pack
+from parablock.wire.quantize import Encoding, pack, sparse_format
 from parablock.wire.transport import Link
 from toy import ToyTrainer, initial, solve
 
@@ -44,14 +45,17 @@ def threaded(
     normals: Callable[[int, tuple[int, ...]], Normals] | None = None,
     protection: Protection | None = None,
     step_s: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
+    num_groups: int = 4,
+    kinds: Kinds | None = None,
 ) -> tuple[EngineResult, list[tuple[torch.Tensor, ...]], float]:
     clock = clock or VirtualClock()
     trajectory: list[tuple[torch.Tensor, ...]] = []
-    form = Differences(encoding, rule, normals)
+    is_sparse = sparse_format(encoding.format) is not None
+    form = SparseDifferences(encoding) if is_sparse else Differences(encoding, rule, normals, kinds)
     changes = {"schedule": schedule, "participation": participation, "server_optimizer": optimizer}
     plan = server_plan(len(EXAMPLES), ROUNDS, delay, form, in_turn=in_turn, **changes)
     result = run_here(
-        initial(4, dtype),
+        initial(num_groups, dtype),
         [ToyTrainer(i, n, step_s[i]) for i, n in enumerate(EXAMPLES)],
         plan,
         Trace(clock),
@@ -63,10 +67,10 @@ def threaded(
     return result, trajectory, clock.now()
 
 
-def oracle(delay: int, *, dtype: torch.dtype = torch.float32, **changes) -> OracleResult:
+def oracle(delay: int, *, dtype: torch.dtype = torch.float32, num_groups: int = 4, **changes) -> OracleResult:
     fresh = changes.pop("fresh", dict)
     problem = OracleProblem(EXAMPLES, ROUNDS, delay, **{"schedule": "shuffled", **changes, **fresh()})
-    return run_sequential(initial(4, dtype), problem, solve)
+    return run_sequential(initial(num_groups, dtype), problem, solve)
 
 
 def assert_equal(found, expected: OracleResult) -> None:
@@ -105,7 +109,7 @@ def lossy(encoding: Encoding) -> dict[str, object]:
         def encode(delta: torch.Tensor, b: int, t: int, i: int) -> torch.Tensor:
             wanted = delta + residuals.get((i, b), 0.0) if encoding.error_feedback else delta
             sent = pack(wanted, encoding.format, encoding.noise(t, i)).values.float()
-            residuals[i, b] = wanted - sent
+            residuals[i, b] = encoding.residual_decay * (wanted - sent)
             return sent
 
         def announce(new: torch.Tensor, view: torch.Tensor, t: int) -> torch.Tensor:
@@ -114,6 +118,15 @@ def lossy(encoding: Encoding) -> dict[str, object]:
         return {"encode": encode, "announce": announce}
 
     return {"fresh": fresh}
+
+
+def sparse(encoding: Encoding) -> tuple[dict[str, object], dict[str, object]]:
+    """Of 5 elements the largest 3 (1,640 of 4,096), whose mean the oracle makes of sparse tensors, too."""
+
+    def aggregate(updates, t):
+        return average_sparse({i: (delta.to_sparse().coalesce(), n) for i, (delta, n) in updates.items()})
+
+    return {"encoding": encoding}, {**lossy(encoding), "aggregate": aggregate}
 
 
 def ruled(rule: Rule) -> tuple[dict[str, object], dict[str, object]]:
@@ -152,6 +165,8 @@ VARIANTS = {
     "random": ({"schedule": "random"}, {"schedule": "random"}),
     "importance": ({"schedule": "importance"}, {"schedule": "importance"}),
     "own": ({"in_flight": "own", "schedule": "cyclic"}, {"in_flight": "own", "schedule": "cyclic"}),
+    "mean": ({"in_flight": "mean"}, {"in_flight": "mean"}),
+    "share": ({"in_flight": "share"}, {"in_flight": "share"}),
     "none": ({"in_flight": "none"}, {"in_flight": "none"}),
     "momentum": (
         {"optimizer": ServerOptimizer("momentum", 0.5)},
@@ -169,7 +184,23 @@ VARIANTS = {
         {"encoding": Encoding("int2", "nearest", error_feedback=True)},
         lossy(Encoding("int2", "nearest", error_feedback=True)),
     ),
+    "sparse2": sparse(Encoding("sparse2-1640", error_feedback=True)),
+    "sparse2, residuals decay": sparse(Encoding("sparse2-1640", error_feedback=True, residual_decay=0.95)),
 }
+
+
+WEIGHTS = ("own", "mean", "share", "none")
+EVERY_ROUND = (
+    *("cyclic", *WEIGHTS, "participation", "bfloat16 model", "bfloat16 wire, participation", "int4 stochastic"),
+    *(
+        "int8 nearest",
+        "int2 with error feedback",
+        "noise of the server",
+        "noise of the clients",
+        "median",
+        "sparse2",
+    ),
+)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -178,10 +209,53 @@ def test_every_option_of_the_method_is_the_same_in_threads(name, delay):
     engine, problem = VARIANTS[name]
     found = threaded(delay, link=Link(0.01, 0.01), **engine)
     assert_equal(found, oracle(delay, **problem))
-    # Without anything in flight `none` is `aligned`; with three of four blocks in flight `random` has no choice.
-    if (name, delay) not in (("none", 0), ("random", 3)):
+    # Without anything in flight all weights are one; with three of four blocks in flight `random` has no choice.
+    if (name, delay) not in (("mean", 0), ("share", 0), ("none", 0), ("random", 3)):
         control = oracle(delay).trajectory
         assert not all(same(a, b) for a, b in zip(found[1], control, strict=True)), f"{name} changed nothing"
+
+
+@pytest.mark.parametrize("num_groups", [1, 2], ids=["all in every round", "two in turn"])
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("name", EVERY_ROUND)
+def test_a_group_that_comes_back_while_it_is_in_flight_is_the_same_in_threads(name, delay, num_groups):
+    # All parameters or all adapters are one group, in flight in every round; RoLoRA has two in turn.
+    engine, problem = VARIANTS[name]
+    groups = {"schedule": "cyclic", "num_groups": num_groups}
+    found = threaded(delay, link=Link(0.01, 0.01), step_s=(1.0, 0.1, 4.0, 2.0), **{**engine, **groups})
+    assert_equal(found, oracle(delay, **{**problem, **groups}))
+    if name not in (*WEIGHTS, "cyclic") or (delay and name != "cyclic"):
+        control = oracle(delay, **groups).trajectory
+        assert not all(same(a, b) for a, b in zip(found[1], control, strict=True)), f"{name} changed nothing"
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("rule", [Rule(), Rule("median")], ids=lambda rule: rule.name)
+def test_a_group_whose_kinds_agree_differently_is_the_same_in_threads(rule, delay):
+    kinds = Kinds((2, 1, 1, 1), 2)
+    both = {"schedule": "cyclic", "num_groups": 1}
+
+    def aggregate(updates, t):
+        return aggregate_by(rule, updates, kinds=kinds)
+
+    found, expected = (
+        threaded(delay, rule=rule, kinds=kinds, **both),
+        oracle(delay, kinds=kinds, aggregate=aggregate, **both),
+    )
+    assert_equal(found, expected)
+    assert found[0].server.rho == expected.server.rho
+    ((of_one, of_other),) = found[0].server.rho
+    assert of_one != of_other
+    control = oracle(delay, aggregate=lambda updates, t: aggregate_by(rule, updates), **both)
+    assert same(found[0].server.params, control.server.params) == (delay == 0), "each kind has its weight in flight"
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_a_group_in_flight_on_a_real_clock_equals_the_oracle(delay):
+    groups = {"schedule": "cyclic", "num_groups": 1}
+    assert_equal(threaded(delay, clock=RealClock(), link=Link(1.0, 1.0, 0.001), **groups), oracle(delay, **groups))
+    ends = [oracle(d, in_flight=rule, **groups).server.params for d, rule in ((0, "own"), (delay, "aligned"))]
+    assert not same(*ends), "what is in flight changes the trajectory"
 
 
 def test_delay_1_takes_the_longer_of_compute_and_communication_and_delay_0_their_sum():

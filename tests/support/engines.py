@@ -40,7 +40,8 @@ def engine_input(
     **further,
 ) -> EngineInput:
     """What an engine is given; `further` are fields of `EngineInput`."""
-    client = ClientPlan(in_flight, plan.form, protection_of)
+    asked = 1 if plan.in_turn else max(1, round(plan.participation * plan.num_clients))
+    client = ClientPlan(in_flight, plan.form, protection_of, asked)
     return EngineInput(plan, client, lambda: params, trainers, trace, hooks, **further)
 
 

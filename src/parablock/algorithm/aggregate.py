@@ -7,8 +7,9 @@ and the mean of a single update is bitwise that update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import fsum
 
 import torch
@@ -25,6 +26,44 @@ ADAM_EPSILON = 1e-3
 """Decay of the second moment and the adaptivity of the server's Adam (FedAdam: Reddi et al. 2021, §5)."""
 
 
+Rho = float | tuple[float, ...]
+"""ρ of a group of parameters: one number, or one for each of its `Kinds`."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The kinds of parameters in a group, such as A and B of adapters, which agree differently among clients.
+
+    The group is cut into runs of these `lengths`, whose kinds 0 … `count` − 1 take turns.
+    """
+
+    lengths: tuple[int, ...]
+    count: int
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """Return for each element the value of its kind: flat, fp32."""
+        of_runs = torch.tensor([values[run % self.count] for run in range(len(self.lengths))])
+        return of_runs.repeat_interleave(torch.tensor(self.lengths))
+
+    def cells(self, first: int, end: int) -> Iterator[tuple[slice, int]]:
+        """Cut the elements from `first` to `end` at pieces and at runs; yield each cell, from 0, and its kind.
+
+        Cells depend on the group alone if every cut is at a multiple of `PIECE`.
+        """
+        bounds = [0, *accumulate(self.lengths)]
+        for run, (begin, stop) in enumerate(pairwise(bounds)):
+            begin, stop = max(begin, first), min(stop, end)
+            while begin < stop:
+                cut = min(stop, (begin // PIECE + 1) * PIECE)
+                yield slice(begin - first, cut - first), run % self.count
+                begin = cut
+
+
+def each_rho(rho: Rho) -> tuple[float, ...]:
+    """Return ρ of each kind; one number stands for all."""
+    return rho if isinstance(rho, tuple) else (rho,)
+
+
 @dataclass(frozen=True)
 class Aggregate:
     """The aggregate of one round's updates.
@@ -32,13 +71,13 @@ class Aggregate:
     Attributes:
         mean_delta: Δ̄ = Σ w_i Δ_i / Σ w_i, flat, fp32.
         rho: ‖Δ̄‖² / Σ w_i‖Δ_i‖² in [0, 1], with the w_i divided by their sum: 1 if the clients agree, 0 if their
-            updates cancel, and 1 by definition if no client moved.
+            updates cancel, and 1 by definition if no client moved. One for each of the group's `Kinds`, if it has.
         squared_delta: Mean squared element of Δ̄.
         stack: The stacked factors whose product is Δ̄; None if Δ̄ itself travels.
     """
 
     mean_delta: Tensor
-    rho: float
+    rho: Rho
     squared_delta: float
     stack: Tensor | None = None
 
@@ -107,8 +146,12 @@ def join(parts: Sequence[Folded], mean: Tensor | None = None) -> Aggregate:
         mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])
     squared_mean = fsum(square for part in parts for square in part.squared_mean)
     squared_norms = fsum(square for part in parts for square in part.squared_norms)
-    rho = min(1.0, squared_mean / squared_norms) if squared_norms > 0 else 1.0
-    return Aggregate(mean, rho, squared_mean / max(1, mean.numel()))
+    return Aggregate(mean, agreement(squared_mean, squared_norms), squared_mean / max(1, mean.numel()))
+
+
+def agreement(squared_mean: float, squared_norm: float) -> float:
+    """Return ρ, from the squared length of the mean and that of an update."""
+    return min(1.0, squared_mean / squared_norm) if squared_norm > 0 else 1.0
 
 
 def average(updates: Mapping[int, tuple[Tensor, int]]) -> Aggregate:

@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import Aggregate, ServerOptimizer, apply_update
+from parablock.algorithm.aggregate import Aggregate, Kinds, Rho, ServerOptimizer, apply_update, each_rho
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class ClientState:
 
     base: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    rho: tuple[float, ...]
+    rho: tuple[Rho, ...]
     in_flight: tuple[InFlight, ...] = ()
 
 
@@ -83,7 +83,7 @@ class Commit:
     block_index: int
     version: int
     value: Tensor
-    rho: float
+    rho: Rho
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ServerState:
     params: tuple[Tensor, ...]
     view: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    rho: tuple[float, ...]
+    rho: tuple[Rho, ...]
     squared_delta: tuple[float, ...]
     moments: tuple[tuple[Tensor, ...], ...]
     committed: int = NEVER
@@ -154,32 +154,38 @@ def commit(state: ClientState, commits: Sequence[Commit], committed: int) -> Cli
     return ClientState(tuple(base), tuple(versions), tuple(rho), still_in_flight)
 
 
-def overlay_weight(rule: str, rho: float) -> float:
-    """Return α, the weight of the client's own updates in flight.
+def overlay_weight(rule: str, rho: float, num_updates: int = 1) -> float:
+    """Return α, the weight of the client's own updates in flight, of `num_updates` in a round.
 
     `own` keeps an update whole; `aligned` scales it to the length that the average had at the block's last visit;
-    `none` leaves it out (naive staleness, kept as the ablation).
+    `mean` is the least-squares prediction of that average; `share` is the client's own part of it; `none` leaves
+    the update out (naive staleness, kept as the ablation).
     """
-    return {"own": 1.0, "aligned": sqrt(rho), "none": 0.0}[rule]
+    return {"own": 1.0, "aligned": sqrt(rho), "mean": rho, "share": 1 / num_updates, "none": 0.0}[rule]
 
 
-def working_block(state: ClientState, block_index: int, rule: str) -> Tensor:
+def working_block(
+    state: ClientState, block_index: int, rule: str, num_updates: int = 1, kinds: Kinds | None = None
+) -> Tensor:
     """Return v^b = z^b + Σ α_b Δ_s over the updates of this block in flight, oldest first.
 
     Each sum is rounded to the run's dtype before the next, as the server's commits are. Without an update in flight
     the result is the base tensor itself.
     """
     value = state.base[block_index]
-    alpha = overlay_weight(rule, state.rho[block_index])
+    alphas = [overlay_weight(rule, rho, num_updates) for rho in each_rho(state.rho[block_index])]
     for own in state.in_flight:
-        if own.block_index == block_index and alpha != 0.0:
+        if own.block_index == block_index and any(alphas):
+            alpha = alphas[0] if kinds is None or len(alphas) == 1 else kinds.spread(alphas)
             value = (value.float() + alpha * own.delta).to(value.dtype)
     return value
 
 
-def working_parameters(state: ClientState, rule: str) -> tuple[Tensor, ...]:
-    """Return v: the working value of every block."""
-    return tuple(working_block(state, block_index, rule) for block_index in range(len(state.base)))
+def working_parameters(
+    state: ClientState, rule: str, num_updates: int = 1, kinds: Kinds | None = None
+) -> tuple[Tensor, ...]:
+    """Return v: the working value of every block; parameters of each of `kinds` have a ρ of their own."""
+    return tuple(working_block(state, b, rule, num_updates, kinds) for b in range(len(state.base)))
 
 
 def delta_of(trained: Tensor, start: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ can begin before a whole update has come. Either way the result is bitwise that 
 ρ is the squared length of Δ̄ over that of an update: over the weighted mean for `mean`, and over the clients'
 median for the other rules, so that no client can switch the overlay off with a huge update. With noise, ρ may
 depend on the noisy mean alone: from its squared length that of the noise is subtracted in expectation, and the
-difference is divided by C².
+difference is divided by C². It is at least 1/M, as for clients that have nothing in common.
 
 Source: median and trimmed mean: Yin et al., Byzantine-Robust Distributed Learning, 2018. Krum: Blanchard et al.,
 Machine Learning with Adversaries, 2017. Norm clipping: Sun et al., Can You Really Backdoor FL?, 2019.
@@ -35,7 +35,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate, Folded, fold, join
+from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate, Folded, Kinds, agreement, fold, join
 
 Parts = Iterable[Tensor]
 """A client's whole update in consecutive parts, which all clients cut alike, at multiples of `PIECE` elements. The
@@ -75,6 +75,7 @@ class RoundAggregation:
     Args:
         rule: The aggregation rule.
         normals: Participating clients → their noise; needed if the rule adds noise.
+        kinds: The kinds of the group's parameters, for a ρ of each; None: one ρ, as always with noise.
 
     Attributes:
         folds_parts: Whether elements are independent, so that a part can be folded by itself.
@@ -84,8 +85,14 @@ class RoundAggregation:
     folds_parts = True
     masks: Tensor | None = None
 
-    def __init__(self, rule: Rule = Rule(), normals: Callable[[tuple[int, ...]], Normals] | None = None) -> None:
-        self._rule, self._normals = rule, normals
+    def __init__(
+        self,
+        rule: Rule = Rule(),
+        normals: Callable[[tuple[int, ...]], Normals] | None = None,
+        kinds: Kinds | None = None,
+    ) -> None:
+        self._rule, self._normals, self._kinds = rule, normals, kinds if normals is None else None
+        self._of_kind: list[list[list[float]]] = [[] for _ in range(kinds.count)] if kinds else []
         self._draw: Normals | None = None
         self._factors: dict[int, float] = {}
         self._chosen: int | None = None
@@ -114,7 +121,7 @@ class RoundAggregation:
 
     def fold_into(self, mean: Tensor) -> None:
         """Set the memory for Δ̄ (flat, fp32), so that its parts need not be joined; the aggregate owns it."""
-        self._mean, self._num_folded = mean, 0
+        self._mean = mean
 
     def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
         """Fold the next part of every update, as `aggregate.fold` does; return this part of Δ̄, flat, fp32."""
@@ -122,7 +129,7 @@ class RoundAggregation:
         if self._mean is not None:
             place = self._mean[self._num_folded : self._num_folded + folded.mean.numel()]
             folded = replace(folded, mean=place.copy_(folded.mean))
-            self._num_folded += place.numel()
+        self._num_folded += folded.mean.numel()
         self._parts.append(folded)
         return folded.mean
 
@@ -131,14 +138,33 @@ class RoundAggregation:
         joined = join(self._parts, self._mean)
         if self._normals is not None:
             return self._subtract_expected_noise(joined)
+        if self._kinds is not None:
+            return replace(joined, rho=tuple(map(self._rho_of, self._of_kind)))
         if self._rule.name == "mean":
             return joined
         typical = median(fsum(squares) for squares in zip(*self._squares, strict=True))
         squared = fsum(square for part in self._parts for square in part.squared_mean)
-        return replace(joined, rho=min(1.0, squared / typical) if typical > 0 else 1.0)
+        return replace(joined, rho=agreement(squared, typical))
+
+    def _rho_of(self, cells: Sequence[Sequence[float]]) -> float:
+        """Return ρ of one kind of parameters, from the squares of the mean and of each update in its cells."""
+        squared, *norms = (fsum(squares) for squares in zip(*cells, strict=True))
+        if self._rule.name == "mean":
+            return agreement(squared, sum(w * norm for w, norm in zip(self._weights, norms, strict=True)))
+        return agreement(squared, median(norms))
 
     def _fold_part(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
         updates = {i: (scale(delta, self._factor(i)), n) for i, (delta, n) in sorted(updates.items())}
+        folded = self._fold_shortened(updates)
+        if self._kinds is not None:
+            total = sum(n for _, n in updates.values())
+            self._weights = [n / total for _, n in updates.values()]
+            vectors = [folded.mean, *(delta for delta, _ in updates.values())]
+            for cell, kind in self._kinds.cells(self._num_folded, self._num_folded + folded.mean.numel()):
+                self._of_kind[kind].append([squared_norm([vector[cell]]) for vector in vectors])
+        return folded
+
+    def _fold_shortened(self, updates: Mapping[int, tuple[Tensor, int]]) -> Folded:
         if self._normals is not None:
             mean = fold({i: (delta, 1) for i, (delta, _) in updates.items()}).mean
             mean = self._add_noise(mean, tuple(updates))
@@ -156,6 +182,7 @@ class RoundAggregation:
     def _add_noise(self, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
         assert self._normals is not None and self._rule.clip_norm is not None
         self._draw = self._draw or self._normals(clients)
+        self._num_clients = len(clients)
         self._deviation = self._rule.noise_multiplier * self._rule.clip_norm / len(clients)
         return mean.add_(self._deviation * self._draw(mean.numel()))
 
@@ -163,7 +190,7 @@ class RoundAggregation:
         assert self._rule.clip_norm is not None
         size = joined.mean_delta.numel()
         squared = joined.squared_delta * size - size * self._deviation**2
-        return replace(joined, rho=min(1.0, max(0.0, squared / self._rule.clip_norm**2)))
+        return replace(joined, rho=min(1.0, max(1 / self._num_clients, squared / self._rule.clip_norm**2)))
 
     def _factor(self, client_id: int) -> float:
         return self._factors.get(client_id, 1.0)
@@ -173,9 +200,10 @@ def aggregate_by(
     rule: Rule,
     updates: Mapping[int, tuple[Tensor, int]],
     normals: Callable[[tuple[int, ...]], Normals] | None = None,
+    kinds: Kinds | None = None,
 ) -> Aggregate:
     """Aggregate one round's whole updates; see `RoundAggregation`."""
-    round_ = RoundAggregation(rule, normals)
+    round_ = RoundAggregation(rule, normals, kinds)
     round_.look_at({client_id: [delta] for client_id, (delta, _) in updates.items()})
     round_.fold(updates)
     return round_.aggregate()

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from parablock.algorithm.aggregate import Aggregate, ServerOptimizer, average
+from parablock.algorithm.aggregate import Aggregate, Kinds, ServerOptimizer, average
 from parablock.algorithm.parablock import (
     ClientState,
     ServerState,
@@ -41,7 +41,7 @@ class OracleProblem:
         num_examples: Training examples of each of the M clients.
         num_rounds: T.
         delay: d.
-        in_flight: own | aligned | none.
+        in_flight: aligned | mean | share | own | none.
         schedule: A block schedule by name, or the block of every round.
         participation: Part of the clients in a cohort.
         server_optimizer: The server optimizer.
@@ -53,6 +53,7 @@ class OracleProblem:
         lost: (client_id, round_index) of updates that never arrive, or are refused.
         trained: The clients of each round; None: the cohort of `participation`.
         min_updates: A round with fewer updates is void.
+        kinds: The kinds of parameters in a group, if `aggregate` returns a ρ of each.
     """
 
     num_examples: Sequence[int]
@@ -70,6 +71,7 @@ class OracleProblem:
     lost: frozenset[tuple[int, int]] = frozenset()
     trained: Sequence[Sequence[int]] | None = None
     min_updates: int = 1
+    kinds: Kinds | None = None
 
 
 @dataclass
@@ -105,9 +107,10 @@ def run_sequential(params: Sequence[Tensor], problem: OracleProblem, solve: Solv
         b = _block_of_round(problem, server)
         server = schedule_round(server, b, (1,))  # any K: `solve` takes the local steps
         updates.append({})
-        for i in _cohort_of_round(problem, server, t):
+        asked = _cohort_of_round(problem, server, t)
+        for i in asked:
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)
-            v = working_parameters(client, problem.in_flight)
+            v = working_parameters(client, problem.in_flight, len(asked), problem.kinds)
             y = solve(i, t, b, v)
             delta = problem.encode(delta_of(y, v[b]), b, t, i)
             clients[i] = put_in_flight(client, t, b, delta)

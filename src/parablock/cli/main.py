@@ -253,6 +253,9 @@ def compare(
         str, typer.Option(help="Separated by commas; docs/baselines.md describes each.")
     ] = "parablock,fl_bcd",
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: the configuration's.")] = "",
+    delays: Annotated[
+        str, typer.Option(help="Such as 0,1, for each method that can have one; default: its own.")
+    ] = "",
     overrides: Overrides = None,
     particular: Annotated[
         list[str] | None, typer.Option("--for", help="method:key=value, for that method alone; repeatable.")
@@ -266,7 +269,8 @@ def compare(
     from parablock.compare import compare_methods, comparison_table, plan_comparison
     from parablock.config.load import load_config
 
-    runs = plan_comparison(load_config(config, overrides or []), methods.split(","), seeds, particular or [])
+    common = load_config(config, overrides or [])
+    runs = plan_comparison(common, methods.split(","), seeds, particular or [], delays)
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
     with show_progress() as (progress, stop):
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)

@@ -27,7 +27,10 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_aggregation(config["federation"]),
         *_auto(config),
         *_method(config["federation"]["method"], chosen),
+        *_overlap(config["federation"]),
+        *_optimizer(config, chosen),
         *_noise(config),
+        *_sparse(config),
         *_secure(config),
         *_too_few(config["federation"]),
         *_faults(config),
@@ -109,6 +112,26 @@ def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, f"{value} {reason}"
 
 
+def _optimizer(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[Problem]:
+    """Muon steps every matrix, and adapters are matrices alone."""
+    if config["train"]["optimizer"] == "muon" and METHODS[config["federation"]["method"]].trains == "adapters":
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if key in chosen.get("train", {}):
+                yield f"train.{key}", "has no effect where muon steps adapters, which are matrices; leave it out"
+
+
+def _overlap(federation: Mapping[str, Any]) -> Iterator[Problem]:
+    """A group that is always in flight has no server optimizer: no client could foresee its moments."""
+    name, delay, optimizer = federation["method"], federation["delay"], federation["server_optimizer"]["name"]
+    method = METHODS[name]
+    if delay and optimizer != "none" and method.averages and method.trains_one_group:
+        yield (
+            "federation.server_optimizer",
+            f"{optimizer} would add its moments to a group that method {name} always has in flight with delay "
+            f"{delay}, and no client foresees them; leave it out, or set federation.delay: 0",
+        )
+
+
 def _within(chosen: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
     """List a key with its value, or all keys of a section, as far as they were chosen."""
     section, _, name = key.partition(".")
@@ -122,8 +145,38 @@ def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
     if privacy["noise_multiplier"] > 0 and privacy["mode"] == "central" and rule != "mean":
         cure = "choose federation.aggregation: mean, or privacy.mode: local"
         yield "privacy.noise_multiplier", f"the server's noise hides a client in a mean, not in a {rule}; {cure}"
-    if privacy["clip_norm"] is not None and config["wire"]["error_feedback"]:
+    if privacy["clip_norm"] is not None and config["wire"]["error_feedback"] and not _is_sparse(config):
         yield "wire.error_feedback", "would send the residual past privacy.clip_norm; switch one of them off"
+
+
+def _is_sparse(config: Mapping[str, Any]) -> bool:
+    return bool(config["wire"]["format"] == "sparse2")
+
+
+def _sparse(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a sparse update leaves out has to travel soon, in a mean of updates whose places differ."""
+    privacy, federation = config["privacy"], config["federation"]
+    method, key = METHODS[federation["method"]], "wire.format"
+    if not _is_sparse(config) or key in method.refuses:
+        return
+    why = []
+    if not method.averages or not method.trains_one_group:
+        suited = ", ".join(name for name, each in METHODS.items() if each.averages and each.trains_one_group)
+        why.append(
+            f"leaves most of an update to the next round, and method {federation['method']} does not send the same "
+            f"parameters in every round; choose int4, or one of {suited}"
+        )
+    if privacy["secure_aggregation"] != "none":
+        why.append("sends other places for every client, and masks need the same; choose float32")
+    elif privacy["clip_norm"] is not None:
+        why.append("would send what earlier rounds kept back past privacy.clip_norm; choose another format")
+    if why:
+        yield key, f"sparse2 {'; and it '.join(why)}"
+    if federation["aggregation"] != "mean":
+        yield (
+            "federation.aggregation",
+            f"{federation['aggregation']} of sparse2 updates would be of zeros; choose mean",
+        )
 
 
 def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -140,7 +193,7 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield "federation.aggregation", f"{federation['aggregation']} looks at single updates; {how} hides them"
     if wire["streaming"]:
         yield "wire.streaming", f"with {how} no part of a sum is known before all of it is; set it to false"
-    if wire["format"] != "float32":
+    if wire["format"] not in ("float32", "sparse2"):
         yield "wire.format", f"{how} sends words of 32 bits in place of {wire['format']}; leave it at float32"
     if cohort_size(federation) < 3:
         yield "federation.num_clients", f"{how} needs 3 clients in a round; there are {cohort_size(federation)}"

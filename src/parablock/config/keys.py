@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from parablock.config.conflicts import refuse_conflicts
-from parablock.config.methods import LAGGING, METHODS, Method, MethodName
+from parablock.config.methods import LAGGING, METHODS, Method, MethodName, cohort_size
 from parablock.config.section import FaultSection, Section, default_of
 
 
@@ -131,12 +131,19 @@ class FederationSection(Section):
     num_clients: int = Field(8, ge=1, description="Number of clients.")
     participation: float = Field(1.0, gt=0, le=1, description="Part of the clients that is asked in a round.")
     num_rounds: int = Field(64, ge=1, description="Number of rounds (T).")
-    delay: int = Field(1, ge=0, le=64, description="Rounds that an update may be in flight (d).")
+    delay: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Rounds that an update may be in flight (d). Where none is given: 1 with parablock, else 0.",
+    )
     min_updates: int = Field(1, ge=1, description="Fewest updates that a commit needs.")
     deadline_factor: float | None = Field(
         None, gt=1, description="A round waits for this multiple of the median answer time; null: for all answers."
     )
-    in_flight: Literal["aligned", "own", "none"] = Field("aligned", description="Weight of own updates in flight.")
+    in_flight: Literal["aligned", "mean", "share", "own", "none"] = Field(
+        "aligned", description="Weight of own updates in flight."
+    )
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     proximal_mu: float = Field(0.01, gt=0, description="Weight μ of fedprox's proximal term.")
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = Field("mean", description="Aggregation rule.")
@@ -156,9 +163,12 @@ class FederationSection(Section):
         method = METHODS.get(name) if isinstance(name, str) else None
         if method is None:  # pydantic says which names there are
             return value
-        if not method.may_lag and value.setdefault("delay", 0) != 0:
+        if value.setdefault("delay", method.delay) != 0 and not method.may_lag:
             lagging = " or ".join(LAGGING)
-            raise ValueError(f"method {name} has delay 0, not {value['delay']}; for a delay choose {lagging}")
+            raise ValueError(
+                f"method {name} has delay 0, not {value['delay']}: it {method.no_delay}; "
+                f"for a delay choose {lagging}"
+            )
         if value.get("delay") == 0 and method.without_delay is not None:
             value["method"] = method.without_delay
         return value
@@ -167,6 +177,11 @@ class FederationSection(Section):
     def traits(self) -> Method:
         """The row of the method."""
         return METHODS[self.method]
+
+    @property
+    def cohort_size(self) -> int:
+        """The number of clients that a round asks."""
+        return cohort_size(self.model_dump())
 
     @model_validator(mode="after")
     def _rules_take_their_own(self) -> FederationSection:
@@ -186,13 +201,19 @@ class TrainSection(Section):
     max_local_steps: int = Field(64, ge=1, description="Upper bound of `num_local_steps: auto`.")
     per_device_train_batch_size: int = Field(8, ge=1, description="Examples of a micro-batch.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches of an optimizer step.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="Local optimizer; `muon`: of the matrices of the decoder layers, with AdamW for the rest.",
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decay of weight matrices (not of norms and biases).")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm clip of the block; 0 switches it off.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="Moments at a block's next visit.")
+    optimizer_state: Literal["reset", "keep", "auto"] = Field(
+        "reset", description="Moments at a block's next visit; `auto`: keep them where every round trains all."
+    )
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = Field("constant", description="Over all rounds.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Part of all steps that warms up.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations from the block upwards.")
@@ -214,16 +235,31 @@ class TrainSection(Section):
 class WireSection(Section):
     """The encoding of updates and new values."""
 
-    format: Literal["float32", "bfloat16", "int8", "int4", "int2"] = Field(
+    format: Literal["float32", "bfloat16", "int8", "int4", "int2", "sparse2"] = Field(
         "float32", description="Payload of updates, and of new values where it is narrower than the model."
     )
+    density: float = Field(0.02, ge=0.005, le=0.05, description="The part of the elements that `sparse2` sends.")
     rounding: Literal["stochastic", "nearest"] = Field("stochastic", description="Rounding of int8, int4, int2.")
     error_feedback: bool = Field(False, description="Carry the rounding residual of a block to its next visit.")
+    residual_decay: float = Field(1.0, ge=0.95, le=1, description="The part of that residual that is carried.")
     streaming: bool = Field(True, description="Exchange in chunks, up and down at once.")
     chunk_bytes: int = Field(4_194_304, ge=1024, description="Bytes of a chunk where streaming.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sparse_has_feedback(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("format") == "sparse2":
+            return {"error_feedback": True, **value}
+        return value
+
     @model_validator(mode="after")
     def _takes_effect(self) -> WireSection:
+        if self.format != "sparse2" and self.density != default_of(self, "density"):
+            raise ValueError(f"density takes effect with format: sparse2 only, not with {self.format}")
+        if self.format == "sparse2" and not self.error_feedback:
+            raise ValueError("error_feedback: false would lose what sparse2 does not send for good; leave it out")
+        if not self.error_feedback and self.residual_decay != default_of(self, "residual_decay"):
+            raise ValueError("residual_decay takes effect with error_feedback: true only")
         if self.rounding == "nearest" and not self.format.startswith("int"):
             raise ValueError(
                 f"rounding: nearest takes effect with int8, int4 and int2 only, not with {self.format}"
@@ -349,6 +385,11 @@ class RunConfig(Section):
     def _nothing_contradicts(self) -> RunConfig:
         refuse_conflicts(self.model_dump(), self.model_dump(exclude_defaults=True))
         return self
+
+    @property
+    def schedule(self) -> str:
+        """The order of the groups that rounds train: that of the blocks, and adapters' matrices in turn."""
+        return self.blocks.schedule if self.federation.traits.trains == "blocks" else "cyclic"
 
     def to_yaml(self) -> str:
         """Return every key with its value as YAML, in the order of the reference."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parablock.config.keys import RunConfig
+from parablock.config.methods import METHODS, OWNERS
 from parablock.config.section import FaultSection
 from parablock.errors import ConfigError
 
@@ -53,6 +56,18 @@ def validate(section: type[S], tree: Mapping[str, Any], *, source: str) -> S:
             key, problem = _problem(item, section)
             problems.setdefault(key, f"{key}: {problem}")
         raise ConfigError(list(problems.values()), source=source) from None
+
+
+def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
+    """Write a configuration for another method as a tree of plain values, without what has no effect with it."""
+    method, tree = METHODS[name], config.model_dump(mode="json")
+    tree["federation"] |= {"method": name, "delay": delay}
+    if method.trains != "blocks":
+        tree["blocks"] = {"layers_path": config.blocks.layers_path}
+    for key in (key for key in OWNERS if key not in method.own_keys):
+        *sections, last = key.split(".")
+        del reduce(getitem, sections, tree)[last]
+    return tree
 
 
 def read_tree(path: Path) -> dict[str, Any]:

@@ -20,10 +20,11 @@ class Method:
         trains: One block a round, all parameters, or LoRA adapters.
         combines: The server's result of a round's updates: their mean, their stack, or nothing without updates.
         asks: Whether a round asks a cohort, or one client at a time in turn.
-        may_lag: Whether an update may be in flight for some rounds (`federation.delay`).
+        delay: `federation.delay` where none is given.
+        no_delay: The reason why no update may be in flight, after the method's name; empty: any delay will do.
         without_delay: The method's name with a delay of 0; None: the same.
         pools_data: Whether one client has the rows of all.
-        matrices: The groups of adapter matrices that are trained; each group is a block.
+        matrices: The groups of adapter matrices that are trained; each is a block, and rounds take them in turn.
         own_keys: Keys and sections that have an effect with the methods that list them only.
         refuses: Keys that have to stay at their default, with the end of the error after the value.
     """
@@ -34,12 +35,23 @@ class Method:
     trains: Literal["blocks", "everything", "adapters"]
     combines: Literal["mean", "stack", "nothing"] = "mean"
     asks: Literal["cohort", "one_in_turn"] = "cohort"
-    may_lag: bool = False
+    delay: int = 0
+    no_delay: str = ""
     without_delay: str | None = None
     pools_data: bool = False
     matrices: tuple[tuple[Literal["A", "B"], ...], ...] = ()
     own_keys: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def may_lag(self) -> bool:
+        """Whether an update may be in flight for some rounds (`federation.delay`)."""
+        return not self.no_delay
+
+    @property
+    def trains_one_group(self) -> bool:
+        """Whether every round trains the same group of parameters, so that with a delay it is always in flight."""
+        return self.trains == "everything" or len(self.matrices) == 1
 
     @property
     def sends(self) -> bool:
@@ -64,6 +76,7 @@ NO_MEAN = {
 }
 """Reasons why there is no mean of several updates, by `Method.combines`."""
 
+NOTHING_IN_FLIGHT = "sends nothing that could be in flight"
 NOTHING_TO_CARRY = {"engine.name": "has nothing to carry where clients send nothing; use inprocess"}
 
 METHODS: dict[str, Method] = {
@@ -72,11 +85,15 @@ METHODS: dict[str, Method] = {
         "Wang, Cao, Chen, 2025, arXiv 2511.19959",
         "An update is in flight while the next block is trained.",
         trains="blocks",
-        may_lag=True,
+        delay=1,
         without_delay="fl_bcd",
     ),
     "fl_bcd": Method(
-        "FL-BCD", "Wang, Cao, Chen, 2025, arXiv 2511.19959", "ParaBlock with delay 0.", trains="blocks"
+        "FL-BCD",
+        "Wang, Cao, Chen, 2025, arXiv 2511.19959",
+        "ParaBlock with delay 0.",
+        trains="blocks",
+        no_delay="is parablock without one",
     ),
     "fedavg": Method(
         "FedAvg", "McMahan et al., 2017, arXiv 1602.05629", "The server averages the models.", trains="everything"
@@ -97,12 +114,21 @@ METHODS: dict[str, Method] = {
         matrices=(("B",),),
         own_keys=("lora",),
     ),
+    "rolora": Method(
+        "RoLoRA",
+        "Chen et al., 2025, arXiv 2502.01755",
+        "Rounds train B and A in turn, so each mean is exact.",
+        trains="adapters",
+        matrices=(("B",), ("A",)),
+        own_keys=("lora",),
+    ),
     "flora": Method(
         "FLoRA",
         "Wang et al., 2024, arXiv 2409.05976",
         "The server stacks the adapters; the product is added to the matrices, and new ones are drawn.",
         trains="adapters",
         combines="stack",
+        no_delay="makes no mean that an own update in flight could stand for",
         matrices=(("A", "B"),),
         own_keys=("lora",),
         refuses={
@@ -119,6 +145,7 @@ METHODS: dict[str, Method] = {
         "One client trains in a round; clients take turns.",
         trains="blocks",
         asks="one_in_turn",
+        no_delay="has clients take turns, each from the result of the one before",
     ),
     "fedprox": Method(
         "FedProx",
@@ -133,6 +160,7 @@ METHODS: dict[str, Method] = {
         "Every client trains for itself; scores are means over the clients' models.",
         trains="everything",
         combines="nothing",
+        no_delay=NOTHING_IN_FLIGHT,
         refuses=NOTHING_TO_CARRY,
     ),
     "central": Method(
@@ -141,6 +169,7 @@ METHODS: dict[str, Method] = {
         "One client has the data of all.",
         trains="everything",
         combines="nothing",
+        no_delay=NOTHING_IN_FLIGHT,
         pools_data=True,
         refuses=NOTHING_TO_CARRY,
     ),

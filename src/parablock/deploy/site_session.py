@@ -56,7 +56,7 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
     store.free_finished()
     secret = _noise_key(store.folder) if adds_noise(config) else None
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
-    plan = client_plan(config, model.form or update_form(config, secret), secret)
+    plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
     _mask(channel, config, site.client_id, opening, rejoins=rejoins)
     run_client(
         site.client_id,

@@ -206,7 +206,7 @@ class Client:
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""
         t, b = start.round_index, start.block_index
-        v = working_parameters(self.state, self._plan.in_flight)
+        v = working_parameters(self.state, self._plan.in_flight, self._plan.num_updates, self._plan.form.kinds)
         result = self._trainer.train(t, b, start.num_local_steps, start.steps_before, v)
         local = LocalUpdate(t, self.client_id, result.trained, v[b], self._residuals.get(b), self._protection)
         encoded = self._plan.form.encode(local)

@@ -74,14 +74,16 @@ class ClientPlan:
     """The settings of every client of a run.
 
     Attributes:
-        in_flight: own | aligned | none.
+        in_flight: aligned | mean | share | own | none.
         form: The form of updates, as the server's.
         protection_of: client_id → clipping and noise of its updates; None: none.
+        num_updates: M: the clients that a round asks.
     """
 
     in_flight: str
     form: UpdateForm
     protection_of: Callable[[int], Protection | None] = lambda _: None
+    num_updates: int = 1
 
 
 @dataclass(frozen=True)

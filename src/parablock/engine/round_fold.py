@@ -262,7 +262,7 @@ class RoundFold:
     def _parts(self, cut: slice) -> list[slice]:
         """Cut a chunk into the parts that are read at a time."""
         size = cut.stop - cut.start
-        step = max(1, READ_ELEMENTS // (PIECE * len(self._came))) * PIECE
+        step = max(1, int(READ_ELEMENTS / (PIECE * len(self._came) * self._form.density))) * PIECE
         return [slice(first, min(first + step, size)) for first in range(0, size or 1, step)]
 
     def _read(self, index: int, part: slice, factors: Mapping[int, float], client_id: int) -> tuple[Tensor, int]:
@@ -320,6 +320,6 @@ def _squared_norm(vector: Vector) -> float:
     """Return ‖Δ‖² of a chunk, approximately; not finite if an element is not."""
     squares = 0.0
     for first in range(0, vector.num_elements, 4 * SLICE):
-        values = vector.part(slice(first, min(first + 4 * SLICE, vector.num_elements))).values.float()
+        values = vector.part(slice(first, min(first + 4 * SLICE, vector.num_elements))).stored.float()
         squares += float(values.dot(values))
     return squares

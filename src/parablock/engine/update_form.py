@@ -6,6 +6,7 @@ server accepts and folds, and which value a client takes over at the commit. A n
 | form | a client sends | the server makes | a client takes over |
 |---|---|---|---|
 | `Differences` | q(Δ), chunk by chunk | the mean, or the result of a robust rule | the value, or a difference |
+| `SparseDifferences` | the largest elements of Δ | their mean | the same, as a difference |
 | `FixedPointWords` | whole numbers, masked or not | their exact sum | the value |
 | `StackedAdapters` | A and B of every matrix | the stack and its product ΔW | the product of the stack |
 """
@@ -20,16 +21,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import Aggregate
+from parablock.algorithm.aggregate import Aggregate, Kinds
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.parablock import delta_of
 from parablock.algorithm.robust import Normals, RoundAggregation, Rule, scale
+from parablock.algorithm.sparse_mean import SparseAggregation
 from parablock.algorithm.stacking import Factors, StackAggregation
 from parablock.errors import CodecError
 from parablock.model.device_copy import ArrivingVector
 from parablock.privacy.protection import Protection
 from parablock.wire.messages import new_block_value
-from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, join_chunks, pack
+from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, join_chunks, pack, sparse_format
+from parablock.wire.sparse import CELL, Sparse
 
 NoiseOfRound = Callable[[int, tuple[int, ...]], Normals]
 """(round_index, clients) → the noise that the server adds to the mean of their updates."""
@@ -80,9 +83,13 @@ class UpdateForm(ABC):
 
     Attributes:
         encoding: The encoding of new values.
+        kinds: The kinds of parameters that have a ρ of their own; None: there is one ρ.
+        density: The part of the elements that `numbers` holds.
     """
 
     encoding: Encoding
+    kinds: Kinds | None = None
+    density: float = 1.0
 
     def num_elements(self, num_parameters: int) -> int:
         """Return the number of elements of an update of a block."""
@@ -140,11 +147,13 @@ class Differences(UpdateForm):
         encoding: The encoding of Δ and of new values.
         rule: The server's aggregation rule.
         noise: The noise of central differential privacy; None: none.
+        kinds: As for all forms.
     """
 
     encoding: Encoding
     rule: Rule = field(default_factory=Rule)
     noise: NoiseOfRound | None = None
+    kinds: Kinds | None = None
 
     def encode(self, update: LocalUpdate) -> EncodedUpdate:
         """Encode Δ as q(Δ), or with error feedback as q(Δ + e), keeping e ← Δ + e − q."""
@@ -154,7 +163,44 @@ class Differences(UpdateForm):
 
     def aggregation(self, round_index: int) -> RoundAggregation:
         """Return an aggregation by the rule."""
-        return RoundAggregation(self.rule, self.noise and partial(self.noise, round_index))
+        return RoundAggregation(self.rule, self.noise and partial(self.noise, round_index), self.kinds)
+
+
+@dataclass(frozen=True)
+class SparseDifferences(Differences):
+    """The largest elements of Δ + e, whose mean is made without the zeros between them."""
+
+    @property
+    def density(self) -> float:  # type: ignore[override]
+        """The part of the elements that travel."""
+        return self._format.kept / CELL
+
+    @property
+    def _format(self) -> Sparse:
+        sparse = sparse_format(self.encoding.format)
+        assert sparse is not None
+        return sparse
+
+    def misfit(self, vector: Vector) -> str:
+        """Refuse other formats, and places that are not those of different elements."""
+        if vector.format != self.encoding.format:
+            return f"{vector.format} where updates are {self.encoding.format}"
+        places, _ = vector.entries
+        if not places.numel() or (bool((places.diff() > 0).all()) and int(places[-1]) < vector.num_elements):
+            return ""
+        return "places that do not ascend, or lie outside the block"
+
+    def numbers(self, vector: Vector, factor: float) -> Tensor:
+        """Return factor · Δ as a sparse tensor."""
+        places, values = vector.entries
+        size = (vector.num_elements,)
+        coordinates, kept = places.unsqueeze(0), scale(values, factor)
+        return torch.sparse_coo_tensor(coordinates, kept, size, is_coalesced=True, check_invariants=False)
+
+    def aggregation(self, round_index: int) -> RoundAggregation:
+        """Return a mean of sparse updates."""
+        del round_index
+        return SparseAggregation(self.kinds)
 
 
 @dataclass(frozen=True)
@@ -270,6 +316,6 @@ def _encode_in_chunks(vector: ArrivingVector, size: int, encoding: Encoding, upd
         if encoding.format in QUANTIZED:
             moved, left = moved + int(exact.count_nonzero()), left + int(seen[part].count_nonzero())
         if encoding.error_feedback:
-            torch.sub(exact, seen[part], out=kept_back[part])
+            torch.sub(exact, seen[part], out=kept_back[part]).mul_(encoding.residual_decay)
     losses = ((1 - left / moved, "rounding sets {:.1%} of the elements to zero"),) if moved else ()
     return EncodedUpdate(chunks, seen, kept_back if encoding.error_feedback else None, losses)

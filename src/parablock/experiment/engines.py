@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from parablock.algorithm.aggregate import ServerOptimizer
+from parablock.algorithm.aggregate import Kinds, ServerOptimizer
 from parablock.config.keys import RunConfig
 from parablock.engine.contract import EngineInput
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.inprocess import run_in_process
 from parablock.engine.local_steps import local_steps_of
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
-from parablock.engine.update_form import Differences, FixedPointWords, UpdateForm
+from parablock.engine.update_form import Differences, FixedPointWords, SparseDifferences, UpdateForm
 from parablock.errors import ConfigError
 from parablock.experiment.protections import (
     aggregation_rule,
@@ -25,7 +25,7 @@ from parablock.experiment.protections import (
 from parablock.methods.base import MethodModel
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
-from parablock.wire.quantize import Encoding
+from parablock.wire.quantize import SPARSE, Encoding, payload_format
 from parablock.wire.transport import Link
 
 
@@ -70,7 +70,7 @@ def engine_input(
         faults: The faults to inject.
         folder: The run directory; None without one.
     """
-    form = model.form or update_form(config, secret)
+    form = model.form or update_form(config, secret, model.kinds)
     return EngineInput(
         server=server_plan(config, form, folder),
         client=client_plan(config, form, secret),
@@ -85,15 +85,26 @@ def engine_input(
     )
 
 
-def update_form(config: RunConfig, secret: bytes | None = None) -> UpdateForm:
-    """Return the configured form of updates, for a method without a form of its own; the secret is for noise."""
+def update_form(config: RunConfig, secret: bytes | None = None, kinds: Kinds | None = None) -> UpdateForm:
+    """Return the configured form of updates, for a method without a form of its own.
+
+    Args:
+        config: The run.
+        secret: The key of the noise; None without noise.
+        kinds: The kinds of parameters that have a ρ of their own, as the method's model says.
+    """
     rule, noise, grid = aggregation_rule(config), noise_of_the_server(config, secret), grid_of(config)
-    return Differences(encoding_of(config), rule, noise) if grid is None else FixedPointWords(grid, rule, noise)
+    if grid is not None:
+        return FixedPointWords(grid, rule, noise)
+    if config.wire.format == SPARSE:
+        return SparseDifferences(encoding_of(config), kinds=kinds)
+    return Differences(encoding_of(config), rule, noise, kinds)
 
 
 def client_plan(config: RunConfig, form: UpdateForm, secret: bytes | None) -> ClientPlan:
     """Return the settings of every client; the secret is for the noise that a client adds itself."""
-    return ClientPlan(config.federation.in_flight, form, protections(config, secret))
+    federation = config.federation
+    return ClientPlan(federation.in_flight, form, protections(config, secret), federation.cohort_size)
 
 
 def checkpoints_kept(config: RunConfig) -> int:
@@ -117,7 +128,7 @@ def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None)
         num_clients=clients_of(config),
         num_rounds=federation.num_rounds,
         delay=federation.delay,
-        schedule=config.blocks.schedule,
+        schedule=config.schedule,
         participation=federation.participation,
         seed=config.seed,
         form=form,
@@ -143,4 +154,7 @@ def encoding_of(config: RunConfig) -> Encoding:
     """Return how updates and new values become bytes; a stack of adapters travels whole."""
     wire = config.wire
     chunk_bytes = wire.chunk_bytes if wire.streaming and config.federation.traits.combines != "stack" else None
-    return Encoding(wire.format, wire.rounding, wire.error_feedback, config.seed, chunk_bytes)
+    name = payload_format(wire.format, wire.density)
+    return Encoding(
+        name, wire.rounding, wire.error_feedback, config.seed, chunk_bytes, residual_decay=wire.residual_decay
+    )

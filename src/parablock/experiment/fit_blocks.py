@@ -29,7 +29,7 @@ def never_visited(config: RunConfig, num_blocks: int) -> tuple[int, ...]:
     rounds, delay = config.federation.num_rounds, config.federation.delay
     return tuple(
         blocks_never_visited(
-            config.blocks.schedule, num_rounds=rounds, num_blocks=num_blocks, delay=delay, seed=config.seed
+            config.schedule, num_rounds=rounds, num_blocks=num_blocks, delay=delay, seed=config.seed
         )
     )
 

@@ -178,11 +178,12 @@ def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tup
     never = never_visited(config, len(blocks))
     if never and not config.blocks.allow_unvisited:
         names = ", ".join(f"block {b} ({blocks[b].name})" for b in never)
+        or_else = ", or larger blocks (blocks.layers_per_block), or accept it with blocks.allow_unvisited: true"
         raise ConfigError(
             [
-                f"federation.num_rounds: {config.federation.num_rounds} rounds of the {config.blocks.schedule} "
-                f"schedule would never train {names} of {len(blocks)} blocks; give at least {len(blocks)} rounds, "
-                "or larger blocks (blocks.layers_per_block), or accept it with blocks.allow_unvisited: true"
+                f"federation.num_rounds: {config.federation.num_rounds} rounds of the {config.schedule} "
+                f"schedule would never train {names} of {len(blocks)} blocks; give at least {len(blocks)} rounds"
+                f"{or_else if config.federation.traits.trains == 'blocks' else ''}"
             ]
         )
     return config, blocks

@@ -6,10 +6,12 @@ import math
 import resource
 import time
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from parablock.algorithm.aggregate import each_rho
 from parablock.algorithm.parablock import ServerState
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config.keys import RunConfig
@@ -189,7 +191,7 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "downlink_bytes": traffic.downlink_bytes,
         "staleness": max((t - 1 - u.committed for u in updates), default=0),
         "participants": [u.client_id for u in updates],
-        "rho": server.rho[b],
+        "rho": fmean(each_rho(server.rho[b])),
         "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
         "num_local_steps": max(server.local_steps[t]),
         "participant_steps": [u.num_local_steps for u in updates],

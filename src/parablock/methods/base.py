@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from parablock.algorithm.aggregate import Kinds
 from parablock.config.keys import RunConfig
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.engine.update_form import UpdateForm
@@ -38,6 +39,7 @@ class MethodModel:
         num_blocks: Number of blocks.
         trainers: Local training of each client, in order of client_id.
         form: The form of the method's updates; None: the configured one.
+        kinds: The kinds of parameters in a round's update that have a ρ of their own: A and B; None: there is one.
     """
 
     form: UpdateForm | None = None
@@ -51,6 +53,7 @@ class MethodModel:
         self._pad_token_id = pad_token_id
         self.params = tuple(self._replica.read(block.index) for block in self._replica.blocks)
         self.num_blocks = len(self.params)
+        self.kinds = self._kinds()
         self.trainers: Sequence[Trainer] = [
             self.trainer(client_id, alone=len(clients) == 1) for client_id in clients
         ]
@@ -59,6 +62,11 @@ class MethodModel:
         """Return `params`, and keep none of them: each is needed only until its block is committed."""
         params, self.params = self.params, ()
         return params
+
+    def _kinds(self) -> Kinds | None:
+        matrices = max(self._config.federation.traits.matrices, key=len, default=())
+        lengths = (parameter.numel() for parameter in self._replica.parameters(0))
+        return Kinds(tuple(lengths), len(matrices)) if len(matrices) > 1 else None
 
     def committed_blocks(self) -> tuple[Block, ...]:
         """Return the blocks that the server commits: by default the trained ones."""

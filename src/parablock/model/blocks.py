@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parablock.errors import ModelError
@@ -50,6 +50,11 @@ class Block:
     lowest_layer: int = 0
     layers_path: str | None = None
     half: str | None = None
+
+    def are_hidden_matrices(self, parameters: Sequence[Tensor]) -> list[bool]:
+        """Return of each of the block's parameters whether it is a matrix of a decoder layer."""
+        named = zip(self.parameter_names, parameters, strict=True)
+        return [each.ndim == 2 and name.startswith(f"{self.layers_path}.") for name, each in named]
 
 
 def partition_blocks(

@@ -7,5 +7,6 @@ timing      computation and messages on a clock
 probe       seconds of computation, measured on this machine
 memory      memory of a client
 advice      settings that hide the exchange
+alternatives  what other methods would take, and which to choose
 view        the plan as tables
 """

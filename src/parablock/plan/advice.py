@@ -23,7 +23,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.methods import LAGGING, with_delay
 from parablock.plan.timing import Timing
 from parablock.report.units import format_duration
-from parablock.wire.quantize import bytes_per_element
+from parablock.wire.quantize import SPARSE, bytes_per_element
 
 WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4")
 """Widest first."""
@@ -115,4 +115,6 @@ def _changes(config: RunConfig, advice: Advice, num_local_steps: int) -> list[st
 
 def _width(wire_format: str) -> int:
     """Return how many of `WIRE_FORMATS` are wider."""
+    if wire_format == SPARSE:
+        return len(WIRE_FORMATS)
     return sum(bytes_per_element(name) > bytes_per_element(wire_format) for name in WIRE_FORMATS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from statistics import fmean
 from typing import Any
@@ -20,12 +20,13 @@ from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
 from parablock.model.pretrained import outline_model
 from parablock.plan.advice import WIRE_FORMATS, Case, recommend, verdict
+from parablock.plan.alternatives import alternatives, equal_rank, recommended_method
 from parablock.plan.itinerary import walk
 from parablock.plan.memory import memory_per_client
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes, Stacked, total_bytes
-from parablock.wire.quantize import payload_bytes
+from parablock.wire.quantize import payload_bytes, payload_format
 from parablock.wire.transport import Link
 
 SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
@@ -60,6 +61,10 @@ class Plan:
         memory_parts: The parts of `memory_bytes`.
         compute_source: stated | assumed | probed.
         assumptions: The basis of the figures.
+        methods: For each method and delay: method, delay, bytes_per_client_round, round_s, hours, memory_bytes, and
+            the problem of one that these settings do not allow.
+        equal_rank: The rank of adapters A and B that take the bytes of a round of this run.
+        recommended_method: method, delay, and in words reason and unless.
         verdict: Whether overlap hides the communication, and what to change, in one sentence.
     """
 
@@ -82,6 +87,9 @@ class Plan:
     memory_parts: dict[str, dict[str, int]]
     compute_source: str
     assumptions: list[str]
+    methods: list[dict[str, Any]]
+    equal_rank: float
+    recommended_method: dict[str, Any]
     verdict: str
 
 
@@ -143,7 +151,7 @@ class Scenario:
         return Sizes(
             [block.num_parameters for block in blocks],
             dtype=self._dtype if own and self._stacked is None else self.config.model.dtype,
-            wire_format=wire_format,
+            wire_format=payload_format(wire_format, self.config.wire.density),
             chunk_bytes=encoding_of(self.config).chunk_bytes,
             stacked=self._stacked if own else None,
         )
@@ -195,9 +203,10 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         max_local_steps=config.train.max_local_steps,
         wire_format=wire_format,
     )
+    others = alternatives(scenario, partial(Scenario, probe=False), _slower(scenario))
     return Plan(
         num_blocks=len(blocks),
-        blocks=[_describe(block, wire_format) for block in blocks],
+        blocks=[_describe(block, encoding_of(config).format) for block in blocks],
         bytes_per_client_round={name: each.bytes_per_client_round for name, each in traffic.items()},
         total_bytes=traffic[wire_format].uplink_bytes + traffic[wire_format].downlink_bytes,
         compute_s=timing.compute_s,
@@ -218,8 +227,17 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         memory_parts={name: dict(vars(each)) for name, each in memory.items()},
         compute_source=scenario.compute.source,
         assumptions=[f"computation is {scenario.compute.assumption}", *ASSUMPTIONS, *scenario.notes],
+        methods=[asdict(each) for each in others],
+        equal_rank=equal_rank(scenario),
+        recommended_method=recommended_method(others, config, scenario.flops.num_layers),
         verdict=verdict(config, timing, serial, advice, num_local_steps=scenario.num_local_steps),
     )
+
+
+def _slower(scenario: Scenario) -> float:
+    """Return the seconds of a step of this run over those without a probe."""
+    block, estimated = scenario.blocks[0], estimated_compute(scenario.config, scenario.flops)
+    return scenario.compute.round_s(block, 0, 0, 1) / estimated.round_s(block, 0, 0, 1)
 
 
 def _describe(block: Block, wire_format: str) -> dict[str, Any]:
@@ -260,14 +278,18 @@ def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
 
 
 def _cases(scenario: Scenario) -> Iterator[Case]:
-    """Yield block sizes and their costs, from the configured size, or one that the rounds can cover, down."""
+    """Yield block sizes and their costs, from the configured size, or one that the rounds can cover, down.
+
+    A method without blocks has the costs of what it trains.
+    """
     start = scenario.layers_per_block
     while start < scenario.flops.num_layers and scenario.never_visited(scenario.partition(start)):
         start += 1
     delay, formats = max(1, scenario.config.federation.delay), (*WIRE_FORMATS, scenario.config.wire.format)
-    for size in range(start, 0, -1):
-        blocks = scenario.partition(size)
-        if size != start and scenario.never_visited(blocks):
+    has_blocks = scenario.config.federation.traits.trains == "blocks"
+    for size in range(start, 0, -1) if has_blocks else (scenario.layers_per_block,):
+        blocks = scenario.partition(size) if has_blocks else scenario.blocks
+        if size != start and has_blocks and scenario.never_visited(blocks):
             return
         timings = {
             name: scenario.time(blocks, wire_format=name, link=scenario.link, delay=delay) for name in formats

@@ -94,7 +94,7 @@ class _Walk:
     def _next_block(self) -> int:
         equal = [inf if version == NEVER else 1.0 for version in self._versions]
         places = {"num_blocks": self._num_blocks, "delay": self._delay, "seed": self._config.seed}
-        return next_block(self._config.blocks.schedule, self._history, squared_delta=equal, **places)
+        return next_block(self._config.schedule, self._history, squared_delta=equal, **places)
 
     def _draw_cohort(self, round_index: int) -> tuple[int, ...]:
         num_clients, participation = self._config.federation.num_clients, self._config.federation.participation

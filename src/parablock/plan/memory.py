@@ -9,6 +9,7 @@ less.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.model.blocks import Block, find_layers
+from parablock.model.blocks import Block, find_layers, whole_model
 
 WAYS = {"blocks": "block", "adapters": "lora", "everything": "full"}
 """The way of fine-tuning of a method, by what it trains."""
@@ -34,7 +35,7 @@ class Memory:
     Attributes:
         parameters: The model, with its adapters.
         gradients: Gradients of the trained parameters, fp32.
-        optimizer_state: Both moments of AdamW, fp32.
+        optimizer_state: Both moments of AdamW, or one of Muon, fp32.
         fp32_copies: Master copies, if the model is not fp32.
         base_copy: The last committed values of the exchanged parameters.
         updates: The trained copy and the updates in flight, fp32.
@@ -64,14 +65,17 @@ def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config:
     activations = _Activations(model, config)
     layers = range(len(activations.layer_bytes))
     all_trained = activations.kept(0, layers)
-    parameters, adapters = model.num_parameters(), _adapter_parameters(model, config)
+    parameters, rank = model.num_parameters(), adapter_rank(config)
+    adapters = rank * adapter_elements(model, config)
+    groups = config.federation.traits.matrices or (("A", "B"),)
+    trained_adapters = rank * max(adapter_elements(model, config, group) for group in groups)
     in_blocks = sum(block.num_parameters for block in blocks)
 
-    def memory(trained: int, *, base_copy: int, item: int, extra: int = 0, kept: int) -> Memory:
+    def memory(trained: int, by_muon: int, *, base_copy: int, item: int, extra: int = 0, kept: int) -> Memory:
         return Memory(
             parameters=parameters * itemsize + extra,
             gradients=trained * FP32,
-            optimizer_state=2 * trained * FP32,
+            optimizer_state=(2 * trained - (by_muon if config.train.optimizer == "muon" else 0)) * FP32,
             fp32_copies=trained * FP32 if item != FP32 else 0,
             base_copy=base_copy,
             updates=(1 + config.federation.delay) * trained * FP32,
@@ -80,19 +84,42 @@ def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config:
 
     def of_block(block: Block) -> Memory:
         kept = activations.kept(block.lowest_layer, block.layers)
-        return memory(block.num_parameters, base_copy=in_blocks * itemsize, item=itemsize, kept=kept)
+        by_muon = _hidden(model, block)
+        return memory(block.num_parameters, by_muon, base_copy=in_blocks * itemsize, item=itemsize, kept=kept)
 
+    (whole,) = whole_model(model, config.blocks.layers_path)
     base_of_adapters = _base_of_adapters(model, config, adapters)
     return {
         "block": max(map(of_block, blocks), key=lambda memory: memory.total),
-        "lora": memory(adapters, base_copy=base_of_adapters, item=FP32, extra=adapters * FP32, kept=all_trained),
-        "full": memory(parameters, base_copy=parameters * itemsize, item=itemsize, kept=all_trained),
+        "lora": memory(
+            *(trained_adapters, trained_adapters),
+            base_copy=base_of_adapters,
+            item=FP32,
+            extra=adapters * FP32,
+            kept=all_trained,
+        ),
+        "full": memory(
+            *(parameters, _hidden(model, whole)),
+            base_copy=parameters * itemsize,
+            item=itemsize,
+            kept=all_trained,
+        ),
     }
 
 
 def adapter_rank(config: RunConfig) -> int:
     """Return the rank of the run's adapters, or of those that a run without any is compared with."""
     return config.lora.rank if config.federation.traits.trains == "adapters" else LORA_RANK
+
+
+def _hidden(model: PreTrainedModel, block: Block) -> int:
+    """Count the elements of a block's matrices in decoder layers, which Muon can step."""
+    parameters = [model.get_parameter(name) for name in block.parameter_names]
+    return sum(
+        each.numel()
+        for each, hidden in zip(parameters, block.are_hidden_matrices(parameters), strict=True)
+        if hidden
+    )
 
 
 class _Activations:
@@ -127,10 +154,19 @@ def _outputs(layer: nn.Module) -> int:
     return sum(_shape(module)[1] for module in layer.modules())
 
 
-def _adapter_parameters(model: PreTrainedModel, config: RunConfig) -> int:
-    """Count the parameters of LoRA adapters on every weight matrix of the decoder layers."""
-    _, layers = find_layers(model, config.blocks.layers_path)
-    return adapter_rank(config) * sum(sum(_shape(module)) for module in layers.modules())
+def adapter_elements(model: PreTrainedModel, config: RunConfig, matrices: Sequence[str] = ("A", "B")) -> int:
+    """Count the elements of adapters of rank 1, or of their A or B alone, on the matrices of the decoder layers.
+
+    A has a row of inputs, B a column of outputs; `lora.target_modules` says which matrices have an adapter.
+    """
+    path, layers = find_layers(model, config.blocks.layers_path)
+    wanted = config.lora.target_modules
+    shapes = [
+        _shape(module)
+        for name, module in layers.named_modules(prefix=path)
+        if not wanted or any(name.endswith(f".{end}") for end in wanted)
+    ]
+    return sum(size for shape in shapes for letter, size in zip("AB", shape, strict=True) if letter in matrices)
 
 
 def _base_of_adapters(model: PreTrainedModel, config: RunConfig, adapters: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +23,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     yield _bytes(plan, config)
     yield _speeds(plan)
     yield _memory(plan, config)
+    yield _methods(plan)
     federation = config.federation
     yield (
         f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
@@ -37,6 +38,10 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     yield (
         f"Recommended: blocks.layers_per_block: {advised['layers_per_block']}, "
         f"train.num_local_steps: {advised['num_local_steps']}, wire.format: {advised['format']}{unchanged}."
+    )
+    yield (
+        f"A round sends what adapters of rank {plan.equal_rank:.3g} would ({_of_each(config)}). "
+        + (_advice(plan.recommended_method) if plan.recommended_method["reason"] else "")
     )
     if plan.never_visited:
         names = ", ".join(plan.blocks[b]["name"] for b in plan.never_visited)
@@ -86,7 +91,9 @@ def _speeds(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan, config: RunConfig) -> Table:
-    table = _table("Memory of a client", "training", "all", "model", "gradients, AdamW", "copies", "activations")
+    table = _table(
+        "Memory of a client", "training", "all", "model", "gradients, optimizer", "copies", "activations"
+    )
     for name, parts in plan.memory_parts.items():
         table.add_row(
             MEMORY_ROWS[name].format(adapter_rank(config)),
@@ -97,6 +104,31 @@ def _memory(plan: Plan, config: RunConfig) -> Table:
             f"~ {format_bytes(parts['activations'])}",
         )
     return table
+
+
+def _methods(plan: Plan) -> Table:
+    columns = ("method", "delay", "a client's round", "a round", "the run", "memory")
+    table = _table("Methods, with these settings", *columns)
+    for row in plan.methods:
+        figures = (
+            format_bytes(row["bytes_per_client_round"]),
+            format_duration(row["round_s"]),
+            _hours(row["hours"]),
+            format_bytes(row["memory_bytes"]),
+        )
+        table.add_row(row["method"], str(row["delay"]), *(["–"] * 4 if row["problem"] else figures))
+    return table
+
+
+def _of_each(config: RunConfig) -> str:
+    return "A and B of " + (", ".join(config.lora.target_modules) or "every matrix of the layers")
+
+
+def _advice(advised: Mapping[str, Any]) -> str:
+    return (
+        f"Recommended: federation.method: {advised['method']}, federation.delay: {advised['delay']}, because "
+        f"{advised['reason']}; unless {advised['unless']}."
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from parablock.algorithm.aggregate import Rho
 from parablock.algorithm.parablock import Commit, ServerState
 from parablock.errors import CheckpointError
 from parablock.storage.files import write_folder_beside
@@ -49,7 +50,7 @@ class ClientSnapshot:
 
     client_id: int
     versions: tuple[int, ...]
-    rho: tuple[float, ...]
+    rho: tuple[Rho, ...]
     sent: dict[int, list[bytes]]
     memory: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
@@ -170,13 +171,14 @@ def _read(place: Path) -> RunState:
         view=tuple(tensors.get(f"view.{b}", params[b]) for b in blocks),
         moments=tuple(_read_numbered(tensors, f"moments.{b}.") for b in blocks),
         committed=meta["server"]["committed"],
-        **{name: tuple(meta["server"][name]) for name in ("versions", "rho", "squared_delta", "history")},
+        **{name: tuple(meta["server"][name]) for name in ("versions", "squared_delta", "history")},
+        rho=read_rho(meta["server"]["rho"]),
         local_steps=tuple(map(tuple, meta["server"]["local_steps"])),
     )
     clients = tuple(_read_client(place, i, client) for i, client in enumerate(meta["clients"]))
     spans = [Span(*row) for row in json.loads((place / "trace.json").read_text())]
     overwritten = tuple(
-        (t, Commit(b, version, tensors[f"overwritten.{n}"], rho))
+        (t, Commit(b, version, tensors[f"overwritten.{n}"], *read_rho([rho])))
         for n, (t, b, version, rho) in enumerate(meta.get("overwritten", ()))
     )
     return RunState(meta["round_index"], server, clients, meta["progress"], spans, overwritten)
@@ -191,11 +193,16 @@ def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> Client
     return ClientSnapshot(
         client_id,
         tuple(meta["versions"]),
-        tuple(meta["rho"]),
+        read_rho(meta["rho"]),
         _messages(parts["sent"]),
         parts["memory"],
         {int(b): value for b, value in parts["residual"].items()},
     )
+
+
+def read_rho(saved: Sequence[float | list[float]]) -> tuple[Rho, ...]:
+    """Read ρ of every block, which is a list where its kinds of parameters have one each."""
+    return tuple(tuple(each) if isinstance(each, list) else each for each in saved)
 
 
 def _messages(tensors: Mapping[str, Tensor]) -> dict[int, list[bytes]]:

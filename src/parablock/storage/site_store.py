@@ -32,7 +32,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER, ClientState
 from parablock.errors import CodecError
-from parablock.storage.checkpoint import ClientSnapshot
+from parablock.storage.checkpoint import ClientSnapshot, read_rho
 from parablock.storage.files import storage, write_atomically
 from parablock.wire.messages import Update, from_bytes
 
@@ -210,7 +210,7 @@ class SiteStore:
         snapshot = ClientSnapshot(
             entry["client_id"],
             versions,
-            tuple(entry["rho"]),
+            read_rho(entry["rho"]),
             {int(t): _read_update(self.folder / name) for t, name in entry["updates"].items()},
             {key: values[f"memory-{_safe(key)}"] for key in entry["memory"]},
             of_kind["residual"],

@@ -2,7 +2,7 @@
 
 trainer     the protocol `Trainer`, and training on the client's own examples
 local       K local steps on one block
-adamw       AdamW on the parameters of one block
+block_optimizer  AdamW or Muon on the parameters of one block
 flops       operations of a local step
 step_time   seconds of a local step, stated or estimated for an ordinary device
 """

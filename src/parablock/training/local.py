@@ -1,4 +1,4 @@
-"""Local training: K AdamW steps on one block, all other blocks frozen (y^b from v^b).
+"""Local training: K optimizer steps on one block, all other blocks frozen (y^b from v^b).
 
 Gradients, moments and the fp32 master copy exist for the active block alone. Frozen layers below the block run
 without a graph; frozen layers above it pass gradients through without computing those of their weights. The model
@@ -21,7 +21,7 @@ from parablock.errors import DataError, TrainingError
 from parablock.model.device_copy import ArrivingVector, copy_to_cpu
 from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
-from parablock.training.adamw import BlockAdamW, Moments
+from parablock.training.block_optimizer import BlockOptimizer, Moments
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class LocalArguments:
     """Optimizer and schedule of local training; names as in Hugging Face `TrainingArguments`.
 
     Attributes:
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate.
+        optimizer: adamw | muon, which leaves all but the matrices of the decoder layers to AdamW.
         weight_decay: Decoupled decay of the weight matrices; norms and biases have none.
         max_grad_norm: Bound of the norm of the block's gradient; 0 switches clipping off.
         lr_scheduler_type: Shape of the schedule after the warm-up.
@@ -42,6 +43,7 @@ class LocalArguments:
     """
 
     learning_rate: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
@@ -79,7 +81,7 @@ def train_block(
     total_steps: int,
     moments: Moments | None = None,
 ) -> LocalResult:
-    """Take K = len(step_batches) AdamW steps on one block.
+    """Take K = len(step_batches) optimizer steps on one block.
 
     Afterwards the replica holds no gradient, and the block counts as changed.
 
@@ -101,9 +103,12 @@ def train_block(
     losses = []
     try:
         replica.activate(block_index, gradient_checkpointing=arguments.gradient_checkpointing)
-        with BlockAdamW(
-            replica.parameters(block_index),
+        parameters = replica.parameters(block_index)
+        hidden = replica.blocks[block_index].are_hidden_matrices(parameters)
+        with BlockOptimizer(
+            parameters,
             replica.buffer(block_index),
+            hidden if arguments.optimizer == "muon" else [False] * len(parameters),
             moments,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,

@@ -12,9 +12,10 @@ from torch import Tensor
 from parablock.config.keys import RunConfig, TrainSection
 from parablock.data.batches import round_batches
 from parablock.data.prompts import Example
+from parablock.errors import ConfigError
 from parablock.model.device_copy import ArrivingVector
 from parablock.model.params import Replica
-from parablock.training.adamw import GRADIENT_TERMS, Moments
+from parablock.training.block_optimizer import GRADIENT_TERMS, Moments
 from parablock.training.local import LocalArguments, train_block
 
 
@@ -94,6 +95,8 @@ class LocalTrainer:
         self._train, self._arguments, self._seed, self._pad_token_id = train, arguments, seed, pad_token_id
         self._num_rounds = num_rounds
         self._moments: dict[int, Moments] = {}
+        always = len(replica.blocks) == 1  # a block that comes back in every round
+        self._keeps_moments = train.optimizer_state == "keep" or (train.optimizer_state == "auto" and always)
         self.num_examples = len(examples)
         self.step_time_s = step_time_s
 
@@ -122,7 +125,7 @@ class LocalTrainer:
             total_steps=self._num_rounds * num_local_steps,
             moments=self._moments.get(block_index),
         )
-        if self._train.optimizer_state == "keep":
+        if self._keeps_moments:
             self._moments[block_index] = result.moments
         return Trained(result.trained, result.train_loss)
 
@@ -147,10 +150,17 @@ class LocalTrainer:
 
 
 def local_arguments(config: RunConfig) -> LocalArguments:
-    """Return the arguments of the local optimizer."""
+    """Return the arguments of the local optimizer.
+
+    Raises:
+        ConfigError: The installed torch has no such optimizer.
+    """
     train, federation = config.train, config.federation
+    if train.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ConfigError([f"train.optimizer: muon needs torch 2.9 or newer, and this is {torch.__version__}"])
     return LocalArguments(
         learning_rate=train.learning_rate,
+        optimizer=train.optimizer,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=train.lr_scheduler_type,

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from parablock.errors import CodecError
-from parablock.wire.quantize import FORMATS, WORDS, Vector, payload_bytes
+from parablock.wire.quantize import FORMATS, SPARSE, WORDS, Vector, payload_bytes
 
 MAGIC = b"PBLK"
 PROTOCOL_VERSION = 1
@@ -41,7 +41,7 @@ MAX_ELEMENTS = 1 << 48
 class _Description:
     """A header's description of one vector."""
 
-    format: Annotated[str, Field(pattern=f"^({'|'.join((*FORMATS, *WORDS))})$")]
+    format: Annotated[str, Field(pattern=f"^({'|'.join((*FORMATS, *WORDS))}|{SPARSE}-[1-9][0-9]{{0,3}})$")]
     shape: tuple[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]]
 
 

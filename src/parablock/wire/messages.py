@@ -54,6 +54,7 @@ def _check_problem(text: str) -> str:
 
 
 StrictFloat = InstanceOf[float]
+Part = Annotated[StrictFloat, Field(ge=0, le=1)]
 Whole = Annotated[StrictInt, Field(gt=-(1 << 62), lt=1 << 62)]
 Seconds = Annotated[float, BeforeValidator(_read_seconds)]
 Kind = Annotated[str, Field(pattern="^(value|difference|stack|streamed)$")]
@@ -61,11 +62,14 @@ Kind = Annotated[str, Field(pattern="^(value|difference|stack|streamed)$")]
 
 @dataclass(frozen=True)
 class NewValue:
-    """The new value of one block, on its way to a client, and ρ of the aggregate of round `version`."""
+    """The new value of one block, on its way to a client, and ρ of the aggregate of round `version`.
+
+    ρ is one number, or one for each kind of the block's parameters.
+    """
 
     block_index: Whole
     version: Whole
-    rho: Annotated[StrictFloat, Field(ge=0, le=1)]
+    rho: Part | tuple[Part, ...]
     kind: Kind
     vector: InstanceOf[Vector]
 

@@ -7,6 +7,7 @@ r"""Quantization and payload formats: a flat vector as bytes, exactly or with fe
 | int8 | n + 2·⌈n/256⌉ | half a step of max\|group\|/127 (nearest) |
 | int4 | ⌈n/2⌉ + 2·⌈n/64⌉ | half a step of max\|group\|/7 |
 | int2 | ⌈n/4⌉ + 2·⌈n/64⌉ | half a step of max\|group\|/1 |
+| sparse2-k | `sparse.py`: of 4,096 elements the k largest, with two bits | all but the largest |
 
 A quantized vector is cut into groups. Each group has a scale, the largest magnitude over the largest level, rounded
 up to bfloat16 so that no element is clipped. Levels are symmetric around 0.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 import numpy as np
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from parablock.seeding import generator_for
+from parablock.wire.sparse import CELL, Sparse
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ QUANTIZED = {"int8": Quantized(8, 256), "int4": Quantized(4, 64), "int2": Quanti
 WORDS: dict[str, torch.dtype] = {"word32": torch.int32, "bytes": torch.uint8}
 """Fixed-point words of secure aggregation, and raw bytes: keys and shares."""
 FORMATS = (*FLOATS, *QUANTIZED)
-"""The values of `wire.format`."""
+"""The values of `wire.format` that have no number."""
+SPARSE = "sparse2"
+"""The value of `wire.format` whose payloads are called `sparse2-k`, by the elements that a cell keeps."""
 CHUNK_PIECE = 1 << 14
 """Chunks are multiples of this many elements, so that no group and no norm depends on the cuts."""
 PIECE = 1 << 17
@@ -75,7 +80,21 @@ class Vector:
             return self.raw.view(FLOATS[self.format])
         if self.format in WORDS:
             return self.raw.view(WORDS[self.format])
+        if (sparse := sparse_format(self.format)) is not None:
+            return sparse.decode(self.raw, self.num_elements)
         return _dequantize(self.raw, self.num_elements, QUANTIZED[self.format])
+
+    @property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The places, ascending, and the values of the elements that a sparse payload keeps: 1-D."""
+        sparse = sparse_format(self.format)
+        assert sparse is not None
+        return sparse.entries(self.raw, self.num_elements)
+
+    @property
+    def stored(self) -> Tensor:
+        """The values that the payload holds: 1-D; all but the zeros of a sparse one."""
+        return self.values if sparse_format(self.format) is None else self.entries[1]
 
     def part(self, part: slice) -> Vector:
         """Return some of the elements, bitwise as in the whole; the first is at a multiple of `CHUNK_PIECE`."""
@@ -91,6 +110,7 @@ class Encoding:
         format: Payload format.
         rounding: stochastic | nearest, for the quantized formats.
         error_feedback: Whether a block's rounding error is added to its next update.
+        residual_decay: The part of that error that is added.
         seed: The run's seed; draws depend on (seed, round, client).
         chunk_bytes: Approximate payload of a chunk; None: no chunks.
     """
@@ -100,6 +120,7 @@ class Encoding:
     error_feedback: bool = False
     seed: int = 0
     chunk_bytes: int | None = None
+    residual_decay: float = 1.0
 
     def noise(self, round_index: int, client_id: int) -> np.random.Generator | None:
         """Return the generator that rounds one vector, None for nearest; the server is client −1."""
@@ -126,6 +147,8 @@ def payload_bytes(num_elements: int, payload_format: str) -> int:
     exact = FLOATS | WORDS
     if payload_format in exact:
         return num_elements * exact[payload_format].itemsize
+    if (sparse := sparse_format(payload_format)) is not None:
+        return sparse.payload_bytes(num_elements)
     kind = QUANTIZED[payload_format]
     return ceil(num_elements * kind.bits / 8) + 2 * ceil(num_elements / kind.group)
 
@@ -136,6 +159,9 @@ def payload_ranges(num_elements: int, payload_format: str, part: slice) -> list[
     if payload_format in exact:
         size = exact[payload_format].itemsize
         return [slice(part.start * size, part.stop * size)]
+    if (sparse := sparse_format(payload_format)) is not None:
+        whole = part.start // CELL * sparse.payload_bytes(CELL)
+        return [slice(whole, whole + sparse.payload_bytes(part.stop - part.start))]
     kind = QUANTIZED[payload_format]
     levels = 2 * ceil(num_elements / kind.group)
     return [
@@ -150,6 +176,8 @@ def pack(values: Tensor, payload_format: str, noise: np.random.Generator | None 
     exact = FLOATS | WORDS
     if payload_format in exact:
         raw = flat.to(exact[payload_format]).contiguous().view(torch.uint8)
+    elif (sparse := sparse_format(payload_format)) is not None:
+        raw = sparse.encode(flat.float())
     else:
         raw = _quantize(flat.float(), QUANTIZED[payload_format], noise)
     return Vector(payload_format, flat.numel(), raw)
@@ -161,8 +189,22 @@ def join_chunks(chunks: Sequence[Vector]) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat(values)
 
 
+@cache
+def sparse_format(payload_format: str) -> Sparse | None:
+    """Return the sparse format of a name such as `sparse2-82`; None for any other name."""
+    name, dash, kept = payload_format.partition("-")
+    return Sparse(int(kept)) if name == SPARSE and dash else None
+
+
+def payload_format(wire_format: str, density: float) -> str:
+    """Return the name of the payloads of a `wire.format`, of which `density` is that of a sparse one."""
+    return f"{SPARSE}-{max(1, round(density * CELL))}" if wire_format == SPARSE else wire_format
+
+
 def bytes_per_element(payload_format: str) -> float:
     """Return the bytes of an element, without the scales."""
+    if (sparse := sparse_format(payload_format)) is not None:
+        return sparse.payload_bytes(CELL) / CELL
     return FLOATS[payload_format].itemsize if payload_format in FLOATS else QUANTIZED[payload_format].bits / 8
 
 

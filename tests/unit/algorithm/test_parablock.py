@@ -192,6 +192,8 @@ def test_commit_replaces_and_retires_and_nothing_is_subtracted():
 def test_overlay_weights():
     assert overlay_weight("own", 0.25) == 1.0
     assert overlay_weight("aligned", 0.25) == 0.5  # √ρ
+    assert overlay_weight("mean", 0.25) == 0.25  # ρ: least squares
+    assert overlay_weight("share", 0.25, 8) == 0.125  # 1/M, whatever the others did
     assert overlay_weight("none", 0.25) == 0.0
     state = ClientState((torch.tensor([1.0]),), (0,), (0.25,), (InFlight(1, 0, torch.tensor([4.0])),))
     assert working_block(state, 0, "own").item() == 5.0

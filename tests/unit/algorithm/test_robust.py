@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parablock.algorithm.aggregate import PIECE, average
+from parablock.algorithm.aggregate import PIECE, Kinds, average
 from parablock.algorithm.robust import RoundAggregation, Rule, aggregate_by, clip_factor, krum
 
 Updates = dict[int, tuple[torch.Tensor, int]]
@@ -108,6 +108,28 @@ def test_a_block_that_comes_in_parts_has_bitwise_the_aggregate_of_the_whole(rule
     assert torch.equal(torch.cat(parts), whole.mean_delta)
     assert (round_.aggregate().rho, round_.aggregate().squared_delta) == (whole.rho, whole.squared_delta)
     assert not torch.equal(whole.mean_delta, average(updates).mean_delta)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule("median"), Rule(clip_norm=20.0)], ids=str)
+def test_each_kind_of_parameters_has_the_rho_that_it_has_alone_however_the_group_is_cut(rule: Rule):
+    lengths = (PIECE - 5, 7, 3 * PIECE, 11)
+    agreeing, strangers = honest(4, sum(lengths), spread=0.1), honest(4, sum(lengths), spread=3.0)
+    is_second = Kinds(lengths, 2).spread([0.0, 1.0]).bool()
+    assert int(is_second.sum()) == 7 + 11
+    updates = {i: (torch.where(is_second, strangers[i][0], agreeing[i][0]), i + 1) for i in agreeing}
+    whole = aggregate_by(rule, updates, kinds=Kinds(lengths, 2))
+    if rule.clip_norm is None:
+        of_each = [{i: (delta[mask], n) for i, (delta, n) in updates.items()} for mask in (~is_second, is_second)]
+        assert whole.rho == pytest.approx(tuple(aggregate_by(rule, each).rho for each in of_each))
+    assert isinstance(whole.rho, tuple) and whole.rho[0] > 0.9 > 0.5 > whole.rho[1]
+    one = aggregate_by(rule, updates)
+    assert torch.equal(one.mean_delta, whole.mean_delta) and one.squared_delta == whole.squared_delta
+    cut, total = RoundAggregation(rule, kinds=Kinds(lengths, 2)), sum(lengths)
+    if rule.needs_whole:
+        cut.look_at({i: [delta] for i, (delta, _) in updates.items()})
+    for part in (slice(0, 2 * PIECE), slice(2 * PIECE, 3 * PIECE), slice(3 * PIECE, total)):
+        cut.fold({i: (delta[part], n) for i, (delta, n) in updates.items()})
+    assert cut.aggregate().rho == whole.rho
 
 
 def test_the_plain_rule_is_the_plain_mean_bitwise():

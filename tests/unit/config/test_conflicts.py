@@ -8,6 +8,7 @@ from dotted import REQUIRED, nested, parsed, problems
 from parablock.config.conflicts import conflicts
 from parablock.config.load import parse_config
 from parablock.config.section import NOT_BUILT
+from parablock.experiment.engines import encoding_of
 
 # What this version refuses together, by the key that the refusal names.
 NOT_BUILT_YET = {
@@ -37,8 +38,14 @@ WITHOUT_EFFECT = {
     "lora.rank": ({"lora.rank": 4}, "fedit, ffa_lora"),
     "train min_local_steps": ({"train.min_local_steps": 2}, "num_local_steps: auto only"),
     "train max_local_steps": ({"train.max_local_steps": 9}, "num_local_steps: auto only"),
+    "train adam_beta1": (
+        {"federation.method": "fedit", "train.optimizer": "muon", "train.adam_beta1": 0.8},
+        "where muon steps adapters",
+    ),
     "wire rounding": ({"wire.rounding": "nearest"}, "not with float32"),
     "wire error_feedback": ({"wire.error_feedback": True}, "not with float32"),
+    "wire density": ({"wire.density": 0.01, "wire.format": "int4"}, "sparse2 only"),
+    "wire residual_decay": ({"wire.residual_decay": 0.95, "wire.format": "int4"}, "error_feedback: true only"),
     "wire.chunk_bytes": ({"wire.chunk_bytes": 65536, "wire.streaming": False}, "streaming: true only"),
     "engine.step_time_s": ({"engine.step_time_s": 0.1}, "virtual"),
 }
@@ -59,12 +66,28 @@ def test_sites_that_would_choose_their_own_blocks_are_refused():
     assert key == "blocks.layers_per_block" and "sites would differ" in problem
 
 
-@pytest.mark.parametrize(
-    "method", ["fl_bcd", "fedavg", "fedprox", "fedit", "ffa_lora", "flora", "fedcybgd", "local", "central"]
-)
-def test_a_method_without_delay_refuses_one(method: str):
+NO_DELAY = {
+    "fl_bcd": "is parablock without one",
+    "flora": "makes no mean",
+    "fedcybgd": "has clients take turns",
+    "local": "sends nothing",
+    "central": "sends nothing",
+}
+
+
+@pytest.mark.parametrize("method", NO_DELAY)
+def test_a_method_without_delay_refuses_one_with_the_reason(method: str):
     (problem,) = problems({"federation.method": method, "federation.delay": 1})
-    assert problem.startswith(f"federation: method {method} has delay 0, not 1")
+    assert problem.startswith(f"federation: method {method} has delay 0, not 1: it {NO_DELAY[method]}")
+    assert "choose parablock or fedavg" in problem
+
+
+def test_a_group_that_is_always_in_flight_has_no_server_optimizer():
+    momentum = {"federation.delay": 1, "federation.server_optimizer.name": "momentum"}
+    (problem,) = problems({"federation.method": "fedit", **momentum})
+    assert problem.startswith("federation.server_optimizer: momentum") and "always has in flight" in problem
+    for fitting in ({"federation.method": "fedit", "federation.delay": 0}, {"federation.method": "rolora"}, {}):
+        parse_config(nested({**REQUIRED, **momentum, **fitting}))
 
 
 def test_a_method_without_blocks_refuses_what_is_said_of_them():
@@ -98,6 +121,28 @@ def test_all_that_stacked_adapters_leave_no_room_for_is_said_at_once():
     assert [problem.partition(":")[0] for problem in found] == keys
     assert all("flora" in problem for problem in found)
     parse_config(nested({**REQUIRED, "federation.method": "fedit", "federation.delay": 0, **asked}))
+
+
+SPARSE = {"federation.method": "fedavg", "federation.delay": 1, "wire.format": "sparse2"}
+
+
+def test_sparse_updates_have_feedback_and_a_mean_of_groups_that_come_back_in_every_round():
+    config = parse_config(nested({**REQUIRED, **SPARSE, "wire.density": 0.01, "wire.residual_decay": 0.97}))
+    assert config.wire.error_feedback
+    assert encoding_of(config).format == "sparse2-41" and encoding_of(config).residual_decay == 0.97
+    for method in ("parablock", "fl_bcd", "rolora", "fedcybgd", "local"):
+        (problem,) = problems({"federation.method": method, "wire.format": "sparse2"})
+        assert problem.startswith(
+            f"wire.format: sparse2 leaves most of an update to the next round, and method {method}"
+        )
+        assert "one of fedavg, fedit, ffa_lora, fedprox" in problem
+    (problem,) = problems({**SPARSE, "wire.error_feedback": False})
+    assert "would lose what sparse2 does not send" in problem
+    refused = {"federation.aggregation": "median", "privacy.clip_norm": 1.0}
+    found = problems({**SPARSE, **refused})
+    assert [problem.partition(":")[0] for problem in found] == ["wire.format", "federation.aggregation"]
+    masked = {"privacy.secure_aggregation": "masked", "privacy.clip_norm": 1.0, "wire.streaming": False}
+    assert sum("masks need the same" in problem for problem in problems({**SPARSE, **masked})) == 1
 
 
 CONFLICTS = {

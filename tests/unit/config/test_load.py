@@ -59,6 +59,15 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"federation.method": "fedit", "federation.delay": 0, "lora.rank": 4, "lora.alpha": 8.0},
     {"federation.method": "ffa_lora", "federation.delay": 0, "lora.target_modules": ["q_proj"]},
     {"federation.method": "flora", "federation.delay": 0},
+    {"federation.method": "rolora", "federation.delay": 2, "federation.in_flight": "mean"},
+    {"federation.method": "fedavg", "federation.delay": 1, "federation.in_flight": "share"},
+    {
+        "federation.method": "fedit",
+        "federation.delay": 1,
+        "train.optimizer": "muon",
+        "train.optimizer_state": "auto",
+    },
+    {"federation.method": "fedavg", "wire.format": "sparse2", "wire.density": 0.01, "wire.residual_decay": 0.95},
     {"engine.name": "flower"},
 ]
 

@@ -10,7 +10,7 @@ from parablock.config.conflicts import conflicts
 from parablock.config.keys import RunConfig
 from parablock.config.load import known_keys, parse_config
 from parablock.config.methods import METHODS, OWNERS, Method, cohort_size, with_delay
-from parablock.training.adamw import GRADIENT_TERMS
+from parablock.training.block_optimizer import GRADIENT_TERMS
 from parablock.training.trainer import local_arguments
 
 
@@ -31,7 +31,23 @@ def test_a_term_of_the_gradient_is_a_key_of_some_method_and_weighs_in_it_alone()
 
 
 def test_a_method_and_the_same_without_delay_are_one() -> None:
-    assert [with_delay(name) for name in ("parablock", "fl_bcd", "fedavg")] == ["parablock", "parablock", None]
+    names = ("parablock", "fl_bcd", "fedavg", "flora")
+    assert [with_delay(name) for name in names] == ["parablock", "parablock", "fedavg", None]
+
+
+def test_a_group_that_every_round_trains_is_told_from_groups_in_turn() -> None:
+    always = {name for name, method in METHODS.items() if method.trains_one_group}
+    assert always == {"fedavg", "fedprox", "fedit", "ffa_lora", "flora", "local", "central"}
+    assert {name for name, method in METHODS.items() if method.matrices and not method.trains_one_group} == {
+        "rolora"
+    }
+    assert config_of("rolora").schedule == "cyclic" != config_of("parablock").schedule
+
+
+def test_the_delay_is_1_with_parablock_alone_where_none_is_given() -> None:
+    assert {name: config_of(name).federation.delay for name in METHODS} == {
+        name: int(name == "parablock") for name in METHODS
+    }
 
 
 def test_one_client_is_asked_where_clients_take_turns_or_all_data_is_in_one() -> None:
@@ -87,7 +103,7 @@ def test_what_is_refused_follows_from_a_row(case: str, monkeypatch: pytest.Monke
         "privacy": {"clip_norm": 1.0},
     }
     config = config_of("parablock").model_dump()
-    config["federation"] |= chosen["federation"] | {"method": "gossip"}
+    config["federation"] |= chosen["federation"] | {"method": "gossip", "delay": 0}
     found = conflicts(config, chosen)
     keys = [key if key != "blocks.schedule" else "blocks" for key, _ in found]
     assert sorted(keys) == refused

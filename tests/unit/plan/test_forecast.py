@@ -25,7 +25,8 @@ PROMISED_KEYS = [
     *("sequential_s", "hours", "memory_bytes", "never_visited", "recommended"),
 ]
 FURTHER_KEYS = [
-    *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict")
+    *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict"),
+    *("methods", "equal_rank", "recommended_method"),
 ]
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
 
@@ -225,7 +226,51 @@ def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_l
     assert plan_of(workshop, *unlimited).verdict.startswith("No link speed is given")
     assert "set federation.delay: 1." in plan_of(workshop, "federation.delay=0").verdict
     whole = plan_of(workshop, "federation.method=fedavg", "federation.delay=0")
-    assert "set federation.method: parablock" in whole.verdict
-    assert whole.num_blocks == 1 and all(row["saving"] == 0 for row in whole.links)
+    assert "set federation.delay: 1" in whole.verdict and "blocks." not in whole.verdict
+    assert whole.num_blocks == 1 and all(row["saving"] > 0 for row in whole.links)
+    stacked = plan_of(workshop, "federation.method=flora", "federation.delay=0")
+    assert "set federation.method: parablock" in stacked.verdict
+    assert all(row["saving"] == 0 for row in stacked.links)
     hopeless = plan_of(workshop, "link.upload_mbps=0.001", "link.download_mbps=0.001")
     assert hopeless.verdict.startswith("The link is the bottleneck")
+
+
+def test_a_large_layer_takes_the_bytes_of_adapters_of_rank_83_and_adapters_are_recommended(outlined: Path):
+    plan = make_plan(large_config(outlined, link={"upload_mbps": 30, "download_mbps": 30}))
+    # a layer of 218 million parameters; A and B of rank 1 on q, k, v, o, gate, up and down of 32 layers
+    per_layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    layer = 4096 * (4096 + 1024 + 1024 + 4096 + 3 * 14336) + 2 * 4096
+    assert plan.equal_rank == pytest.approx(layer / (32 * per_layer)) == pytest.approx(83.2, abs=0.1)
+    rows = {(row["method"], row["delay"]): row for row in plan.methods}
+    assert {name for name, _ in rows} == {"parablock", "fedavg", "fedprox", "fedit", "ffa_lora", "rolora", "flora"}
+    assert {delay for name, delay in rows if name == "flora"} == {0}
+    assert rows["parablock", 1]["hours"] == pytest.approx(plan.hours)
+    assert rows["parablock", 1]["bytes_per_client_round"] == plan.bytes_per_client_round["float32"]
+    assert rows["parablock", 0]["round_s"] == pytest.approx(plan.serial_s)
+    assert rows["fedit", 1]["round_s"] < rows["fedit", 0]["round_s"] < rows["fedavg", 0]["round_s"]
+    half = [rows[name, 1]["bytes_per_client_round"] / rows["fedit", 1]["bytes_per_client_round"] for name in (
+        "ffa_lora", "rolora"
+    )]  # fmt: skip
+    assert half == pytest.approx([0.5, 0.5], abs=0.12)
+    advised = plan.recommended_method
+    assert (advised["method"], advised["delay"]) == ("fedit", 1)
+    assert "all 32 layers" in advised["reason"] and "less time" in advised["reason"]
+    assert "then parablock" in advised["unless"]
+
+
+def test_a_free_link_leaves_no_reason_for_a_delay(outlined: Path):
+    advised = make_plan(large_config(outlined)).recommended_method
+    assert (advised["method"], advised["delay"]) == ("fedit", 0) and "would save 0%" in advised["reason"]
+
+
+def test_a_method_that_the_settings_do_not_allow_has_its_problem_in_place_of_figures(workshop: Workshop):
+    sparse = plan_of(workshop, "federation.method=fedavg", "federation.delay=1", "wire.format=sparse2")
+    rows = {(row["method"], row["delay"]): row for row in sparse.methods}
+    assert "sparse2 leaves most" in rows["parablock", 1]["problem"] and rows["parablock", 1]["memory_bytes"] == 0
+    assert rows["fedavg", 1]["bytes_per_client_round"] == sparse.bytes_per_client_round["sparse2"]
+    assert not rows["fedit", 0]["problem"] and not rows["flora", 0]["problem"]  # which has its own float32
+    dense = plan_of(workshop, "federation.method=fedavg", "federation.delay=1")
+    few, many = (plan.traffic[name] for plan, name in ((sparse, "sparse2"), (dense, "float32")))
+    assert few["uplink_bytes"] < 0.02 * many["uplink_bytes"]
+    # in the drain a client lacks two versions of the group, and gets the whole value once in these 6 rounds
+    assert few["downlink_bytes"] < (0.02 + 1 / 6) * many["downlink_bytes"]

@@ -40,6 +40,19 @@ def test_memory_of_what_is_counted_follows_from_shapes(tiny_llama: Any) -> None:
         assert memory.total == sum(vars(memory).values())
 
 
+def test_muon_keeps_one_moment_of_the_matrices_of_layers_and_adamw_two_of_the_rest(tiny_llama: Any) -> None:
+    model = tiny_llama()
+    usual, muon = memory_of(model), memory_of(model, train={"optimizer": "muon"})
+    spared = {name: usual[name].optimizer_state - muon[name].optimizer_state for name in usual}
+    # all matrices of a layer, of all adapters, of all layers; not norms and embeddings
+    assert spared == {
+        "block": 4 * LAYER_MATRICES,
+        "lora": usual["lora"].optimizer_state // 2,
+        "full": 4 * 4 * LAYER_MATRICES,
+    }
+    assert all(muon[name].total == usual[name].total - spared[name] for name in usual)
+
+
 def test_bfloat16_halves_the_model_and_adds_master_copies_of_what_is_trained(tiny_llama: Any) -> None:
     float32, bfloat16 = memory_of(tiny_llama()), memory_of(tiny_llama(dtype="bfloat16"))
     for name in ("block", "full"):

@@ -15,12 +15,16 @@ from parablock.trace import Span
 def state(round_index: int = 8, dtype: torch.dtype = torch.bfloat16) -> RunState:
     server = initial_server([torch.randn(4).to(dtype), torch.randn(6).to(dtype)])
     server = schedule_round(server, 1, (8, 3))
-    aggregate = Aggregate(torch.randn(6), 0.25, 0.5)
+    aggregate = Aggregate(torch.randn(6), (0.25, 0.5), 0.5)
     announce = lambda new, view: (view + 1).to(view.dtype)  # noqa: E731
     server = server_commit(server, aggregate, ServerOptimizer("adam", 0.1), announce)
     clients = (
         ClientSnapshot(
-            0, (-1, 0), (1.0, 0.25), {7: [b"an update\x00\xff", b"its second chunk"]}, {"1.step": torch.tensor(3)}
+            0,
+            (-1, 0),
+            (1.0, (0.25, 0.5)),
+            {7: [b"an update\x00\xff", b"its second chunk"]},
+            {"1.step": torch.tensor(3)},
         ),
         ClientSnapshot(1, (-1, -1), (1.0, 1.0), {}),
     )
@@ -46,6 +50,7 @@ def test_everything_comes_back_bitwise(tmp_path):
         assert getattr(found.server, name) == getattr(saved.server, name)
     assert [c.sent for c in found.clients] == [c.sent for c in saved.clients]
     assert [c.versions for c in found.clients] == [c.versions for c in saved.clients]
+    assert [c.rho for c in found.clients] == [c.rho for c in saved.clients]
     assert found.clients[0].memory["1.step"].item() == 3
     assert found.spans == saved.spans
     assert found.progress["initial_eval_loss"] == 3.5

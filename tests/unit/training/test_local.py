@@ -26,7 +26,7 @@ from parablock.errors import DataError, TrainingError
 from parablock.model.blocks import partition_blocks
 from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
-from parablock.training.adamw import Moments
+from parablock.training.block_optimizer import Moments
 from parablock.training.local import LocalArguments, LocalResult, learning_rate_at, train_block
 
 NUM_LAYERS = 4

@@ -36,6 +36,7 @@ MESSAGES = [
     RoundStart(5, 2, 8, 40, 3, (NewValue(1, 3, 0.5, "value", pack(VALUES, "float32")),)),
     RoundStart(0, 0, 8, 0, -1, ()),
     Finish(7, (NewValue(0, 7, 1.0, "difference", pack(VALUES, "bfloat16")),)),
+    Finish(7, (NewValue(0, 7, (1.0, 0.25), "value", pack(VALUES, "float32")),)),
     Mark(8, stop=True),
     Chunk(2, 7, "difference", pack(VALUES, "int4")),
     update(torch.tensor([2**31 - 1, -(2**31), 0], dtype=torch.int32), "word32"),

@@ -1,11 +1,18 @@
-"""AdamW on one block, whose weights and moments are flat fp32 vectors."""
+"""The local optimizer of one block, AdamW or Muon, whose weights and moments are flat fp32 vectors.
+
+Muon makes the momentum of a matrix orthogonal and has no second moment. Its steps are as long as those of AdamW
+(`match_rms_adamw`), so that one learning rate serves the matrices and the parameters that AdamW steps beside them.
+
+Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024; the length of its steps:
+Liu et al., Muon is Scalable for LLM Training, 2025 (arXiv 2502.16982).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +20,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's state of one block between visits.
+    """The optimizer's state of one block between visits.
 
     Attributes:
-        exp_avg: First moment: flat, fp32, on the model's device.
-        exp_avg_sq: Second moment, likewise.
+        exp_avg: First moment of AdamW, or Muon's momentum: flat, fp32, on the model's device.
+        exp_avg_sq: Second moment of the parameters that AdamW steps, likewise.
         step: Number of optimizer steps so far.
     """
 
@@ -26,8 +33,8 @@ class Moments:
     step: int
 
 
-class BlockAdamW:
-    """AdamW on parameters that are views into one flat vector; a context that collects gradients while it is open.
+class BlockOptimizer:
+    """Steps parameters that are views into one flat vector; a context that collects gradients while it is open.
 
     An fp32 block is stepped in place, any other one in a master copy that is rounded into the block after each
     step. Each gradient moves, in fp32, to the stepped weights as soon as autograd has made it. Only matrices
@@ -36,6 +43,7 @@ class BlockAdamW:
     Args:
         parameters: The block's parameters, in the order of its flat vector.
         block: The flat vector that they are views of.
+        by_muon: Of each parameter, whether Muon steps it, which is then a matrix; AdamW steps the others.
         moments: State to start from, not changed; None: a fresh start.
         betas: Decay of the first and of the second moment.
         eps: AdamW's epsilon.
@@ -48,6 +56,7 @@ class BlockAdamW:
         self,
         parameters: Sequence[nn.Parameter],
         block: Tensor,
+        by_muon: Sequence[bool],
         moments: Moments | None,
         *,
         betas: tuple[float, float],
@@ -58,8 +67,10 @@ class BlockAdamW:
     ) -> None:
         self._block = block
         self._weights = block if block.dtype == torch.float32 else block.float()
+        by_adamw = [parameter for parameter, muon in zip(parameters, by_muon, strict=True) if not muon]
+        num_squares = sum(parameter.numel() for parameter in by_adamw)
         self._exp_avg = _copy_or_zeros(moments.exp_avg if moments else None, self._weights)
-        self._exp_avg_sq = _copy_or_zeros(moments.exp_avg_sq if moments else None, self._weights)
+        self._exp_avg_sq = _copy_or_zeros(moments.exp_avg_sq if moments else None, self._weights[:num_squares])
         self._steps = moments.step if moments else 0
         self._max_grad_norm = max_grad_norm
         self._views = _views(self._weights, parameters)
@@ -69,13 +80,27 @@ class BlockAdamW:
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, view))  # type: ignore[no-untyped-call]
             for parameter, view in zip(parameters, self._views, strict=True)
         ]
-        matrices = {"params": [view for view in self._views if view.ndim > 1], "weight_decay": weight_decay}
-        vectors = {"params": [view for view in self._views if view.ndim <= 1], "weight_decay": 0.0}
-        self._optimizer = torch.optim.AdamW([matrices, vectors], betas=betas, eps=eps, fused=True)
-        averages = _views(self._exp_avg, parameters), _views(self._exp_avg_sq, parameters)
-        for view, exp_avg, exp_avg_sq in zip(self._views, *averages, strict=True):
+        matrices, vectors, hidden = list[Tensor](), list[Tensor](), list[Tensor]()
+        adamw_state, muon_state = dict[Tensor, Any](), dict[Tensor, Any]()
+        squares = iter(_views(self._exp_avg_sq, by_adamw))
+        for view, exp_avg, muon in zip(self._views, _views(self._exp_avg, parameters), by_muon, strict=True):
+            if muon:
+                hidden.append(view)
+                muon_state[view] = {"momentum_buffer": exp_avg}
+                continue
+            (matrices if view.ndim > 1 else vectors).append(view)
             count = torch.tensor(float(self._steps), device=view.device)
-            self._optimizer.state[view] = {"step": count, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            adamw_state[view] = {"step": count, "exp_avg": exp_avg, "exp_avg_sq": next(squares)}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if matrices or vectors:
+            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+            adamw.state.update(adamw_state)
+            self._optimizers.append(adamw)
+        if hidden:
+            muon_ = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            muon_.state.update(muon_state)
+            self._optimizers.append(muon_)
 
     def step(self, learning_rate: float) -> None:
         """Take one step with the gradients accumulated since the last one, and free them."""
@@ -83,11 +108,12 @@ class BlockAdamW:
             add_gradient(self._views, self._anchors, weight)
         if self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._views, self._max_grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
         self._steps += 1
-        self._optimizer.zero_grad()
         if self._weights is not self._block:
             self._block.copy_(self._weights)
 
