@@ -5,6 +5,8 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+OLD_FLOWER := .venv-flower
+OLDEST_FLOWER = $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Two files of tests at a time: those that start processes mostly wait. The long ones come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
@@ -12,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser proxies demo fmt check test test-fast test-all bench bench-all docs build clean
+.PHONY: help setup browser proxies demo fmt check test test-fast test-flower test-all bench bench-all docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +72,17 @@ test: $(STAMP)  ## the whole test suite
 
 test-fast: $(STAMP)  ## the tests that are not marked slow
 	$(PYTEST) -m "not slow"
+
+# Flower's oldest release that pyproject.toml allows, and everything else as in .venv.
+$(OLD_FLOWER)/.ready: $(STAMP)
+	@$(BIN)/python -m venv $(OLD_FLOWER)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(OLD_FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	@$(OLD_FLOWER)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps "flwr==$(OLDEST_FLOWER)"
+	@touch $@
+
+test-flower: $(OLD_FLOWER)/.ready  ## the tests with real Flower processes, with the oldest release of Flower that is allowed
+	PARABLOCK_FLOWER_PYTHON=$(OLD_FLOWER)/bin/python $(PYTEST) tests/integration/test_flower.py
 
 test-all: check test  ## what CI runs: check and test
 
