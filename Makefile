@@ -84,7 +84,7 @@ $(OLD_FLOWER)/.ready: $(STAMP)
 test-flower: $(OLD_FLOWER)/.ready  ## the tests with real Flower processes, with the oldest release of Flower that is allowed
 	PARABLOCK_FLOWER_PYTHON=$(OLD_FLOWER)/bin/python $(PYTEST) tests/integration/test_flower.py
 
-test-all: check test  ## what CI runs: check and test
+test-all: check test test-flower  ## what CI runs: check, and all tests
 
 bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, links, peers, one seed of quality
 	$(BIN)/python benchmarks/speed.py step
