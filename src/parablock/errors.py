@@ -10,6 +10,7 @@
     ├── TrainingError              a loss or an update that is not finite
     └── WireError                  bytes that crossed the link
         ├── CodecError             not a message, truncated, altered, or another protocol version
+        ├── MaskingError           masks that cannot be taken off a round's sum; the round is void
         ├── LinkError              a transfer that was cut and has to be repeated
         └── StallError             a transfer or a peer that makes no progress
 
@@ -83,6 +84,17 @@ class WireError(ParaBlockError):
 
 class CodecError(WireError):
     """Bytes that are not a whole, unaltered message of this protocol version."""
+
+
+class MaskingError(WireError):
+    """The masks of a round's sum cannot be taken off, so that the round is void.
+
+    `client_id` is the client at fault; None if nobody can be named.
+    """
+
+    def __init__(self, what: str, *, cause: str = "", client_id: int | None = None) -> None:
+        self.client_id = client_id
+        super().__init__(what, cause=cause)
 
 
 class LinkError(WireError):

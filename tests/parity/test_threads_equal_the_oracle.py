@@ -140,15 +140,15 @@ def drawn(*key: int) -> Normals:
 
 def central() -> tuple[dict[str, object], dict[str, object]]:
     rule, protection = Rule(clip_norm=0.1, noise_multiplier=0.5), Protection(0.1)
-    engine = {"rule": rule, "protection": protection, "normals": lambda t, clients: drawn(t, *clients)}
+    engine = {"rule": rule, "protection": protection, "normals": lambda t, clients, _: drawn(t, *clients)}
     return engine, {
         "encode": lambda delta, b, t, i: protection.apply(delta, t)[0],
-        "aggregate": lambda updates, t: aggregate_by(rule, updates, lambda clients: drawn(t, *clients)),
+        "aggregate": lambda updates, t: aggregate_by(rule, updates, lambda clients, _: drawn(t, *clients)),
     }
 
 
 def local() -> tuple[dict[str, object], dict[str, object]]:
-    protection = Protection(0.1, 0.5, drawn)
+    protection = Protection(0.1, 0.5, lambda t, _: drawn(t))
     return {"protection": protection}, {"encode": lambda delta, b, t, i: protection.apply(delta, t)[0]}
 
 

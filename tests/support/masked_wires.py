@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from parablock.clock import RealClock
 from parablock.errors import StallError
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.transport import Parcel
 
 
@@ -18,19 +20,24 @@ class MaskedWires:
     Attributes:
         silent: The clients that no message reaches any more.
         seen: What the server has taken.
+        told: What the couriers have refused.
+        refused: What the server has refused: client, reason, words.
         to_compute: What the couriers have handed on to the compute threads.
         wire_bytes: Of all messages, up and down.
     """
 
     def __init__(self, num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> None:
         known = Cohorts(num_clients, cohorts)
-        self.couriers = [MaskedClient(i, known) for i in range(num_clients)]
+        self.told: list[str] = []
+        self.couriers = [MaskedClient(i, known, ReleaseLedger(), tell=self.told.append) for i in range(num_clients)]
+        self.refused: list[tuple[int, str, str]] = []
         self.silent: set[int] = set()
         self.seen: list[bytes] = []
         self.to_compute: list[bytes] = []
         self.wire_bytes = 0
         self._up = deque[tuple[int, bytes]]()
-        self.collector = MaskedServer(self, known, stall_timeout_s=1.0)
+        self.collector = MaskedServer(self, known, ReleaseLedger(), RealClock(), stall_timeout_s=1.0)
+        self.collector.on_refusal = lambda *refusal: self.refused.append(refusal)
         for client_id, courier in enumerate(self.couriers):
             self._take(client_id, courier.opening())
 

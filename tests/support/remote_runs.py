@@ -21,6 +21,7 @@ from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
 from parablock.storage.checkpoint import RunState
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
 from toy import ToyTrainer, initial
@@ -151,7 +152,7 @@ class Town:
         try:
             with channel:
                 if self.masking:
-                    channel.intercept(self.masking.client_side(client_id, 0))
+                    channel.intercept(self.masking.client_side(client_id, 0, ReleaseLedger()))
                 run_client(
                     client_id,
                     ClientPlan("aligned", self.plan.form, self.protection_of),

@@ -12,15 +12,16 @@ Every client has the same weight, since the server cannot check weights inside a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import SLICE, Folded
-from parablock.algorithm.robust import Normals, RoundAggregation, Rule, squared_norm
+from parablock.algorithm.robust import NoiseOfUpdates, RoundAggregation, Rule, squared_norm
 
 EXTRA_WORDS = 1
 """Elements that an update has beyond those of its block."""
@@ -61,15 +62,27 @@ class FixedPointGrid:
             mean[part] = total[part].double() * (self.step / num_updates)
         return mean, float(total[-1]) / self.levels * self.clip_norm**2 / num_updates
 
+    def absurd(self, mean: Tensor, mean_squared_norm: float) -> str:
+        """Return why a mean cannot be one of updates no longer than C; empty if it can.
+
+        ‖Δ̄‖² is at most the mean of the ‖Δ_i‖², and that is at most C²; rounding adds up to a step to an element.
+        """
+        bound = self.clip_norm**2
+        slack = 1e-6 * bound + mean.numel() * self.step**2 + 2 * self.clip_norm * self.step * mean.numel() ** 0.5
+        squared = squared_norm([mean])
+        if not -slack <= mean_squared_norm <= bound + slack:
+            return f"the mean of their squared norms is {mean_squared_norm:.3g}, beyond the bound of {bound:.3g}"
+        if squared > mean_squared_norm + slack:
+            return f"their mean has the squared norm {squared:.3g}, more than the mean of theirs"
+        return ""
+
 
 class FixedPointAggregation(RoundAggregation):
     """The aggregation of one round's fixed-point updates, masked or not, by the mean with or without noise."""
 
     folds_parts = False
 
-    def __init__(
-        self, grid: FixedPointGrid, rule: Rule, normals: Callable[[tuple[int, ...]], Normals] | None = None
-    ) -> None:
+    def __init__(self, grid: FixedPointGrid, rule: Rule, normals: NoiseOfUpdates | None = None) -> None:
         super().__init__(rule, normals)
         self._grid = grid
 
@@ -92,7 +105,9 @@ class FixedPointAggregation(RoundAggregation):
             numbers -= _modulo(self.masks)
         total = torch.from_numpy(numbers.view(np.int32))  # signed
         mean, mean_squared_norm = self._grid.mean(total, len(updates))
+        self.absurd = self._grid.absurd(mean, mean_squared_norm)
         if self._normals is not None:
+            self.content = sha256(numbers.data).hexdigest()
             mean = self._add_noise(mean, tuple(sorted(updates)))
         return Folded(mean, (squared_norm([mean]),), (mean_squared_norm,))
 

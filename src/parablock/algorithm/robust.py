@@ -44,6 +44,9 @@ parts may be iterated more than once, and need not be in memory at once."""
 Normals = Callable[[int], Tensor]
 """n → the next n standard normal numbers, fp32."""
 
+NoiseOfUpdates = Callable[[tuple[int, ...], str], Normals]
+"""(clients, hash of their updates) → the noise on their mean."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -74,21 +77,25 @@ class RoundAggregation:
 
     Args:
         rule: The aggregation rule.
-        normals: Participating clients → their noise; needed if the rule adds noise.
+        normals: (participating clients, `content`) → their noise; needed if the rule adds noise.
         kinds: The kinds of the group's parameters, for a ρ of each; None: one ρ, as always with noise.
 
     Attributes:
         folds_parts: Whether elements are independent, so that a part can be folded by itself.
         masks: The sum of the masks that hide the updates, 1-D, int32; None if they carry none.
+        content: A hash of the updates, so that the same noise never covers two means.
+        absurd: Why the updates cannot be what their clients should have sent; empty: nothing is known.
     """
 
     folds_parts = True
     masks: Tensor | None = None
+    content = ""
+    absurd = ""
 
     def __init__(
         self,
         rule: Rule = Rule(),
-        normals: Callable[[tuple[int, ...]], Normals] | None = None,
+        normals: NoiseOfUpdates | None = None,
         kinds: Kinds | None = None,
     ) -> None:
         self._rule, self._normals, self._kinds = rule, normals, kinds if normals is None else None
@@ -181,7 +188,7 @@ class RoundAggregation:
 
     def _add_noise(self, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
         assert self._normals is not None and self._rule.clip_norm is not None
-        self._draw = self._draw or self._normals(clients)
+        self._draw = self._draw or self._normals(clients, self.content)
         self._num_clients = len(clients)
         self._deviation = self._rule.noise_multiplier * self._rule.clip_norm / len(clients)
         return mean.add_(self._deviation * self._draw(mean.numel()))
@@ -199,7 +206,7 @@ class RoundAggregation:
 def aggregate_by(
     rule: Rule,
     updates: Mapping[int, tuple[Tensor, int]],
-    normals: Callable[[tuple[int, ...]], Normals] | None = None,
+    normals: NoiseOfUpdates | None = None,
     kinds: Kinds | None = None,
 ) -> Aggregate:
     """Aggregate one round's whole updates; see `RoundAggregation`."""

@@ -16,9 +16,11 @@ from parablock.engine.remote.site_client import run_client
 from parablock.errors import DataError, ModelError, ParaBlockError
 from parablock.experiment.engines import checkpoints_kept, client_plan, update_form
 from parablock.experiment.inputs import read_inputs
-from parablock.experiment.protections import adds_noise, masking_of, new_secret
+from parablock.experiment.protections import adds_noise, masking_of, new_secret, releases_of
 from parablock.methods.choose import make_method_model
+from parablock.storage.audit_log import FILE_NAME, AuditLog
 from parablock.storage.files import write_beside
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
 
@@ -57,7 +59,8 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
     secret = _noise_key(store.folder) if adds_noise(config) else None
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
     plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
-    _mask(channel, config, site.client_id, opening, rejoins=rejoins)
+    releases = releases_of(config, AuditLog(site.state_dir / FILE_NAME), opening.run)
+    _mask(channel, config, site.client_id, opening, releases, rejoins=rejoins)
     run_client(
         site.client_id,
         plan,
@@ -68,6 +71,7 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
         take_params=model.take_params,
         marks_kept=checkpoints_kept(config),
         rejoins=rejoins,
+        releases=releases,
     )
 
 
@@ -81,7 +85,15 @@ def _check_base(config: RunConfig, site: SiteConfig, own: str, servers: str) -> 
         )
 
 
-def _mask(channel: SiteChannel, config: RunConfig, client_id: int, opening: Opening, *, rejoins: bool) -> None:
+def _mask(
+    channel: SiteChannel,
+    config: RunConfig,
+    client_id: int,
+    opening: Opening,
+    releases: ReleaseLedger,
+    *,
+    rejoins: bool,
+) -> None:
     """Let updates leave masked, if the run says so."""
     masking = masking_of(config)
     if masking is None:
@@ -93,7 +105,7 @@ def _mask(channel: SiteChannel, config: RunConfig, client_id: int, opening: Open
             remedy="The run goes on without this site; it takes part again once the server starts the run again.",
         )
     first_open = 0 if opening.restored < 0 else max(0, opening.restored - config.federation.delay)
-    channel.intercept(masking.client_side(client_id, first_open))
+    channel.intercept(masking.client_side(client_id, first_open, releases, tell=LOGGER.warning))
 
 
 def _noise_key(folder: Path) -> bytes:

@@ -11,6 +11,9 @@ A round in the order in which it happens (★: read these first):
   ★ update_form     the update's form: Δ is cut, encoded, accepted, folded, and taken over
     server          the server takes chunks from any client in any order
     round_fold      … checks each, and folds a chunk as soon as every expected client has delivered it
+    releasing       … a masked sum is unmasked, and what is given away is counted first
+    refusals        … what does not fit is refused, counted and told
+    strays          … as are updates that no round waits for
     update_store    … while chunks that memory does not hold wait in a file
     server          the commit: the mean moves the block, and the new value goes down while the next round computes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from parablock.algorithm.parablock import (
@@ -24,6 +25,7 @@ from parablock.engine.plans import ClientPlan, ClientStart
 from parablock.engine.update_form import EncodedUpdate, LocalUpdate, UpdateForm
 from parablock.errors import CodecError, TrainingError
 from parablock.storage.checkpoint import ClientSnapshot
+from parablock.storage.release_ledger import RELEASE, ReleaseLedger, fingerprint
 from parablock.trace import Trace
 from parablock.wire.messages import (
     Chunk,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
 
 
+MOST_TOLD = 100  # refused messages
 WARN_LOST_SHARE = 0.9
 """The lost share of an update above which a client warns."""
 
@@ -71,7 +74,11 @@ class Client:
         start: The state to begin from.
         hand_in: Takes snapshots, from the compute thread.
         faults: The faults to inject.
-        warn: Called once for each block of whose update little is left.
+        warn: Called once for each block of whose update little is left, and for each message that is refused.
+        releases: What this client has released in the run; None: nothing outlives it.
+
+    Attributes:
+        refused: Number of messages of the server that were refused.
     """
 
     def __init__(
@@ -86,21 +93,24 @@ class Client:
         warn: Callable[[str], None],
         hand_in: Callable[[int, ClientSnapshot], None] = lambda *_: None,
         faults: Faults = NO_FAULTS,
+        releases: ReleaseLedger | None = None,
     ) -> None:
         self.client_id, self.state, self._plan, self._trainer = client_id, start.state, plan, trainer
         self._entered, self._trace, self._hand_in, self._faults = pipeline, trace, hand_in, faults
         self._sent, self._residuals, self._rejoins = dict(start.sent), dict(start.residuals), start.rejoins
+        self._releases, self._newest, self.refused = releases, max(self._sent, default=-1), 0
         self.has_finished = False
         self._protection, self._warn, self._warned = plan.protection_of(client_id), warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}
         if start.memory is not None:
             trainer.remember(dict(start.memory))
 
-    def run(self, keep: Callable[[], None] = lambda: None) -> None:
+    def run(self, keep: Callable[[Callable[[], None]], None] = lambda record: record()) -> None:
         """Serve until the server ends the run.
 
         `keep` is called before each update leaves: a client that goes on from the state and the `snapshot` of that
-        moment sends the same bytes again.
+        moment sends the same bytes again. It gets a function that records the release, to be called once that state
+        is kept and before the update leaves.
         """
         with self._entered as pipeline:
             self._pipeline, self._keep = pipeline, keep
@@ -132,6 +142,8 @@ class Client:
                 if not self._rejoins or all(new.kind == "value" for new in message.news):
                     self._commit(message.news, message.committed)
                 return False
+            case Welcome() if not self._rejoins:
+                self._refuse("a Welcome that answers nothing")
             case Welcome():
                 self._rejoins = False
                 self._send_again(message.lacking)
@@ -140,12 +152,29 @@ class Client:
             case RoundStart():
                 self._round(message)
             case Chunk():
-                place = (message.block_index, message.version)
-                self._chunks.setdefault(place, (message.kind, []))[1].append(message.vector)
+                self._take_chunk(message)
             case _:
-                kind = type(message).__name__
-                raise CodecError(f"client {self.client_id} received a message of kind {kind}; only a server does")
+                self._refuse(f"a {type(message).__name__}, which only a server gets")
         return True
+
+    def _refuse(self, problem: str) -> None:
+        self.refused += 1
+        if self.refused <= MOST_TOLD:
+            self._warn(f"client {self.client_id} refuses what the server sent: {problem}")
+
+    def _take_chunk(self, chunk: Chunk) -> None:
+        """Keep a part of a new value; a newer value takes the place of an older one, which never came whole."""
+        b, place = chunk.block_index, (chunk.block_index, chunk.version)
+        if not 0 <= b < len(self.state.base):
+            self._refuse(f"a part of block {b} of {len(self.state.base)}")
+            return
+        self._chunks = {at: parts for at, parts in self._chunks.items() if at[0] != b or at[1] >= chunk.version}
+        kind, parts = self._chunks.setdefault(place, (chunk.kind, []))
+        longest = max(self.state.base[b].numel(), self._plan.form.num_elements(self.state.base[b].numel()))
+        if kind != chunk.kind or sum(part.num_elements for part in parts) + chunk.vector.num_elements > longest:
+            self._refuse(f"a part too many of block {b}")
+            return
+        parts.append(chunk.vector)
 
     @property
     def is_rejoining(self) -> bool:
@@ -162,8 +191,21 @@ class Client:
         state, sent, residuals = self.state, dict(self._sent), dict(self._residuals)
         return ClientSnapshot(self.client_id, state.versions, state.rho, sent, self._trainer.memory(), residuals)
 
-    def _round(self, start: RoundStart) -> None:
+    def _unfit(self, start: RoundStart) -> str:
+        """Return why a round cannot be trained; empty if it can. A round is trained once."""
         t, b = start.round_index, start.block_index
+        if t <= self._newest or t < 0:
+            return f"round {t}, after round {self._newest}"
+        if not 0 <= b < len(self.state.base) or start.num_local_steps < 1:
+            return f"round {t} with {start.num_local_steps} local steps on block {b} of {len(self.state.base)}"
+        return ""
+
+    def _round(self, start: RoundStart) -> None:
+        if unfit := self._unfit(start):
+            self._refuse(unfit)
+            return
+        t, b = start.round_index, start.block_index
+        self._newest = t
         self._faults.strike(self.client_id, t, "commit", self._trace.clock)
         self._commit(start.news, start.committed)
         if self._faults.strike(self.client_id, t, "train", self._trace.clock) == "drop":
@@ -180,6 +222,11 @@ class Client:
                     self._pipeline.send(to_bytes(Skip(t, error.what)), t)
                     return
             compute_s = self._trace.clock.now() - began
+        hash_ = "" if self._releases is None else fingerprint(encoded.chunks)
+        if self._releases is not None and not self._releases.may_release(t, hash_):
+            self._refuse(f"round {t} once more: another update of it has been released before")
+            self._pipeline.send(to_bytes(Skip(t)), t)
+            return
         messages = [
             to_bytes(
                 Update(
@@ -200,8 +247,12 @@ class Client:
         ]
         self.state = put_in_flight(self.state, t, b, encoded.seen)
         self._sent[t] = messages
-        self._keep()
+        self._keep(partial(self._record, t, hash_))
         self._send_again([(t, 0)])
+
+    def _record(self, round_index: int, sha256: str) -> None:
+        if self._releases is not None:
+            self._releases.record(RELEASE, round_index, sha256=sha256)
 
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""
@@ -224,7 +275,12 @@ class Client:
             b = new.block_index
             kind, vectors = new.kind, [new.vector]
             if kind == "streamed":
-                kind, vectors = self._chunks.pop((b, new.version))
+                kind, vectors = self._chunks.pop((b, new.version), ("value", []))
+            if not 0 <= b < len(self.state.base) or not vectors:
+                raise CodecError(
+                    f"client {self.client_id} received a commit of block {b} without its value",
+                    cause="The server runs another configuration, or forgets what it has sent.",
+                )
             self._chunks = {
                 place: parts for place, parts in self._chunks.items() if place[0] != b or place[1] > new.version
             }

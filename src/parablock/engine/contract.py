@@ -14,32 +14,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from parablock.algorithm.parablock import ClientState, Commit, ServerState, initial_server
+from parablock.clock import Clock
 from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.engine.pipeline import Interceptor
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan, ServerStart
 from parablock.engine.server import Server
 from parablock.storage.checkpoint import ClientSnapshot, RunState
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Span, Trace
-from parablock.wire.transport import Ledger, Link, ServerTransport, Traffic
+from parablock.wire.transport import Ledger, Link, MaskedTransport, ServerTransport, Traffic
 
 if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
 
 
-class MaskedTransport(ServerTransport, Protocol):
-    """A server's end of a transport over which updates come masked."""
-
-    def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
-        """Return the sum of the masks of these clients' updates; see `MaskedServer.masks_of`."""
-
-
 class Masking(Protocol):
     """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
 
-    def client_side(self, client_id: int, first_round: int) -> Interceptor:
+    def client_side(
+        self, client_id: int, first_round: int, revealed: ReleaseLedger, *, tell: Callable[[str], None]
+    ) -> Interceptor:
         """Make a client's side."""
 
-    def server_side(self, inner: ServerTransport, first_round: int) -> MaskedTransport:
+    def server_side(
+        self, inner: ServerTransport, first_round: int, fixed: ReleaseLedger, clock: Clock
+    ) -> MaskedTransport:
         """Make the server's side, over a transport."""
 
 
@@ -58,6 +57,8 @@ class EngineInput:
         resumed: The checkpoint to go on from; None: at the beginning.
         faults: The faults to inject.
         masking: Hides single updates from the server; None: the server sees them.
+        releases: What the server releases, and has released before it was resumed.
+        releases_of: client_id → the same of a client in this process; None: nobody asks for it.
     """
 
     server: ServerPlan
@@ -70,6 +71,8 @@ class EngineInput:
     resumed: RunState | None = None
     faults: Faults = NO_FAULTS
     masking: Masking | None = None
+    releases: ReleaseLedger = field(default_factory=ReleaseLedger)
+    releases_of: Callable[[int], ReleaseLedger | None] = lambda _: None
 
     @property
     def first_open_round(self) -> int:
@@ -120,7 +123,10 @@ def make_server(
 
     The `absent` clients take part once they join.
     """
-    masked = given.masking and given.masking.server_side(transport, given.first_open_round)
+    fixed, clock = given.releases, given.trace.clock
+    masked = None
+    if given.masking is not None:
+        masked = given.masking.server_side(transport, given.first_open_round, fixed, clock)
     resumed = given.resumed
     if resumed is None:
         start = ServerStart(initial_server(params), absent=absent)
@@ -136,7 +142,8 @@ def make_server(
         given.trace,
         hooks=given.hooks,
         on_mark=on_mark,
-        masks_of=masked.masks_of if masked else None,
+        masked=masked,
+        releases=given.releases,
     )
 
 

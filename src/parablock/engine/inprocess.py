@@ -19,6 +19,7 @@ from parablock.engine.pipeline import Machines, Pipeline
 from parablock.engine.plans import ClientStart, Hooks
 from parablock.errors import StallError
 from parablock.storage.checkpoint import ClientSnapshot, RunState
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Trace
 from parablock.wire.messages import Mark, to_bytes
 from parablock.wire.transport import MemoryTransport, Parcel, StopAsked
@@ -83,9 +84,10 @@ class _Machine:
         self.client = make(start)
         self._keep()
 
-    def _keep(self) -> None:
+    def _keep(self, record: Callable[[], None] = lambda: None) -> None:
         """Keep the state that the machine would find on its disk after a crash."""
         self._kept = self.client.state, self.client.snapshot()
+        record()
 
     def run(self) -> None:
         """Run the client until the run is over, or the machine is gone for good."""
@@ -129,7 +131,9 @@ def run_in_process(given: EngineInput) -> EngineResult:
     server = make_server(given, params, transport, checkpoints.on_mark)
 
     def make_client(client_id: int, start: ClientStart) -> Client:
-        interceptor = masking.client_side(client_id, given.first_open_round) if masking else None
+        releases, first = given.releases_of(client_id), given.first_open_round
+        kept = releases or ReleaseLedger()
+        interceptor = masking.client_side(client_id, first, kept, tell=hooks.on_event) if masking else None
         end = FaultyEnd(client_id, transport, faults, trace.clock) if faults else transport
         pipeline = Pipeline(client_id, end, trace, stall_timeout_s=plan.stall_timeout_s, interceptor=interceptor)
         return Client(
@@ -142,6 +146,7 @@ def run_in_process(given: EngineInput) -> EngineResult:
             hand_in=checkpoints.hand_in,
             faults=faults,
             warn=hooks.on_event,
+            releases=releases,
         )
 
     def start_of(client_id: int) -> ClientStart:

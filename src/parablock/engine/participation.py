@@ -20,10 +20,18 @@ class Participation:
         plan: The server's settings.
         answer_s: For each client the seconds of its last answer, from before an interruption.
         absent: The clients that have not joined yet.
+        is_masked: Whether masks are made for the drawn clients, so that no other can stand in for them.
     """
 
-    def __init__(self, plan: ServerPlan, answer_s: Mapping[Any, float], absent: Collection[int] = ()) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        plan: ServerPlan,
+        answer_s: Mapping[Any, float],
+        absent: Collection[int] = (),
+        *,
+        is_masked: bool = False,
+    ) -> None:
+        self._plan, self._is_masked = plan, is_masked
         self._owes: dict[int, set[int]] = {client_id: set() for client_id in range(plan.num_clients)}
         self._left = set(absent)
         self._answer_s = {int(client_id): float(seconds) for client_id, seconds in answer_s.items()}
@@ -40,8 +48,13 @@ class Participation:
         """Return the drawn clients that can be asked, with stand-ins if they are fewer than `min_updates`."""
         able = [client_id for client_id in self._owes if not self.is_absent(client_id)]
         chosen = [client_id for client_id in drawn if client_id in able]
-        stand_ins = [client_id for client_id in able if client_id not in chosen]
+        stand_ins = [client_id for client_id in able if client_id not in chosen and not self._is_masked]
         return tuple(sorted(chosen + stand_ins[: max(0, self._plan.min_updates - len(chosen))]))
+
+    @property
+    def num_present(self) -> int:
+        """The number of clients that can be asked."""
+        return sum(not self.is_absent(client_id) for client_id in self._owes)
 
     def was_asked(self, client_id: int, round_index: int) -> bool:
         """Return whether a round asked a client."""

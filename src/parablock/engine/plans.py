@@ -32,6 +32,7 @@ class ServerPlan:
         deadline_factor: A round waits for this multiple of the median answer time; None: for all answers.
         waits_for_return: Whether a round that lacks updates waits, without limit, for clients to come back.
         folder: The folder of updates that memory does not hold; None: that of temporary files.
+        account: What noise hides and an account of ε counts: updates | means; empty: nothing.
     """
 
     num_clients: int
@@ -51,6 +52,7 @@ class ServerPlan:
     deadline_factor: float | None = None
     waits_for_return: bool = False
     folder: Path | None = None
+    account: str = ""
 
     def local_steps_for(self, step_s: Mapping[int, float], num_parameters: int) -> tuple[int, ...]:
         """Return K for a block of this size; see `LocalSteps.of_round`."""

@@ -7,9 +7,10 @@ The fold reads the same part of every update at a time: memory is a few times th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median_high
@@ -19,11 +20,14 @@ import torch
 from torch import Tensor
 
 from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate
+from parablock.engine.refusals import Refusal
 from parablock.engine.update_form import UpdateForm
 from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
 from parablock.errors import CodecError, TrainingError
+from parablock.storage.release_ledger import fingerprint
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector, pack
+from parablock.wire.transport import MaskedTransport
 
 MAX_NORM_RATIO = 100.0
 """Largest allowed ratio of an update's norm to the round's median."""
@@ -43,14 +47,6 @@ IN_MEMORY_BYTES = 64 << 20
 _NOTHING = pack(torch.empty(0), "float32")
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """The refusal of an update: one word for counting, and the end of the sentence "client 3 sent …"."""
-
-    reason: str
-    text: str
-
-
 class RoundFold:
     """The updates of one round, as far as they have come.
 
@@ -61,6 +57,7 @@ class RoundFold:
         num_parameters: The length of the block.
         form: The form of the updates.
         folder: The folder of updates that memory does not hold; None: that of temporary files.
+        is_accounted: Whether the updates are counted by their hashes.
     """
 
     def __init__(
@@ -71,11 +68,16 @@ class RoundFold:
         num_parameters: int,
         form: UpdateForm,
         folder: Path | None = None,
+        *,
+        is_accounted: bool = False,
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._form, self._cuts, self._asked = form, tuple(form.cuts(num_parameters)), dict(asked)
         self._store = UpdateStore(folder, IN_MEMORY_BYTES)
         self._came: dict[int, dict[int, int]] = {client_id: {} for client_id in asked}
+        self._hashes: dict[int, dict[int, str]] | None = (
+            {client_id: {} for client_id in asked} if is_accounted else None
+        )
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
         self._noise: np.random.Generator | None = None
@@ -135,6 +137,12 @@ class RoundFold:
         chunks = self._came[client_id]
         return f"client {client_id}: {len(chunks)} of {len(self._cuts)} chunks, {sum(chunks.values())} bytes"
 
+    def hash_of(self, *clients: int) -> str:
+        """Return a hash of what has come of these clients' updates; empty if nothing is accounted."""
+        hashes = self._hashes or {}
+        came = [f"{i}:{k}:{hash_}" for i in clients for k, hash_ in sorted(hashes.get(i, {}).items())]
+        return sha256("\n".join(came).encode()).hexdigest() if came else ""
+
     def take(self, client_id: int, update: Update) -> Refusal | None:
         """Take a chunk, or return why not.
 
@@ -150,6 +158,8 @@ class RoundFold:
         if not isfinite(squared_norm):
             return Refusal("not_finite", f"values that are not finite for block {self.block_index}")
         self._store.put(client_id, update.chunk_index, update.delta)
+        if self._hashes is not None:
+            self._hashes[client_id][update.chunk_index] = fingerprint([update.delta])
         self._came[client_id][update.chunk_index] = update.delta.raw.numel()
         self._squared_norms[client_id] += squared_norm
         self._first.setdefault(client_id, replace(update, delta=_NOTHING))
@@ -188,7 +198,7 @@ class RoundFold:
         return None
 
     def forget(self, client_id: int) -> None:
-        """Drop the chunks of a client that will send them again."""
+        """Drop the chunks of a client that will send others; the hashes of those that came stay, with the last."""
         self._begin_again_without(client_id)
         self._came[client_id] = {}
         self._came = dict(sorted(self._came.items()))
@@ -243,6 +253,7 @@ class RoundFold:
     def fold_next(self) -> tuple[slice, Tensor]:
         """Fold the next chunk of all clients; return its place in the block, and Δ̄ there."""
         index, factors, aggregation = self._num_folded, self._step_factors(), self._aggregation
+        aggregation.content = aggregation.content or self.hash_of(*self.expected)
         cut = self._cuts[index]
         if index == 0 and aggregation.needs_whole:
             aggregation.look_at({i: WholeUpdate(partial(self._whole, i, factors[i])) for i in self._came})
@@ -276,9 +287,29 @@ class RoundFold:
             for part in self._parts(cut):
                 yield self._form.numbers(self._store.read(client_id, index, part), factor)
 
-    def unmask(self, masks_of: Callable[[int, Sequence[int], int], Tensor]) -> None:
-        """Get the masks of the updates, before they are folded; see `MaskedServer.masks_of`."""
-        self._aggregation.masks = masks_of(self.round_index, self.expected, self._cuts[0].stop)
+    def unmask(self, masked: MaskedTransport) -> dict[int, Refusal]:
+        """Get the masks of the updates before they are folded; return the clients that have to be taken out first.
+
+        Raises:
+            MaskingError: The sum cannot be unmasked; see `MaskedServer.masks_of`.
+        """
+        t, clients = self.round_index, tuple(self.expected)
+        fixed = masked.fixed_set(t, clients)
+        if set(fixed) < set(clients):
+            refusal = Refusal("late", f"an update of round {t}, whose sum is that of clients {fixed}")
+            return dict.fromkeys(sorted(set(clients) - set(fixed)), refusal)
+        self._aggregation.masks = masked.masks_of(t, clients, self._cuts[0].stop)
+        return {}
+
+    @property
+    def absurd(self) -> str:
+        """Why the folded updates cannot be what they should; see `RoundAggregation.absurd`."""
+        return self._aggregation.absurd
+
+    @property
+    def content(self) -> str:
+        """A hash of the folded updates, for the account."""
+        return self._aggregation.content
 
     def _step_factors(self) -> dict[int, float]:
         """Return K̄ / K_i of each client, so that more local steps do not weigh more.

@@ -17,12 +17,9 @@ A round that can no longer get them is void and leaves its block as it was.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from parablock.algorithm.aggregate import apply_update
 from parablock.algorithm.parablock import (
@@ -38,15 +35,18 @@ from parablock.algorithm.schedule import next_block
 from parablock.engine.downlink import Downlink
 from parablock.engine.participation import Participation
 from parablock.engine.plans import Hooks, ServerPlan, ServerStart
-from parablock.engine.round_fold import Refusal, RoundFold
+from parablock.engine.refusals import Refusal, Refusals
+from parablock.engine.releasing import Releasing
+from parablock.engine.round_fold import RoundFold
+from parablock.engine.strays import Strays
 from parablock.errors import CodecError, StallError
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Trace
 from parablock.wire.messages import Join, Leave, Mark, NewValue, RoundStart, Skip, Update, Welcome, from_bytes
-from parablock.wire.transport import ServerTransport
+from parablock.wire.transport import MaskedTransport, ServerTransport
 
 SERVER = -1
 """The client_id of the draws that round the server's values."""
-MOST_TOLD = 100  # refusals of a client
 
 
 class Server:
@@ -59,7 +59,8 @@ class Server:
         trace: Records aggregation.
         hooks: Callbacks; `on_commit` is called right after each commit.
         on_mark: Called with (round_index, state, memory) at a checkpoint, before clients are asked for snapshots.
-        masks_of: Returns the sum of the masks of a round's updates; None without masks.
+        masked: The transport where updates come masked; None: they do not.
+        releases: The account of what is released, over all processes of the run; None: it begins here.
     """
 
     def __init__(
@@ -71,19 +72,23 @@ class Server:
         *,
         hooks: Hooks,
         on_mark: Callable[[int, ServerState, dict[str, Any]], None],
-        masks_of: Callable[[int, Sequence[int], int], Tensor] | None = None,
+        masked: MaskedTransport | None = None,
+        releases: ReleaseLedger | None = None,
     ) -> None:
         self.state, self._plan, self._transport, self._trace = start.state, plan, transport, trace
-        self._hooks, self._on_mark, self._masks_of = hooks, on_mark, masks_of
+        self._hooks, self._on_mark, self._is_masked = hooks, on_mark, masked is not None
         self._on_event, self._first_round, memory = hooks.on_event, start.first_round, start.memory
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never, start.overwritten)
-        self._participation = Participation(plan, memory.get("answer_s", {}), start.absent)
+        answer_s = memory.get("answer_s", {})
+        self._participation = Participation(plan, answer_s, start.absent, is_masked=self._is_masked)
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
-        self.refused, self._told = Counter[str](memory.get("refused", {})), Counter[int]()
+        refusals, ledger = Refusals(memory.get("refused", {}), hooks.on_event), releases or ReleaseLedger()
+        self.refused, self._count = refusals.counts, refusals.count
+        self._releasing = Releasing(plan.account, ledger, masked, refusals, self._participation)
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
-        self._committed_at_start, self._marked = start.state.committed, start.first_round
-        self._counted: dict[int, tuple[int, ...]] = {}
+        self._strays = Strays(self._participation, refusals, self._releasing, start.state.committed)
+        self._marked = start.first_round
         self._folds: dict[int, RoundFold] = {}
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
         for t in range(self.state.committed + 1, len(self.state.history)):
@@ -111,6 +116,9 @@ class Server:
 
     def _run(self) -> bool:
         plan = self._plan
+        for client_id in range(plan.num_clients):
+            if not self._releasing.can_mask(client_id):
+                self._take_leave(client_id, Leave("it has sent no keys"))
         for t in range(self._first_round, plan.num_rounds):
             self._commit_through(t - 1 - plan.delay)
             stop = t > self._first_round and self._hooks.asked_to_stop()
@@ -149,6 +157,8 @@ class Server:
     def _enough_of(self, drawn: tuple[int, ...], t: int) -> tuple[int, ...]:
         """Return the clients to ask, once enough of them are there."""
         while len(clients := self._participation.candidates(drawn)) < self._fewest:
+            if self._is_masked and self._participation.num_present >= self._fewest:
+                return ()  # nobody stands in for others: masks are made for those that are drawn
             self._wait(f"clients to come back: round {t} needs {self._fewest}, {len(clients)} are there")
         return clients
 
@@ -163,7 +173,8 @@ class Server:
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
         asked = {i: steps_of(self.state.local_steps[t], i) for i in self._participation.asked_in(t)}
-        return RoundFold(t, b, asked, self.state.params[b].numel(), self._plan.form, self._plan.folder)
+        size, plan, is_accounted = self.state.params[b].numel(), self._plan, bool(self._plan.account)
+        return RoundFold(t, b, asked, size, plan.form, plan.folder, is_accounted=is_accounted)
 
     def _mark(self, t: int, *, stop: bool) -> None:
         self._marked, memory = t, self._participation.memory(self.state.committed + 1)
@@ -189,17 +200,18 @@ class Server:
 
     def _commit(self, fold: RoundFold) -> None:
         t, b, updates = fold.round_index, fold.block_index, fold.updates
-        if len(fold.expected) < self._fewest:
+        if len(fold.expected) < self._fewest or fold.absurd:
             self._downlink.retract(b)
             self.state, updates = commit_nothing(self.state), []
-            self._on_event(f"round {t} cannot get {self._fewest} updates any more; block {b} stays as it was")
+            why = f"is refused: {fold.absurd}" if fold.absurd else f"cannot get {self._fewest} updates any more"
+            self._on_event(f"round {t} {why}; block {b} stays as it was")
         else:
             announce = partial(self._downlink.announce, b) if self._downlink.is_lossy(self.state) else None
             aggregate = fold.aggregate()
             self._downlink.announce_news(b, self._plan.form.news(aggregate))
             mean = aggregate.mean_delta  # the fold's own memory, free after this
             self.state = server_commit(self.state, aggregate, self._plan.server_optimizer, announce, into=mean)
-        self._counted[t] = tuple(update.client_id for update in updates)
+        self._strays.counted[t] = tuple(update.client_id for update in updates)
         for update in updates:
             self.step_s[update.client_id] = update.compute_s / update.num_local_steps
         self._hooks.on_commit(self.state, updates, self._transport.ledger.of_round(t))
@@ -211,14 +223,17 @@ class Server:
             self._refuse(client_id, fold, problem)
         if outliers:
             return
-        if self._masks_of is not None:
-            fold.unmask(self._masks_of)
+        for client_id, problem in (lost := self._releasing.unmask(fold)).items():
+            self._take_out(client_id, fold, problem)
+        if lost:
+            return
         plan = self._plan
         with (
             self._trace.span(None, "server", "aggregating", round_index=fold.round_index),
             self._trace.clock.working(plan.aggregation_s),
         ):
             part, mean = fold.fold_next()
+            self._releasing.count_mean(fold, part)
             streams = plan.form.encoding.chunk_bytes is not None
             if not streams and not self._downlink.is_lossy(self.state):
                 return
@@ -320,7 +335,7 @@ class Server:
         t = update.round_index
         fold = self._folds.get(t)
         if fold is None or client_id not in fold.expected:
-            self._take_stray(client_id, update, fold)
+            self._strays.take(client_id, update, fold, self._trace.clock.now())
             return
         problem = fold.take(client_id, update)
         if problem is not None and problem.reason in ("duplicate", "foreign"):
@@ -328,21 +343,8 @@ class Server:
         elif problem is not None:
             self._refuse(client_id, fold, problem)
         elif client_id in fold.delivered:
+            self._releasing.count_update(fold, client_id)
             self._participation.delivered(client_id, t, self._trace.clock.now())
-
-    def _take_stray(self, client_id: int, update: Update, fold: RoundFold | None) -> None:
-        """Count an update that no round waits for, once, with its last chunk."""
-        t = update.round_index
-        if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
-            return  # not the last chunk; or from before a resume, when the client cannot know that it has counted
-        if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
-            self._count(client_id, Refusal("unasked", f"an update of round {t}, which it was not asked for"))
-            return
-        self._participation.delivered(client_id, t, self._trace.clock.now())
-        if client_id in self._counted.get(t, ()):
-            self._count(client_id, Refusal("duplicate", f"the update of round {t} again"))
-        elif fold is None or fold.out.get(client_id, Refusal("late", "")).reason in ("late", "silent"):
-            self._count(client_id, Refusal("late", f"its update of round {t} after the round had ended"))
 
     def _refuse(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         self._count(client_id, problem)
@@ -352,6 +354,7 @@ class Server:
             fold.check_one_fits()
 
     def _take_out(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
+        self._releasing.count_update(fold, client_id)
         fold.take_out(client_id, problem)
         self._retract_if_begun_again(fold)
 
@@ -359,16 +362,13 @@ class Server:
         if fold.began_again:
             self._downlink.retract(fold.block_index)
 
-    def _count(self, client_id: int, problem: Refusal) -> None:
-        self.refused[problem.reason] += 1
-        self._told[client_id] += 1
-        if self._told[client_id] <= MOST_TOLD:
-            self._on_event(f"refused ({problem.reason}): client {client_id} sent {problem.text}")
-
     def _welcome(self, client_id: int, join: Join) -> None:
         """Ask a restarted client for the updates that it owes, and a checkpoint that it may have missed."""
         if misfit := self._downlink.misfit(self.state, join.versions):
             self._count(client_id, Refusal("misfit", misfit))
+            return
+        if not self._releasing.can_mask(client_id):
+            self._take_leave(client_id, Leave("its secrets are gone; it takes part when the run is started again"))
             return
         self._downlink.joins(client_id, join.versions)
         self._participation.is_back(client_id, self._trace.clock.now())

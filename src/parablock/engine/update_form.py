@@ -34,8 +34,8 @@ from parablock.wire.messages import new_block_value
 from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, join_chunks, pack, sparse_format
 from parablock.wire.sparse import CELL, Sparse
 
-NoiseOfRound = Callable[[int, tuple[int, ...]], Normals]
-"""(round_index, clients) → the noise that the server adds to the mean of their updates."""
+NoiseOfRound = Callable[[int, tuple[int, ...], str], Normals]
+"""(round_index, clients, hash of their updates) → the noise that the server adds to the mean of these updates."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,17 @@ from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
 from parablock.engine.update_form import Differences, FixedPointWords, SparseDifferences, UpdateForm
 from parablock.errors import ConfigError
 from parablock.experiment.protections import (
+    adds_noise,
     aggregation_rule,
     fewest_updates,
     grid_of,
     masking_of,
     noise_of_the_server,
     protections,
+    releases_of,
 )
 from parablock.methods.base import MethodModel
+from parablock.storage.audit_log import FILE_NAME, AuditLog
 from parablock.storage.checkpoint import RunState
 from parablock.trace import Trace
 from parablock.wire.quantize import SPARSE, Encoding, payload_format
@@ -57,6 +60,7 @@ def engine_input(
     resumed: RunState | None = None,
     faults: Faults,
     folder: Path | None = None,
+    log: AuditLog | None = None,
 ) -> EngineInput:
     """Return the input of an engine; see `EngineInput`.
 
@@ -69,6 +73,7 @@ def engine_input(
         resumed: The checkpoint to go on from; None: at the beginning.
         faults: The faults to inject.
         folder: The run directory; None without one.
+        log: The log of what server and clients release; None: nothing outlives the run.
     """
     form = model.form or update_form(config, secret, model.kinds)
     return EngineInput(
@@ -82,7 +87,23 @@ def engine_input(
         resumed=resumed,
         faults=faults,
         masking=masking_of(config),
+        releases=releases_of(config, log),
+        releases_of=lambda client_id: releases_of(config, log, f"client-{client_id}") if log else None,
     )
+
+
+def release_log(config: RunConfig, folder: Path | None) -> AuditLog | None:
+    """Return the log of what server and clients of this process release; None where nothing is hidden."""
+    if folder is None or not (adds_noise(config) or masking_of(config)):
+        return None
+    return AuditLog((folder if config.engine.name == "inprocess" else folder / "deployment") / FILE_NAME)
+
+
+def account_of(config: RunConfig) -> str:
+    """Return what an account of ε counts; see `ServerPlan`."""
+    if not adds_noise(config):
+        return ""
+    return "updates" if config.privacy.mode == "local" else "means"
 
 
 def update_form(config: RunConfig, secret: bytes | None = None, kinds: Kinds | None = None) -> UpdateForm:
@@ -141,6 +162,7 @@ def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None)
         min_updates=fewest_updates(config),
         deadline_factor=federation.deadline_factor,
         folder=folder,
+        account=account_of(config),
     )
 
 

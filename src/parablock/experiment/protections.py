@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.robust import Normals, Rule
-from parablock.algorithm.schedule import cohort
 from parablock.config.keys import RunConfig
 from parablock.config.methods import cohort_size
 from parablock.engine.update_form import NoiseOfRound
 from parablock.errors import ConfigError
 from parablock.privacy.protection import Protection, threshold_of
+from parablock.storage.audit_log import AuditLog
+from parablock.storage.release_ledger import ReleaseLedger
 
 if TYPE_CHECKING:
     from parablock.privacy.secure_aggregation import SecureAggregation
@@ -98,9 +99,9 @@ def noise_of_the_server(config: RunConfig, secret: bytes | None) -> NoiseOfRound
 
     assert secret is not None
 
-    def normals(round_index: int, clients: tuple[int, ...]) -> Normals:
-        # the same noise on the sums of two sets of clients would reveal their difference
-        return Keystream(derive(secret, "server", round_index, *clients)).normals
+    def normals(round_index: int, clients: tuple[int, ...], content: str) -> Normals:
+        # the same noise on two sums would reveal their difference
+        return Keystream(derive(secret, "server", round_index, *clients, content)).normals
 
     return normals
 
@@ -118,25 +119,30 @@ def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Prot
 
         assert secret is not None
         own = derive(secret, "client", client_id)
-        return Protection(
-            privacy.clip_norm, privacy.noise_multiplier, lambda t: Keystream(derive(own, "noise", t)).normals
-        )
+
+        def normals(round_index: int, content: str) -> Normals:
+            return Keystream(derive(own, "noise", round_index, content)).normals
+
+        return Protection(privacy.clip_norm, privacy.noise_multiplier, normals)
 
     return of_client
 
 
-def privacy_spent(config: RunConfig, num_rounds: int) -> dict[str, Any]:
-    """Return ε and δ of the client that was asked most often in these rounds; empty without noise."""
-    privacy, federation = config.privacy, config.federation
+def releases_of(config: RunConfig, log: AuditLog | None, run: str = "") -> ReleaseLedger:
+    """Return the ledger of what a client or the server releases; strict where noise or masks hide updates."""
+    is_private = adds_noise(config) or config.privacy.secure_aggregation == "masked"
+    return ReleaseLedger(log, run, is_strict=is_private)
+
+
+def privacy_spent(config: RunConfig, releases: ReleaseLedger, through: int | None = None) -> dict[str, Any]:
+    """Return ε and δ of the client with the most releases up to a round; empty without noise."""
+    privacy = config.privacy
     if not adds_noise(config):
         return {}
     from parablock.privacy.accounting import Accountant
 
-    asked = [0] * federation.num_clients
-    for t in range(num_rounds):
-        for client_id in cohort(
-            t, num_clients=federation.num_clients, participation=federation.participation, seed=config.seed
-        ):
-            asked[client_id] += 1
-    accountant = Accountant(privacy.noise_multiplier, privacy.mode, privacy.delta)
-    return {"epsilon": accountant.epsilon(max(asked)), "delta": privacy.delta}
+    most = max(releases.releases_by_client(through).values(), default=0)
+    return {
+        "epsilon": Accountant(privacy.noise_multiplier, privacy.mode, privacy.delta).epsilon(most),
+        "delta": privacy.delta,
+    }

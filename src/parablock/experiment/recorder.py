@@ -22,6 +22,7 @@ from parablock.experiment.protections import privacy_spent
 from parablock.experiment.trackers import figures_of, open_trackers
 from parablock.methods.base import MethodModel
 from parablock.storage.checkpoint import RunState, save_checkpoint
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.run_directory import Row, RunDirectory, time_and_bytes
 from parablock.trace import Trace
 from parablock.wire.messages import Update
@@ -40,6 +41,7 @@ class Recorder:
         model: The model, which is scored between rounds.
         began: When this process began with the run, by `time.perf_counter`.
         state: The checkpoint that the run goes on from; None at the start, when the base model is scored.
+        releases: What ε is made of.
 
     Attributes:
         trace: The spans so far; its clock is the run's.
@@ -56,7 +58,9 @@ class Recorder:
         *,
         began: float,
         state: RunState | None,
+        releases: ReleaseLedger,
     ) -> None:
+        self._releases = releases
         self._config, self._directory, self._progress, self._model = config, directory, progress, model
         self._began, self._elapsed_before, self._last_commit_s, start_s = began, 0.0, 0.0, 0.0
         self.unsaved: StorageError | None = None
@@ -89,7 +93,7 @@ class Recorder:
         """Record a round, with the model's loss if it is due; the last round waits for `record_last`."""
         now = self._clock.now()
         row = _row(server, updates, traffic, round_s=now - self._last_commit_s)
-        row |= privacy_spent(self._config, server.committed + 1)
+        row |= privacy_spent(self._config, self._releases, server.committed)
         self._last_commit_s = now
         every = self._config.evaluation.every_rounds
         is_last = server.committed == self._config.federation.num_rounds - 1
@@ -123,6 +127,7 @@ class Recorder:
             "elapsed_s": self._elapsed_s(),
             "clock_s": self._clock.now(),
             "last_commit_s": self._last_commit_s,
+            "released": self._releases.newest,
         }
         keep = checkpoints_kept(self._config)
         try:
@@ -160,7 +165,7 @@ class Recorder:
             **time_and_bytes(self._rows, self.trace.spans),
             "peak_memory_bytes": _peak_memory_bytes(),
             "model_sha256": None,
-            **privacy_spent(self._config, len(self._rows)),
+            **privacy_spent(self._config, self._releases),
             **self.troubles,
             **outcome,
         }

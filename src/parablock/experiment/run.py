@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,17 @@ from parablock.config.load import load_config
 from parablock.engine.contract import Engine, EngineResult
 from parablock.engine.plans import Hooks
 from parablock.errors import CheckpointError, InputError
-from parablock.experiment.engines import InProcess, check_in_process, clients_of, engine_input, faults_of
+from parablock.experiment.engines import (
+    InProcess,
+    check_in_process,
+    clients_of,
+    engine_input,
+    faults_of,
+    release_log,
+)
 from parablock.experiment.inputs import read_inputs
 from parablock.experiment.progress import LoggedProgress, Progress
-from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret
+from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, releases_of
 from parablock.experiment.recorder import Recorder, Summary
 from parablock.experiment.trackers import check_trackers
 from parablock.methods.base import MethodModel, RunInputs
@@ -133,20 +140,33 @@ class _Run:
     def execute(self, state: RunState | None) -> Summary:
         """Run to the end or to a stop, from a checkpoint or, with None, from the start."""
         config, directory, progress = self.inputs.config, self.directory, self.progress
+        log = release_log(config, directory.path)
+        releases = releases_of(config, log)
+        if state is not None:
+            releases.check_holds(state.progress.get("released", ""))
         model = make_method_model(self.inputs, None if self.engine.is_local else ())
         for note in self.inputs.notes:
             progress.message(note)
         if state is None:
             progress.message(f"scoring the base model on {len(self.inputs.test)} test examples")
-        recorder = Recorder(config, directory, progress, model, began=self.began, state=state)
+        recorder = Recorder(config, directory, progress, model, began=self.began, state=state, releases=releases)
         progress.start(config.federation.num_rounds, clients_of(config), recorder.num_done)
         faults = faults_of(config, state.progress["faults"] if state else ())
         hooks = Hooks(recorder.on_commit, recorder.on_checkpoint, self.asked_to_stop, progress.message)
         secret, folder = directory.read_secret() if adds_noise(config) else None, directory.path
         try:
             given = engine_input(
-                config, model, recorder.trace, hooks, secret=secret, resumed=state, faults=faults, folder=folder
+                config,
+                model,
+                recorder.trace,
+                hooks,
+                secret=secret,
+                resumed=state,
+                faults=faults,
+                folder=folder,
+                log=log,
             )
+            given = replace(given, releases=releases)
             result = self.engine.run(given)
             if faults or result.refused:
                 recorder.troubles = {"faults": faults.counts, "refused_updates": result.refused}

@@ -2,11 +2,19 @@
 
 The compute thread hands over fixed-point updates and never sees messages of the protocol. So masks take no time
 from training, and a snapshot holds the plain update.
+
+Each message of the protocol is accepted once, in its turn: `Roster`, then `Letters`, then one `Reveal` a round. Any
+other is refused, counted and told, and changes nothing. A roster or letters that do not hold what they must end the
+client's part: without them it can mask nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,108 +22,194 @@ from cryptography.exceptions import InvalidTag
 
 from parablock.errors import CodecError
 from parablock.privacy import masking
+from parablock.privacy.identities import Identity, check_proof, to_be_signed
 from parablock.privacy.keystream import KEY_BYTES, new_key
-from parablock.privacy.masking import SHARE_BYTES, Cohorts
+from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts
 from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
-from parablock.wire.messages import Update, from_bytes, kind_of, to_bytes
+from parablock.wire.messages import Skip, Update, from_bytes, kind_of, to_bytes
 from parablock.wire.quantize import pack
-from parablock.wire.sealing import SEALING_KINDS, pack_bytes, unpack_bytes
+from parablock.wire.sealing import SEALING_KINDS, cut, pack_bytes
 from parablock.wire.transport import Parcel
 
 
-class MaskedClient:
-    """One client's secrets and its part of the protocol, for the cohorts of future rounds."""
+class Fixed(Protocol):
+    """What a client or the server has to keep beyond its own life: see `ReleaseLedger.fix`."""
 
-    def __init__(self, client_id: int, cohorts: Cohorts) -> None:
-        self._client_id, self._cohorts = client_id, cohorts
+    def fix(self, kind: str, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
+        """Record the set of a round, unless one is there; return the one that holds."""
+
+
+class MaskedClient:
+    """One client's secrets and its part of the protocol, for the cohorts of future rounds.
+
+    Args:
+        client_id: The client.
+        cohorts: The drawn cohorts of the rounds to come.
+        revealed: Keeps for which set of clients it has given shares in a round.
+        identity: Signs this client's keys, and checks those of the others; None: nobody has certificates.
+        context: The session that a signature is for.
+        tell: Gets a line for each refused message.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        cohorts: Cohorts,
+        revealed: Fixed,
+        *,
+        identity: Identity | None = None,
+        context: str = "",
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._client_id, self._cohorts, self._revealed = client_id, cohorts, revealed
+        self._identity, self._context, self._tell = identity, context, tell
         self._rounds = cohorts.rounds_of(client_id)
         self._first = min(cohorts.of_round, default=0)
         self._letter_key = masking.new_private_key()
         self._mask_keys = {t: masking.new_private_key() for t in self._rounds}
         self._seeds = {t: new_key() for t in self._rounds}
-        self._public: list[list[bytes]] = []
+        self._opened = False
+        self._public: dict[int, list[bytes]] = {}
+        """The public keys of each member; empty until the roster comes."""
+        self._members: tuple[int, ...] | None = None
+        """The clients to mask with; None until the letters come."""
         self._kept: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         """For each (round, client): this client's shares of the other's seed and key."""
-        self._revealed: dict[int, tuple[int, ...]] = {}
-        self._held: list[Parcel] | None = []
-        """Updates that wait for the keys of the others; None once the keys are there."""
+        self._masked: dict[int, bytes] = {}
+        """The hash of the one update of each round that this client has masked."""
+        self._held: list[Parcel] = []
+        """Updates that wait for the letters."""
+        self.refused = Counter[str]()
 
     def opening(self) -> list[Parcel]:
         """Return the first messages of this client."""
-        if self._public:  # the client was gone and is back
+        if self._opened:  # the client was gone and is back
             return []
-        keys = [self._letter_key, *self._mask_keys.values()]
-        content = b"".join(masking.public_key(key) for key in keys)
-        return [Parcel(to_bytes(sealing.Advertise(self._client_id, pack_bytes(content))), self._first)]
+        self._opened = True
+        keys = self._own_keys()
+        proof = b"" if self._identity is None else self._identity.sign(self._signed(keys))
+        return [self._first_parcel(sealing.Advertise(self._client_id, pack_bytes(keys), pack_bytes(proof)))]
 
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
         """Return a message with its update masked, or keep it until the keys are there."""
-        if self._held is None:
-            return [self._mask(parcel)]
-        self._held.append(parcel)
-        return []
+        if kind_of(parcel.message) != "Update":
+            return [parcel]
+        if self._members is None:
+            self._held.append(parcel)
+            return []
+        return self._mask(parcel)
 
     def incoming(self, parcel: Parcel) -> list[Parcel] | None:
         """Return the answers to a message of the protocol; None for any other message.
 
         Raises:
-            CodecError: The server asks for forbidden shares, or a letter cannot be read.
+            CodecError: The roster or the letters are not what they must be.
         """
         if kind_of(parcel.message) not in SEALING_KINDS:
             return None
-        message = from_bytes(parcel.message)
+        try:
+            message = from_bytes(parcel.message)
+        except CodecError as error:
+            return self._refuse(f"a message that cannot be decoded: {error.what}")
         match message:
-            case sealing.Roster():
-                return [Parcel(to_bytes(self._seal_shares(message)), self._first)]
-            case sealing.Letters():
+            case sealing.Roster() if self._opened and not self._public:
+                return [self._first_parcel(self._seal_shares(message))]
+            case sealing.Letters() if self._public and self._members is None:
                 self._read(message)
-                held, self._held = self._held or [], None
-                return [self._mask(waiting) for waiting in held]
+                held, self._held = self._held, []
+                return [masked for waiting in held for masked in self._mask(waiting)]
             case sealing.Reveal():
-                return [Parcel(to_bytes(self._answer_reveal(message)), message.round_index)]
-        return None
+                return self._answer_reveal(message)
+        return self._refuse(f"a {type(message).__name__} out of its turn")
+
+    def _refuse(self, problem: str) -> list[Parcel]:
+        self.refused["masking"] += 1
+        self._tell(f"client {self._client_id} refuses what the server sent: {problem}")
+        return []
+
+    def _first_parcel(self, message: sealing.Sealing) -> Parcel:
+        return Parcel(to_bytes(message), self._first)
+
+    def _own_keys(self) -> bytes:
+        return b"".join(masking.public_key(key) for key in (self._letter_key, *self._mask_keys.values()))
+
+    def _signed(self, keys: bytes) -> bytes:
+        return to_be_signed(self._context, self._client_id, keys)
+
+    # ── before the first round ──────────────────────────────────────────────────────────────────────
 
     def _seal_shares(self, roster: sealing.Roster) -> sealing.Shares:
-        content, end = unpack_bytes(roster.keys), 0
-        for client_id in range(self._cohorts.num_clients):
-            begin, end = end, end + KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
-            self._public.append([content[k : k + KEY_BYTES] for k in range(begin, end, KEY_BYTES)])
-        letters: list[list[bytes]] = [[] for _ in range(self._cohorts.num_clients)]
+        self._read_roster(roster)
+        letters: dict[int, list[bytes]] = {other: [] for other in range(self._cohorts.num_clients)}
+        commitments: list[bytes] = []
         for t in self._rounds:
             cohort = self._cohorts.of_round[t]
             threshold = threshold_of(len(cohort))
             seeds = masking.split_secret(self._seeds[t], len(cohort), threshold)
             keys = masking.split_secret(self._mask_keys[t], len(cohort), threshold)
-            for other, seed, key in zip(cohort, seeds, keys, strict=True):
-                letters[other] += [seed, key]
+            commitments.append(masking.commit(t, self._client_id, -1, self._seeds[t]))
+            for other, *shares in zip(cohort, seeds, keys, strict=True):
+                letters[other] += shares
+                commitments += [masking.commit(t, self._client_id, other, share) for share in shares]
         self._keep(self._client_id, b"".join(letters[self._client_id]))
         sealed = [
             masking.seal(self._letter_key_with(other), self._client_id, other, b"".join(letters[other]))
-            for other in range(self._cohorts.num_clients)
+            for other in self._public
             if other != self._client_id
         ]
-        return sealing.Shares(self._client_id, tuple(map(len, sealed)), pack_bytes(b"".join(sealed)))
+        lengths = tuple(map(len, sealed))
+        return sealing.Shares(
+            self._client_id, lengths, pack_bytes(b"".join(sealed)), pack_bytes(b"".join(commitments))
+        )
+
+    def _read_roster(self, roster: sealing.Roster) -> None:
+        if not len(roster.clients) == len(roster.key_bytes) == len(roster.proof_bytes):
+            raise self._unfit("a roster whose lists differ in length")
+        public = {}
+        all_keys, proofs = cut(roster.keys, roster.key_bytes), cut(roster.proofs, roster.proof_bytes)
+        for client_id, keys, proof in zip(roster.clients, all_keys, proofs, strict=True):
+            if client_id >= self._cohorts.num_clients or len(keys) != self._cohorts.num_key_bytes(client_id):
+                raise self._unfit(f"{len(keys)} bytes as the keys of client {client_id}")
+            check_proof(self._identity, self._context, client_id, keys, proof)
+            public[client_id] = [keys[k : k + KEY_BYTES] for k in range(0, len(keys), KEY_BYTES)]
+        if b"".join(public.get(self._client_id, ())) != self._own_keys():
+            raise self._unfit("a roster in which this client's keys are not its own")
+        all_public = [key for keys in public.values() for key in keys]
+        if len(set(all_public)) != len(all_public):
+            raise self._unfit("a roster in which a key stands twice")
+        for client_id in public:
+            if client_id != self._client_id:  # every key is one, or nothing is sealed
+                masking.agree_key(self._letter_key, public[client_id][0], "letters")
+        self._public = public
 
     def _read(self, message: sealing.Letters) -> None:
-        content, end = unpack_bytes(message.letters), 0
-        others = [other for other in range(self._cohorts.num_clients) if other != self._client_id]
-        if len(message.letter_bytes) != len(others):
-            raise CodecError(
-                f"client {self._client_id} got {len(message.letter_bytes)} letters from {len(others)} clients",
-                cause="The server runs another configuration.",
-            )
-        for other, size in zip(others, message.letter_bytes, strict=True):
-            begin, end = end, end + size
-            key = self._letter_key_with(other)
-            try:
-                self._keep(other, masking.unseal(key, other, self._client_id, content[begin:end]))
-            except InvalidTag:
-                raise CodecError(
-                    f"client {self._client_id} cannot read the letter of client {other}",
-                    cause="The letter was changed on its way, or one of the clients restarted with other keys.",
-                    remedy="Start the run again; if it happens again, do not trust the server.",
-                ) from None
+        senders = message.clients
+        common = {other: len(self._cohorts.rounds_of(self._client_id, other)) for other in senders}
+        if self._client_id in senders or not set(senders) <= set(self._public):
+            raise self._unfit(f"letters of clients {senders}")
+        if len(message.letter_bytes) != len(senders):
+            raise self._unfit(f"{len(message.letter_bytes)} letters from {len(senders)} clients")
+        lengths = [2 * COMMITMENT_BYTES * common[other] for other in senders]
+        letters, commitments = cut(message.letters, message.letter_bytes), cut(message.commitments, lengths)
+        for other, letter, committed in zip(senders, letters, commitments, strict=True):
+            self._open(other, letter, committed)
+        self._members = tuple(sorted((*senders, self._client_id)))
+
+    def _open(self, other: int, letter: bytes, committed: bytes) -> None:
+        """Keep the shares in a letter, if they are those that their dealer is bound to."""
+        try:
+            content = masking.unseal(self._letter_key_with(other), other, self._client_id, letter)
+        except InvalidTag:
+            self._refuse(f"the letter of client {other}, which cannot be read")
+            return
+        shares = [content[k : k + SHARE_BYTES] for k in range(0, len(content), SHARE_BYTES)]
+        rounds = [t for t in self._cohorts.rounds_of(self._client_id, other) for _ in range(2)]
+        own = [masking.commit(t, other, self._client_id, share) for t, share in zip(rounds, shares, strict=False)]
+        if len(content) != self._cohorts.num_letter_bytes(other, self._client_id) or b"".join(own) != committed:
+            self._refuse(f"the letter of client {other}, whose shares are not those that it is bound to")
+            return
+        self._keep(other, content)
 
     def _keep(self, other: int, content: bytes) -> None:
         for place, t in enumerate(self._cohorts.rounds_of(self._client_id, other)):
@@ -126,31 +220,58 @@ class MaskedClient:
     def _letter_key_with(self, other: int) -> bytes:
         return masking.agree_key(self._letter_key, self._public[other][0], "letters")
 
-    def _mask(self, parcel: Parcel) -> Parcel:
-        if kind_of(parcel.message) != "Update":
-            return parcel
+    def _unfit(self, found: str) -> CodecError:
+        return CodecError(
+            f"the server gave client {self._client_id} {found}",
+            cause="The server runs another configuration, or tries to read masked updates.",
+            remedy="Give server and sites the same configuration; if it happens again, do not trust the server.",
+        )
+
+    # ── in a round ──────────────────────────────────────────────────────────────────────────────────
+
+    def _mask(self, parcel: Parcel) -> list[Parcel]:
         message = from_bytes(parcel.message)
-        assert isinstance(message, Update)
+        assert isinstance(message, Update) and self._members is not None
         t, size = message.round_index, message.delta.num_elements
+        cohort = self._cohorts.of_round.get(t, ())
+        partners = [other for other in cohort if other in self._members]
+        if self._client_id not in cohort or len(partners) < threshold_of(len(cohort)):
+            self._refuse(f"round {t}, in which {len(partners)} of {len(cohort)} clients can mask")
+            return [replace(parcel, message=to_bytes(Skip(t)))]
+        content = sha256(message.delta.raw.numpy().data).digest()
+        if self._masked.setdefault(t, content) != content:
+            self._refuse(f"round {t} once more: a mask covers one update")
+            return [replace(parcel, message=to_bytes(Skip(t)))]
         masks = [masking.own_mask(self._seeds[t], size)]
-        for other in self._cohorts.of_round[t]:
+        for other in partners:
             if other != self._client_id:
                 public = self._public[other][self._cohorts.place_of(other, t)]
                 masks.append(masking.pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
         words = message.delta.values.numpy().view(np.uint32)
         masked = torch.from_numpy(masking.add_words([words, *masks], size).view(np.int32))
-        return replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))
+        return [replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))]
 
-    def _answer_reveal(self, message: sealing.Reveal) -> sealing.Revealed:
+    def _answer_reveal(self, message: sealing.Reveal) -> list[Parcel]:
+        """Return the shares for a sum; none, in words, if it is not one that the server may have."""
         t, clients = message.round_index, message.clients
+        problem = self._forbidden(t, clients)
+        shares: list[bytes] = []
+        if problem:
+            self._refuse(f"it asks for the sum of clients {clients} in round {t}, {problem}")
+        else:
+            kept = {other: self._kept.get((t, other)) for other in self._cohorts.of_round[t]}
+            shares = [NO_SHARE if two is None else two[other not in clients] for other, two in kept.items()]
+        return [Parcel(to_bytes(sealing.Revealed(t, self._client_id, pack_bytes(b"".join(shares)))), t)]
+
+    def _forbidden(self, t: int, clients: tuple[int, ...]) -> str:
+        """Return why the server may not have a sum; empty if it may."""
         cohort = self._cohorts.of_round.get(t, ())
-        before = self._revealed.setdefault(t, clients)
-        if before != clients or not set(clients) <= set(cohort) or len(clients) < threshold_of(len(cohort)):
-            raise CodecError(
-                f"client {self._client_id} was asked to reveal the sum of clients {clients} in round {t}, after "
-                f"{before}, of {cohort}",
-                cause="The server asks for two sums of one round, or for one of too few.",
-                remedy="Two sums would reveal a single update; do not trust this server.",
-            )
-        shares = [self._kept[t, other][0 if other in clients else 1] for other in cohort]
-        return sealing.Revealed(t, self._client_id, pack_bytes(b"".join(shares)))
+        if self._members is None or self._client_id not in cohort:
+            return "in which this client takes no part"
+        if not set(clients) <= set(cohort) or len(set(clients)) < threshold_of(len(cohort)):
+            return f"which is one of too few, or of others than {cohort}"
+        if self._client_id in clients and t not in self._masked:
+            return "in which this client has sent nothing"
+        if (before := self._revealed.fix("reveal", t, clients)) != clients:
+            return f"after that of clients {before}; two sums would reveal a single update"
+        return ""

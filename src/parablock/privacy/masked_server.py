@@ -1,43 +1,69 @@
 """The server's side of secure aggregation: it forwards keys and letters, and computes the masks of sums.
 
 It wraps the server's transport and handles the messages of the protocol, which the server never sees. All clients
-get all keys and letters before the first other message of a run.
+that take part get all keys and letters before the first other message of a run. A client that does not send its own
+in time takes part in no round of the session; nobody waits for it.
+
+Each message of a client is accepted once, in its turn, under its own name. Any other is refused and counted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.errors import CodecError
+from parablock.clock import Clock
+from parablock.errors import CodecError, MaskingError
 from parablock.privacy import masking
 from parablock.privacy.keystream import KEY_BYTES
-from parablock.privacy.masking import SHARE_BYTES, Cohorts
+from parablock.privacy.masked_client import Fixed
+from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts, Words
 from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
-from parablock.wire.sealing import SEALING_KINDS, pack_bytes, unpack_bytes
+from parablock.wire.sealing import SEALING_KINDS, cut, pack_bytes, unpack_bytes
 from parablock.wire.transport import Ledger, Parcel, ServerTransport
+
+MAX_PROOF_BYTES = 16 << 10
+TAG_BYTES = 16
+"""What sealing adds to a letter."""
 
 
 class MaskedServer:
     """The server's end of a transport, for masked updates: it wraps the transport `inner`.
 
-    `stall_timeout_s` is the patience, in seconds without progress of the protocol, until a StallError.
+    Args:
+        inner: The transport.
+        cohorts: The drawn cohorts of the rounds to come.
+        fixed: Keeps of which clients' updates a round's sum is.
+        clock: The run's clock.
+        stall_timeout_s: Seconds until a step of the protocol goes on without the clients that have not answered.
+
+    Attributes:
+        on_refusal: Called with (client, reason in a word, end of the sentence "client 3 sent …").
     """
 
-    def __init__(self, inner: ServerTransport, cohorts: Cohorts, *, stall_timeout_s: float) -> None:
+    def __init__(
+        self, inner: ServerTransport, cohorts: Cohorts, fixed: Fixed, clock: Clock, *, stall_timeout_s: float
+    ) -> None:
         self._inner, self._cohorts, self._stall_timeout_s = inner, cohorts, stall_timeout_s
+        self._fixed, self._clock = fixed, clock
         self._first = min(cohorts.of_round, default=0)
-        self._keys: dict[int, bytes] = {}
-        self._shares: dict[int, sealing.Shares] = {}
-        self._revealed: dict[int, dict[int, bytes]] = {}
+        self._advertised: dict[int, sealing.Advertise] = {}
+        self._roster: tuple[int, ...] | None = None
+        self._letters: dict[int, dict[int, bytes]] = {}
+        self._members: tuple[int, ...] | None = None
+        self._restarted: set[int] = set()
+        """Members that have advertised other keys since: their secrets are gone."""
+        self._commitments: dict[tuple[int, int], list[bytes]] = {}
+        self._asked: tuple[int, frozenset[int]] | None = None
+        self._revealed: dict[int, list[bytes]] = {}
         self._waiting = deque[tuple[int, bytes]]()
-        self._has_begun = False
+        self.on_refusal: Callable[[int, str, str], None] = lambda *_: None
 
     @property
     def ledger(self) -> Ledger:
@@ -74,101 +100,209 @@ class MaskedServer:
             self._take(*received)
         return self._waiting.popleft()
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The clients that can take part, after the exchange of keys."""
+        self._begin()
+        return tuple(i for i in self._members or () if i not in self._restarted)
+
+    def fixed_set(self, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the clients of whose updates the round's sum has to be: these, unless others were fixed before."""
+        return self._fixed.fix("set", round_index, clients)
+
     def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
         """Return the sum of the masks of these clients' updates, once in a round: 1-D, int32, `size` words.
 
         The clients are those whose updates have come; at least all but a third of the cohort.
 
         Raises:
-            StallError: Too few clients answer.
-            CodecError: Their shares do not fit together.
+            MaskingError: Too few clients have revealed shares, or a client is at fault, which is named.
         """
-        cohort = self._cohorts.of_round[round_index]
-        revealed = self._revealed.setdefault(round_index, {})
-        message = to_bytes(sealing.Reveal(round_index, tuple(clients)))
-        for client_id in cohort:
-            self._inner.send(client_id, Parcel(message, round_index))
-        while len(revealed) < threshold_of(len(cohort)):
-            self._receive(f"the mask shares of round {round_index}, which {len(revealed)} clients have revealed")
-        shares = dict(sorted(revealed.items())[: threshold_of(len(cohort))])
-        parts = []
-        for place, client_id in enumerate(cohort):
-            begin = place * SHARE_BYTES
-            own_shares = {cohort.index(i): content[begin : begin + SHARE_BYTES] for i, content in shares.items()}
-            try:
-                secret = masking.join_secret(own_shares)
-            except ValueError:
-                raise _unfit(client_id) from None
-            if client_id in clients:
+        t, chosen, cohort = round_index, tuple(sorted(clients)), self._cohorts.of_round[round_index]
+        members = [i for i in cohort if i in (self._members or ())]
+        if not set(chosen) <= set(members) or len(chosen) < threshold_of(len(cohort)):
+            raise MaskingError(f"a sum of clients {chosen} of {cohort} in round {t} is one of too few")
+        if (fixed := self.fixed_set(t, chosen)) != chosen:
+            raise MaskingError(f"the sum of round {t} was begun for clients {fixed}, and {chosen} are there")
+        self._reveal(t, chosen, members)
+        parts: list[Words] = []
+        for dealer in members:
+            secret = self._secret_of(t, dealer, cohort, is_seed=dealer in chosen)
+            if dealer in chosen:
                 parts.append(masking.own_mask(secret, size))
                 continue
-            if masking.public_key(secret) != self._key(client_id, round_index):
-                raise _unfit(client_id)
-            for other in clients:  # their pair masks with the client whose update is missing
-                public = self._key(other, round_index)
-                parts.append(masking.pair_mask(secret, public, round_index, other, client_id, size))
+            for other in chosen:  # their pair masks with the client whose update is missing
+                public = self._key(other, t)
+                parts.append(masking.pair_mask(secret, public, t, other, dealer, size))
+        self._revealed = {}
         return torch.from_numpy(masking.add_words(parts, size).view(np.int32))
+
+    def _reveal(self, t: int, chosen: tuple[int, ...], members: Sequence[int]) -> None:
+        """Ask for shares, until there are enough, or no more will come."""
+        self._asked, self._revealed = (t, frozenset(chosen)), {}
+        message = to_bytes(sealing.Reveal(t, chosen))
+        for client_id in members:
+            self._inner.send(client_id, Parcel(message, t))
+        cohort = self._cohorts.of_round[t]
+        threshold = threshold_of(len(cohort))
+        self._wait_for(
+            members, self._revealed, lambda: all(len(self._shares_of(i, cohort)) >= threshold for i in members)
+        )
+        self._asked = None
+        if len(self._good()) < threshold:
+            raise MaskingError(
+                f"{len(self._good())} clients have revealed shares of round {t}, of {threshold} that it takes",
+                cause="The others are gone, or refuse: their own logs say why.",
+            )
+
+    def _good(self) -> dict[int, list[bytes]]:
+        return {i: shares for i, shares in self._revealed.items() if shares}
+
+    def _shares_of(self, dealer: int, cohort: tuple[int, ...]) -> dict[int, bytes]:
+        """Return what has been revealed of a client's secret: number of the share → share."""
+        place = cohort.index(dealer)
+        shares = {cohort.index(i): found[place] for i, found in sorted(self._good().items())}
+        return {number: share for number, share in shares.items() if share != NO_SHARE}
+
+    def _secret_of(self, t: int, dealer: int, cohort: tuple[int, ...], *, is_seed: bool) -> bytes:
+        """Return a client's seed or key of a round from the shares that were revealed."""
+        shares, threshold = self._shares_of(dealer, cohort), threshold_of(len(cohort))
+        if len(shares) < threshold:
+            raise MaskingError(
+                f"{len(shares)} clients have a share of client {dealer}'s secret of round {t}, of {threshold}",
+                cause=f"Client {dealer} sent the others letters that they could not use.",
+                client_id=dealer,
+            )
+        try:
+            secret = masking.join_secret(dict(list(shares.items())[:threshold]))
+            own = self._commitments[t, dealer][0]
+            if is_seed:
+                fits = masking.commit(t, dealer, -1, secret) == own
+            else:
+                fits = masking.public_key(secret) == self._key(dealer, t)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise MaskingError(
+                f"the shares of client {dealer}'s secret of round {t} do not fit together",
+                cause=f"Client {dealer} has split another secret than the one that it masks with.",
+                client_id=dealer,
+            )
+        return secret
 
     def _begin(self) -> None:
         """Give all clients all keys, then all letters."""
-        if self._has_begun:
+        if self._members is not None:
             return
-        all_clients = range(self._cohorts.num_clients)
-        while missing := [i for i in all_clients if i not in self._keys]:
-            self._receive(f"the keys of clients {', '.join(map(str, missing))}")
-        roster = to_bytes(sealing.Roster(pack_bytes(b"".join(self._keys[i] for i in all_clients))))
-        for client_id in all_clients:
-            self._inner.send(client_id, Parcel(roster, self._first))
-        while missing := [i for i in all_clients if i not in self._shares]:
-            self._receive(f"the shares of clients {', '.join(map(str, missing))}")
-        for client_id in all_clients:
-            letters = [self._letter(sender, client_id) for sender in all_clients if sender != client_id]
-            message = sealing.Letters(tuple(map(len, letters)), pack_bytes(b"".join(letters)))
+        self._wait_for(range(self._cohorts.num_clients), self._advertised)
+        self._roster = roster = tuple(sorted(self._advertised))
+        keys = [unpack_bytes(self._advertised[i].keys) for i in roster]
+        proofs = [unpack_bytes(self._advertised[i].proof) for i in roster]
+        lengths = (tuple(map(len, keys)), tuple(map(len, proofs)))
+        message = sealing.Roster(roster, *lengths, pack_bytes(b"".join(keys)), pack_bytes(b"".join(proofs)))
+        for client_id in roster:
             self._inner.send(client_id, Parcel(to_bytes(message), self._first))
-        self._has_begun = True
+        self._wait_for(roster, self._letters)
+        self._members = tuple(sorted(self._letters))
+        for client_id in self._members:
+            senders = tuple(sender for sender in self._members if sender != client_id)
+            letters = [self._letters[sender][client_id] for sender in senders]
+            commitments = [self._commitments_for(sender, client_id) for sender in senders]
+            letters_of = sealing.Letters(
+                senders, tuple(map(len, letters)), pack_bytes(b"".join(letters)), pack_bytes(b"".join(commitments))
+            )
+            self._inner.send(client_id, Parcel(to_bytes(letters_of), self._first))
 
-    def _receive(self, waiting_for: str) -> None:
-        self._take(*self._inner.receive(self._stall_timeout_s, waiting_for))
+    def _wait_for(
+        self, clients: Collection[int], came: Collection[int], is_enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Take messages until these clients have answered, or their time is over."""
+        deadline_s = self._clock.now() + self._stall_timeout_s
+        while not is_enough() and any(client_id not in came for client_id in clients):
+            received = self._inner.receive_until(deadline_s) if self._clock.now() < deadline_s else None
+            if received is None:
+                return
+            self._take(*received)
 
     def _take(self, client_id: int, raw: bytes) -> None:
         if kind_of(raw) not in SEALING_KINDS:
             self._waiting.append((client_id, raw))
             return
-        message: Message = from_bytes(raw)
+        try:
+            message: Message = from_bytes(raw)
+        except CodecError as error:
+            self.on_refusal(client_id, "corrupt", f"a message that cannot be decoded: {error.what}")
+            return
+        if getattr(message, "client_id", client_id) != client_id:
+            self.on_refusal(client_id, "foreign", f"a {type(message).__name__} in the name of another client")
+            return
         match message:
-            case sealing.Advertise() if len(unpack_bytes(message.keys)) == self._num_key_bytes(client_id):
-                self._keys.setdefault(client_id, unpack_bytes(message.keys))
-            case sealing.Shares() if len(message.letter_bytes) == self._cohorts.num_clients - 1:
-                self._shares.setdefault(client_id, message)
-            case sealing.Revealed() if message.round_index in self._revealed:
-                cohort = self._cohorts.of_round[message.round_index]
-                content = unpack_bytes(message.shares)
-                if client_id in cohort and len(content) == SHARE_BYTES * len(cohort):
-                    self._revealed[message.round_index].setdefault(client_id, content)
+            case sealing.Advertise() if self._roster is None and client_id not in self._advertised:
+                problem = self._take_keys(client_id, message)
+            case sealing.Advertise() if client_id in (self._members or ()) and client_id not in self._restarted:
+                self._restarted.add(client_id)
+                problem = "new keys: its secrets are gone, and masks with them"
+            case sealing.Shares() if client_id in (self._roster or ()) and self._members is None:
+                problem = self._take_shares(client_id, message)
+            case sealing.Revealed() if self._asked and message.round_index == self._asked[0]:
+                problem = self._take_revealed(client_id, message)
             case _:
-                raise CodecError(
-                    f"client {client_id} sent a message of kind {type(message).__name__} that does not fit",
-                    cause="The client runs another configuration than the server.",
-                    remedy="Give all clients the same configuration.",
-                )
+                self.on_refusal(client_id, "duplicate", f"a {type(message).__name__} that nobody waits for")
+                return
+        if problem:
+            self.on_refusal(client_id, "misfit", problem)
 
-    def _num_key_bytes(self, client_id: int) -> int:
-        return KEY_BYTES * (1 + len(self._cohorts.rounds_of(client_id)))
+    def _take_keys(self, client_id: int, message: sealing.Advertise) -> str:
+        due = self._cohorts.num_key_bytes(client_id)
+        if message.keys.num_elements != due or message.proof.num_elements > MAX_PROOF_BYTES:
+            return f"{message.keys.num_elements} bytes of keys where {due} are due"
+        self._advertised[client_id] = message
+        return ""
 
-    def _letter(self, sender: int, receiver: int) -> bytes:
-        shares = self._shares[sender]
-        place = receiver - (receiver > sender)
-        begin = sum(shares.letter_bytes[:place])
-        return unpack_bytes(shares.letters)[begin : begin + shares.letter_bytes[place]]
+    def _take_shares(self, client_id: int, message: sealing.Shares) -> str:
+        if client_id in self._letters:
+            return "its shares once more"
+        others = [other for other in self._roster or () if other != client_id]
+        rounds = self._cohorts.rounds_of(client_id)
+        hashes = {t: 1 + 2 * len(self._cohorts.of_round[t]) for t in rounds}
+        due = [self._cohorts.num_letter_bytes(client_id, other) + TAG_BYTES for other in others]
+        if list(message.letter_bytes) != due or message.letters.num_elements != sum(due):
+            return "letters of another length than the configuration gives"
+        if message.commitments.num_elements != COMMITMENT_BYTES * sum(hashes.values()):
+            return "hashes of shares of another length than the configuration gives"
+        pieces = iter(cut(message.commitments, [COMMITMENT_BYTES] * sum(hashes.values())))
+        for t, count in hashes.items():
+            self._commitments[t, client_id] = [next(pieces) for _ in range(count)]
+        self._letters[client_id] = dict(zip(others, cut(message.letters, due), strict=True))
+        return ""
+
+    def _take_revealed(self, client_id: int, message: sealing.Revealed) -> str:
+        assert self._asked is not None
+        t, chosen = self._asked
+        cohort = self._cohorts.of_round[t]
+        if client_id not in cohort or client_id not in (self._members or ()) or client_id in self._revealed:
+            return f"shares of round {t} that nobody waits for"
+        size = message.shares.num_elements
+        if size not in (0, SHARE_BYTES * len(cohort)):
+            return f"{size} bytes of shares where {SHARE_BYTES * len(cohort)} are due"
+        shares = cut(message.shares, [SHARE_BYTES] * (size // SHARE_BYTES))
+        self._revealed[client_id] = []
+        for dealer, share in zip(cohort, shares, strict=False):
+            if dealer in (self._members or ()) and share != NO_SHARE:
+                bound = self._bound_to(t, dealer, client_id, is_seed=dealer in chosen)
+                if masking.commit(t, dealer, client_id, share) != bound:
+                    return f"a false share of client {dealer}'s secret of round {t}; none of its shares counts"
+        self._revealed[client_id] = shares
+        return ""
+
+    def _bound_to(self, t: int, dealer: int, holder: int, *, is_seed: bool) -> bytes:
+        return self._commitments[t, dealer][1 + 2 * self._cohorts.of_round[t].index(holder) + (not is_seed)]
+
+    def _commitments_for(self, dealer: int, holder: int) -> bytes:
+        rounds = self._cohorts.rounds_of(dealer, holder)
+        both = [self._bound_to(t, dealer, holder, is_seed=is_seed) for t in rounds for is_seed in (True, False)]
+        return b"".join(both)
 
     def _key(self, client_id: int, round_index: int) -> bytes:
         begin = KEY_BYTES * self._cohorts.place_of(client_id, round_index)
-        return self._keys[client_id][begin : begin + KEY_BYTES]
-
-
-def _unfit(client_id: int) -> CodecError:
-    return CodecError(
-        f"the shares of client {client_id}'s secret do not fit together",
-        cause="A client sent wrong shares, or the letters were changed on their way.",
-        remedy="Start the run again; the client at fault cannot be identified.",
-    )
+        return unpack_bytes(self._advertised[client_id].keys)[begin : begin + KEY_BYTES]

@@ -10,10 +10,12 @@ shares of its key let the server compute every s_ij. If client i sends its updat
 server subtract PRG(b_i). No client reveals both shares for one client and round, so no update is ever without a
 mask.
 
-The secrets are split with Shamir's scheme over a prime field.
+The secrets are split with Shamir's scheme over a prime field. Beside its letters a client sends hashes of the
+secrets and of every share. So a receiver sees at once that a letter holds another share, and the server sees who
+reveals another share than the one in the letter, or has split another secret than the one that it masks with.
 
-Source: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, figure 4 in the
-honest-but-curious model: keys are not signed, and the server is trusted to deliver keys and letters unchanged.
+Source: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, figure 4, with
+signed keys where sites have certificates, and without the round of signatures on the list of survivors.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from parablock.errors import CodecError
-from parablock.privacy.keystream import Keystream, derive
+from parablock.privacy.keystream import KEY_BYTES, Keystream, derive
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
 """Integers modulo 2^32."""
@@ -35,6 +38,9 @@ Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
 PRIME = 2**256 + 297
 """The smallest prime above 2^256; secret shares are numbers below it."""
 SHARE_BYTES = 33
+NO_SHARE = b"\xff" * SHARE_BYTES
+"""In the place of a share that a client has not got; no share, because it is above the prime."""
+COMMITMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,14 @@ class Cohorts:
     def place_of(self, client_id: int, round_index: int) -> int:
         """Return the index of a round's key among a client's keys; key 0 is for letters."""
         return 1 + self.rounds_of(client_id).index(round_index)
+
+    def num_key_bytes(self, client_id: int) -> int:
+        """Return the length of a client's public keys."""
+        return KEY_BYTES * (1 + len(self.rounds_of(client_id)))
+
+    def num_letter_bytes(self, sender: int, receiver: int) -> int:
+        """Return the length of a letter's content: two shares for each common round."""
+        return 2 * SHARE_BYTES * len(self.rounds_of(sender, receiver))
 
 
 def new_private_key() -> bytes:
@@ -93,6 +107,12 @@ def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, o
 def own_mask(seed: bytes, size: int) -> Words:
     """Return a client's own mask."""
     return Keystream(derive(seed, "own")).words(size)
+
+
+def commit(round_index: int, dealer: int, holder: int, content: bytes) -> bytes:
+    """Return the hash by which a dealer is bound to a holder's share; its own secret has the holder −1."""
+    place = f"parablock share\n{round_index}\n{dealer}\n{holder}\n".encode()
+    return sha256(place + content).digest()[:COMMITMENT_BYTES]
 
 
 def seal(key: bytes, sender: int, receiver: int, content: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from torch import Tensor
 
@@ -17,12 +18,13 @@ class Protection:
     Attributes:
         clip_norm: C: the largest norm of an update before noise.
         noise_multiplier: z: the noise of each element has the standard deviation z·C; 0: no noise.
-        normals: round_index → the draws of the round; needed with noise.
+        normals: (round_index, hash of the clipped update) → the draws; needed with noise. The same draws never
+            cover two updates: their difference would lie open.
     """
 
     clip_norm: float
     noise_multiplier: float = 0.0
-    normals: Callable[[int], Normals] | None = None
+    normals: Callable[[int, str], Normals] | None = None
 
     def apply(self, delta: Tensor, round_index: int) -> tuple[Tensor, float]:
         """Return the protected Δ (flat, fp32) of a round, and the factor of clipping."""
@@ -30,7 +32,8 @@ class Protection:
         clipped = scale(delta, factor)
         if self.normals is None:
             return clipped, factor
-        noise = self.normals(round_index)(delta.numel()).to(delta.device)
+        content = sha256(clipped.contiguous().cpu().numpy().data).hexdigest()
+        noise = self.normals(round_index, content)(delta.numel()).to(delta.device)
         return clipped + (self.noise_multiplier * self.clip_norm) * noise, factor
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from parablock.algorithm.schedule import cohort
-from parablock.privacy.masked_client import MaskedClient
+from parablock.clock import Clock
+from parablock.privacy.identities import Identity
+from parablock.privacy.masked_client import Fixed, MaskedClient
 from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
 from parablock.wire.transport import ServerTransport
@@ -21,13 +24,24 @@ class SecureAggregation:
     seed: int
     stall_timeout_s: float
 
-    def client_side(self, client_id: int, first_round: int) -> MaskedClient:
-        """Make a client's side, with fresh secrets."""
-        return MaskedClient(client_id, self._cohorts(first_round))
+    def client_side(
+        self,
+        client_id: int,
+        first_round: int,
+        revealed: Fixed,
+        *,
+        identity: Identity | None = None,
+        context: str = "",
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> MaskedClient:
+        """Make a client's side, with fresh secrets; see `MaskedClient`."""
+        cohorts = self._cohorts(first_round)
+        return MaskedClient(client_id, cohorts, revealed, identity=identity, context=context, tell=tell)
 
-    def server_side(self, inner: ServerTransport, first_round: int) -> MaskedServer:
+    def server_side(self, inner: ServerTransport, first_round: int, fixed: Fixed, clock: Clock) -> MaskedServer:
         """Make the server's side, around a transport."""
-        return MaskedServer(inner, self._cohorts(first_round), stall_timeout_s=self.stall_timeout_s)
+        cohorts, stall_timeout_s = self._cohorts(first_round), self.stall_timeout_s
+        return MaskedServer(inner, cohorts, fixed, clock, stall_timeout_s=stall_timeout_s)
 
     def _cohorts(self, first_round: int) -> Cohorts:
         return Cohorts(

@@ -4,5 +4,6 @@ files           writes files and folders whole or not at all, and keeps one proc
 checkpoint      saves and restores the state of a run; the one list of what that state is
 site_store      what a site keeps of a run, to go on after any death
 audit_log       an append-only log whose lines are chained by hashes
+release_ledger  what a client or the server has let out of its hands, in that log
 run_directory   the files of a run, and the figures that follow from its rows and spans
 """

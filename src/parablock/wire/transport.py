@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from parablock.clock import Clock
 
 
@@ -125,6 +127,22 @@ class ServerTransport(Protocol):
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
         """Wait for the next message of any client; None if the clock reaches `deadline_s` first."""
+
+
+class MaskedTransport(ServerTransport, Protocol):
+    """A server's end of a transport over which updates come masked; see `MaskedServer`."""
+
+    on_refusal: Callable[[int, str, str], None]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The clients that can take part."""
+
+    def fixed_set(self, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the clients of whose updates a round's sum has to be."""
+
+    def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
+        """Return the sum of the masks of these clients' updates."""
 
 
 class ClientEnd(Protocol):

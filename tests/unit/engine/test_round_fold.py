@@ -16,7 +16,8 @@ from parablock.algorithm.aggregate import PIECE, Aggregate
 from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.engine import round_fold as folding
-from parablock.engine.round_fold import Refusal, RoundFold
+from parablock.engine.refusals import Refusal
+from parablock.engine.round_fold import RoundFold
 from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.engine.update_store import UpdateStore
 from parablock.errors import StorageError
@@ -150,7 +151,10 @@ RULES: dict[str, tuple[Any, ...]] = {
     "median": (Rule("median"),),
     "trimmed mean, clipped": (Rule("trimmed_mean", trim_fraction=0.3, clip_norm=400.0),),
     "krum, clipped": (Rule("krum", assumed_attackers=0, clip_norm=395.0),),
-    "mean with noise": (Rule(clip_norm=50.0, noise_multiplier=0.1), lambda _round, clients: noise(clients)),
+    "mean with noise": (
+        Rule(clip_norm=50.0, noise_multiplier=0.1),
+        lambda _round, clients, _content: noise(clients),
+    ),
 }
 
 
@@ -173,6 +177,34 @@ def test_from_the_file_in_any_order_comes_bitwise_the_aggregate_of_whole_updates
     assert not alike(fold_all(new_fold(rule), lost, ORDERS["in turns"]), whole)
 
 
+class Unmasks:
+    """Knows the sum of all masks, and the set of clients that it belongs to."""
+
+    def __init__(self, masks: Tensor, fixed: tuple[int, ...] = tuple(range(CLIENTS))) -> None:
+        self.masks, self.fixed = masks, fixed
+
+    def fixed_set(self, *_) -> tuple[int, ...]:
+        return self.fixed
+
+    def masks_of(self, *_) -> Tensor:
+        return self.masks
+
+
+def test_a_sum_whose_set_was_fixed_without_a_client_goes_on_without_it():
+    grid = FixedPointGrid(500.0, CLIENTS)
+    fold = RoundFold(0, 0, dict.fromkeys(range(CLIENTS), 1), SIZE, FixedPointWords(grid))
+    assert list(fold.unmask(Unmasks(torch.zeros(SIZE + 1), (0, 2)))) == [1, 3]
+
+
+def test_a_sum_that_cannot_be_one_of_updates_within_the_bound_is_absurd():
+    grid = FixedPointGrid(2.0, 3)
+    mean = torch.full((100,), 0.15)  # of norm 1.5
+    assert grid.absurd(mean, 2.25) == grid.absurd(mean, 4.0) == ""
+    assert "more than the mean of theirs" in grid.absurd(mean, 2.2)
+    assert "beyond the bound" in grid.absurd(mean, 4.1)
+    assert "beyond the bound" in grid.absurd(0 * mean, -0.1)
+
+
 @pytest.mark.usefixtures("nothing_in_memory")
 def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(tmp_path: Path):
     grid = FixedPointGrid(500.0, CLIENTS)
@@ -184,7 +216,7 @@ def test_words_of_the_grid_add_up_modulo_2_to_the_32_one_update_after_the_other(
     for client_id, vector in enumerate(masked):
         assert fold.take(client_id, update(client_id, 0, pack(vector, "word32"), 1)) is None
     hidden = (masks.sum(0) + 2**31) % 2**32 - 2**31
-    fold.unmask(lambda *_: hidden.int())
+    assert fold.unmask(Unmasks(hidden.int())) == {}
     fold.fold_next()
     mean, _ = grid.mean(torch.stack(words).sum(0), CLIENTS)
     assert torch.equal(fold.aggregate().mean_delta, mean)

@@ -85,14 +85,14 @@ def test_a_client_sends_no_more_than_the_bound_and_its_noise_has_the_deviation_a
     assert float(clipped.double().norm()) == pytest.approx(2.0)
     short, factor = Protection(20.0).apply(delta, 0)
     assert short is delta and factor == 1.0
-    noisy, _ = Protection(2.0, 0.5, lambda t: Keystream(derive(KEY, t)).normals).apply(delta, 3)
+    noisy, _ = Protection(2.0, 0.5, lambda t, content: Keystream(derive(KEY, t, content)).normals).apply(delta, 3)
     assert float((noisy - clipped).std()) == pytest.approx(1.0, rel=0.05)  # 0.5 · 2
 
 
 def test_the_server_adds_noise_to_a_mean_in_which_every_client_counts_once():
     updates = {0: (torch.full((10_000,), 0.01), 1), 1: (torch.full((10_000,), 0.03), 999)}
     rule = Rule(clip_norm=4.0, noise_multiplier=0.5)
-    noisy = aggregate_by(rule, updates, lambda clients: Keystream(derive(KEY, *clients)).normals)
+    noisy = aggregate_by(rule, updates, lambda clients, _: Keystream(derive(KEY, *clients)).normals)
     assert float((noisy.mean_delta - 0.02).std()) == pytest.approx(0.5 * 4.0 / 2, rel=0.05)
     assert abs(float(noisy.mean_delta.mean() - 0.02)) < 0.05  # standard error 0.01
     quiet = aggregate_by(Rule(clip_norm=4.0), updates)
@@ -104,13 +104,13 @@ def test_rho_is_made_of_the_noisy_mean_alone_and_near_what_it_was():
     common = torch.randn(100_000, generator=generator)
     updates = {i: (3 * common / common.norm(), 1) for i in range(4)}  # all alike and as long as the bound: ρ = 1
     rule = Rule(clip_norm=3.0, noise_multiplier=0.02)
-    found = aggregate_by(rule, updates, lambda clients: Keystream(derive(KEY, *clients)).normals)
+    found = aggregate_by(rule, updates, lambda clients, _: Keystream(derive(KEY, *clients)).normals)
     assert found.rho == pytest.approx(1.0, abs=0.1)
     assert found.squared_delta * 100_000 / 9 > 1.5  # which the noise makes longer
     short = {i: (0.7 * delta, n) for i, (delta, n) in updates.items()}
-    assert aggregate_by(rule, short, lambda _: Keystream(derive(KEY)).normals).rho == pytest.approx(0.49, abs=0.1)
+    assert aggregate_by(rule, short, lambda *_: Keystream(derive(KEY)).normals).rho == pytest.approx(0.49, abs=0.1)
     nothing = {i: (0 * delta, n) for i, (delta, n) in updates.items()}
-    assert aggregate_by(rule, nothing, lambda _: Keystream(derive(KEY)).normals).rho == 1 / 4, "as of 4 strangers"
+    assert aggregate_by(rule, nothing, lambda *_: Keystream(derive(KEY)).normals).rho == 1 / 4, "as of 4 strangers"
 
 
 def test_words_fill_their_range_evenly():

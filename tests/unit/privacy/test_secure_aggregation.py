@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -14,10 +15,11 @@ from parablock.algorithm.fixed_point import FixedPointAggregation, FixedPointGri
 from parablock.algorithm.robust import Rule, aggregate_by
 from parablock.engine.round_fold import RoundFold
 from parablock.engine.update_form import Differences, FixedPointWords
-from parablock.errors import CodecError, StallError
+from parablock.errors import CodecError, MaskingError
 from parablock.privacy.masked_client import MaskedClient
-from parablock.privacy.masking import PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret
+from parablock.privacy.masking import NO_SHARE, PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret
 from parablock.privacy.protection import threshold_of
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
 from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
@@ -95,7 +97,7 @@ def test_every_client_counts_once_and_noise_is_that_of_the_mean():
     words = {i: (grid.encode(delta), n) for i, (delta, n) in updates.items()}
     mean = FixedPointAggregation(grid, Rule(clip_norm=1.0)).fold(words)
     assert torch.allclose(mean, sum(delta for delta, _ in updates.values()) / 3, atol=1e-7)
-    noisy = FixedPointAggregation(grid, Rule(clip_norm=1.0, noise_multiplier=0.6), lambda _: torch.ones)
+    noisy = FixedPointAggregation(grid, Rule(clip_norm=1.0, noise_multiplier=0.6), lambda *_: torch.ones)
     assert torch.allclose(noisy.fold(words), mean + 0.6 / 3)
 
 
@@ -136,7 +138,7 @@ def test_a_third_may_be_gone_when_secrets_are_revealed_and_no_more():
     assert threshold_of(8) == 6
     assert torch.equal(masked_sum(8, (0, 7), silent=(0, 7)), plain_sum(8, (0, 7)))
     assert torch.equal(masked_sum(8, (), silent=(1, 2)), plain_sum(8, ()))
-    with pytest.raises(StallError, match="5 clients have revealed"):
+    with pytest.raises(MaskingError, match="5 clients have revealed"):
         masked_sum(8, (), silent=(1, 2, 3))
 
 
@@ -150,71 +152,193 @@ def test_an_update_waits_until_its_masks_are_known_and_other_messages_pass():
     assert wires.collector.receive_until(1.0) is None
 
 
+def began(num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> MaskedWires:
+    """Exchange keys and letters, and let everybody send an update of every round."""
+    wires = MaskedWires(num_clients, cohorts)
+    wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+    for t, cohort in cohorts.items():
+        for client_id in cohort:
+            wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32), t), t)
+    return wires
+
+
+def shares_for(courier: MaskedClient, round_index: int, clients: tuple[int, ...]) -> int:
+    """Ask for shares; return how many bytes come."""
+    (answer,) = courier.incoming(Parcel(to_bytes(Reveal(round_index, clients)), round_index))
+    return from_bytes(answer.message).shares.num_elements
+
+
 def test_a_client_reveals_one_sum_of_a_round_and_none_of_few():
     everybody = tuple(range(4))
     for first, second in (((0, 1, 2, 3), (0, 1, 2)), ((0, 1), None), ((0, 1, 2, 9), None)):
-        wires = MaskedWires(4, {0: everybody})
-        wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
-        asked = [to_bytes(Reveal(0, clients)) for clients in (first, second) if clients is not None]
-        for message in asked[:-1]:
-            assert wires.couriers[1].incoming(Parcel(message, 0))
-            assert wires.couriers[1].incoming(Parcel(message, 0)), "the same question again is harmless"
-        with pytest.raises(CodecError, match="was asked to reveal"):
-            wires.couriers[1].incoming(Parcel(asked[-1], 0))
+        wires = began(4, {0: everybody})
+        asked = [clients for clients in (first, second) if clients is not None]
+        for clients in asked[:-1]:
+            assert shares_for(wires.couriers[1], 0, clients) == 4 * SHARE_BYTES
+            assert shares_for(wires.couriers[1], 0, clients), "the same question again is harmless"
+        assert not wires.told
+        assert shares_for(wires.couriers[1], 0, asked[-1]) == 0
+        assert "asks for the sum" in wires.told[0]
 
 
-def test_shares_that_do_not_fit_are_noticed():
-    wires = MaskedWires(3, {0: (0, 1, 2)})
+def test_a_client_that_has_sent_nothing_reveals_no_sum_with_itself():
+    wires = MaskedWires(4, {0: (0, 1, 2, 3)})
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
-    honest = wires.couriers[2].incoming
+    assert shares_for(wires.couriers[1], 0, (0, 1, 2, 3)) == 0
+    assert shares_for(wires.couriers[1], 0, (0, 2, 3)) == 4 * SHARE_BYTES
+
+
+def test_a_client_of_which_few_others_can_mask_sends_nothing():
+    known = Cohorts(6, {0: tuple(range(6))})
+    wires = MaskedWires(6, dict(known.of_round))
+    for keep, sends in ((range(6), "Update"), (range(4), "Update"), (range(3), "Skip")):
+        couriers = [MaskedClient(i, known, ReleaseLedger()) for i in range(6)]
+        opened = {i: from_bytes(couriers[i].opening()[0].message) for i in keep}
+        keys = [unpack_bytes(message.keys) for message in opened.values()]
+        lengths = tuple(map(len, keys))
+        roster = Roster(tuple(keep), lengths, (0,) * len(keys), pack_bytes(b"".join(keys)), pack_bytes(b""))
+        sealed = [from_bytes(couriers[i].incoming(Parcel(to_bytes(roster), 0))[0].message) for i in keep]
+        size = len(unpack_bytes(sealed[1].letters)) // (len(keys) - 1)
+        letters = [unpack_bytes(each.letters)[:size] for each in sealed[1:]]
+        hashes = [unpack_bytes(each.commitments)[16:48] for each in sealed[1:]]
+        others = Letters(
+            tuple(keep)[1:], tuple(map(len, letters)), pack_bytes(b"".join(letters)), pack_bytes(b"".join(hashes))
+        )
+        couriers[0].incoming(Parcel(to_bytes(others), 0))
+        (sent,) = couriers[0].outgoing(Parcel(update(0, torch.zeros(5, dtype=torch.int32)), 0))
+        assert type(from_bytes(sent.message)).__name__ == sends
+    assert wires.couriers[0].refused == couriers[1].refused == {}
+
+
+def lying(wires: MaskedWires, liar: int, change) -> None:
+    """Let a client answer with other shares than those that it holds."""
+    honest = wires.couriers[liar].incoming
 
     def forged(parcel: Parcel) -> list[Parcel] | None:
         answers = honest(parcel)
         if not answers or not isinstance(message := from_bytes(answers[0].message), Revealed):
             return answers
         shares = bytearray(unpack_bytes(message.shares))
-        shares[SHARE_BYTES + 5] ^= 1
-        return [Parcel(to_bytes(Revealed(0, 2, pack_bytes(bytes(shares)))), 0)]
+        change(shares)
+        return [Parcel(to_bytes(Revealed(message.round_index, liar, pack_bytes(bytes(shares)))), 0)]
 
-    wires.couriers[2].incoming = forged  # type: ignore[method-assign]
-    wires.silent = {0}  # so that the forged shares are among the two that are used
-    with pytest.raises(CodecError, match="client 1's secret do not fit"):
-        wires.collector.masks_of(0, (0, 2), SIZE)
+    wires.couriers[liar].incoming = forged  # type: ignore[method-assign]
 
 
-def test_a_letter_that_was_changed_is_not_read():
+def flip(shares: bytearray) -> None:
+    shares[SHARE_BYTES + 5] ^= 1
+
+
+def test_who_reveals_a_false_share_is_named_and_the_sum_is_exact_without_it():
+    wires = began(8, {0: tuple(range(8))})
+    lying(wires, 5, flip)
+    wires.silent = {0}  # two of eight need not answer
+    honest = began(8, {0: tuple(range(8))})
+    sums = {}
+    for name, each in (("lying", wires), ("honest", honest)):
+        masked = [each.collector.receive(1.0, "") for _ in range(8)]
+        chosen = [1, 2, 3, 4, 6, 7]
+        total = sum(words_of(raw).numpy().view(np.uint32) for client_id, raw in masked if client_id in chosen)
+        sums[name] = total - each.collector.masks_of(0, chosen, SIZE).numpy().view(np.uint32)
+    assert not sums["lying"].any() and not sums["honest"].any(), "the sum of zeros"
+    assert [(who, why) for who, why, _ in wires.refused] == [(5, "misfit")]
+    assert "a false share of client 1's secret" in wires.refused[0][2]
+    assert not honest.refused
+
+
+def test_with_too_few_honest_shares_the_round_is_void_and_the_liar_named():
+    wires = began(8, {0: tuple(range(8))})
+    lying(wires, 5, flip)
+    wires.silent = {0, 7}
+    with pytest.raises(MaskingError, match="5 clients have revealed"):
+        wires.collector.masks_of(0, (1, 2, 3, 4, 5, 6), SIZE)
+    assert wires.refused[0][0] == 5
+
+
+def test_who_has_split_another_secret_than_its_own_is_named(monkeypatch: pytest.MonkeyPatch):
     wires = MaskedWires(3, {0: (0, 1, 2)})
+    true = wires.couriers[1]._seeds[0]
+    wires.couriers[1]._seeds[0] = bytes(32)  # it masks with this one, and binds itself to it …
+    honest = split_secret
+
+    def split(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:
+        return honest(true if secret == bytes(32) else secret, num_shares, threshold)  # … and splits another
+
+    monkeypatch.setattr("parablock.privacy.masking.split_secret", split)
+    wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+    for client_id in range(3):
+        wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32)))
+    with pytest.raises(MaskingError, match="client 1's secret of round 0 do not fit") as error:
+        wires.collector.masks_of(0, (0, 1, 2), SIZE)
+    assert error.value.client_id == 1
+
+
+def changing(wires: MaskedWires, kind: str, change) -> None:
+    """Let the server change messages of a kind on their way to client 0."""
     passed = wires.send
 
     def changed(client_id: int, parcel: Parcel) -> None:
-        if b'"Letters"' not in parcel.message:
-            passed(client_id, parcel)
-            return
-        message = from_bytes(parcel.message)
-        content = bytearray(unpack_bytes(message.letters))
-        content[3] ^= 1
-        passed(client_id, Parcel(to_bytes(type(message)(message.letter_bytes, pack_bytes(bytes(content)))), 0))
+        if f'"{kind}"'.encode() in parcel.message and client_id == 0:
+            parcel = Parcel(to_bytes(change(from_bytes(parcel.message))), 0)
+        passed(client_id, parcel)
 
     wires.send = changed  # type: ignore[method-assign]
-    with pytest.raises(CodecError, match="client 0 cannot read the letter of client 1"):
+
+
+def altered(vector, at: int):
+    content = bytearray(unpack_bytes(vector))
+    content[at] ^= 1
+    return pack_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("field", ["letters", "commitments"])
+def test_a_letter_that_was_changed_is_told_and_its_shares_are_missing_alone(field: str):
+    wires = MaskedWires(3, {0: (0, 1, 2)})
+    changing(wires, "Letters", lambda letters: replace(letters, **{field: altered(getattr(letters, field), 3)}))
+    wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+    assert "the letter of client 1" in wires.told[0]
+    for client_id in range(3):
+        wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32)))
+    (answer,) = wires.couriers[0].incoming(Parcel(to_bytes(Reveal(0, (0, 1, 2))), 0))
+    shares = unpack_bytes(from_bytes(answer.message).shares)
+    assert [shares[k : k + SHARE_BYTES] == NO_SHARE for k in range(0, 99, SHARE_BYTES)] == [False, True, False]
+    assert wires.collector.masks_of(0, (0, 1, 2), SIZE) is not None, "two others hold the shares of client 1"
+
+
+ROSTERS = {
+    "another's key twice": lambda keys: [keys[0], keys[1], keys[1]],
+    "another key for this client": lambda keys: [keys[1], keys[0], keys[2]],
+    "a key of low order": lambda keys: [keys[0], bytes(64), keys[2]],
+    "a short key": lambda keys: [keys[0], keys[1][:-1], keys[2]],
+}
+
+
+@pytest.mark.parametrize("case", ROSTERS)
+def test_a_roster_that_is_none_ends_the_part_of_a_client(case: str):
+    def change(roster: Roster) -> Roster:
+        content = unpack_bytes(roster.keys)
+        keys = ROSTERS[case]([content[k : k + 64] for k in range(0, 192, 64)])
+        return replace(roster, keys=pack_bytes(b"".join(keys)), key_bytes=tuple(map(len, keys)))
+
+    wires = MaskedWires(3, {0: (0, 1, 2)})
+    changing(wires, "Roster", change)
+    with pytest.raises(CodecError, match=r"gave client 0|is no public key"):
         wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
 
 
-def test_what_is_no_key_or_no_letter_is_a_codec_error():
-    known = Cohorts(3, {0: (0, 1, 2)})
-    zeros = to_bytes(
-        Roster(pack_bytes(bytes(3 * 2 * 32)))
-    )  # a point of low order: everybody knows what it agrees upon
-    for roster in (zeros, to_bytes(Roster(pack_bytes(b"short")))):
-        with pytest.raises(CodecError, match="is no public key"):
-            MaskedClient(0, known).incoming(Parcel(roster, 0))
-    with pytest.raises(CodecError, match="got 1 letters from 2 clients"):
-        MaskedClient(0, known).incoming(Parcel(to_bytes(Letters((2,), pack_bytes(b"hi"))), 0))
-    wires = MaskedWires(3, {0: (0, 1, 2)})
-    wires.upload(0, to_bytes(Revealed(7, 0, pack_bytes(b"nobody asked"))))
-    with pytest.raises(CodecError, match="kind Revealed that does not fit"):
-        for _ in range(9):
-            wires.collector.receive(1.0, "")
+def test_a_client_that_sends_no_keys_or_no_letters_is_left_out_and_the_others_sum():
+    for missing in ("Advertise", "Shares"):
+        wires = MaskedWires(4, {0: (0, 1, 2, 3)})
+        wires._up = type(wires._up)((i, raw) for i, raw in wires._up if i != 3 or missing != "Advertise")
+        if missing == "Shares":
+            wires.silent = {3}
+        wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+        assert wires.collector.members == (0, 1, 2)
+        for client_id in range(3):
+            wires.upload(client_id, update(client_id, torch.full((SIZE,), client_id, dtype=torch.int32)))
+        total = sum(words_of(wires.collector.receive(1.0, "")[1]).numpy().view(np.uint32) for _ in range(3))
+        total -= wires.collector.masks_of(0, (0, 1, 2), SIZE).numpy().view(np.uint32)
+        assert (total == 0 + 1 + 2).all()
 
 
 def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():

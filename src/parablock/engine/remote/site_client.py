@@ -17,6 +17,7 @@ from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.site_channel import SiteChannel
 from parablock.engine.update_form import UpdateForm
 from parablock.storage.checkpoint import ClientSnapshot
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.site_store import SiteStore, StoredClient
 from parablock.trace import Trace
 from parablock.wire.messages import Update, from_bytes
@@ -38,12 +39,14 @@ def run_client(
     take_params: Callable[[], Sequence[Tensor]],
     marks_kept: int,
     rejoins: bool,
+    releases: ReleaseLedger | None = None,
 ) -> None:
     """Run a client through a session, from its newest state that belongs to the run, or from the initial
     parameters, which `take_params` returns, one flat vector for each block, and keeps none of.
 
     Its state is on the disk before an update leaves; the next round may be trained meanwhile. `rejoins` says that
-    an earlier process took part in the session. What was stored of a finished run goes when the next run begins.
+    an earlier process took part in the session, and `releases` what this site has released. What was stored of a
+    finished run goes when the next run begins.
     """
     opening = channel.opening
 
@@ -52,11 +55,12 @@ def run_client(
             mark = opening.session_of(round_index), round_index, client.state, taken
             channel.defer(lambda: store.save_mark(*mark, keep=marks_kept))
 
-    def keep() -> None:
+    def keep(record: Callable[[], None]) -> None:
         newest = client.state.in_flight[-1]
         end = newest.round_index + 1
         latest = opening.session_of(end), end, client.state, client.snapshot()
         channel.defer(lambda: store.save_latest(*latest))
+        channel.defer(record)
         LOGGER.info("round %d: block %d trained", newest.round_index, newest.block_index)
 
     client = Client(
@@ -68,6 +72,7 @@ def run_client(
         start=_start(store, opening, take_params(), plan.form, rejoins=rejoins),
         hand_in=hand_in,
         warn=LOGGER.warning,
+        releases=releases,
     )
     client.run(keep)
     if client.has_finished:

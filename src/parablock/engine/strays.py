@@ -1,0 +1,48 @@
+"""Updates that no round waits for: late ones, repetitions, and those that nobody asked for."""
+
+from __future__ import annotations
+
+from parablock.engine.participation import Participation
+from parablock.engine.refusals import Refusal, Refusals
+from parablock.engine.releasing import Releasing
+from parablock.engine.round_fold import RoundFold
+from parablock.wire.messages import Update
+
+
+class Strays:
+    """Counts each stray update once, with its last chunk.
+
+    Args:
+        participation: Learns that a late client has answered.
+        refusals: Counts strays.
+        releasing: Counts what strays reveal.
+        committed_at_start: The last round that was committed when the server began. Clients send updates of such
+            rounds again, because they cannot know that these have counted.
+
+    Attributes:
+        counted: Round → the clients whose updates counted.
+    """
+
+    def __init__(
+        self, participation: Participation, refusals: Refusals, releasing: Releasing, committed_at_start: int
+    ) -> None:
+        self._participation, self._refusals, self._releasing = participation, refusals, releasing
+        self._committed_at_start = committed_at_start
+        self.counted: dict[int, tuple[int, ...]] = {}
+
+    def take(self, client_id: int, update: Update, fold: RoundFold | None, now_s: float) -> None:
+        """Count an update that the fold of its round does not expect; `fold` is None where there is none."""
+        t = update.round_index
+        if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
+            return
+        if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
+            unasked = Refusal("unasked", f"an update of round {t}, which it was not asked for")
+            self._refusals.count(client_id, unasked)
+            return
+        self._participation.delivered(client_id, t, now_s)
+        self._releasing.count_late(client_id, update)
+        if client_id in self.counted.get(t, ()):
+            self._refusals.count(client_id, Refusal("duplicate", f"the update of round {t} again"))
+        elif fold is None or fold.out.get(client_id, Refusal("late", "")).reason in ("late", "silent"):
+            late = Refusal("late", f"its update of round {t} after the round had ended")
+            self._refusals.count(client_id, late)

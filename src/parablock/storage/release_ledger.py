@@ -1,0 +1,110 @@
+"""The ledger of releases: what a client or the server has let out of its hands, on the disk before the bytes leave.
+
+| kind | by | a line says |
+|---|---|---|
+| release | a client | the hash of its update of a round |
+| reveal | a client | the set of clients for whose masked sum of a round it gives shares |
+| set | the server | the same set, before it asks for shares |
+| account | the server | the clients of an update or a noisy mean that it has got or gives away, and its hash |
+
+A client has one update in a round, and one set: after a crash it sends these bytes again, or none. What an account
+counts is an update or a mean of its own; the same bytes once more are none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from hashlib import sha256
+from typing import Any
+
+from parablock.errors import CheckpointError
+from parablock.storage.audit_log import START, AuditLog
+from parablock.wire.quantize import Vector
+
+RELEASE, REVEAL, SET, ACCOUNT = "release", "reveal", "set", "account"
+
+
+class ReleaseLedger:
+    """What one client, or the server, has released in a run.
+
+    Args:
+        log: The log on its disk; None: nothing outlives this object.
+        run: Tells runs of one log apart, and clients of one process; empty: the log has no other.
+        is_strict: Whether a round has one update only; where updates are neither noisy nor masked, a server that
+            goes back to a checkpoint may get another one.
+
+    Raises:
+        StorageError: The log has been damaged.
+    """
+
+    def __init__(self, log: AuditLog | None = None, run: str = "", *, is_strict: bool = True) -> None:
+        self._log, self._run, self._is_strict = log, {"run": run} if run else {}, is_strict
+        self._of: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+        for entry in log.entries() if log else ():
+            facts = dict(entry.facts)
+            if facts.pop("run", "") == run and isinstance(t := facts.pop("round", None), int):
+                self._of[entry.kind, t].append(facts)
+
+    def record(self, kind: str, round_index: int, **facts: Any) -> None:
+        """Write what is released to the disk, unless it is there; a tuple becomes a list."""
+        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        if facts in self._of[kind, round_index]:
+            return
+        if self._log is not None:
+            self._log.append(kind, **self._run, round=round_index, **facts)
+        self._of[kind, round_index].append(facts)
+
+    def recorded(self, kind: str, round_index: int) -> list[dict[str, Any]]:
+        """Return what has been released of a kind in a round."""
+        return list(self._of.get((kind, round_index), ()))
+
+    def fix(self, kind: str, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
+        """Record the set of a round, unless one is there; return the one that holds."""
+        if not (before := self.recorded(kind, round_index)):
+            self.record(kind, round_index, clients=clients)
+            return clients
+        return tuple(before[0]["clients"])
+
+    def may_release(self, round_index: int, sha256: str) -> bool:
+        """Return whether a client's update of a round is the first, or the one that was released before."""
+        before = self.recorded(RELEASE, round_index)
+        return not self._is_strict or all(facts["sha256"] == sha256 for facts in before)
+
+    def has_account_of(self, client_id: int, round_index: int) -> bool:
+        """Return whether an account has an update of a client in a round."""
+        return any(client_id in facts["clients"] for facts in self.recorded(ACCOUNT, round_index))
+
+    def releases_by_client(self, through: int | None = None) -> Counter[int]:
+        """Return how many different updates, or means with one of them, each client has in an account.
+
+        Args:
+            through: The last round that counts; None: all rounds.
+        """
+        counted = Counter[int]()
+        for (kind, t), entries in self._of.items():
+            if kind == ACCOUNT and (through is None or t <= through):
+                counted.update(client_id for facts in entries for client_id in facts["clients"])
+        return counted
+
+    @property
+    def newest(self) -> str:
+        """The hash of the newest line, for a checkpoint; empty without a log."""
+        return self._log.newest if self._log else ""
+
+    def check_holds(self, newest: str) -> None:
+        """Raise a CheckpointError if the log lacks the line that was its newest when a checkpoint was written."""
+        if self._log is not None and newest not in {"", START, *(entry.hash for entry in self._log.entries())}:
+            raise CheckpointError(
+                f"{self._log.path} does not hold what the checkpoint says was released before it",
+                cause="The log was removed, or put back from an older copy.",
+                remedy="Put back the log of the checkpoint; without it nothing says what was released.",
+            )
+
+
+def fingerprint(vectors: Iterable[Vector]) -> str:
+    """Return the SHA-256 of the payloads of an update."""
+    hash_ = sha256()
+    for vector in vectors:
+        hash_.update(vector.raw.numpy().data)
+    return hash_.hexdigest()
