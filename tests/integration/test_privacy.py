@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from parablock import load_config, resume, run
-from parablock.errors import CheckpointError, ConfigError
+from parablock.algorithm.schedule import cohort
+from parablock.errors import CheckpointError, ConfigError, StorageError
 from parablock.privacy.accounting import Accountant
 from tiny_runs import Workshop, after, metrics_of
 
@@ -143,3 +145,75 @@ def test_noise_on_a_masked_sum_is_that_on_the_plain_grid(workshop: Workshop, tmp
     quiet = summary(workshop, tmp_path / "quiet", *GRID, "privacy.secure_aggregation=plain")
     assert masked["model_sha256"] == plain["model_sha256"] != quiet["model_sha256"]
     assert masked["epsilon"] == plain["epsilon"]
+
+
+STAND_INS = (
+    "federation.num_rounds=12",
+    "federation.participation=0.75",
+    "federation.delay=0",
+    "federation.min_updates=2",
+    "federation.deadline_factor=2",
+    "engine.clock=virtual",
+    "engine.step_time_s=1",
+)
+
+
+def drawn(num_rounds: int, participation: float) -> list[tuple[int, ...]]:
+    return [cohort(t, num_clients=4, participation=participation, seed=0) for t in range(num_rounds)]
+
+
+def losses(rounds: list[tuple[int, ...]], clients: tuple[int, ...], **fault: Any) -> list[dict[str, Any]]:
+    """Lose clients one after another, each in a round that has two others left."""
+    found: list[dict[str, Any]] = []
+    for client_id in clients:
+        gone = {each["client"] for each in found}
+        begin = found[-1]["round"] + 1 if found else 1
+        left = [set(asked) - gone for asked in rounds]
+        t = next(t for t in range(begin, len(rounds)) if client_id in left[t] and len(left[t]) == 3)
+        found.append({"client": client_id, "round": t, **fault})
+    return found
+
+
+def test_epsilon_counts_who_was_asked_and_stand_ins_are(workshop: Workshop, tmp_path: Path):
+    faults = losses(drawn(12, 0.75), (3, 2), at="train", kind="kill")
+    options = (*STAND_INS, *LOCAL, f"faults={faults}")
+    found = summary(workshop, tmp_path / "run", *options)
+    rows = metrics_of(tmp_path / "run")
+    released = Counter(i for row in rows for i in row["participants"])
+    of_drawn = Counter(i for asked in drawn(12, 0.75) for i in asked)
+    assert max(released.values()) > max(of_drawn.values()), "or the test shows nothing"
+    account = Accountant(0.1, "local", 1e-6)
+    assert found["epsilon"] == account.epsilon(max(released.values())) > account.epsilon(max(of_drawn.values()))
+
+
+def test_masked_cohorts_have_no_stand_ins_and_rounds_without_enough_of_them_are_void(
+    workshop: Workshop, tmp_path: Path
+):
+    faults = losses(drawn(12, 0.75), (3, 2), at="upload", kind="drop", value=100000.0)
+    masked = (*GRID, "privacy.secure_aggregation=masked")
+    found = summary(workshop, tmp_path / "run", *STAND_INS, *masked, f"faults={faults}")
+    assert (found["status"], found["rounds_done"]) == ("completed", 12)
+    participants = [set(row["participants"]) for row in metrics_of(tmp_path / "run")]
+    for asked, counted in zip(drawn(12, 0.75), participants, strict=True):
+        assert counted <= set(asked)
+        assert len(counted) in (0, 2, 3)
+    after = participants[faults[-1]["round"] + 1 :]
+    assert set() in after and {0, 1} in after
+
+
+def test_a_checkpoint_without_the_log_of_what_was_released_cannot_go_on(workshop: Workshop, tmp_path: Path):
+    summary(workshop, tmp_path / "run", *LOCAL, asked_to_stop=after(2))
+    log = tmp_path / "run" / "audit.jsonl"
+    text = log.read_text()
+    log.write_text(text.replace('"account"', '"accounts"', 1))
+    with pytest.raises(StorageError, match=r"audit\.jsonl, line \d+: it has changed"):
+        resume(tmp_path / "run")
+    for path in (log, log.with_name("audit.jsonl.head")):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="does not hold what the checkpoint says"):
+        resume(tmp_path / "run")
+
+
+def test_a_run_that_hides_nothing_keeps_no_log(workshop: Workshop, tmp_path: Path):
+    summary(workshop, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "audit.jsonl").exists()

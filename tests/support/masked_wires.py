@@ -20,6 +20,7 @@ class MaskedWires:
     Attributes:
         silent: The clients that no message reaches any more.
         seen: What the server has taken.
+        sent: What it has sent.
         told: What the couriers have refused.
         refused: What the server has refused: client, reason, words.
         to_compute: What the couriers have handed on to the compute threads.
@@ -33,6 +34,7 @@ class MaskedWires:
         self.refused: list[tuple[int, str, str]] = []
         self.silent: set[int] = set()
         self.seen: list[bytes] = []
+        self.sent: list[bytes] = []
         self.to_compute: list[bytes] = []
         self.wire_bytes = 0
         self._up = deque[tuple[int, bytes]]()
@@ -46,6 +48,7 @@ class MaskedWires:
 
     def send(self, client_id: int, parcel: Parcel) -> None:
         self.wire_bytes += len(parcel.message)
+        self.sent.append(parcel.message)
         if client_id in self.silent:
             return
         answers = self.couriers[client_id].incoming(parcel)

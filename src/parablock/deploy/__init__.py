@@ -4,6 +4,7 @@ direct_server  the server of a direct deployment: it listens, runs, and shows wh
 direct_local   a whole direct deployment on this machine
 door           who may enter at the server, and how a site knows the server
 site_service   a site's process: it serves one run after another
+site_identity  a site's signature, which other sites can check
 site_session   a site in one session of a run
 status         what a server shows of its sites, and what its operator asks of it
 metrics_endpoint  the same for Prometheus

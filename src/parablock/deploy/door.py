@@ -25,6 +25,7 @@ except ImportError:
 # isort: split
 from parablock.deploy.authority import Credentials, Revocations, load_credentials
 from parablock.deploy.certificates import client_id_of
+from parablock.deploy.site_identity import CertificateIdentity
 from parablock.deploy.status import WARN_DAYS
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
@@ -140,7 +141,12 @@ def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> S
         now = load_credentials(keys)
         return grpc.ssl_channel_credentials(now.authority, now.key, now.certificate)
 
-    return ServerEnd(address, credentials, diagnose=lambda: diagnose(host, port, load_credentials(keys)))
+    return ServerEnd(
+        address,
+        credentials,
+        diagnose=lambda: diagnose(host, port, load_credentials(keys)),
+        identity=CertificateIdentity(keys),
+    )
 
 
 def diagnose(host: str, port: int, credentials: Credentials) -> str:

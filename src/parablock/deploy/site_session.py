@@ -39,10 +39,12 @@ def take_part(site: SiteConfig, caller: SiteCaller, opening: Opening) -> None:
     channel = SiteChannel(caller, opening, secrets.token_hex(8), trace, lease_s=site.lease_s)
     rejoins = channel.open()
     with closing(channel), channel:
-        _train(site, channel, opening, trace, rejoins=rejoins)
+        _train(site, caller, channel, opening, trace, rejoins=rejoins)
 
 
-def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trace, *, rejoins: bool) -> None:
+def _train(
+    site: SiteConfig, caller: SiteCaller, channel: SiteChannel, opening: Opening, trace: Trace, *, rejoins: bool
+) -> None:
     config = configuration_at(site, opening.config)
     with trace.clock.working():
         job = read_inputs(config, all_rows_of=site.client_id if site.share == "all" else None)
@@ -60,7 +62,7 @@ def _train(site: SiteConfig, channel: SiteChannel, opening: Opening, trace: Trac
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
     plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
     releases = releases_of(config, AuditLog(site.state_dir / FILE_NAME), opening.run)
-    _mask(channel, config, site.client_id, opening, releases, rejoins=rejoins)
+    _mask(caller, channel, config, releases, rejoins=rejoins)
     run_client(
         site.client_id,
         plan,
@@ -86,16 +88,10 @@ def _check_base(config: RunConfig, site: SiteConfig, own: str, servers: str) -> 
 
 
 def _mask(
-    channel: SiteChannel,
-    config: RunConfig,
-    client_id: int,
-    opening: Opening,
-    releases: ReleaseLedger,
-    *,
-    rejoins: bool,
+    caller: SiteCaller, channel: SiteChannel, config: RunConfig, releases: ReleaseLedger, *, rejoins: bool
 ) -> None:
     """Let updates leave masked, if the run says so."""
-    masking = masking_of(config)
+    masking, opening = masking_of(config), channel.opening
     if masking is None:
         return
     if rejoins:
@@ -105,7 +101,15 @@ def _mask(
             remedy="The run goes on without this site; it takes part again once the server starts the run again.",
         )
     first_open = 0 if opening.restored < 0 else max(0, opening.restored - config.federation.delay)
-    channel.intercept(masking.client_side(client_id, first_open, releases, tell=LOGGER.warning))
+    client = masking.client_side(
+        caller.client_id,
+        first_open,
+        releases,
+        identity=caller.identity,
+        context=f"{opening.run} {opening.session}",
+        tell=LOGGER.warning,
+    )
+    channel.intercept(client)
 
 
 def _noise_key(folder: Path) -> bytes:

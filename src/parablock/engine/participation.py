@@ -18,7 +18,7 @@ class Participation:
 
     Args:
         plan: The server's settings.
-        answer_s: For each client the seconds of its last answer, from before an interruption.
+        memory: What `memory` returned before an interruption, with the seconds of each client's last answer.
         absent: The clients that have not joined yet.
         is_masked: Whether masks are made for the drawn clients, so that no other can stand in for them.
     """
@@ -26,7 +26,7 @@ class Participation:
     def __init__(
         self,
         plan: ServerPlan,
-        answer_s: Mapping[Any, float],
+        memory: Mapping[str, Any],
         absent: Collection[int] = (),
         *,
         is_masked: bool = False,
@@ -34,6 +34,7 @@ class Participation:
         self._plan, self._is_masked = plan, is_masked
         self._owes: dict[int, set[int]] = {client_id: set() for client_id in range(plan.num_clients)}
         self._left = set(absent)
+        answer_s = memory.get("answer_s", {})
         self._answer_s = {int(client_id): float(seconds) for client_id, seconds in answer_s.items()}
         self._asked: dict[int, tuple[int, ...]] = {}
         self._began_s: dict[int, float] = {}

@@ -10,7 +10,7 @@ from parablock.engine.participation import Participation
 from parablock.engine.refusals import Refusal, Refusals
 from parablock.engine.round_fold import RoundFold
 from parablock.errors import MaskingError
-from parablock.storage.release_ledger import ACCOUNT, ReleaseLedger, fingerprint
+from parablock.storage.release_ledger import ACCOUNT, ASKED, ReleaseLedger, fingerprint
 from parablock.wire.messages import Update
 from parablock.wire.transport import MaskedTransport
 
@@ -56,6 +56,11 @@ class Releasing:
                 self._refusals.count(error.client_id, false)
                 self._participation.leaves(error.client_id)
             return dict.fromkeys(fold.expected, Refusal("unmasked", "an update whose mask cannot be taken off"))
+
+    def count_asked(self, round_index: int, clients: tuple[int, ...]) -> None:
+        """Note whose updates may come, before they are asked for: after a crash they count as if they had."""
+        if self._account == "updates":
+            self._ledger.record(ASKED, round_index, clients=clients)
 
     def count_mean(self, fold: RoundFold, part: slice) -> None:
         """Count a noisy mean with its first part, before it leaves."""

@@ -80,8 +80,7 @@ class Server:
         self._on_event, self._first_round, memory = hooks.on_event, start.first_round, start.memory
         never = dict.fromkeys(range(plan.num_clients), (NEVER,) * len(start.state.params))
         self._downlink = Downlink(transport, plan.form.encoding, start.held or never, start.overwritten)
-        answer_s = memory.get("answer_s", {})
-        self._participation = Participation(plan, answer_s, start.absent, is_masked=self._is_masked)
+        self._participation = Participation(plan, memory, start.absent, is_masked=self._is_masked)
         self.step_s = {int(client_id): float(s) for client_id, s in memory.get("step_s", {}).items()}
         refusals, ledger = Refusals(memory.get("refused", {}), hooks.on_event), releases or ReleaseLedger()
         self.refused, self._count = refusals.counts, refusals.count
@@ -145,6 +144,7 @@ class Server:
         self.state = schedule_round(state, block_index, self._local_steps(t, block_index))
         self._participation.ask(t, self._enough_of(self._cohort(t), t), self._trace.clock.now())
         self._folds[t] = self._new_fold(t)
+        self._releasing.count_asked(t, self._participation.asked_in(t))
         for client_id in self._participation.asked_in(t):
             self._ask(client_id, t, self._downlink.news_for(self.state, client_id))
 

@@ -5,6 +5,7 @@
 | release | a client | the hash of its update of a round |
 | reveal | a client | the set of clients for whose masked sum of a round it gives shares |
 | set | the server | the same set, before it asks for shares |
+| asked | the server | the clients whose noisy updates of a round may come |
 | account | the server | the clients of an update or a noisy mean that it has got or gives away, and its hash |
 
 A client has one update in a round, and one set: after a crash it sends these bytes again, or none. What an account
@@ -14,7 +15,7 @@ counts is an update or a mean of its own; the same bytes once more are none.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -22,7 +23,7 @@ from parablock.errors import CheckpointError
 from parablock.storage.audit_log import START, AuditLog
 from parablock.wire.quantize import Vector
 
-RELEASE, REVEAL, SET, ACCOUNT = "release", "reveal", "set", "account"
+RELEASE, REVEAL, SET, ASKED, ACCOUNT = "release", "reveal", "set", "asked", "account"
 
 
 class ReleaseLedger:
@@ -45,6 +46,7 @@ class ReleaseLedger:
             facts = dict(entry.facts)
             if facts.pop("run", "") == run and isinstance(t := facts.pop("round", None), int):
                 self._of[entry.kind, t].append(facts)
+        self._before = {t: [i for facts in asked for i in facts["clients"]] for t, asked in self._asked()}
 
     def record(self, kind: str, round_index: int, **facts: Any) -> None:
         """Write what is released to the disk, unless it is there; a tuple becomes a list."""
@@ -78,6 +80,8 @@ class ReleaseLedger:
     def releases_by_client(self, through: int | None = None) -> Counter[int]:
         """Return how many different updates, or means with one of them, each client has in an account.
 
+        An update that was asked for before a crash, and of which nothing is known, is one.
+
         Args:
             through: The last round that counts; None: all rounds.
         """
@@ -85,7 +89,13 @@ class ReleaseLedger:
         for (kind, t), entries in self._of.items():
             if kind == ACCOUNT and (through is None or t <= through):
                 counted.update(client_id for facts in entries for client_id in facts["clients"])
+        for t, asked in self._before.items():
+            if through is None or t <= through:
+                counted.update(client_id for client_id in set(asked) if not self.has_account_of(client_id, t))
         return counted
+
+    def _asked(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        return ((t, entries) for (kind, t), entries in self._of.items() if kind == ASKED)
 
     @property
     def newest(self) -> str:

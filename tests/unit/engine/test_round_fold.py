@@ -142,7 +142,7 @@ def test_memory_holds_its_part_and_the_file_the_rest_however_many_clients_there_
 # -- the fold -------------------------------------------------------------------------------------------------
 
 
-def noise(clients: tuple[int, ...]) -> Callable[[int], Tensor]:
+def noise(clients: tuple[int, ...], _content: str = "") -> Callable[[int], Tensor]:
     return Keystream(bytes([*clients, *bytes(32 - len(clients))])).normals
 
 

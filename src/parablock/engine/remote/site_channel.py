@@ -27,6 +27,7 @@ from parablock.engine.remote.frames import Hello, Opening, Reception, greeting_f
 from parablock.engine.remote.grpc_options import METHOD, SITE_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, InputError, ParaBlockError, StallError
+from parablock.privacy.identities import Identity
 from parablock.trace import Trace
 from parablock.wire.messages import Leave, to_bytes
 from parablock.wire.transport import Parcel
@@ -65,6 +66,7 @@ class ServerEnd:
         token: The value of the `authorization` header; None: none.
         options: Further options of the channel.
         diagnose: Says more about a connection that cannot be made; empty: nothing is known.
+        identity: Vouches for this site's keys of secure aggregation; None where sites have no certificates.
     """
 
     address: str
@@ -72,6 +74,7 @@ class ServerEnd:
     token: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
     diagnose: Callable[[], str] = lambda: ""
+    identity: Identity | None = None
 
 
 class SiteCaller:
@@ -79,7 +82,7 @@ class SiteCaller:
 
     def __init__(self, client_id: int, server: ServerEnd, tell: Callable[[str], None]) -> None:
         self.client_id, self._server, self.tell = client_id, server, tell
-        self.address = server.address
+        self.address, self.identity = server.address, server.identity
         self._last_problem = ""
 
     def ask(self) -> Reception:
