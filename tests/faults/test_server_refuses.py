@@ -254,6 +254,54 @@ def test_absurd_examples_are_seen_beside_the_others_and_by_themselves():
         assert counted == [[0, 2, 3]] * ROUNDS
 
 
+def scaled(update: list[bytes], factor: float, **fields) -> list[bytes]:
+    deltas = [from_bytes(chunk).delta.values * factor for chunk in update]
+    return [
+        changed(chunk, delta=pack(delta, "float32"), **fields) for chunk, delta in zip(update, deltas, strict=True)
+    ]
+
+
+def with_one(change: Callable[[list[bytes]], list[bytes]], *, alone_with: int | None = None) -> Answer:
+    """Client 1 sends what `change` makes of its update, beside all others, or one."""
+
+    def answer(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        if alone_with is not None and client_id not in (1, alone_with):
+            return [(client_id, to_bytes(Skip(start.round_index)))]
+        return everybody_honest(client_id, start, change(update) if client_id == 1 else update)
+
+    return answer
+
+
+def test_of_two_clients_one_cannot_carry_the_model_away(monkeypatch: pytest.MonkeyPatch):
+    huge = with_one(lambda update: scaled(update, 1e12), alone_with=0)
+    server, counted, _, _ = serve(huge)
+    assert server.refused == {"norm": ROUNDS}
+    assert counted == [[0]] * ROUNDS
+    tiny = serve(with_one(lambda update: scaled(update, 1e-6), alone_with=0))
+    assert tiny[1][1::2] == [[0, 1]] * (ROUNDS // 2), "beside a tiny update another is no outlier of a real block"
+    monkeypatch.setattr("parablock.engine.round_fold.MAX_NORM_RATIO", 1e13)
+    assert serve(huge)[1] == [[0, 1]] * ROUNDS, "it was the ratio"
+
+
+def test_what_counts_is_examples_times_length():
+    for factor, examples, counts in ((90.0, 2, True), (1.0, 5000, True), (90.0, 5000, False)):
+        change = lambda update, f=factor, n=examples: scaled(update, f, num_examples=n)  # noqa: E731
+        server, counted, _, _ = serve(with_one(change))
+        assert counted == [[0, 1, 2, 3] if counts else [0, 2, 3]] * ROUNDS
+        assert server.refused == ({} if counts else {"norm": ROUNDS})
+
+
+def test_a_cap_of_examples_is_the_largest_weight():
+    capped = serve(with_one(lambda update: scaled(update, 1.0, num_examples=5000)), max_client_examples=2)
+    claims = {0: 1, 1: 2, 2: 2, 3: 2}
+
+    def modest(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        return everybody_honest(client_id, start, scaled(update, 1.0, num_examples=claims[client_id]))
+
+    assert same(capped[0].state.params, serve(modest)[0].state.params)
+    assert not same(capped[0].state.params, serve(everybody_honest)[0].state.params)
+
+
 def test_clients_of_another_model_end_the_run_and_one_alone_does_not():
     def other(
         client_id: int, start: RoundStart, update: list[bytes], whose=(0, 1, 2, 3)

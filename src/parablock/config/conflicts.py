@@ -25,6 +25,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
     return [
         *_sites(config),
         *_aggregation(config["federation"]),
+        *_weights(config),
         *_auto(config),
         *_method(config["federation"]["method"], chosen),
         *_overlap(config["federation"]),
@@ -75,6 +76,20 @@ def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
             "federation.assumed_attackers",
             f"krum withstands f attackers of 2·f + 3 clients; of {size} in a round at most {(size - 3) // 2}",
         )
+
+
+def _weights(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """A cap of weights needs weights."""
+    federation, privacy = config["federation"], config["privacy"]
+    why = ""
+    if METHODS[federation["method"]].combines == "nothing" or cohort_size(federation) < 2:
+        why = "a round makes nothing of several updates"
+    elif privacy["secure_aggregation"] != "none" or (
+        privacy["noise_multiplier"] > 0 and privacy["mode"] == "central"
+    ):
+        why = "with the server's noise and with secure_aggregation every client counts once"
+    if federation["max_client_examples"] is not None and why:
+        yield "federation.max_client_examples", f"has no effect: {why}; leave it out"
 
 
 def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -32,6 +32,7 @@ class ServerPlan:
         deadline_factor: A round waits for this multiple of the median answer time; None: for all answers.
         waits_for_return: Whether a round that lacks updates waits, without limit, for clients to come back.
         folder: The folder of updates that memory does not hold; None: that of temporary files.
+        max_client_examples: Largest weight of a client: more examples count as so many; None: no cap.
         account: What noise hides and an account of ε counts: updates | means; empty: nothing.
     """
 
@@ -52,6 +53,7 @@ class ServerPlan:
     deadline_factor: float | None = None
     waits_for_return: bool = False
     folder: Path | None = None
+    max_client_examples: int | None = None
     account: str = ""
 
     def local_steps_for(self, step_s: Mapping[int, float], num_parameters: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ MAX_NORM_RATIO = 100.0
 """Largest allowed ratio of an update's norm to the round's median."""
 
 MAX_EXAMPLES_RATIO = 10_000
-"""Largest allowed ratio of an update's examples to the round's median."""
+"""Largest allowed ratio of an update's examples to the round's median, and of examples times norm to theirs."""
 
 MAX_EXAMPLES = 1 << 40
 """Largest allowed number of a client's examples."""
@@ -58,6 +58,7 @@ class RoundFold:
         form: The form of the updates.
         folder: The folder of updates that memory does not hold; None: that of temporary files.
         is_accounted: Whether the updates are counted by their hashes.
+        max_examples: Largest weight of a client: more examples count as so many; None: no cap.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class RoundFold:
         folder: Path | None = None,
         *,
         is_accounted: bool = False,
+        max_examples: int | None = None,
     ) -> None:
         self.round_index, self.block_index = round_index, block_index
         self._form, self._cuts, self._asked = form, tuple(form.cuts(num_parameters)), dict(asked)
+        self._max_examples = max_examples
         self._store = UpdateStore(folder, IN_MEMORY_BYTES)
         self._came: dict[int, dict[int, int]] = {client_id: {} for client_id in asked}
         self._hashes: dict[int, dict[int, str]] | None = (
@@ -233,21 +236,31 @@ class RoundFold:
             remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
         )
 
-    def outliers(self) -> dict[int, Refusal]:
-        """Return the updates that are far larger than the others; none if the rule bounds updates itself."""
+    def outliers(self, block: Tensor) -> dict[int, Refusal]:
+        """Return the updates that are far larger than the others; none if the rule bounds updates itself.
+
+        Of two clients nobody can tell which is the usual one. So the longer update has to be absurd beside the
+        other, and beside the block itself.
+        """
         if self._aggregation.bounds_updates:
             return {}
         norms = {i: factor * sqrt(self._squared_norms[i]) for i, factor in self._step_factors().items()}
-        examples = {client_id: self._first[client_id].num_examples for client_id in self._came}
-        norm, typical = median_high(norms.values()), median_high(examples.values())
+        weights = {client_id: self._weight(client_id) for client_id in self._came}
+        pulls = {i: weights[i] * norm for i, norm in norms.items()}
+        norm, weight, pull = (median_high(each.values()) for each in (norms, weights, pulls))
+        if len(norms) == 2 and min(norms.values()) > 0:
+            norm = max(min(norms.values()), float(block.float().norm()))
         found = {}
-        for client_id in self._came:
-            if examples[client_id] > MAX_EXAMPLES_RATIO * typical:
-                text = f"an update of {examples[client_id]} examples in a round whose median is {typical}"
-                found[client_id] = Refusal("num_examples", text)
-            elif norms[client_id] > MAX_NORM_RATIO * norm > 0:
-                text = f"an update of norm {norms[client_id]:.3g} in a round whose median is {norm:.3g}"
-                found[client_id] = Refusal("norm", text)
+        for i in self._came:
+            if weights[i] > MAX_EXAMPLES_RATIO * weight:
+                text = f"an update of {weights[i]} examples in a round whose median is {weight}"
+                found[i] = Refusal("num_examples", text)
+            elif norms[i] > MAX_NORM_RATIO * norm > 0:
+                text = f"an update of norm {norms[i]:.3g} in a round whose median is {norm:.3g}"
+                found[i] = Refusal("norm", text)
+            elif pulls[i] > MAX_EXAMPLES_RATIO * pull > 0:
+                text = f"an update of {weights[i]} examples and norm {norms[i]:.3g}, of median pull {pull:.3g}"
+                found[i] = Refusal("norm", text)
         return found
 
     def fold_next(self) -> tuple[slice, Tensor]:
@@ -279,7 +292,12 @@ class RoundFold:
     def _read(self, index: int, part: slice, factors: Mapping[int, float], client_id: int) -> tuple[Tensor, int]:
         """Return a part of a chunk of an update, and the update's examples."""
         numbers = self._form.numbers(self._store.read(client_id, index, part), factors[client_id])
-        return numbers, self._first[client_id].num_examples
+        return numbers, self._weight(client_id)
+
+    def _weight(self, client_id: int) -> int:
+        """Return the examples by which a client counts."""
+        examples = self._first[client_id].num_examples
+        return examples if self._max_examples is None else min(examples, self._max_examples)
 
     def _whole(self, client_id: int, factor: float) -> Iterator[Tensor]:
         """Yield a whole update part by part."""
@@ -319,7 +337,7 @@ class RoundFold:
         Source: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated
         Optimization, 2020 (FedNova).
         """
-        examples = {i: self._first[i].num_examples for i in self._came}
+        examples = {i: self._weight(i) for i in self._came}
         mean = sum(n * self._asked[i] for i, n in examples.items()) / sum(examples.values())
         return {i: mean / self._asked[i] for i in examples}
 

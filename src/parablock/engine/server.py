@@ -173,8 +173,9 @@ class Server:
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
         asked = {i: steps_of(self.state.local_steps[t], i) for i in self._participation.asked_in(t)}
-        size, plan, is_accounted = self.state.params[b].numel(), self._plan, bool(self._plan.account)
-        return RoundFold(t, b, asked, size, plan.form, plan.folder, is_accounted=is_accounted)
+        size, plan = self.state.params[b].numel(), self._plan
+        options = {"is_accounted": bool(plan.account), "max_examples": plan.max_client_examples}
+        return RoundFold(t, b, asked, size, plan.form, plan.folder, **options)
 
     def _mark(self, t: int, *, stop: bool) -> None:
         self._marked, memory = t, self._participation.memory(self.state.committed + 1)
@@ -218,14 +219,12 @@ class Server:
 
     def _fold_chunk(self, fold: RoundFold) -> None:
         """Fold the next chunk, and with streaming send its new value to the clients that will need it."""
-        outliers = fold.outliers() if fold.is_last_next else {}
+        outliers = fold.outliers(self.state.params[fold.block_index]) if fold.is_last_next else {}
         for client_id, problem in outliers.items():
             self._refuse(client_id, fold, problem)
-        if outliers:
-            return
-        for client_id, problem in (lost := self._releasing.unmask(fold)).items():
+        for client_id, problem in (lost := {} if outliers else self._releasing.unmask(fold)).items():
             self._take_out(client_id, fold, problem)
-        if lost:
+        if outliers or lost:
             return
         plan = self._plan
         with (

@@ -162,6 +162,7 @@ def server_plan(config: RunConfig, form: UpdateForm, folder: Path | None = None)
         min_updates=fewest_updates(config),
         deadline_factor=federation.deadline_factor,
         folder=folder,
+        max_client_examples=federation.max_client_examples,
         account=account_of(config),
     )
 

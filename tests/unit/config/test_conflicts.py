@@ -28,6 +28,14 @@ WITHOUT_EFFECT = {
     "privacy noise_multiplier": ({"privacy.noise_multiplier": 1.0}, "needs clip_norm"),
     "federation trim_fraction": ({"federation.trim_fraction": 0.3}, "trimmed_mean only"),
     "federation assumed_attackers": ({"federation.assumed_attackers": 2}, "krum only"),
+    "federation max_client_examples": (
+        {"federation.max_client_examples": 9, "federation.aggregation": "median"},
+        "mean only",
+    ),
+    "federation.max_client_examples": (
+        {"federation.max_client_examples": 9, "privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0},
+        "counts once",
+    ),
     "federation.proximal_mu": ({"federation.proximal_mu": 0.5}, "fedprox only"),
     "federation.participation": ({"federation.method": "local", "federation.participation": 0.5}, "never meet"),
     "federation.aggregation": ({"federation.method": "fedcybgd", "federation.aggregation": "median"}, "never meet"),

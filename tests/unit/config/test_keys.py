@@ -87,6 +87,7 @@ DEFAULTS = {
     "checkpoint.keep": 2,
     "federation.trim_fraction": 0.2,
     "federation.assumed_attackers": 1,
+    "federation.max_client_examples": None,
     "privacy.clip_norm": None,
     "privacy.noise_multiplier": 0.0,
     "privacy.mode": "central",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,17 @@ from parablock.engine.round_fold import RoundFold
 from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import CodecError, MaskingError
 from parablock.privacy.masked_client import MaskedClient
-from parablock.privacy.masking import NO_SHARE, PRIME, SHARE_BYTES, Cohorts, join_secret, split_secret
+from parablock.privacy.masking import (
+    NO_SHARE,
+    PRIME,
+    SHARE_BYTES,
+    Cohorts,
+    add_words,
+    join_secret,
+    own_mask,
+    pair_mask,
+    split_secret,
+)
 from parablock.privacy.protection import threshold_of
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
@@ -352,6 +364,37 @@ def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():
         problem = fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, other))
         assert problem is not None and problem.reason == "misfit" and other.format in problem.text
         assert fold.take(0, Update(0, 0, 0, 7, -1, 0.5, 1, 0.1, 0, 1, fits)) is None
+
+
+def colluding(num_clients: int, num_colluders: int) -> bool:
+    """Tell honest clients different sets; return whether the server can take the mask off the update of client 0."""
+    everybody = tuple(range(num_clients))
+    wires, threshold = began(num_clients, {0: everybody}), threshold_of(num_clients)
+    masked = next(words_of(raw) for who, raw in iter(lambda: wires.collector.receive(1.0, ""), None) if who == 0)
+    colluders = everybody[num_clients - num_colluders :]
+    honest = everybody[: num_clients - num_colluders]
+    seeds, keys = ({i: wires.couriers[i]._kept[0, 0][kind] for i in colluders} for kind in (0, 1))
+    for i in honest:
+        is_for_seed = len(seeds) < threshold
+        asked = everybody if is_for_seed else everybody[1:]
+        (answer,) = wires.couriers[i].incoming(Parcel(to_bytes(Reveal(0, asked)), 0))
+        share = unpack_bytes(from_bytes(answer.message).shares)[:SHARE_BYTES]
+        (seeds if is_for_seed else keys)[i] = share
+    if min(len(seeds), len(keys)) < threshold:
+        return False
+    seed, key = join_secret(seeds), join_secret(keys)
+    masks = [own_mask(seed, SIZE)]
+    masks += [pair_mask(key, wires.couriers[0]._public[other][1], 0, 0, other, SIZE) for other in everybody[1:]]
+    return bool((masked.numpy().view(np.uint32) == add_words(masks, SIZE)).all())  # the update is zeros
+
+
+@pytest.mark.parametrize(("clients", "stay", "colluders"), [(3, 2, 1), (8, 6, 4), (30, 20, 10)])
+def test_a_server_that_deviates_needs_as_many_sites_as_the_page_says(clients: int, stay: int, colluders: int):
+    assert threshold_of(clients) == stay
+    assert colluding(clients, colluders)
+    assert not colluding(clients, colluders - 1)
+    page = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text()
+    assert re.search(rf"\| {clients} \| {stay} \| {stay} sites \| {colluders} sites? \|", page)
 
 
 # -- what the server can see ------------------------------------------------------------------------------------
