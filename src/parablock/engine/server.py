@@ -173,9 +173,9 @@ class Server:
     def _new_fold(self, t: int) -> RoundFold:
         b = self.state.history[t]
         asked = {i: steps_of(self.state.local_steps[t], i) for i in self._participation.asked_in(t)}
-        size, plan = self.state.params[b].numel(), self._plan
-        options = {"is_accounted": bool(plan.account), "max_examples": plan.max_client_examples}
-        return RoundFold(t, b, asked, size, plan.form, plan.folder, **options)
+        size, plan, cap = self.state.params[b].numel(), self._plan, self._plan.max_client_examples
+        is_counted = bool(plan.account)
+        return RoundFold(t, b, asked, size, plan.form, plan.folder, is_accounted=is_counted, max_examples=cap)
 
     def _mark(self, t: int, *, stop: bool) -> None:
         self._marked, memory = t, self._participation.memory(self.state.committed + 1)

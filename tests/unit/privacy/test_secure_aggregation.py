@@ -367,7 +367,7 @@ def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():
 
 
 def colluding(num_clients: int, num_colluders: int) -> bool:
-    """Tell honest clients different sets; return whether the server can take the mask off the update of client 0."""
+    """Tell honest clients different sets; return whether the server can take the mask off client 0's update."""
     everybody = tuple(range(num_clients))
     wires, threshold = began(num_clients, {0: everybody}), threshold_of(num_clients)
     masked = next(words_of(raw) for who, raw in iter(lambda: wires.collector.receive(1.0, ""), None) if who == 0)
