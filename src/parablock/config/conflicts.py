@@ -82,7 +82,9 @@ def _weights(config: Mapping[str, Any]) -> Iterator[Problem]:
     """A cap of weights needs weights."""
     federation, privacy = config["federation"], config["privacy"]
     why = ""
-    if METHODS[federation["method"]].combines == "nothing" or cohort_size(federation) < 2:
+    if federation["aggregation"] != "mean":
+        why = f"it is for aggregation: mean only, {federation['aggregation']} counts every client once"
+    elif METHODS[federation["method"]].combines == "nothing" or cohort_size(federation) < 2:
         why = "a round makes nothing of several updates"
     elif privacy["secure_aggregation"] != "none" or (
         privacy["noise_multiplier"] > 0 and privacy["mode"] == "central"

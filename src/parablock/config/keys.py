@@ -121,9 +121,6 @@ class LoraSection(Section):
     )
 
 
-_KEYS_OF_RULES = (("trim_fraction", "trimmed_mean"), ("assumed_attackers", "krum"), ("max_client_examples", "mean"))
-
-
 class FederationSection(Section):
     """Clients, rounds, and the method that joins them."""
 
@@ -153,9 +150,7 @@ class FederationSection(Section):
     trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="Part of the clients cut at either end.")
     assumed_attackers: int = Field(1, ge=0, description="Hostile clients that `krum` withstands.")
     max_client_examples: int | None = Field(
-        None,
-        ge=1,
-        description="Largest weight in the mean: more examples of a client count as so many; null: no cap.",
+        None, ge=1, description="Largest weight of a client in the mean: further examples do not count; null: none."
     )
     stall_timeout_s: float = Field(
         600.0, gt=0, description="Seconds without progress before a peer counts as stalled."
@@ -193,7 +188,7 @@ class FederationSection(Section):
 
     @model_validator(mode="after")
     def _rules_take_their_own(self) -> FederationSection:
-        for key, rule in _KEYS_OF_RULES:
+        for key, rule in (("trim_fraction", "trimmed_mean"), ("assumed_attackers", "krum")):
             if self.aggregation != rule and getattr(self, key) != default_of(self, key):
                 raise ValueError(f"{key} takes effect with aggregation: {rule} only, not with {self.aggregation}")
         return self
