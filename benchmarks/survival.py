@@ -34,6 +34,7 @@ from torch import Tensor
 
 from cuttable_proxy import CuttableProxy
 from masked_wires import MaskedWires
+from message_sequences import PLAYS
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Rule
 from parablock.config.keys import RunConfig
@@ -536,6 +537,36 @@ def deviations(words: Tensor) -> float:
     counts = np.stack([np.bincount(column, minlength=256) for column in found.T])
     expected = len(found) / 256
     return (float(((counts - expected) ** 2 / expected).sum()) - degrees) / math.sqrt(2 * degrees)
+
+
+# -- sequences of messages
+def sequences(options: Options) -> None:
+    """Send messages in any order, repeated, forged and for other rounds, to every end: no leak, no ended run."""
+    before, rows = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for end, play in PLAYS.items():
+        number, began, found = (
+            round(options.sequences * kit.ABOUT["sequences"]["shares"][end]),
+            time.perf_counter(),
+            Counter[str](),
+        )
+        for seed in range(options.seed, options.seed + number):
+            found += play(generator_for(seed, f"sequence against {end}"))
+        kinds = {kind: sum(n for what, n in found.items() if what.startswith(kind)) for kind in PROBLEMS}
+        seconds = (time.perf_counter() - began) / max(1, number)
+        rows.append({"end": end, "sequences": number, **kinds, "milliseconds": 1e3 * seconds, "found": dict(found)})
+    growth_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    bars = [
+        Bar(f"{kind} in {options.sequences:,} sequences", sum(row[kind] for row in rows), 0) for kind in PROBLEMS
+    ]
+    record(options, rows, [*bars, Bar("growth of memory, MiB", growth_mib, 256)])
+
+
+def sequences_section(found: Found) -> Found:
+    return section("sequences", found, table_of(found["results"], kit.ABOUT["sequences"]["columns"]))
+
+
+PROBLEMS = ("leak", "foreign", "ended")
+"""What must not come of a sequence: something is seen, an exception that is not ours, the end of a run."""
 
 
 # -- broken input

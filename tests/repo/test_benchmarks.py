@@ -91,6 +91,12 @@ def test_help_gives_an_example_that_is_understood(
         made.parse_args([each.name, *shlex.split(each.example)])
 
 
+def test_no_sequence_of_messages_does_harm(benchmark: Any) -> None:
+    rows = benchmark("survival", "sequences", "--smoke")["results"]
+    assert {row["sequences"] for row in rows} == {16, 4, 8, 12}
+    assert not any(row["leak"] or row["foreign"] or row["ended"] for row in rows)
+
+
 def test_an_unknown_option_is_refused(benchmark: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         benchmark("quality", "rate", "--no-such-option")
