@@ -45,8 +45,8 @@ def told(
     box, warned = Dictated([to_bytes(message) for message in said]), list[str]()
     protection = Protection(BOUND, 4.0, normals)
     plan = ClientPlan("none", Differences(Encoding("float32")), lambda _: protection)
-    start = ClientStart(initial_client([torch.ones(SIZE), torch.ones(SIZE)]))
-    client = Client(0, plan, Walks(0), box, Trace(RealClock()), start=start, warn=warned.append, releases=ledger)
+    start = ClientStart(initial_client([torch.ones(SIZE), torch.ones(SIZE)]), releases=ledger)
+    client = Client(0, plan, Walks(0), box, Trace(RealClock()), start=start, warn=warned.append)
     with pytest.raises(Over):
         client.run()
     return [from_bytes(raw) for raw in box.sent], warned

@@ -221,7 +221,7 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path):
         assert [address for address in loaded if re.match(r"(https?:)?//", address)] == []
 
 
-def tests_named_by(text: str) -> set[str]:
+def named_tests(text: str) -> set[str]:
     return set(re.findall(r"`(test_\w+)`", text))
 
 
@@ -229,9 +229,9 @@ def test_every_promise_of_privacy_names_a_test_that_there_is():
     there = {
         name for path in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
-    named = tests_named_by(page("privacy.md")) | tests_named_by(page("security.md"))
+    named = named_tests(page("privacy.md")) | named_tests(page("security.md"))
     assert len(named) > 15
     assert named <= there
     table = page("privacy.md").split("## What holds these promises")[1]
     rows = [line for line in table.splitlines()[4:] if line.startswith("|")]
-    assert rows and all(tests_named_by(row) for row in rows)
+    assert rows and all(named_tests(row) for row in rows)

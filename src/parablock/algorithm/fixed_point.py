@@ -12,9 +12,8 @@ Every client has the same weight, since the server cannot check weights inside a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 
 import numpy as np
 import torch
@@ -78,13 +77,22 @@ class FixedPointGrid:
 
 
 class FixedPointAggregation(RoundAggregation):
-    """The aggregation of one round's fixed-point updates, masked or not, by the mean with or without noise."""
+    """The aggregation of one round's fixed-point updates, masked or not, by the mean with or without noise.
+
+    With noise, `hash_of` makes the `content` from the sum of the words, which is the same masked or not.
+    """
 
     folds_parts = False
 
-    def __init__(self, grid: FixedPointGrid, rule: Rule, normals: NoiseOfUpdates | None = None) -> None:
+    def __init__(
+        self,
+        grid: FixedPointGrid,
+        rule: Rule,
+        normals: NoiseOfUpdates | None = None,
+        hash_of: Callable[[memoryview], str] = lambda _: "",
+    ) -> None:
         super().__init__(rule, normals)
-        self._grid = grid
+        self._grid, self._hash_of = grid, hash_of
 
     @property
     def needs_whole(self) -> bool:
@@ -107,7 +115,7 @@ class FixedPointAggregation(RoundAggregation):
         mean, mean_squared_norm = self._grid.mean(total, len(updates))
         self.absurd = self._grid.absurd(mean, mean_squared_norm)
         if self._normals is not None:
-            self.content = sha256(numbers.data).hexdigest()
+            self.content = self._hash_of(numbers.data)
             mean = self._add_noise(mean, tuple(sorted(updates)))
         return Folded(mean, (squared_norm([mean]),), (mean_squared_norm,))
 

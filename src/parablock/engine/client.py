@@ -25,7 +25,7 @@ from parablock.engine.plans import ClientPlan, ClientStart
 from parablock.engine.update_form import EncodedUpdate, LocalUpdate, UpdateForm
 from parablock.errors import CodecError, TrainingError
 from parablock.storage.checkpoint import ClientSnapshot
-from parablock.storage.release_ledger import RELEASE, ReleaseLedger, fingerprint
+from parablock.storage.release_ledger import RELEASE, fingerprint
 from parablock.trace import Trace
 from parablock.wire.messages import (
     Chunk,
@@ -75,7 +75,6 @@ class Client:
         hand_in: Takes snapshots, from the compute thread.
         faults: The faults to inject.
         warn: Called once for each block of whose update little is left, and for each message that is refused.
-        releases: What this client has released in the run; None: nothing outlives it.
 
     Attributes:
         refused: Number of messages of the server that were refused.
@@ -93,12 +92,11 @@ class Client:
         warn: Callable[[str], None],
         hand_in: Callable[[int, ClientSnapshot], None] = lambda *_: None,
         faults: Faults = NO_FAULTS,
-        releases: ReleaseLedger | None = None,
     ) -> None:
         self.client_id, self.state, self._plan, self._trainer = client_id, start.state, plan, trainer
         self._entered, self._trace, self._hand_in, self._faults = pipeline, trace, hand_in, faults
         self._sent, self._residuals, self._rejoins = dict(start.sent), dict(start.residuals), start.rejoins
-        self._releases, self._newest, self.refused = releases, max(self._sent, default=-1), 0
+        self._releases, self._newest, self.refused = start.releases, max(self._sent, default=-1), 0
         self.has_finished = False
         self._protection, self._warn, self._warned = plan.protection_of(client_id), warn, set[int]()
         self._chunks: dict[tuple[int, int], tuple[str, list[Vector]]] = {}

@@ -142,11 +142,10 @@ def run_in_process(given: EngineInput) -> EngineResult:
             given.trainers[client_id],
             pipeline,
             trace,
-            start=start,
+            start=replace(start, releases=releases),
             hand_in=checkpoints.hand_in,
             faults=faults,
             warn=hooks.on_event,
-            releases=releases,
         )
 
     def start_of(client_id: int) -> ClientStart:

@@ -16,6 +16,7 @@ from parablock.engine.local_steps import LocalSteps
 from parablock.engine.update_form import UpdateForm
 from parablock.privacy.protection import Protection
 from parablock.storage.checkpoint import RunState
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.messages import Update
 from parablock.wire.transport import Traffic
 
@@ -121,6 +122,7 @@ class ClientStart:
         residuals: The residual of each block, for error feedback.
         memory: What its trainer remembers, an empty memory included; None if the trainer is new.
         rejoins: Whether the run went on without the client, which then sends `Join` first.
+        releases: What this client has released in the run; None: nobody asks for it.
     """
 
     state: ClientState
@@ -128,6 +130,7 @@ class ClientStart:
     residuals: Mapping[int, Tensor] = field(default_factory=dict)
     memory: Mapping[str, Tensor] | None = None
     rejoins: bool = False
+    releases: ReleaseLedger | None = None
 
 
 @dataclass(frozen=True)

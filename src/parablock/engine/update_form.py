@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -243,7 +244,8 @@ class FixedPointWords(UpdateForm):
 
     def aggregation(self, round_index: int) -> RoundAggregation:
         """Return a sum of words."""
-        return FixedPointAggregation(self.grid, self.rule, self.noise and partial(self.noise, round_index))
+        noise = self.noise and partial(self.noise, round_index)
+        return FixedPointAggregation(self.grid, self.rule, noise, lambda words: sha256(words).hexdigest())
 
 
 @dataclass(frozen=True)

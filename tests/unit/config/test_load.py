@@ -46,6 +46,7 @@ OTHER_VALUES: list[dict[str, Any]] = [
     {"federation.method": "fedavg", "federation.delay": 0},
     {"federation.server_optimizer.name": "adam"},
     {"federation.aggregation": "median"},
+    {"federation.max_client_examples": 100},
     {"federation.aggregation": "trimmed_mean", "federation.trim_fraction": 0.3},
     {"federation.aggregation": "krum", "federation.assumed_attackers": 2},
     {**SUM, "privacy.secure_aggregation": "plain"},

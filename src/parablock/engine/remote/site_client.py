@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -69,10 +70,9 @@ def run_client(
         trainer,
         nullcontext(channel),
         trace,
-        start=_start(store, opening, take_params(), plan.form, rejoins=rejoins),
+        start=replace(_start(store, opening, take_params(), plan.form, rejoins=rejoins), releases=releases),
         hand_in=hand_in,
         warn=LOGGER.warning,
-        releases=releases,
     )
     client.run(keep)
     if client.has_finished:
