@@ -91,8 +91,12 @@ run run.yaml --output-dir out {IID} --set data.train=rows.jsonk
   'rows.jsonk' | Files are looked for from | check the name
 run run.yaml --output-dir out {IID} --set data.train=row.jsonl
   row.jsonl does not exist | Relative paths start from | Did you mean rows.jsonl?
+run run.yaml --output-dir out {IID} --set data.train=rows.xlsx
+  rows.xlsx | has the suffix '.xlsx', which cannot be read | Save the sheet as CSV
 run run.yaml --output-dir out {IID} --set data.train=rows.csv
-  rows.csv | has the suffix '.csv', which cannot be read | Supported are .jsonl
+  rows.csv, line 3 has 1 cells | the row is cut | export the table again
+run run.yaml --output-dir out {IID} --set data.train=*.parquets
+  *.parquets matches no file | Relative patterns start from | Check the pattern
 run run.yaml --output-dir out {IID} --set data.train=broken.jsonl
   broken.jsonl, line 4 | is not JSON: Unterminated string | one JSON object per line
 run run.yaml --output-dir out {IID} --set data.train=empty.jsonl
@@ -112,7 +116,49 @@ run run.yaml --output-dir out --set blocks.layers_per_block=auto --set link={{}}
 run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num_local_steps=auto
   blocks.layers_per_block: auto | follows from train.num_local_steps, which is auto too | set a number
 {READ}=folder
-  folder is a folder | not a file | List the files
+  folder is a folder without a data file | Data files end with .jsonl | Name another folder
+{READ}=utf16.jsonl
+  utf16.jsonl is in UTF-16, and not in UTF-8 | spreadsheets and PowerShell write such files | iconv -f UTF-16
+{READ}=surrogate.jsonl
+  surrogate.jsonl, line 3: field prompt holds \\ud83d | cut in the middle of an emoji | take that half out
+{READ}=tools.jsonl
+  tools.jsonl, line 2: turn 2 calls a tool | chat template does not write tool calls | whose chat template has tools
+{READ}=weight.jsonl
+  weight.jsonl, line 2: turn 2 has weight 0.5 | a turn is learnt (1, true) or not | Give 0 or 1
+{READ}=narrator.jsonl
+  narrator.jsonl, line 2: turn 1 of messages has the unknown role 'narrator' | Known are | Rename the role
+{READ}=image.jsonl
+  image.jsonl, line 1: turn 1 | a part of type 'image' | audio and other parts cannot be learnt from
+{READ}=rows.jsonl --set data.columns={{prompt: frage}}
+  rows.jsonl, line 1 has no column 'frage' | which data.columns names; it has prompt, completion | Correct data.columns
+{READ}=rows.jsonl --set data.columns={{promt: prompt}}
+  data.columns | no format has a field 'promt' | known are messages
+{READ}=rows.jsonl --set data.date=29.2.2024
+  data.date | '29.2.2024' | must be a day such as
+{READ}=rows.jsonl --set model.name_or_path=quantised
+  The weights of | are quantised (gptq) | Take the model that it was made from
+{READ}=rows.jsonl --set model.name_or_path=with_code
+  brings code of its own (modeling_my.py) | could do anything on this machine | architecture is part of Transformers
+{READ}=rows.jsonl --set model.name_or_path=newer
+  of the type llama9000 | It was written by version 9.1.0 | Install a newer one
+{READ}=rows.jsonl --set model.name_or_path=adapter
+  adapter holds an adapter | names ann/base | merge_and_unload
+{READ}=rows.jsonl --set model.name_or_path=gguf
+  gguf holds a model for inference (a.gguf) | GGUF is what llama.cpp reads | config.json and *.safetensors
+{READ}=rows.jsonl --set model.name_or_path=pointer
+  model.safetensors is a pointer of Git LFS | cloned without its large files | lfs pull
+{READ}=rows.jsonl --set model.name_or_path=not_finite
+  not finite, the first in model. | of a training that diverged | Take another checkpoint
+{READ}=rows.jsonl --set model.name_or_path=broken_template
+  The chat template of | no template of Jinja | Correct chat_template.jinja
+{READ}=rows.jsonl --set model.name_or_path=short
+  data.max_length is 64, and gpt2 has 32 positions | a table that was learnt with the model | data.max_length: 32
+plan run.yaml --set model.name_or_path=short --set blocks.layers_per_block=2
+  data.max_length is 64, and gpt2 has 32 positions | no row for a later token | or less
+data rows.jsonl --column prompt
+  --column | 'prompt' is not field=column | such as prompt=frage
+data surrogate.jsonl
+  surrogate.jsonl, line 3 | half of a surrogate pair | Export the row again
 {READ}=bytes.jsonl
   bytes.jsonl, line 2 is not JSON | byte 0xff at position 12 is not UTF-8 | one JSON object per line, in UTF-8
 {READ}=numbers.jsonl
@@ -120,13 +166,13 @@ run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num
 {READ}=blank.jsonl
   blank.jsonl is empty | it holds no row | at least one example
 {READ}=mixed.jsonl
-  mixed.jsonl, line 1 has the format prompt_completion | line 2 has gsm8k | into one format
+  mixed.jsonl, line 2 has the format gsm8k | line 1 has prompt_completion | into one format
 {READ}=number_for_text.jsonl
   number_for_text.jsonl, line 2 | field completion is of type int, not text | as a string
 {READ}=turns.jsonl
-  turns.jsonl, line 2 | turn 1 of messages has no role and content | such as {{"role": "user"
+  turns.jsonl, line 1 | turn 1 of messages has no role and content | such as {{"role": "user"
 {READ}=rows.jsonl --set data.format=gsm8k
-  rows.jsonl, line 2 | no value in field question | gsm8k: question, answer
+  rows.jsonl, line 1 | no value in field question | gsm8k: question, answer
 {READ}=rows.jsonl --set data.max_length=8
   None of 4 rows | because the prompt alone fills max_length 8 | Raise data.max_length
 {READ}=rows.jsonl --set federation.num_clients=9

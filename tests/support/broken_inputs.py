@@ -19,7 +19,21 @@ def write_broken_files(path: Path) -> None:
     (path / "numbers.jsonl").write_text(f"{rows[0]}\n5\n")
     (path / "empty.jsonl").write_text("")
     (path / "blank.jsonl").write_text("\n\n")
-    (path / "rows.csv").write_text("prompt,completion\n")
+    (path / "rows.csv").write_text("prompt,completion\na,b\nc\n")
+    (path / "rows.xlsx").write_bytes(b"PK")
+    (path / "utf16.jsonl").write_bytes("\n".join(rows).encode("utf-16"))
+    (path / "surrogate.jsonl").write_text(
+        "\n".join([*rows[:2], '{"prompt": "a \\ud83d", "completion": "b"}', *rows])
+    )
+    asked, said = {"role": "user", "content": "1 plus 1?"}, {"role": "assistant", "content": "2"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for name, turns in {
+        "tools": [asked, called],
+        "weight": [asked, {**said, "weight": 0.5}],
+        "narrator": [{**asked, "role": "narrator"}, said],
+    }.items():
+        write_rows(path / f"{name}.jsonl", [{"messages": [asked, said]}, *[{"messages": turns}] * 7])
+    write_rows(path / "image.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}, said]}] * 4)
     (path / "corrupt.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
     write_rows(path / "rows.jsonl", (sum_row(2, k) for k in range(8)))
     write_rows(path / "mixed.jsonl", [sum_row(1, 1), {"question": "1 plus 1?", "answer": "#### 2"}] * 4)
@@ -54,6 +68,29 @@ def write_broken_models(workshop: Workshop) -> None:
     tensors = load_file(incomplete)
     save_file(dict(list(tensors.items())[:-1]), incomplete, metadata={"format": "pt"})
     T5Config().save_pretrained(variant("encoder_decoder"))
+    config = json.loads((workshop.model / "config.json").read_text())
+    for name, changes in {
+        "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "with_code": {"model_type": "mymodel", "auto_map": {"AutoModelForCausalLM": "modeling_my.MyModel"}},
+        "newer": {"model_type": "llama9000", "transformers_version": "9.1.0"},
+    }.items():
+        (variant(name) / "config.json").write_text(json.dumps(config | changes))
+    for name, file, content in (
+        ("adapter", "adapter_config.json", '{"base_model_name_or_path": "ann/base"}'),
+        ("gguf", "a.gguf", "GGUF"),
+    ):
+        (workshop.path / name).mkdir()
+        (workshop.path / name / file).write_text(content)
+    (variant("pointer") / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    (variant("broken_template") / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    not_finite = variant("not_finite") / "model.safetensors"
+    tensors = load_file(not_finite)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, not_finite, metadata={"format": "pt"})
+    short = {"n_layer": 4, "n_embd": 8, "n_head": 1, "n_positions": 32, "vocab_size": 300}
+    GPT2LMHeadModel(GPT2Config(**short, bos_token_id=0, eos_token_id=0)).save_pretrained(variant("short"))
     small = GPT2LMHeadModel(
         GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=50, bos_token_id=0, eos_token_id=0)
     )

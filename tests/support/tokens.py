@@ -12,7 +12,7 @@ from parablock.data.sources import Row
 
 
 def tokenized(
-    rows: Sequence[Row], tokenizer: Any, data_format: str = "auto", max_length: int = 512, **options: bool
+    rows: Sequence[Row], tokenizer: Any, data_format: str = "auto", max_length: int = 512, **options: Any
 ) -> Tokenized:
     options = {"completion_only_loss": True} | options
     return tokenize_rows(rows, tokenizer, data_format=data_format, max_length=max_length, **options)

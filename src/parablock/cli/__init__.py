@@ -1,6 +1,7 @@
 """The command line `parablock`: arguments and printing, without logic.
 
 main       all commands but `deploy`, and the exit codes
+show_data  `parablock data`
 deploy     `parablock deploy`: keys, server, sites
 deploy_keys   `parablock deploy keys`: an authority, requests, certificates
 deploy_start  `parablock deploy init` and `check`: before the first run

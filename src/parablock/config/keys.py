@@ -7,6 +7,7 @@ Nothing is ignored: a key without effect, or a value that is not built yet, is a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any, Literal
 
 import yaml
@@ -15,6 +16,8 @@ from pydantic import Field, field_validator, model_validator
 from parablock.config.conflicts import refuse_conflicts
 from parablock.config.methods import LAGGING, METHODS, Method, MethodName, cohort_size
 from parablock.config.section import FaultSection, Section, default_of
+from parablock.data.formats import COLUMNS
+from parablock.data.sources import may_be_several
 
 
 def _at_least_one(value: int | str) -> int | str:
@@ -28,6 +31,15 @@ def _one_or_many(value: Any) -> Any:
     if isinstance(names, list | tuple) and "" in names:
         raise ValueError("holds an empty name")
     return names
+
+
+def _iso_day(value: Any) -> Any:
+    if isinstance(value, date):  # as YAML reads a day
+        return value.isoformat()
+    try:
+        return None if value is None else date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"must be a day such as 2025-01-31, not {value!r}") from None
 
 
 class ModelSection(Section):
@@ -58,16 +70,33 @@ class PartitionSection(Section):
 class DataSection(Section):
     """Training and test rows."""
 
-    train: tuple[str, ...] = Field(description="JSONL or Parquet files, or `datasets` names.")
+    train: tuple[str, ...] = Field(
+        description="Files (JSONL, JSON, CSV, TSV, Parquet, Arrow; .gz, .zst), folders, patterns, hub names."
+    )
     test: tuple[str, ...] = Field((), description="Held-out rows. Empty: a part of each client's rows.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="The part held out where `test` is empty.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "gsm8k", "text"] = Field(
-        "auto", description="How a row becomes an example; `auto` looks at the fields of each source."
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "input_output", "gsm8k", "text"
+    ] = Field("auto", description="How a row becomes an example; `auto` looks at the fields of each source.")
+    columns: dict[str, str] = Field(
+        {}, description="Field of a format: the column of the files that holds it, as in `{prompt: frage}`."
     )
     max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut at the end.")
+    date: str | None = Field(
+        None, description="The day that a chat template writes, YYYY-MM-DD; null: the day when the run starts."
+    )
     partition: PartitionSection = PartitionSection()
 
     _names = field_validator("train", "test", mode="before")(_one_or_many)
+    _day = field_validator("date", mode="before")(_iso_day)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in COLUMNS:
+                raise ValueError(f"no format has a field {name!r}; known are {', '.join(COLUMNS)}")
+        return value
 
     @model_validator(mode="after")
     def _one_test_set(self) -> DataSection:
@@ -377,7 +406,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _files_are_clients(self) -> RunConfig:
         files, clients = len(self.data.train), self.federation.num_clients
-        if self.data.partition.scheme == "by_file" and files and files != clients:
+        one_each = not any(map(may_be_several, self.data.train))
+        if self.data.partition.scheme == "by_file" and one_each and files and files != clients:
             raise ValueError(
                 f"data.partition.scheme by_file makes one client of each file: data.train has {files} and "
                 f"federation.num_clients is {clients}; make them equal"

@@ -1,9 +1,12 @@
 """Data, from files to batches; no file here knows the model, the algorithm or the wire.
 
-sources     rows from files or a hub dataset
+readers     files of every kind, plain or compressed
+sources     rows from files, folders, patterns or a hub dataset
+conversations  turns in one spelling, and which are learnt
 formats     the meaning of a row's fields
 templates   text, cut into prompt and completion
 prompts     token ids and labels
+preview     rows as the model will see them
 partition   the rows of each client
 histogram   a partition as text and as counts
 batches     the micro-batches of a client's round

@@ -1,40 +1,58 @@
-"""Data formats: chat messages, prompt and completion, Alpaca, GSM8K and plain text, detected by field names.
+"""Data formats, detected by field names, and their rows as conversations.
 
-    messages           messages: [{role, content}, …]
-    prompt_completion  prompt, completion
-    alpaca             instruction, output, and perhaps input
+    messages           messages: [{role, content}, …], and perhaps tools and system
+    sharegpt           conversations: [{from, value}, …], and perhaps tools and system
+    prompt_completion  prompt, completion: texts, or lists of turns
+    alpaca             instruction, output, and perhaps input and system
+    input_output       input, output
     gsm8k              question, answer
     text               text
 
-A row of the first four formats is a conversation; a row of `text` is not.
+A row of all formats but `text` is a conversation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
+from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
 from parablock.data.sources import Row
 from parablock.errors import DataError
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "input_output": ("input", "output"),
     "gsm8k": ("question", "answer"),
     "text": ("text",),
 }
 """Format → the fields that a row of it must have."""
 
-Message = dict[str, str]
-"""One turn of a conversation: `role` and `content`."""
+OPTIONAL = {
+    "messages": ("tools", "system"),
+    "sharegpt": ("tools", "system"),
+    "prompt_completion": ("tools", "system"),
+    "alpaca": ("input", "system"),
+    "input_output": ("system",),
+    "gsm8k": ("system",),
+    "text": (),
+}
+"""Format → the fields that a row of it may have."""
+
+COLUMNS = tuple(dict.fromkeys(name for table in (FORMATS, OPTIONAL) for names in table.values() for name in names))
+"""All fields that some format reads."""
+
+_WEAK = ("text", "input_output")
+"""Formats that do not count beside another one, in this order."""
 
 
 def detect_format(rows: Sequence[Row]) -> str:
     """Return the one format that all rows (at least one) have: a key of `FORMATS`.
 
-    A `text` field beside the fields of another format is ignored, as a rendering of the row.
+    Fields of `text` or `input_output` beside those of another format do not count.
 
     Raises:
         DataError: A row fits no format or more than one, or two rows differ; names file, line and fields.
@@ -51,24 +69,53 @@ def detect_format(rows: Sequence[Row]) -> str:
     return found
 
 
-def read_conversation(row: Row, data_format: str) -> list[Message]:
-    """Return the turns of a row of any format but `text`: a user and an assistant turn, or those of `messages`.
+def formats_by_source(rows: Iterable[Row], data_format: str) -> dict[str, str]:
+    """Return the format of each source: the given one or, with `auto`, what its rows have; see `detect_format`."""
+    by_source: dict[str, list[Row]] = {}
+    for row in rows:
+        by_source.setdefault(row.source, []).append(row)
+    return {
+        source: detect_format(of_source) if data_format == "auto" else data_format
+        for source, of_source in by_source.items()
+    }
+
+
+def check_rows(rows: Sequence[Row], data_format: str) -> None:
+    """Read every row as the format has it, in order; the first wrong one raises a DataError."""
+    for source_rows in _runs(rows):
+        name = _format_of(source_rows[0]) if data_format == "auto" else data_format
+        for row in source_rows:
+            if data_format == "auto" and _format_of(row) != name:
+                detect_format(source_rows)
+            if name == "text":
+                read_text(row)
+            else:
+                read_conversation(row, name)
+
+
+def read_conversation(row: Row, data_format: str) -> Conversation:
+    """Return a row of any format but `text` as turns, of which the assistant's are learnt.
 
     Raises:
-        DataError: A field is missing or is not text, or `messages` is not a list of {role, content}.
+        DataError: A field is missing or is not what the format has there.
     """
-    if data_format == "messages":
-        return _read_messages(row)
-    if data_format == "alpaca":
-        instruction, context = _read_text_field(row, "instruction", data_format), read_alpaca_input(row)
-        prompt = f"{instruction}\n\n{context}" if context else instruction
-    else:
-        prompt = _read_text_field(row, FORMATS[data_format][0], data_format)
-    completion = _read_text_field(row, FORMATS[data_format][1], data_format)
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    system = _read_text_field(row, "system", data_format) if row.fields.get("system") is not None else ""
+    tools = row.fields.get("tools") if "tools" in OPTIONAL[data_format] else None
+    if data_format in ("messages", "sharegpt"):
+        (name,) = FORMATS[data_format]
+        if row.fields.get(name) is None:
+            raise _missing(row, name, data_format)
+        return converse(row, read_turns(row, name), system=system, tools=tools)
+    prompt_name, completion_name = FORMATS[data_format]
+    prompt = _read_side(row, prompt_name, data_format, "user")
+    completion = _read_side(row, completion_name, data_format, "assistant")
+    if data_format == "alpaca" and (context := _read_alpaca_input(row)):
+        prompt[0]["content"] += f"\n\n{context}"
+    learnt = [False] * len(prompt) + [True] * len(completion)
+    return converse(row, [*prompt, *completion], learnt=learnt, system=system, tools=tools)
 
 
-def read_alpaca_input(row: Row) -> str:
+def _read_alpaca_input(row: Row) -> str:
     """Return the optional context of an Alpaca row; empty if there is none."""
     return _read_text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
 
@@ -78,8 +125,14 @@ def read_text(row: Row) -> str:
     return _read_text_field(row, "text", "text")
 
 
+def unused_fields(row: Row, data_format: str) -> list[str]:
+    """Return the fields of a row that its format does not read."""
+    used = {*FORMATS[data_format], *OPTIONAL[data_format]}
+    return [name for name, value in row.fields.items() if name not in used and value is not None]
+
+
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
-    """Return a copy of a row with another completion (in `messages`: another last assistant turn).
+    """Return a copy of a row with another completion (in turns: another last assistant turn).
 
     The format `auto` is detected.
 
@@ -87,46 +140,51 @@ def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
         DataError: The row has no prompt apart from its completion (format `text`, no assistant turn).
     """
     data_format = _format_of(row) if data_format == "auto" else data_format
-    if data_format not in ("messages", "text"):
-        return replace(row, fields={**row.fields, FORMATS[data_format][1]: completion})
-    turns = _read_messages(row) if data_format == "messages" else []  # a copy
+    name = FORMATS[data_format][-1]
+    if data_format not in ("messages", "sharegpt", "text") and isinstance(row.fields.get(name), str):
+        return replace(row, fields={**row.fields, name: completion})
+    turns = [] if data_format == "text" else read_turns(row, name)  # a copy
     for turn in reversed(turns):
         if turn["role"] == "assistant":
             turn["content"] = completion
-            return replace(row, fields={**row.fields, "messages": turns})
+            return replace(row, fields={**row.fields, name: turns})
     raise DataError(
         f"{row.place} has no completion that could be replaced by another one.",
         remedy="Multiple choice needs rows with a prompt and a completion.",
     )
 
 
+def _runs(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group neighbouring rows of one source."""
+    runs: list[list[Row]] = []
+    for row in rows:
+        if runs and runs[-1][0].source == row.source:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
 def _format_of(row: Row) -> str:
     present = {name for name, value in row.fields.items() if value is not None}
     fits = [name for name, needed in FORMATS.items() if present.issuperset(needed)]
-    if len(fits) > 1:
-        fits = [name for name in fits if name != "text"]
+    for weak in _WEAK:
+        if len(fits) > 1:
+            fits = [name for name in fits if name != weak]
     if len(fits) != 1:
         problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
         raise DataError(
             f"{row.place} {problem}: it has the fields {_fields(row)}.",
-            remedy=f"{_list_formats()} Or set data.format.",
+            remedy=f"{_list_formats()} Or set data.format, or name its columns in data.columns.",
         )
     return fits[0]
 
 
-def _read_messages(row: Row) -> list[Message]:
-    turns = row.fields.get("messages")
-    if turns is None:
-        raise _missing(row, "messages", "messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.place}: messages is {_kind(turns)}, not a list of turns.", remedy=_list_formats())
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise DataError(
-                f"{row.place}: turn {number} of messages has no role and content that are text.",
-                remedy='Each turn is an object such as {"role": "user", "content": "Hello"}.',
-            )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+def _read_side(row: Row, name: str, data_format: str, role: str) -> list[Message]:
+    """Return the turns of a prompt or a completion; a text is one turn of that role."""
+    if data_format == "prompt_completion" and isinstance(row.fields.get(name), list):
+        return read_turns(row, name)
+    return [{"role": role, "content": _read_text_field(row, name, data_format)}]
 
 
 def _read_text_field(row: Row, name: str, data_format: str) -> str:
@@ -134,8 +192,8 @@ def _read_text_field(row: Row, name: str, data_format: str) -> str:
     if value is None:
         raise _missing(row, name, data_format)
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: field {name} is {_kind(value)}, not text.", remedy="Write it as a string.")
-    return value
+        raise DataError(f"{row.place}: field {name} is {kind_of(value)}, not text.", remedy="Write it as a string.")
+    return check_text(row, f"field {name}", value)
 
 
 def _missing(row: Row, name: str, data_format: str) -> DataError:
@@ -144,10 +202,6 @@ def _missing(row: Row, name: str, data_format: str) -> DataError:
         f"{_fields(row)}.",
         remedy=_list_formats(),
     )
-
-
-def _kind(value: Any) -> str:
-    return "an empty list" if value == [] else f"of type {type(value).__name__}"
 
 
 def _fields(row: Row) -> str:

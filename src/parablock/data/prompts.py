@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from parablock.data.formats import FORMATS, detect_format, replace_completion
+from parablock.data.formats import FORMATS, detect_format, formats_by_source, replace_completion, unused_fields
 from parablock.data.sources import Row
 from parablock.data.templates import Rendering, find_stop_token_ids, make_renderer
 from parablock.errors import DataError
@@ -75,12 +75,14 @@ class Skipped:
 class Tokenized:
     """The result of tokenizing rows: every row is an example or skipped, in the given order.
 
-    `data_format` is `auto` if the sources of the rows have different formats.
+    `data_format` is `auto` if the sources of the rows have different formats. `unused` counts the rows that have
+    something which no token comes of, in words.
     """
 
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...]
     data_format: str
+    unused: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
         """Summarize the examples in one line."""
@@ -102,6 +104,7 @@ def tokenize_rows(
     data_format: str,
     max_length: int,
     completion_only_loss: bool,
+    date: str | None = None,
 ) -> Tokenized:
     """Tokenize rows; skip those that have no token to train on.
 
@@ -111,6 +114,7 @@ def tokenize_rows(
         data_format: A key of `FORMATS`, or `auto` to detect the format of each source.
         max_length: Longest example in tokens; a longer one loses its right end.
         completion_only_loss: Whether the loss counts only assistant turns (for format `text`, the whole text).
+        date: The day that a chat template writes which asks for it, as YYYY-MM-DD; None: today.
 
     Raises:
         DataError: No rows, an unknown format, a row that does not fit it, or no row to train on.
@@ -120,33 +124,27 @@ def tokenize_rows(
         raise DataError("There are no rows to tokenize.", remedy="Give a source with at least one example.")
     if data_format not in ("auto", *FORMATS):
         raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
-    format_of = _format_of_each_source(rows, data_format)
+    format_of = formats_by_source(rows, data_format)
     formats = set(format_of.values())
-    render = {name: make_renderer(tokenizer, data_format=name) for name in formats}
+    render = {name: make_renderer(tokenizer, data_format=name, date=date) for name in formats}
     renderings = [render[format_of[row.source]](row) for row in rows]
-    examples, skipped = [], []
+    examples, skipped, unused = [], [], Counter[str]()
     for row, rendering, pieces_ids in zip(rows, renderings, _encode(renderings, tokenizer), strict=True):
+        unused.update(f"field {name}" for name in unused_fields(row, format_of[row.source]))
+        unused.update(rendering.unused)
         example = _make_example(row, rendering, pieces_ids, max_length, completion_only_loss=completion_only_loss)
         if example.num_target_tokens:
             examples.append(example)
         elif any(piece.is_completion for piece in rendering.pieces):
             skipped.append(Skipped(row, f"the prompt alone fills max_length {max_length}"))
         else:
-            skipped.append(Skipped(row, "the completion is empty"))
+            skipped.append(Skipped(row, rendering.nothing))
     if not examples:
         raise DataError(
             f"None of {len(rows)} rows has anything to train on: {_reasons(skipped)}.",
             remedy="Raise data.max_length, or give rows with completions.",
         )
-    return Tokenized(tuple(examples), tuple(skipped), formats.pop() if len(formats) == 1 else "auto")
-
-
-def _format_of_each_source(rows: Sequence[Row], data_format: str) -> dict[str, str]:
-    by_source: dict[str, list[Row]] = {}
-    for row in rows:
-        by_source.setdefault(row.source, []).append(row)
-    detect = detect_format if data_format == "auto" else lambda _: data_format
-    return {source: detect(of_source) for source, of_source in by_source.items()}
+    return Tokenized(tuple(examples), tuple(skipped), formats.pop() if len(formats) == 1 else "auto", unused)
 
 
 def _make_example(
@@ -188,7 +186,7 @@ def _encode(renderings: Sequence[Rendering], tokenizer: PreTrainedTokenizerBase)
 
 
 def _differences(prefixes_ids: Sequence[list[int]]) -> list[list[int]]:
-    return [ids[len(before) :] for before, ids in zip([[], *prefixes_ids[:-1]], prefixes_ids, strict=True)]
+    return [ids[len(before) :] for before, ids in zip([[], *prefixes_ids], prefixes_ids, strict=False)]
 
 
 def _encode_each(groups: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:

@@ -1,4 +1,4 @@
-"""Data sources: rows from JSON lines, Parquet, or a dataset on the Hugging Face hub.
+"""Data sources: rows from files, folders and wildcards, or a dataset on the Hugging Face hub.
 
 A row keeps its file and line, so that every later error can name them.
 """
@@ -6,24 +6,30 @@ A row keeps its file and line, so that every later error can name them.
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parablock.data.readers import COMPRESSIONS, SUFFIXES, read_file, suffix_of
 from parablock.errors import DataError
 from parablock.hub import use_cache_when_offline
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-_REFUSED_SUFFIXES = (".csv", ".txt")
-_LINES_REMEDY = (
-    "A .jsonl or .json file holds one JSON object per line, in UTF-8; "
-    "a .json file may also be one array of objects."
-)
-_BETWEEN_ITEMS = re.compile(r"[\s,]*")
+_REFUSED_SUFFIXES = {
+    ".txt": 'Write each text as a line of JSON, such as {"text": "…"}, in a .jsonl file.',
+    ".xlsx": "Save the sheet as CSV in UTF-8.",
+    ".xls": "Save the sheet as CSV in UTF-8.",
+    ".ods": "Save the sheet as CSV in UTF-8.",
+    ".zip": "Unpack it, and name the folder.",
+    ".tar": "Unpack it, and name the folder.",
+}
+"""Suffix of a file that is not read → what to do instead."""
+
+_SAVED_SPLITS, _SAVED_SET = "dataset_dict.json", "dataset_info.json"
+"""What `datasets` writes into the folder of several splits, and into that of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class Row:
     Args:
         fields: Field name → value; nobody changes it.
         source: The file or the dataset name.
-        line: Line of the file, or position in a Parquet file or a dataset, from 1.
+        line: Line of the file, or position in a table or a dataset, from 1.
     """
 
     fields: dict[str, Any]
@@ -46,26 +52,46 @@ class Row:
         return f"{self.source}, line {self.line}"
 
 
-def load_rows(source: str, *, split: str) -> list[Row]:
-    """Load all rows of one source, in its order; at least one.
+def load_rows(source: str, *, split: str, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Load all rows of one source, in its order; at least one. See `load_files`."""
+    return [row for rows in load_files(source, split=split, columns=columns) for row in rows]
+
+
+def load_files(source: str, *, split: str, columns: Mapping[str, str] | None = None) -> list[list[Row]]:
+    """Load the rows of each file of one source, in its order; each file has at least one.
 
     Args:
-        source: A local `.jsonl`, `.json` or `.parquet` file, or a dataset of the hub, `name` or `name:config`.
-            A path that exists, has the suffix of a file, or starts with `.`, `/` or `~` is a file.
-        split: The split of a hub dataset (`train`, `test`); a local file is one split already.
+        source: A local file of a suffix in `SUFFIXES`, perhaps compressed; a folder of such files; a pattern with
+            wildcards, in which `**` stands for any folders; or a dataset of the hub, `name` or `name:config`.
+            A path that exists, has the suffix of a file, or starts with `.`, `/` or `~` is local. Files of a
+            folder or a pattern come in alphabetical order.
+        split: The split of a dataset (`train`, `test`); a local file is one split already.
+        columns: Field that a format knows → the column of the source that holds it.
 
     Raises:
-        DataError: The source is missing, a folder, of an unknown suffix, unreadable, broken or empty.
+        DataError: The source is missing, of an unknown suffix, unreadable, broken or empty, or lacks a column.
     """
-    path = Path(source).expanduser()
-    if _is_path(source, path):
-        _check_file(source, path)
-        rows = _read_parquet(source, path) if path.suffix.lower() == ".parquet" else _read_json(source, path)
+    if _is_local(source):
+        files = [(name, list(_read(name))) for name in _find_files(source, split)]
     else:
-        rows = _read_hub(source, split=split)
-    if not rows:
-        raise DataError(f"{source} is empty: it holds no row.", remedy="Give a source with at least one example.")
-    return rows
+        files = [(source, _read_hub(source, split=split))]
+    for name, rows in files:
+        if not rows:
+            raise DataError(f"{name} is empty: it holds no row.", remedy="Give a source with at least one example.")
+    return [[_renamed(row, columns) for row in rows] if columns else rows for _, rows in files]
+
+
+def may_be_several(source: str) -> bool:
+    """Return whether a source may stand for more than one file: a folder, or a pattern."""
+    return _is_local(source) and (_is_pattern(source) or Path(source).expanduser().is_dir())
+
+
+def absolute(source: str) -> str:
+    """Return the full path of files or folders that are here, and any other name as it is."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    return str(Path.cwd() / path) if _is_local(source) and _is_pattern(source) else source
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:
@@ -75,25 +101,85 @@ def rows_sha256(rows: Iterable[Row]) -> str:
     """
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row.fields, sort_keys=True, default=repr).encode() + b"\n")
+        digest.update(_canonical(row) + b"\n")
     return digest.hexdigest()
 
 
-def _is_path(source: str, path: Path) -> bool:
-    suffixes = (*SUFFIXES, *_REFUSED_SUFFIXES)
-    return source.startswith((".", "/", "~")) or path.suffix.lower() in suffixes or path.exists()
+def repeated_rows(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
+    """Return the rows whose fields are all those of a known row."""
+    seen = {hashlib.sha256(_canonical(row)).digest() for row in known}
+    return [row for row in rows if hashlib.sha256(_canonical(row)).digest() in seen]
+
+
+def _canonical(row: Row) -> bytes:
+    return json.dumps(row.fields, sort_keys=True, default=repr).encode()
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source).expanduser()
+    suffixes = (*SUFFIXES, *_REFUSED_SUFFIXES, *COMPRESSIONS)
+    is_written_as_path = (
+        source.startswith((".", "/", "~")) or path.suffix.lower() in suffixes or _is_pattern(source)
+    )
+    return is_written_as_path or path.exists()
+
+
+def _is_pattern(source: str) -> bool:
+    return glob.has_magic(source) and not Path(source).expanduser().exists()
+
+
+def _find_files(source: str, split: str) -> list[str]:
+    """Return the files of a local source."""
+    path = Path(source).expanduser()
+    if _is_pattern(source):
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # takes absolute patterns too
+        found = sorted(name for name in names if _is_data(Path(name)))
+        if found:
+            return found
+        raise DataError(
+            f"{source} matches no file.",
+            cause=f"Relative patterns start from {Path.cwd()}; files end with {', '.join(SUFFIXES)}.",
+            remedy="Check the pattern; `**` stands for any folders, as in data/**/*.jsonl.",
+        )
+    if path.is_dir():
+        return _files_of_folder(source, path, split)
+    _check_file(source, path)
+    return [source]
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and suffix_of(path) in SUFFIXES and not path.name.startswith(".")
+
+
+def _files_of_folder(source: str, path: Path, split: str) -> list[str]:
+    if (path / _SAVED_SPLITS).exists():
+        if not (path / split).is_dir():
+            splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+            raise DataError(
+                f"{source} is a saved dataset without a split {split!r}; it has {', '.join(splits)}.",
+                remedy=f"Name the folder of a split, such as {path / (splits[0] if splits else 'train')}.",
+            )
+        return _files_of_folder(f"{source}/{split}", path / split, split)
+    found = sorted(child for child in path.iterdir() if _is_data(child))
+    if (path / _SAVED_SET).exists():
+        found = [child for child in found if child.suffix == ".arrow"]
+    if not found:
+        below = next((str(child.parent) for child in sorted(path.rglob("*")) if _is_data(child)), "")
+        raise DataError(
+            f"{source} is a folder without a data file.",
+            cause=f"Data files end with {', '.join(SUFFIXES)}, perhaps followed by {', '.join(COMPRESSIONS)}.",
+            remedy=f"There are some in {below}: name that, or {path}/**/*." if below else "Name another folder.",
+        )
+    return [str(child) for child in found]
 
 
 def _check_file(source: str, path: Path) -> None:
-    if path.is_dir():
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
         raise DataError(
-            f"{source} is a folder, not a file.",
-            remedy="List the files in it one by one; a dataset of the hub is named in full, owner/name.",
-        )
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"{source} has the suffix {path.suffix or 'of no known file'!r}, which cannot be read.",
-            remedy=f"Supported are {', '.join(SUFFIXES)}, or the name of a dataset on the hub.",
+            f"{source} has the suffix {suffix or 'of no known file'!r}, which cannot be read.",
+            cause=f"Supported are {', '.join(SUFFIXES)}, or the name of a dataset on the hub.",
+            remedy=_REFUSED_SUFFIXES.get(suffix, "Convert it to one of these."),
         )
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -106,75 +192,22 @@ def _check_file(source: str, path: Path) -> None:
         )
 
 
-def _read_json(source: str, path: Path) -> list[Row]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(source, error) from error
-    if path.suffix.lower() == ".json" and raw.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        return _parse_array(source, raw)
-    return [
-        _make_row(source, line, _parse(source, line, text))
-        for line, text in enumerate(raw.split(b"\n"), start=1)
-        if text.strip()
-    ]
+def _read(name: str) -> Iterator[Row]:
+    for line, fields in read_file(name, Path(name).expanduser()):
+        yield Row(fields, name, line)
 
 
-def _parse_array(source: str, raw: bytes) -> list[Row]:
-    _parse(source, 1, raw)  # the whole text is valid from here on; the rest only finds the lines
-    text, decoder = raw.decode("utf-8-sig"), json.JSONDecoder()
-    rows: list[Row] = []
-    at = text.index("[") + 1
-    line = 1 + text.count("\n", 0, at)
-    while True:
-        start = _BETWEEN_ITEMS.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
-        line += text.count("\n", at, start)
-        if text[start] == "]":
-            return rows
-        value, at = decoder.raw_decode(text, start)
-        rows.append(_make_row(source, line, value))
-        line += text.count("\n", start, at)
-
-
-def _parse(source: str, line: int, text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except UnicodeDecodeError as error:
-        reason = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
-    except RecursionError:
-        reason = "it is nested too deeply"
-    raise DataError(f"{source}, line {line} is not JSON: {reason}.", remedy=_LINES_REMEDY)
-
-
-def _make_row(source: str, line: int, value: Any) -> Row:
-    if not isinstance(value, dict):
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    missing = [column for column in columns.values() if column not in row.fields]
+    if missing:
         raise DataError(
-            f"{source}, line {line} holds a value of type {type(value).__name__}, not an object.",
-            remedy=_LINES_REMEDY,
+            f"{row.place} has no column {missing[0]!r}, which data.columns names; it has "
+            f"{', '.join(row.fields) or '(none)'}.",
+            remedy="Correct data.columns, or the file.",
         )
-    return Row(value, source, line)
-
-
-def _read_parquet(source: str, path: Path) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]  # comes with datasets, and is slow to import
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise _unreadable(source, error) from error
-    return [Row(value, source, line) for line, value in enumerate(values, start=1)]
-
-
-def _unreadable(source: str, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return DataError(
-        f"{source} cannot be read: {reason}",
-        cause="The file is damaged, is of another kind than its suffix says, or may not be read by this user.",
-        remedy="Fetch or export it again, or check its permissions.",
-    )
+    taken = set(columns.values()) | set(columns)
+    rest = {name: value for name, value in row.fields.items() if name not in taken}
+    return Row({name: row.fields[column] for name, column in columns.items()} | rest, row.source, row.line)
 
 
 def _read_hub(source: str, *, split: str) -> list[Row]:

@@ -1,24 +1,56 @@
 """Chat templates: rows rendered as text that is cut into prompt and completion before tokenization.
 
-The tokenizer's chat template renders a row; without one, a few plain headings do. The template is applied to the
-turns before an assistant turn and up to its end. The lengths of these renderings say where the completion begins
-and ends, so no template token is ever searched for among the ids.
+The tokenizer's chat template renders a row; without one, a template of plain headings does, which is stated and
+saved with the model. The template is applied to the turns before an assistant turn and up to its end. The lengths
+of these renderings say where the completion begins and ends, so no template token is searched for among the ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from parablock.data.formats import Message, read_alpaca_input, read_conversation, read_text
+from parablock.data.conversations import REASONING, Conversation, Message, check_text
+from parablock.data.formats import read_conversation, read_text
 from parablock.data.sources import Row
 from parablock.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DATE_CALL = "strftime_now"
+"""What a chat template calls to write the date."""
+_WRITTEN_DATE = re.compile(rf"{DATE_CALL}\(\s*(['\"])(.*?)\1\s*\)")
+
+_HEADINGS = {
+    "prompt_completion": ("", ""),
+    "input_output": ("", ""),
+    "gsm8k": ("Question: ", "\nAnswer:"),
+    "alpaca": ("Instruction: ", "\nResponse:"),
+}
+"""Format → the text before and after a prompt, for a tokenizer without a chat template."""
+
+_ROLES_TEMPLATE = (
+    "{% for m in messages %}{{ '' if loop.first else '\\n' }}{{ m['role'] | capitalize }}:"
+    "{% if m['role'] == 'assistant' %}"
+    "{{ '' if not m['content'] or m['content'][:1].isspace() else ' ' }}{{ m['content'] }}{{ eos_token }}"
+    "{% else %}{{ ' ' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n' if messages else '' }}Assistant:{% endif %}"
+)
+_HEADED_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% set before = '' if loop.first else BEFORE + messages[loop.index0 - 1]['content'] + AFTER %}"
+    "{% set edge = before[-1:] + m['content'][:1] %}"
+    "{{ ' ' if before and m['content'] and edge == edge.strip() else '' }}{{ m['content'] }}{{ eos_token }}"
+    "{% elif m['role'] == 'user' %}{{ '' if loop.first else '\\n' }}{{ BEFORE + m['content'] + AFTER }}"
+    "{% else %}{{ '' if loop.first else '\\n' }}{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +66,40 @@ class Rendering:
     """A row as text, piece by piece, and its last completion without additions of the template.
 
     The text before the last completion is the prompt for generation.
+
+    Args:
+        pieces: The text, cut.
+        completion: The last completion.
+        nothing: Why there is nothing to learn, where there is nothing.
+        unused: What the row has and the text has not, in words.
     """
 
     pieces: tuple[Piece, ...]
     completion: str
+    nothing: str = "the completion is empty"
+    unused: tuple[str, ...] = field(default=())
 
 
-def make_renderer(tokenizer: PreTrainedTokenizerBase, *, data_format: str) -> Callable[[Row], Rendering]:
+def plain_template(tokenizer: PreTrainedTokenizerBase, data_format: str) -> str:
+    """Return the chat template for rows of a format and a tokenizer that has none."""
+    opening = "{{ bos_token }}" if _opens_texts(tokenizer) else ""
+    if data_format not in _HEADINGS:
+        return opening + _ROLES_TEMPLATE
+    before, after = (f"'{text}'".replace("\n", "\\n") for text in _HEADINGS[data_format])
+    return opening + _HEADED_TEMPLATE.replace("BEFORE", before).replace("AFTER", after)
+
+
+def make_renderer(
+    tokenizer: PreTrainedTokenizerBase, *, data_format: str, date: str | None = None
+) -> Callable[[Row], Rendering]:
     """Return the function that renders rows of one format for one tokenizer.
 
     It raises a DataError for a row that the template refuses or that cannot be cut.
+
+    Args:
+        tokenizer: The tokenizer, with or without a chat template.
+        data_format: A key of `FORMATS`.
+        date: The day that a template writes which asks for it, as YYYY-MM-DD; None: today.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token.
@@ -53,13 +109,11 @@ def make_renderer(tokenizer: PreTrainedTokenizerBase, *, data_format: str) -> Ca
             "The tokenizer has no end-of-sequence token, so no completion could ever end.",
             remedy="Set eos_token in the model's tokenizer_config.json.",
         )
-    opening = _opening(tokenizer)
     if data_format == "text":
+        opening = tokenizer.bos_token if _opens_texts(tokenizer) else ""
         return lambda row: _render_text(row, opening, tokenizer.eos_token)
-    if tokenizer.chat_template is None:
-        return lambda row: _render_plainly(row, data_format, opening, tokenizer.eos_token)
-    closing = tuple({token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token})
-    return lambda row: _render_by_template(row, read_conversation(row, data_format), tokenizer, closing)
+    template = _Template(tokenizer, data_format, date)
+    return lambda row: _render(row, read_conversation(row, data_format), template)
 
 
 def find_stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -71,10 +125,48 @@ def find_stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id} | special.intersection(ids)))
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that this tokenizer puts before every text; empty if there is none."""
+class _Template:
+    """A chat template, ready to be applied to turns, and the tokens that may close a turn."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data_format: str, date: str | None) -> None:
+        self._tokenizer, self.eos = tokenizer, tokenizer.eos_token
+        self._options: dict[str, Any] = {}
+        if tokenizer.chat_template is None:
+            self._options["chat_template"] = plain_template(tokenizer, data_format)
+        elif date is not None and DATE_CALL in str(tokenizer.chat_template):
+            self._options["chat_template"] = _with_day(tokenizer.get_chat_template(), datetime.fromisoformat(date))
+        self.closing = tuple({token.content for token in tokenizer.added_tokens_decoder.values()} | {self.eos})
+
+    def apply(self, row: Row, turns: list[Message], tools: tuple[Any, ...], *, generate: bool) -> str:
+        """Render turns, with the opening of the assistant's answer if it is to `generate`."""
+        try:
+            return cast(
+                str,
+                self._tokenizer.apply_chat_template(
+                    turns,
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **self._options,
+                ),
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"{row.place}: the chat template of the tokenizer refuses the conversation "
+                f"({', '.join(turn['role'] for turn in turns)}): {error}",
+                remedy="Use roles, and an order of roles, that the template accepts.",
+            ) from error
+
+
+def _with_day(template: str, day: datetime) -> str:
+    """Write a day into a template, wherever it asks for today."""
+    return _WRITTEN_DATE.sub(lambda call: json.dumps(day.strftime(call[2]), ensure_ascii=False), template)
+
+
+def _opens_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether this tokenizer puts its first special token before every text."""
     ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ""
+    return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
 
 
 def _render_text(row: Row, opening: str, eos: str) -> Rendering:
@@ -82,64 +174,81 @@ def _render_text(row: Row, opening: str, eos: str) -> Rendering:
     return _join_pieces([Piece(opening, False), Piece(text + eos, bool(text.strip()))], text)
 
 
-def _render_plainly(row: Row, data_format: str, opening: str, eos: str) -> Rendering:
-    if data_format == "messages":
-        return _render_roles(read_conversation(row, data_format), opening, eos)
-    user, assistant = (turn["content"] for turn in read_conversation(row, data_format))
-    if data_format == "gsm8k":
-        user = f"Question: {user}\nAnswer:"
-    elif data_format == "alpaca":
-        context = read_alpaca_input(row)
-        user = (
-            f"Instruction: {row.fields['instruction']}\n" + (f"Input: {context}\n" if context else "") + "Response:"
-        )
-    return _join_pieces([Piece(opening + user, False), *_answer_pieces(user, assistant, eos)], assistant)
-
-
-def _render_roles(turns: Sequence[Message], opening: str, eos: str) -> Rendering:
-    pieces, completion = [Piece(opening, False)], ""
-    for index, turn in enumerate(turns):
-        heading = ("\n" if index else "") + turn["role"].capitalize() + ":"
-        pieces.append(Piece(heading, False))
-        if turn["role"] == "assistant":
-            pieces += _answer_pieces(heading, turn["content"], eos)
-            completion = turn["content"] if turn["content"].strip() else completion
-        else:
-            pieces.append(Piece(f" {turn['content']}", False))
-    return _join_pieces(pieces, completion)
-
-
-def _answer_pieces(before: str, completion: str, eos: str) -> list[Piece]:
-    """Put one space between prompt and completion, unless either already has white space there."""
-    if not completion.strip():
-        return [Piece(eos, False)]
-    space = "" if not before or before[-1].isspace() or completion[0].isspace() else " "
-    return [Piece(space + completion + eos, True)]
-
-
-def _render_by_template(
-    row: Row, turns: list[Message], tokenizer: PreTrainedTokenizerBase, closing: tuple[str, ...]
-) -> Rendering:
-    whole = _apply(row, turns, tokenizer, generate=False)
+def _render(row: Row, conversation: Conversation, template: _Template) -> Rendering:
+    turns, tools = list(conversation.turns), conversation.tools
+    learnt = [
+        index
+        for index, turn in enumerate(turns)
+        if conversation.learnt[index] and (turn["content"].strip() or turn.get("tool_calls"))
+    ]
+    try:
+        whole = check_text(row, "the conversation", template.apply(row, turns, tools, generate=False))
+    except DataError:
+        if learnt:
+            raise
+        return Rendering((), "", f"{_why_nothing(conversation)}, and the chat template refuses it")
     pieces, completion, at = [], "", 0
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant" or not turn["content"].strip():
-            continue
-        before = _apply(row, turns[:index], tokenizer, generate=True)
+    for index in learnt:
+        before = template.apply(row, turns[:index], tools, generate=True)
         if not whole.startswith(before):
             raise _uncuttable(row, index)
         if index == len(turns) - 1:
             end = len(whole)
         else:
-            until = _apply(row, turns[: index + 1], tokenizer, generate=False)
-            end = _turn_end(whole, before, until, turn["content"], tokenizer.eos_token)
+            until = template.apply(row, turns[: index + 1], tools, generate=False)
+            end = _turn_end(whole, before, until, turns[index]["content"], template.eos)
             if end < 0:
                 raise _uncuttable(row, index)
         pieces += [Piece(whole[at : len(before)], False), Piece(whole[len(before) : end], True)]
-        completion, at = turn["content"], end
-    if at == len(whole) and not whole.rstrip().endswith(closing):
-        pieces.append(Piece(tokenizer.eos_token, True))
-    return _join_pieces([*pieces, Piece(whole[at:], False)], completion)
+        completion, at = turns[index]["content"] or whole[len(before) : end].strip(), end
+    if at and at == len(whole) and not whole.rstrip().endswith(template.closing):
+        pieces.append(Piece(template.eos, True))
+    unused = _unused(row, conversation, whole, template)
+    return _join_pieces([*pieces, Piece(whole[at:], False)], completion, _why_nothing(conversation), unused)
+
+
+def _why_nothing(conversation: Conversation) -> str:
+    if any(conversation.learnt):
+        return "the completion is empty"
+    if any(turn["role"] == "assistant" for turn in conversation.turns):
+        return "no turn of the assistant is to be learnt"
+    return "no turn is the assistant's"
+
+
+def _unused(row: Row, conversation: Conversation, whole: str, template: _Template) -> tuple[str, ...]:
+    """List what the template leaves out: its text is the same without it.
+
+    Raises:
+        DataError: It leaves out tool calls, which are what an assistant turn says.
+    """
+    turns, unused = list(conversation.turns), []
+    extras = dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content", *REASONING[1:]))
+    for name in extras:
+        group = REASONING if name == REASONING[0] else (name,)
+        bare = [{key: value for key, value in turn.items() if key not in group} for turn in turns]
+        if not _is_same(row, bare, conversation.tools, whole, template):
+            continue
+        if name == "tool_calls" and any(turn.get(name) for turn in turns):
+            number = next(n for n, turn in enumerate(turns, start=1) if turn.get(name))
+            raise DataError(
+                f"{row.place}: turn {number} calls a tool (tool_calls), and the model's chat template does not "
+                "write tool calls, so a call could not be learnt.",
+                remedy="Take a model whose chat template has tools, or write the call into content.",
+            )
+        what = "reasoning" if name == REASONING[0] else name
+        unused.append(f"{what} of turns, which the chat template does not write")
+    if conversation.tools and _is_same(row, turns, (), whole, template):
+        unused.append("tools, which the chat template does not write")
+    if conversation.begins_with_the_assistant:
+        unused.append("the assistant's opening turn, which answers nothing and is not learnt")
+    return tuple(unused)
+
+
+def _is_same(row: Row, turns: list[Message], tools: tuple[Any, ...], whole: str, template: _Template) -> bool:
+    try:
+        return template.apply(row, turns, tools, generate=False) == whole
+    except DataError:
+        return False  # the template needs it
 
 
 def _turn_end(whole: str, before: str, until: str, content: str, eos: str) -> int:
@@ -156,22 +265,6 @@ def _turn_end(whole: str, before: str, until: str, content: str, eos: str) -> in
     return -1
 
 
-def _apply(row: Row, turns: list[Message], tokenizer: PreTrainedTokenizerBase, *, generate: bool) -> str:
-    if not turns:
-        raise DataError(
-            f"{row.place}: the conversation begins with the assistant, so the assistant has nothing to answer.",
-            remedy="Put a user or a system turn first.",
-        )
-    try:
-        return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
-    except TemplateError as error:
-        raise DataError(
-            f"{row.place}: the chat template of the tokenizer refuses the conversation "
-            f"({', '.join(turn['role'] for turn in turns)}): {error}",
-            remedy="Use roles, and an order of roles, that the template accepts.",
-        ) from error
-
-
 def _uncuttable(row: Row, index: int) -> DataError:
     return DataError(
         f"{row.place}: the chat template renders the conversation up to turn {index + 1} differently when later "
@@ -181,7 +274,9 @@ def _uncuttable(row: Row, index: int) -> DataError:
     )
 
 
-def _join_pieces(pieces: Sequence[Piece], completion: str) -> Rendering:
+def _join_pieces(
+    pieces: list[Piece], completion: str, nothing: str = "the completion is empty", unused: tuple[str, ...] = ()
+) -> Rendering:
     """Join neighbouring pieces of one kind and drop empty ones."""
     joined: list[Piece] = []
     for piece in pieces:
@@ -189,4 +284,4 @@ def _join_pieces(pieces: Sequence[Piece], completion: str) -> Rendering:
             joined[-1] = Piece(joined[-1].text + piece.text, piece.is_completion)
         elif piece.text:
             joined.append(piece)
-    return Rendering(tuple(joined), completion)
+    return Rendering(tuple(joined), completion, nothing, unused)

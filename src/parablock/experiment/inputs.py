@@ -16,15 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parablock import __version__
 from parablock.config.keys import DataSection, ModelSection, RunConfig, TrainSection
-from parablock.data.histogram import count_examples, partition_histogram
+from parablock.data.formats import check_rows
+from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
-from parablock.data.sources import Row, load_rows, rows_sha256
+from parablock.data.sources import Row, absolute, load_files, rows_sha256
 from parablock.errors import ConfigError, DataError
+from parablock.experiment.data_notes import describe_data, settle_template, warn_of_repeats
 from parablock.experiment.fit_blocks import fit_blocks, never_visited
 from parablock.methods.base import RunInputs
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import Block
+from parablock.model.positions import check_length
 from parablock.model.pretrained import LoadedModel, load_model
 from parablock.model.save import base_sha256
 from parablock.seeding import generator_for
@@ -62,8 +65,13 @@ def read_inputs(
     tell(f"loading {config.model.name_or_path}")
     base = load_base(config.model, seed=config.seed)
     is_auto = config.blocks.layers_per_block == "auto"
+    day, template_notes = settle_template(
+        base.loaded.tokenizer, [*_joined(parts), *held_out], config.data.format, config.data.date
+    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
+    length_notes = check_length(base.loaded.model, config.data.max_length)
     config, blocks = cut_model(config, base.loaded.model)
-    *train, test = (tokenize(rows, base.loaded.tokenizer, config.data, config.train) for rows in (*parts, held_out))
+    *train, test = _tokenize_parts((*parts, held_out), base.loaded.tokenizer, config)
     return RunInputs(
         config=config,
         loaded=base.loaded,
@@ -73,7 +81,11 @@ def read_inputs(
         notes=(
             *describe_model(base, config.model, blocks),
             *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if is_auto else []),
+            *base.loaded.notes,
+            *length_notes,
+            *template_notes,
             *describe_data(parts, train, test, config.data.partition.field),
+            *warn_of_repeats(held_out, _joined(parts)),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),
         manifest={
@@ -97,7 +109,7 @@ def _resolve(config: RunConfig) -> RunConfig:
             "engine": config.engine.model_copy(update={"num_threads": share}),
             "model": model.model_copy(update={"name_or_path": _absolute(model.name_or_path)}),
             "data": data.model_copy(
-                update={"train": tuple(map(_absolute, data.train)), "test": tuple(map(_absolute, data.test))}
+                update={"train": tuple(map(absolute, data.train)), "test": tuple(map(absolute, data.test))}
             ),
         }
     )
@@ -120,10 +132,10 @@ def read_rows(
         pooled: Whether one client has all rows after the partition; the rows that are held out stay the same.
         all_rows_of: See `read_inputs`.
     """
-    sources = [load_rows(source, split="train") for source in data.train]
+    sources = [rows for source in data.train for rows in _checked(source, "train", data)]
     if all_rows_of is not None:
         return [_joined(sources) if i == all_rows_of else () for i in range(num_clients)], []
-    held_out = [row for source in data.test for row in load_rows(source, split="test")]
+    held_out = [row for source in data.test for rows in _checked(source, "test", data) for row in rows]
     if not data.train:  # every site brings its own
         return [()] * num_clients, held_out
     partition = data.partition.model_dump()
@@ -131,6 +143,14 @@ def read_rows(
     if not held_out:
         parts, held_out = _hold_out(parts, data.test_fraction, seed)
     return [_joined(parts)] if pooled else parts, held_out
+
+
+def _checked(source: str, split: str, data: DataSection) -> list[list[Row]]:
+    """Return the rows of each file of a source; the first row that is wrong, in the file's order, is an error."""
+    files = load_files(source, split=split, columns=data.columns)
+    for rows in files:
+        check_rows(rows, data.format)
+    return files
 
 
 def _joined(parts: Sequence[Sequence[Row]]) -> tuple[Row, ...]:
@@ -201,36 +221,26 @@ def tokenize(
         data_format=data.format,
         max_length=data.max_length,
         completion_only_loss=train.completion_only_loss,
+        date=data.date,
     )
+
+
+def _tokenize_parts(
+    parts: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> list[Tokenized]:
+    """Tokenize the rows of each client, and those of the test."""
+    try:
+        return [tokenize(rows, tokenizer, config.data, config.train) for rows in parts]
+    except DataError:  # name the first wrong row of its file, whichever client has it
+        in_order = sorted(_joined(parts), key=lambda row: (row.source, row.line))
+        tokenize(in_order, tokenizer, config.data, config.train)
+        raise
 
 
 def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]) -> list[str]:
     """Describe the model in one line."""
     size = f"{base.num_parameters:,} parameters in {model.dtype}"
     return [f"{base.loaded.name_or_path}: {size}, {len(blocks)} block{'s' * (len(blocks) != 1)}"]
-
-
-def describe_data(
-    parts: Sequence[Sequence[Row]], train: Sequence[Tokenized], test: Tokenized, field: str | None
-) -> list[str]:
-    """Describe the training data of each client, and the rows that are left out, in lines of text.
-
-    Args:
-        parts: The training rows of each client.
-        train: The same, tokenized.
-        test: The test rows, tokenized.
-        field: The field of the partition; None without one.
-    """
-    if not any(parts):
-        return [f"{len(parts)} clients, with rows of their own", f"test: {test.summary()}"]
-    skipped = [entry for part in train for entry in part.skipped]
-    return [
-        *partition_histogram(parts, field=field),
-        *(f"client {i}: {part.summary()}" for i, part in enumerate(train) if len(train) <= 20 or part.skipped),
-        f"test: {test.summary()}",
-        *(f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]),
-        *([f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else []),
-    ]
 
 
 def _warn_of_random_ends(model: PreTrainedModel, section: ModelSection, blocks: Sequence[Block]) -> list[str]:

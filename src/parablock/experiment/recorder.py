@@ -15,7 +15,7 @@ from parablock.algorithm.aggregate import each_rho
 from parablock.algorithm.parablock import ServerState
 from parablock.clock import Clock, RealClock, VirtualClock
 from parablock.config.keys import RunConfig
-from parablock.errors import StorageError
+from parablock.errors import StorageError, TrainingError
 from parablock.experiment.engines import checkpoints_kept
 from parablock.experiment.progress import Progress
 from parablock.experiment.protections import privacy_spent
@@ -68,6 +68,7 @@ class Recorder:
         if state is None:
             self._rows = directory.rows_before(0)
             self._initial_eval_loss = model.evaluate(model.params)
+            _check_finite(self._initial_eval_loss, config)
             progress.message(f"base model: eval loss {self._initial_eval_loss:.4f}")
         else:
             self._rows = directory.rows_before(state.server.committed + 1)
@@ -175,6 +176,15 @@ class Recorder:
 
     def _elapsed_s(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._began
+
+
+def _check_finite(loss: float, config: RunConfig) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of the base model on the test rows is {loss}, before any training",
+            cause=f"The model computes numbers that are not finite in {config.model.dtype}.",
+            remedy="Set model.dtype: float32, or take another checkpoint; training cannot start from here.",
+        )
 
 
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> Row:

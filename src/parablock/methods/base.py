@@ -112,7 +112,7 @@ class MethodModel:
         model, tokenizer = self._replica.model, self._inputs.loaded.tokenizer
         if model.generation_config is not None:  # plain `generate` stops where training ended a turn
             model.generation_config.eos_token_id = list(find_stop_token_ids(tokenizer))
-        save_model(model, tokenizer, directory)
+        save_model(model, tokenizer, directory, kept_files=self._inputs.loaded.kept_files)
         return model_sha256(directory)
 
     def _loss(self) -> float:

@@ -1,10 +1,13 @@
 """Hugging Face causal language models: loading, blocks, parameters, loss, saving.
 
+source        the folder or id of a model: what cannot be trained, what an export keeps
 pretrained    read a model and its tokenizer
+positions     the longest text that a model can read
 blocks        the partition of the parameters into blocks
 params        a client's copy, with one flat buffer for each block
 adapters      LoRA adapters
 loss          the next-token loss
 device_copy   asynchronous copies to the CPU
-save          write and hash checkpoints
+portable      the words of an export, for either release of Transformers
+save          write, read back and hash checkpoints
 """

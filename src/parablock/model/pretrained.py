@@ -11,15 +11,17 @@ ModelError with the reason.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from parablock.errors import ModelError
-from parablock.hub import use_cache_when_offline
+from parablock.model.source import check_source, find_source, has_adapter, open_source, read_kept_files
 from parablock.seeding import seed_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,12 +42,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class LoadedModel:
     """A model ready for block training, in evaluation mode with every dropout at zero, and its tokenizer.
 
-    A missing pad token is replaced by the end-of-text token. `name_or_path` is as the user wrote it.
+    A missing pad token is replaced by the end-of-text token. `name_or_path` is as the user wrote it. `kept_files`
+    are the files of the source that an export keeps, by name, and `notes` what the user should know of it.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name_or_path: str
+    kept_files: Mapping[str, bytes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: int) -> LoadedModel:
@@ -70,19 +75,31 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
     _check_option("dtype", dtype, tuple(DTYPES))
     _check_option("init", init, ("pretrained", "random"))
     torch_device = _choose_device(device)
-    source = _find_source(name_or_path)
-    with _quiet_source(source):
-        config = _read_config(source)
-        tokenizer = _read_tokenizer(source)
+    source = find_source(name_or_path)
+    with _quiet_source(source) as opened:
+        check_source(source, weights=init == "pretrained")
+        config = _read_config(source, opened)
+        tokenizer = _read_tokenizer(source, opened)
         if init == "random":
             model = _make_random_model(source, config, DTYPES[dtype], seed)
         else:
-            model = _read_pretrained_model(source, config, DTYPES[dtype])
+            model = _read_pretrained_model(source, opened, config, DTYPES[dtype])
+        kept_files = read_kept_files(source)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     _check_vocabulary(source, model, tokenizer)
-    return LoadedModel(model.to(torch_device).eval(), tokenizer, name_or_path)
+    notes = (
+        (f"{source}: the adapter in the folder (adapter_config.json) is not used",) if has_adapter(source) else ()
+    )
+    return LoadedModel(model.to(torch_device).eval(), tokenizer, name_or_path, kept_files, notes)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a model alone; see `load_model`."""
+    source = find_source(name_or_path)
+    with _quiet_source(source) as opened:
+        return _read_tokenizer(source, opened)
 
 
 def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
@@ -91,9 +108,10 @@ def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
     Raises:
         ModelError: The configuration cannot be read, or is not that of a causal language model.
     """
-    source = _find_source(name_or_path)
-    with _quiet_source(source):
-        config = _read_config(source)
+    source = find_source(name_or_path)
+    with _quiet_source(source) as opened:
+        check_source(source, weights=False)
+        config = _read_config(source, opened)
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
@@ -102,10 +120,10 @@ def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet_source(source: str) -> Iterator[None]:
-    """Hide messages while a model is read and, unless it is a folder, use the cache if the hub is out of reach."""
-    with quiet_transformers(), nullcontext() if Path(source).is_dir() else use_cache_when_offline():
-        yield
+def _quiet_source(source: str) -> Iterator[str]:
+    """Open a source, and hide messages while a model is read; see `open_source`."""
+    with quiet_transformers(), open_source(source) as opened:
+        yield opened
 
 
 @contextmanager
@@ -140,22 +158,6 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and present else "cpu")
 
 
-def _find_source(name_or_path: str) -> str:
-    """Return the source of a model: the path of a folder, or an id on the hub."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    is_path = path.is_absolute() or name_or_path[:1] in ".~" or name_or_path.count("/") > 1
-    beside_others = "/" in name_or_path and path.parent.is_dir()
-    if not (is_path or beside_others or path.exists()):
-        return name_or_path
-    raise ModelError(
-        f"There is no model folder {name_or_path}",
-        cause="That path is a file." if path.exists() else "That path does not exist.",
-        remedy="Give a folder that holds config.json, or a Hugging Face id, as model.name_or_path.",
-    )
-
-
 def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if Path(source).is_dir():
@@ -167,12 +169,13 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     return ModelError(f"The {part} of {source} cannot be read", cause=cause, remedy=remedy)
 
 
-def _read_config(source: str) -> PreTrainedConfig:
+def _read_config(source: str, opened: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(opened)
     except Exception as error:
         raise _unreadable(source, "configuration", error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder:
         raise ModelError(
             f"{source} is of type {config.model_type}, which is not a causal language model",
             cause="It is an encoder, an encoder-decoder, or no text model.",
@@ -186,16 +189,17 @@ def _zero_dropout(config: PreTrainedConfig) -> None:
     for key, value in list(vars(config).items()):
         random_when_training = "drop" in key or "jitter" in key
         if random_when_training and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, key, 0.0)
+            setattr(config, key, type(value)(0))
         elif isinstance(value, PreTrainedConfig):
             _zero_dropout(value)
 
 
-def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _read_tokenizer(source: str, opened: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(opened)
     except Exception as error:
         raise _unreadable(source, "tokenizer", error) from error
+    _check_template(source, tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -204,6 +208,21 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_template(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that cannot be read at all; what it makes of a conversation shows later."""
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"The chat template of {source} is no template of Jinja: {error}, in line {error.lineno}",
+            remedy="Correct chat_template.jinja, or chat_template in tokenizer_config.json.",
+        ) from error
+    except Exception:  # it wants another conversation
+        return
 
 
 def _make_random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -215,10 +234,12 @@ def _make_random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype
         raise _unreadable(source, "architecture", error) from error
 
 
-def _read_pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _read_pretrained_model(
+    source: str, opened: str, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            opened, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:
         raise _unreadable(source, "weights", error) from error
@@ -231,6 +252,13 @@ def _read_pretrained_model(source: str, config: PreTrainedConfig, dtype: torch.d
             cause="The checkpoint is incomplete, has no language-model head, or config.json is another model's.",
             remedy="Get the whole checkpoint again; for new weights of this shape use model.init: random.",
         )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"The weights of {source} hold numbers that are not finite, the first in {name}",
+                cause="The checkpoint is of a training that diverged, or was cut to a format that is too narrow.",
+                remedy="Take another checkpoint of this model.",
+            )
     return model
 
 

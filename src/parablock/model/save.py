@@ -1,31 +1,55 @@
-"""Hugging Face checkpoints: write one, and hash weights to compare two."""
+"""Hugging Face checkpoints: write one and read it back, and hash weights to compare two."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.func import functional_call
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from parablock.errors import ModelError, StorageError
+from parablock.model.portable import base_dtype, make_portable
 from parablock.model.pretrained import quiet_transformers
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path | str) -> None:
-    """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer.
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path | str,
+    *,
+    kept_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer; read it back, and compare.
 
-    The files are written beside `directory` and renamed when they are complete; an earlier `directory` is
-    replaced. The model is not changed; it may be a `Replica`'s, whose parameters share storage.
+    The files are written beside `directory` and renamed when they are complete and read back as the same model; an
+    earlier `directory` is replaced. The model is not changed; it may be a `Replica`'s, whose parameters share
+    storage.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        directory: A folder.
+        kept_files: The files of the base that the export keeps, by name. The weights get the base's precision, if
+            its config.json names one that can hold them; otherwise that of the model.
 
     Raises:
         StorageError: The folder cannot be written: the disk is full or read-only, or a file has its name.
+        ModelError: What was written does not read back as the same model.
     """
-    directory = Path(directory)
+    directory, kept_files = Path(directory), kept_files or {}
     partial = directory.with_name(f".{directory.name}.partial")
     previous = directory.with_name(f".{directory.name}.previous")
     kept = model.generation_config
@@ -36,8 +60,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         partial.mkdir(parents=True)
         with quiet_transformers():
             model.generation_config = _valid_generation_config(kept)
-            model.save_pretrained(partial)  # separates shared storage, and writes tied weights once
+            weights = _weights(model, base_dtype(kept_files))
+            # this separates shared storage, and writes tied weights once
+            model.save_pretrained(partial, state_dict=dict(weights))
             tokenizer.save_pretrained(partial)
+            dtype = next(iter(weights.values())).dtype
+            make_portable(partial, kept_files, dtype=str(dtype).removeprefix("torch."))
+            _compare(partial, model, weights, tokenizer, directory)
         shutil.rmtree(previous, ignore_errors=True)
         if directory.exists():
             directory.rename(previous)
@@ -52,6 +81,79 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     finally:
         model.generation_config = kept
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _weights(model: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
+    """Return the model's tensors in a precision that can hold them, tied ones once."""
+    state = dict(model.state_dict())
+    wanted = model.dtype if dtype is None else getattr(torch, dtype)
+    if wanted == model.dtype:
+        return state
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in state.values():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast:
+            cast[key] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+            if not torch.isfinite(cast[key]).all():
+                return state
+    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
+
+
+def _compare(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+) -> None:
+    """Read a written model as anybody would, and compare it with what was to be written.
+
+    Raises:
+        ModelError: It is another one.
+    """
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    state = again.state_dict()
+    different = [
+        name
+        for name, tensor in weights.items()
+        if name not in state or state[name].dtype != tensor.dtype or not torch.equal(state[name], tensor.cpu())
+    ]
+    if not different and not _computes_the_same(again, model, weights):
+        different.append("what config.json makes of the weights")
+    read, probe = AutoTokenizer.from_pretrained(folder), "Ann has 12 apples.\n#### 12 → é"
+    if len(read) != len(tokenizer) or read(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+        different.append("the tokenizer")
+    if read.chat_template != tokenizer.chat_template:
+        different.append("the chat template")
+    if different:
+        raise ModelError(
+            f"The model written for {directory} does not read back as the one that was trained: "
+            f"{different[0]} differs",
+            cause="Transformers reads these files in another way than it writes them; nothing was left there.",
+            remedy="Report it with the name of the base model; `parablock resume` can write the model again.",
+        )
+
+
+def _computes_the_same(again: PreTrainedModel, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether the model that was read computes what the trained one does with the written weights."""
+    if _settings(again.config.to_dict()) == _settings(model.config.to_dict()):
+        return True
+    ids = torch.arange(2, 34, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    on_device = {name: tensor.to(model.device) for name, tensor in weights.items()}
+    with torch.no_grad():
+        wanted = functional_call(model, on_device, (ids,), {"use_cache": False}).logits
+        found = again.to(model.device)(ids, use_cache=False).logits
+    return torch.allclose(found.float(), wanted.float(), atol=1e-4)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of the computation, without noise in training, precision and versions."""
+    names = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    return {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if not (name in names or str(name).startswith("_") or "drop" in str(name) or "jitter" in str(name))
+    }
 
 
 def model_sha256(directory: Path | str) -> str:

@@ -18,6 +18,7 @@ from parablock.experiment.fit_blocks import estimated_compute, fit_blocks, flops
 from parablock.methods.trained_blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
+from parablock.model.positions import check_length
 from parablock.model.pretrained import outline_model
 from parablock.plan.advice import WIRE_FORMATS, Case, recommend, verdict
 from parablock.plan.alternatives import alternatives, equal_rank, recommended_method
@@ -117,7 +118,9 @@ class Scenario:
         config = self.config
         assert isinstance(config.blocks.layers_per_block, int)
         self.layers_per_block = config.blocks.layers_per_block
-        self.notes = [f"blocks.layers_per_block: auto is {self.layers_per_block} here"] if asked == "auto" else []
+        self.notes = check_length(self.outline, config.data.max_length)
+        if asked == "auto":
+            self.notes.append(f"blocks.layers_per_block: auto is {self.layers_per_block} here")
         method = config.federation.traits
         self.overlaps = with_delay(config.federation.method) is not None
         own = self.outline  # methods of adapters put them into the model

@@ -22,6 +22,7 @@ DEFAULTS = {
     "data.test_fraction": 0.1,
     "data.format": "auto",
     "data.max_length": 512,
+    "data.date": None,
     "data.partition.scheme": "iid",
     "data.partition.alpha": 0.5,
     "data.partition.field": None,

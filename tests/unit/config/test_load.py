@@ -70,6 +70,7 @@ OTHER_VALUES: list[dict[str, Any]] = [
     },
     {"federation.method": "fedavg", "wire.format": "sparse2", "wire.density": 0.01, "wire.residual_decay": 0.95},
     {"engine.name": "flower"},
+    {"data.date": "2024-02-29"},
 ]
 
 
@@ -99,6 +100,17 @@ def test_one_file_may_stand_without_a_list():
     config = parsed(data__train="a.jsonl", data__test="b.jsonl")
     assert config.data.train == ("a.jsonl",)
     assert config.data.test == ("b.jsonl",)
+
+
+def test_columns_are_of_known_fields_and_days_are_days(tmp_path: Path):
+    text = "model: {name_or_path: m}\ndata: {train: a.jsonl, columns: {prompt: frage}, date: 2024-02-29}\n"
+    config = load_config(write(tmp_path / "config.yaml", text))
+    assert (config.data.columns, config.data.date) == ({"prompt": "frage"}, "2024-02-29")
+    assert load_config(write(tmp_path / "again.yaml", config.to_yaml())) == config
+    with pytest.raises(ConfigError, match="no format has a field 'promt'; known are messages, "):
+        parsed(data__columns={"promt": "frage"})
+    with pytest.raises(ConfigError, match="must be a day such as 2025-01-31, not"):
+        parsed(data__date="29.2.2024")
 
 
 def test_the_yaml_keeps_the_order_of_the_reference():

@@ -26,8 +26,10 @@ FORMAT_ROWS: dict[str, dict[str, Any]] = {
     "messages": {
         "messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Twelve."}]
     },
+    "sharegpt": {"conversations": [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Twelve."}]},
     "prompt_completion": {"prompt": "How many?", "completion": "Twelve."},
     "alpaca": {"instruction": "Count.", "input": "1 2 3", "output": "Three."},
+    "input_output": {"input": "How many?", "output": "Twelve."},
     "gsm8k": {"question": "How many?", "answer": "Ann has 12.\n#### 12"},
     "text": {"text": "Ann has 12 apples."},
 }
@@ -155,7 +157,12 @@ def test_a_set_format_settles_what_auto_cannot(tiny_tokenizer: Tokenizer):
         ("messages", {"messages": "hello"}, "messages is of type str, not a list"),
         ("messages", {"messages": []}, "messages is an empty list"),
         ("messages", {"messages": [CONVERSATION[1], {"role": "assistant"}]}, "turn 2 of messages has no role and"),
-        ("messages", {"messages": CONVERSATION[2:]}, "the conversation begins with the assistant"),
+        ("messages", {"messages": [CONVERSATION[1], "Yes."]}, "turn 2 of messages is of type str, not an object"),
+        (
+            "messages",
+            {"messages": [{"role": "narrator", "content": "a"}]},
+            "turn 1 of messages has the unknown role",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_its_format_is_named(
@@ -168,8 +175,8 @@ def test_a_row_that_does_not_fit_its_format_is_named(
 
 
 def test_an_unknown_format_and_no_rows_are_errors(tiny_tokenizer: Tokenizer):
-    with pytest.raises(DataError, match="Unknown format 'sharegpt'"):
-        tokenized([a_row({"text": "a"})], tiny_tokenizer, "sharegpt")
+    with pytest.raises(DataError, match="Unknown format 'dolly'"):
+        tokenized([a_row({"text": "a"})], tiny_tokenizer, "dolly")
     with pytest.raises(DataError, match="no rows"):
         tokenized([], tiny_tokenizer)
 
@@ -182,7 +189,7 @@ def test_an_unknown_format_and_no_rows_are_errors(tiny_tokenizer: Tokenizer):
     [
         ("messages", "How many?", "User: How many?\nAssistant:", "Twelve."),
         ("prompt_completion", "How many?", "How many?", "Twelve."),
-        ("alpaca", "Count.\n\n1 2 3", "Instruction: Count.\nInput: 1 2 3\nResponse:", "Three."),
+        ("alpaca", "Count.\n\n1 2 3", "Instruction: Count.\n\n1 2 3\nResponse:", "Three."),
         ("gsm8k", "How many?", "Question: How many?\nAnswer:", "Ann has 12.\n#### 12"),
     ],
 )
@@ -427,7 +434,7 @@ def test_one_more_token_than_the_prompt_is_enough_and_the_prompt_is_not(tiny_tok
 # Other completions
 
 
-@pytest.mark.parametrize("data_format", ["messages", "prompt_completion", "alpaca", "gsm8k"])
+@pytest.mark.parametrize("data_format", [name for name in FORMAT_ROWS if name != "text"])
 def test_another_completion_stands_behind_the_same_prompt(tiny_tokenizer: Tokenizer, data_format: str):
     row = a_row(FORMAT_ROWS[data_format])
     other = replace_completion(row, "None.", data_format=data_format)

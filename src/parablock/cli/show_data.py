@@ -1,0 +1,93 @@
+"""The command `parablock data`: rows as the model will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from parablock.cli.terminal import console
+
+if TYPE_CHECKING:
+    from parablock.data.preview import Stretch
+    from parablock.data.sources import Row
+
+
+def data(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, patterns, or names of the hub.")],
+    model: Annotated[str, typer.Option(help="Its tokenizer and chat template; without one: turns only.")] = "",
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show of each file.")] = 2,
+    data_format: Annotated[str, typer.Option("--format", help="As data.format.")] = "auto",
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="field=column, as data.columns; repeatable.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="As data.max_length.")] = 512,
+) -> None:
+    """Show rows as the model will see them, with what is learnt marked, and say what is not used.
+
+    Example: parablock data train.jsonl --model Qwen/Qwen3-0.6B
+    """
+    from parablock.data.formats import check_rows
+    from parablock.data.preview import turns_of
+    from parablock.data.sources import load_files
+
+    named = dict(_pair(column) for column in columns or [])
+    files = [rows for source in sources for rows in load_files(source, split="train", columns=named)]
+    for file in files:
+        check_rows(file, data_format)
+    if model:
+        _show_tokens(files, model, rows, data_format, max_length)
+    else:
+        for file in files:
+            for row, turns in zip(file[:rows], turns_of(file[:rows], data_format), strict=True):
+                _show(row.place, turns)
+            _say(f"{file[0].source}: {len(file)} rows")
+    _say(f"learnt is what is {'green' if console.is_terminal else 'between [[ and ]]'}")
+
+
+def _show_tokens(files: list[list[Row]], model: str, rows: int, data_format: str, max_length: int) -> None:
+    from parablock.data.preview import stretches_of
+    from parablock.data.prompts import tokenize_rows
+    from parablock.experiment.data_notes import describe_skipped, describe_unused, settle_template
+    from parablock.model.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    every = [row for file in files for row in file]
+    for note in settle_template(tokenizer, every, data_format)[1]:
+        _say(note)
+    for file in files:
+        tokenized = tokenize_rows(
+            file, tokenizer, data_format=data_format, max_length=max_length, completion_only_loss=True
+        )
+        for example in tokenized.examples[:rows]:
+            counts = f"{len(example.input_ids)} tokens, {example.num_target_tokens} learnt"
+            cut = ", cut at the end" if example.is_truncated else ""
+            _show(f"{example.row.place}: {counts}{cut}", stretches_of(example, tokenizer))
+        _say(f"{file[0].source}: {tokenized.summary()}")
+        for line in (*describe_skipped([tokenized]), *describe_unused([tokenized])):
+            _say(line)
+
+
+def _show(title: str, stretches: Sequence[Stretch]) -> None:
+    """Print a row; what is learnt is green on a terminal, and between brackets elsewhere."""
+    _say(title)
+    text = Text()
+    for stretch in stretches:
+        if stretch.is_learnt and not console.is_terminal:
+            text.append(f"[[{stretch.text}]]")
+        else:
+            text.append(stretch.text, style="bold green" if stretch.is_learnt else "")
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _pair(column: str) -> tuple[str, str]:
+    name, equals, value = column.partition("=")
+    if not (name and equals and value):
+        raise typer.BadParameter(f"{column!r} is not field=column, such as prompt=frage", param_hint="--column")
+    return name, value

@@ -1,0 +1,263 @@
+"""Readers of data files: JSON lines, a JSON array, CSV, TSV, Parquet and Arrow, as they are or compressed.
+
+A reader yields the fields of each row with its line, so that every later error can name it. Text is UTF-8, with or
+without a byte order mark; a file in another encoding is named as what it is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parablock.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+"""Suffix behind another one → the codec of it."""
+
+NumberedFields = Iterator[tuple[int, dict[str, Any]]]
+"""For each row its line, or its position in a table, from 1; and its fields."""
+
+_LINES_REMEDY = (
+    "A .jsonl or .json file holds one JSON object per line, in UTF-8; "
+    "a .json file may also be one array of objects."
+)
+_BETWEEN_ITEMS = re.compile(r"[\s,]*")
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte order marks of other encodings, longer ones first."""
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says what a file holds, without that of a compression; in small letters."""
+    name = path.name.lower()
+    for ending in COMPRESSIONS:
+        name = name.removesuffix(ending)
+    return Path(name).suffix
+
+
+def read_file(source: str, path: Path) -> NumberedFields:
+    """Yield the rows of one file of a suffix in `SUFFIXES`.
+
+    Args:
+        source: The file as the user wrote it, for messages.
+        path: The same file.
+
+    Raises:
+        DataError: The file cannot be read, is damaged, or is not what its suffix says; names the line.
+    """
+    suffix = suffix_of(path)
+    if suffix in (".parquet", ".arrow", ".feather"):
+        return _read_table(source, path, suffix)
+    raw = _read_bytes(source, path)
+    _check_encoding(source, path, raw)
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(source, raw, suffix)
+    if suffix == ".json":
+        start = raw.removeprefix(codecs.BOM_UTF8).lstrip()
+        if start[:1] == b"[":
+            return _read_array(source, raw)
+        _check_not_spread(source, start)
+    return _read_lines(source, raw)
+
+
+def _read_bytes(source: str, path: Path) -> bytes:
+    try:
+        if path.suffix.lower() not in COMPRESSIONS:
+            return path.read_bytes()
+        return _decompressed(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _decompressed(path: Path) -> bytes:
+    import pyarrow  # type: ignore[import-untyped]  # comes with datasets, and is slow to import
+
+    path.open("rb").close()  # the system's own words, where it refuses
+    with pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix.lower()]) as stream:
+        content: bytes = stream.read()
+    return content
+
+
+def _check_encoding(source: str, path: Path, raw: bytes) -> None:
+    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "")
+    if not encoding and b"\0" in raw[:4]:
+        encoding = "UTF-16"
+    if encoding:
+        raise DataError(
+            f"{source} is in {encoding}, and not in UTF-8.",
+            cause=f"Its first bytes are {raw[:4].hex(' ')}; spreadsheets and PowerShell write such files.",
+            remedy=f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8_{path.name}",
+        )
+
+
+def _read_lines(source: str, raw: bytes) -> NumberedFields:
+    for line, text in enumerate(raw.split(b"\n"), start=1):
+        if text.strip() and text != codecs.BOM_UTF8:
+            yield line, _fields(source, line, _parse(source, line, text))
+
+
+def _read_array(source: str, raw: bytes) -> NumberedFields:
+    _parse(source, 1, raw)  # the whole text is valid from here on; the rest only finds the lines
+    text, decoder = raw.decode("utf-8-sig"), json.JSONDecoder()
+    at = text.index("[") + 1
+    line = 1 + text.count("\n", 0, at)
+    while True:
+        start = _BETWEEN_ITEMS.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
+        line += text.count("\n", at, start)
+        if text[start] == "]":
+            return
+        value, at = decoder.raw_decode(text, start)
+        yield line, _fields(source, line, value)
+        line += text.count("\n", start, at)
+
+
+def _check_not_spread(source: str, start: bytes) -> None:
+    """Refuse a file that is one JSON object over several lines, such as {"data": [...]}."""
+    first = start.partition(b"\n")[0]
+    try:
+        json.loads(first)
+        return
+    except (ValueError, RecursionError):
+        pass
+    try:
+        whole = json.loads(start)
+    except (ValueError, RecursionError):
+        return  # the reader of lines says what is wrong
+    if isinstance(whole, dict):
+        lists = [name for name, value in whole.items() if isinstance(value, list)]
+        name = lists[0] if lists else "rows"
+        raise DataError(
+            f"{source} is one JSON object over several lines, with the fields {', '.join(whole)}.",
+            remedy=f"{_LINES_REMEDY} For the list in {name!r}: jq -c '.{name}[]' {source} > rows.jsonl",
+        )
+
+
+def _parse(source: str, line: int, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except UnicodeDecodeError as error:
+        reason = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
+    except ValueError:
+        reason = f"it has a number of more than {sys.get_int_max_str_digits()} digits"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    raise DataError(f"{source}, line {line} is not JSON: {reason}.", remedy=_LINES_REMEDY)
+
+
+def _fields(source: str, line: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{source}, line {line} holds a value of type {type(value).__name__}, not an object.",
+            remedy=_LINES_REMEDY,
+        )
+    return value
+
+
+def _read_csv(source: str, raw: bytes, suffix: str) -> NumberedFields:
+    """Yield the rows below the heading; every value is text."""
+    text = _decode(source, raw)
+    heading = text.partition("\n")[0]
+    delimiter = "\t" if suffix == ".tsv" else next((mark for mark in ",;\t" if mark in heading), ",")
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{source}, line {line} is not {suffix[1:].upper()}: {error}.",
+                cause='A quote is not closed, or stands inside a cell without being doubled ("").',
+                remedy="Export it again with every cell in quotes, or as JSON lines.",
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if names is None:
+            names = _check_heading(source, line, cells)
+        elif len(cells) != len(names):
+            raise DataError(
+                f"{source}, line {line} has {len(cells)} cells, and the heading names {len(names)} columns "
+                f"({', '.join(names)}).",
+                cause=f"A cell holds {delimiter!r} without quotes, or the row is cut.",
+                remedy="Put the cell in quotes, or export the table again.",
+            )
+        else:
+            yield line, dict(zip(names, cells, strict=True))
+
+
+def _check_heading(source: str, line: int, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if "" in names or len(set(names)) < len(names):
+        raise DataError(
+            f"{source}, line {line}: the heading has an empty name or one that stands twice: {', '.join(names)}.",
+            remedy="The first line of a table names its columns, each by its own name.",
+        )
+    return names
+
+
+def _decode(source: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{source}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8.",
+            cause="The table is in another encoding, such as Windows-1252.",
+            remedy=f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {source}",
+        ) from error
+
+
+def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
+    import pyarrow
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        is_plain = path.suffix.lower() not in COMPRESSIONS
+        given = path if is_plain else pyarrow.BufferReader(_decompressed(path))
+        if suffix == ".parquet":
+            table = pyarrow.parquet.read_table(given)
+        else:
+            table = _read_arrow(str(given) if is_plain else given)
+        rows = table.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise _unreadable(source, error) from error
+    return iter(enumerate(rows, start=1))
+
+
+def _read_arrow(given: Any) -> Any:
+    """Read an Arrow file, or the stream that `datasets` saves under the same suffix."""
+    import pyarrow
+
+    try:
+        return pyarrow.ipc.open_file(given).read_all()
+    except pyarrow.ArrowInvalid:
+        stream = pyarrow.OSFile(given) if isinstance(given, str) else given
+        if not isinstance(given, str):
+            stream.seek(0)
+        return pyarrow.ipc.open_stream(stream).read_all()
+
+
+def _unreadable(source: str, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return DataError(
+        f"{source} cannot be read: {reason}",
+        cause="The file is damaged, is of another kind than its suffix says, or may not be read by this user.",
+        remedy="Fetch or export it again, or check its permissions.",
+    )

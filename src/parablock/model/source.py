@@ -1,0 +1,183 @@
+"""The folder or hub id of a model: what is in it, what cannot be trained, and what an export has to keep.
+
+What keeps a model from being trained has its own sentence here: weights that are quantised, code of its own, an
+adapter without its model, GGUF, pointers of Git LFS, an architecture that is newer than the library.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from transformers import CONFIG_MAPPING
+
+from parablock.errors import ModelError
+from parablock.hub import use_cache_when_offline
+
+KEPT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "chat_template.jinja", "chat_template.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+)
+"""Files of a model that its export keeps, beside the weights."""
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def find_source(name_or_path: str) -> str:
+    """Return the source of a model: the path of a folder, or an id on the hub.
+
+    Raises:
+        ModelError: It is a path, and no folder is there.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return str(path)
+    is_path = path.is_absolute() or name_or_path[:1] in ".~" or name_or_path.count("/") > 1
+    beside_others = "/" in name_or_path and path.parent.is_dir()
+    if not (is_path or beside_others or path.exists()):
+        return name_or_path
+    if path.suffix == ".gguf" and path.exists():
+        raise _gguf(name_or_path, path.name)
+    raise ModelError(
+        f"There is no model folder {name_or_path}",
+        cause="That path is a file." if path.exists() else "That path does not exist.",
+        remedy="Give a folder that holds config.json, or a Hugging Face id, as model.name_or_path.",
+    )
+
+
+def check_source(source: str, *, weights: bool) -> None:
+    """Refuse what cannot be trained, in words of its own; what is merely damaged is left to the readers.
+
+    Args:
+        source: A folder, or an id on the hub.
+        weights: Whether its weights are to be read.
+
+    Raises:
+        ModelError: It is an adapter, quantised, of an unknown architecture, or has no weights that can be read.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        _check_files(source, folder, weights=weights)
+    config = read_json(source, "config.json")
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict):
+        raise ModelError(
+            f"The weights of {source} are quantised ({quantised.get('quant_method', 'by an unnamed method')})",
+            cause="Numbers of few bits have no gradients: blocks of them cannot be trained, averaged or sent.",
+            remedy="Take the model that it was made from, in bfloat16 or float32.",
+        )
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        if config.get("auto_map"):
+            raise ModelError(
+                f"{source} brings code of its own ({', '.join(_code_files(config))}), which is not run here",
+                cause=f"Its type {model_type} is unknown to Transformers {transformers.__version__}, and such code "
+                "could do anything on this machine and on every site.",
+                remedy="Take a model whose architecture is part of Transformers.",
+            )
+        written = config.get("transformers_version")
+        raise ModelError(
+            f"The configuration of {source} is of the type {model_type}, which Transformers "
+            f"{transformers.__version__} does not know",
+            cause=f"It was written by version {written}." if written else "The type is misspelt, or newer.",
+            remedy="Install a newer one (pip install -U transformers), or give another model.name_or_path.",
+        )
+
+
+def read_json(source: str, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of a source; empty if it is missing or damaged."""
+    found = _find_file(source, name)
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(found.read_bytes()) if found else {}
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def read_kept_files(source: str) -> dict[str, bytes]:
+    """Return the files that an export keeps, by name."""
+    found = {name: _find_file(source, name) for name in KEPT_FILES}
+    return {name: path.read_bytes() for name, path in found.items() if path is not None}
+
+
+@contextmanager
+def open_source(source: str) -> Iterator[str]:
+    """Yield what Transformers is to read: the source, but without an adapter that was left in a model folder.
+
+    Transformers would put such an adapter into the model without a word. A source of the hub is read from the cache
+    while the hub is out of reach.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        with use_cache_when_offline():
+            yield source
+        return
+    if not has_adapter(source):
+        with nullcontext():
+            yield source
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for path in folder.iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(name) / path.name).symlink_to(path.resolve())
+        yield name
+
+
+def has_adapter(source: str) -> bool:
+    """Return whether an adapter lies in a folder."""
+    return (Path(source) / "adapter_config.json").exists()
+
+
+def _check_files(source: str, folder: Path, *, weights: bool) -> None:
+    files = [path for pattern in _WEIGHTS for path in folder.glob(pattern) if not path.name.startswith("adapter_")]
+    if has_adapter(source) and not ((folder / "config.json").exists() and files):
+        base = read_json(source, "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        raise ModelError(
+            f"{source} holds an adapter, and not the model that it belongs to",
+            cause=f"Its adapter_config.json names {base}.",
+            remedy="Merge them with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload(), and save.",
+        )
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf and not files:
+        raise _gguf(source, gguf[0].name)
+    for path in files if weights else ():
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+        if is_pointer:
+            raise ModelError(
+                f"{path} is a pointer of Git LFS, and not the weights themselves",
+                cause="The repository was cloned without its large files.",
+                remedy=f"Fetch them: git -C {source} lfs pull",
+            )
+
+
+def _gguf(source: str, name: str) -> ModelError:
+    return ModelError(
+        f"{source} holds a model for inference ({name}), in GGUF",
+        cause="GGUF is what llama.cpp reads; most such files are quantised, and none can be trained here.",
+        remedy="Take the model that it was made from: a folder with config.json and *.safetensors.",
+    )
+
+
+def _code_files(config: dict[str, Any]) -> list[str]:
+    names = config["auto_map"].values() if isinstance(config["auto_map"], dict) else []
+    return sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in names})
+
+
+def _find_file(source: str, name: str) -> Path | None:
+    """Return a file of a folder, or of a model in the hub's cache."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    with suppress(ValueError):  # a name that cannot be one of the hub
+        cached = try_to_load_from_cache(source, name)
+        return Path(cached) if isinstance(cached, str) else None
+    return None

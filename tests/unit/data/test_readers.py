@@ -1,0 +1,221 @@
+"""Files of every kind give the rows of the plain JSON lines, or are refused by name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from parablock.data.sources import load_files, load_rows
+from parablock.errors import DataError
+from tokens import tokenized
+
+ROWS = [
+    {"prompt": "How many?\nSay it.", "completion": 'Ann said "12", é and 12.'},
+    {"prompt": "2, or 3?", "completion": "😀 #### 12"},
+    {"prompt": "a\ttab; and more", "completion": " 12"},
+]
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def table(rows: list[dict[str, Any]], delimiter: str) -> bytes:
+    written = io.StringIO()
+    writer = csv.DictWriter(written, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue().encode()
+
+
+def columnar(rows: list[dict[str, Any]], write: Callable[[pyarrow.Table, Any], None]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    write(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def stream(content: pyarrow.Table, sink: Any) -> None:
+    with pyarrow.ipc.new_stream(sink, content.schema) as writer:
+        writer.write_table(content)
+
+
+def arrow(content: pyarrow.Table, sink: Any) -> None:
+    with pyarrow.ipc.new_file(sink, content.schema) as writer:
+        writer.write_table(content)
+
+
+KINDS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes]]] = {
+    "JSON lines": (".jsonl", lines),
+    "JSON lines of another name": (".ndjson", lines),
+    "JSON lines as .json": (".json", lines),
+    "JSON array": (".json", lambda rows: json.dumps(rows, indent=1).encode()),
+    "CSV": (".csv", lambda rows: table(rows, ",")),
+    "CSV with semicolons": (".csv", lambda rows: table(rows, ";")),
+    "TSV": (".tsv", lambda rows: table(rows, "\t")),
+    "Parquet": (".parquet", lambda rows: columnar(rows, pyarrow.parquet.write_table)),
+    "Arrow": (".arrow", lambda rows: columnar(rows, arrow)),
+    "Arrow stream": (".arrow", lambda rows: columnar(rows, stream)),
+    "Feather": (".feather", lambda rows: columnar(rows, pyarrow.feather.write_feather)),
+}
+CODECS = {"": None, ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+
+
+def write(path: Path, content: bytes, codec: str | None) -> str:
+    with pyarrow.output_stream(str(path), compression=codec) as file:
+        file.write(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ending", CODECS)
+def test_every_kind_of_file_gives_the_same_tokens(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, kind: str, ending: str
+):
+    suffix, content_of = KINDS[kind]
+    plain = load_rows(write(tmp_path / "plain.jsonl", lines(ROWS), None), split="train")
+    wanted = [example.input_ids for example in tokenized(plain, tiny_tokenizer, max_length=512).examples]
+    renamed = [{"frage": row["prompt"], "antwort": row["completion"]} for row in ROWS]
+    columns = {"prompt": "frage", "completion": "antwort"}
+    contents = {
+        "as it is": (content_of(ROWS), None),
+        "other columns": (content_of(renamed), columns),
+    }
+    if suffix not in (".parquet", ".arrow", ".feather"):
+        contents["a byte order mark"] = (b"\xef\xbb\xbf" + content_of(ROWS), None)
+    for name, (content, named) in contents.items():
+        source = write(tmp_path / f"{name}{suffix}{ending}", content, CODECS[ending])
+        rows = load_rows(source, split="train", columns=named)
+        examples = tokenized(rows, tiny_tokenizer, max_length=512).examples
+        assert [example.input_ids for example in examples] == wanted, name
+    assert len(set(wanted)) == len(ROWS)
+
+
+def refused(path: Path, content: bytes, **options: Any) -> str:
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path), split="train", **options)
+    assert caught.value.remedy
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16-LE", "UTF-32"])
+def test_another_encoding_is_named_and_so_is_the_cure(tmp_path: Path, suffix: str, encoding: str):
+    said = refused(tmp_path / f"a{suffix}", lines(ROWS).decode().encode(encoding))
+    assert f"a{suffix} is in {encoding[:6]}, and not in UTF-8" in said
+    assert f"iconv -f {encoding[:6]} -t UTF-8 a{suffix}" in said
+
+
+def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
+    said = refused(tmp_path / "a.csv", "prompt,completion\na,b\ncafé,c\n".encode("cp1252"))
+    assert "a.csv, line 3: byte 0xe9 is not UTF-8" in said
+    assert "iconv -f WINDOWS-1252" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("prompt,completion\na,b\nc\n", "line 3 has 1 cells, and the heading names 2 columns (prompt, completion)"),
+        ("prompt,completion\na,b,c\n", "line 2 has 3 cells"),
+        ("prompt,prompt\na,b\n", "line 1: the heading has an empty name or one that stands twice"),
+        ('prompt,completion\na,b\n"c,d\n', "line 3 is not CSV: unexpected end of data"),
+        ("prompt,completion\n", "is empty: it holds no row"),
+    ],
+)
+def test_a_table_that_is_broken_names_the_line(tmp_path: Path, content: str, says: str):
+    assert says in refused(tmp_path / "a.csv", content.encode())
+
+
+def test_lines_of_a_table_are_those_where_rows_begin(tmp_path: Path):
+    source = write(tmp_path / "a.csv", b'text\n"one\nand more"\n\ntwo\n', None)
+    assert [(row.fields["text"], row.line) for row in load_rows(source, split="train")] == [
+        ("one\nand more", 2),
+        ("two", 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "a.json",
+            b'{"data": [\n{"text": "one"}\n]}',
+            "is one JSON object over several lines, with the fields data",
+        ),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1 is not JSON: it has a number of more than 4300 digits"),
+        ("a.txt", b"one\n", "has the suffix '.txt', which cannot be read"),
+        ("a.xlsx", b"PK", "has the suffix '.xlsx', which cannot be read"),
+        ("a.jsonl.gz", b"not compressed", "cannot be read"),
+        ("a.jsonl.zst", b"not compressed", "cannot be read"),
+        ("a.arrow", b"not arrow", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_says_what_it_is(tmp_path: Path, name: str, content: bytes, says: str):
+    said = refused(tmp_path / name, content)
+    assert str(tmp_path / name) in said
+    assert says in said
+
+
+def test_a_compressed_file_that_was_cut_is_refused(tmp_path: Path):
+    whole = Path(write(tmp_path / "a.jsonl.gz", lines(ROWS * 50), "gzip")).read_bytes()
+    assert "cannot be read" in refused(tmp_path / "a.jsonl.gz", whole[:-20])
+
+
+# Folders, patterns, columns
+
+
+def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path: Path):
+    for name in ("b.jsonl", "a.csv", "below/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = table(ROWS[:1], ",") if name.endswith("csv") else lines(ROWS[:2])
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "README.md").write_text("not data")
+
+    def files(source: Path) -> list[tuple[str, int]]:
+        found = load_files(str(source), split="train")
+        return [(str(Path(rows[0].source).relative_to(tmp_path)), len(rows)) for rows in found]
+
+    assert files(tmp_path) == [("a.csv", 1), ("b.jsonl", 2)]
+    assert files(tmp_path / "*.jsonl") == [("b.jsonl", 2)]
+    assert files(tmp_path / "**/*.jsonl") == [("b.jsonl", 2), ("below/c.jsonl", 2)]
+    with pytest.raises(DataError, match="matches no file"):
+        load_files(str(tmp_path / "*.parquet"), split="train")
+    (tmp_path / "[1].jsonl").write_bytes(lines(ROWS))
+    assert files(tmp_path / "[1].jsonl") == [("[1].jsonl", 3)]  # a file of that very name
+
+
+def test_a_folder_without_data_names_one_below_it(tmp_path: Path):
+    (tmp_path / "below").mkdir()
+    with pytest.raises(DataError, match="is a folder without a data file"):
+        load_rows(str(tmp_path), split="train")
+    (tmp_path / "below" / "a.jsonl").write_bytes(lines(ROWS))
+    with pytest.raises(DataError, match=f"name that, or {tmp_path}/\\*\\*/\\*"):
+        load_rows(str(tmp_path), split="train")
+
+
+def test_a_saved_dataset_is_read_by_split(tmp_path: Path):
+    import datasets
+
+    sets = {name: datasets.Dataset.from_list(ROWS[:count]) for name, count in (("train", 3), ("test", 1))}
+    datasets.DatasetDict(sets).save_to_disk(tmp_path / "set")
+    for split, count in (("train", 3), ("test", 1)):
+        rows = load_rows(str(tmp_path / "set"), split=split)
+        assert [row.fields for row in rows] == ROWS[:count]
+        assert [row.fields for row in load_rows(str(tmp_path / "set" / split), split="train")] == ROWS[:count]
+    with pytest.raises(DataError, match="without a split 'validation'; it has test, train"):
+        load_rows(str(tmp_path / "set"), split="validation")
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path):
+    said = refused(tmp_path / "a.jsonl", lines(ROWS), columns={"prompt": "frage"})
+    assert "a.jsonl, line 1 has no column 'frage', which data.columns names; it has prompt, completion" in said

@@ -1,0 +1,150 @@
+"""What a chat template makes of tools, reasoning, weights and days, and the templates of models that have none."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from parablock.data.prompts import IGNORED_LABEL, Tokenized
+from parablock.data.sources import Row
+from parablock.data.templates import plain_template
+from parablock.errors import DataError
+from tokens import tokenized
+
+USER, ANSWER = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Twelve."}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "12"}
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }}({{ c.function.arguments | tojson }})</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def one(turns: list[dict[str, Any]], tokenizer: Tokenizer, **fields: Any) -> Tokenized:
+    return tokenized([Row({"messages": turns, **fields}, "set.jsonl", 3)], tokenizer, max_length=512)
+
+
+def learnt(result: Tokenized, tokenizer: Tokenizer) -> str:
+    (example,) = result.examples
+    return tokenizer.decode([label for label in example.labels if label != IGNORED_LABEL])
+
+
+def test_a_call_of_a_tool_is_learnt_where_the_template_writes_it(tiny_tokenizer: Tokenizer):
+    tokenizer = with_template(tiny_tokenizer, WITH_TOOLS)
+    result = one([USER, CALLING, RESULT, ANSWER], tokenizer, tools=[{"name": "f"}])
+    assert learnt(result, tokenizer) == '<call>f({"a": 1})</call><|im_end|>\nTwelve.<|im_end|>\n'
+    assert tokenizer.decode(result.examples[0].input_ids).startswith('[{"name": "f"}]<|im_start|>user')
+    assert dict(result.unused) == {"tool_call_id of turns, which the chat template does not write": 1}
+
+
+def test_a_call_that_the_template_does_not_write_is_refused(tiny_tokenizer: Tokenizer):
+    with pytest.raises(DataError, match=r"set.jsonl, line 3: turn 2 calls a tool .* does not write tool calls"):
+        one([USER, CALLING, RESULT, ANSWER], tiny_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_learnt_where_the_template_writes_it_and_said_where_not(tiny_tokenizer: Tokenizer, name: str):
+    tokenizer = with_template(tiny_tokenizer, WITH_TOOLS)
+    turns = [USER, {**ANSWER, name: "Ann has 12."}]
+    result = one(turns, tokenizer)
+    assert learnt(result, tokenizer) == "<think>Ann has 12.</think>Twelve.<|im_end|>\n"
+    assert not result.unused
+    left_out = one(turns, tiny_tokenizer)
+    assert learnt(left_out, tiny_tokenizer) == "Twelve.<|im_end|>\n"
+    assert dict(left_out.unused) == {"reasoning of turns, which the chat template does not write": 1}
+
+
+def test_what_is_not_used_is_counted_by_name(tiny_tokenizer: Tokenizer):
+    turns = [{**USER, "name": "Ann"}, ANSWER]
+    result = one(turns, tiny_tokenizer, tools=[{"name": "f"}], id=7, text="…", nothing=None)
+    assert dict(result.unused) == {
+        "field id": 1,
+        "field text": 1,
+        "name of turns, which the chat template does not write": 1,
+        "tools, which the chat template does not write": 1,
+    }
+
+
+def test_a_turn_of_weight_zero_stands_in_the_prompt(tiny_tokenizer: Tokenizer):
+    bad = {**ANSWER, "content": "Ten.", "weight": 0}
+    result = one([USER, bad, USER, {**ANSWER, "weight": 1}], tiny_tokenizer)
+    assert learnt(result, tiny_tokenizer) == "Twelve.<|im_end|>\n"
+    assert "Ten.<|im_end|>" in tiny_tokenizer.decode(result.examples[0].prompt_ids)
+    assert "Ten." in learnt(one([USER, {**bad, "weight": 1}, USER, ANSWER], tiny_tokenizer), tiny_tokenizer)
+
+
+def test_a_row_that_trains_nothing_is_skipped_with_its_reason_even_if_the_template_refuses_it(
+    tiny_tokenizer: Tokenizer,
+):
+    strict = with_template(
+        tiny_tokenizer,
+        "{% if messages[0].role != 'user' %}{{ raise_exception('begin with a user') }}{% endif %}" + WITH_TOOLS,
+    )
+    rows = [
+        Row({"messages": turns}, "set.jsonl", line)
+        for line, turns in enumerate(([ANSWER], [USER], [USER, {**ANSWER, "weight": 0}], [USER, ANSWER]), start=1)
+    ]
+    result = tokenized(rows, strict, max_length=512)
+    assert [(item.row.line, item.reason) for item in result.skipped] == [
+        (1, "no turn of the assistant is to be learnt, and the chat template refuses it"),
+        (2, "no turn is the assistant's"),
+        (3, "no turn of the assistant is to be learnt"),
+    ]
+    with pytest.raises(DataError, match="begin with a user"):
+        one([ANSWER, USER, ANSWER], strict)
+
+
+def test_a_template_writes_the_day_that_it_is_given(tiny_tokenizer: Tokenizer):
+    tokenizer = with_template(tiny_tokenizer, "Today: {{ strftime_now('%d %b %Y %H:%M') }}\n" + WITH_TOOLS)
+    row = Row({"messages": [USER, ANSWER]}, "set.jsonl", 1)
+
+    def text(date: str | None) -> str:
+        (example,) = tokenized([row], tokenizer, max_length=512, date=date).examples
+        return str(tokenizer.decode(example.input_ids))
+
+    assert text("2024-02-29").startswith("Today: 29 Feb 2024 00:00\n")
+    assert text("2024-03-01") != text("2024-02-29")
+    assert "2024 00:00" not in text(None)
+
+
+# Models without a template
+
+PLAIN = {
+    "messages": (
+        {"messages": [USER, ANSWER, USER, ANSWER]},
+        "User: How many?\nAssistant: Twelve.<|endoftext|>\nUser",
+    ),
+    "prompt_completion": ({"prompt": "How many?", "completion": "Twelve."}, "How many? Twelve.<|endoftext|>"),
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        "Instruction: Add.\n\n1 2\nResponse: 3<|endoftext|>",
+    ),
+    "gsm8k": ({"question": "How many?", "answer": "12"}, "Question: How many?\nAnswer: 12<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("data_format", PLAIN)
+def test_a_template_that_is_saved_writes_what_was_trained_on(tiny_tokenizer: Tokenizer, data_format: str):
+    without = with_template(tiny_tokenizer, None)
+    saved = with_template(tiny_tokenizer, plain_template(without, data_format))
+    fields, text = PLAIN[data_format]
+    rows = [Row(fields, "set.jsonl", 1)]
+    (before,), (after,) = (tokenized(rows, each, max_length=512).examples for each in (without, saved))
+    assert before == after
+    assert tiny_tokenizer.decode(before.input_ids).startswith(text)
+    if data_format != "messages":  # what a chat asks for is what training saw before the completion
+        prompt = fields.get("prompt") or fields.get("question") or "Add.\n\n1 2"
+        asked = saved.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        assert list(before.prompt_ids) == asked["input_ids"]
