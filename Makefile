@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser proxies demo fmt check test test-fast test-flower test-all bench bench-all docs build clean
+.PHONY: help setup browser proxies other-transformers demo fmt check test test-fast test-flower test-all bench bench-all docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,11 @@ proxies:  ## install nginx and Caddy for the tests of reverse proxies where they
 	echo "Installing nginx and Caddy"; export DEBIAN_FRONTEND=noninteractive; \
 	apt-get -qq -o Acquire::Retries=3 update && \
 	apt-get -qq -o Acquire::Retries=3 -y --no-install-recommends install nginx-light caddy >/dev/null
+
+# Exports are for others, most of whom have Transformers 4; it is read from a folder, beside the torch of .venv.
+other-transformers: $(STAMP)  ## install Transformers 4 for the test that it reads exports
+	@test -d $(VENV)/other-transformers || $(PIP) --no-deps --target $(VENV)/other-transformers \
+		"transformers==4.57.*" "tokenizers>=0.22,<0.23.1" "huggingface-hub>=0.34,<1.0"
 
 demo: $(STAMP)  ## fine-tune a small model over several clients and say what happened (under five minutes)
 	$(BIN)/parablock demo

@@ -135,6 +135,8 @@ def type_name(annotation: Any, bounds: str) -> str:
         return (
             f"list of {type_name(item, '')}" if get_origin(item) is Literal or item is str else "list of mappings"
         )
+    if get_origin(annotation) is dict:
+        return "mapping of names"
     if annotation is types.NoneType:
         return "`null`"
     return f"{NAMES[annotation]} {bounds if annotation in (int, float) else ''}".strip()

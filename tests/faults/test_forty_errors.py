@@ -95,8 +95,8 @@ run run.yaml --output-dir out {IID} --set data.train=rows.xlsx
   rows.xlsx | has the suffix '.xlsx', which cannot be read | Save the sheet as CSV
 run run.yaml --output-dir out {IID} --set data.train=rows.csv
   rows.csv, line 3 has 1 cells | the row is cut | export the table again
-run run.yaml --output-dir out {IID} --set data.train=*.parquets
-  *.parquets matches no file | Relative patterns start from | Check the pattern
+run run.yaml --output-dir out {IID} --set data.train=./*.parquets
+  ./*.parquets matches no file | Relative patterns start from | Check the pattern
 run run.yaml --output-dir out {IID} --set data.train=broken.jsonl
   broken.jsonl, line 4 | is not JSON: Unterminated string | one JSON object per line
 run run.yaml --output-dir out {IID} --set data.train=empty.jsonl
@@ -129,9 +129,9 @@ run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num
   narrator.jsonl, line 2: turn 1 of messages has the unknown role 'narrator' | Known are | Rename the role
 {READ}=image.jsonl
   image.jsonl, line 1: turn 1 | a part of type 'image' | audio and other parts cannot be learnt from
-{READ}=rows.jsonl --set data.columns={{prompt: frage}}
-  rows.jsonl, line 1 has no column 'frage' | which data.columns names; it has prompt, completion | Correct data.columns
-{READ}=rows.jsonl --set data.columns={{promt: prompt}}
+{READ}=rows.jsonl --set 'data.columns={{prompt: frage}}'
+  rows.jsonl, line 1 has no column 'frage' | data.columns names; it has prompt, completion | Correct data.columns
+{READ}=rows.jsonl --set 'data.columns={{promt: prompt}}'
   data.columns | no format has a field 'promt' | known are messages
 {READ}=rows.jsonl --set data.date=29.2.2024
   data.date | '29.2.2024' | must be a day such as
@@ -153,8 +153,8 @@ run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num
   The chat template of | no template of Jinja | Correct chat_template.jinja
 {READ}=rows.jsonl --set model.name_or_path=short
   data.max_length is 64, and gpt2 has 32 positions | a table that was learnt with the model | data.max_length: 32
-plan run.yaml --set model.name_or_path=short --set blocks.layers_per_block=2
-  data.max_length is 64, and gpt2 has 32 positions | no row for a later token | or less
+plan run.yaml --set model.name_or_path=short --set data.max_length=33
+  data.max_length is 33, and gpt2 has 32 positions | no row for a later token | or less
 data rows.jsonl --column prompt
   --column | 'prompt' is not field=column | such as prompt=frage
 data surrogate.jsonl

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.deploy import deploy
+from parablock.cli.export_run import export
 from parablock.cli.show_data import data
 from parablock.cli.terminal import Overrides, console, exit_when_interrupted, print_summary, show_progress
 from parablock.errors import ParaBlockError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 app.command()(data)
+app.command()(export)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]

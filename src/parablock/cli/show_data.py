@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from parablock.cli.terminal import console
+from parablock.errors import ConfigError
 
 if TYPE_CHECKING:
     from parablock.data.preview import Stretch
@@ -89,5 +90,5 @@ def _say(line: str) -> None:
 def _pair(column: str) -> tuple[str, str]:
     name, equals, value = column.partition("=")
     if not (name and equals and value):
-        raise typer.BadParameter(f"{column!r} is not field=column, such as prompt=frage", param_hint="--column")
+        raise ConfigError([f"{column!r} is not field=column, such as prompt=frage"], source="--column")
     return name, value

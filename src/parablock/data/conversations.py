@@ -54,7 +54,7 @@ class Conversation:
     @property
     def begins_with_the_assistant(self) -> bool:
         """Whether the first turn, which nothing precedes, is the assistant's."""
-        return self.turns[0]["role"] == "assistant"
+        return bool(self.turns[0]["role"] == "assistant")
 
 
 def converse(

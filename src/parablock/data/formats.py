@@ -31,22 +31,24 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """Format → the fields that a row of it must have."""
 
-OPTIONAL = {
+OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("tools", "system"),
     "sharegpt": ("tools", "system"),
     "prompt_completion": ("tools", "system"),
     "alpaca": ("input", "system"),
-    "input_output": ("system",),
-    "gsm8k": ("system",),
     "text": (),
 }
-"""Format → the fields that a row of it may have."""
+"""Format → the fields that a row of it may have; of others, `system`."""
 
 COLUMNS = tuple(dict.fromkeys(name for table in (FORMATS, OPTIONAL) for names in table.values() for name in names))
 """All fields that some format reads."""
 
 _WEAK = ("text", "input_output")
 """Formats that do not count beside another one, in this order."""
+
+
+def _optional(data_format: str) -> tuple[str, ...]:
+    return OPTIONAL.get(data_format, ("system",))
 
 
 def detect_format(rows: Sequence[Row]) -> str:
@@ -100,7 +102,7 @@ def read_conversation(row: Row, data_format: str) -> Conversation:
         DataError: A field is missing or is not what the format has there.
     """
     system = _read_text_field(row, "system", data_format) if row.fields.get("system") is not None else ""
-    tools = row.fields.get("tools") if "tools" in OPTIONAL[data_format] else None
+    tools = row.fields.get("tools") if "tools" in _optional(data_format) else None
     if data_format in ("messages", "sharegpt"):
         (name,) = FORMATS[data_format]
         if row.fields.get(name) is None:
@@ -127,7 +129,7 @@ def read_text(row: Row) -> str:
 
 def unused_fields(row: Row, data_format: str) -> list[str]:
     """Return the fields of a row that its format does not read."""
-    used = {*FORMATS[data_format], *OPTIONAL[data_format]}
+    used = {*FORMATS[data_format], *_optional(data_format)}
     return [name for name, value in row.fields.items() if name not in used and value is not None]
 
 

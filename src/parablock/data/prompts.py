@@ -63,6 +63,10 @@ class Example:
         return sum(label != IGNORED_LABEL for label in self.labels[1:])
 
 
+class NothingToLearnError(DataError):
+    """Rows that are right, one by one, and none of which has a token to train on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A row without a token to train on, and the reason."""
@@ -140,7 +144,7 @@ def tokenize_rows(
         else:
             skipped.append(Skipped(row, rendering.nothing))
     if not examples:
-        raise DataError(
+        raise NothingToLearnError(
             f"None of {len(rows)} rows has anything to train on: {_reasons(skipped)}.",
             remedy="Raise data.max_length, or give rows with completions.",
         )

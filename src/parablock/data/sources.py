@@ -91,7 +91,8 @@ def absolute(source: str) -> str:
     path = Path(source).expanduser()
     if path.exists():
         return str(path.resolve())
-    return str(Path.cwd() / path) if _is_local(source) and _is_pattern(source) else source
+    here = str(Path.cwd() / path)
+    return here if _is_pattern(source) and glob.glob(here, recursive=True) else source  # noqa: PTH207
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:

@@ -6,6 +6,7 @@ data_notes    the chat template, who trains on what, and what nothing is learnt 
 fit_blocks    `blocks.layers_per_block: auto`
 engines       the configuration as the engine and its arguments
 protections   the configuration as privacy, robust aggregation and masking
+export        a finished run as a folder, an adapter or a difference
 recorder      rounds, trace, checkpoints and summary
 progress      the display of a run on a terminal or in a log
 trackers      TensorBoard and Weights & Biases

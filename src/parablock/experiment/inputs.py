@@ -19,7 +19,7 @@ from parablock.config.keys import DataSection, ModelSection, RunConfig, TrainSec
 from parablock.data.formats import check_rows
 from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
-from parablock.data.prompts import Example, Tokenized, tokenize_rows
+from parablock.data.prompts import Example, NothingToLearnError, Tokenized, tokenize_rows
 from parablock.data.sources import Row, absolute, load_files, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.experiment.data_notes import describe_data, settle_template, warn_of_repeats
@@ -231,6 +231,8 @@ def _tokenize_parts(
     """Tokenize the rows of each client, and those of the test."""
     try:
         return [tokenize(rows, tokenizer, config.data, config.train) for rows in parts]
+    except NothingToLearnError:
+        raise
     except DataError:  # name the first wrong row of its file, whichever client has it
         in_order = sorted(_joined(parts), key=lambda row: (row.source, row.line))
         tokenize(in_order, tokenizer, config.data, config.train)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import date
+from pathlib import Path
 from weakref import ref
 
+import pytest
+
 from parablock.config.load import load_config
+from parablock.errors import DataError
 from parablock.experiment.inputs import read_inputs
 from parablock.methods.choose import make_method_model
 from tiny_runs import Workshop, sum_row, write_rows
 
 
 def warnings_of(workshop: Workshop, *overrides: str) -> list[str]:
-    return [
-        note for note in read_inputs(load_config(workshop.config, overrides)).notes if note.startswith("warning")
-    ]
+    notes = read_inputs(load_config(workshop.config, overrides)).notes
+    return [note for note in notes if note.startswith("warning") and "test rows" not in note]
 
 
 def test_random_embeddings_that_no_block_trains_are_warned_of(workshop: Workshop):
@@ -61,3 +65,68 @@ def test_a_fleet_keeps_none_of_the_parameters_that_were_taken(workshop: Workshop
     assert all(block() is not None for block in blocks)
     del taken
     assert all(block() is None for block in blocks)
+
+
+def test_test_rows_that_are_trained_on_are_warned_of(workshop: Workshop, tmp_path: Path):
+    apart = write_rows(tmp_path / "apart.jsonl", [sum_row(90, 1), sum_row(90, 2)])
+    both = write_rows(tmp_path / "both.jsonl", [sum_row(90, 1), sum_row(2, 0)])
+
+    def repeats(file: Path) -> list[str]:
+        notes = read_inputs(load_config(workshop.config, [f"data.test={file}"])).notes
+        return [note for note in notes if "test rows" in note]
+
+    assert repeats(apart) == []
+    (warning,) = repeats(both)
+    assert f"1 of 2 test rows stand in the training rows too, the first in {both}, line 2" in warning
+
+
+def test_the_first_wrong_line_is_named_whichever_client_has_it(workshop: Workshop, tmp_path: Path):
+    """The chat template refuses lines 4 and 9; the rows are shuffled over the clients."""
+    asked = {"role": "user", "content": "1 plus 1?"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    right, wrong = [asked, {"role": "assistant", "content": "2"}], [asked, called]
+    rows = [{"messages": wrong if line in (4, 9) else right} for line in range(1, 12)]
+    mixed = write_rows(tmp_path / "mixed.jsonl", rows)
+    for seed in range(4):
+        changes = [f"data.train={mixed}", "data.partition.scheme=iid", f"seed={seed}"]
+        with pytest.raises(DataError, match=r"mixed\.jsonl, line 4: turn 2 calls a tool"):
+            read_inputs(load_config(workshop.config, changes))
+
+
+def test_fields_and_rows_that_are_not_used_are_said_with_their_number(workshop: Workshop, tmp_path: Path):
+    rows = [{**sum_row(90, k), "id": k, "label": "a"} for k in range(10)]
+    rows[3]["completion"] = ""
+    file = write_rows(tmp_path / "labelled.jsonl", rows)
+    changes = [f"data.train={file}", "data.partition.scheme=iid", "federation.num_clients=2"]
+    notes = read_inputs(load_config(workshop.config, changes)).notes
+    assert [note for note in notes if note.startswith("not ")] == [
+        f"not trained on: {file}, line 4: the completion is empty",
+        "not used: field id (10 rows); field label (10 rows)",
+    ]
+
+
+def test_a_model_without_a_template_gets_one_that_is_stated(workshop: Workshop):
+    template = (workshop.model / "chat_template.jinja").read_text()
+    try:
+        (workshop.model / "chat_template.jinja").unlink()
+        job = read_inputs(load_config(workshop.config))
+    finally:
+        (workshop.model / "chat_template.jinja").write_text(template)
+    (note,) = (note for note in job.notes if "no chat template" in note)
+    assert "rows are written as '… …<|endoftext|>', and so it is saved" in note
+    assert job.loaded.tokenizer.chat_template is not None
+    assert not any("no chat template" in note for note in read_inputs(load_config(workshop.config)).notes)
+
+
+def test_a_day_that_the_template_writes_is_that_of_the_run_and_is_kept(workshop: Workshop):
+    template = (workshop.model / "chat_template.jinja").read_text()
+    try:
+        (workshop.model / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + template)
+        job = read_inputs(load_config(workshop.config))
+        dated = read_inputs(load_config(workshop.config, ["data.date=2001-02-03"]))
+    finally:
+        (workshop.model / "chat_template.jinja").write_text(template)
+    assert job.config.data.date == date.today().isoformat()
+    text = dated.loaded.tokenizer.decode(dated.test[0].input_ids)
+    assert text.startswith("2001-02-03<|im_start|>")
+    assert read_inputs(load_config(workshop.config)).config.data.date is None

@@ -1,0 +1,186 @@
+"""Exports of a finished run: its model as a folder, an adapter for peft, or the difference from the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from parablock.config.load import load_config
+from parablock.errors import ModelError, StorageError
+from parablock.evaluation.side_by_side import models_of
+from parablock.model.pretrained import load_model, quiet_transformers
+from parablock.storage.files import write_folder_beside
+from parablock.storage.run_directory import RunDirectory
+
+DEFAULT_RANK = 16
+"""Rank of an adapter that is fitted to a run without adapters."""
+_EXTRA_DIRECTIONS = 8  # of the search for the largest ones, as in Halko et al., 2011
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The base model and the tuned one of a run, in float32 on the CPU."""
+
+    base: PreTrainedModel
+    tuned: PreTrainedModel
+    base_name: str
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each parameter that the run has changed, and its difference."""
+        before = dict(self.base.named_parameters())
+        for name, parameter in self.tuned.named_parameters():
+            difference = (parameter - before[name]).detach()
+            if difference.any():
+                yield name, difference
+
+
+def export_run(
+    run_dir: str, output_dir: Path, *, export_format: str, rank: int | None, tell: Callable[[str], None]
+) -> list[str]:
+    """Write a finished run's model in another form, and read back what was written.
+
+    Args:
+        run_dir: The run.
+        output_dir: A folder that is not there yet.
+        export_format: hf | adapter | delta.
+        rank: Of the adapter; None: that of the run's own adapters, or `DEFAULT_RANK`.
+        tell: Called with messages about the progress.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        InputError: The run is not finished, the folder is there, or the model does not fit the format.
+    """
+    directory = RunDirectory(run_dir)
+    if not directory.config.exists():
+        raise ModelError(f"{run_dir} holds no run", remedy="Give the --output-dir of a `parablock run`.")
+    models = {label: name for label, name, _ in models_of(run_dir)}
+    if output_dir.exists():
+        raise StorageError(f"{output_dir} is there already", remedy="Give a new folder as --output-dir.")
+    with write_folder_beside(output_dir) as folder:
+        if export_format == "hf":
+            shutil.copytree(directory.model, folder, dirs_exist_ok=True)
+            return []
+        if "base" not in models:
+            raise ModelError(
+                f"the run in {run_dir} has no base model to compare with",
+                cause="Its weights were drawn at random (model.init: random).",
+                remedy="Export the whole model: --format hf",
+            )
+        tell("reading the base model and the tuned one")
+        base, tuned = (
+            load_model(models[label], dtype="float32", device="cpu", init="pretrained", seed=0).model
+            for label in ("base", "tuned")
+        )
+        pair = Pair(base, tuned, models["base"])
+        if export_format == "delta":
+            return _write_delta(pair, folder)
+        config = load_config(directory.config)
+        own = config.lora.rank if config.federation.traits.trains == "adapters" else DEFAULT_RANK
+        return _write_adapter(pair, folder, rank or own, tell)
+
+
+def _write_delta(pair: Pair, folder: Path) -> list[str]:
+    """Write the difference of every parameter that changed, in float32."""
+    changes = dict(pair.changes())
+    save_file({name: change.contiguous() for name, change in changes.items()}, folder / "delta.safetensors")
+    facts = {"base_model_name_or_path": pair.base_name, "meaning": "tuned - base, float32"}
+    (folder / "delta.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _make_readable(folder)
+    return [f"{len(changes)} of {len(list(pair.base.parameters()))} tensors changed"]
+
+
+def _write_adapter(pair: Pair, folder: Path, rank: int, tell: Callable[[str], None]) -> list[str]:
+    """Write the nearest adapter of a rank, and read it back with peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ModelError(
+            "an adapter needs the package peft, which is not installed",
+            remedy="Install it: pip install 'parablock[lora]'",
+        ) from None
+    matrices = {
+        name: module for name, module in pair.base.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    head = pair.base.get_output_embeddings()
+    tensors, modules, others = dict[str, Tensor](), list[str](), list[str]()
+    kept, total = 0.0, 0.0
+    for name, change in pair.changes():
+        module = name.removesuffix(".weight")
+        if module not in matrices or matrices[module] is head:
+            others.append(name)
+            continue
+        tell(f"fitting an adapter of rank {rank} to {module}")
+        wide = change.T if isinstance(matrices[module], Conv1D) else change  # out × in
+        b, a = _nearest(wide, rank)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+        modules.append(module)
+        total += float(wide.square().sum())
+        kept += float(wide.square().sum() - (wide - b @ a).square().sum())
+    if not modules:
+        raise ModelError(
+            "the run changed no matrix that an adapter could hold", remedy="Export it with --format hf."
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules,
+        fan_in_fan_out=any(isinstance(matrices[module], Conv1D) for module in modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=pair.base_name,
+        inference_mode=True,
+    )
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    _make_readable(folder)
+    _read_adapter(pair.base, folder, tensors)
+    notes = [f"rank {rank} holds {kept / total:.1%} of the squared change of {len(modules)} matrices"]
+    if others:
+        notes.append(f"{len(others)} other tensors changed, which an adapter does not hold, such as {others[0]}")
+    return notes
+
+
+def _nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B (out × rank) and A (rank × in), whose product is the nearest to a matrix, up to the search."""
+    directions = min(rank + _EXTRA_DIRECTIONS, *change.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        u, s, v = torch.svd_lowrank(change, q=directions, niter=4)
+    root = torch.zeros(rank)
+    root[: min(rank, directions)] = s[:rank].sqrt()
+    b, a = torch.zeros(change.shape[0], rank), torch.zeros(rank, change.shape[1])
+    found = min(rank, directions)
+    b[:, :found], a[:found] = u[:, :found] * root[:found], (v[:, :found] * root[:found]).T
+    return b.contiguous(), a.contiguous()
+
+
+def _read_adapter(base: PreTrainedModel, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read an adapter as peft does, and compare it; the base is changed."""
+    from peft import PeftModel
+
+    with quiet_transformers():
+        state: dict[str, Any] = PeftModel.from_pretrained(base, str(folder)).state_dict()
+    for name, tensor in tensors.items():
+        read = state.get(name.replace(".weight", ".default.weight"))
+        if read is None or not torch.equal(read, tensor):
+            raise ModelError(
+                f"peft does not read the adapter back as it was written: {name} differs",
+                remedy="Export the whole model: --format hf",
+            )
+
+
+def _make_readable(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.chmod(0o644)
