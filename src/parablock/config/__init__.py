@@ -1,6 +1,7 @@
 """The configuration of a run: its keys, the methods, and the checks of both.
 
 keys        every key with its default and its description
+data_section  the keys of `data`
 methods     the methods, a row of traits each
 conflicts   settings that cannot work together
 load        YAML files, `--set`, and all problems at once

@@ -7,16 +7,15 @@ Nothing is ignored: a key without effect, or a value that is not built yet, is a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import date
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from parablock.config.conflicts import refuse_conflicts
+from parablock.config.data_section import DataSection, one_or_many
 from parablock.config.methods import LAGGING, METHODS, Method, MethodName, cohort_size
 from parablock.config.section import FaultSection, Section, default_of
-from parablock.data.formats import COLUMNS
 from parablock.data.sources import may_be_several
 
 
@@ -26,22 +25,6 @@ def _at_least_one(value: int | str) -> int | str:
     return value
 
 
-def _one_or_many(value: Any) -> Any:
-    names = [value] if isinstance(value, str) else value
-    if isinstance(names, list | tuple) and "" in names:
-        raise ValueError("holds an empty name")
-    return names
-
-
-def _iso_day(value: Any) -> Any:
-    if isinstance(value, date):  # as YAML reads a day
-        return value.isoformat()
-    try:
-        return None if value is None else date.fromisoformat(value).isoformat()
-    except (TypeError, ValueError):
-        raise ValueError(f"must be a day such as 2025-01-31, not {value!r}") from None
-
-
 class ModelSection(Section):
     """The model to fine-tune, its precision and its device."""
 
@@ -49,60 +32,6 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the parameters.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where local training runs.")
     init: Literal["pretrained", "random"] = Field("pretrained", description="Read the weights, or draw them.")
-
-
-class PartitionSection(Section):
-    """The split of the training rows over the clients."""
-
-    scheme: Literal["iid", "dirichlet", "by_field", "by_file"] = Field("iid", description="The way of splitting.")
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is more heterogeneous.")
-    field: str | None = Field(None, description="The field that `dirichlet` and `by_field` split by.")
-
-    @model_validator(mode="after")
-    def _field_where_needed(self) -> PartitionSection:
-        if self.scheme in ("dirichlet", "by_field") and not self.field:
-            raise ValueError(f"scheme {self.scheme} needs `field`: the field of the rows to split by")
-        if self.scheme != "dirichlet" and self.alpha != default_of(self, "alpha"):
-            raise ValueError(f"alpha takes effect with scheme dirichlet only, not with {self.scheme}")
-        return self
-
-
-class DataSection(Section):
-    """Training and test rows."""
-
-    train: tuple[str, ...] = Field(
-        description="Files (JSONL, JSON, CSV, TSV, Parquet, Arrow; .gz, .zst), folders, patterns, hub names."
-    )
-    test: tuple[str, ...] = Field((), description="Held-out rows. Empty: a part of each client's rows.")
-    test_fraction: float = Field(0.1, gt=0, lt=1, description="The part held out where `test` is empty.")
-    format: Literal[
-        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "input_output", "gsm8k", "text"
-    ] = Field("auto", description="How a row becomes an example; `auto` looks at the fields of each source.")
-    columns: dict[str, str] = Field(
-        {}, description="Field of a format: the column of the files that holds it, as in `{prompt: frage}`."
-    )
-    max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut at the end.")
-    date: str | None = Field(
-        None, description="The day that a chat template writes, YYYY-MM-DD; null: the day when the run starts."
-    )
-    partition: PartitionSection = PartitionSection()
-
-    _names = field_validator("train", "test", mode="before")(_one_or_many)
-    _day = field_validator("date", mode="before")(_iso_day)
-
-    @field_validator("columns")
-    @classmethod
-    def _known_fields(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if name not in COLUMNS:
-                raise ValueError(f"no format has a field {name!r}; known are {', '.join(COLUMNS)}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_test_set(self) -> DataSection:
-        if self.test and self.test_fraction != default_of(self, "test_fraction"):
-            raise ValueError("test_fraction takes effect where `test` is empty only; leave one of them out")
-        return self
 
 
 class BlocksSection(Section):
@@ -394,7 +323,7 @@ class RunConfig(Section):
     report_to: tuple[Tracker, ...] = Field((), description="Trackers that are told the figures of each round.")
     seed: int = Field(0, ge=0, lt=2**31, description="Everything random follows from it.")
 
-    _names = field_validator("report_to", mode="before")(_one_or_many)
+    _names = field_validator("report_to", mode="before")(one_or_many)
 
     @field_validator("report_to")
     @classmethod

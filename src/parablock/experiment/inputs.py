@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parablock import __version__
-from parablock.config.keys import DataSection, ModelSection, RunConfig, TrainSection
+from parablock.config.data_section import DataSection
+from parablock.config.keys import ModelSection, RunConfig, TrainSection
 from parablock.data.formats import check_rows
 from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
