@@ -218,7 +218,8 @@ def _scores(models: Sequence[str], config: RunConfig, tasks: Sequence[str], prog
             max_examples=config.evaluation.max_examples,
             config=config,
             device=config.model.device,
-            tell=progress.message,
+            stage=progress.stage,
+            on_done=progress.done,
         )
         return scored.value
 

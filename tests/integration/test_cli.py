@@ -23,6 +23,7 @@ from tiny_runs import (
     NUM_LAYERS,
     Runs,
     Workshop,
+    assert_refused,
     command,
     command_apart,
     done,
@@ -331,6 +332,7 @@ def test_every_option_of_training_takes_effect(overrides: list[str], runs: Runs)
 ELSEWHERE_IN_THIS_FILE = {
     *("model.name_or_path", "data.train", "data.test_fraction", "federation.num_clients", "engine.clock"),
     *("train.min_local_steps", "train.max_local_steps", "evaluation.max_examples", "engine.num_threads"),
+    *("evaluation.num_answers", "evaluation.max_new_tokens"),
     *("checkpoint.every_rounds", "checkpoint.keep", "wire.streaming", "wire.chunk_bytes", "blocks.allow_unvisited"),
 }
 IN_OTHER_TESTS = {
@@ -472,12 +474,21 @@ def test_at_most_so_many_examples_are_scored(runs: Runs):
 def test_blocks_shows_the_partition(workshop: Workshop):
     outcome = done("blocks", str(workshop.model))
     for layer in range(NUM_LAYERS):
-        assert re.search(rf"{layer}\W+layers\.{layer}\W+9,280\W+37,120\W+18,560\W", outcome.stdout)
+        assert re.search(rf"{layer}\W+layers\.{layer}\W+9,280\W+37\.1 kB\W+18\.6 kB\W", outcome.stdout)
     assert "37,120 of 46,752 parameters are in blocks; the other 9,632 stay as they are." in outcome.stdout
     larger = command("blocks", str(workshop.model), "--layers-per-block", "2", "--include-head")
     assert "layers.2-3" in larger.stdout
     assert "head" in larger.stdout
     assert "46,752 of 46,752 parameters" in larger.stdout
+
+
+@pytest.mark.parametrize("columns", ["50", "80"])
+def test_blocks_can_be_read_in_a_narrow_terminal(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, columns: str):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = done("blocks", str(workshop.model)).stdout.splitlines()
+    assert max(map(len, lines)) <= max(int(columns), 80)
+    if columns == "80":  # a row each
+        assert sum("9,280" in line for line in lines) == NUM_LAYERS
 
 
 @pytest.fixture(scope="module")
@@ -514,6 +525,138 @@ def test_eval_reads_rows_as_the_run_did_unless_it_is_told_otherwise(tmp_path: Pa
     assert scores(otherwise.stdout)["base"][0] != as_the_run["base"][0]
     unknown = command("eval", str(tmp_path / "run"), "--data", str(both), "--format", "alpacca")
     assert unknown.code == 2 and "alpacca" in unknown.stderr + unknown.stdout
+
+
+def test_eval_takes_the_rows_that_the_run_held_out(runs: Runs):
+    run_dir = runs("data.test=[]")
+    outcome = done("eval", str(run_dir))
+    summary = summary_of(run_dir)
+    held_out = json.loads((run_dir / "evaluation" / "loss.json").read_text())
+    assert scores(outcome.stdout)["base"][0] == pytest.approx(summary["initial_eval_loss"], abs=1e-4)
+    assert scores(outcome.stdout)["tuned"][0] == pytest.approx(summary["final_eval_loss"], abs=1e-4)
+    assert "on rows that the run held out" in outcome.stdout and "warning" not in outcome.stdout
+    assert held_out["rows_trained_on"] == 0
+    few = runs("data.test=[]", "evaluation.max_examples=2", "data.test_fraction=0.5")
+    assert scores(done("eval", str(few)).stdout)["tuned"] == (
+        pytest.approx(summary_of(few)["final_eval_loss"], abs=1e-4),
+        2,
+    )
+
+
+def test_eval_warns_of_rows_that_were_trained_on(finished: Path, workshop: Workshop, tmp_path: Path):
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(workshop.client_file(0).read_text() + workshop.test_file.read_text())
+    outcome = done("eval", str(finished), "--data", str(mixed))
+    trained = {line for n in range(NUM_CLIENTS) for line in workshop.client_file(n).read_text().splitlines()}
+    rows = mixed.read_text().splitlines()
+    count = sum(row in trained for row in rows)
+    assert 8 <= count < len(rows)
+    assert f"warning: {count} of {len(rows)} rows were trained on" in outcome.stdout
+
+
+def test_eval_says_where_it_cannot_know_what_was_trained_on(runs: Runs, workshop: Workshop, tmp_path: Path):
+    files = [shutil.copy(workshop.client_file(n), tmp_path) for n in range(NUM_CLIENTS)]
+    assert workshop.run(tmp_path / "run", f"data.train=[{', '.join(files)}]", "data.test=[]").code == 0
+    Path(files[0]).unlink()
+    assert_refused(command("eval", str(tmp_path / "run")), "does not exist")
+    outcome = done("eval", str(tmp_path / "run"), "--data", str(workshop.test_file))
+    assert "whether rows were trained on is not known" in outcome.stdout
+    write_rows(Path(files[0]), (sum_row(9, k) for k in range(8)))
+    assert_refused(command("eval", str(tmp_path / "run")), "its held-out rows differ")
+
+
+def test_eval_writes_every_row_with_prediction_and_score(finished: Path, workshop: Workshop, tmp_path: Path):
+    arguments = ("eval", str(finished), "--data", str(workshop.test_file), "--task", "exact_match")
+    outcome = done(*arguments, "--max-new-tokens", "4", "--output-dir", str(tmp_path / "scores"))
+    written = json.loads((tmp_path / "scores" / "exact_match.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "scores" / "exact_match.jsonl").read_text().splitlines()]
+    assert len(records) == 6
+    assert records[1]["reference"] == "#### 2" and records[1]["row"].endswith("test.jsonl, line 2")
+    for score in written["scores"]:
+        mean = sum(record[f"{score['label']}_score"] for record in records) / 6
+        assert (
+            score["value"]
+            == pytest.approx(mean)
+            == pytest.approx(scores(outcome.stdout)[score["label"]][0], abs=1e-4)
+        )
+        assert all(isinstance(record[score["label"]], str) for record in records)
+    alone = done("eval", str(finished / "model"), "--data", str(workshop.test_file))
+    assert "scores:" not in alone.stdout  # a folder of a model is not written into
+
+
+def test_eval_of_a_model_needs_rows(finished: Path):
+    outcome = command("eval", str(finished / "model"))
+    assert outcome.code == 2 and "whose held-out rows are scored" in " ".join(
+        outcome.stderr.replace("│", "").split()
+    )
+
+
+# -- init -----------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_configuration_that_runs_as_it_stands(workshop: Workshop, tmp_path: Path):
+    files = [str(workshop.client_file(n)) for n in (0, 1)]
+    target = tmp_path / "config.yaml"
+    outcome = done("init", *files, "--model", str(workshop.model), "--output", str(target))
+    assert f"{files[0]}: 8 rows, prompt_completion: 8 examples" in outcome.stdout
+    assert f"next: parablock plan {target}" in outcome.stdout
+    text = target.read_text()
+    assert text.count("#") > 15  # it says what each key is for
+    written = yaml.safe_load(text)
+    assert written["federation"]["num_clients"] == 2
+    assert written["data"]["partition"] == {"scheme": "by_file"}
+    assert written["federation"]["num_rounds"] == 2 * NUM_LAYERS
+    done("run", str(target), "--output-dir", str(tmp_path / "run"))
+    assert summary_of(tmp_path / "run")["status"] == "completed"
+    assert_refused(command("init", *files, "--model", str(workshop.model), "--output", str(target)), "exists")
+    assert target.read_text() == text
+
+
+def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path):
+    target = tmp_path / "one.yaml"
+    file = str(workshop.client_file(0))
+    done("init", file, "--clients", "3", "--model", str(workshop.model), "--output", str(target))
+    written = yaml.safe_load(target.read_text())
+    assert written["federation"]["num_clients"] == 3
+    assert written["data"]["partition"] == {"scheme": "iid"}
+    assert written["data"]["max_length"] == 64  # the rows have 40 tokens and fewer
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"file": "gone.jsonl"}, "gone.jsonl"), ({"model": "no/such"}, "no/such"), ({"rows": "{}\n"}, "line 1")],
+)
+def test_init_refuses_what_a_run_would_refuse(
+    change: dict[str, str], says: str, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(change.get("rows", json.dumps(sum_row(1, 2)) + "\n"))
+    file, model = change.get("file", str(rows)), change.get("model", str(workshop.model))
+    target = tmp_path / "config.yaml"
+    assert_refused(command("init", file, "--model", model, "--output", str(target)), says)
+    assert not target.exists()
+
+
+def test_a_run_leaves_the_answers_of_both_models(workshop: Workshop, tmp_path: Path):
+    changes = ("evaluation.num_answers=2", "evaluation.max_new_tokens=5", "train.learning_rate=0.05")
+    assert workshop.run(tmp_path / "run", *changes).code == 0
+    records = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert [record["prompt"] for record in records] == ["0 plus 0?", "1 plus 1?"]
+    assert [record["reference"] for record in records] == ["#### 0", "#### 2"]
+    prompts = ("0 plus 0?", "1 plus 1?")
+    arguments = ("generate", str(tmp_path / "run"), *prompts, "--format", "jsonl", "--max-new-tokens", "5")
+    again = [json.loads(line) for line in done(*arguments).stdout.splitlines()]
+    for record, generated in zip(records, again, strict=True):
+        assert (record["base"], record["tuned"]) == (generated["base"], generated["tuned"])
+    assert workshop.run(tmp_path / "none", "evaluation.num_answers=0").code == 0
+    assert not (tmp_path / "none" / "answers.json").exists()
+    assert sha(tmp_path / "none") == sha(done_again(workshop, tmp_path / "with", "evaluation.num_answers=2"))
+
+
+def done_again(workshop: Workshop, run_dir: Path, *changes: str) -> Path:
+    assert workshop.run(run_dir, *changes).code == 0
+    return run_dir
 
 
 def test_eval_scores_a_model_alone(finished: Path, workshop: Workshop):

@@ -42,6 +42,7 @@ def make_run(
             "model": {"name_or_path": "models/tiny"},
             "data": {"train": [f"site-{i}.jsonl" for i in range(num_clients)]},
             "federation": {"num_clients": num_clients, "num_rounds": num_rounds, "delay": delay},
+            "link": {"upload_mbps": 13, "download_mbps": 17},
             **settings,
         }
     )
@@ -76,6 +77,7 @@ def _row(t: int, num_clients: int, num_blocks: int, delay: int, num_rounds: int)
         "rho": 0.3 + 0.2 * math.cos(t),
         "delta_norm": 0.8 * math.exp(-1.5 * t / num_rounds) * (1 + 0.3 * _block(t, num_blocks) / num_blocks),
         "num_local_steps": 8,
+        "participant_losses": [loss + 0.1 * client_id for client_id in range(num_clients)],
     }
 
 

@@ -97,7 +97,7 @@ def tiny_config(workshop: Workshop) -> dict[str, Any]:
         "train": {"num_local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01},
         "link": {"upload_mbps": 20, "download_mbps": 20, "latency_s": 0.01},
         "engine": {"clock": "virtual", "num_threads": 1, "step_time_s": 0.05},
-        "evaluation": {"every_rounds": 3},
+        "evaluation": {"every_rounds": 3, "num_answers": 0},
         "checkpoint": {"every_rounds": 2},
     }
 

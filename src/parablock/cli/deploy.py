@@ -64,7 +64,7 @@ def server(
         from parablock.deploy.metrics_endpoint import serve_metrics
 
         serve_metrics(output_dir, metrics_port)
-    with show_progress() as (progress, stop):
+    with show_progress(output_dir) as (progress, stop):
         summary = serve_run(
             settings,
             output_dir,
@@ -119,7 +119,7 @@ def local(
     if engine not in ("remote", "flower"):
         raise ConfigError([f"--engine is remote or flower, not {engine}"], source="deploy local")
     settings = _run_at_sites(config, overrides, clients, engine)
-    with show_progress() as (progress, stop):
+    with show_progress(output_dir) as (progress, stop):
         if engine == "remote":
             from parablock.deploy.direct_local import deploy_direct
 

@@ -9,18 +9,29 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich import box
 from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.deploy import deploy
+from parablock.cli.evaluate import evaluate
 from parablock.cli.export_run import export
+from parablock.cli.output import is_closed_pipe, lasting_output
 from parablock.cli.show_data import data
-from parablock.cli.terminal import Overrides, console, exit_when_interrupted, print_summary, show_progress
+from parablock.cli.talk import chat, generate
+from parablock.cli.terminal import (
+    LOADING,
+    Overrides,
+    console,
+    exit_when_interrupted,
+    print_summary,
+    show_progress,
+    show_work,
+    table_of,
+)
 from parablock.errors import ParaBlockError
 
 app = typer.Typer(
@@ -33,6 +44,12 @@ app = typer.Typer(
 app.add_typer(deploy, name="deploy")
 app.command()(data)
 app.command()(export)
+app.command()(chat)
+app.command()(generate)
+app.command("eval")(evaluate)
+
+WRITES_FILES = {"run", "resume", "compare", "demo", "deploy", "report", "init", "export"}
+"""Commands whose results are files, not what they print."""
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="A folder for the results; it must hold no run yet.")]
@@ -62,9 +79,10 @@ def run(
     from parablock.config.load import load_config
 
     settings = load_config(config, overrides or [])  # before torch is loaded, so that errors show at once
-    from parablock.experiment.run import run as run_experiment
+    with show_progress(output_dir) as (progress, stop):
+        progress.stage(LOADING, is_brief=True)
+        from parablock.experiment.run import run as run_experiment
 
-    with show_progress() as (progress, stop):
         summary = run_experiment(settings, output_dir, progress=progress, asked_to_stop=stop)
     print_summary(summary, output_dir)
 
@@ -79,7 +97,8 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
     from parablock.storage.run_directory import RunDirectory
 
     config = RunDirectory(directory).config
-    with show_progress() as (progress, stop):
+    with show_progress(directory) as (progress, stop):
+        progress.stage(LOADING, is_brief=True)
         match load_config(config).engine.name if config.exists() else "inprocess":
             case "remote":
                 from parablock.deploy.direct_local import resume_direct as go_on
@@ -89,6 +108,33 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
                 from parablock.experiment.run import resume as go_on
         summary = go_on(directory, progress=progress, asked_to_stop=stop)
     print_summary(summary, directory)
+
+
+@app.command()
+def init(
+    files: Annotated[list[str], typer.Argument(help="Your files; several are a client each.")],
+    model: Annotated[
+        str, typer.Option(help="A Hugging Face folder or id; by default a small one that a CPU can tune.")
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("config.yaml"),
+    clients: Annotated[
+        int | None, typer.Option(min=1, help="Clients; default: one for each file, or two of one file.")
+    ] = None,
+) -> None:
+    """Write a configuration with comments for a first run, from a model and files of text.
+
+    Example: parablock init site_a.jsonl site_b.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.experiment.first_config import write_first_config
+
+        progress.stage("reading the files and the model's configuration", is_brief=True)
+        found = write_first_config(model, files, output, clients=clients)
+    for line in found:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"written: {output}", highlight=False, soft_wrap=True)
+    console.print(f"next: parablock plan {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -104,19 +150,26 @@ def blocks(
         str | None, typer.Option(help="Path of the decoder layers, such as model.layers.")
     ] = None,
 ) -> None:
-    """Show the partition of a model: block, layers, parameters, bytes.
+    """Show the partition of a model: block, layers, parameters, bytes. It reads the model's configuration alone.
 
     Example: parablock blocks Qwen/Qwen3-0.6B --layers-per-block 2
     """
-    from parablock.model.blocks import partition_blocks
-    from parablock.model.pretrained import load_model
-    from parablock.wire.quantize import FORMATS, payload_bytes
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.model.blocks import partition_blocks
+        from parablock.model.pretrained import outline_model
+        from parablock.report.units import format_bytes
+        from parablock.wire.quantize import FORMATS, payload_bytes
 
-    loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
-    table = _table("block", "layers", "parameters", *FORMATS)
-    table.caption = "the last columns: bytes, by wire.format"
+        progress.stage(f"reading the configuration of {model}", is_brief=True)
+        outline = outline_model(model, dtype="float32")
+    table = table_of("block", "layers", "parameters", *FORMATS)
+    table.caption = "the last columns: bytes of an update, by wire.format"
+    table.box, table.padding = box.SIMPLE, (0, 0, 0, 1)  # 80 columns hold it
+    for column in table.columns[2:]:
+        column.justify = "right"
     partition = partition_blocks(
-        loaded.model,
+        outline,
         layers_per_block=layers_per_block,
         split=split,
         include_embeddings=include_embeddings,
@@ -124,9 +177,9 @@ def blocks(
         layers_path=layers_path,
     )
     for block in partition:
-        sizes = (f"{payload_bytes(block.num_parameters, name):,}" for name in FORMATS)
+        sizes = (format_bytes(payload_bytes(block.num_parameters, name)) for name in FORMATS)
         table.add_row(str(block.index), block.name, f"{block.num_parameters:,}", *sizes)
-    total = loaded.model.num_parameters()
+    total = outline.num_parameters()
     trained = sum(block.num_parameters for block in partition)
     console.print(table)
     console.print(
@@ -148,87 +201,22 @@ def plan(
     Example: parablock plan configs/t0.yaml --upload-mbps 10 --download-mbps 30
     """
     from parablock.config.load import load_config
-    from parablock.plan.forecast import make_plan
-    from parablock.plan.view import show_plan
 
     given = {"link.upload_mbps": upload_mbps, "link.download_mbps": download_mbps}
     link = [f"{key}={value}" for key, value in given.items() if value is not None]
     loaded = load_config(config, [*(overrides or []), *link])
-    with Console(stderr=True).status("timing real steps" if probe else "reading the model's configuration"):
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.plan.forecast import make_plan
+        from parablock.plan.view import show_plan
+
+        progress.stage("timing real steps" if probe else "reading the model's configuration", is_brief=True)
         made = make_plan(loaded, probe=probe)
     if output_format == "json":
         typer.echo(json.dumps(asdict(made), indent=2))
         return
     for part in show_plan(made, loaded):
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-
-
-@app.command("eval")
-def evaluate(
-    model_or_run_dir: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a run directory.")],
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help="A file or a `datasets` name; repeatable.")
-    ] = None,
-    task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
-    max_examples: Annotated[int | None, typer.Option(min=1, help="Score only the first examples.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
-    data_format: Annotated[
-        str | None,
-        typer.Option("--format", help="How a row becomes an example; default: as in the run."),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
-    harness: Annotated[str, typer.Option(help="Instead of --data: tasks of lm-evaluation-harness.")] = "",
-    tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files of the harness.")] = None,
-) -> None:
-    """Score the base model and the tuned one side by side.
-
-    Example: parablock eval runs/t0 --data test.jsonl --task exact_match
-    """
-    if harness:
-        _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
-        return
-    if not data:
-        raise typer.BadParameter("give --data, or --harness with tasks of lm-evaluation-harness")
-    from parablock.evaluation.side_by_side import score_models
-
-    with console.status("scoring") as status:
-        scores = score_models(
-            model_or_run_dir,
-            data,
-            task=task,
-            max_examples=max_examples,
-            max_new_tokens=max_new_tokens,
-            data_format=data_format,
-            tell=status.update,
-        )
-    table = _table("", task, "examples", "model")
-    for score in scores:
-        table.add_row(score.label, f"{score.value:.4f}", str(score.count), score.name_or_path)
-    console.print(table)
-    for score in scores:
-        for answer in score.samples[:samples]:
-            line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} is right"
-            console.print(line, markup=False)
-
-
-def _evaluate_by_harness(
-    model_or_run_dir: str, tasks: str, tasks_dir: Path | None, max_examples: int | None
-) -> None:
-    from parablock.evaluation.harness import score_with_harness
-
-    with console.status("scoring") as status:
-        scores = score_with_harness(
-            model_or_run_dir,
-            [task.strip() for task in tasks.split(",")],
-            tasks_dir=tasks_dir,
-            max_examples=max_examples,
-            tell=status.update,
-        )
-    table = _table("", "task", "metric", "value", "examples", "model")
-    for score in scores:
-        facts = (score.label, score.task, score.metric, f"{score.value:.4f}", str(score.count), score.name_or_path)
-        table.add_row(*facts)
-    console.print(table)
 
 
 @app.command()
@@ -270,13 +258,15 @@ def compare(
 
     Example: parablock compare configs/t0.yaml --methods parablock,fl_bcd,fedavg --output-dir runs/compared
     """
-    from parablock.compare import compare_methods, comparison_table, plan_comparison
     from parablock.config.load import load_config
 
-    common = load_config(config, overrides or [])
-    runs = plan_comparison(common, methods.split(","), seeds, particular or [], delays)
+    settings = load_config(config, overrides or [])
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
     with show_progress() as (progress, stop):
+        progress.stage(LOADING, is_brief=True)
+        from parablock.compare import compare_methods, comparison_table, plan_comparison
+
+        runs = plan_comparison(settings, methods.split(","), seeds, particular or [], delays)
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
     console.print(comparison_table(summaries), markup=False, highlight=False, soft_wrap=True)
     console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
@@ -290,10 +280,11 @@ def demo(
 
     Example: parablock demo --output-dir runs/demo
     """
-    from parablock.demo.quickstart import describe_demo, free_directory, run_demo
-
-    directory = output_dir or free_directory(Path("runs"))
     with show_progress() as (progress, stop):
+        progress.stage(LOADING, is_brief=True)
+        from parablock.demo.quickstart import describe_demo, free_directory, run_demo
+
+        directory = output_dir or free_directory(Path("runs"))
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -306,12 +297,14 @@ def doctor() -> None:
 
     Example: parablock doctor
     """
-    from parablock.cli.doctor import examine
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.cli.doctor import examine
 
-    with console.status("checking this machine"):
+        progress.stage("checking this machine", is_brief=True)
         findings = examine()
     styles = {"ok": "", "warning": "yellow", "problem": "red"}
-    table = _table("", "check", "found", "cure")
+    table = table_of("", "check", "found", "cure")
     for finding in findings:
         status_text = Text(finding.status, style=styles[finding.status])
         table.add_row(status_text, finding.name, finding.value, finding.remedy)
@@ -320,21 +313,30 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _table(*headings: str) -> Table:
-    """Make a table that wraps long numbers and paths, instead of cutting them."""
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
-
-
 def main() -> None:
     """Run the command line; print a `ParaBlockError` on stderr and exit with its code."""
-    try:
-        app()
-    except ParaBlockError as error:
-        if "--debug" in sys.argv:
+    with lasting_output() as output:
+        try:
+            app()
+        except ParaBlockError as error:
+            if "--debug" in sys.argv:
+                raise
+            lines = [f"error: {error.what}", error.cause, error.remedy]
+            print("\n".join(line for line in lines if line), file=sys.stderr)
+            sys.exit(error.exit_code)
+        except SystemExit as leaving:
+            output.flush()
+            if output.failure is not None and not is_closed_pipe(output.failure):
+                leaving.code = _tell_of_lost_output(output.failure, leaving.code)
             raise
-        lines = [f"error: {error.what}", error.cause, error.remedy]
-        print("\n".join(line for line in lines if line), file=sys.stderr)
-        sys.exit(error.exit_code)
+
+
+def _tell_of_lost_output(failure: OSError, code: Any) -> Any:
+    """Say that output was lost; return the exit code, which is 1 where the output was the result."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    lost = f"the output could not be written: {failure.strerror}"
+    if command in WRITES_FILES:
+        print(f"warning: {lost}; the files are whole", file=sys.stderr)
+        return code
+    print(f"error: {lost}", file=sys.stderr)
+    return code or 1

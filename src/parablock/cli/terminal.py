@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +12,23 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 console = Console(markup=False)  # a path may hold brackets
 INTERRUPTED = 130
+LOADING = "loading torch and transformers"
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")]
 
 
 @contextmanager
-def show_progress() -> Iterator[tuple[Any, Any]]:
+def show_progress(directory: Path | None = None) -> Iterator[tuple[Any, Any]]:
     """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
+
+    SIGTERM, and SIGHUP of a terminal that is closed, count as Ctrl-C. Before the first round there is nothing to
+    save, so the first one ends the run.
+
+    Args:
+        directory: The run directory, which the last lines name; None if it is not known.
 
     Yields:
         The progress display, and a function that returns whether the user asked to stop.
@@ -30,35 +40,77 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
 
         def on_signal(number: int, frame: object) -> None:
             del frame
-            if asked:
+            awaited = progress.awaited()
+            if asked or not awaited:
                 raise KeyboardInterrupt
             asked.append(number)
-            progress.message("stopping at the next round and saving; press Ctrl-C again to stop at once")
+            progress.message(f"stopping at the next round and saving: waiting for {awaited}; Ctrl-C stops at once")
 
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        caught = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which `nohup` has set
+            caught.append(signal.SIGHUP)
+        before = {number: signal.signal(number, on_signal) for number in caught}
         try:
             yield progress, lambda: bool(asked)
         except KeyboardInterrupt:
-            progress.message("stopped at once; go on from the last checkpoint with: parablock resume DIR")
-            raise typer.Exit(INTERRUPTED) from None
+            for number in caught:
+                signal.signal(number, signal.SIG_IGN)  # the end is near
+            progress.close()
+            console.print(_after_a_stop(directory), highlight=False, soft_wrap=True)
+            _leave(INTERRUPTED)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
+def _after_a_stop(directory: Path | None) -> str:
+    if directory is None:
+        return "stopped at once; go on from the last checkpoint with: parablock resume DIR"
+    if not (directory / "config.yaml").exists():
+        return "stopped at once; nothing was begun, and nothing is left behind"
+    if any((directory / "checkpoints").iterdir()):
+        return f"stopped at once; go on from the last checkpoint with: parablock resume {directory}"
+    return f"stopped at once, before the first checkpoint; begin again with: parablock resume {directory}"
+
+
+def _leave(code: int) -> None:
+    """End this process now: threads that compute would be cut in the middle of native code while Python ends."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def table_of(*headings: str) -> Table:
+    """Make a table that wraps long numbers and paths, instead of cutting them."""
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+@contextmanager
+def show_work() -> Iterator[Any]:
+    """Show on standard error what a command is at, so that its output can be piped; yield the display."""
+    from parablock.experiment.progress import make_progress
+
+    with make_progress(console=Console(stderr=True, markup=False), names_stages=False) as progress:
+        yield progress
+
+
 def print_summary(summary: dict[str, Any], directory: Path) -> None:
     """Print what came of a run, and what to open."""
+    from parablock.report.reading import read_runs
+    from parablock.report.tables import sentence
+
     exit_when_interrupted(summary, directory)
+    (record,) = read_runs([directory])
+    losses = f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}"
+    console.print(f"{losses}\n{sentence(record)}", highlight=False, soft_wrap=True)
     console.print(
-        f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}; "
-        f"{summary['overlap_fraction']:.0%} of the communication was hidden; "
-        f"{summary['wall_time_s']:.1f} s ({summary['clock']} clock), "
-        f"{summary['sequential_s']:.1f} s one after the other",
-        highlight=False,
-        soft_wrap=True,
+        f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
     )
-    opened = f"report: {directory / 'report.html'}   model: {directory / 'model'}"
-    console.print(opened, highlight=False, soft_wrap=True)
+    if not any((directory / "model").glob("client_*")):
+        console.print(f"talk to it: parablock chat {directory}", highlight=False, soft_wrap=True)
 
 
 def exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:

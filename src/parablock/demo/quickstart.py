@@ -104,9 +104,13 @@ def run_demo(directory: Path, *, progress: Progress, asked_to_stop: Callable[[],
     summary = run(config, directory, progress=progress, asked_to_stop=asked_to_stop)
     scores: list[Score] = []
     if summary["status"] == "completed":
-        progress.message("scoring the answers of the base model and of the tuned one")
         scores = score_models(
-            str(directory), config.data.test, task="exact_match", max_examples=None, max_new_tokens=48
+            str(directory),
+            config.data.test,
+            task="exact_match",
+            max_new_tokens=48,
+            stage=progress.stage,
+            on_done=progress.done,
         )
     return DemoResult(directory, shared is not None, summary, scores)
 

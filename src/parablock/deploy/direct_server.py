@@ -128,8 +128,22 @@ class _Told(Progress):
     def __init__(self, inner: Progress, tell: Callable[[str], None]) -> None:
         self._inner, self._tell = inner, tell
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
-        self._inner.start(num_rounds, num_clients, first_round)
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
+        if name and not is_brief:
+            self._tell(name)
+        self._inner.stage(name, total, is_brief=True)
+
+    def done(self, count: int) -> None:
+        self._inner.done(count)
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
+        self._inner.start(num_rounds, num_clients, first_round, cohort)
+
+    def step(self, client_id: int, number: int, num_steps: int) -> None:
+        self._inner.step(client_id, number, num_steps)
+
+    def awaited(self) -> str:
+        return self._inner.awaited()
 
     def begins(self, client_id: int | None, activity: str) -> None:
         self._inner.begins(client_id, activity)

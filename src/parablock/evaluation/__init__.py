@@ -1,7 +1,9 @@
 """Evaluation of a model: loss, exact match, multiple choice, lm-evaluation-harness.
 
 scoring        log-probabilities and loss
-generation     exact match of generated answers
+generation     generated answers, and their exact match
+answers        answers to a few test prompts, for the report
+conversation   prompts that people write, for `chat` and `generate`
 choices        multiple choice by likelihood
 side_by_side   the base model and the tuned one
 harness        tasks of lm-evaluation-harness

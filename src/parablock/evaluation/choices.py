@@ -47,12 +47,12 @@ def multiple_choice(
     likelihoods = score_examples(model, candidates, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
     scores = iter([likelihood.log_prob / likelihood.num_tokens for likelihood in likelihoods])
     predictions = [_likeliest(choices, [next(scores) for _ in choices]) for choices in choices_of]
-    num_right = sum(
-        prediction == example.completion.strip() for prediction, example in zip(predictions, examples, strict=True)
+    values = tuple(
+        float(prediction == example.completion.strip())
+        for prediction, example in zip(predictions, examples, strict=True)
     )
-    return TaskResult(
-        num_right / len(examples), len(examples), first_samples(tokenizer, examples, predictions, num_samples)
-    )
+    samples = first_samples(tokenizer, examples, predictions, num_samples)
+    return TaskResult(sum(values) / len(examples), len(examples), samples, tuple(predictions), values)
 
 
 def find_choices(examples: Sequence[Example]) -> list[tuple[str, ...]]:

@@ -1,9 +1,9 @@
-"""Exact match: greedy generation of answers, compared with the references."""
+"""Answers of a model: generation, and exact match of greedy answers with the references."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.errors import DataError
 from parablock.evaluation.scoring import TaskResult, context_length, evaluation_mode, first_samples
+from parablock.seeding import seed_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ def exact_match(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     num_samples: int = 3,
+    on_done: Callable[[int], None] = lambda _: None,
 ) -> TaskResult:
     """Compute the share of examples whose generated answer is the reference; see `answers_match`.
 
@@ -42,12 +44,11 @@ def exact_match(
     if not examples:
         raise DataError("There are no examples to answer.", remedy="Give test data with at least one row.")
     predictions = generate_completions(
-        model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size
+        model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, on_done=on_done
     )
-    num_right = sum(map(answers_match, predictions, (example.completion for example in examples)))
-    return TaskResult(
-        num_right / len(examples), len(examples), first_samples(tokenizer, examples, predictions, num_samples)
-    )
+    values = tuple(map(float, map(answers_match, predictions, (example.completion for example in examples))))
+    samples = first_samples(tokenizer, examples, predictions, num_samples)
+    return TaskResult(sum(values) / len(examples), len(examples), samples, tuple(predictions), values)
 
 
 def answers_match(prediction: str, reference: str) -> bool:
@@ -85,12 +86,27 @@ def generate_completions(
     *,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    hear: Callable[[str], None] | None = None,
+    on_done: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """Answer the prompts of examples by greedy decoding, until the turn ends.
+    """Answer the prompts of examples, until the turn ends.
 
     The model's own generation settings (sampling, penalties, forced tokens) have no effect. A prompt that is too
     long for the model's context loses its beginning, so that `max_new_tokens` fit. `batch_size` prompts are
     answered at once, padded on the left. The answers are without prompts and special tokens.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        examples: The examples whose prompts are answered.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Number of prompts at once.
+        temperature: 0 takes the likeliest token at every place; above 0, tokens are drawn.
+        seed: What is drawn follows from it.
+        hear: Gets the text of the only prompt's answer piece by piece, as it comes; None: nobody listens.
+        on_done: Called with the number of prompts that are answered.
 
     Raises:
         DataError: An example has no prompt, or the context has no room for a prompt and an answer.
@@ -105,11 +121,12 @@ def generate_completions(
     prompts = [_prompt(example, room) for example in examples]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
-    with evaluation_mode(model), _greedy(model, tokenizer, max_new_tokens):
+    with evaluation_mode(model), _settings(model, tokenizer, max_new_tokens, temperature), _drawing(model, seed):
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             batch = [prompts[index] for index in chosen]
-            answers.update(zip(chosen, _generate_batch(model, tokenizer, batch), strict=True))
+            answers.update(zip(chosen, _generate_batch(model, tokenizer, batch, hear), strict=True))
+            on_done(len(answers))
     return [answers[index] for index in range(len(examples))]
 
 
@@ -123,28 +140,41 @@ def _prompt(example: Example, room: int | None) -> tuple[int, ...]:
 
 
 def _generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[int, ...]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    hear: Callable[[str], None] | None,
 ) -> list[str]:
+    from transformers import TextStreamer  # slow to import
+
     longest = max(map(len, prompts))
     pad = (tokenizer.pad_token_id,)
     input_ids = [pad * (longest - len(prompt)) + prompt for prompt in prompts]
     attention_mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    streamer = None
+    if hear is not None:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: hear(text)  # noqa: ARG005  as the library calls it
     output_ids = model.generate(
         input_ids=torch.tensor(input_ids, device=model.device),
         attention_mask=torch.tensor(attention_mask, device=model.device),
+        streamer=streamer,
     )
     answers: list[str] = tokenizer.batch_decode(output_ids[:, longest:], skip_special_tokens=True)
     return answers
 
 
 @contextmanager
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """Replace the model's generation settings by plain greedy search in the block."""
+def _settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+) -> Iterator[None]:
+    """Replace the model's generation settings by plain greedy search, or plain sampling, in the block."""
     from transformers import GenerationConfig  # slow to import
 
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
     kept = model.generation_config
     model.generation_config = GenerationConfig(
-        do_sample=False,
+        **{"do_sample": False, **sampling},
         max_new_tokens=max_new_tokens,
         eos_token_id=list(find_stop_token_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
@@ -153,3 +183,13 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
         yield
     finally:
         model.generation_config = kept
+
+
+@contextmanager
+def _drawing(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Let draws in the block follow from the seed, and leave the generators of torch as they were."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for generator in [torch.default_generator, *(torch.cuda.default_generators[d.index or 0] for d in devices)]:
+            generator.manual_seed(seed_for(seed, "answers"))
+        yield

@@ -6,7 +6,7 @@ Shapes: B examples of a batch, T tokens of the longest of them, N labelled token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from torch.nn import functional
 from parablock.data.batches import collate
 from parablock.data.prompts import IGNORED_LABEL, Example
 from parablock.errors import DataError
+from parablock.seeding import generator_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,11 +42,21 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The share of right examples (0 … 1), their number, and the first few of them."""
+    """The share of right examples (0 … 1), their number, the first few of them, and each one's outcome.
+
+    Attributes:
+        score: The mean of `values`.
+        count: The number of examples.
+        samples: The first few examples.
+        predictions: What the model said, for each example.
+        values: The value of each example: 1 where it is right and 0 where it is wrong, or a part of that.
+    """
 
     score: float
     count: int
     samples: tuple[Sample, ...]
+    predictions: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 def first_samples(
@@ -77,13 +88,19 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def score_examples(
-    model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    on_done: Callable[[int], None] = lambda _: None,
 ) -> list[Likelihood]:
     """Compute the likelihood of each example's labelled tokens, in float32 for every dtype of the model.
 
     Examples are sorted before they are cut into batches, by length first to save padding. So the result of an
     example does not depend on the given order or, except for rounding, on the batch size. The results are in the
-    given order; the first token of an example is never predicted.
+    given order; the first token of an example is never predicted. `on_done` is called with the number of examples
+    that are scored.
     """
     order = sorted(range(len(examples)), key=lambda index: _place_in_order(examples[index]))
     likelihoods: dict[int, Likelihood] = {}
@@ -92,11 +109,17 @@ def score_examples(
             chosen = order[at : at + batch_size]
             batch = [examples[index] for index in chosen]
             likelihoods.update(zip(chosen, _score_batch(model, batch, pad_token_id=pad_token_id), strict=True))
+            on_done(len(likelihoods))
     return [likelihoods[index] for index in range(len(examples))]
 
 
 def evaluate_loss(
-    model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    batch_size: int = 16,
+    on_done: Callable[[int], None] = lambda _: None,
 ) -> float:
     """Compute the mean cross-entropy over all labelled tokens of all examples: nats per token, in float32.
 
@@ -106,14 +129,35 @@ def evaluate_loss(
     Raises:
         DataError: No example has a labelled token.
     """
-    likelihoods = score_examples(model, examples, pad_token_id=pad_token_id, batch_size=batch_size)
+    return evaluate_losses(model, examples, pad_token_id=pad_token_id, batch_size=batch_size, on_done=on_done)[0]
+
+
+def evaluate_losses(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    batch_size: int = 16,
+    on_done: Callable[[int], None] = lambda _: None,
+) -> tuple[float, tuple[float, ...]]:
+    """Compute the loss of all examples, as `evaluate_loss` does, and the loss of each."""
+    likelihoods = score_examples(model, examples, pad_token_id=pad_token_id, batch_size=batch_size, on_done=on_done)
     num_tokens = sum(likelihood.num_tokens for likelihood in likelihoods)
     if num_tokens == 0:
         raise DataError(
             f"None of {len(examples)} examples to evaluate on has a token that the loss counts.",
             remedy="Give test data with completions, or raise data.max_length if the prompts fill it.",
         )
-    return -math.fsum(likelihood.log_prob for likelihood in likelihoods) / num_tokens
+    total = -math.fsum(likelihood.log_prob for likelihood in likelihoods) / num_tokens
+    return total, tuple(-likelihood.log_prob / max(1, likelihood.num_tokens) for likelihood in likelihoods)
+
+
+def sample_examples(examples: tuple[Example, ...], max_examples: int, seed: int) -> tuple[Example, ...]:
+    """Draw the examples that a run is scored on, every time the same."""
+    if len(examples) <= max_examples:
+        return examples
+    drawn = generator_for(seed, "evaluation").choice(len(examples), size=max_examples, replace=False)
+    return tuple(examples[k] for k in sorted(drawn.tolist()))
 
 
 def _place_in_order(example: Example) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
-from parablock.data.prompts import Tokenized, tokenize_rows
-from parablock.data.sources import load_rows
+from parablock.data.prompts import Example, Tokenized, tokenize_rows
+from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import exact_match
-from parablock.evaluation.scoring import Sample, context_length, evaluate_loss
+from parablock.evaluation.scoring import Sample, context_length, evaluate_losses, sample_examples
 from parablock.model.pretrained import LoadedModel, load_model
 from parablock.storage.run_directory import RunDirectory
 
@@ -21,13 +22,27 @@ TASKS = ("loss", "exact_match", "multiple_choice")
 
 @dataclass(frozen=True)
 class Score:
-    """A loss in nats per token, or the share of right answers, of one model (base | tuned | model)."""
+    """A loss in nats per token, or the share of right answers, of one model (base | tuned | model).
+
+    Attributes:
+        label: base | tuned | model.
+        name_or_path: The model.
+        value: The score.
+        count: The number of examples.
+        samples: The first few examples.
+        examples: All examples, in the order of the rows.
+        values: The score of each example.
+        predictions: What the model said, for each example; empty for a loss.
+    """
 
     label: str
     name_or_path: str
     value: float
     count: int
     samples: tuple[Sample, ...] = ()
+    examples: tuple[Example, ...] = ()
+    values: tuple[float, ...] = ()
+    predictions: tuple[str, ...] = ()
 
 
 def score_models(
@@ -40,7 +55,9 @@ def score_models(
     data_format: str | None = None,
     config: RunConfig | None = None,
     device: str = "auto",
-    tell: Callable[[str], None] = lambda _: None,
+    rows: Sequence[Row] | None = None,
+    stage: Callable[[str, int | None], None] = lambda *_: None,
+    on_done: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
     """Score a model, or both models of a finished run, on rows.
 
@@ -48,13 +65,15 @@ def score_models(
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
         sources: Files or `datasets` names.
         task: loss | exact_match | multiple_choice.
-        max_examples: Number of rows, from the start; None: all.
+        max_examples: Number of rows, from the start; None: all, or, of held-out rows, as many as the run scored.
         max_new_tokens: Longest answer of exact_match.
         data_format: A value of `data.format`; None: the run's format, or `auto` without a run.
         config: The run whose truncation and loss mask apply; None: the run of `model_or_run_dir`. Without a run,
             the model's context limits the length, and only completions count.
         device: auto | cpu | cuda.
-        tell: Called with messages about the progress.
+        rows: The held-out rows of the run, in place of sources.
+        stage: Called with (name, number of examples) of each step that can take long.
+        on_done: Called with the number of examples of the step that are done.
 
     Raises:
         InputError: A model or a file is missing or broken, or the rows do not fit the task.
@@ -62,32 +81,61 @@ def score_models(
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
     config = config or _read_config(model_or_run_dir)
-    rows = [row for source in sources for row in load_rows(source, split="test")][:max_examples]
+    is_held_out = rows is not None and config is not None
+    rows = [row for source in sources for row in load_rows(source, split="test")] if rows is None else rows
     scores = []
     for label, name_or_path, dtype in models_of(model_or_run_dir):
-        tell(f"{label}: {task} of {name_or_path} on {len(rows)} examples")
+        stage(f"loading the {label} model" if label != "model" else "loading the model", None)
         loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
         tokenized = tokenize_rows(
-            rows,
+            rows[:max_examples],
             loaded.tokenizer,
             data_format=data_format or (config.data.format if config else "auto"),
             max_length=config.data.max_length if config else _longest(loaded),
             completion_only_loss=config.train.completion_only_loss if config else True,
         )
-        scores.append(_score(label, loaded, tokenized, task, max_new_tokens))
+        if is_held_out and max_examples is None:
+            assert config is not None
+            drawn = sample_examples(tokenized.examples, config.evaluation.max_examples, config.seed)
+            tokenized = replace(tokenized, examples=drawn)
+        count = None if task == "multiple_choice" else len(tokenized.examples)
+        stage(f"{label}: {task} of {name_or_path} on {len(tokenized.examples)} examples", count)
+        scores.append(_score(label, loaded, tokenized, task, max_new_tokens, on_done))
     return scores
 
 
-def _score(label: str, loaded: LoadedModel, tokenized: Tokenized, task: str, max_new_tokens: int) -> Score:
-    model, tokenizer, name = loaded.model, loaded.tokenizer, loaded.name_or_path
+def _score(
+    label: str,
+    loaded: LoadedModel,
+    tokenized: Tokenized,
+    task: str,
+    max_new_tokens: int,
+    on_done: Callable[[int], None],
+) -> Score:
+    model, tokenizer, name, examples = loaded.model, loaded.tokenizer, loaded.name_or_path, tokenized.examples
     if task == "loss":
-        loss = evaluate_loss(model, tokenized.examples, pad_token_id=tokenizer.pad_token_id)
-        return Score(label, name, loss, len(tokenized.examples))
+        loss, values = evaluate_losses(model, examples, pad_token_id=tokenizer.pad_token_id, on_done=on_done)
+        return Score(label, name, loss, len(examples), examples=examples, values=values)
     if task == "exact_match":
-        result = exact_match(model, tokenizer, tokenized.examples, max_new_tokens=max_new_tokens)
+        result = exact_match(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_done=on_done)
     else:
         result = multiple_choice(model, tokenizer, tokenized)
-    return Score(label, name, result.score, result.count, result.samples)
+    return Score(
+        label, name, result.score, result.count, result.samples, examples, result.values, result.predictions
+    )
+
+
+def score_records(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Return a record for each example: its place, prompt and reference, and the outcome of each model."""
+    records = []
+    for n, example in enumerate(scores[0].examples):
+        record: dict[str, Any] = {"row": example.row.place, "reference": example.completion}
+        for score in scores:
+            if score.predictions:
+                record[score.label] = score.predictions[n]
+            record[f"{score.label}_score"] = score.values[n]
+        records.append(record)
+    return records
 
 
 def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:

@@ -20,9 +20,10 @@ from parablock.config.keys import ModelSection, RunConfig, TrainSection
 from parablock.data.formats import check_rows
 from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
-from parablock.data.prompts import Example, NothingToLearnError, Tokenized, tokenize_rows
+from parablock.data.prompts import NothingToLearnError, Tokenized, tokenize_rows
 from parablock.data.sources import Row, absolute, load_files, rows_sha256
 from parablock.errors import ConfigError, DataError
+from parablock.evaluation.scoring import sample_examples
 from parablock.experiment.data_notes import describe_data, settle_template, warn_of_repeats
 from parablock.experiment.fit_blocks import fit_blocks, never_visited
 from parablock.methods.base import RunInputs
@@ -72,13 +73,14 @@ def read_inputs(
     config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
     length_notes = check_length(base.loaded.model, config.data.max_length)
     config, blocks = cut_model(config, base.loaded.model)
+    tell(f"tokenizing {sum(map(len, parts)) + len(held_out)} rows")
     *train, test = _tokenize_parts((*parts, held_out), base.loaded.tokenizer, config)
     return RunInputs(
         config=config,
         loaded=base.loaded,
         blocks=blocks,
         train=tuple(part.examples for part in train),
-        test=_sample(test.examples, config.evaluation.max_examples, config.seed),
+        test=sample_examples(test.examples, config.evaluation.max_examples, config.seed),
         notes=(
             *describe_model(base, config.model, blocks),
             *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if is_auto else []),
@@ -91,6 +93,7 @@ def read_inputs(
         ),
         manifest={
             "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
+            "data_format": test.data_format,
             "base_sha256": base.sha256,
             "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
             "clients": count_examples([part.examples for part in train], field=config.data.partition.field),
@@ -260,14 +263,6 @@ def _warn_of_random_ends(model: PreTrainedModel, section: ModelSection, blocks: 
         f"warning: model.init is random, and the {' and the '.join(frozen)} are in no block, so they stay random; "
         f"set {' and '.join(f'blocks.include_{name}: true' for name in sorted(names))}"
     ]
-
-
-def _sample(examples: tuple[Example, ...], max_examples: int, seed: int) -> tuple[Example, ...]:
-    """Draw `max_examples` test examples, every time the same."""
-    if len(examples) <= max_examples:
-        return examples
-    drawn = generator_for(seed, "evaluation").choice(len(examples), size=max_examples, replace=False)
-    return tuple(examples[k] for k in sorted(drawn.tolist()))
 
 
 def _environment() -> dict[str, Any]:

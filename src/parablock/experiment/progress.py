@@ -1,8 +1,8 @@
 """Progress of a run: a live display on a terminal, plain lines anywhere else.
 
-A display gets rows of `metrics.jsonl` and the activities of server (None) and clients, but no live object of the
-run. Any thread may call `begins` and `ends`, which do one assignment in a dictionary: that needs no lock, and the
-display draws a copy.
+A display gets rows of `metrics.jsonl`, the stages around the rounds (loading, scoring, writing), the activities of
+server (None) and clients, and their local steps, but no live object of the run. Any thread may call `begins`,
+`ends` and `step`, which do one assignment in a dictionary: that needs no lock, and the display draws a copy.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from parablock.experiment.pace import Pace, Stage
 from parablock.report.units import format_bytes, format_duration, sparkline
 
 MAX_CLIENT_ROWS = 12
 MAX_PLAIN_LINES = 100
+SILENCE_S = 30.0
 SPARKLINE_LENGTH = 32
+
+
+_NO_PACE = Pace(now_s=lambda: 0.0, num_rounds=0, first_round=0, num_clients=1, cohort=None)
+"""Stands for the pace before the rounds."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,30 @@ _LAMP_WIDTH = 7
 class Progress:
     """A display that an engine reports to; leaving the context closes it. Here all reports are dropped."""
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
-        """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0."""
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
+        """Begin a stage outside the rounds; "" ends it.
+
+        Args:
+            name: What is done, such as "loading the model".
+            total: The number of its parts; None if they cannot be counted.
+            is_brief: Whether a log names it only if it takes long.
+        """
+
+    def done(self, count: int) -> None:
+        """Report how many parts of the stage are done."""
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
+        """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0.
+
+        `cohort` is the number of clients that train in a round; None: all.
+        """
+
+    def step(self, client_id: int, number: int, num_steps: int) -> None:
+        """Report that a client has taken local step `number` of `num_steps` of its round."""
+
+    def awaited(self) -> str:
+        """Say what a run that is asked to stop waits for, and for how long; "" where no round has begun."""
+        return ""
 
     def begins(self, client_id: int | None, activity: str) -> None:
         """Report that a client begins computing, uploading, downloading or waiting."""
@@ -79,53 +108,83 @@ class Progress:
         self.close()
 
 
-def make_progress(*, console: Console, plain: bool | None = None) -> Progress:
-    """Choose the display; with `plain` None, plain lines unless the terminal can move its cursor."""
+def make_progress(*, console: Console, plain: bool | None = None, names_stages: bool = True) -> Progress:
+    """Choose the display.
+
+    Args:
+        console: The output.
+        plain: Whether it is plain lines; None: unless the terminal can move its cursor.
+        names_stages: Whether plain lines name each stage, or only one that takes long.
+    """
     if plain is None:
         plain = not console.is_terminal or console.is_dumb_terminal
-    return PlainProgress(console=console) if plain else LiveProgress(console=console)
-
-
-class _Pace:
-    """The time that the remaining rounds will take, at the mean pace of this session."""
-
-    def __init__(self, *, now_s: Callable[[], float], num_rounds: int, first_round: int) -> None:
-        self.num_rounds, self.first_round = num_rounds, first_round
-        self._now_s, self._start_s = now_s, now_s()
-
-    def remaining(self, num_done: int) -> str:
-        """Estimate the remaining time after `num_done` rounds of the run."""
-        elapsed_s = self._now_s() - self._start_s
-        remaining_s = elapsed_s / (num_done - self.first_round) * (self.num_rounds - num_done)
-        return f"ETA {format_duration(remaining_s)}" if num_done < self.num_rounds else "done"
+    return PlainProgress(console=console, names_stages=names_stages) if plain else LiveProgress(console=console)
 
 
 class PlainProgress(Progress):
     """One line a round, but no activities; a long run gets about `MAX_PLAIN_LINES` lines and one an evaluation.
 
+    Where a round or a stage takes long, a line every `SILENCE_S` seconds says how far it is.
+
     Args:
         console: The output; lines are not wrapped.
         now_s: The clock behind the ETA, in seconds from any origin.
+        names_stages: Whether each stage is named, or only one that takes long.
     """
 
-    def __init__(self, *, console: Console, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._now_s = console, now_s
+    def __init__(
+        self, *, console: Console, now_s: Callable[[], float] = time.monotonic, names_stages: bool = True
+    ) -> None:
+        self._console, self._now_s, self._pace, self._names_stages = console, now_s, _NO_PACE, names_stages
+        self._stage, self._said_s = Stage("", None, 0.0), now_s()
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
+        """Write the name of the stage."""
+        self._stage = Stage(name, total, self._now_s())
+        if name and self._names_stages and not is_brief:
+            self.message(name)
+
+    def done(self, count: int) -> None:
+        """Write how far the stage is, if nothing was written for long."""
+        self._stage.count = count
+        if self._now_s() - self._said_s > SILENCE_S:
+            self.message(self._stage.text(self._now_s()))
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
         """Write the number of rounds and clients."""
-        self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
+        self._pace = Pace(
+            now_s=self._now_s,
+            num_rounds=num_rounds,
+            first_round=first_round,
+            num_clients=num_clients,
+            cohort=cohort,
+        )
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
+
+    def step(self, client_id: int, number: int, num_steps: int) -> None:
+        """Write how far the round is, if nothing was written for long."""
+        pace = self._pace
+        pace.step(client_id, number, num_steps)
+        if self._now_s() - self._said_s > SILENCE_S:
+            done = f"round {int(pace.rounds_done()) + 1}/{pace.num_rounds}  client {client_id}"
+            self.message(f"{done}  step {number}/{num_steps}  {pace.elapsed()}  {pace.remaining()}")
+
+    def awaited(self) -> str:
+        """Say which round is not over, and how long it may take."""
+        return self._pace.awaited() if self._pace is not _NO_PACE else ""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Write the line of a round; of a long run most rounds are skipped."""
         num_done, pace = row["round_index"] + 1, self._pace
+        pace.rounds_done(num_done)
         at_an_end = num_done in (pace.first_round + 1, pace.num_rounds)
         if at_an_end or num_done % self._stride == 0 or row.get("eval_loss") is not None:
-            self.message("  ".join([*_describe(row, num_rounds=pace.num_rounds), pace.remaining(num_done)]))
+            self.message("  ".join([*_describe(row, num_rounds=pace.num_rounds), pace.remaining()]))
 
     def message(self, text: str) -> None:
         """Write a line that belongs to no round."""
+        self._said_s = self._now_s()
         self._console.print(Text(text), soft_wrap=True)
 
 
@@ -156,7 +215,9 @@ class LoggedProgress(PlainProgress):
 
 
 class LiveProgress(Progress):
-    """A display that is redrawn in place: rounds and ETA, losses, bytes, and the activity of each client.
+    """A display that is redrawn in place: the stage, rounds and ETA, losses, bytes, each client's activity.
+
+    It moves from the moment that its context is entered, also while nothing reports to it.
 
     Args:
         console: A terminal.
@@ -164,13 +225,13 @@ class LiveProgress(Progress):
     """
 
     def __init__(self, *, console: Console, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._now_s = console, now_s
+        self._console, self._now_s, self._pace = console, now_s, _NO_PACE
         self._ascii_only = not console.encoding.lower().startswith("utf")
         self._bar = ProgressBar(
             TextColumn("round"),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[at]}"),
             BarColumn(complete_style="green", finished_style="green"),
-            TextColumn("{task.fields[eta]}"),
+            TextColumn("{task.fields[times]}"),
             console=console,
         )
         self._num_clients = 0
@@ -179,13 +240,40 @@ class LiveProgress(Progress):
         self._train_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._uplink_bytes = self._downlink_bytes = 0
+        self._stage = Stage("", None, 0.0)
+        self._spinner = Spinner("line" if self._ascii_only else "dots")
         self._live = Live(self, console=console, refresh_per_second=4)
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int) -> None:
-        """Begin the display."""
-        self._pace = _Pace(now_s=self._now_s, num_rounds=num_rounds, first_round=first_round)
-        self._task = self._bar.add_task("", total=num_rounds, completed=first_round, eta="")
-        self._num_clients = num_clients
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
+        """Show a stage, with the time that it takes."""
+        del is_brief  # it is drawn over
+        self._stage = Stage(name, total, self._now_s())
+
+    def done(self, count: int) -> None:
+        """Show how far the stage is."""
+        self._stage.count = count
+
+    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
+        """Begin the display of rounds."""
+        self._stage = Stage("", None, 0.0)
+        pace = Pace(
+            now_s=self._now_s,
+            num_rounds=num_rounds,
+            first_round=first_round,
+            num_clients=num_clients,
+            cohort=cohort,
+        )
+        for earlier in self._bar.task_ids:  # a comparison shows one run after the other
+            self._bar.remove_task(earlier)
+        self._task = self._bar.add_task("", total=num_rounds, completed=first_round, at="", times="")
+        self._train_losses.clear()
+        self._eval_losses.clear()
+        self._uplink_bytes = self._downlink_bytes = 0
+        self._pace, self._num_clients = pace, num_clients
         self._live.start(refresh=True)
 
     def begins(self, client_id: int | None, activity: str) -> None:
@@ -196,10 +284,17 @@ class LiveProgress(Progress):
         """Put out the lamp of an activity."""
         self._lit[client_id, activity] = False
 
+    def step(self, client_id: int, number: int, num_steps: int) -> None:
+        """Show a local step beside its client, and move the bar by it."""
+        self._pace.step(client_id, number, num_steps)
+
+    def awaited(self) -> str:
+        """Say which round is not over, and how long it may take."""
+        return self._pace.awaited() if self._pace is not _NO_PACE else ""
+
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Update the display after a round."""
-        num_done = row["round_index"] + 1
-        self._bar.update(self._task, completed=num_done, eta=self._pace.remaining(num_done))
+        self._pace.rounds_done(row["round_index"] + 1)
         if row.get("block_index") is not None:
             self._block = str(row["block_index"])
         for losses, key in ((self._train_losses, "train_loss"), (self._eval_losses, "eval_loss")):
@@ -213,14 +308,29 @@ class LiveProgress(Progress):
         self._console.print(Text(text))
 
     def close(self) -> None:
-        """Stop the display; losses and bytes stay on the screen, the clients do not."""
+        """Stop the display; losses and bytes stay on the screen, stages and clients do not."""
         self._num_clients = 0
+        self._stage = Stage("", None, 0.0)
         self._live.stop()
 
     def __rich__(self) -> Group:
         """Draw the present state; the display's own thread calls this."""
-        clients = ("", self._draw_clients()) if self._num_clients else ()
-        return Group("", self._bar, self._draw_facts(), *clients)
+        stage = self._stage
+        parts: list[RenderableType] = []
+        if self._pace is not _NO_PACE:
+            self._move_bar()
+            parts += ["", self._bar, self._draw_facts()]
+            parts += ["", self._draw_clients()] if self._num_clients else []
+        if stage.name:
+            self._spinner.update(text=Text(stage.text(self._now_s())))
+            parts.append(self._spinner)
+        return Group(*parts)
+
+    def _move_bar(self) -> None:
+        pace = self._pace
+        done = pace.rounds_done()
+        times = "  ".join(text for text in (pace.elapsed(), pace.remaining()) if text)
+        self._bar.update(self._task, completed=done, at=f"{pace.committed}/{pace.num_rounds}", times=times)
 
     def _draw_facts(self) -> Table:
         facts = Table.grid(padding=(0, 2))
@@ -233,13 +343,13 @@ class LiveProgress(Progress):
         return facts
 
     def _draw_clients(self) -> Table:
-        """Draw a row of lamps for each client."""
+        """Draw a row of lamps for each client, and its local steps."""
         clients = Table.grid(padding=(0, 2))
-        clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS))
+        clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS), Text("step", style="dim"))
         lit = self._lit.copy()
         for client_id in range(min(self._num_clients, MAX_CLIENT_ROWS)):
             lamps = (self._draw_lamp(lamp, lit=lit.get((client_id, lamp.activity), False)) for lamp in _LAMPS)
-            clients.add_row(f"client {client_id}", *lamps)
+            clients.add_row(f"client {client_id}", *lamps, self._pace.steps_of(client_id))
         others = range(MAX_CLIENT_ROWS, self._num_clients)
         if others:
             counts = (sum(lit.get((client_id, lamp.activity), False) for client_id in others) for lamp in _LAMPS)

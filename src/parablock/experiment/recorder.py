@@ -99,8 +99,10 @@ class Recorder:
         every = self._config.evaluation.every_rounds
         is_last = server.committed == self._config.federation.num_rounds - 1
         if every and (server.committed + 1) % every == 0 and not is_last:
+            self._progress.stage("scoring the model", self._model.num_scored, is_brief=True)
             with self._clock.working(0.0):
                 row["eval_loss"] = self._model.evaluate(server.params)
+            self._progress.stage("")
         self._rows.append(row)
         if not is_last:
             self._record(row)
@@ -131,11 +133,14 @@ class Recorder:
             "released": self._releases.newest,
         }
         keep = checkpoints_kept(self._config)
+        self._progress.stage("saving a checkpoint", is_brief=True)
         try:
             save_checkpoint(self._directory.checkpoints, replace(state, progress=progress), keep=keep)
         except StorageError as error:
             self.unsaved = error
             raise
+        finally:
+            self._progress.stage("")
 
     def write_summary(self, status: str, **outcome: Any) -> Summary:
         """Close the trackers, and write the trace and `summary.json`.
@@ -210,6 +215,7 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "delta_norm": math.sqrt(squared_delta * server.params[b].numel()),
         "num_local_steps": max(server.local_steps[t]),
         "participant_steps": [u.num_local_steps for u in updates],
+        "participant_losses": [u.train_loss for u in updates],
     }
 
 

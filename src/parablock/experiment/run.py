@@ -11,6 +11,7 @@ from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
+from parablock.config.methods import cohort_size
 from parablock.engine.contract import Engine, EngineResult
 from parablock.engine.plans import Hooks
 from parablock.errors import CheckpointError, InputError
@@ -23,11 +24,12 @@ from parablock.experiment.engines import (
     release_log,
 )
 from parablock.experiment.inputs import read_inputs
+from parablock.experiment.outlook import foresee
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, releases_of
 from parablock.experiment.recorder import Recorder, Summary
 from parablock.experiment.trackers import check_trackers
-from parablock.methods.base import MethodModel, RunInputs
+from parablock.methods.base import MethodModel, RunInputs, Watch
 from parablock.methods.choose import make_method_model
 from parablock.report.write import write_report
 from parablock.storage.checkpoint import RunState, load_newest
@@ -112,7 +114,7 @@ def resume(
 def _checked_inputs(config: RunConfig, progress: Progress) -> RunInputs:
     check_trackers(config.report_to)
     check_privacy_extra(config)
-    return read_inputs(config, progress.message)
+    return read_inputs(config, progress.stage)
 
 
 def _check_unchanged(directory: RunDirectory, manifest: Mapping[str, Any]) -> None:
@@ -144,13 +146,21 @@ class _Run:
         releases = releases_of(config, log)
         if state is not None:
             releases.check_holds(state.progress.get("released", ""))
-        model = make_method_model(self.inputs, None if self.engine.is_local else ())
         for note in self.inputs.notes:
             progress.message(note)
+        watch = Watch(progress.step, progress.done)
+        model = make_method_model(self.inputs, None if self.engine.is_local else (), watch)
         if state is None:
-            progress.message(f"scoring the base model on {len(self.inputs.test)} test examples")
+            progress.stage(f"scoring the base model on {model.num_scored} test examples", model.num_scored)
+        before = time.perf_counter()
         recorder = Recorder(config, directory, progress, model, began=self.began, state=state, releases=releases)
-        progress.start(config.federation.num_rounds, clients_of(config), recorder.num_done)
+        if state is None and (outlook := foresee(self.inputs, time.perf_counter() - before)):
+            progress.message(outlook)
+        if state is None and config.evaluation.num_answers:
+            progress.stage("the base model answers test prompts", is_brief=True)
+            directory.write_answers("base", model.answer())
+        cohort = cohort_size(config.federation.model_dump())
+        progress.start(config.federation.num_rounds, clients_of(config), recorder.num_done, cohort)
         faults = faults_of(config, state.progress["faults"] if state else ())
         hooks = Hooks(recorder.on_commit, recorder.on_checkpoint, self.asked_to_stop, progress.message)
         secret, folder = directory.read_secret() if adds_noise(config) else None, directory.path
@@ -176,6 +186,7 @@ class _Run:
                 recorder.write_summary("failed")
                 write_report([directory.path])
             raise
+        progress.stage("writing the report", is_brief=True)
         write_report([directory.path])
         return summary
 
@@ -185,8 +196,13 @@ class _Run:
         if not result.finished:
             return recorder.write_summary("interrupted")
         wall_time_s = recorder.trace.clock.now()
+        self.progress.stage("scoring the tuned model", model.num_scored, is_brief=True)
         eval_loss = model.finish_model(result.server.params)
         recorder.record_last(result.last_traffic, eval_loss)
+        if self.inputs.config.evaluation.num_answers:
+            self.progress.stage("the tuned model answers test prompts", is_brief=True)
+            self.directory.write_answers("tuned", model.answer())
+        self.progress.stage("writing the tuned model", is_brief=True)
         return recorder.write_summary(
             "completed",
             wall_time_s=wall_time_s,

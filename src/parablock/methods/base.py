@@ -7,7 +7,7 @@ the written model is a plain checkpoint.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,30 @@ from parablock.algorithm.aggregate import Kinds
 from parablock.config.keys import RunConfig
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.engine.update_form import UpdateForm
+from parablock.evaluation.answers import answer_examples, choose_prompts, describe_prompts
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.model.adapters import merge_adapters
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.model.pretrained import LoadedModel
 from parablock.model.save import model_sha256, save_model
-from parablock.training.trainer import LocalTrainer, Trainer, local_arguments
+from parablock.training.trainer import LocalTrainer, OnStep, Trainer, local_arguments
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Callbacks of a display; any thread calls them.
+
+    Attributes:
+        on_step: See `OnStep`.
+        on_scored: (number of test examples that are scored).
+    """
+
+    on_step: OnStep = lambda *_: None
+    on_scored: Callable[[int], None] = lambda _: None
+
+
+UNWATCHED = Watch()
 
 
 class MethodModel:
@@ -33,10 +50,12 @@ class MethodModel:
     Args:
         inputs: The inputs of the run; their model is trained itself.
         clients: The clients to train here; None: all. A single one trains without a copy of the model.
+        watch: Is told of local steps and scored examples.
 
     Attributes:
         params: The server's initial parameters, one flat vector for each block; empty after `take_params`.
         num_blocks: Number of blocks.
+        num_scored: Number of test examples.
         trainers: Local training of each client, in order of client_id.
         form: The form of the method's updates; None: the configured one.
         kinds: The kinds of parameters in a round's update that have a ρ of their own: A and B; None: there is one.
@@ -44,15 +63,15 @@ class MethodModel:
 
     form: UpdateForm | None = None
 
-    def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None) -> None:
-        self._inputs, self._config = inputs, inputs.config
+    def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None, watch: Watch = UNWATCHED) -> None:
+        self._inputs, self._config, self._watch = inputs, inputs.config, watch
         clients = range(len(inputs.train)) if clients is None else clients
         self._replica = Replica(inputs.loaded.model, self.committed_blocks())
         pad_token_id = inputs.loaded.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)
         self._pad_token_id = pad_token_id
         self.params = tuple(self._replica.read(block.index) for block in self._replica.blocks)
-        self.num_blocks = len(self.params)
+        self.num_blocks, self.num_scored = len(self.params), len(inputs.test)
         self.kinds = self._kinds()
         self.trainers: Sequence[Trainer] = [
             self.trainer(client_id, alone=len(clients) == 1) for client_id in clients
@@ -94,6 +113,7 @@ class MethodModel:
             seed=config.seed,
             pad_token_id=self._pad_token_id,
             step_time_s=config.engine.step_time_s,
+            on_step=self._watch.on_step,
         )
 
     def evaluate(self, params: Sequence[Tensor]) -> float:
@@ -106,6 +126,22 @@ class MethodModel:
         self._replica.load_all(params)
         merge_adapters(self._replica.model)
         return self._loss()
+
+    def answer(self) -> list[dict[str, Any]]:
+        """Answer a few test prompts with the model that was scored last.
+
+        Returns:
+            For each prompt: prompt, reference, answer.
+        """
+        evaluation, tokenizer = self._config.evaluation, self._inputs.loaded.tokenizer
+        examples = choose_prompts(self._inputs.test, evaluation.num_answers)
+        if not examples:
+            return []
+        answers = answer_examples(
+            self._replica.model, tokenizer, examples, max_new_tokens=evaluation.max_new_tokens
+        )
+        described = describe_prompts(examples, tokenizer, self._config.data.format)
+        return [{**facts, "answer": answer} for facts, answer in zip(described, answers, strict=True)]
 
     def export(self, directory: Path) -> str:
         """Write the final model, and return its `model_sha256`."""
@@ -121,6 +157,7 @@ class MethodModel:
             self._inputs.test,
             pad_token_id=self._pad_token_id,
             batch_size=self._config.evaluation.per_device_eval_batch_size,
+            on_done=self._watch.on_scored,
         )
 
 

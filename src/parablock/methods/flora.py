@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from parablock.algorithm.stacking import Factors
 from parablock.config.keys import RunConfig
 from parablock.engine.update_form import StackedAdapters
-from parablock.methods.base import MethodModel, RunInputs
+from parablock.methods.base import UNWATCHED, MethodModel, RunInputs, Watch
 from parablock.model.adapters import adapted_layers, draw_adapters, matrices_block
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
@@ -71,10 +71,10 @@ class FloraTrainer:
 class FloraModel(MethodModel):
     """A model whose matrices the server commits, and whose adapters are zero outside training."""
 
-    def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None) -> None:
+    def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None, watch: Watch = UNWATCHED) -> None:
         self._adapters = Replica(inputs.loaded.model, inputs.blocks)
         self.form = StackedAdapters(factors_of(inputs.loaded.model, inputs.config))
-        super().__init__(inputs, clients)
+        super().__init__(inputs, clients, watch)
 
     def committed_blocks(self) -> tuple[Block, ...]:
         """Return one block of all matrices with adapters."""

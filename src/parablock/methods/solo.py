@@ -9,11 +9,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parablock.methods.base import MethodModel, RunInputs
+from parablock.methods.base import UNWATCHED, MethodModel, RunInputs, Watch
 from parablock.training.trainer import Trained, Trainer
 
 
@@ -54,8 +55,8 @@ class SoloModels(MethodModel):
     on, and the hash is that of their hashes.
     """
 
-    def __init__(self, inputs: RunInputs) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: RunInputs, watch: Watch = UNWATCHED) -> None:
+        super().__init__(inputs, watch=watch)
         self._clients = [SoloTrainer(trainer, self.params) for trainer in self.trainers]
         self.trainers, self.params, self.num_blocks = self._clients, (torch.empty(0),), 1
 
@@ -67,6 +68,11 @@ class SoloModels(MethodModel):
     def finish_model(self, params: Sequence[Tensor]) -> float:
         """Return the mean loss of the clients' last models."""
         return self.evaluate(params)
+
+    def answer(self) -> list[dict[str, Any]]:
+        """Answer a few test prompts with the model of the first client."""
+        self._replica.load_all(self._clients[0].own)
+        return super().answer()
 
     def export(self, directory: Path) -> str:
         """Write every client's model."""

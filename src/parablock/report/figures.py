@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, product
 from typing import Any
 
@@ -72,6 +72,29 @@ def _loss_trace(run: RunRecord, key: str, points: list[dict[str, Any]], number: 
         "marker": {"size": 7},
         "hovertemplate": "%{y:.4f}",
     }
+
+
+def client_losses_figure(losses: Mapping[int, Sequence[tuple[int, float | None]]]) -> Figure:
+    """Draw the train loss of each client at each of its rounds; more clients than have colours share a grey."""
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": f"client {client_id}",
+            "x": [number for number, _ in points],
+            "y": [tidy(loss) for _, loss in points],
+            "line": {"color": f"var(--run-{n})" if n < NUM_RUN_COLORS else "var(--quiet)", "width": 1.5},
+            "hovertemplate": "%{y:.4f}",
+        }
+        for n, (client_id, points) in enumerate(losses.items())
+    ]
+    layout = {
+        "hovermode": "x unified" if len(traces) <= NUM_RUN_COLORS else "closest",
+        "showlegend": len(traces) <= NUM_RUN_COLORS,
+        "xaxis": {"title": {"text": "round"}},
+        "yaxis": {"title": {"text": "train loss"}},
+    }
+    return {"data": traces, "layout": layout}
 
 
 def blocks_figure(run: RunRecord) -> Figure:

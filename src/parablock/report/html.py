@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
@@ -19,10 +20,13 @@ import yaml
 
 from parablock import __version__
 from parablock.report import tables
-from parablock.report.figures import Figure, blocks_figure, clients_figure, loss_figure
+from parablock.report.figures import Figure, blocks_figure, client_losses_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
 from parablock.report.reading import RunRecord
 from parablock.report.tables import Table
+
+MOST_CHARACTERS = 600
+"""Longest text of a prompt or an answer on the page; `answers.json` has all of it."""
 
 SCRIPTS = ("plotly-basic.min.js", "report.js")
 
@@ -78,22 +82,76 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
     blocks_note = (
         "How far each visit moved its block, and how often each was visited. Lines and bars share colours."
     )
-    clients_note = "What each client trained on, and how it spent its time."
+    clients_note = "How the loss of each client fell, what it trained on, and how it spent its time."
     configuration = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
     settings = _table(tables.settings_table(run)) + _fold("config.yaml", f"<pre>{escape(configuration)}</pre>")
     loss_note, timeline = (
         "Train loss of each round, and eval loss of the committed model.",
         "Timeline of the clients",
     )
+    losses = tables.client_losses(run)
+    if losses:
+        figures["client_losses"] = client_losses_figure(losses)
+        clients = _figure("client_losses", "Train loss of each client") + clients
     return [
         _header(run.name, subtitle),
+        *_answers(run),
+        f'<p class="sentence">{escape(tables.sentence(run))}</p>',
         _facts(run),
+        *_use(run),
         _section("Loss", loss_note, _figure("loss", "Loss")),
         _section("What each client did when", _about_gantt(run, gantt), _figure("gantt", timeline)),
-        _section("Blocks", blocks_note, blocks),
         _section("Clients", clients_note, clients),
+        _section("Blocks", blocks_note, blocks),
         _section("Settings other than the defaults", "", settings),
         _section("Environment", "", _table(tables.environment_table(run))),
+    ]
+
+
+def _answers(run: RunRecord) -> list[str]:
+    """Show test prompts with the answers of both models, side by side."""
+    if not run.answers:
+        return []
+    cards = "".join(
+        f"<article><h3>{_clipped(record['prompt'])}</h3><dl>"
+        + "".join(
+            f'<div class="{label}"><dt>{title}</dt><dd>{_clipped(record[label])}</dd></div>'
+            for label, title in (("base", "base model"), ("tuned", "tuned model"), ("reference", "reference"))
+            if label in record
+        )
+        + "</dl></article>"
+        for record in run.answers
+    )
+    note = "Test prompts that no client has trained on; both models take the likeliest token at each place."
+    return [_section("What it says", note, f'<div class="answers">{cards}</div>')]
+
+
+def _clipped(text: str) -> str:
+    shown = text.strip()
+    if len(shown) > MOST_CHARACTERS:
+        shown = shown[:MOST_CHARACTERS].rstrip() + " …"
+    return escape(shown) or "<i>nothing</i>"
+
+
+def _use(run: RunRecord) -> list[str]:
+    """Show how the tuned model is used, if there is one."""
+    if run.summary["model_sha256"] is None:
+        return []
+    folder = run.path.resolve()
+    several = run.config.get("federation", {}).get("method") == "local"
+    model = folder / "model" / "client_0" if several else folder / "model"
+    talk = f"parablock chat {shlex.quote(str(model if several else folder))}"
+    code = (
+        "from transformers import pipeline\n\n"
+        f"tuned = pipeline('text-generation', {str(model)!r})\n"
+        "print(tuned([{'role': 'user', 'content': 'Hello'}], max_new_tokens=64))"
+    )
+    return [
+        _section(
+            "Use this model",
+            "Talk to it, with the base model beside it; or load it like any other model of Hugging Face.",
+            f'<div class="use"><pre>{escape(talk)}</pre><pre>{escape(code)}</pre></div>',
+        )
     ]
 
 

@@ -14,6 +14,9 @@ from parablock.errors import InputError
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
 
+REAL = ("remote", "flower")
+"""The engines whose links are real."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -27,6 +30,7 @@ class RunRecord:
         config: `config.yaml` as plain values.
         rows: `metrics.jsonl`, one row for each committed round.
         spans: `trace.json`, without waiting.
+        answers: `answers.json`: prompt, reference, and the answers `base` and `tuned`.
     """
 
     name: str
@@ -36,6 +40,12 @@ class RunRecord:
     config: dict[str, Any]
     rows: tuple[Row, ...]
     spans: tuple[Span, ...]
+    answers: tuple[dict[str, str], ...] = ()
+
+    @property
+    def has_link(self) -> bool:
+        """Whether communication takes time: over a link of the configuration, or to real sites."""
+        return any(self.config.get("link", {}).values()) or self.config.get("engine", {}).get("name") in REAL
 
     def block_name(self, block_index: int) -> str:
         """Return the name of a block, which says its layers."""
@@ -87,6 +97,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
             config=config,
             rows=tuple(json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()),
             spans=tuple(read_chrome_trace(directory.trace)),
+            answers=tuple(directory.read_answers()),
         )
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise InputError(

@@ -39,19 +39,18 @@ class Table:
 
 
 def headline(run: RunRecord) -> tuple[Fact, ...]:
-    """Return the headline figures of a run: loss, hidden communication, time, bytes."""
+    """Return the headline figures of a run: loss, time, bytes, and, over a link, hidden communication."""
     summary = run.summary
     base, tuned = summary["initial_eval_loss"], summary["final_eval_loss"]
     up, down = summary["uplink_bytes"], summary["downlink_bytes"]
     clock = "simulated" if summary["clock"] == "virtual" else "real"
+    hidden = Fact(
+        "communication hidden", f"{summary['overlap_fraction']:.0%}", "under the same client's computation"
+    )
     return (
         Fact("eval loss", UNKNOWN if tuned is None else f"{tuned:.3f}", f"base model: {base:.3f}"),
-        Fact("communication hidden", f"{summary['overlap_fraction']:.0%}", "under the same client's computation"),
-        Fact(
-            f"{clock} time",
-            format_duration(summary["wall_time_s"]),
-            f"instead of {format_duration(summary['sequential_s'])} one after the other",
-        ),
+        *([hidden] if run.has_link else []),
+        Fact(f"{clock} time", format_duration(summary["wall_time_s"]), instead_of(summary) or "of all rounds"),
         Fact("bytes", format_bytes(up + down), f"{format_bytes(up)} up, {format_bytes(down)} down, all clients"),
         Fact(
             "per client and round",
@@ -61,21 +60,67 @@ def headline(run: RunRecord) -> tuple[Fact, ...]:
     )
 
 
+def instead_of(summary: Mapping[str, Any]) -> str:
+    """Say how long the rounds would have taken without overlap; "" where the figures would be the same."""
+    own, serial = (format_duration(summary[key]) for key in ("wall_time_s", "sequential_s"))
+    saves = summary["sequential_s"] > summary["wall_time_s"] and own != serial
+    return f"instead of {serial} one after the other" if saves else ""
+
+
+def sentence(run: RunRecord) -> str:
+    """Say in words what came of a run."""
+    summary = run.summary
+    base, tuned, rounds = summary["initial_eval_loss"], summary["final_eval_loss"], summary["rounds_done"]
+    clock = " of simulated time" if summary["clock"] == "virtual" else ""
+    took = f"{rounds} rounds of {_count(summary['num_clients'], 'client')} took "
+    took += f"{format_duration(summary['wall_time_s'])}{clock}"
+    if serial := instead_of(summary):
+        took += f" {serial}"
+    if run.has_link:
+        took += f"; {summary['overlap_fraction']:.0%} of the communication was hidden under computation"
+    if tuned is None:
+        ended = {"interrupted": "was stopped", "failed": "failed"}.get(summary["status"], "has not ended")
+        return f"The run {ended} after {rounds} of {summary['num_rounds']} rounds; {took}."
+    change = (base - tuned) / base if base else 0.0
+    verb = "fell" if change > 0 else "rose" if change < 0 else "stayed"
+    by = f" by {abs(change):.0%}" if abs(change) >= 0.005 else ""
+    return f"On held-out text the loss {verb}{by}, from {base:.3f} to {tuned:.3f}. {took[0].upper()}{took[1:]}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def clients_table(run: RunRecord) -> Table:
-    """Show the data of each client and how it spent its time."""
+    """Show the data of each client, its losses, and how it spent its time."""
     counts = run.manifest.get("clients", [])
-    times = times_by_client(run.spans)
+    times, losses = times_by_client(run.spans), client_losses(run)
     visits = {i: sum(i in row["participants"] for row in run.rows) for i in range(run.summary["num_clients"])}
     rows = []
     for client_id in range(run.summary["num_clients"]):
         own = counts[client_id] if client_id < len(counts) else {}
         data = (f"{own[key]:,}" if key in own else UNKNOWN for key in ("examples", "tokens", "target_tokens"))
+        known = [loss for _, loss in losses.get(client_id, ()) if loss is not None]
+        loss = (f"{known[0]:.3f}", f"{known[-1]:.3f}") if known else (UNKNOWN,) * 2
         time = (UNKNOWN,) * 3
         if spent := times.get(client_id):
             time = f"{spent.compute_s:.1f}", f"{spent.communication_s:.1f}", f"{spent.hidden_fraction:.0%}"
-        rows.append((f"client {client_id}", *data, str(visits[client_id]), *time))
-    header = ("client", "examples", "tokens", "with loss", "rounds", "compute, s", "communication, s", "hidden")
-    return Table(header, tuple(rows))
+        cells = (f"client {client_id}", *data, str(visits[client_id]), *loss, *time)
+        rows.append(cells if run.has_link else cells[:-2])
+    header = (
+        *("client", "examples", "tokens", "with loss", "rounds", "first loss", "last loss"),
+        *("compute, s", "communication, s", "hidden"),
+    )
+    return Table(header if run.has_link else header[:-2], tuple(rows))
+
+
+def client_losses(run: RunRecord) -> dict[int, list[tuple[int, float | None]]]:
+    """Return (round, train loss) of each client's rounds, counted from 1; empty for runs of earlier releases."""
+    losses: dict[int, list[tuple[int, float | None]]] = {}
+    for row in run.rows:
+        for client_id, loss in zip(row["participants"], row.get("participant_losses", ()), strict=False):
+            losses.setdefault(client_id, []).append((row["round_index"] + 1, loss))
+    return dict(sorted(losses.items()))
 
 
 def blocks_table(run: RunRecord) -> Table:
@@ -124,11 +169,15 @@ def environment_table(run: RunRecord) -> Table:
 
 
 def comparison_table(runs: Sequence[RunRecord]) -> Table:
-    """Show the results of several runs, one below the other."""
-    rows = []
+    """Show the base model and the results of several runs, one below the other."""
+    has_link = any(run.has_link for run in runs)
+    bases = {f"{run.summary['initial_eval_loss']:.4f}" for run in runs}
+    blank = ("",) * (4 if has_link else 3)
+    rows = [("base model", "", "", "", "", base, *blank) for base in sorted(bases) if len(bases) == 1]
     for run in runs:
         summary = run.summary
         loss = summary["final_eval_loss"]
+        hidden = (f"{summary['overlap_fraction']:.0%}",) if has_link else ()
         rows.append(
             (
                 run.name,
@@ -139,13 +188,13 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
                 UNKNOWN if loss is None else f"{loss:.4f}",
                 f"{summary['wall_time_s']:.1f}",
                 f"{summary['sequential_s']:.1f}",
-                f"{summary['overlap_fraction']:.0%}",
+                *hidden,
                 format_bytes(summary["uplink_bytes"] + summary["downlink_bytes"]),
             )
         )
     header = (
         *("run", "method", "status", "delay", "rounds"),
-        *("eval loss", "time, s", "sequential, s", "hidden", "bytes"),
+        *("eval loss", "time, s", "sequential, s", *(("hidden",) if has_link else ()), "bytes"),
     )
     return Table(header, tuple(rows), num_words=3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from parablock.report.reading import RunRecord, has_ended, is_run, read_runs
 from parablock.report.tables import Table
 from parablock.storage.files import write_atomically
 
+COMPARISON_NAME = "compare.json"
 REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 
 
@@ -38,12 +40,33 @@ def _runs_in(folder: Path) -> list[Path]:
     if is_run(folder):
         return [folder]
     inside = sorted(path for path in folder.iterdir() if has_ended(path)) if folder.is_dir() else []
+    order = {name: n for n, name in enumerate(_compared(folder))}
+    inside.sort(key=lambda path: order.get(path.name, len(order)))
     if not inside:
         raise InputError(
             f"{folder} holds no run that has ended" if folder.is_dir() else f"there is no folder {folder}",
             remedy="Give the --output-dir of a `parablock run`, or a folder of such folders.",
         )
     return inside
+
+
+def _compared(folder: Path) -> list[str]:
+    """Return the names of the runs of a comparison, in the order in which they were given."""
+    try:
+        return [summary["name"] for summary in json.loads((folder / COMPARISON_NAME).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _answers(run: RunRecord) -> list[str]:
+    labels = {"prompt": "prompt", "base": "base model", "tuned": "tuned model", "reference": "reference"}
+    parts = [
+        "\n".join(
+            f"- {title}: {' '.join(record[label].split())}" for label, title in labels.items() if label in record
+        )
+        for record in run.answers
+    ]
+    return ["## What it says", *parts] if parts else []
 
 
 def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> str:
@@ -57,7 +80,7 @@ def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> st
             parts += ["## What each setting does", settings]
     if detailed is not None:
         facts = tables.headline(detailed)
-        parts += [f"# {detailed.name}"]
+        parts += [f"# {detailed.name}", *_answers(detailed), tables.sentence(detailed)]
         parts += ["\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in facts)]
         parts += ["## Clients", tables.clients_table(detailed), "## Blocks", tables.blocks_table(detailed)]
         parts += ["## Settings other than the defaults", tables.settings_table(detailed)]

@@ -25,7 +25,7 @@ class RunDirectory:
         self.config, self.manifest = self.path / "config.yaml", self.path / "manifest.json"
         self.metrics, self.trace = self.path / "metrics.jsonl", self.path / "trace.json"
         self.summary, self.model = self.path / "summary.json", self.path / "model"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.answers = self.path / "checkpoints", self.path / "answers.json"
         self.secret = self.path / "privacy.key"
 
     def check_unused(self) -> None:
@@ -118,6 +118,22 @@ class RunDirectory:
         """Write `trace.json`."""
         with write_beside(self.trace) as beside:
             write_chrome_trace(spans, beside)
+
+    def write_answers(self, label: str, answers: list[dict[str, Any]]) -> None:
+        """Write the answers of one model (base | tuned) beside those that are in `answers.json`."""
+        records = self.read_answers() or [dict.fromkeys(("prompt", "reference"), "") for _ in answers]
+        for record, given in zip(records, answers, strict=False):
+            record |= {"prompt": given["prompt"], "reference": given["reference"], label: given["answer"]}
+        if records:
+            write_atomically(self.answers, json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+
+    def read_answers(self) -> list[dict[str, str]]:
+        """Read `answers.json`; empty if there is none, as of an earlier release."""
+        try:
+            content: list[dict[str, str]] = json.loads(self.answers.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return content
 
     def write_secret(self, key: bytes) -> None:
         """Write the key of a run's noise, readable for this user alone."""

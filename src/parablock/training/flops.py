@@ -90,7 +90,7 @@ class FlopModel:
         """Count the operations of the forward and backward pass that train `block` on `tokens`."""
         reached = self.num_layers - block.lowest_layer - (block.half == "mlp")
         head = 2 * tokens.labels * self.head
-        forward = self._layers(0, tokens) + head
+        forward = self.forward(tokens)
         backward = self._matrices(block.lowest_layer, tokens) + 10 * reached * tokens.pairs * self.attention_width
         if block.half == "mlp":
             backward -= 2 * tokens.positions * self._attention_matrices(block.lowest_layer)
@@ -99,6 +99,10 @@ class FlopModel:
         weights += head * (not self._head_names.isdisjoint(block.parameter_names))
         again = self._layers(block.lowest_layer, tokens) if self._checkpointing else 0
         return forward + backward + head + weights + again
+
+    def forward(self, tokens: Tokens) -> float:
+        """Count the operations of a forward pass on `tokens`."""
+        return self._layers(0, tokens) + 2 * tokens.labels * self.head
 
     def _layers(self, lowest: int, tokens: Tokens) -> int:
         return self._matrices(lowest, tokens) + 4 * (self.num_layers - lowest) * tokens.pairs * self.attention_width

@@ -8,7 +8,7 @@ draws no random number, so a visit is a function of its arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +80,7 @@ def train_block(
     first_step: int,
     total_steps: int,
     moments: Moments | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> LocalResult:
     """Take K = len(step_batches) optimizer steps on one block.
 
@@ -94,6 +95,7 @@ def train_block(
         first_step: Place in the schedule of the first of these steps, from zero.
         total_steps: Local steps that the schedule spans.
         moments: The optimizer's state of the block's last visit, not changed; None: a fresh start.
+        on_step: Called with the number of steps that are taken, after each.
 
     Raises:
         TrainingError: A loss or the trained block is not finite.
@@ -121,6 +123,7 @@ def train_block(
                 where = f"block {block_index}, local step {step}, learning rate {learning_rate:.3g}"
                 losses.append(_accumulate_gradients(replica.model, micro_batches, where))
                 optimizer.step(learning_rate)
+                on_step(len(losses))
             if not optimizer.weights.isfinite().all():
                 raise _not_finite(
                     "The trained block", f"block {block_index}, {len(losses)} steps from {first_step}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,9 @@ from parablock.model.device_copy import ArrivingVector
 from parablock.model.params import Replica
 from parablock.training.block_optimizer import GRADIENT_TERMS, Moments
 from parablock.training.local import LocalArguments, train_block
+
+OnStep = Callable[[int, int, int], None]
+"""(client_id, number of the local step in its round, K)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class LocalTrainer:
         seed: The run's seed.
         pad_token_id: The token that pads short examples.
         step_time_s: Simulated seconds of a local step; None: as measured.
+        on_step: Called with (client_id, steps of the round that are taken, K) after each step.
     """
 
     def __init__(
@@ -90,10 +94,11 @@ class LocalTrainer:
         seed: int,
         pad_token_id: int,
         step_time_s: float | None,
+        on_step: OnStep = lambda *_: None,
     ) -> None:
         self._client_id, self._examples, self._replica = client_id, examples, replica
         self._train, self._arguments, self._seed, self._pad_token_id = train, arguments, seed, pad_token_id
-        self._num_rounds = num_rounds
+        self._num_rounds, self._on_step = num_rounds, on_step
         self._moments: dict[int, Moments] = {}
         always = len(replica.blocks) == 1  # a block that comes back in every round
         self._keeps_moments = train.optimizer_state == "keep" or (train.optimizer_state == "auto" and always)
@@ -124,6 +129,7 @@ class LocalTrainer:
             first_step=round_index * num_local_steps,
             total_steps=self._num_rounds * num_local_steps,
             moments=self._moments.get(block_index),
+            on_step=lambda number: self._on_step(self._client_id, number, num_local_steps),
         )
         if self._keeps_moments:
             self._moments[block_index] = result.moments

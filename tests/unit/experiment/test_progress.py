@@ -94,6 +94,51 @@ def test_the_eta_after_a_resume_is_paced_by_the_rounds_of_this_session_alone():
     assert lines_of(console)[-1].endswith("ETA 50 s")
 
 
+def test_a_log_says_how_far_a_long_stage_or_round_is_and_is_silent_otherwise():
+    console, clock = file_console(), SteppedClock()
+    progress = PlainProgress(console=console, now_s=clock)
+    progress.stage("scoring the base model", 256)
+    for clock.now, count in ((10.0, 16), (40.0, 64), (45.0, 80)):
+        progress.done(count)
+    progress.stage("saving", is_brief=True)
+    progress.start(48, 2, 0)
+    for number, clock.now in enumerate((50.0, 60.0, 120.0), start=1):
+        progress.step(1, number, 8)
+    assert lines_of(console) == [
+        "scoring the base model",
+        "scoring the base model  64/256  40 s  ETA 2 min",
+        "rounds 1 to 48, 2 clients",
+        # 3 of 8 steps of one of two clients: 3/16 of a round in 75 s, so 47 13/16 rounds take 319 min
+        "round 1/48  client 1  step 3/8  75 s  ETA 5 h 19 min",
+    ]
+
+
+def test_what_a_stop_waits_for_is_the_rest_of_the_round():
+    clock = SteppedClock()
+    progress = PlainProgress(console=file_console(), now_s=clock)
+    assert progress.awaited() == ""
+    progress.start(48, 1, 0)
+    assert progress.awaited() == "the end of round 1"
+    clock.now = 30.0
+    for number in (1, 2):
+        progress.step(0, number, 8)
+    assert progress.awaited() == "the end of round 1, about 90 s"  # a quarter took 30 s
+    progress.round_done(row(0))
+    assert progress.awaited() == "the end of round 2, about 30 s"  # a round in 30 s, and none of this one
+
+
+def test_a_cohort_that_is_a_part_of_the_clients_makes_a_round():
+    clock = SteppedClock()
+    progress = LiveProgress(console=file_console(force_terminal=True, _environ={}), now_s=clock)
+    progress.start(10, 8, 0, 2)
+    progress.close()
+    clock.now = 5.0
+    for client_id in (3, 6):
+        for number in range(1, 5):
+            progress.step(client_id, number, 4)
+    assert "ETA 45 s" in picture_of(progress)  # one round of ten in 5 s
+
+
 def test_a_message_is_shown_as_it_is_though_it_looks_like_markup():
     console = file_console()
     PlainProgress(console=console).message("[bold]read[/nothing] 3 files")
@@ -118,6 +163,50 @@ def test_the_picture_shows_round_block_losses_total_bytes_and_clients(live: Live
     assert "sent 2.4 MB up, 1.6 MB down" in words
     assert "client 0 ███████ ······· ······· client 1 ······· ▲▲▲▲▲▲▲ ·······" in words
     assert "eval loss 2.500" not in words
+
+
+def test_the_picture_moves_with_every_step_from_the_first_one():
+    console, clock = Console(file=io.StringIO(), width=100, force_terminal=True, _environ={}), SteppedClock()
+    with LiveProgress(console=console, now_s=clock) as progress:
+        progress.start(48, 2, 0)
+        pictures = [picture_of(progress)]
+        for number in range(1, 4):
+            clock.now += 4.0
+            progress.step(0, number, 8)
+            pictures.append(picture_of(progress))
+    assert len(set(pictures)) == 4
+    words = " ".join(pictures[-1].split())
+    # 3 of 8 steps of one of two clients: 3/16 of a round in 12 s, so 47 13/16 rounds take 51 min
+    assert "round 0/48" in words and "12 s ETA 51 min" in words
+    assert "client 0 ······· ······· ······· 3/8" in words
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_picture_moves_also_where_nothing_is_reported(encoding: str):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console, clock = Console(file=file, width=100, force_terminal=True, _environ={}), SteppedClock()
+    with LiveProgress(console=console, now_s=clock) as progress:
+        progress.stage("loading the model")
+        pictures = set()
+        for clock.now in (0.0, 3.0, 6.0):
+            pictures.add(picture_of(progress, encoding=encoding))
+        assert len(pictures) == 3
+        assert all("loading the model" in picture for picture in pictures)
+        progress.stage("scoring", 256)
+        progress.done(64)
+        clock.now = 8.0
+        assert "scoring  64/256  2.0 s  ETA 6.0 s" in picture_of(progress, encoding=encoding)
+        progress.stage("")
+        assert "scoring" not in picture_of(progress, encoding=encoding)
+
+
+def test_the_next_run_of_a_comparison_has_a_picture_of_its_own(live: LiveProgress):
+    for num_rounds in (64, 32):
+        live.start(num_rounds, 2, 0)
+        live.round_done(row(0))
+    words = " ".join(picture_of(live).split())
+    assert "1/32" in words and "/64" not in words
+    assert "sent 1.2 MB up" in words
 
 
 def test_clients_may_tell_from_many_threads_while_the_picture_is_drawn(live: LiveProgress):

@@ -13,10 +13,13 @@ from parablock.report.tables import (
     Table,
     ablation_table,
     blocks_table,
+    client_losses,
     clients_table,
     comparison_table,
     differences_table,
     headline,
+    instead_of,
+    sentence,
     settings_table,
     to_markdown,
 )
@@ -50,6 +53,48 @@ def test_the_clients_table_adds_up_counts_and_seconds_of_each(tmp_path: Path):
     assert {cells(clients_table(bare), column)[0] for column in ("examples", "compute, s", "hidden")} == {UNKNOWN}
 
 
+def test_without_a_link_nothing_is_said_to_be_hidden(tmp_path: Path):
+    linked, free = a_run(tmp_path / "linked"), a_run(tmp_path / "free", link={})
+    assert "communication hidden" in {fact.label for fact in headline(linked)}
+    assert "hidden" in clients_table(linked).header and "was hidden" in sentence(linked)
+    assert "communication hidden" not in {fact.label for fact in headline(free)}
+    assert "hidden" not in clients_table(free).header and "hidden" not in sentence(free)
+    assert "hidden" in sentence(a_run(tmp_path / "real", link={}, engine={"name": "remote"}))
+
+
+def test_no_time_is_said_to_be_instead_of_the_same_time(tmp_path: Path):
+    run = a_run(tmp_path)
+    assert instead_of(run.summary) == "instead of 43 s one after the other"
+    same = run.summary | {"wall_time_s": 600.0, "sequential_s": 601.0}
+    assert instead_of(same) == instead_of(same | {"sequential_s": 580.0}) == ""
+    assert "instead" not in sentence(replace(run, summary=same))
+
+
+def test_a_sentence_says_what_came_of_a_run(tmp_path: Path):
+    run = a_run(tmp_path)
+    summary = run.summary | {"initial_eval_loss": 4.0, "final_eval_loss": 3.0}
+    said = sentence(replace(run, summary=summary))
+    assert said.startswith(
+        "On held-out text the loss fell by 25%, from 4.000 to 3.000. 12 rounds of 3 clients took 24 s"
+    )
+    worse = sentence(replace(run, summary=summary | {"final_eval_loss": 5.0}))
+    assert "rose by 25%" in worse
+    stopped = a_run(tmp_path / "b", status="interrupted")
+    assert sentence(stopped).startswith("The run was stopped after 12 of 12 rounds;")
+
+
+def test_the_losses_of_each_client_are_told_apart(tmp_path: Path):
+    run = a_run(tmp_path)
+    losses = client_losses(run)
+    assert [number for number, _ in losses[2]] == list(range(1, 13))
+    assert losses[2][0][1] == run.rows[0]["train_loss"] + 0.2
+    assert cells(clients_table(run), "last loss")[0] == f"{run.rows[-1]['train_loss']:.3f}"
+    earlier = replace(
+        run, rows=tuple({k: v for k, v in row.items() if k != "participant_losses"} for row in run.rows)
+    )
+    assert client_losses(earlier) == {} and cells(clients_table(earlier), "last loss") == [UNKNOWN] * 3
+
+
 def test_the_blocks_table_compares_the_first_and_the_last_visit(tmp_path: Path):
     run = a_run(tmp_path)
     table = blocks_table(run)
@@ -72,9 +117,12 @@ def test_only_settings_that_are_not_the_default_are_listed(tmp_path: Path):
 def test_a_comparison_shows_results_and_the_settings_that_differ(tmp_path: Path):
     runs = read_runs([make_run(tmp_path / "over"), make_run(tmp_path / "serial", delay=0)])
     table = comparison_table(runs)
-    assert cells(table, "run") == ["over", "serial"]
-    assert cells(table, "method") == ["parablock", "fl_bcd"]
-    assert cells(table, "hidden")[1] == "0%" != cells(table, "hidden")[0]
+    assert cells(table, "run") == ["base model", "over", "serial"]
+    assert cells(table, "method") == ["", "parablock", "fl_bcd"]
+    assert cells(table, "eval loss")[0] == "3.8000"
+    assert cells(table, "hidden")[2] == "0%" != cells(table, "hidden")[1]
+    free = read_runs([make_run(tmp_path / name, link={}) for name in ("a", "b")])
+    assert "hidden" not in comparison_table(free).header
     different = {row[0]: row[1:] for row in differences_table(runs).rows}
     assert different == {"federation.delay": ("1", "0"), "federation.method": ("parablock", "fl_bcd")}
 

@@ -17,7 +17,7 @@ def test_a_report_on_one_run_has_its_details_and_no_comparison(tmp_path: Path):
     run = make_run(tmp_path / "run")
     page = write_report([run])
     assert page == run / "report.html"
-    assert list(figures_in(page.read_text())) == ["loss", "blocks", "gantt", "clients"]
+    assert list(figures_in(page.read_text())) == ["loss", "blocks", "gantt", "clients", "client_losses"]
     tables = (run / "report.md").read_text()
     assert tables.startswith("# run\n") and "## Clients" in tables and "Comparison" not in tables
 
@@ -28,7 +28,9 @@ def test_further_runs_are_compared_with_the_first_and_keep_their_own_reports(tmp
     before = (second / "report.html").read_bytes()
     page = write_report([first, second])
     assert page == first / "report.html" and (second / "report.html").read_bytes() == before
-    assert list(figures_in(page.read_text())) == ["compared", "loss", "blocks", "gantt", "clients"]
+    assert list(figures_in(page.read_text())) == [
+        *("compared", "loss", "blocks", "gantt", "clients", "client_losses")
+    ]
     assert '<a href="../b/report.html">b</a>' in page.read_text()
     for text in ((first / "report.md").read_text(), page.read_text()):
         assert "What differs" in text and "What each setting does" in text

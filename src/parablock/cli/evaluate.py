@@ -1,0 +1,143 @@
+"""`parablock eval`: score the base model and the tuned one side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parablock.cli.terminal import LOADING, console, show_work, table_of
+
+if TYPE_CHECKING:
+    from parablock.evaluation.side_by_side import Score
+
+
+def evaluate(
+    model_or_run_dir: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a run directory.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", help="A file or a `datasets` name; repeatable. Default: the rows that the run held out."
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Score only the first examples.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
+    data_format: Annotated[
+        str | None,
+        typer.Option("--format", help="How a row becomes an example; default: as in the run."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="A folder for scores and predictions; default: the folder `evaluation` of the run."),
+    ] = None,
+    harness: Annotated[str, typer.Option(help="Instead of --data: tasks of lm-evaluation-harness.")] = "",
+    tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files of the harness.")] = None,
+) -> None:
+    """Score the base model and the tuned one side by side, on the rows that the run held out or on others.
+
+    TASK.json has the scores, TASK.jsonl a line for each row: its place, reference, prediction and score.
+
+    Example: parablock eval runs/t0 --task exact_match
+    """
+    if harness:
+        _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
+        return
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.errors import InputError
+        from parablock.evaluation.side_by_side import score_models
+        from parablock.experiment.held_out import count_trained_on, is_run, rows_of_run
+
+        of_run = is_run(model_or_run_dir)
+        if not data and not of_run:
+            raise typer.BadParameter("give --data, or a run directory, whose held-out rows are scored")
+        rows, trained = None, None
+        try:
+            trained, held_out = rows_of_run(model_or_run_dir) if of_run else (None, [])
+            rows = None if data else held_out
+        except InputError:  # rows that are given need none of the run's
+            if not data:
+                raise
+        scores = score_models(
+            model_or_run_dir,
+            data or [],
+            task=task,
+            max_examples=max_examples,
+            max_new_tokens=max_new_tokens,
+            data_format=data_format,
+            rows=rows,
+            stage=progress.stage,
+            on_done=progress.done,
+        )
+    scored = [example.row for example in scores[0].examples]
+    num_trained = None if trained is None else count_trained_on(scored, trained)
+    _show(scores, task, samples, is_held_out=rows is not None)
+    if num_trained:
+        text = f"warning: {num_trained} of {len(scored)} rows were trained on: their scores say nothing of new rows"
+        console.print(text, highlight=False, soft_wrap=True)
+    elif of_run and num_trained is None:
+        text = "note: whether rows were trained on is not known: the data of the run are not here as they were"
+        console.print(text, highlight=False, soft_wrap=True)
+    folder = output_dir or (Path(model_or_run_dir) / "evaluation" if of_run else None)
+    if folder is not None:
+        _write(folder, task, scores, {"rows_trained_on": num_trained, "data": data or "held-out rows of the run"})
+
+
+def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) -> None:
+    table = table_of("", task, "examples", "model")
+    for score in scores:
+        table.add_row(score.label, f"{score.value:.4f}", str(score.count), score.name_or_path)
+    if is_held_out:
+        table.caption = "on rows that the run held out"
+    console.print(table)
+    for score in scores:
+        for answer in score.samples[:samples]:
+            line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} is right"
+            console.print(line, markup=False)
+
+
+def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) -> None:
+    from parablock.evaluation.side_by_side import score_records
+    from parablock.storage.files import storage, write_atomically
+
+    summary = {
+        "task": task,
+        **facts,
+        "scores": [
+            {"label": score.label, "model": score.name_or_path, "value": score.value, "examples": score.count}
+            for score in scores
+        ],
+    }
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in score_records(scores))
+    write_atomically(folder / f"{task}.jsonl", "".join(lines))
+    write_atomically(folder / f"{task}.json", json.dumps(summary, indent=2) + "\n")
+    console.print(
+        f"scores: {folder / task}.json   every row: {folder / task}.jsonl", highlight=False, soft_wrap=True
+    )
+
+
+def _evaluate_by_harness(
+    model_or_run_dir: str, tasks: str, tasks_dir: Path | None, max_examples: int | None
+) -> None:
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.evaluation.harness import score_with_harness
+
+        scores = score_with_harness(
+            model_or_run_dir,
+            [task.strip() for task in tasks.split(",")],
+            tasks_dir=tasks_dir,
+            max_examples=max_examples,
+            tell=progress.stage,
+        )
+    table = table_of("", "task", "metric", "value", "examples", "model")
+    for score in scores:
+        facts = (score.label, score.task, score.metric, f"{score.value:.4f}", str(score.count), score.name_or_path)
+        table.add_row(*facts)
+    console.print(table)

@@ -1,0 +1,109 @@
+"""Standard output and standard error that outlast their reader, their disk and their terminal.
+
+A run must not end because nobody can read what it says. Characters that a terminal cannot show become similar ones.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+SIMILAR = {
+    "→": "->",
+    "–": "-",
+    "—": "-",
+    "…": "...",
+    "·": ".",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "~": "~",
+    "±": "+-",
+    "█": "#",
+    "▲": "^",
+    "▼": "v",
+    "│": "|",
+    "─": "-",
+    "ρ": "rho",
+    "Δ": "delta",
+    "δ": "delta",
+    "ε": "epsilon",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+}
+_REPLACE = "parablock.similar"
+
+
+class LastingStream:
+    """A text stream whose writes do not fail; after the first failure they are dropped.
+
+    Attributes:
+        failure: The error of the first write that failed; None if there was none.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write text; return its length."""
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """Lead the file descriptor nowhere, so that what is in the buffer causes no error either."""
+        self.failure = self.failure or error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def is_closed_pipe(failure: OSError | None) -> bool:
+    """Return whether the reader has gone, which is its right: `parablock plan … | head`."""
+    return failure is not None and failure.errno == errno.EPIPE
+
+
+@contextmanager
+def lasting_output() -> Iterator[LastingStream]:
+    """Replace `sys.stdout` and `sys.stderr` in the block by streams that do not fail; yield standard output."""
+    codecs.register_error(_REPLACE, _similar)
+    kept = sys.stdout, sys.stderr
+    for stream in kept:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_REPLACE)
+    output = LastingStream(sys.stdout)
+    sys.stdout, sys.stderr = output, LastingStream(sys.stderr)
+    try:
+        yield output
+    finally:
+        output.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = kept
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    return "".join(SIMILAR.get(character, "?") for character in wrong), error.end

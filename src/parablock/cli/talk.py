@@ -1,0 +1,188 @@
+"""`parablock chat` and `parablock generate`: talk to the tuned model, with the base model beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from parablock.cli.terminal import INTERRUPTED, LOADING, console, show_work
+
+if TYPE_CHECKING:
+    from parablock.evaluation.conversation import Conversation
+
+Model = Annotated[str, typer.Argument(help="A run directory, or a Hugging Face folder or id.")]
+Only = Annotated[Literal["base", "tuned"] | None, typer.Option(help="One model of a run; default: both.")]
+System = Annotated[str, typer.Option(help="A system prompt, for models whose template has a place for it.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token; above 0: tokens are drawn.")]
+Seed = Annotated[int, typer.Option(help="Answers that are drawn follow from it.")]
+HELP = "/new begins anew, /quit or Ctrl-D ends; Ctrl-C cuts an answer short"
+
+
+def chat(
+    model_or_run_dir: Model,
+    only: Only = None,
+    system: System = "",
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk to the tuned model of a run, with the base model beside it; or to any model.
+
+    Each model sees its own answers of earlier turns, if its chat template has a place for them.
+
+    Example: parablock chat runs/t0
+    """
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.evaluation.conversation import Conversation, open_speakers
+
+        speakers = open_speakers(model_or_run_dir, only=only, tell=progress.stage)
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        conversations = [Conversation(speaker, system=system, **settings) for speaker in speakers]
+    if sys.stdin.isatty():
+        console.print(HELP, style="dim", highlight=False)
+        if not all(speaker.has_memory for speaker in speakers):
+            text = "the model has learnt single prompts: it does not see earlier turns"
+            console.print(text, style="dim", highlight=False)
+    for text in _turns():
+        if text == "/new":
+            for conversation in conversations:
+                conversation.forget()
+        elif text:
+            _answer(conversations, text)
+
+
+def _turns() -> Iterator[str]:
+    """Yield what the user says: lines with a prompt on a terminal, else the lines of standard input."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    import readline  # noqa: F401  the input line can be edited, and earlier ones come back
+
+    while True:
+        try:
+            text = input("> ").strip()  # shown by readline, which so knows where the line begins
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            raise typer.Exit(INTERRUPTED) from None
+        if text in ("/quit", "/exit"):
+            return
+        yield text
+
+
+def _answer(conversations: list[Conversation], text: str) -> None:
+    """Show the answers while they come, those of two models side by side on a terminal."""
+    answers = {conversation.speaker.label: "" for conversation in conversations}
+
+    def hear(label: str, piece: str) -> None:
+        answers[label] += piece
+
+    try:
+        with _shown(answers):
+            for conversation in conversations:
+                label = conversation.speaker.label
+                answers[label] = conversation.ask(text, partial(hear, label))
+    except KeyboardInterrupt:
+        console.print("(cut short; the turn is forgotten)", style="dim")
+
+
+@contextmanager
+def _shown(answers: dict[str, str]) -> Iterator[None]:
+    if console.is_terminal and not console.is_dumb_terminal:
+        with Live(_Columns(answers), console=console, refresh_per_second=8, transient=True):
+            yield
+        console.print(_Columns(answers, is_done=True))
+    else:
+        yield
+        for label, answer in answers.items():
+            console.print(
+                Text(f"{label}: {answer.strip()}" if len(answers) > 1 else answer.strip()), soft_wrap=True
+            )
+
+
+class _Columns:
+    """The answers so far, a column for each model; a spinner turns where none has come yet, until all is said."""
+
+    def __init__(self, answers: dict[str, str], *, is_done: bool = False) -> None:
+        self._answers, self._is_done = answers, is_done
+        is_ascii = not console.encoding.lower().startswith("utf")
+        self._spinner = Spinner("line" if is_ascii else "dots")
+
+    def __rich__(self) -> Table:
+        table = Table.grid(padding=(0, 2), expand=True)
+        for _ in self._answers:
+            table.add_column(ratio=1, overflow="fold")
+        if len(self._answers) > 1:
+            table.add_row(*(Text(label, style="bold") for label in self._answers))
+        nothing = Text("(nothing)", style="dim") if self._is_done else self._spinner
+        table.add_row(*(Text(said) if (said := text.strip()) else nothing for text in self._answers.values()))
+        return table
+
+
+def generate(
+    model_or_run_dir: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", help="A file of prompts: rows as of a run, or a .txt file with one a line; repeatable."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file instead.")] = None,
+    output_format: Annotated[
+        Literal["plain", "jsonl"], typer.Option("--format", help="What is printed.")
+    ] = "plain",
+    only: Only = None,
+    system: System = "",
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 16,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Answer prompts with the base model and the tuned one of a run, or with any model.
+
+    A line of JSON has the prompt, the answer of each model (base, tuned or model), and the reference of the row.
+
+    Example: parablock generate runs/t0 "What is 2 + 2?" --data prompts.jsonl --output answers.jsonl
+    """
+    with show_work() as progress:
+        progress.stage(LOADING, is_brief=True)
+        from parablock.evaluation.conversation import answer_prompts, labelled, open_speakers, read_prompts
+        from parablock.storage.files import write_atomically
+
+        asked = read_prompts(prompts or [], data or [])
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        answers: dict[str, list[str]] = {}
+        for speaker in open_speakers(model_or_run_dir, only=only, tell=progress.stage):
+            progress.stage(f"{speaker.label} answers", len(asked))
+            answers[speaker.label] = answer_prompts(
+                speaker, asked, system=system, batch_size=batch_size, on_done=progress.done, **settings
+            )
+    records = list(labelled(asked, answers))
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    if output is not None:
+        write_atomically(output, "".join(f"{line}\n" for line in lines))
+        console.print(f"{len(records)} prompts answered: {output}", highlight=False, soft_wrap=True)
+    elif output_format == "jsonl":
+        for line in lines:
+            typer.echo(line)
+    else:
+        for record in records:
+            for name, text in record.items():
+                console.print(Text.assemble((f"{name}: ", "bold"), text), soft_wrap=True)
+            console.print()

@@ -1,0 +1,249 @@
+"""Prompts that people write, and the answers of a model, or of the base model and the tuned one of a run.
+
+A prompt is rendered as the rows of the run's training were. So a model is asked in the form that it has learnt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from parablock.data.formats import FORMATS, Message, read_conversation
+from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
+from parablock.data.sources import Row, load_rows
+from parablock.errors import DataError, InputError
+from parablock.evaluation.generation import generate_completions
+from parablock.evaluation.side_by_side import models_of
+from parablock.model.pretrained import LoadedModel, load_model
+from parablock.storage.run_directory import RunDirectory
+
+_ANSWER = "?"
+"""Stands where the answer is to come; only what precedes it is used."""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers: its label (base | tuned | model), the model, and the format of its prompts."""
+
+    label: str
+    loaded: LoadedModel
+    data_format: str
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the prompt can hold earlier turns: by a chat template, or by turns in the training data."""
+        return self.data_format != "text" and (
+            self.loaded.tokenizer.chat_template is not None or self.data_format == "messages"
+        )
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """A prompt as a person wrote it, and the reference of its row; None without one."""
+
+    text: str
+    row: Row
+    reference: str | None = None
+
+
+def open_speakers(
+    model_or_run_dir: str,
+    *,
+    only: str | None = None,
+    device: str = "auto",
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Speaker]:
+    """Load a model, or the base model and the tuned one of a finished run.
+
+    Args:
+        model_or_run_dir: A Hugging Face folder or id, or a run directory.
+        only: base | tuned: one model of a run; None: both.
+        device: auto | cpu | cuda.
+        tell: Called before each model is loaded.
+
+    Raises:
+        InputError: There is no such model, or it cannot be read.
+    """
+    models = models_of(model_or_run_dir)
+    chosen = [model for model in models if only in (None, model[0])]
+    if not chosen:
+        found = " and ".join(label for label, _, _ in models)
+        raise InputError(
+            f"{model_or_run_dir} has no {only} model: it has {found}",
+            remedy=f"Leave --only out, or name one of: {found}.",
+        )
+    speakers = []
+    for label, name_or_path, dtype in chosen:
+        tell(f"loading the {label} model" if label != "model" else "loading the model")
+        loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
+        speakers.append(Speaker(label, loaded, _format_of(model_or_run_dir)))
+    return speakers
+
+
+def _format_of(model_or_run_dir: str) -> str:
+    directory = RunDirectory(model_or_run_dir)
+    if not directory.manifest.exists():
+        return "prompt_completion"
+    data_format = str(directory.read_manifest().get("data_format", "auto"))
+    return data_format if data_format in FORMATS else "prompt_completion"
+
+
+def read_prompts(texts: Sequence[str], sources: Sequence[str]) -> list[AskedPrompt]:
+    """Read prompts from texts and files.
+
+    A line of a `.txt` file is a prompt. The rows of any other file are those of a run, and may lack the answer;
+    where they have it, it is the reference.
+
+    Raises:
+        DataError: There is no prompt, or a row or file does not fit.
+    """
+    prompts = [AskedPrompt(text, Row({"prompt": text}, "the command line", n)) for n, text in enumerate(texts, 1)]
+    for source in sources:
+        rows = _read_lines(source) if source.endswith(".txt") else load_rows(source, split="test")
+        prompts += [_read_prompt(row) for row in rows]
+    if not any(prompt.text.strip() for prompt in prompts):
+        raise DataError("There is no prompt.", remedy='Give one, such as "What is 2 + 2?", or a file with --data.')
+    return prompts
+
+
+def _read_lines(source: str) -> list[Row]:
+    try:
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read: {error}", remedy="Give a text file in UTF-8.") from error
+    return [Row({"prompt": line}, source, n) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_prompt(row: Row) -> AskedPrompt:
+    reference = None
+    if row.fields.get("messages") is None:
+        for question, answer in (needed for needed in FORMATS.values() if len(needed) == 2):
+            if row.fields.get(question) is not None:
+                reference = row.fields.get(answer)
+                row = replace(row, fields={**row.fields, answer: _ANSWER})
+    elif isinstance(row.fields["messages"], list):
+        row, reference = _open_last_turn(row)
+    data_format = detect_format([row])
+    if data_format == "text":
+        return AskedPrompt(str(row.fields["text"]), row)
+    asked = read_conversation(row, data_format)[:-1]
+    return AskedPrompt(asked[-1]["content"] if asked else "", row, None if reference is None else str(reference))
+
+
+def _open_last_turn(row: Row) -> tuple[Row, str | None]:
+    """Put the answer that is to come behind the last turn, or in place of an assistant's."""
+    turns, reference = list(row.fields["messages"]), None
+    if turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        reference = turns.pop().get("content")
+    turns.append({"role": "assistant", "content": _ANSWER})
+    return replace(row, fields={**row.fields, "messages": turns}), reference
+
+
+def answer_prompts(
+    speaker: Speaker,
+    prompts: Sequence[AskedPrompt],
+    *,
+    system: str = "",
+    on_done: Callable[[int], None] = lambda _: None,
+    **generation: Any,
+) -> list[str]:
+    """Answer prompts that do not follow on each other; `generation` as in `generate_completions`.
+
+    Raises:
+        DataError: A prompt does not fit the model's template or context.
+    """
+    examples = [_example(speaker, prompt, system) for prompt in prompts]
+    return generate_completions(
+        speaker.loaded.model, speaker.loaded.tokenizer, examples, on_done=on_done, **generation
+    )
+
+
+def _example(speaker: Speaker, prompt: AskedPrompt, system: str) -> Example:
+    row, tokenizer = prompt.row, speaker.loaded.tokenizer
+    if speaker.data_format == "text" or _is_text(row):  # continued as it stands, as training has taught it
+        if system:
+            raise DataError(
+                "A text is continued as it stands: it has no system prompt.", remedy="Leave --system out."
+            )
+        ids = tuple(tokenizer(prompt.text)["input_ids"])
+        return Example(ids, (IGNORED_LABEL,) * len(ids), ids, "", row, False)
+    is_written = set(row.fields) == {"prompt"}  # by a person, not a row of data
+    if is_written or system:
+        asked = [_user(prompt.text)] if is_written else read_conversation(row, detect_format([row]))[:-1]
+        row = _as_row([*_opening(speaker, system), *asked], speaker.data_format)
+    (example,) = tokenize_rows(
+        [row], tokenizer, data_format="auto", max_length=sys.maxsize, completion_only_loss=True
+    ).examples
+    return example
+
+
+def _is_text(row: Row) -> bool:
+    return row.fields.get("text") is not None and detect_format([row]) == "text"
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _opening(speaker: Speaker, system: str) -> list[Message]:
+    if system and not speaker.has_memory:
+        raise DataError(
+            f"The {speaker.label} model has no chat template, so there is no place for a system prompt.",
+            remedy="Leave --system out, or write it into the prompt.",
+        )
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _as_row(turns: Sequence[Message], data_format: str) -> Row:
+    """Return the row of a conversation whose next turn is the answer."""
+    if len(turns) == 1 and data_format != "messages":
+        question, answer = FORMATS[data_format]
+        return Row({question: turns[0]["content"], answer: _ANSWER}, "the conversation", 1)
+    return Row({"messages": [*turns, {"role": "assistant", "content": _ANSWER}]}, "the conversation", 1)
+
+
+class Conversation:
+    """A conversation with one model, which remembers its turns if its prompts can hold them.
+
+    Args:
+        speaker: The model.
+        system: The system prompt; empty without one.
+        generation: Settings of `generate_completions`.
+    """
+
+    def __init__(self, speaker: Speaker, *, system: str = "", **generation: Any) -> None:
+        self.speaker, self._generation = speaker, generation
+        self._opening = _opening(speaker, system)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._turns: list[Message] = list(self._opening)
+
+    def ask(self, text: str, hear: Callable[[str], None] = lambda _: None) -> str:
+        """Answer the next turn.
+
+        Args:
+            text: What the user says.
+            hear: Gets the answer piece by piece. If it raises, the turn has not been.
+
+        Returns:
+            The whole answer.
+        """
+        turns, row = [*self._turns, _user(text)], Row({"prompt": text}, "the conversation", 1)
+        if self.speaker.has_memory:
+            row = _as_row(turns, self.speaker.data_format)
+        (answer,) = answer_prompts(self.speaker, [AskedPrompt(text, row)], hear=hear, **self._generation)
+        if self.speaker.has_memory:
+            self._turns = [*turns, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def labelled(prompts: Sequence[AskedPrompt], answers: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """Yield a record for each prompt: the prompt, the answer of each model by its label, and the reference."""
+    for n, prompt in enumerate(prompts):
+        known = {} if prompt.reference is None else {"reference": prompt.reference}
+        yield {"prompt": prompt.text, **{label: given[n] for label, given in answers.items()}, **known}

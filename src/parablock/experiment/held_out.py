@@ -1,0 +1,49 @@
+"""The rows of a run that is over: those that were held out, and those that were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parablock.config.load import load_config
+from parablock.data.sources import Row, rows_sha256
+from parablock.errors import DataError
+from parablock.experiment.inputs import read_rows
+from parablock.storage.run_directory import RunDirectory
+
+
+def is_run(model_or_run_dir: str) -> bool:
+    """Return whether a path is a run directory."""
+    return RunDirectory(model_or_run_dir).config.exists()
+
+
+def rows_of_run(run_dir: str) -> tuple[list[Row], list[Row]]:
+    """Read the data of a run again: the rows of all clients that were trained on, and the held-out rows.
+
+    Raises:
+        DataError: The data are gone or changed, or they are at the sites.
+    """
+    directory = RunDirectory(run_dir)
+    config = load_config(directory.config)
+    if not config.data.train and not config.data.test:
+        raise DataError(
+            f"the rows of the run in {run_dir} are at its sites", remedy="Give rows to score on with --data."
+        )
+    parts, held_out = read_rows(
+        config.data,
+        num_clients=config.federation.num_clients,
+        seed=config.seed,
+        pooled=config.federation.traits.pools_data,
+    )
+    if directory.read_manifest()["data_sha256"]["test"] != rows_sha256(held_out):
+        raise DataError(
+            f"the data files are not those of the run in {run_dir}: its held-out rows differ",
+            cause="A file was changed after the run.",
+            remedy="Put the files back, or give rows to score on with --data.",
+        )
+    return [row for part in parts for row in part], held_out
+
+
+def count_trained_on(rows: Sequence[Row], trained: Sequence[Row]) -> int:
+    """Count the rows that have the same content as one that was trained on."""
+    known = {rows_sha256([row]) for row in trained}
+    return sum(rows_sha256([row]) in known for row in rows)
