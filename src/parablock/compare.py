@@ -11,7 +11,7 @@ from statistics import fmean
 from parablock.config.keys import RunConfig
 from parablock.config.load import overridden, parse_config, tree_of_method
 from parablock.config.methods import METHODS
-from parablock.errors import ConfigError, ParaBlockError
+from parablock.errors import ConfigError, StoppedByUserError
 from parablock.evaluation.side_by_side import score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.recorder import Summary
@@ -124,7 +124,7 @@ def compare_methods(
     Raises:
         ConfigError: There is no such task, or no file of test rows to score it on.
         StorageError: The folder holds something already, or cannot be written.
-        ParaBlockError: A run failed, or was stopped; the finished ones stay.
+        ParaBlockError: A run failed, or was stopped (`StoppedByUserError`); the finished ones stay.
     """
     _check_tasks(tasks, runs[0].config)
     directories = [RunDirectory(output_dir / planned.name) for planned in runs]
@@ -139,7 +139,7 @@ def compare_methods(
         progress.message(f"── {planned.name} ──")
         summary = run(planned.config, directory.path, progress=progress, asked_to_stop=asked_to_stop)
         if summary["status"] != "completed":
-            raise ParaBlockError(
+            raise StoppedByUserError(
                 f"the comparison stopped in {planned.name}; {len(summaries)} of {len(runs)} runs are complete",
                 remedy=f"Finish that run with: parablock resume {directory.path}",
             )

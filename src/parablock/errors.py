@@ -8,6 +8,7 @@
     │   ├── CheckpointError        a run directory that cannot be resumed
     │   └── StorageError           the disk: full, read-only, not a folder
     ├── TrainingError              a loss or an update that is not finite
+    ├── StoppedByUserError         exit code 130: Ctrl-C, with everything saved
     └── WireError                  bytes that crossed the link
         ├── CodecError             not a message, truncated, altered, or another protocol version
         ├── MaskingError           masks that cannot be taken off a round's sum; the round is void
@@ -76,6 +77,12 @@ class StorageError(InputError):
 
 class TrainingError(ParaBlockError):
     """Training failed: a loss or an update is not finite."""
+
+
+class StoppedByUserError(ParaBlockError):
+    """The user has stopped it, and what is done is saved."""
+
+    exit_code = 130
 
 
 class WireError(ParaBlockError):

@@ -9,9 +9,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from parablock.compare import plan_comparison
+from parablock.compare import compare_methods, plan_comparison
 from parablock.config.load import load_config
-from tiny_runs import assert_refused, command, done, metrics_of, sum_row, summary_of, write_rows
+from parablock.errors import StoppedByUserError
+from parablock.experiment.progress import Progress
+from tiny_runs import after, assert_refused, command, done, metrics_of, sum_row, summary_of, write_rows
 
 
 def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, tmp_path):
@@ -140,6 +142,22 @@ def test_a_wrong_comparison_is_refused_before_anything_runs(workshop, tmp_path, 
     compare = ("compare", str(workshop.config), "--output-dir", str(tmp_path / "c"), *arguments)
     assert_refused(command(*compare), said)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_report_of_a_comparison_keeps_the_order_given(workshop, tmp_path):
+    directory = tmp_path / "compared"
+    arguments = ("--methods", "parablock,fedavg", "--set", "federation.num_rounds=4")
+    done("compare", str(workshop.config), "--output-dir", str(directory), *arguments)
+    rows = [line.split("|")[1].strip() for line in (directory / "report.md").read_text().splitlines()[4:7]]
+    assert rows == ["base model", "parablock", "fedavg"]  # not by the alphabet
+
+
+def test_a_comparison_that_is_stopped_says_how_to_go_on(workshop, tmp_path):
+    runs = plan_comparison(load_config(workshop.config), ["parablock", "fedavg"])
+    with pytest.raises(StoppedByUserError, match="stopped in parablock; 0 of 2 runs are complete") as stopped:
+        compare_methods(runs, tmp_path / "compared", progress=Progress(), asked_to_stop=after(2))
+    assert stopped.value.exit_code == 130
+    assert f"parablock resume {tmp_path / 'compared' / 'parablock'}" in stopped.value.remedy
 
 
 def test_a_comparison_does_not_write_over_the_report_of_a_run(workshop, tmp_path):

@@ -81,7 +81,7 @@ class RunDirectory:
         if self.summary.exists() and self.read_summary().get("status") == "completed":
             raise CheckpointError(
                 f"the run in {self.path} is complete; there is nothing to resume",
-                remedy=f"Look at it with: parablock eval {self.path} --data FILE",
+                remedy=f"Look at it with: parablock eval {self.path}",
             )
 
     def append(self, row: Row) -> None:
