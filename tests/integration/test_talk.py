@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from parablock.cli import talk
-from parablock.evaluation.conversation import Conversation, answer_prompts, open_speakers, read_prompts
+from parablock.evaluation.conversation import Dialogue, answer_prompts, open_speakers, read_prompts
 from tiny_runs import Runs, Workshop, assert_refused, command, command_line, done, sum_row, write_rows
 
 SHORT = ("--max-new-tokens", "6")
@@ -125,7 +125,7 @@ def test_a_batch_answers_as_one_by_one(tuned: Path):
 
 def test_a_conversation_remembers_its_own_answers_until_it_begins_anew(tuned: Path):
     speaker = open_speakers(str(tuned), only="tuned")[0]
-    conversation, pieces = Conversation(speaker, max_new_tokens=6), list[str]()
+    conversation, pieces = Dialogue(speaker, max_new_tokens=6), list[str]()
     first = conversation.ask("2 plus 2?", pieces.append)
     assert "".join(pieces) == first
     second = conversation.ask("3 plus 3?")
@@ -136,7 +136,7 @@ def test_a_conversation_remembers_its_own_answers_until_it_begins_anew(tuned: Pa
 
 
 def test_a_turn_that_is_cut_short_has_not_been(tuned: Path):
-    conversation = Conversation(open_speakers(str(tuned), only="tuned")[0], max_new_tokens=6)
+    conversation = Dialogue(open_speakers(str(tuned), only="tuned")[0], max_new_tokens=6)
 
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from rich.text import Text
 from parablock.cli.terminal import INTERRUPTED, LOADING, console, show_work
 
 if TYPE_CHECKING:
-    from parablock.evaluation.conversation import Conversation
+    from parablock.evaluation.conversation import Dialogue
 
 Model = Annotated[str, typer.Argument(help="A run directory, or a Hugging Face folder or id.")]
 Only = Annotated[Literal["base", "tuned"] | None, typer.Option(help="One model of a run; default: both.")]
@@ -46,11 +46,11 @@ def chat(
     """
     with show_work() as progress:
         progress.stage(LOADING, is_brief=True)
-        from parablock.evaluation.conversation import Conversation, open_speakers
+        from parablock.evaluation.conversation import Dialogue, open_speakers
 
         speakers = open_speakers(model_or_run_dir, only=only, tell=progress.stage)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        conversations = [Conversation(speaker, system=system, **settings) for speaker in speakers]
+        conversations = [Dialogue(speaker, system=system, **settings) for speaker in speakers]
     if sys.stdin.isatty():
         console.print(HELP, style="dim", highlight=False)
         if not all(speaker.has_memory for speaker in speakers):
@@ -85,7 +85,7 @@ def _turns() -> Iterator[str]:
         yield text
 
 
-def _answer(conversations: list[Conversation], text: str) -> None:
+def _answer(conversations: list[Dialogue], text: str) -> None:
     """Show the answers while they come, those of two models side by side on a terminal."""
     answers = {conversation.speaker.label: "" for conversation in conversations}
 

@@ -24,6 +24,9 @@ _ANSWER = "?"
 """Stands where the answer is to come; only what precedes it is used."""
 
 
+_SPELLING = ("role", "content")
+
+
 @dataclass(frozen=True)
 class Speaker:
     """A model that answers: its label (base | tuned | model), the model, and the format of its prompts."""
@@ -118,28 +121,30 @@ def _read_lines(source: str) -> list[Row]:
 
 
 def _read_prompt(row: Row) -> AskedPrompt:
-    reference = None
-    if row.fields.get("messages") is None:
-        for question, answer in (needed for needed in FORMATS.values() if len(needed) == 2):
-            if row.fields.get(question) is not None:
-                reference = row.fields.get(answer)
-                row = replace(row, fields={**row.fields, answer: _ANSWER})
-    elif isinstance(row.fields["messages"], list):
-        row, reference = _open_last_turn(row)
-    data_format = detect_format([row])
+    asked, reference = row, None
+    for question, answer in (needed for needed in FORMATS.values() if len(needed) == 2):
+        if row.fields.get(question) is not None:
+            reference = reference or row.fields.get(answer)
+            asked = replace(asked, fields={**asked.fields, answer: _ANSWER})
+    for name in (needed[0] for needed in FORMATS.values() if len(needed) == 1):
+        if isinstance(row.fields.get(name), list):
+            asked, reference = _open_last_turn(row, name)
+    data_format = detect_format([asked])
     if data_format == "text":
         return AskedPrompt(str(row.fields["text"]), row)
-    asked = read_conversation(row, data_format)[:-1]
-    return AskedPrompt(asked[-1]["content"] if asked else "", row, None if reference is None else str(reference))
+    turns = read_conversation(asked, data_format)[:-1]
+    text = turns[-1]["content"] if turns else ""
+    return AskedPrompt(text, asked, None if reference is None else str(reference))
 
 
-def _open_last_turn(row: Row) -> tuple[Row, str | None]:
+def _open_last_turn(row: Row, name: str) -> tuple[Row, str | None]:
     """Put the answer that is to come behind the last turn, or in place of an assistant's."""
-    turns, reference = list(row.fields["messages"]), None
-    if turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
-        reference = turns.pop().get("content")
-    turns.append({"role": "assistant", "content": _ANSWER})
-    return replace(row, fields={**row.fields, "messages": turns}), reference
+    turns, reference = list(row.fields[name]), None
+    role, content = ("from", "value") if turns and isinstance(turns[0], dict) and "from" in turns[0] else _SPELLING
+    if turns and isinstance(turns[-1], dict) and turns[-1].get(role) in ("assistant", "gpt", "model"):
+        reference = turns.pop().get(content)
+    turns.append({role: "assistant", content: _ANSWER})
+    return replace(row, fields={**row.fields, name: turns}), reference
 
 
 def answer_prompts(
@@ -205,7 +210,7 @@ def _as_row(turns: Sequence[Message], data_format: str) -> Row:
     return Row({"messages": [*turns, {"role": "assistant", "content": _ANSWER}]}, "the conversation", 1)
 
 
-class Conversation:
+class Dialogue:
     """A conversation with one model, which remembers its turns if its prompts can hold them.
 
     Args:
