@@ -619,7 +619,7 @@ def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path)
     written = yaml.safe_load(target.read_text())
     assert written["federation"]["num_clients"] == 3
     assert written["data"]["partition"] == {"scheme": "iid"}
-    assert written["data"]["max_length"] == 64  # the rows have 40 tokens and fewer
+    assert written["data"]["max_length"] == 32  # the rows have 31 tokens and fewer
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,8 @@ def _use(run: RunRecord) -> list[str]:
     if run.summary["model_sha256"] is None:
         return []
     folder = run.path.resolve()
-    several = run.config.get("federation", {}).get("method") == "local"
-    model = folder / "model" / "client_0" if several else folder / "model"
+    several = sorted((folder / "model").glob("client_*"))  # of clients that keep their own
+    model = several[0] if several else folder / "model"
     talk = f"parablock chat {shlex.quote(str(model if several else folder))}"
     code = (
         "from transformers import pipeline\n\n"
