@@ -332,8 +332,14 @@ def test_every_option_of_training_takes_effect(overrides: list[str], runs: Runs)
 ELSEWHERE_IN_THIS_FILE = {
     *("model.name_or_path", "data.train", "data.test_fraction", "federation.num_clients", "engine.clock"),
     *("train.min_local_steps", "train.max_local_steps", "evaluation.max_examples", "engine.num_threads"),
-    *("evaluation.num_answers", "evaluation.max_new_tokens"),
-    *("checkpoint.every_rounds", "checkpoint.keep", "wire.streaming", "wire.chunk_bytes", "blocks.allow_unvisited"),
+    *(
+        "evaluation.num_answers",
+        "checkpoint.every_rounds",
+        "checkpoint.keep",
+        "wire.streaming",
+        "wire.chunk_bytes",
+        "blocks.allow_unvisited",
+    ),
 }
 IN_OTHER_TESTS = {
     *("privacy.clip_norm", "privacy.noise_multiplier", "privacy.mode", "privacy.delta"),  # test_privacy.py
@@ -639,13 +645,13 @@ def test_init_refuses_what_a_run_would_refuse(
 
 
 def test_a_run_leaves_the_answers_of_both_models(workshop: Workshop, tmp_path: Path):
-    changes = ("evaluation.num_answers=2", "evaluation.max_new_tokens=5", "train.learning_rate=0.05")
+    changes = ("evaluation.num_answers=2", "train.learning_rate=0.05")
     assert workshop.run(tmp_path / "run", *changes).code == 0
     records = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert [record["prompt"] for record in records] == ["0 plus 0?", "1 plus 1?"]
     assert [record["reference"] for record in records] == ["#### 0", "#### 2"]
     prompts = ("0 plus 0?", "1 plus 1?")
-    arguments = ("generate", str(tmp_path / "run"), *prompts, "--format", "jsonl", "--max-new-tokens", "5")
+    arguments = ("generate", str(tmp_path / "run"), *prompts, "--format", "jsonl", "--max-new-tokens", "48")
     again = [json.loads(line) for line in done(*arguments).stdout.splitlines()]
     for record, generated in zip(records, again, strict=True):
         assert (record["base"], record["tuned"]) == (generated["base"], generated["tuned"])

@@ -214,6 +214,7 @@ def at_a_terminal(arguments: list[str], keys: list[bytes], patience_s: float = 1
                 break
             shown += piece
         if waiting and shown.count(b"> ") > len(keys) - len(waiting):
+            time.sleep(0.3)  # readline has printed the prompt, and is about to wait for a key
             os.write(terminal, waiting.pop(0))
     os.close(terminal)
     _, status = os.waitpid(pid, 0)

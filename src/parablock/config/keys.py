@@ -269,16 +269,7 @@ class EvaluationSection(Section):
     every_rounds: int = Field(8, ge=0, description="Rounds between evaluations; 0: first and last only.")
     max_examples: int = Field(256, ge=1, description="Test examples used, the same ones every time.")
     per_device_eval_batch_size: int = Field(16, ge=1, description="Examples of an evaluation batch.")
-    num_answers: int = Field(
-        3, ge=0, description="Test prompts that the base model and the tuned one answer for the report; 0: none."
-    )
-    max_new_tokens: int = Field(48, ge=1, description="Longest of these answers, in tokens.")
-
-    @model_validator(mode="after")
-    def _answers_have_a_length(self) -> EvaluationSection:
-        if self.num_answers == 0 and self.max_new_tokens != default_of(self, "max_new_tokens"):
-            raise ValueError("max_new_tokens takes effect with num_answers above 0 only")
-        return self
+    num_answers: int = Field(3, ge=0, description="Test prompts that base and tuned model answer; 0: none.")
 
 
 class CheckpointSection(Section):

@@ -14,6 +14,9 @@ from parablock.evaluation.scoring import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MAX_NEW_TOKENS = 48
+"""Longest answer, in tokens."""
+
 MAX_OPENING = 32
 """Most tokens of a plain text that a model is to go on with."""
 
@@ -33,11 +36,11 @@ def choose_prompts(examples: Sequence[Example], count: int) -> tuple[Example, ..
 
 
 def answer_examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[str]:
-    """Answer prompts by greedy search; an answer takes at most half of the model's context."""
+    """Answer prompts by greedy search, in `MAX_NEW_TOKENS` tokens, or half of the context of a small model."""
     limit = context_length(model)
-    length = max_new_tokens if limit is None else max(1, min(max_new_tokens, limit // 2))
+    length = MAX_NEW_TOKENS if limit is None else max(1, min(MAX_NEW_TOKENS, limit // 2))
     return generate_completions(model, tokenizer, examples, max_new_tokens=length)
 
 

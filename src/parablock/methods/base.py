@@ -133,13 +133,11 @@ class MethodModel:
         Returns:
             For each prompt: prompt, reference, answer.
         """
-        evaluation, tokenizer = self._config.evaluation, self._inputs.loaded.tokenizer
-        examples = choose_prompts(self._inputs.test, evaluation.num_answers)
+        tokenizer = self._inputs.loaded.tokenizer
+        examples = choose_prompts(self._inputs.test, self._config.evaluation.num_answers)
         if not examples:
             return []
-        answers = answer_examples(
-            self._replica.model, tokenizer, examples, max_new_tokens=evaluation.max_new_tokens
-        )
+        answers = answer_examples(self._replica.model, tokenizer, examples)
         described = describe_prompts(examples, tokenizer, self._config.data.format)
         return [{**facts, "answer": answer} for facts, answer in zip(described, answers, strict=True)]
 

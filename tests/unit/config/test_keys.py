@@ -85,7 +85,6 @@ DEFAULTS = {
     "evaluation.max_examples": 256,
     "evaluation.per_device_eval_batch_size": 16,
     "evaluation.num_answers": 3,
-    "evaluation.max_new_tokens": 48,
     "checkpoint.every_rounds": 8,
     "checkpoint.keep": 2,
     "federation.trim_fraction": 0.2,

@@ -33,7 +33,7 @@ TOGETHER: dict[str, Any] = yaml.safe_load(
     wire.chunk_bytes: 65536, link.upload_mbps: 10.0, link.download_mbps: 10.0, link.latency_s: 0.1,
     engine.num_threads: 2, engine.clock: virtual, engine.step_time_s: 0.1, evaluation.every_rounds: 0,
     evaluation.max_examples: 10, evaluation.per_device_eval_batch_size: 4,
-    evaluation.num_answers: 1, evaluation.max_new_tokens: 8, checkpoint.every_rounds: 0,
+    evaluation.num_answers: 1, checkpoint.every_rounds: 0,
     checkpoint.keep: 1, faults: [{client: 2, round: 7, at: upload, kind: drop, value: 360.0}]
     }"""
 )
