@@ -161,8 +161,6 @@ def test_without_a_template_a_model_is_asked_as_its_rows_were_written(
     assert workshop.run(tmp_path / "run", *changes).code == 0
     (record,) = answered(done("generate", str(tmp_path / "run"), "5 plus 1?", "--format", "jsonl", *SHORT).stdout)
     assert record["base"] == greedy(model, "Question: 5 plus 1?\nAnswer:", 6)
-    system = command("generate", str(tmp_path / "run"), "5 plus 1?", "--system", "Be brief.")
-    assert_refused(system, "no chat template")
 
 
 def test_lines_of_standard_input_are_turns(tuned: Path, monkeypatch: pytest.MonkeyPatch):

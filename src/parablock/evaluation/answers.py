@@ -60,7 +60,7 @@ def _prompt_of(example: Example, tokenizer: PreTrainedTokenizerBase, data_format
     if data_format == "text":
         text: str = tokenizer.decode(example.prompt_ids, skip_special_tokens=True)
         return text
-    turns = read_conversation(example.row, data_format)
+    turns = read_conversation(example.row, data_format).turns
     last = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     asked = [turn["content"] for turn in turns[:last] if turn["role"] != "assistant"]
-    return asked[-1] if asked else ""
+    return str(asked[-1]) if asked else ""

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parablock.data.formats import FORMATS, Message, read_conversation
+from parablock.data.conversations import Message
+from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
-from parablock.evaluation.side_by_side import models_of
-from parablock.model.pretrained import LoadedModel, load_model
+from parablock.evaluation.side_by_side import day_of, models_of
+from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
 from parablock.storage.run_directory import RunDirectory
 
 _ANSWER = "?"
@@ -29,11 +30,19 @@ _SPELLING = ("role", "content")
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that answers: its label (base | tuned | model), the model, and the format of its prompts."""
+    """A model that answers.
+
+    Attributes:
+        label: base | tuned | model.
+        loaded: The model; of a run, with the tokenizer of the tuned one, whose template both are asked by.
+        data_format: The format of the rows that it was trained on.
+        date: The day that its chat template writes, if it writes one; None: today.
+    """
 
     label: str
     loaded: LoadedModel
     data_format: str
+    date: str | None = None
 
     @property
     def has_memory(self) -> bool:
@@ -78,12 +87,14 @@ def open_speakers(
             f"{model_or_run_dir} has no {only} model: it has {found}",
             remedy=f"Leave --only out, or name one of: {found}.",
         )
-    speakers = []
+    speakers: list[Speaker] = []
+    date = day_of(model_or_run_dir)
     for label, name_or_path, dtype in chosen:
         tell(f"loading the {label} model" if label != "model" else "loading the model")
         loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
-        speakers.append(Speaker(label, loaded, _format_of(model_or_run_dir)))
-    return speakers
+        speakers.append(Speaker(label, loaded, _format_of(model_or_run_dir), date))
+    tokenizer = speakers[-1].loaded.tokenizer if only is None else load_tokenizer(models[-1][1])
+    return [replace(speaker, loaded=replace(speaker.loaded, tokenizer=tokenizer)) for speaker in speakers]
 
 
 def _format_of(model_or_run_dir: str) -> str:
@@ -132,7 +143,7 @@ def _read_prompt(row: Row) -> AskedPrompt:
     data_format = detect_format([asked])
     if data_format == "text":
         return AskedPrompt(str(row.fields["text"]), row)
-    turns = read_conversation(asked, data_format)[:-1]
+    turns = read_conversation(asked, data_format).turns[:-1]
     text = turns[-1]["content"] if turns else ""
     return AskedPrompt(text, asked, None if reference is None else str(reference))
 
@@ -177,10 +188,17 @@ def _example(speaker: Speaker, prompt: AskedPrompt, system: str) -> Example:
         return Example(ids, (IGNORED_LABEL,) * len(ids), ids, "", row, False)
     is_written = set(row.fields) == {"prompt"}  # by a person, not a row of data
     if is_written or system:
-        asked = [_user(prompt.text)] if is_written else read_conversation(row, detect_format([row]))[:-1]
+        asked = (
+            [_user(prompt.text)] if is_written else list(read_conversation(row, detect_format([row])).turns[:-1])
+        )
         row = _as_row([*_opening(speaker, system), *asked], speaker.data_format)
     (example,) = tokenize_rows(
-        [row], tokenizer, data_format="auto", max_length=sys.maxsize, completion_only_loss=True
+        [row],
+        tokenizer,
+        data_format="auto",
+        max_length=sys.maxsize,
+        completion_only_loss=True,
+        date=speaker.date,
     ).examples
     return example
 

@@ -93,6 +93,7 @@ def score_models(
             data_format=data_format or (config.data.format if config else "auto"),
             max_length=config.data.max_length if config else _longest(loaded),
             completion_only_loss=config.train.completion_only_loss if config else True,
+            date=config.data.date if config else None,
         )
         if is_held_out and max_examples is None:
             assert config is not None
@@ -164,6 +165,12 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     if base.init == "random":
         return [("tuned", str(directory.model), base.dtype)]
     return [("base", base.name_or_path, base.dtype), ("tuned", str(directory.model), base.dtype)]
+
+
+def day_of(model_or_run_dir: str) -> str | None:
+    """Return the day that a run's chat template writes; None without a run, or without such a template."""
+    config = _read_config(model_or_run_dir)
+    return config.data.date if config else None
 
 
 def _read_config(model_or_run_dir: str) -> RunConfig | None:

@@ -102,17 +102,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return _read_tokenizer(source, opened)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a model alone.
-
-    Raises:
-        ModelError: It cannot be read, or has no token that ends a text.
-    """
-    source = _find_source(name_or_path)
-    with _quiet_source(source):
-        return _read_tokenizer(source)
-
-
 def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
     """Return a model on the `meta` device: its parameters have names, shapes and ties, but no memory.
 
