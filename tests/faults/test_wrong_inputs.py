@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from broken_inputs import write_broken_files, write_broken_models
@@ -238,6 +239,19 @@ def test_a_run_that_cannot_write_its_first_files_leaves_what_was_in_the_folder(w
     with longest_file(1000):
         assert_refused(workshop.run(tmp_path), "cannot be written")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_base_model_whose_loss_is_not_finite_ends_the_run_at_once(workshop: Workshop, tmp_path: Path):
+    model = shutil.copytree(workshop.model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38  # finite, and its products are not
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    outcome = workshop.run(tmp_path / "out", f"model.name_or_path={model}")
+    assert outcome.code == 1
+    assert "error: the loss of the base model on the test rows is " in outcome.stderr
+    assert "before any training" in outcome.stderr
+    assert "round 1" not in outcome.stdout
+    assert metrics_of(tmp_path / "out") == []
 
 
 # -- resume ---------------------------------------------------------------------------------------------------

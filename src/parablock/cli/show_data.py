@@ -56,11 +56,12 @@ def _show_tokens(files: list[list[Row]], model: str, rows: int, data_format: str
 
     tokenizer = load_tokenizer(model)
     every = [row for file in files for row in file]
-    for note in settle_template(tokenizer, every, data_format)[1]:
+    day, notes = settle_template(tokenizer, every, data_format)
+    for note in notes:
         _say(note)
     for file in files:
         tokenized = tokenize_rows(
-            file, tokenizer, data_format=data_format, max_length=max_length, completion_only_loss=True
+            file, tokenizer, data_format=data_format, max_length=max_length, completion_only_loss=True, date=day
         )
         for example in tokenized.examples[:rows]:
             counts = f"{len(example.input_ids)} tokens, {example.num_target_tokens} learnt"

@@ -233,14 +233,18 @@ def _tokenize_parts(
     parts: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> list[Tokenized]:
     """Tokenize the rows of each client, and those of the test."""
-    try:
-        return [tokenize(rows, tokenizer, config.data, config.train) for rows in parts]
-    except NothingToLearnError:
-        raise
-    except DataError:  # name the first wrong row of its file, whichever client has it
-        in_order = sorted(_joined(parts), key=lambda row: (row.source, row.line))
-        tokenize(in_order, tokenizer, config.data, config.train)
-        raise
+    tokenized = []
+    for index, rows in enumerate(parts):
+        try:
+            tokenized.append(tokenize(rows, tokenizer, config.data, config.train))
+        except NothingToLearnError as error:
+            whose = f"client {index}" if index < len(parts) - 1 else "the test rows"
+            raise DataError(f"{whose}: {error.what}", remedy=error.remedy) from error
+        except DataError:  # name the first wrong row of its file, whichever client has it
+            in_order = sorted(_joined(parts), key=lambda row: (row.source, row.line))
+            tokenize(in_order, tokenizer, config.data, config.train)
+            raise
+    return tokenized
 
 
 def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock.model.save import model_sha256
-from tiny_runs import Runs, Workshop, assert_refused, command, done
+from tiny_runs import Runs, Workshop, assert_refused, command, done, summary_of
 
 IDS = torch.arange(2, 50)[None]
 
@@ -54,6 +55,19 @@ def test_a_difference_and_the_base_are_the_model(workshop: Workshop, runs: Runs,
 def test_a_folder_is_the_model_itself(runs: Runs, tmp_path: Path):
     done("export", str(runs()), "--output-dir", str(tmp_path / "model"))
     assert model_sha256(tmp_path / "model") == model_sha256(runs() / "model")
+
+
+def test_a_template_that_the_run_gave_writes_what_it_trained_on(workshop: Workshop, runs: Runs, tmp_path: Path):
+    bare = shutil.copytree(workshop.model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    run_dir = runs(f"model.name_or_path={bare}")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    turns = [{"role": "user", "content": "1 plus 1?"}, {"role": "assistant", "content": "#### 2"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "1 plus 1? #### 2<|endoftext|>"
+    assert "no chat template" in run_dir.with_suffix(".log").read_text()
+    assert "no chat template" not in runs().with_suffix(".log").read_text()
+    scores = done("eval", str(run_dir), "--data", str(workshop.test_file)).stdout
+    assert f"{summary_of(run_dir)['final_eval_loss']:.4f}" in scores
 
 
 @pytest.mark.parametrize("export_format", ["hf", "adapter", "delta"])

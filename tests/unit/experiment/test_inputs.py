@@ -93,6 +93,15 @@ def test_the_first_wrong_line_is_named_whichever_client_has_it(workshop: Worksho
             read_inputs(load_config(workshop.config, changes))
 
 
+def test_who_has_nothing_to_learn_from_is_named(workshop: Workshop, tmp_path: Path):
+    silent = write_rows(tmp_path / "silent.jsonl", [{"prompt": "1 plus 1?", "completion": ""}] * 3)
+    files = [*(str(workshop.client_file(client_id)) for client_id in range(3)), str(silent)]
+    with pytest.raises(DataError, match=r"client 3: None of 3 rows has anything to train on: 3 because"):
+        read_inputs(load_config(workshop.config, [f"data.train={files}"]))
+    with pytest.raises(DataError, match=r"the test rows: None of 3 rows has anything"):
+        read_inputs(load_config(workshop.config, [f"data.test={silent}"]))
+
+
 def test_fields_and_rows_that_are_not_used_are_said_with_their_number(workshop: Workshop, tmp_path: Path):
     rows = [{**sum_row(90, k), "id": k, "label": "a"} for k in range(10)]
     rows[3]["completion"] = ""
