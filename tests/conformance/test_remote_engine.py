@@ -17,6 +17,7 @@ import pytest
 from torch import Tensor
 
 from engines import QUIET, run_here, server_plan
+from parablock.algorithm.aggregate import Kinds
 from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
@@ -24,7 +25,7 @@ from parablock.clock import RealClock
 from parablock.engine.contract import EngineResult
 from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.remote.remote_transport import SPANS_KEPT
-from parablock.engine.update_form import Differences, FixedPointWords
+from parablock.engine.update_form import Differences, FixedPointWords, SparseDifferences
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState, load_newest, save_checkpoint
@@ -42,9 +43,14 @@ def plan(delay: int, encoding: Encoding = CHUNKED, examples: Sequence[int] = EXA
     return server_plan(len(examples), ROUNDS, delay, Differences(encoding), checkpoint_every=2, **changes)
 
 
-def in_process(plan: ServerPlan, examples: Sequence[int] = EXAMPLES, protection_of=lambda _: None) -> EngineResult:
+def in_process(
+    plan: ServerPlan,
+    examples: Sequence[int] = EXAMPLES,
+    protection_of=lambda _: None,
+    num_blocks: int = BLOCKS,
+) -> EngineResult:
     trainers = [ToyTrainer(i, count, None) for i, count in enumerate(examples)]
-    return run_here(initial(BLOCKS), trainers, plan, Trace(RealClock()), QUIET, protection_of=protection_of)
+    return run_here(initial(num_blocks), trainers, plan, Trace(RealClock()), QUIET, protection_of=protection_of)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -94,6 +100,32 @@ def test_sites_that_die_in_training_change_nothing(tmp_path: Path, delay: int, s
     assert town.deaths == 5
     assert same(result.server.params, in_process(method).server.params)
     assert not result.refused
+
+
+FORMS = {
+    "float32": Differences(CHUNKED),
+    "int4": Differences(Encoding("int4", "stochastic", error_feedback=True)),
+    "sparse2": SparseDifferences(Encoding("sparse2-1640", error_feedback=True)),
+    "two kinds": Differences(Encoding("float32"), kinds=Kinds((2, 1, 1, 1), 2)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("delay", "num_groups"), [(0, 1), (1, 1), (2, 1), (1, 2)])
+def test_groups_that_come_back_while_they_are_in_flight_are_those_of_one_process(
+    tmp_path: Path, form: str, delay: int, num_groups: int
+):
+    class Dying(Mortal):
+        dies: ClassVar = {(0, 2), (1, 3), (2, 4), (0, 5), (1, ROUNDS - 1)}
+
+    method = replace(plan(delay), form=FORMS[form], schedule="cyclic", min_updates=len(EXAMPLES))
+    town = Town(tmp_path, method, EXAMPLES, make_trainer=Dying, num_blocks=num_groups)
+    result = town.run()
+    assert town.deaths == 5 and not result.refused
+    alone = in_process(method, num_blocks=num_groups).server
+    assert same(result.server.params, alone.params) and result.server.rho == alone.rho
+    if delay:
+        assert not same(alone.params, in_process(replace(method, delay=0), num_blocks=num_groups).server.params)
 
 
 def test_sites_that_die_anywhere_change_nothing(tmp_path: Path, monkeypatch):

@@ -61,6 +61,7 @@ def run(
     encoding: Encoding = Encoding("float32"),  # noqa: B008
     step_s: float = 1.0,
     diverging: Mapping[int, Collection[int]] = {},
+    num_groups: int = 4,
     **changes,
 ) -> Ran:
     """Run; `changes` are fields of the server's plan."""
@@ -68,7 +69,7 @@ def run(
     plan = server_plan(len(EXAMPLES), ROUNDS, delay, Differences(encoding), aggregation_s=0.0, **changes)
     trainers = [Diverging(i, n, step_s, diverging.get(i, ())) for i, n in enumerate(EXAMPLES)]
     trace = Trace(clock)
-    followed = follow(initial(4), trainers, plan, trace, link=link, faults=injected)
+    followed = follow(initial(num_groups), trainers, plan, trace, link=link, faults=injected)
     # what a machine computes in the moment in which it dies never leaves it
     doing = {
         activity: {(s.client_id, s.facts["round_index"]) for s in trace.spans if s.activity == activity}
@@ -125,11 +126,13 @@ def test_a_stop_waits_for_clients_that_only_take_their_time_and_is_saved():
     assert len(asked) == 5, "not while it waits for clients that are there"
 
 
-def replay(ran: Ran, *, delay: int = 1, min_updates: int = 1, **changes) -> list[tuple[torch.Tensor, ...]]:
+def replay(
+    ran: Ran, *, delay: int = 1, min_updates: int = 1, num_groups: int = 4, **changes
+) -> list[tuple[torch.Tensor, ...]]:
     lost = {(i, t) for t in range(ROUNDS) for i in ran.trained[t] if i not in ran.counted[t]}
     options = {"lost": frozenset(lost), "trained": ran.trained, "schedule": "shuffled", **changes}
     return run_sequential(
-        initial(4), OracleProblem(EXAMPLES, ROUNDS, delay, min_updates=min_updates, **options), solve
+        initial(num_groups), OracleProblem(EXAMPLES, ROUNDS, delay, min_updates=min_updates, **options), solve
     ).trajectory
 
 
@@ -165,6 +168,17 @@ def test_a_run_with_faults_is_the_oracles_run_of_those_who_took_part(case, delay
     for client_id in set(range(4)) - dead:
         client = ran.result.clients[client_id]
         assert same(client.base, ran.result.server.view), "everybody who is there ends with the server's model"
+
+
+@pytest.mark.parametrize("case", ["an update given up on the way up", "dead while it downloads, and back", "late"])
+@pytest.mark.parametrize("delay", [1, 2])
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_who_misses_a_round_misses_nothing_of_a_group_that_is_always_in_flight(case, delay, num_groups):
+    groups = {"delay": delay, "num_groups": num_groups, "schedule": "cyclic"}
+    ran = run(*FAULTS[case], deadline_factor=3.0, **groups)
+    assert ran.result.finished and equal(ran.trajectory, replay(ran, **groups))
+    assert not equal(ran.trajectory, run(**groups).trajectory), "the fault changed nothing"
+    assert all(same(client.base, ran.result.server.view) for client in ran.result.clients)
 
 
 KILLS = [

@@ -44,6 +44,7 @@ def run(
     faults: Sequence[Fault] = (),
     stop_at: int | None = None,
     resumed: RunState | None = None,
+    num_groups: int = 4,
 ) -> tuple[EngineResult, list[list[int]], list[RunState], float]:
     clock = clock or VirtualClock(start_s=resumed.progress["clock_s"] if resumed else 0.0)
     size = len(cohort(0, num_clients=CLIENTS, participation=participation, seed=0))
@@ -58,7 +59,7 @@ def run(
 
     rounds = iter(range(100))
     result = run_here(
-        initial(4),
+        initial(num_groups),
         [ToyTrainer(i, i + 1) for i in range(CLIENTS)],
         plan,
         Trace(clock),
@@ -76,9 +77,9 @@ def run(
     return result, counted, states, clock.now()
 
 
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_masked_is_plain_bitwise_and_the_plain_grid_is_the_oracle(delay: int):
-    plain, masked = run(masked=False, delay=delay)[0], run(masked=True, delay=delay)[0]
+@pytest.mark.parametrize(("delay", "num_groups"), [(0, 4), (1, 4), (2, 4), (1, 1), (2, 1), (1, 2)])
+def test_masked_is_plain_bitwise_and_the_plain_grid_is_the_oracle(delay: int, num_groups: int):
+    plain, masked = (run(masked=how, delay=delay, num_groups=num_groups)[0] for how in (False, True))
     assert same(plain.server.params, masked.server.params)
     assert plain.server.rho == masked.server.rho
     assert all(same(client.base, plain.server.view) for client in masked.clients)
@@ -103,8 +104,8 @@ def test_masked_is_plain_bitwise_and_the_plain_grid_is_the_oracle(delay: int):
     problem = OracleProblem(
         range(1, CLIENTS + 1), ROUNDS, delay, schedule="shuffled", encode=encode, aggregate=aggregate
     )
-    assert same(plain.server.params, run_sequential(initial(4), problem, solve).server.params)
-    assert not same(plain.server.params, run(masked=False, delay=delay + 1)[0].server.params)
+    assert same(plain.server.params, run_sequential(initial(num_groups), problem, solve).server.params)
+    assert not same(plain.server.params, run(masked=False, delay=delay + 1, num_groups=num_groups)[0].server.params)
 
 
 def test_two_of_eight_drop_and_the_sum_is_still_that_of_the_plain_grid():

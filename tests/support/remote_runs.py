@@ -46,7 +46,9 @@ class Town:
         masking=None,
         protection_of=lambda _: None,
         address_of: Callable[[int, int], str] = lambda client_id, port: f"127.0.0.1:{port}",
+        num_blocks: int = BLOCKS,
     ) -> None:
+        self.num_blocks = num_blocks
         self.folder, self.plan, self.examples, self.make_trainer = folder, plan, examples, make_trainer
         self.masking, self.protection_of, self.address_of = masking, protection_of, address_of
         self.told, self.errors = list[str](), list[BaseException]()
@@ -76,7 +78,7 @@ class Town:
             options.get("on_open", lambda _: None)(transport)
 
         given = engine_input(
-            initial(BLOCKS), [], self.plan, Trace(RealClock()), hooks, resumed=resumed, masking=self.masking
+            self.params(), [], self.plan, Trace(RealClock()), hooks, resumed=resumed, masking=self.masking
         )
         try:
             return run_remote(
@@ -115,7 +117,7 @@ class Town:
 
     def params(self) -> list[Tensor]:
         """What every site begins with."""
-        return initial(BLOCKS)
+        return initial(self.num_blocks)
 
     def _site(self, client_id: int) -> None:
         finished = ""
