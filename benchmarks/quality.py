@@ -794,6 +794,52 @@ def peers_section(found: Found) -> Found:
     return section("peers", found, table(head, rows))
 
 
+# -- a delay for every method that averages
+def delays(options: Options) -> None:
+    """Compare delay 1 with delay 0 for each method, with and without own updates in flight, on T0."""
+    about, found = kit.ABOUT["delays"], list[Found]()
+    for method, seed in product(options.only, options.seeds):
+        material = kit.material_of(options, *FAMILIES, num_clients=2)
+        blocks, _, _ = trained_of(method, material.model)
+        compute_s = options.steps * STEP_S
+        payload_bytes = 4 * max(block.num_parameters for block in blocks) + 600
+        settings = kit.training(options) | kit.link(2 * payload_bytes * 8e-6 / compute_s) | about["of"][method]
+        settings |= {"federation.method": method, "engine.step_time_s": STEP_S, "seed": seed}
+        row: Found = {"method": method, "seed": seed}
+        for way, changes in about["ways"].items():
+            name = f"{method}-{way.replace(',', '').replace(' ', '-')}-seed-{seed}"
+            run = kit.Kept(kit.configured(material, settings | changes), options, name)
+            row[way] = run.told("delay", "num_rounds", "uplink_bytes") | {"curve": run.curve}
+        found.append(row)
+        record(options, found, delays_bars(found), run.config)  # the rest may not be reached
+
+
+def delays_bars(found: Sequence[Found]) -> list[Bar]:
+    bars = []
+    for method, rows in grouped(found, "method").items():
+        serial, overlapped, naive = (
+            fmean(row[way]["final_eval_loss"] for row in rows) for way in kit.ABOUT["delays"]["ways"]
+        )
+        bars.append(Bar(f"{method}: final loss of delay 1 / delay 0, means", overlapped / serial, 1.015))
+        bars.append(Bar(f"{method}: none in flight / aligned", naive / overlapped, 1.0, at_most=False))
+    return bars
+
+
+def delays_section(found: Found) -> Found:
+    rows = []
+    for method, of_method in grouped(found["results"], "method").items():
+        ways = kit.ABOUT["delays"]["ways"]
+        losses = [spread(row[way]["final_eval_loss"] for row in of_method) for way in ways]
+        serial, overlapped, _ = (fmean(row[way]["final_eval_loss"] for row in of_method) for way in ways)
+        soon = [first_time(row["delay 1"]["curve"], row["delay 0"]["final_eval_loss"]) for row in of_method]
+        whole = fmean(row["delay 1"]["curve"][-1][0] / row["delay 0"]["curve"][-1][0] for row in of_method)
+        reached = [s / row["delay 0"]["curve"][-1][0] for s, row in zip(soon, of_method, strict=True) if s]
+        when = f"{fmean(reached):.2f} ({len(reached)} of {len(soon)})" if reached else "not reached"
+        rows.append([ROWS[method].title, *losses, f"{overlapped / serial:.4f}", f"{whole:.2f}", when])
+    head = ["method", *kit.ABOUT["delays"]["ways"], "delay 1 / 0", "seconds / delay 0", "seconds to its loss"]
+    return section("delays", found, table(head, rows), seeds=", ".join(map(str, found["options"]["seeds"])))
+
+
 BENCHMARKS = benchmarks(globals(), methods={"only": list(NAMES)})
 
 if __name__ == "__main__":

@@ -158,6 +158,17 @@ def test_the_wire_folds_every_format_and_order_beside_the_arithmetic_alone(bench
     assert "peak memory of aggregation, blocks" in names
 
 
+def test_delays_run_each_method_serial_overlapped_and_without_own_updates(benchmark: Any) -> None:
+    record = benchmark("quality", "delays", "--smoke")
+    for row in record["results"]:
+        ends = [row[way] for way in ("delay 0", "delay 1", "delay 1, none")]
+        assert [end["delay"] for end in ends] == [0, 1, 1]
+        assert len({end["model_sha256"] for end in ends}) == 3
+        assert ends[1]["curve"][-1][0] < 0.8 * ends[0]["curve"][-1][0], "an exchange takes as long as a round"
+    assert [row["method"] for row in record["results"]] == ["fedit", "rolora"]
+    assert len(record["bars"]) == 4
+
+
 def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp_path: Path) -> None:
     def summaries() -> dict[str, int]:
         return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/summary.json")}
