@@ -163,6 +163,8 @@ def test_sparse_updates_take_a_hundredth_of_the_bytes_and_still_learn(
         row = metrics_of(tmp_path / str(density))[2]
         for way in ("uplink_bytes", "downlink_bytes"):  # both ways, but for headers
             assert row[way] / NUM_CLIENTS < 1.05 * kept * 14 / 8 / 4096 * elements + 800
+        (drained,) = (summary["downlink_bytes"] for summary in [ends[density]])
+        assert drained < 0.04 * whole["downlink_bytes"], "both values of the drain are differences"
     assert ends[0.01]["model_sha256"] != ends[0.02]["model_sha256"]
 
 

@@ -268,7 +268,7 @@ class Client:
         return result.train_loss, encoded
 
     def _commit(self, news: tuple[NewValue, ...], committed: int) -> None:
-        commits = []
+        commits, values = list[Commit](), dict(enumerate(self.state.base))
         for new in news:
             b = new.block_index
             kind, vectors = new.kind, [new.vector]
@@ -282,8 +282,8 @@ class Client:
             self._chunks = {
                 place: parts for place, parts in self._chunks.items() if place[0] != b or place[1] > new.version
             }
-            value = self._plan.form.new_value(self.state.base[b], b, kind, vectors)
-            commits.append(Commit(b, new.version, value, new.rho))
+            values[b] = self._plan.form.new_value(values[b], b, kind, vectors)
+            commits.append(Commit(b, new.version, values[b], new.rho))
         self.state = commit(self.state, commits, committed)
         self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
 

@@ -33,7 +33,7 @@ class Downlink:
         self._transport, self._encoding = transport, encoding
         self.held = dict(held)
         self._announced: dict[int, list[Vector]] = {}
-        self._streamed_to: dict[int, set[int]] = {}
+        self._streamed_to: dict[int, dict[int, tuple[int, ...]]] = {}  # block → client → versions, oldest first
         self._news: dict[int, tuple[str, Vector]] = {}
         self.overwritten = tuple(overwritten)
 
@@ -83,11 +83,15 @@ class Downlink:
     def stream(
         self, state: ServerState, chunk: Chunk, wanted: Iterable[int], round_index: int, *, first: bool
     ) -> None:
-        """Send a chunk ahead to the `wanted` clients that hold the version before it."""
+        """Send a chunk ahead to the `wanted` clients that hold the version before it, or have got that ahead."""
         b = chunk.block_index
         if first:
-            before = state.versions[b]
-            self._streamed_to[b] = {client_id for client_id in wanted if self.held[client_id][b] == before}
+            ahead, before = self._streamed_to.get(b, {}), state.versions[b]
+            self._streamed_to[b] = {
+                client_id: (*ahead.get(client_id, ()), chunk.version)
+                for client_id in wanted
+                if (self.held[client_id][b], *ahead.get(client_id, ()))[-1] == before
+            }
         parcel = Parcel(to_bytes(chunk), round_index)
         for client_id in sorted(self._streamed_to[b]):
             self._transport.send(client_id, parcel)
@@ -111,17 +115,18 @@ class Downlink:
         """Note the versions that a restarted client holds; chunks that it got before are lost."""
         self.held[client_id] = versions
         for streamed_to in self._streamed_to.values():
-            streamed_to.discard(client_id)
+            streamed_to.pop(client_id, None)
 
     def news_for(self, state: ServerState, client_id: int) -> tuple[NewValue, ...]:
         """Return the commits that a client lacks, and note that it has them."""
         held, news = self.held[client_id], []
         for new in news_for(state, held):
-            b = new.block_index
-            if client_id in self._streamed_to.get(b, ()):
-                self._streamed_to[b].discard(client_id)
-                kind, vector = "streamed", _exact(new.value[:0])
-            elif b in self._news and held[b] == _version_before(state, b):
+            b, nothing = new.block_index, _exact(new.value[:0])
+            ahead = self._streamed_to.get(b, {}).pop(client_id, ())
+            if ahead and ahead[-1] == new.version:
+                news += [NewValue(b, version, new.rho, "streamed", nothing) for version in ahead]
+                continue
+            if b in self._news and held[b] == _version_before(state, b):
                 kind, vector = self._news[b]
             elif len(self._announced.get(b, ())) == 1 and held[b] == _version_before(state, b):
                 kind, vector = "difference", self._announced[b][0]

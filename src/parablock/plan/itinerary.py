@@ -52,6 +52,7 @@ class _Walk:
         self._streams: list[tuple[int, ...]] = []
         self._versions, self._before = (NEVER,) * num_blocks, [NEVER] * num_blocks
         self._held = dict.fromkeys(range(config.federation.num_clients), self._versions)
+        self._ahead: dict[tuple[int, int], tuple[int, ...]] = {}  # client, block → versions streamed ahead
         self._cohort = cache(self._draw_cohort)
 
     def itinerary(self) -> Itinerary:
@@ -75,7 +76,10 @@ class _Walk:
             b, needed_in = self._history[t], t + 1 + self._delay
             wanted = self._cohort(needed_in) if needed_in < self._num_rounds else tuple(self._held)
             streaming = encoding_of(self._config).chunk_bytes is not None
-            self._streams.append(tuple(i for i in wanted if streaming and self._held[i][b] == self._versions[b]))
+            before = {i: (self._held[i][b], *self._ahead.get((i, b), ()))[-1] for i in wanted}
+            self._streams.append(tuple(i for i in wanted if streaming and before[i] == self._versions[b]))
+            earlier, self._ahead = self._ahead, {key: ahead for key, ahead in self._ahead.items() if key[1] != b}
+            self._ahead |= {(i, b): (*earlier.get((i, b), ()), t) for i in self._streams[-1]}
             self._before[b] = self._versions[b]
             self._versions = (*self._versions[:b], t, *self._versions[b + 1 :])
 
@@ -86,9 +90,11 @@ class _Walk:
         news: list[tuple[int, Literal["streamed", "fresh", "missed"]]] = []
         for b in range(self._num_blocks):
             if held[b] < self._versions[b]:
-                was_current = held[b] == self._before[b]
-                streamed = was_current and client_id in self._streams[self._versions[b]]
-                news.append((b, "streamed" if streamed else "fresh" if was_current else "missed"))
+                ahead = self._ahead.pop((client_id, b), ())
+                if ahead and ahead[-1] == self._versions[b]:
+                    news += [(b, "streamed")] * len(ahead)
+                else:
+                    news.append((b, "fresh" if held[b] == self._before[b] else "missed"))
         return tuple(news)
 
     def _next_block(self) -> int:
