@@ -157,7 +157,7 @@ class Town:
                     channel.intercept(self.masking.client_side(client_id, 0, ReleaseLedger()))
                 run_client(
                     client_id,
-                    ClientPlan("aligned", self.plan.form, self.protection_of),
+                    ClientPlan("aligned", self.plan.form, self.protection_of, num_ahead=self.plan.delay + 1),
                     self.make_trainer(client_id, self.examples[client_id], None),
                     channel,
                     trace,

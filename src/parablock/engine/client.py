@@ -161,12 +161,16 @@ class Client:
             self._warn(f"client {self.client_id} refuses what the server sent: {problem}")
 
     def _take_chunk(self, chunk: Chunk) -> None:
-        """Keep a part of a new value; a newer value takes the place of an older one, which never came whole."""
+        """Keep a part of a new value; the newest d + 1 values of a block can be under way, and an older one is void."""
         b, place = chunk.block_index, (chunk.block_index, chunk.version)
         if not 0 <= b < len(self.state.base):
             self._refuse(f"a part of block {b} of {len(self.state.base)}")
             return
-        self._chunks = {at: parts for at, parts in self._chunks.items() if at[0] != b or at[1] >= chunk.version}
+        ahead = sorted({chunk.version} | {version for block, version in self._chunks if block == b})
+        newest = ahead[-self._plan.num_ahead :]
+        self._chunks = {at: parts for at, parts in self._chunks.items() if at[0] != b or at[1] in newest}
+        if chunk.version not in newest:
+            return
         kind, parts = self._chunks.setdefault(place, (chunk.kind, []))
         longest = max(self.state.base[b].numel(), self._plan.form.num_elements(self.state.base[b].numel()))
         if kind != chunk.kind or sum(part.num_elements for part in parts) + chunk.vector.num_elements > longest:
