@@ -161,7 +161,7 @@ class Client:
             self._warn(f"client {self.client_id} refuses what the server sent: {problem}")
 
     def _take_chunk(self, chunk: Chunk) -> None:
-        """Keep a part of a new value; the newest d + 1 values of a block can be under way, and an older one is void."""
+        """Keep a part of a new value; the newest d + 1 values of a block may be under way, older ones are void."""
         b, place = chunk.block_index, (chunk.block_index, chunk.version)
         if not 0 <= b < len(self.state.base):
             self._refuse(f"a part of block {b} of {len(self.state.base)}")
