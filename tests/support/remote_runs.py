@@ -78,7 +78,13 @@ class Town:
             options.get("on_open", lambda _: None)(transport)
 
         given = engine_input(
-            initial(self.num_blocks), [], self.plan, Trace(RealClock()), hooks, resumed=resumed, masking=self.masking
+            initial(self.num_blocks),
+            [],
+            self.plan,
+            Trace(RealClock()),
+            hooks,
+            resumed=resumed,
+            masking=self.masking,
         )
         try:
             return run_remote(
