@@ -261,6 +261,28 @@ def test_masked_updates_of_sites_give_the_plain_grid_of_one_process(tmp_path: Pa
     assert same(town.run().server.params, plain.server.params)
 
 
+def test_a_masked_site_that_dies_has_lost_its_secrets_and_the_others_go_on(tmp_path: Path):
+    class Dying(Mortal):
+        dies: ClassVar = {(1, 2)}
+
+    masking = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
+    protection_of = lambda _: Protection(2.0)  # noqa: E731
+    town = Town(
+        tmp_path, on_the_grid(1), EXAMPLES, make_trainer=Dying, masking=masking, protection_of=protection_of
+    )
+    counted, told = dict[int, list[int]](), list[str]()
+
+    def on_commit(state, updates, _) -> None:
+        counted[state.committed] = [update.client_id for update in updates]
+
+    assert town.run(replace(QUIET, on_commit=on_commit, on_event=told.append)).finished
+    assert town.deaths == 1
+    everybody = list(range(len(EXAMPLES)))
+    assert counted[0] == everybody
+    assert all(clients == [i for i in everybody if i != 1] for t, clients in counted.items() if t >= 2)
+    assert any("client 1 leaves: its secrets are gone" in line for line in told)
+
+
 class Talkative(ToyTrainer):
     """Does more in a round than the record of one note holds."""
 

@@ -224,7 +224,8 @@ class Client:
                     self._pipeline.send(to_bytes(Skip(t, error.what)), t)
                     return
             compute_s = self._trace.clock.now() - began
-        hash_ = "" if self._releases is None else fingerprint(encoded.chunks)
+        is_strict = self._releases is not None and self._releases.is_strict
+        hash_ = fingerprint(encoded.chunks) if is_strict else ""
         if self._releases is not None and not self._releases.may_release(t, hash_):
             self._refuse(f"round {t} once more: another update of it has been released before")
             self._pipeline.send(to_bytes(Skip(t)), t)
@@ -249,12 +250,12 @@ class Client:
         ]
         self.state = put_in_flight(self.state, t, b, encoded.seen)
         self._sent[t] = messages
-        self._keep(partial(self._record, t, hash_))
+        self._keep(partial(self._record, t, hash_, encoded.chunks))
         self._send_again([(t, 0)])
 
-    def _record(self, round_index: int, sha256: str) -> None:
+    def _record(self, round_index: int, sha256: str, chunks: list[Vector]) -> None:
         if self._releases is not None:
-            self._releases.record(RELEASE, round_index, sha256=sha256)
+            self._releases.record(RELEASE, round_index, sha256=sha256 or fingerprint(chunks))
 
     def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""

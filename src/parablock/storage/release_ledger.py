@@ -40,7 +40,7 @@ class ReleaseLedger:
     """
 
     def __init__(self, log: AuditLog | None = None, run: str = "", *, is_strict: bool = True) -> None:
-        self._log, self._run, self._is_strict = log, {"run": run} if run else {}, is_strict
+        self._log, self._run, self.is_strict = log, {"run": run} if run else {}, is_strict
         self._of: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
         for entry in log.entries() if log else ():
             facts = dict(entry.facts)
@@ -71,7 +71,7 @@ class ReleaseLedger:
     def may_release(self, round_index: int, sha256: str) -> bool:
         """Return whether a client's update of a round is the first, or the one that was released before."""
         before = self.recorded(RELEASE, round_index)
-        return not self._is_strict or all(facts["sha256"] == sha256 for facts in before)
+        return not self.is_strict or all(facts["sha256"] == sha256 for facts in before)
 
     def has_account_of(self, client_id: int, round_index: int) -> bool:
         """Return whether an account has an update of a client in a round."""

@@ -134,3 +134,56 @@ def test_an_update_of_which_rounding_leaves_little_is_warned_about_once(payload_
     hooks = replace(QUIET, on_event=lines.append)
     run_here([torch.zeros(128)], [Spiky(0)], plan, Trace(VirtualClock()), hooks)
     assert [line.split("rounding sets ")[1].split(" ")[0] for line in lines] == told
+
+
+# -- an audit: what an attacker who knows everything else makes of the releases ----------------------------------
+
+
+def separation(mode: str, multiplier: float, releases: int, repetitions: int = 500) -> float:
+    """Return how many deviations a planted update moves an attacker's sum of projections, less two standard errors.
+
+    The planted update is as long as the bound; without it there are zeros, or with local noise its opposite.
+    """
+    size, bound, seen = 20, 1.0, {True: [], False: []}
+    direction = torch.zeros(size).index_fill_(0, torch.tensor([3]), bound)
+    others = {i: (0.1 * torch.ones(size) / size**0.5, 1) for i in (1, 2)}
+    rule = Rule(clip_norm=bound, noise_multiplier=multiplier)
+    for is_planted in seen:
+        for repetition in range(repetitions):
+            total = 0.0
+            for t in range(releases):
+                key = derive(KEY, "audit", str(is_planted), repetition, t)
+                if mode == "local":
+                    own = direction if is_planted else -direction
+                    normals = lambda t, content, key=key: Keystream(derive(key, content)).normals  # noqa: E731
+                    noisy = Protection(bound, multiplier, normals if multiplier else None).apply(own, t)[0]
+                    total += float(noisy[3])
+                else:
+                    own = direction if is_planted else 0 * direction
+                    noise = (lambda clients, content, key=key: Keystream(key).normals) if multiplier else None
+                    found = aggregate_by(rule, {0: (own, 1), **others}, noise).mean_delta
+                    total += 3 * float(found[3])
+            seen[is_planted].append(total)
+    with_it, without = (torch.tensor(values).double() for values in seen.values())
+    deviation = ((with_it.var() + without.var()) / 2).sqrt()
+    moved = float((with_it.mean() - without.mean()) / deviation) if deviation > 0 else float("inf")
+    return moved - 2 * sqrt(2 / repetitions) if moved < 1e3 else moved
+
+
+def least_epsilon(mu: float, delta: float) -> float:
+    """Return the ε that two normal distributions so many deviations apart have, by bisection of their exact δ."""
+    low, high = 0.0, 100.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exact_delta(1 / mu, 1, middle) > delta else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize(("mode", "multiplier", "releases"), [("central", 1.5, 3), ("local", 3.0, 3)])
+def test_what_an_attacker_measures_is_at_most_the_epsilon_that_is_told_and_near_it(
+    mode: str, multiplier: float, releases: int
+):
+    told = Accountant(multiplier, mode, 1e-5).epsilon(releases)
+    measured = least_epsilon(separation(mode, multiplier, releases), 1e-5)
+    assert told / 3 < measured <= told
+    assert separation(mode, 0.0, releases, repetitions=20) > 100 * separation(mode, multiplier, releases)
