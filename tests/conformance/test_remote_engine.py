@@ -283,6 +283,41 @@ def test_a_masked_site_that_dies_has_lost_its_secrets_and_the_others_go_on(tmp_p
     assert any("client 1 leaves: its secrets are gone" in line for line in told)
 
 
+@pytest.mark.parametrize("loses", [False, True], ids=["everybody keeps its state", "a site loses its state"])
+def test_a_masked_run_whose_server_dies_goes_on_with_new_masks_to_the_same_end(tmp_path: Path, loses: bool):
+    masking = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
+    protection_of = lambda _: Protection(2.0)  # noqa: E731
+    method = replace(on_the_grid(1), checkpoint_every=2)
+    town = Town(tmp_path, method, EXAMPLES, masking=masking, protection_of=protection_of)
+    counted = dict[int, list[int]]()
+
+    def on_commit(state, updates, _) -> None:
+        counted[state.committed] = [update.client_id for update in updates]
+        if state.committed == 5 and not dead:
+            dead.append(True)
+            raise Died
+
+    def on_checkpoint(state: RunState) -> None:
+        save_checkpoint(tmp_path / "checkpoints", state, keep=2)
+
+    dead: list[bool] = []
+    for client_id in range(len(EXAMPLES)):
+        town.start(client_id)
+    hooks = replace(QUIET, on_commit=on_commit, on_checkpoint=on_checkpoint)
+    with suppress(Died):
+        town.serve(hooks)
+    if loses:
+        for path in (tmp_path / "1").iterdir():
+            path.unlink()
+    state, _ = load_newest(tmp_path / "checkpoints")
+    result = town.serve(hooks, state)
+    town.end()
+    plain = in_process(on_the_grid(1), protection_of=protection_of)
+    assert result.finished and len(counted) == ROUNDS
+    assert counted[ROUNDS - 1] == list(range(len(EXAMPLES))), "who has lost its state takes part again"
+    assert same(result.server.params, plain.server.params) or loses
+
+
 class Talkative(ToyTrainer):
     """Does more in a round than the record of one note holds."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty
 
@@ -58,6 +60,8 @@ class Town:
         self.transport: RemoteTransport | None = None
         self.port = 0
         self.threads = dict[int, threading.Thread]()
+        self.releases = defaultdict[int, ReleaseLedger](ReleaseLedger)
+        """What each site has released, and the server (−1), over all sessions."""
 
     def start(self, client_id: int) -> None:
         """Start a site's process."""
@@ -88,7 +92,7 @@ class Town:
         )
         try:
             return run_remote(
-                given,
+                replace(given, releases=self.releases[-1]),
                 self.listener,
                 RunFacts("run", "", ""),
                 num_sites=everybody if sites is None else sites,
@@ -160,7 +164,9 @@ class Town:
         try:
             with channel:
                 if self.masking:
-                    channel.intercept(self.masking.client_side(client_id, 0, ReleaseLedger()))
+                    restored = welcome.opening.restored
+                    first_open = 0 if restored < 0 else max(0, restored - self.plan.delay)
+                    channel.intercept(self.masking.client_side(client_id, first_open, self.releases[client_id]))
                 run_client(
                     client_id,
                     ClientPlan("aligned", self.plan.form, self.protection_of, num_ahead=self.plan.delay + 1),
@@ -171,6 +177,7 @@ class Town:
                     take_params=self.params,
                     marks_kept=3,
                     rejoins=rejoins,
+                    releases=self.releases[client_id] if self.masking else None,
                 )
         except Died:  # who is dead says no bye, and does nothing that was still to be done
             channel.stream.close()

@@ -54,7 +54,7 @@ class ClientPlace:
         stream: The streams between it and the server.
         incarnation: The word of the process that takes part; None: none has yet.
         rejoins: Whether an earlier process took part.
-        has_sent: Whether the process has sent a message.
+        has_sent: Whether the process has sent a message, its keys aside.
         must_rejoin: Whether it does not take part, until a new process joins.
         is_removed: Whether the operator has removed it.
         is_garbled: Whether it has sent a record that cannot be read.
@@ -180,9 +180,10 @@ class RemoteTransport:
             place.room.wait_for(lambda: place.waiting_bytes <= WAITING_BYTES or stream.is_closed)
             if stream.is_closed:
                 return  # the site has been removed, or another process of it has joined
-            if place.has_sent and kind_of(delivered.content) == "Join":
+            kind = kind_of(delivered.content)
+            if place.has_sent and kind == "Join":
                 raise CodecError("it joins once more, without a new process")
-            place.has_sent = True
+            place.has_sent = place.has_sent or kind != "Advertise"  # its keys come first
             place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
             self._inbox.put((client_id, delivered.content))
 
