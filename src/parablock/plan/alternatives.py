@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from parablock.plan.forecast import Scenario
 
 WORTH_A_DELAY = 0.05
-"""The part of a round that overlap has to save; at equal rounds it costs up to 0.01 of the loss."""
+"""The part of a round that overlap has to save, since at equal rounds it costs some of the loss."""
 
 
 OF_A_FORMAT = ("wire.density", "wire.rounding", "wire.error_feedback", "wire.residual_decay")
@@ -135,7 +135,7 @@ def recommended_method(found: Sequence[Alternative], config: RunConfig, num_laye
     overlap = (
         f"with delay 1 a round takes {saved:.0%} less time"
         if chosen is overlapped
-        else f"a delay would save {saved:.0%} of a round, and costs up to a hundredth of the loss"
+        else f"a delay would save {saved:.0%} of a round, and costs some loss at equal rounds"
     )
     reason = (
         f"adapters train all {num_layers} layers in every round and send "
