@@ -43,6 +43,7 @@ from parablock.config.section import KINDS_AT
 from parablock.deploy.direct_local import HOST, LocalSites
 from parablock.errors import CodecError, ConfigError
 from parablock.seeding import generator_for
+from parablock.storage.audit_log import AuditLog, verify
 from parablock.storage.run_directory import RunDirectory
 from parablock.wire import messages
 from parablock.wire.quantize import pack
@@ -567,6 +568,59 @@ def sequences_section(found: Found) -> Found:
 
 PROBLEMS = ("leak", "foreign", "ended")
 """What must not come of a sequence: something is seen, an exception that is not ours, the end of a run."""
+
+
+# -- audit logs
+def audit_logs(options: Options) -> None:
+    """Change a line of an audit log in one of three ways, by the ten thousand: each change is found in its line."""
+    folder = kit.fresh_folder(options)
+    log, path = AuditLog(folder / "audit.jsonl"), folder / "audit.jsonl"
+    for t in range(options.lines):
+        log.append("release", run="a", round=t, clients=[0, 1, 2], sha256=f"{t:064x}")
+    lines, draw = path.read_bytes().splitlines(keepends=True), generator_for(options.seed, "audit logs")
+    assert verify(path).bad_line is None
+    rows = {change: {"change": change, "logs": 0, "found": 0, "in_its_line": 0} for change in TAMPERINGS}
+    began = time.perf_counter()
+    for number in range(options.logs):
+        change = list(TAMPERINGS)[number % len(TAMPERINGS)]
+        changed, expected = TAMPERINGS[change](list(lines), draw)
+        path.write_bytes(b"".join(changed))
+        found = verify(path).bad_line
+        rows[change]["logs"] += 1
+        rows[change]["found"] += found is not None
+        rows[change]["in_its_line"] += found == expected
+    seconds = (time.perf_counter() - began) / options.logs
+    path.write_bytes(b"".join(lines))
+    bars = [
+        Bar("changes found", sum(row["found"] for row in rows.values()), options.logs, at_most=False),
+        Bar("unchanged logs refused", verify(path).bad_line is not None, 0),
+    ]
+    record(options, [row | {"seconds": seconds} for row in rows.values()], bars)
+
+
+def flipped(lines: list[bytes], draw: np.random.Generator) -> tuple[list[bytes], int]:
+    """Flip a bit of a line; return the lines, and the number of the first that is wrong, from 1."""
+    k = int(draw.integers(len(lines)))
+    line, at = bytearray(lines[k]), int(draw.integers(len(lines[k])))
+    line[at] ^= 1 << int(draw.integers(8))
+    return [*lines[:k], bytes(line), *lines[k + 1 :]], k + 1
+
+
+def removed(lines: list[bytes], draw: np.random.Generator) -> tuple[list[bytes], int]:
+    """Remove a line."""
+    k = int(draw.integers(len(lines)))
+    return lines[:k] + lines[k + 1 :], k + 1
+
+
+def reordered(lines: list[bytes], draw: np.random.Generator) -> tuple[list[bytes], int]:
+    """Exchange two lines."""
+    first, second = sorted(int(k) for k in draw.choice(len(lines), 2, replace=False))
+    lines[first], lines[second] = lines[second], lines[first]
+    return lines, first + 1
+
+
+TAMPERINGS = {"a bit flipped": flipped, "a line removed": removed, "two lines exchanged": reordered}
+"""What somebody does to a log: its lines → the changed lines, and where that is found."""
 
 
 # -- broken input

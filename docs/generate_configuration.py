@@ -133,7 +133,9 @@ def type_name(annotation: Any, bounds: str) -> str:
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
         return (
-            f"list of {type_name(item, '')}" if get_origin(item) is Literal or item is str else "list of mappings"
+            f"list of {type_name(item, '')}"
+            if get_origin(item) is Literal or item in (str, int)
+            else "list of mappings"
         )
     if get_origin(annotation) is dict:
         return "mapping of names"

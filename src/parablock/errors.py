@@ -6,7 +6,8 @@
     │   ├── DataError              a data file, a row, a partition
     │   ├── ModelError             a model folder, its architecture, its tokenizer
     │   ├── CheckpointError        a run directory that cannot be resumed
-    │   └── StorageError           the disk: full, read-only, not a folder
+    │   ├── StorageError           the disk: full, read-only, not a folder
+    │   └── PolicyError            a run, or a round of it, that the site's policy forbids
     ├── TrainingError              a loss or an update that is not finite
     ├── StoppedByUserError         exit code 130: Ctrl-C, with everything saved
     └── WireError                  bytes that crossed the link
@@ -73,6 +74,19 @@ class CheckpointError(InputError):
 
 class StorageError(InputError):
     """The output folder cannot be written: the disk is full or read-only, or the path is not a folder."""
+
+
+class PolicyError(InputError):
+    """What a run or a round asks for is forbidden by the policy of this site; `keys` are those of the policy."""
+
+    def __init__(self, what: str, *, keys: Sequence[str], remedy: str = "") -> None:
+        self.keys = tuple(keys)
+        super().__init__(what, remedy=remedy)
+
+    @property
+    def told(self) -> str:
+        """What the server may know: a code and the keys, without a value or a word of this site."""
+        return f"POLICY its policy forbids it: {', '.join(self.keys)}"
 
 
 class TrainingError(ParaBlockError):

@@ -283,6 +283,7 @@ TAKES_EFFECT = [
     ["blocks.schedule=importance", "blocks.allow_unvisited=true"],
     ["federation.num_rounds=5"],
     ["federation.participation=0.5"],
+    ["federation.excluded_clients=[2]"],
     ["federation.delay=0"],
     ["federation.delay=2"],
     ["federation.in_flight=own"],

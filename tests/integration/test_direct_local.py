@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from parablock.config.load import at_sites, load_config
 from parablock.deploy.direct_local import LocalSites, deploy_direct, resume_direct
 from parablock.deploy.status import control_of, read_status
 from parablock.errors import CheckpointError, ConfigError, InputError, ParaBlockError
+from parablock.storage.audit_log import verify
 from parablock.storage.run_directory import RunDirectory
 from tiny_runs import Workshop, command
 
@@ -41,6 +43,11 @@ def test_real_processes_with_tls_make_the_model_of_one_process(tmp_path: Path, w
     status = read_status(tmp_path / "deployed")
     assert not status["running"] or status["pid"] == os.getpid()
     assert all(site["up_bytes"] > 0 and site["last_round"] == 5 for site in status["sites"])
+    logs = sorted((tmp_path / "deployed" / "deployment").rglob("audit.jsonl"))
+    assert len(logs) == 3 and all(verify(log).bad_line is None for log in logs)
+    server, *sites = (Counter(entry.kind for entry in verify(log).entries) for log in logs)
+    assert server["session"] == 1 and server["commit"] == 6 and server["door"] >= 2
+    assert all((site["join"], site["round"], site["end"]) == (1, 6, 1) for site in sites)
 
 
 def test_masked_updates_of_real_processes_make_the_model_of_one_process(tmp_path: Path, workshop: Workshop):

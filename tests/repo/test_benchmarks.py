@@ -97,6 +97,11 @@ def test_no_sequence_of_messages_does_harm(benchmark: Any) -> None:
     assert not any(row["leak"] or row["foreign"] or row["ended"] for row in rows)
 
 
+def test_changed_audit_logs_are_all_found(benchmark: Any) -> None:
+    rows = benchmark("survival", "audit_logs", "--smoke")["results"]
+    assert [row["logs"] for row in rows] == [row["in_its_line"] for row in rows] == [20] * 3
+
+
 def test_an_unknown_option_is_refused(benchmark: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         benchmark("quality", "rate", "--no-such-option")

@@ -8,6 +8,8 @@ export_run  `parablock export`
 deploy     `parablock deploy`: keys, server, sites
 deploy_keys   `parablock deploy keys`: an authority, requests, certificates
 deploy_start  `parablock deploy init` and `check`: before the first run
+audit      `parablock audit`: verify logs, and say what they record
+forgetting  `parablock forget`
 doctor     the checks of `parablock doctor`
 output     standard output that outlasts its reader
 terminal   progress, Ctrl-C, and the last lines of a run

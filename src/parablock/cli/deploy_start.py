@@ -61,6 +61,10 @@ def check(
     keys: Annotated[
         Path | None, typer.Option("--keys", help="The folder with the key and the certificate.")
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="A server's run.yaml to hold against the policy; default: its present run."),
+    ] = None,
     *,
     insecure: Annotated[bool, typer.Option("--insecure", help="As for `parablock deploy client`.")] = False,
 ) -> None:
@@ -73,7 +77,7 @@ def check(
 
     check_keys(keys, insecure=insecure)
     is_good = True
-    for one in check_site(site, server, keys):
+    for one in check_site(site, server, keys, run):
         is_good = is_good and one.is_good
         console.print(f"{'✓' if one.is_good else '✗'} {one.found}", highlight=False, soft_wrap=True)
         if one.remedy:

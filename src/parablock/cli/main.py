@@ -16,9 +16,11 @@ from rich import box
 from rich.text import Text
 
 from parablock import __version__
+from parablock.cli.audit import audit
 from parablock.cli.deploy import deploy
 from parablock.cli.evaluate import evaluate
 from parablock.cli.export_run import export
+from parablock.cli.forgetting import forget
 from parablock.cli.output import is_closed_pipe, lasting_output
 from parablock.cli.show_data import data
 from parablock.cli.talk import chat, generate
@@ -47,8 +49,10 @@ app.command()(export)
 app.command()(chat)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(audit)
+app.command()(forget)
 
-WRITES_FILES = {"run", "resume", "compare", "demo", "deploy", "report", "init", "export"}
+WRITES_FILES = {"run", "resume", "compare", "demo", "deploy", "report", "init", "export", "forget"}
 """Commands whose results are files, not what they print."""
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")]

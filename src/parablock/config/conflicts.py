@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size
+from parablock.config.section import NOT_BUILT
 
 Problem = tuple[str, str]
 """The dotted path of a key, and the problem with its value."""
@@ -34,6 +35,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_sparse(config),
         *_secure(config),
         *_too_few(config["federation"]),
+        *_excluded(config),
         *_faults(config),
     ]
 
@@ -227,6 +229,26 @@ def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
             "federation.min_updates",
             f"is {federation['min_updates']}, but a round asks for {size}; give at most {size}",
         )
+
+
+def _excluded(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Clients may be excluded where enough others meet, and nothing is agreed on among all of them."""
+    key, federation = "federation.excluded_clients", config["federation"]
+    excluded, clients = set(federation["excluded_clients"]), federation["num_clients"]
+    if not excluded:
+        return
+    if beyond := sorted(excluded - set(range(clients))):
+        yield key, f"there is no client {beyond[0]} of {clients}"
+    left = len(set(range(clients)) - excluded)
+    if left < max(1, federation["min_updates"]):
+        yield key, f"leaves {left} clients, and a round needs {max(1, federation['min_updates'])}"
+    if not METHODS[federation["method"]].gathers:
+        yield key, f"{NOT_BUILT} for method {federation['method']}"
+    if config["engine"]["name"] != "inprocess":
+        yield key, f"{NOT_BUILT} for sites: their operators stay away, or `parablock deploy remove` removes one"
+    if config["privacy"]["secure_aggregation"] != "none":
+        how = config["privacy"]["secure_aggregation"]
+        yield key, f"{NOT_BUILT} with privacy.secure_aggregation: {how}"
 
 
 def _faults(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -110,6 +110,7 @@ class FederationSection(Section):
     max_client_examples: int | None = Field(
         None, ge=1, description="Largest weight of a client in the mean: further examples do not count; null: none."
     )
+    excluded_clients: tuple[int, ...] = Field((), description="Clients that take no part: forgotten ones, say.")
     stall_timeout_s: float = Field(
         600.0, gt=0, description="Seconds without progress before a peer counts as stalled."
     )

@@ -5,6 +5,7 @@ sources     rows from files, folders, patterns or a hub dataset
 conversations  turns in one spelling, and which are learnt
 formats     the meaning of a row's fields
 templates   text, cut into prompt and completion
+template_limits  what a chat template may take
 prompts     token ids and labels
 preview     rows as the model will see them
 partition   the rows of each client

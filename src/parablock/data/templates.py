@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from parablock.data.conversations import REASONING, Conversation, Message, check_text
 from parablock.data.formats import read_conversation, read_text
 from parablock.data.sources import Row
+from parablock.data.template_limits import bounded_rendering, check_template
 from parablock.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ _HEADED_TEMPLATE = (
     "{% elif m['role'] == 'user' %}{{ '' if loop.first else '\\n' }}{{ BEFORE + m['content'] + AFTER }}"
     "{% else %}{{ '' if loop.first else '\\n' }}{{ m['content'] }}{% endif %}{% endfor %}"
 )
+
+
+_RAISED_BY_TEMPLATES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ def make_renderer(
         date: The day that a template writes which asks for it, as YYYY-MM-DD; None: today.
 
     Raises:
-        ModelError: The tokenizer has no end-of-sequence token.
+        ModelError: The tokenizer has no end-of-sequence token, or its chat template is beyond a limit.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -134,28 +138,40 @@ class _Template:
         if tokenizer.chat_template is None:
             self._options["chat_template"] = plain_template(tokenizer, data_format)
         elif date is not None and DATE_CALL in str(tokenizer.chat_template):
-            self._options["chat_template"] = _with_day(tokenizer.get_chat_template(), datetime.fromisoformat(date))
+            self._options["chat_template"] = _with_day(_source_of(tokenizer), datetime.fromisoformat(date))
+        check_template(self._options.get("chat_template") or _source_of(tokenizer))
         self.closing = tuple({token.content for token in tokenizer.added_tokens_decoder.values()} | {self.eos})
 
     def apply(self, row: Row, turns: list[Message], tools: tuple[Any, ...], *, generate: bool) -> str:
         """Render turns, with the opening of the assistant's answer if it is to `generate`."""
         try:
-            return cast(
-                str,
-                self._tokenizer.apply_chat_template(
-                    turns,
-                    tools=list(tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=generate,
-                    **self._options,
-                ),
-            )
-        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+            with bounded_rendering(row.place):
+                return cast(
+                    str,
+                    self._tokenizer.apply_chat_template(
+                        turns,
+                        tools=list(tools) or None,
+                        tokenize=False,
+                        add_generation_prompt=generate,
+                        **self._options,
+                    ),
+                )
+        except (TemplateError, *_RAISED_BY_TEMPLATES) as error:
             raise DataError(
                 f"{row.place}: the chat template of the tokenizer refuses the conversation "
                 f"({', '.join(turn['role'] for turn in turns)}): {error}",
                 remedy="Use roles, and an order of roles, that the template accepts.",
             ) from error
+
+
+def _source_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return cast(str, tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ModelError(
+            f"The tokenizer has several chat templates, and none is the default one: {error}",
+            remedy="Name one of them `default` in the model's tokenizer_config.json.",
+        ) from None
 
 
 def _with_day(template: str, day: datetime) -> str:

@@ -6,11 +6,14 @@ door           who may enter at the server, and how a site knows the server
 site_service   a site's process: it serves one run after another
 site_identity  a site's signature, which other sites can check
 site_session   a site in one session of a run
+server_audit   the audit log of a server
 status         what a server shows of its sites, and what its operator asks of it
 metrics_endpoint  the same for Prometheus
 log_files      logs, with rotation
 allocation     the memory of long-lived processes
 starter_files  what an operator starts with: configuration, systemd unit, compose file
+policy         what a run may ask of a site
+guarded_trainer  the same at work, in every round
 site_check     everything a run would need of a site, before it joins
 credentials    TLS certificates, and the keys of SuperNodes
 authority      who may be the server and who a site: signs requests, revokes

@@ -21,6 +21,7 @@ import yaml
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.direct_server import serve_run
+from parablock.deploy.policy import OPEN_POLICY
 from parablock.errors import CheckpointError, InputError, ParaBlockError
 from parablock.experiment.progress import Progress
 from parablock.storage.files import last_lines, lock_folder, write_atomically
@@ -60,6 +61,7 @@ class LocalSites:
                 "model": self.config.model.model_dump(mode="json", include={"name_or_path", "device"}),
                 "data": self.config.data.model_dump(mode="json"),
                 "share": "part",
+                "policy": OPEN_POLICY,
             }
             write_atomically(self.site_file(client_id), yaml.safe_dump(site, sort_keys=False))
         if not self.insecure and not (self.folder / "keys").exists():

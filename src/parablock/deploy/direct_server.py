@@ -14,6 +14,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import at_sites, load_config, overridden, parse_config, read_tree
 from parablock.deploy.door import listen
 from parablock.deploy.log_files import log_to
+from parablock.deploy.server_audit import audited, audited_door, server_log_of
 from parablock.deploy.site import shared_config
 from parablock.deploy.status import StatusBoard, control_of
 from parablock.engine.contract import EngineInput, EngineResult
@@ -39,10 +40,12 @@ class RemoteEngine:
     def __init__(self, listener: Listener, job: RunInputs, output_dir: Path, num_sites: int | None) -> None:
         self._listener, self._output_dir = listener, output_dir
         self._num_sites = clients_of(job.config) if num_sites is None else num_sites
-        self._facts = RunFacts(_run_key(output_dir), shared_config(job.config), job.manifest["base_sha256"])
+        base = job.manifest["base_sha256"], job.manifest["base_parts"]
+        self._facts = RunFacts(_run_key(output_dir), shared_config(job.config), *base)
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end, or to a stop."""
+        given = audited(given, server_log_of(self._output_dir), self._facts)
         with StatusBoard(self._output_dir, given.trace, self._listener) as board:
             return run_remote(given, self._listener, self._facts, num_sites=self._num_sites, on_open=board.watch)
 
@@ -105,7 +108,7 @@ def serve_run(
         with _logged(output_dir, progress) as tell:
             for line in told:
                 tell(line)
-            listener.tell_to(tell)
+            listener.tell_to(audited_door(server_log_of(output_dir), tell))
             on_listen(listener.port)
             tell(f"listening at {address.rpartition(':')[0]}:{listener.port}")
 

@@ -24,6 +24,7 @@ import yaml
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.credentials import make_keys
+from parablock.deploy.policy import OPEN_POLICY
 from parablock.deploy.processes import (
     Process,
     ServerFiles,
@@ -83,6 +84,7 @@ class Deployment:
                 "model": {"name_or_path": config.model.name_or_path, "device": config.model.device},
                 "data": config.data.model_dump(mode="json"),
                 "share": "part",
+                "policy": OPEN_POLICY,
             }
             site_file_of(self.output_dir, client_id).write_text(
                 yaml.safe_dump(site, sort_keys=False), encoding="utf-8"

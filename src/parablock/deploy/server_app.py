@@ -18,6 +18,7 @@ from typing import Any
 
 from parablock.config.load import load_config
 from parablock.deploy.direct_server import stop_or_pause
+from parablock.deploy.server_audit import audited, server_log_of
 from parablock.deploy.site import shared_config
 from parablock.deploy.status import StatusBoard
 from parablock.deploy.variables import (
@@ -53,12 +54,13 @@ class FlowerEngine:
         self._grid, self._output_dir = grid, output_dir
         self._port, self._client_of = data_port_of(settings), client_of_node(settings)
         config = shared_config(job.config)
-        self._facts = RunFacts(_run_word(output_dir), config, str(job.manifest["base_sha256"]))
+        base = str(job.manifest["base_sha256"]), job.manifest["base_parts"]
+        self._facts = RunFacts(_run_word(output_dir), config, *base)
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
         return run_in_federation(
-            given,
+            audited(given, server_log_of(self._output_dir), self._facts),
             self._grid,
             self._facts,
             port=self._port,

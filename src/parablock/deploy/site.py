@@ -15,10 +15,13 @@ import yaml
 from pydantic import Field
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import parse_config, read_tree, validate
+from parablock.config.load import NOT_YAML, parse_config, read_tree, validate
 from parablock.config.section import Section
+from parablock.deploy.policy import Policy
 from parablock.errors import ConfigError
+from parablock.storage.audit_log import FILE_NAME
 
+FROM_SERVER = "the configuration that the server sends"
 SITE_VARIABLE = "PARABLOCK_SITE"
 """The environment variable that names the site's file where the SuperNode's `--node-config` does not."""
 
@@ -45,6 +48,12 @@ class SiteConfig(Section):
         None, ge=1, description="Torch threads; null: as the server's configuration says."
     )
     lease_s: float = Field(3600.0, gt=0, description="How long the trainer lives without a sign of the server.")
+    policy: Policy = Policy()
+
+    @property
+    def audit_log(self) -> Path:
+        """The log of what this site took part in, refused and released."""
+        return self.state_dir / FILE_NAME
 
 
 def load_site(path: Path | str) -> SiteConfig:
@@ -83,13 +92,18 @@ def _named_file(node_config: Mapping[str, Any]) -> str:
     return str(node_config.get("site") or os.environ.get(SITE_VARIABLE) or "")
 
 
+OWN_KEYS = {"model": ("name_or_path", "device"), "data": ("train", "test", "partition")}
+OWN_SECTIONS = ("report_to", "evaluation", "checkpoint", "link")
+"""What each side keeps to itself."""
+
+
 def shared_config(config: RunConfig) -> str:
     """Return the configuration that the sites need, as YAML: none of the server's paths, trackers or data."""
     tree = config.model_dump(mode="json")
-    for section, keys in {"model": ("name_or_path", "device"), "data": ("train", "test", "partition")}.items():
+    for section, keys in OWN_KEYS.items():
         for key in keys:
             tree[section].pop(key)
-    for section in ("report_to", "evaluation", "checkpoint", "link"):
+    for section in OWN_SECTIONS:
         tree.pop(section)
     return yaml.safe_dump(tree, sort_keys=False)
 
@@ -98,11 +112,28 @@ def configuration_at(site: SiteConfig, shared: str) -> RunConfig:
     """Put the server's part and the site's own together.
 
     Raises:
-        ConfigError: With every problem, as one of the site's file.
+        ConfigError: With every problem, as one of the site's file; or the server says what it has no say in.
     """
-    tree = yaml.safe_load(shared)
+    tree = _read_shared(shared)
     tree["model"] |= site.model.model_dump()
     tree["data"] |= site.data
     if site.num_threads is not None:
         tree["engine"]["num_threads"] = site.num_threads
     return parse_config(tree, source=f"the file of client {site.client_id}, with what the server says,")
+
+
+def _read_shared(shared: str) -> dict[str, Any]:
+    """Read what the server says, in which no file of this site is named."""
+    try:
+        tree = yaml.safe_load(shared)
+    except NOT_YAML as error:
+        raise ConfigError([f"it is not YAML: {' '.join(str(error).split()):.200}"], source=FROM_SERVER) from None
+    if not isinstance(tree, dict) or not all(
+        isinstance(tree.get(section), dict) for section in ("engine", *OWN_KEYS)
+    ):
+        raise ConfigError(["it lacks sections"], source=FROM_SERVER)
+    foreign = [f"{section}.{key}" for section, keys in OWN_KEYS.items() for key in keys if key in tree[section]]
+    foreign += [section for section in OWN_SECTIONS if section in tree]
+    if foreign:
+        raise ConfigError([f"{key}: a site decides that itself" for key in foreign], source=FROM_SERVER)
+    return tree

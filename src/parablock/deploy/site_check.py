@@ -16,12 +16,13 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
 from parablock.deploy.certificates import load_credentials
 from parablock.deploy.door import diagnose, host_and_port, server_of
-from parablock.deploy.site import SiteConfig, configuration_at, load_site
+from parablock.deploy.site import SiteConfig, configuration_at, load_site, shared_config
 from parablock.deploy.status import WARN_DAYS
-from parablock.engine.remote.frames import Reception
+from parablock.engine.remote.frames import Opening, Reception
 from parablock.engine.remote.site_channel import Refused, SiteCaller
 from parablock.errors import ParaBlockError
 from parablock.report.units import format_bytes
+from parablock.storage.audit_log import AuditLog
 
 MOST_SKEW_S = 30.0
 """How far the clocks of a site and the server may be apart; certificates and records depend on them."""
@@ -38,12 +39,19 @@ class Checked:
     remedy: str = ""
 
 
-def check_site(path: Path, address: str, keys: Path | None) -> Iterator[Checked]:
+def check_site(path: Path, address: str, keys: Path | None, run: Path | None = None) -> Iterator[Checked]:
     """Look at everything that a run would need of a site, and yield what is found, one after another.
 
+    The run is the server's present one, or the one of a server's `run` file.
+
     Raises:
-        ConfigError: The address is none.
+        ConfigError: The address is none, or the file of the run is wrong.
     """
+    shared = None
+    if run is not None:
+        from parablock.deploy.direct_server import server_config
+
+        shared = shared_config(server_config(run))
     host, port = host_and_port(address)
     try:
         site = load_site(path)
@@ -61,7 +69,8 @@ def check_site(path: Path, address: str, keys: Path | None) -> Iterator[Checked]
                 yield one
             else:
                 welcome = one
-    yield from _check_material(site, welcome)
+    opening = None if welcome is None or welcome.is_over else welcome.opening
+    yield from _check_material(site, opening, opening.config if opening and not shared else shared)
 
 
 def _problem(error: ParaBlockError) -> Checked:
@@ -142,16 +151,18 @@ def process_of(site: SiteConfig) -> str:
     return ""
 
 
-def _check_material(site: SiteConfig, welcome: Reception | None) -> Iterator[Checked]:
-    """Read rows and model as the run would; without a run, with the defaults of a configuration."""
+def _check_material(site: SiteConfig, opening: Opening | None, shared: str | None) -> Iterator[Checked]:
+    """Look at the policy, rows and model as the run would; without a run, with the defaults of a configuration."""
     from parablock.experiment.inputs import load_base, read_rows
+    from parablock.model.save import different_parts
 
-    opening = None if welcome is None or welcome.is_over else welcome.opening
     try:
-        config = configuration_at(site, opening.config) if opening else _alone(site)
+        config = configuration_at(site, shared) if shared else _alone(site)
     except ParaBlockError as error:
         yield _problem(error)
         return
+    if shared:
+        yield from _check_policy(site, config, opening if opening and opening.config == shared else None)
     try:
         everybody = config.federation.num_clients
         all_of = site.client_id if site.share == "all" else None
@@ -172,9 +183,26 @@ def _check_material(site: SiteConfig, welcome: Reception | None) -> Iterator[Che
     elif base.sha256 == opening.base_sha256:
         yield Checked(True, f"{name}, as at the server")
     else:
-        words = f"{name}, and the server's base model has {opening.base_sha256[:12]}"
+        words = f"{name}, and is not the server's: {different_parts(base.parts, opening.base_parts)}"
         yield Checked(False, words, "Copy the server's model folder to this site.")
     yield _check_disk(site, SNAPSHOTS * sum(p.numel() * p.element_size() for p in base.loaded.model.parameters()))
+
+
+def _check_policy(site: SiteConfig, config: RunConfig, opening: Opening | None) -> Iterator[Checked]:
+    """Yield every point of the site's policy that the run would break."""
+    from parablock.deploy.guarded_trainer import SitePolicy
+
+    try:
+        run, base_sha256 = (opening.run, opening.base_sha256) if opening else ("", None)
+        found = SitePolicy(site.policy, AuditLog(site.audit_log), run, config).found_in_run(base_sha256)
+    except ParaBlockError as error:
+        yield _problem(error)
+        return
+    for breach in found:
+        remedy = "Agree on another run with the server's operator; or change the site's file."
+        yield Checked(False, f"the policy forbids the run by `{breach.key}`: {breach.words}", remedy)
+    if not found:
+        yield Checked(True, "the policy allows the run")
 
 
 def _alone(site: SiteConfig) -> RunConfig:

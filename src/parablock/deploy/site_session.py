@@ -5,22 +5,26 @@ from __future__ import annotations
 import logging
 import secrets
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 
 from parablock.clock import RealClock
 from parablock.config.keys import RunConfig
+from parablock.deploy.guarded_trainer import GuardedTrainer, SitePolicy
 from parablock.deploy.site import SiteConfig, configuration_at
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
-from parablock.errors import DataError, ModelError, ParaBlockError
+from parablock.errors import DataError, ModelError, ParaBlockError, StorageError
 from parablock.experiment.engines import checkpoints_kept, client_plan, update_form
-from parablock.experiment.inputs import read_inputs
+from parablock.experiment.inputs import BaseModel, read_inputs
 from parablock.experiment.protections import adds_noise, masking_of, new_secret, releases_of
 from parablock.methods.choose import make_method_model
-from parablock.storage.audit_log import FILE_NAME, AuditLog
+from parablock.model.save import different_parts
+from parablock.storage.audit_log import AuditLog
 from parablock.storage.files import write_beside
 from parablock.storage.release_ledger import ReleaseLedger
+from parablock.storage.run_directory import SECRET_BYTES
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
 
@@ -35,25 +39,46 @@ def take_part(site: SiteConfig, caller: SiteCaller, opening: Opening) -> None:
         Refused: The server refuses this site.
         ParaBlockError: This site cannot take part; the server has been told that it leaves.
     """
-    trace = Trace(RealClock())
+    trace, log = Trace(RealClock()), AuditLog(site.audit_log)
     channel = SiteChannel(caller, opening, secrets.token_hex(8), trace, lease_s=site.lease_s)
+    channel.tells_spans = "timeline" in site.policy.metrics
     rejoins = channel.open()
-    with closing(channel), channel:
-        _train(site, caller, channel, opening, trace, rejoins=rejoins)
+    log.append(
+        "join",
+        run=opening.run,
+        session=opening.session,
+        server=caller.address,
+        config_sha256=sha256(opening.config.encode()).hexdigest(),
+        base_sha256=opening.base_sha256,
+    )
+    try:
+        with closing(channel), channel:
+            _train(site, caller, channel, trace, log, rejoins=rejoins)
+    except ParaBlockError as error:
+        log.append("leave", run=opening.run, words=error.what)
+        raise
+    log.append("end", run=opening.run, session=opening.session)
 
 
 def _train(
-    site: SiteConfig, caller: SiteCaller, channel: SiteChannel, opening: Opening, trace: Trace, *, rejoins: bool
+    site: SiteConfig, caller: SiteCaller, channel: SiteChannel, trace: Trace, log: AuditLog, *, rejoins: bool
 ) -> None:
+    opening = channel.opening
     config = configuration_at(site, opening.config)
+    guard = SitePolicy(site.policy, log, opening.run, config)
+    guard.check_run(opening.base_sha256)  # before a row is read
     with trace.clock.working():
-        job = read_inputs(config, all_rows_of=site.client_id if site.share == "all" else None)
-    _check_base(config, site, str(job.manifest["base_sha256"]), opening.base_sha256)
+        job = read_inputs(
+            config,
+            all_rows_of=site.client_id if site.share == "all" else None,
+            check_base=lambda base: _check_base(site, base, opening),
+        )
     if not job.train[site.client_id]:
         raise DataError(
             f"client {site.client_id} has no rows to train on",
             remedy="Give its files in `data.train` of its own file.",
         )
+    guard.check_rows(len(job.train[site.client_id]))
     model = make_method_model(job, (site.client_id,))
     (trainer,) = model.trainers
     store = SiteStore(site.state_dir / opening.run)
@@ -61,12 +86,12 @@ def _train(
     secret = _noise_key(store.folder) if adds_noise(config) else None
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
     plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
-    releases = releases_of(config, AuditLog(site.state_dir / FILE_NAME), opening.run)
+    releases = releases_of(config, log, opening.run)
     _mask(caller, channel, config, releases, rejoins=rejoins)
     run_client(
         site.client_id,
         plan,
-        trainer,
+        GuardedTrainer(trainer, guard, tells_loss="train_loss" in site.policy.metrics),
         channel,
         trace,
         store=store,
@@ -77,12 +102,12 @@ def _train(
     )
 
 
-def _check_base(config: RunConfig, site: SiteConfig, own: str, servers: str) -> None:
-    if own != servers:
+def _check_base(site: SiteConfig, own: BaseModel, opening: Opening) -> None:
+    if own.sha256 != opening.base_sha256:
         raise ModelError(
-            f"{config.model.name_or_path} of client {site.client_id} is not the server's base model: "
-            f"{own[:12]} and {servers[:12]}",
-            cause="The two folders hold different weights, or another precision.",
+            f"{site.model.name_or_path} of client {site.client_id} is not the server's base model: "
+            + different_parts(own.parts, opening.base_parts),
+            cause="The two folders differ, or the precision, or the versions of the libraries that read them.",
             remedy="Copy the server's model folder to the site.",
         )
 
@@ -119,4 +144,11 @@ def _noise_key(folder: Path) -> bytes:
         with write_beside(path) as beside:
             beside.write_bytes(new_secret())
             beside.chmod(0o600)
-    return path.read_bytes()
+    key = path.read_bytes()
+    if len(key) != SECRET_BYTES:
+        raise StorageError(
+            f"{path} holds {len(key)} bytes, not the {SECRET_BYTES} of a key",
+            cause="It was changed, or the disk lost a part of it.",
+            remedy="Put it back. With another key the noise of rounds that were released would not be the same.",
+        )
+    return key

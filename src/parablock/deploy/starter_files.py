@@ -76,6 +76,34 @@ data:
 lease_s: 3600
 # Torch threads; without this line, as the server says.
 # num_threads: 4
+# What a run may ask of this site. The site refuses what this forbids before it reads a row, and again in every
+# round; the server learns which key refuses, and not its value. docs/data-protection.md has all keys. The lines
+# without a # hold without `policy` too; each line behind a # asks for more.
+policy:
+  # required: updates leave masked, and the server sees the sum of a round alone; any: it sees this site's updates
+  secure_aggregation: any
+  # fewest clients that a round asks; a mean of one would be this site's update
+  min_cohort: 2
+  # fewest examples behind an update: examples of a step times steps; fewer can be read out of it
+  min_examples_per_round: 8
+  max_rounds: 10000
+  max_local_steps: 1024
+  # layers, embeddings, head: updates of the last two tell which words the rows have
+  blocks: [layers]
+  # least and largest values of keys of the run's `train` section
+  optimizer:
+    learning_rate: [0.0, 0.1]
+    adam_epsilon: [0.0, 0.000001]
+  # figures that may leave beside updates
+  metrics: [train_loss, timeline]
+  # methods: [parablock, fl_bcd]
+  # train_on_prompts: false
+  # noise: own
+  # min_noise_multiplier: 1.0
+  # max_clip_norm: 1.0
+  # max_epsilon: 8.0
+  # delta: 0.00001
+  # base_sha256: [the 64 digits that the server's operator names]
 """)
 
 UNIT = Template("""\

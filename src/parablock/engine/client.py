@@ -257,7 +257,7 @@ class Client:
         if self._releases is not None:
             self._releases.record(RELEASE, round_index, sha256=sha256 or fingerprint(chunks))
 
-    def _train(self, start: RoundStart) -> tuple[float, EncodedUpdate]:
+    def _train(self, start: RoundStart) -> tuple[float | None, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""
         t, b = start.round_index, start.block_index
         v = working_parameters(self.state, self._plan.in_flight, self._plan.num_updates, self._plan.form.kinds)

@@ -59,6 +59,7 @@ class EngineInput:
         masking: Hides single updates from the server; None: the server sees them.
         releases: What the server releases, and has released before it was resumed.
         releases_of: client_id → the same of a client in this process; None: nobody asks for it.
+        excluded: The clients in this process that no round asks.
     """
 
     server: ServerPlan
@@ -73,6 +74,7 @@ class EngineInput:
     masking: Masking | None = None
     releases: ReleaseLedger = field(default_factory=ReleaseLedger)
     releases_of: Callable[[int], ReleaseLedger | None] = lambda _: None
+    excluded: frozenset[int] = frozenset()
 
     @property
     def first_open_round(self) -> int:

@@ -128,7 +128,7 @@ def run_in_process(given: EngineInput) -> EngineResult:
     params, num_clients = given.take_params(), len(given.trainers)
     transport = MemoryTransport(trace.clock, given.link, num_clients, hooks.asked_to_stop)
     checkpoints = _Checkpoints(trace, transport, num_clients, hooks, faults)
-    server = make_server(given, params, transport, checkpoints.on_mark)
+    server = make_server(given, params, transport, checkpoints.on_mark, given.excluded)
 
     def make_client(client_id: int, start: ClientStart) -> Client:
         releases, first = given.releases_of(client_id), given.first_open_round

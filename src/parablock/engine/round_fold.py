@@ -196,7 +196,7 @@ class RoundFold:
         if update.num_examples != first.num_examples:
             text = f"one update of {first.num_examples} and of {update.num_examples} examples"
             return Refusal("num_examples", text)
-        if not isfinite(update.train_loss):
+        if update.train_loss is not None and not isfinite(update.train_loss):
             return Refusal("not_finite", f"a training loss of {update.train_loss}")
         return None
 

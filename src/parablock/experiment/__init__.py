@@ -1,6 +1,7 @@
 """A run, from its configuration to its run directory.
 
 run           starts or resumes a run, drives the engine, finishes or fails
+forget        a run anew, without one of its clients
 inputs        reads rows, base model, blocks and tokens
 data_notes    the chat template, who trains on what, and what nothing is learnt from
 first_config  `parablock init`

@@ -89,6 +89,7 @@ def engine_input(
         masking=masking_of(config),
         releases=releases_of(config, log),
         releases_of=lambda client_id: releases_of(config, log, f"client-{client_id}") if log else None,
+        excluded=frozenset(config.federation.excluded_clients),
     )
 
 

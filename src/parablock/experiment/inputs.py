@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,21 +31,30 @@ from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import Block
 from parablock.model.positions import check_length
 from parablock.model.pretrained import LoadedModel, load_model
-from parablock.model.save import base_sha256
+from parablock.model.save import base_parts, base_sha256
 from parablock.seeding import generator_for
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model of a run, with the hash and the number of its weights."""
+    """The base model of a run, with hashes of its parts, and the number of its weights."""
 
     loaded: LoadedModel
-    sha256: str
+    parts: Mapping[str, str]
     num_parameters: int
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all of it."""
+        return base_sha256(self.parts)
 
 
 def read_inputs(
-    config: RunConfig, tell: Callable[[str], None] = lambda _: None, *, all_rows_of: int | None = None
+    config: RunConfig,
+    tell: Callable[[str], None] = lambda _: None,
+    *,
+    all_rows_of: int | None = None,
+    check_base: Callable[[BaseModel], None] = lambda _: None,
 ) -> RunInputs:
     """Read and check the inputs of a run; the first missing or wrong one raises an InputError.
 
@@ -53,6 +62,7 @@ def read_inputs(
         config: The run.
         tell: Called with a line of text before each step that can take long.
         all_rows_of: At a site with rows of its own, the client that has all of them; nothing is held out there.
+        check_base: Called with the base model, before anything is made of it.
     """
     config = _resolve(config)
     torch.set_num_threads(config.engine.num_threads or 1)
@@ -66,6 +76,7 @@ def read_inputs(
     )
     tell(f"loading {config.model.name_or_path}")
     base = load_base(config.model, seed=config.seed)
+    check_base(base)
     is_auto = config.blocks.layers_per_block == "auto"
     day, template_notes = settle_template(
         base.loaded.tokenizer, [*_joined(parts), *held_out], config.data.format, config.data.date
@@ -95,6 +106,7 @@ def read_inputs(
             "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
             "data_format": test.data_format,
             "base_sha256": base.sha256,
+            "base_parts": base.parts,
             "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
             "clients": count_examples([part.examples for part in train], field=config.data.partition.field),
             "seed": config.seed,
@@ -184,7 +196,7 @@ def _hold_out(
 def load_base(model: ModelSection, *, seed: int) -> BaseModel:
     """Load the base model, and hash it before a method puts adapters into it."""
     loaded = load_model(model.name_or_path, dtype=model.dtype, device=model.device, init=model.init, seed=seed)
-    return BaseModel(loaded, base_sha256(loaded.model), loaded.model.num_parameters())
+    return BaseModel(loaded, base_parts(loaded.model, loaded.tokenizer), loaded.model.num_parameters())
 
 
 def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tuple[Block, ...]]:

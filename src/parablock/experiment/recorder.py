@@ -195,13 +195,13 @@ def _check_finite(loss: float, config: RunConfig) -> None:
 def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_s: float) -> Row:
     """Make a line of `metrics.jsonl`; a void round has no update and no loss."""
     t, b = server.committed, server.history[server.committed]
-    total = sum(u.num_examples for u in updates)
+    told = [(u.train_loss, u.num_examples) for u in updates if u.train_loss is not None]
     communication_s = [traffic.seconds(u.client_id) for u in updates]
     squared_delta = server.squared_delta[b] if updates else 0.0
     return {
         "round_index": t,
         "block_index": b,
-        "train_loss": sum(u.train_loss * u.num_examples for u in updates) / total if updates else None,
+        "train_loss": sum(loss * count for loss, count in told) / sum(count for _, count in told) if told else None,
         "eval_loss": None,
         "compute_s": max((u.compute_s for u in updates), default=0.0),
         "communication_s": max(communication_s, default=0.0),

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from parablock.data.template_limits import bounded_rendering, check_template
 from parablock.errors import ModelError
 from parablock.model.source import check_source, find_source, has_adapter, open_source, read_kept_files
 from parablock.seeding import seed_for
@@ -114,7 +115,7 @@ def outline_model(name_or_path: str, *, dtype: str) -> PreTrainedModel:
         config = _read_config(source, opened)
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+                return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False)
         except Exception as error:
             raise _unreadable(source, "architecture", error) from error
 
@@ -171,7 +172,7 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
 
 def _read_config(source: str, opened: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(opened)
+        config = AutoConfig.from_pretrained(opened, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(source, "configuration", error) from error
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
@@ -196,7 +197,7 @@ def _zero_dropout(config: PreTrainedConfig) -> None:
 
 def _read_tokenizer(source: str, opened: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(opened)
+        tokenizer = AutoTokenizer.from_pretrained(opened, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(source, "tokenizer", error) from error
     _check_template(source, tokenizer)
@@ -215,7 +216,11 @@ def _check_template(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
         return
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        check_template(tokenizer.get_chat_template())
+        with bounded_rendering("a probe"):
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except ModelError:
+        raise
     except TemplateSyntaxError as error:
         raise ModelError(
             f"The chat template of {source} is no template of Jinja: {error}, in line {error.lineno}",
@@ -229,7 +234,7 @@ def _make_random_model(source: str, config: PreTrainedConfig, dtype: torch.dtype
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(seed, "model weights"))
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(source, "architecture", error) from error
 
@@ -239,7 +244,12 @@ def _read_pretrained_model(
 ) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            opened, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            opened,
+            config=config,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:
         raise _unreadable(source, "weights", error) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,9 @@ from parablock.errors import ModelError, StorageError
 from parablock.model.portable import base_dtype, make_portable
 from parablock.model.pretrained import quiet_transformers
 
+_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Entries of a configuration that say where it comes from, or what the weights say themselves."""
+
 
 def save_model(
     model: PreTrainedModel,
@@ -34,8 +39,8 @@ def save_model(
 ) -> None:
     """Write a Hugging Face checkpoint: safetensors, configuration, tokenizer; read it back, and compare.
 
-    The files are written beside `directory` and renamed when they are complete and read back as the same model; an
-    earlier `directory` is replaced. The model is not changed; it may be a `Replica`'s, whose parameters share
+    The files are written beside `directory` and renamed when they are on the disk and read back as the same model;
+    an earlier `directory` is replaced. The model is not changed; it may be a `Replica`'s, whose parameters share
     storage.
 
     Args:
@@ -67,10 +72,13 @@ def save_model(
             dtype = next(iter(weights.values())).dtype
             make_portable(partial, kept_files, dtype=str(dtype).removeprefix("torch."))
             _compare(partial, model, weights, tokenizer, directory)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         shutil.rmtree(previous, ignore_errors=True)
         if directory.exists():
             directory.rename(previous)
         partial.rename(directory)
+        _sync(directory.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(
@@ -111,7 +119,7 @@ def _compare(
     Raises:
         ModelError: It is another one.
     """
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     state = again.state_dict()
     different = [
         name
@@ -120,7 +128,7 @@ def _compare(
     ]
     if not different and not _computes_the_same(again, model, weights):
         different.append("what config.json makes of the weights")
-    read, probe = AutoTokenizer.from_pretrained(folder), "Ann has 12 apples.\n#### 12 → é"
+    read, probe = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), "Ann has 12 apples.\n#### 12 → é"
     if len(read) != len(tokenizer) or read(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         different.append("the tokenizer")
     if read.chat_template != tokenizer.chat_template:
@@ -181,17 +189,63 @@ def model_sha256(directory: Path | str) -> str:
     return digest.hexdigest()
 
 
-def base_sha256(model: PreTrainedModel) -> str:
-    """Hash the weights of a model in memory, tied weights once: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+def base_parts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hash what a base model in memory consists of: weights (tied ones once), config, tokenizer, chat template.
+
+    Everything that changes what a row becomes, or what the model makes of it, is in one of them; versions of
+    libraries and the names of folders are in none.
+    """
+    weights = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
-        _hash_tensor(digest, name, tensor.detach().cpu())
-    return digest.hexdigest()
+        _hash_tensor(weights, name, tensor.detach().cpu())
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_OF_THE_MODEL}
+    return {
+        "weights": weights.hexdigest(),
+        "config": _hash_plain(config),
+        "tokenizer": _hash_plain(_content(tokenizer)),
+        "chat_template": _hash_plain(tokenizer.chat_template),
+    }
+
+
+def base_sha256(parts: Mapping[str, str]) -> str:
+    """Return one hash of what `base_parts` has hashed."""
+    return _hash_plain(dict(parts))
+
+
+def different_parts(own: Mapping[str, str], others: Mapping[str, str]) -> str:
+    """Return in words which parts of two base models differ, each with the beginnings of its hashes."""
+    differing = [part for part, hash_ in own.items() if others.get(part) != hash_]
+    pairs = (
+        f"the {part.replace('_', ' ')} ({own[part][:12]}, and {others.get(part, '')[:12]})" for part in differing
+    )
+    return f"{', '.join(pairs)} differ{'s' * (len(differing) == 1)}"
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = (
+        {"vocabulary": sorted(tokenizer.get_vocab().items())} if backend is None else json.loads(backend.to_str())
+    )
+    for changes_with_its_use in ("truncation", "padding"):
+        content.pop(changes_with_its_use, None)
+    return content | {"special": {key: str(token) for key, token in tokenizer.special_tokens_map.items()}}
+
+
+def _hash_plain(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:

@@ -103,5 +103,10 @@ class _Walk:
         return next_block(self._config.schedule, self._history, squared_delta=equal, **places)
 
     def _draw_cohort(self, round_index: int) -> tuple[int, ...]:
-        num_clients, participation = self._config.federation.num_clients, self._config.federation.participation
-        return cohort(round_index, num_clients=num_clients, participation=participation, seed=self._config.seed)
+        federation = self._config.federation
+        num_clients, participation = federation.num_clients, federation.participation
+        drawn = cohort(round_index, num_clients=num_clients, participation=participation, seed=self._config.seed)
+        able = [client_id for client_id in range(num_clients) if client_id not in federation.excluded_clients]
+        chosen = [client_id for client_id in drawn if client_id in able]
+        stand_ins = [client_id for client_id in able if client_id not in chosen]
+        return tuple(sorted(chosen + stand_ins[: max(0, federation.min_updates - len(chosen))]))

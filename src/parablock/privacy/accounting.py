@@ -15,13 +15,14 @@ as fewer rounds of a client, without amplification by sampling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 from dp_accounting import GaussianDpEvent
 from dp_accounting.rdp import RdpAccountant
 
-LOCAL_DISTANCE = 2.0
-"""Largest distance of two updates, in clip norms."""
+from parablock.privacy.protection import effective_multiplier
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,15 @@ class Accountant:
         """
         if num_releases == 0:
             return 0.0
-        multiplier = self.noise_multiplier / (LOCAL_DISTANCE if self.mode == "local" else 1.0)
-        accountant = RdpAccountant()
-        accountant.compose(GaussianDpEvent(multiplier), num_releases)
-        return float(accountant.get_epsilon(self.delta))
+        multiplier = effective_multiplier(self.noise_multiplier, is_local=self.mode == "local")
+        return composed_epsilon({multiplier: num_releases}, self.delta)
+
+
+def composed_epsilon(releases: Mapping[float, int], delta: float) -> float:
+    """Return ε of updates that went through Gaussian mechanisms: effective multiplier → number of updates."""
+    if releases.get(0.0, 0):
+        return inf
+    accountant = RdpAccountant()
+    for multiplier, count in releases.items():
+        accountant.compose(GaussianDpEvent(multiplier), count)
+    return float(accountant.get_epsilon(delta))

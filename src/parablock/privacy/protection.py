@@ -10,6 +10,9 @@ from torch import Tensor
 
 from parablock.algorithm.robust import Normals, clip_factor, scale
 
+LOCAL_DISTANCE = 2.0
+"""Largest distance of two updates, in clip norms."""
+
 
 @dataclass(frozen=True)
 class Protection:
@@ -35,6 +38,11 @@ class Protection:
         content = sha256(clipped.contiguous().cpu().numpy().data).hexdigest()
         noise = self.normals(round_index, content)(delta.numel()).to(delta.device)
         return clipped + (self.noise_multiplier * self.clip_norm) * noise, factor
+
+
+def effective_multiplier(noise_multiplier: float, *, is_local: bool) -> float:
+    """Return the multiplier of the Gaussian mechanism that an update goes through; see `privacy/accounting.py`."""
+    return noise_multiplier / (LOCAL_DISTANCE if is_local else 1.0)
 
 
 def threshold_of(num_clients: int) -> int:

@@ -34,6 +34,11 @@ from parablock.storage.files import write_folder_beside
 from parablock.trace import Span
 
 FORMAT_VERSION = 2
+DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError),
+    SafetensorError,
+)
+"""What reading a damaged file may raise."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
     for place in _checkpoints(directory):
         try:
             return _read(place), passed_over
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except DAMAGE as error:
             passed_over.append(f"{place.name}: {error}")
     if passed_over:
         raise CheckpointError(
@@ -113,6 +118,11 @@ def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
             remedy="Start the run anew in another folder.",
         )
     return None, passed_over
+
+
+def checkpoints_of(directory: Path) -> list[int]:
+    """Return the rounds of all checkpoints, newest first."""
+    return [int(place.name.removeprefix("round-")) for place in _checkpoints(directory)]
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -137,7 +147,7 @@ def _write_parts(folder: Path, state: RunState) -> None:
         }
         tensors |= {f"memory.{name}": value.contiguous() for name, value in client.memory.items()}
         tensors |= {f"residual.{b}": value for b, value in client.residuals.items()}
-        save_file(tensors, folder / f"client-{client.client_id:03d}.safetensors")
+        save_file(tensors, folder / _client_file(client.client_id))
     (folder / "trace.json").write_text(json.dumps([list(asdict(span).values()) for span in state.spans]))
     meta = {
         "format_version": FORMAT_VERSION,
@@ -163,6 +173,11 @@ def _read(place: Path) -> RunState:
     for name, declared in meta["sha256"].items():
         if _sha256(place / name) != declared:
             raise ValueError(f"{name} has changed since it was written")
+    lacking = {"server.safetensors", "trace.json", *map(_client_file, range(len(meta["clients"])))} - set(
+        meta["sha256"]
+    )
+    if lacking:
+        raise ValueError(f"state.json has no hash of {', '.join(sorted(lacking))}")
     tensors = load_file(place / "server.safetensors")
     blocks = range(len(meta["server"]["versions"]))
     params = tuple(tensors[f"params.{b}"] for b in blocks)
@@ -185,7 +200,7 @@ def _read(place: Path) -> RunState:
 
 
 def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> ClientSnapshot:
-    tensors = load_file(place / f"client-{client_id:03d}.safetensors")
+    tensors = load_file(place / _client_file(client_id))
     parts: dict[str, dict[str, Tensor]] = {"sent": {}, "memory": {}, "residual": {}}
     for name, value in tensors.items():
         kind, key = name.split(".", 1)
@@ -203,6 +218,10 @@ def _read_client(place: Path, client_id: int, meta: Mapping[str, Any]) -> Client
 def read_rho(saved: Sequence[float | list[float]]) -> tuple[Rho, ...]:
     """Read ρ of every block, which is a list where its kinds of parameters have one each."""
     return tuple(tuple(each) if isinstance(each, list) else each for each in saved)
+
+
+def _client_file(client_id: int) -> str:
+    return f"client-{client_id:03d}.safetensors"
 
 
 def _messages(tensors: Mapping[str, Tensor]) -> dict[int, list[bytes]]:

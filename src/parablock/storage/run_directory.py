@@ -13,6 +13,8 @@ from parablock.errors import CheckpointError, StorageError
 from parablock.storage.files import storage, write_atomically, write_beside
 from parablock.trace import Span, times_by_client, write_chrome_trace
 
+SECRET_BYTES = 32
+"""Length of the key of a run's noise."""
 Row = dict[str, Any]
 """One line of `metrics.jsonl`."""
 
@@ -148,7 +150,10 @@ class RunDirectory:
             CheckpointError: The file is gone or damaged.
         """
         try:
-            return bytes.fromhex(self.secret.read_text(encoding="ascii"))
+            key = bytes.fromhex(self.secret.read_text(encoding="ascii"))
+            if len(key) != SECRET_BYTES:
+                raise ValueError(f"it has {len(key)} bytes, not {SECRET_BYTES}")
+            return key
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.secret} cannot be read: {error}",

@@ -28,11 +28,11 @@ class Trained:
 
     Attributes:
         trained: y^b, or the adapters of a client that sends adapters; flat, fp32, on the CPU or on its way there.
-        train_loss: Mean loss over the steps.
+        train_loss: Mean loss over the steps; None: it is not told.
     """
 
     trained: ArrivingVector
-    train_loss: float
+    train_loss: float | None
 
 
 class Trainer(Protocol):

@@ -120,7 +120,8 @@ class Update:
     """A client's Δ of one round, or one of its chunks 0 … num_chunks − 1, which are sent in order.
 
     `num_examples` is the client's weight w_i, `committed` the newest commit that its training started from,
-    `train_loss` the mean over the K = `num_local_steps` local steps, and `compute_s` the seconds that they took.
+    `train_loss` the mean over the K = `num_local_steps` local steps (None: the client does not tell it), and
+    `compute_s` the seconds that they took.
     """
 
     round_index: Whole
@@ -128,7 +129,7 @@ class Update:
     client_id: Whole
     num_examples: Whole
     committed: Whole
-    train_loss: StrictFloat
+    train_loss: StrictFloat | None
     num_local_steps: Whole
     compute_s: Seconds
     chunk_index: Whole

@@ -49,6 +49,7 @@ DEFAULTS = {
     "lora.alpha": 16.0,
     "lora.target_modules": [],
     "federation.aggregation": "mean",
+    "federation.excluded_clients": [],
     "federation.stall_timeout_s": 600.0,
     "train.num_local_steps": 8,
     "train.min_local_steps": 1,

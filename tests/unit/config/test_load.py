@@ -23,6 +23,7 @@ TOGETHER: dict[str, Any] = yaml.safe_load(
     blocks.include_embeddings: true, blocks.include_head: true, blocks.allow_unvisited: true,
     blocks.layers_path: model.layers, federation.num_clients: 5, federation.num_rounds: 9, federation.delay: 2,
     federation.participation: 0.8, federation.in_flight: own, federation.stall_timeout_s: 5.0,
+    federation.excluded_clients: [1],
     federation.min_updates: 2, federation.deadline_factor: 3.0, federation.server_optimizer.name: momentum,
     federation.server_optimizer.momentum: 0.5, federation.server_optimizer.learning_rate: 0.1,
     train.num_local_steps: 4, train.per_device_train_batch_size: 2, train.gradient_accumulation_steps: 4,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -116,3 +117,24 @@ def test_another_format_version_is_not_guessed_at(tmp_path):
     (place / "state.json").write_text(json.dumps({**meta, "format_version": 99}))
     with pytest.raises(CheckpointError, match="version 99"):
         load_newest(tmp_path)
+
+
+def test_a_file_without_a_hash_is_not_read(tmp_path):
+    save_checkpoint(tmp_path, state(8), keep=2)
+    place = save_checkpoint(tmp_path, state(16), keep=2)
+    path = place / "state.json"
+    meta = json.loads(path.read_text())
+    del meta["own_sha256"], meta["sha256"]["client-001.safetensors"]
+    own = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()  # by whoever left the file out
+    path.write_text(json.dumps({**meta, "own_sha256": own}))
+    found, passed_over = load_newest(tmp_path)
+    assert found is not None and found.round_index == 8
+    assert "no hash of client-001.safetensors" in passed_over[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"\xff", b'{"format_version": 2}', b"[" * 100_000])
+def test_a_state_that_is_anything_else_is_passed_over(tmp_path, content):
+    save_checkpoint(tmp_path, state(8), keep=2)
+    (save_checkpoint(tmp_path, state(16), keep=2) / "state.json").write_bytes(content)
+    found, passed_over = load_newest(tmp_path)
+    assert found is not None and found.round_index == 8 and len(passed_over) == 1

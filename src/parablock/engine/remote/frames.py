@@ -83,6 +83,7 @@ class Opening:
         session: The session: a run from the beginning, or from a checkpoint.
         config: The configuration of all clients, as YAML.
         base_sha256: Hash of the base model that all share.
+        base_parts: Hashes of what it consists of, so that a site can say what differs.
         restored: The round of the checkpoint that the session goes on from; -1: from the base model.
         sessions: Earlier session → the first of its rounds that do not count any more.
     """
@@ -94,6 +95,7 @@ class Opening:
     config: str
     base_sha256: _Word
     restored: int = -1
+    base_parts: dict[_Word, _Word] = field(default_factory=dict)
     sessions: dict[_Word, _Count] = field(default_factory=dict)
 
     def session_of(self, round_index: int) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parablock.algorithm.parablock import ServerState, initial_server
@@ -32,6 +32,7 @@ class RunFacts:
     run: str
     config: str
     base_sha256: str
+    base_parts: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_remote(
@@ -105,6 +106,7 @@ def _opening(given: EngineInput, facts: RunFacts) -> Opening:
         session=secrets.token_hex(8),
         config=facts.config,
         base_sha256=facts.base_sha256,
+        base_parts=dict(facts.base_parts),
         restored=-1 if resumed is None else resumed.round_index,
         sessions=dict(list(sessions.items())[-MOST_SESSIONS:]),
     )

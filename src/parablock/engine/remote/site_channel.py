@@ -26,7 +26,7 @@ from parablock.engine.pipeline import Interceptor, start_thread
 from parablock.engine.remote.frames import Hello, Opening, Reception, greeting_from_bytes, greeting_to_bytes
 from parablock.engine.remote.grpc_options import METHOD, SITE_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
-from parablock.errors import CodecError, InputError, ParaBlockError, StallError
+from parablock.errors import CodecError, InputError, ParaBlockError, PolicyError, StallError
 from parablock.privacy.identities import Identity
 from parablock.trace import Trace
 from parablock.wire.messages import Leave, to_bytes
@@ -186,7 +186,7 @@ class SiteChannel:
         self._failed: BaseException | None = None
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._heard_s = trace.clock.now()
-        self._spans_told = 0
+        self._spans_told, self.tells_spans = 0, True  # whether the server may know when this site computed
         self._leaves, self._problem = True, ""
 
     def open(self) -> bool:
@@ -290,7 +290,8 @@ class SiteChannel:
             self._put(self._interceptor.outgoing(parcel))
 
     def _tell_spans(self) -> None:
-        spans, self._spans_told = self._trace.spans[self._spans_told :], len(self._trace.spans)
+        spans = self._trace.spans[self._spans_told :] if self.tells_spans else []
+        self._spans_told = len(self._trace.spans)
         rows = [[s.activity, self._origin_s + s.start_s, s.duration_s, s.facts] for s in spans]
         for first in range(0, len(rows), NOTE_ROWS):
             self.stream.put(json.dumps(rows[first : first + NOTE_ROWS]).encode(), 0, is_note=True)
@@ -382,6 +383,8 @@ def _exchange(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, by
 
 def _without_details(error: ParaBlockError) -> str:
     """Return what the server may know of an error: its kind, and no path, name or text of this site."""
+    if isinstance(error, PolicyError):
+        return error.told
     kinds = {
         "DataError": "its data cannot be read",
         "ModelError": "its model is not the one of the run",

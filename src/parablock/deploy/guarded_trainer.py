@@ -1,0 +1,171 @@
+"""A site's policy at work: it guards the trainer, round by round, with a record of its own on the site's disk."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from parablock.config.keys import RunConfig
+from parablock.deploy.policy import Breach, Policy, breaches, refusal, steps_breaches
+from parablock.errors import ConfigError, PolicyError, TrainingError
+from parablock.privacy.protection import effective_multiplier
+from parablock.storage.audit_log import AuditEntry, AuditLog
+from parablock.training.trainer import Trained, Trainer
+
+LOGGER = logging.getLogger("parablock")
+ROUND = "round"
+"""The kind of an entry before a round is trained."""
+REFUSAL = "refusal"
+"""The kind of an entry where the policy refuses a run or a round."""
+
+
+class SitePolicy:
+    """The policy of a site in one run, with what its log remembers of this run and of others.
+
+    Args:
+        policy: The site's policy.
+        log: The site's audit log.
+        run: The run.
+        config: The run's configuration, as it would be at this site.
+    """
+
+    def __init__(self, policy: Policy, log: AuditLog, run: str, config: RunConfig) -> None:
+        self._policy, self._log, self._run, self._config = policy, log, run, config
+        privacy = config.privacy
+        self._multiplier = effective_multiplier(privacy.noise_multiplier, is_local=privacy.mode == "local")
+        self._rounds = _rounds_of(log.entries())
+
+    def check_run(self, base_sha256: str) -> None:
+        """Check what the run asks for; `base_sha256` is the base model that the server names.
+
+        Raises:
+            PolicyError: The policy forbids it.
+        """
+        self._raise(self.found_in_run(base_sha256), "this run")
+
+    def found_in_run(self, base_sha256: str | None) -> list[Breach]:
+        """Return what the run asks for that the policy forbids; None: the base model is not known yet."""
+        return [*breaches(self._policy, self._config, base_sha256), *self._epsilon_breaches()]
+
+    def check_rows(self, num_rows: int) -> None:
+        """Check whether this site has enough rows.
+
+        Raises:
+            PolicyError: It has fewer than an update needs.
+        """
+        least = self._policy.min_examples_per_round
+        found = f"this site has {num_rows} rows, not at least {least}"
+        self._raise([Breach("min_examples_per_round", found)] if num_rows < least else [], "this run")
+
+    def begin_round(self, round_index: int, block_index: int, num_local_steps: int, num_rows: int) -> None:
+        """Check a round and record that it is trained.
+
+        Raises:
+            RoundRefusedError: The policy forbids this round.
+            PolicyError: The policy allows no further round.
+        """
+        ahead = {**self._rounds, (self._run, round_index): self._multiplier}
+        self._raise([*self._budget_breaches(ahead, round_index)], f"round {round_index}")
+        found = [*steps_breaches(self._policy, self._config, num_local_steps, num_local_steps, num_rows)]
+        try:
+            self._raise(found, f"round {round_index}")
+        except PolicyError as error:
+            LOGGER.error("%s", error.what)
+            raise RoundRefusedError(error.told) from None
+        self._log.append(
+            ROUND,
+            run=self._run,
+            round=round_index,
+            block=block_index,
+            num_local_steps=num_local_steps,
+            noise_multiplier=self._multiplier,
+        )
+        self._rounds = ahead
+
+    def _epsilon_breaches(self) -> Iterator[Breach]:
+        """Yield whether all rounds of the run would take more ε than the policy has left."""
+        if self._policy.max_epsilon is None:
+            return
+        planned = ((self._run, t) for t in range(self._config.federation.num_rounds))
+        ahead = {**dict.fromkeys(planned, self._multiplier), **self._rounds}
+        yield from self._too_large(ahead, "after its last round")
+
+    def _budget_breaches(self, ahead: dict[tuple[str, int], float], round_index: int) -> Iterator[Breach]:
+        last = self._config.federation.num_rounds - 1
+        if not 0 <= round_index <= last:
+            yield Breach("max_rounds", f"the run's last round is {last}")
+        yield from self._too_large(ahead, "after it")
+
+    def _too_large(self, rounds: dict[tuple[str, int], float], when: str) -> Iterator[Breach]:
+        largest = self._policy.max_epsilon
+        if largest is None:
+            return
+        spent = epsilon_of(Counter(rounds.values()), self._policy.delta)
+        if spent > largest:
+            yield Breach("max_epsilon", f"ε would be {spent:.4g} {when}, not at most {largest:g}")
+
+    def _raise(self, found: Sequence[Breach], what: str) -> None:
+        if not found:
+            return
+        error = refusal(found, what)
+        self._log.append(REFUSAL, run=self._run, keys=list(error.keys), words=error.what)
+        raise error
+
+
+class RoundRefusedError(TrainingError):
+    """The policy forbids a round; its only words are the ones that the server may know."""
+
+
+class GuardedTrainer:
+    """Trains as another trainer does, where the site's policy allows the round; see `Trainer`."""
+
+    def __init__(self, trainer: Trainer, guard: SitePolicy, *, tells_loss: bool) -> None:
+        self._trainer, self._guard, self._tells_loss = trainer, guard, tells_loss
+        self.num_examples, self.step_time_s = trainer.num_examples, trainer.step_time_s
+
+    def train(
+        self, round_index: int, block_index: int, num_local_steps: int, steps_before: int, working: Sequence[Tensor]
+    ) -> Trained:
+        """Take the local steps of a round that the policy allows."""
+        self._guard.begin_round(round_index, block_index, num_local_steps, self.num_examples)
+        result = self._trainer.train(round_index, block_index, num_local_steps, steps_before, working)
+        return Trained(result.trained, result.train_loss if self._tells_loss else None)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the tensors that have to survive a restart."""
+        return self._trainer.memory()
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Restore what `memory` returned."""
+        self._trainer.remember(memory)
+
+
+def epsilon_of(releases: Counter[float], delta: float) -> float:
+    """Return ε of releases under noise of these effective multipliers.
+
+    Raises:
+        ConfigError: The extra `privacy` is missing.
+    """
+    try:
+        from parablock.privacy.accounting import composed_epsilon
+    except ImportError:
+        raise ConfigError(
+            ["policy.max_epsilon: install its accountant: pip install 'parablock[privacy]'"]
+        ) from None
+    return composed_epsilon(releases, delta)
+
+
+def _rounds_of(entries: Sequence[AuditEntry]) -> dict[tuple[str, int], float]:
+    """Return the rounds that a log remembers: (run, round) → effective noise multiplier, the least of them."""
+    rounds: dict[tuple[str, int], float] = {}
+    for entry in entries:
+        if entry.kind == ROUND:
+            place, multiplier = (
+                (str(entry.facts["run"]), int(entry.facts["round"])),
+                entry.facts["noise_multiplier"],
+            )
+            rounds[place] = min(float(multiplier), rounds.get(place, float(multiplier)))
+    return rounds
