@@ -331,6 +331,17 @@ def test_a_round_that_cannot_have_enough_updates_any_more_is_void():
     assert not same(alone[0].state.params, void[0].state.params)
 
 
+@pytest.mark.parametrize("void", [True, False])
+def test_a_void_round_overwrites_no_value_that_a_checkpoint_would_hold_twice(void: bool):
+    def shy(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        skips = void and start.round_index == ROUNDS - 1 and client_id > 0
+        return [(client_id, to_bytes(Skip(ROUNDS - 1)))] if skips else everybody_honest(client_id, start, update)
+
+    server, counted, _, _ = serve(shy, delay=1, min_updates=2)
+    assert bool(counted[-1]) != void
+    assert [t for t, _ in server.overwritten] == ([] if void else [ROUNDS])
+
+
 def test_a_client_that_begins_anew_is_welcomed_with_every_block_that_it_lacks():
     def restarts(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
         if (client_id, start.round_index) == (1, 4) and start.news and not restarted:

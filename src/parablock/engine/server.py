@@ -195,7 +195,8 @@ class Server:
                     self._wait_for(fold)
             block, overwritten = fold.block_index, self.state
             self._commit(fold)
-            self._downlink.remember_until(fold.round_index + self._plan.delay, overwritten, block)
+            if self.state.versions[block] != overwritten.versions[block]:  # else the round was void
+                self._downlink.remember_until(fold.round_index + self._plan.delay, overwritten, block)
             self._folds.pop(fold.round_index).close()
             self._downlink.forget_old(self.state.committed)
 
