@@ -267,6 +267,8 @@ def test_checkpoints_are_written_as_asked_and_change_nothing(keep: int, every: i
 
 # -- every option takes effect --------------------------------------------------------------------------------
 
+FEDAVG = "federation={method: fedavg, delay: 0, num_clients: 4, num_rounds: 6}"
+SPARSE = [FEDAVG, "wire.format=sparse2"]
 TAKES_EFFECT = [
     ["model.dtype=bfloat16"],
     ["model.init=random"],
@@ -292,12 +294,13 @@ TAKES_EFFECT = [
     ["federation.server_optimizer={name: momentum, momentum: 0.5}"],
     ["federation.server_optimizer={name: momentum, learning_rate: 0.5}"],
     ["federation.server_optimizer={name: adam, learning_rate: 0.01}"],
+    ["federation.max_client_examples=1"],
     ["federation.aggregation=median"],
     ["federation.aggregation=trimmed_mean", "federation.trim_fraction=0.3"],
     ["federation.aggregation=krum", "federation.assumed_attackers=0"],
     ["train.num_local_steps=3"],
     ["train.num_local_steps=auto"],
-    ["federation={method: fedavg, delay: 0, num_clients: 4, num_rounds: 6}"],
+    [FEDAVG],
     ["train.per_device_train_batch_size=2"],
     ["train.gradient_accumulation_steps=2"],
     ["train.learning_rate=0.005"],
@@ -307,6 +310,7 @@ TAKES_EFFECT = [
     ["train.adam_beta2=0.9"],
     ["train.adam_epsilon=0.1"],
     ["train.optimizer_state=keep"],
+    ["train.optimizer=muon"],
     ["train.lr_scheduler_type=cosine"],
     ["train.lr_scheduler_type=linear"],
     ["train.warmup_ratio=0.5"],
@@ -317,6 +321,9 @@ TAKES_EFFECT = [
     ["wire.format=int8", "wire.rounding=nearest"],
     ["wire.format=int4"],
     ["wire.format=int2"],
+    SPARSE,
+    [*SPARSE, "wire.density=0.005"],
+    [*SPARSE, "wire.residual_decay=0.97"],
     ["seed=1"],
 ]
 
