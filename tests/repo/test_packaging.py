@@ -7,6 +7,7 @@ it takes seconds, needs no network, and fails when the package uses what it does
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import tarfile
@@ -106,6 +107,35 @@ def test_there_is_one_version(wheel: Path):
 
 
 # -- an installation without extras ---------------------------------------------------------------------------
+
+
+def imported(folder: Path) -> set[str]:
+    """Return the packages outside of the standard library that files import, anywhere in them."""
+    found = set[str]()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+def undeclared(imports: Iterable[str]) -> set[str]:
+    """Return the imports that neither the requirements nor the extras for users name."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for name, of in extras.items() if name not in ("dev", "docs") for line in of),
+    ]
+    named = {canonicalize_name(Requirement(line).name) for line in lines}
+    homes = metadata.packages_distributions()
+    return {name for name in imports if not named & {canonicalize_name(home) for home in homes.get(name, ())}}
+
+
+def test_every_package_that_is_imported_is_required_by_name():
+    assert undeclared(imported(ROOT / "src") - {"parablock"}) == set()
+    assert undeclared({"requests", "jinja2", "not_there"}) == {"requests", "not_there"}
 
 
 def closure(requirements: Iterable[str]) -> set[str]:
