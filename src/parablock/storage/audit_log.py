@@ -137,13 +137,36 @@ class AuditLog:
         size = os.fstat(descriptor).st_size
         if size == self._size and self._lines:
             return
-        found = _sound(self.path)
-        self._size, self._lines = found.num_bytes, len(found.entries)
-        self._hash = found.entries[-1].hash if found.entries else START
+        if not self._read_on():
+            found = _sound(self.path)
+            self._size, self._lines = found.num_bytes, len(found.entries)
+            self._hash = found.entries[-1].hash if found.entries else START
         if size > self._size:
             with storage(self.path):
                 os.ftruncate(descriptor, self._size)
                 os.fsync(descriptor)
+
+    def _read_on(self) -> bool:
+        """Take in the lines after the last one known, if they fit and end where the head says; return whether."""
+        if not self._lines:
+            return False
+        with storage(self.path), self.path.open("rb") as file:
+            file.seek(self._size)
+            *lines, rest = file.read().split(b"\n")
+        hash_ = self._hash
+        for line in lines:
+            try:
+                entry, before = _parse(line)
+            except (ValueError, RecursionError):
+                return False
+            if before != hash_:
+                return False
+            hash_ = entry.hash
+        if rest or _read_head(self.path) != (self._lines + len(lines), hash_):
+            return False
+        self._size += sum(len(line) + 1 for line in lines)
+        self._lines, self._hash = self._lines + len(lines), hash_
+        return True
 
     def _write_head(self) -> None:
         write_atomically(head_of(self.path), json.dumps({"lines": self._lines, "hash": self._hash}) + "\n")

@@ -13,6 +13,7 @@ import pytest
 
 from parablock.errors import StorageError
 from parablock.seeding import generator_for
+from parablock.storage import audit_log
 from parablock.storage.audit_log import START, AuditLog, head_of, verify
 
 
@@ -47,6 +48,22 @@ def test_threads_and_two_objects_append_one_chain(tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda k: logs[k % 2].append("join", client=k), range(40)))
     assert sorted(entry.facts["client"] for entry in verify(path).entries) == list(range(40))
+
+
+def test_what_another_object_appended_is_read_without_the_lines_before(tmp_path: Path, monkeypatch):
+    path = tmp_path / "audit.jsonl"
+    logs = [log_of(path), AuditLog(path)]
+    monkeypatch.setattr(audit_log, "verify", lambda _: pytest.fail("all of it was read again"))
+    for k in range(10):
+        logs[k % 2].append("join", client=k)
+        logs[k % 2].append("leave", client=k)
+    monkeypatch.undo()
+    assert len(verify(path).entries) == 26
+    content = path.read_bytes()
+    logs[0].append("join", client=0)
+    flip(path, len(content) + 30, 0)
+    with pytest.raises(StorageError, match="line 27"):
+        logs[1].append("join", client=1)
 
 
 def flip(path: Path, at: int, bit: int) -> None:
