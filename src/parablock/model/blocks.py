@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from parablock.errors import ModelError
 
-ATTENTION_SIDE = ("attn", "attention", "input_layernorm", "ln_1")
+ATTENTION_SIDE = ("attn", "attention", "input_layernorm", "ln_1", "norm_1")
 """Parts of parameter names in the attention half of a layer, norms included; all others belong to the MLP."""
 
 SPLITS = ("layer", "attention_mlp")

@@ -13,10 +13,12 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoConfig,
+    GPTNeoXConfig,
     GPTNeoXJapaneseConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MptConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -64,6 +66,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         max_position_embeddings=32,
         **ENDS,
     ),
+    "gpt_neox": lambda: GPTNeoXConfig(**MODERN),
+    "mpt": lambda: MptConfig(vocab_size=64, d_model=16, n_layers=3, n_heads=2, max_seq_len=32),
     "opt": lambda: OPTConfig(
         vocab_size=64,
         hidden_size=16,
@@ -77,13 +81,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 INPUT_SIDE = {  # what each family calls the parameters before its layers
     "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
     "gpt_neo": {"transformer.wte.weight", "transformer.wpe.weight"},
+    "gpt_neox": {"gpt_neox.embed_in.weight"},
+    "mpt": {"transformer.wte.weight"},
     "opt": {
         "model.decoder.embed_tokens.weight",
         "model.decoder.embed_positions.weight",
         "model.decoder.project_in.weight",
     },
 }
-TIED = {"llama, tied", "gemma2", "gemma3", "gpt2", "gpt_neo", "opt"}
+TIED = {"llama, tied", "gemma2", "gemma3", "gpt2", "gpt_neo", "mpt", "opt"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -145,6 +151,7 @@ def test_halves_are_the_attention_and_the_mlps_of_their_layers(model: PreTrained
     expected = {
         "gpt2": {"ln_2", "mlp"},
         "gpt_neo": {"ln_2", "mlp"},
+        "mpt": {"norm_2", "ffn"},
         "opt": {"fc1", "fc2", "final_layer_norm"},
         "gemma2": {"pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"},
         "gemma3": {"pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"},
