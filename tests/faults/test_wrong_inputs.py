@@ -288,7 +288,7 @@ def test_a_run_with_a_damaged_record_cannot_be_resumed(name: str, unfinished: Pa
 
 
 def test_what_is_to_be_scored_has_to_be_given(workshop: Workshop, finished: Path):
-    assert_refused(command("eval", str(finished)), "--data")
+    assert_refused(command("eval", str(finished / "model")), "--data")  # a run has rows of its own
     nothing = ("--data", str(workshop.test_file), "--max-examples", "0")
     assert_refused(command("eval", str(finished), *nothing), "--max-examples")
 
