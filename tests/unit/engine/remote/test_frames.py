@@ -21,7 +21,7 @@ from parablock.engine.remote.frames import (
 from parablock.errors import CodecError
 
 HELLO = Hello(3, "session", "process", 7, 1.5)
-OPENING = Opening("run", "session", "train: {}", "abc", 4, {"before": 4})
+OPENING = Opening("run", "session", "train: {}", "abc", 4, {"weights": "abd"}, {"before": 4})
 WELCOME = Reception(9, rejoins=True, now_s=2.5, opening=OPENING)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
