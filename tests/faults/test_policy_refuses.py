@@ -74,6 +74,8 @@ FORBIDDEN: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "giant steps": ("optimizer", {"learning_rate": [0, 0.1]}, {"train.learning_rate": 1e12}),
     "gradients of any length": ("optimizer", {"max_grad_norm": [1e-3, 10]}, {"train.max_grad_norm": 0}),
     "prompts": ("train_on_prompts", False, {"train.completion_only_loss": False}),
+    "prompts as completions": ("train_on_prompts", False, {"data.columns": {"completion": "prompt"}}),
+    "all of a row": ("train_on_prompts", False, {"data.format": "text"}),
 }
 
 

@@ -78,6 +78,21 @@ def test_rounds_before_it_took_part_are_not_trained_again(runs: Runs, tmp_path: 
     assert losses(tmp_path / "o") == losses(whole)
 
 
+def test_a_run_with_noise_is_replayed_from_its_beginning(runs: Runs, tmp_path: Path):
+    noisy = (*DRAWN, "checkpoint.keep=99", "privacy={clip_norm: 1.0, noise_multiplier: 0.1}")
+    run_dir = runs(*noisy)
+    first = {}
+    for row in metrics_of(run_dir):
+        for client_id in row["participants"]:
+            first.setdefault(client_id, row["round_index"])
+    client_id, took_part = max(first.items(), key=lambda item: item[1])
+    assert took_part > 0 == replay_without(run_dir, client_id).begins_at
+    out = str(tmp_path / "out")
+    outcome = command("forget", str(run_dir), "--client", str(client_id), "--output-dir", out, "--yes")
+    assert outcome.code == 0, outcome.stderr
+    assert client_id not in {asked for row in metrics_of(tmp_path / "out") for asked in row["participants"]}
+
+
 def test_what_cannot_be_forgotten_is_refused(runs: Runs, workshop: Workshop, tmp_path: Path):
     for arguments, words in (
         ([str(runs()), "--client", "4"], "clients 0 to 3"),

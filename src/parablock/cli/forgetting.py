@@ -31,7 +31,7 @@ def forget(
     from parablock.experiment.forget import forget as forget_client
     from parablock.experiment.forget import replay_without
 
-    new_dir = output_dir or directory.with_name(f"{directory.name}-without-{client_id}")
+    new_dir = output_dir or directory.resolve().with_name(f"{directory.resolve().name}-without-{client_id}")
     for line in _described(replay_without(directory, client_id), client_id, new_dir):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not yes:

@@ -163,7 +163,7 @@ def _files_of_folder(source: str, path: Path, split: str) -> list[str]:
         return _files_of_folder(f"{source}/{split}", path / split, split)
     found = sorted(child for child in path.iterdir() if _is_data(child))
     if (path / _SAVED_SET).exists():
-        found = [child for child in found if child.suffix == ".arrow"]
+        found = [c for c in found if c.suffix == ".arrow" and not c.name.startswith("cache-")]  # maps, filters
     if not found:
         below = next((str(child.parent) for child in sorted(path.rglob("*")) if _is_data(child)), "")
         raise DataError(

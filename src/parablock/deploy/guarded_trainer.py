@@ -67,7 +67,8 @@ class SitePolicy:
             RoundRefusedError: The policy forbids this round.
             PolicyError: The policy allows no further round.
         """
-        ahead = {**self._rounds, (self._run, round_index): self._multiplier}
+        place = self._run, round_index
+        ahead = {**self._rounds, place: min(self._multiplier, self._rounds.get(place, self._multiplier))}
         self._raise([*self._budget_breaches(ahead, round_index)], f"round {round_index}")
         found = [*steps_breaches(self._policy, self._config, num_local_steps, num_local_steps, num_rows)]
         try:

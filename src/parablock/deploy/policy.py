@@ -136,8 +136,10 @@ def _training_breaches(policy: Policy, config: RunConfig) -> Iterator[Breach]:
     for key, (least_value, largest) in policy.optimizer.items():
         if not least_value <= (value := getattr(train, key)) <= largest:
             yield Breach("optimizer", f"train.{key} is {value:g}, not between {least_value:g} and {largest:g}")
-    if not train.completion_only_loss and not policy.train_on_prompts:
+    if not policy.train_on_prompts and not train.completion_only_loss:
         yield Breach("train_on_prompts", "train.completion_only_loss is false")
+    elif not policy.train_on_prompts and (config.data.columns or config.data.format == "text"):
+        yield Breach("train_on_prompts", "data.columns or data.format: text would choose what is learnt of a row")
 
 
 def steps_breaches(

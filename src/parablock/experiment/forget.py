@@ -20,7 +20,7 @@ from parablock.config.load import load_config, parse_config
 from parablock.errors import CheckpointError, ConfigError
 from parablock.experiment.engines import check_in_process
 from parablock.experiment.progress import Progress
-from parablock.experiment.protections import adds_noise, new_secret
+from parablock.experiment.protections import adds_noise
 from parablock.experiment.recorder import Summary
 from parablock.experiment.run import resume, run
 from parablock.storage.checkpoint import checkpoints_of
@@ -76,7 +76,7 @@ def replay_without(output_dir: Path | str, client_id: int) -> Replay:
     rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
     first_round = _first_round(before, client_id, rows)
     usable = [t for t in checkpoints_of(directory.checkpoints) if first_round is None or t <= first_round]
-    begins_at = max(usable, default=0)
+    begins_at = 0 if adds_noise(config) else max(usable, default=0)  # what was released stays with its run and key
     replayed = rows[begins_at:]
     return Replay(
         config,
@@ -111,8 +111,6 @@ def forget(
         return run(replay.config, new_dir, **options)
     old, new = RunDirectory(output_dir), RunDirectory(new_dir)
     new.create(replay.config.to_yaml(), old.read_manifest())
-    if replay.releases_again:
-        new.write_secret(new_secret())
     name = f"round-{replay.begins_at:06d}"
     shutil.copytree(old.checkpoints / name, new.checkpoints / name)
     rows = old.metrics.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -256,6 +256,19 @@ class MaskedServer:
         due = self._cohorts.num_key_bytes(client_id)
         if message.keys.num_elements != due or message.proof.num_elements > MAX_PROOF_BYTES:
             return f"{message.keys.num_elements} bytes of keys where {due} are due"
+        keys = cut(message.keys, [KEY_BYTES] * (due // KEY_BYTES))
+        others = {
+            unpack_bytes(other.keys)[k : k + KEY_BYTES]
+            for other in self._advertised.values()
+            for k in range(0, other.keys.num_elements, KEY_BYTES)
+        }
+        if len(set(keys) - others) < len(keys):
+            return "a key that stands twice"
+        try:  # one that is none would end the part of every client that reads it
+            for key in keys:
+                masking.agree_key(masking.new_private_key(), key, "check")
+        except CodecError as error:
+            return error.what
         self._advertised[client_id] = message
         return ""
 

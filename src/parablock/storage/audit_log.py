@@ -94,6 +94,8 @@ class AuditLog:
             line = (_text_of(row | {"hash": hash_}) + "\n").encode()
             if not self._lines:
                 self._write_head()  # from now on there is one
+                with storage(self.path):
+                    sync(self.path.parent)
             with storage(self.path):
                 written = os.write(descriptor, line)
                 if written != len(line):
@@ -137,7 +139,7 @@ class AuditLog:
         size = os.fstat(descriptor).st_size
         if size == self._size and self._lines:
             return
-        if not self._read_on():
+        if size < self._size or not self._read_on():
             found = _sound(self.path)
             self._size, self._lines = found.num_bytes, len(found.entries)
             self._hash = found.entries[-1].hash if found.entries else START

@@ -216,6 +216,15 @@ def test_a_saved_dataset_is_read_by_split(tmp_path: Path):
         load_rows(str(tmp_path / "set"), split="validation")
 
 
+def test_what_is_cached_beside_a_saved_dataset_is_not_read(tmp_path: Path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    datasets.load_from_disk(tmp_path / "set").map(lambda row: {"prompt": row["prompt"] + "!"})
+    assert list((tmp_path / "set").glob("cache-*.arrow")), "the library keeps it there"
+    assert [row.fields for row in load_rows(str(tmp_path / "set"), split="train")] == ROWS
+
+
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path):
     said = refused(tmp_path / "a.jsonl", lines(ROWS), columns={"prompt": "frage"})
     assert "a.jsonl, line 1 has no column 'frage', which data.columns names; it has prompt, completion" in said

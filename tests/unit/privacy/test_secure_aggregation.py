@@ -34,7 +34,7 @@ from parablock.privacy.protection import threshold_of
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
-from parablock.wire.sealing import Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
+from parablock.wire.sealing import Advertise, Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
 from parablock.wire.transport import Parcel
 
 SIZE = 1000
@@ -351,6 +351,24 @@ def test_a_client_that_sends_no_keys_or_no_letters_is_left_out_and_the_others_su
         total = sum(words_of(wires.collector.receive(1.0, "")[1]).numpy().view(np.uint32) for _ in range(3))
         total -= wires.collector.masks_of(0, (0, 1, 2), SIZE).numpy().view(np.uint32)
         assert (total == 0 + 1 + 2).all()
+
+
+@pytest.mark.parametrize("bad", [bytes(32), b"\1" + bytes(31), None], ids=["zero", "low order", "twice"])
+@pytest.mark.parametrize("place", [0, 1], ids=["letters", "masks"])
+def test_a_client_with_a_key_that_is_none_is_left_out_and_ends_nobodys_part(bad: bytes | None, place: int):
+    wires = MaskedWires(4, {0: (0, 1, 2, 3)})
+
+    def spoilt(client_id: int, raw: bytes) -> bytes:
+        message = from_bytes(raw)
+        if client_id != 3 or not isinstance(message, Advertise):
+            return raw
+        keys = [unpack_bytes(message.keys)[k : k + 32] for k in (0, 32)]
+        keys[place] = keys[1 - place] if bad is None else bad
+        return to_bytes(replace(message, keys=pack_bytes(b"".join(keys))))
+
+    wires._up = type(wires._up)((i, spoilt(i, raw)) for i, raw in wires._up)
+    wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+    assert wires.collector.members == (0, 1, 2)
 
 
 def test_words_where_numbers_are_due_are_refused_and_numbers_where_words_are():

@@ -167,3 +167,11 @@ while True:
     found = [entry.hash for entry in verify(path).entries]
     assert verify(path).bad_line is None
     assert found[: len(told) - 1] == told[:-1]  # what an append had returned is there; the last word may be cut
+
+
+def test_a_log_that_became_shorter_while_it_was_open_is_damaged(tmp_path: Path):
+    path = tmp_path / "audit.jsonl"
+    log = log_of(path)
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(StorageError, match="lines were written"):
+        log.append("join", client=1)
