@@ -21,7 +21,7 @@ from parablock.experiment.run import run
 from parablock.report.write import write_report
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-FILES = ("quality", "speed", "survival", "deployed")
+FILES = ("quality", "llm", "speed", "survival", "deployed")
 RECORDS = sorted(path.stem for path in (FOLDER / "results").glob("*.json"))
 
 
