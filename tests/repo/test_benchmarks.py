@@ -256,6 +256,15 @@ def test_the_methods_benchmark_tunes_and_runs_what_it_is_asked_for(benchmark: An
     assert losses["fl_bcd"] == [None] or losses["fl_bcd"][0] > found["runs"][1]["curve"][-1][2]
 
 
+def test_the_search_keeps_a_row_for_each_setting_and_no_model(benchmark: Any, tmp_path: Path) -> None:
+    block, adapters = benchmark("llm", "llm_search", "--smoke")["results"]
+    assert (block["run"], adapters["run"]) == ("parablock, 5 layers, 1e-3", "fedit, 1e-3")
+    assert (block["method"], adapters["method"]) == ("parablock", "fedit")
+    assert 0 < adapters["megabytes"] < block["megabytes"]
+    assert block["ratio"] == block["final_eval_loss"] / block["initial_eval_loss"] < 1
+    assert not [*tmp_path.glob("runs/*/model")], "half a GB each"
+
+
 def test_few_bits_end_near_float32_and_are_compared_way_by_way(benchmark: Any) -> None:
     found = benchmark("quality", "formats", "--smoke")["results"]
     (row,) = found["seeds"]
