@@ -153,7 +153,8 @@ def record(options: Options, results: Any, bars: Sequence[Bar], config: Any = No
     content = json.loads(text)
     made = options.section(content)
     for part in made["parts"]:
-        lines = [part] if isinstance(part, str) else [" | ".join(line) for line in (part["columns"], *part["rows"])]
+        is_table = not isinstance(part, str) and "columns" in part
+        lines = [" | ".join(line) for line in (part["columns"], *part["rows"])] if is_table else [str(part)[:400]]
         print(*lines, sep="\n")
     print(*bars, f"written to {options.output}", sep="\n")
     write(Path(options.output), content | {"section": made})
@@ -165,9 +166,14 @@ def write(path: Path, content: Found) -> None:
 
 
 def section(name: str, found: Found, *parts: str | Found, more: str = "", **facts: Any) -> Found:
-    """Make a section: title and text of `benchmarks.toml`, then paragraphs (`### ` for headings) and tables."""
+    """Make a section: title and text of `benchmarks.toml`, then paragraphs (`### ` for headings), tables, figures.
+
+    The text begins with what is a toy: a section's own `toy`, or that of the model in the record's configuration.
+    """
     title, text = (ABOUT[name][key].format(**found, **facts) for key in ("title", "text"))
-    all_parts = (text + more, *parts)
+    model = ((found.get("config") or {}).get("model") or {}).get("name_or_path", "")
+    toys = (said for ending, said in ABOUT["toys"].items() if model.endswith(ending))
+    all_parts = (ABOUT[name].get("toy", next(toys, "")) + text.removeprefix("\n") + more, *parts)
     return {"title": title, "parts": [part.strip() if isinstance(part, str) else part for part in all_parts]}
 
 

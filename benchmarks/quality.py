@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
-from math import sqrt
+from math import log, log2, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
+from string import ascii_uppercase, digits
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +38,7 @@ from parablock.clock import VirtualClock
 from parablock.config.keys import RunConfig
 from parablock.config.load import overridden, parse_config
 from parablock.config.methods import METHODS as ROWS
-from parablock.demo.material import TEST_FILE_NAME, make_word_problems
+from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
 from parablock.engine.update_form import StackedAdapters
 from parablock.evaluation.choices import MAX_GROUP_CHOICES
 from parablock.evaluation.side_by_side import score_models
@@ -838,6 +840,146 @@ def delays_section(found: Found) -> Found:
         rows.append([ROWS[method].title, *losses, f"{overlapped / serial:.4f}", f"{whole:.2f}", when])
     head = ["method", *kit.ABOUT["delays"]["ways"], "delay 1 / 0", "seconds / delay 0", "seconds to its loss"]
     return section("delays", found, table(head, rows), seeds=", ".join(map(str, found["options"]["seeds"])))
+
+
+# -- random facts: what nothing but memory holds, and where adapters are full
+FACTS = kit.ABOUT["facts"]
+DIGITS, HALF = 5, 26**3 // 2
+"""Of a code; of the keys of three letters, the base has learnt some of one half, and clients learn the other."""
+
+
+def facts(options: Options) -> None:
+    """Count the bits of random facts that blocks, adapters and all parameters recall, by bytes and seconds."""
+    base = facts_base(options)
+    found: Found = {"tuning": {}, "runs": []}
+    found["base"] = base.told() | {"bits": bits_recalled(base.config, base.loss)}
+    for number, seed, way in product(options.facts, options.seeds, options.only):
+        grid = found["tuning"].setdefault(f"{(like := FACTS['ways'][way]['rate_of'])}, {number}", [])
+        for rate in FACTS["grids"][like][len(grid) : 1 if options.smoke else None]:
+            grid.append(
+                [rate, facts_run(like, rate, TUNING_SEED, number, base, options, part=0.25)["curve"][-1][2]]
+            )
+        rate = max(grid, key=lambda tried: tried[1])[0]
+        found["runs"].append(facts_run(way, rate, seed, number, base, options))
+        record(options, found, [], base.config)  # the rest may not be reached
+
+
+def facts_base(options: Options) -> kit.Kept:
+    """Train a small model on facts of its own."""
+    folder = Path(options.work_dir).resolve() / "base"
+    model = make_tiny_llama(folder / "model", [*ascii_uppercase, *digits], seed=0, num_layers=4)
+    (model / "chat_template.jinja").unlink()  # a fact is its letters and digits alone
+    file = str(write_facts(folder / "facts.jsonl", range(HALF), options.base_facts, seed=0))
+    settings = kit.training(options) | FACTS["base"]
+    settings |= {"federation.num_rounds": options.base_rounds, "evaluation.max_examples": options.base_facts}
+    return kit.Kept(kit.configured(kit.Material(str(model), (file,), (file,)), settings), options, "base")
+
+
+def facts_run(
+    way: str, rate: float, seed: int, number: int, base: kit.Kept, options: Options, part: float = 1.0
+) -> Found:
+    """Train on facts for a part of the rounds, and count what is recalled of them, and of those of the base."""
+    about, num_rounds = FACTS["ways"][way], max(8, round(options.rounds * part))
+    folder, name = Path(options.work_dir).resolve() / f"{number}-{seed}", re.sub(r"\W+", "-", way)
+    everything = write_facts(folder / "all.jsonl", range(HALF, 2 * HALF), number, seed)
+    lines = everything.read_text(encoding="utf-8").splitlines(keepends=True)
+    train = [folder / f"client_{k}.jsonl" for k in range(4)]
+    for k, path in enumerate(train):
+        path.write_text("".join(lines[k::4]), encoding="utf-8")
+    material = kit.Material(str(base.directory.model), tuple(map(str, train)), (str(everything),))
+    settings = kit.training(options) | kit.link(options.mbps) | about["settings"]
+    settings |= {
+        "federation.num_rounds": num_rounds,
+        "train.learning_rate": rate,
+        "evaluation.max_examples": number,
+        "evaluation.every_rounds": max(1, num_rounds // 10),
+        "checkpoint.every_rounds": max(1, num_rounds // 5),
+        "seed": seed,
+    }
+    run = kit.Kept(kit.configured(material, settings), options, f"{name}-{number}-{seed}")
+    (of_base,) = score_models(str(run.directory.model), [*base.config.data.test], device="cpu")
+    row = {"way": way, "facts": number, "seed": seed, "learning_rate": rate} | run.told("num_rounds")
+    row["curve"] = [[p["bytes"] / 4, p["seconds"], bits_recalled(run.config, p["loss"])] for p in run.points]
+    return row | {"bits_of_base": bits_recalled(base.config, of_base.value)}
+
+
+def write_facts(path: Path, keys: range, number: int, seed: int) -> Path:
+    """Write facts as `KXQ 48213`."""
+    draw = generator_for(seed, "facts")
+    rows = zip(draw.choice(keys, number, replace=False), draw.integers(10**DIGITS, size=number), strict=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for key, code in rows:
+            letters = "".join(ascii_uppercase[key // place % 26] for place in (676, 26, 1))
+            print(json.dumps({"prompt": letters, "completion": f" {code:05d}"}), file=file)
+    return path
+
+
+def bits_recalled(config: RunConfig, loss: float) -> float:
+    """Return the bits of all codes that a model needs no more, by its mean loss of a learnt token."""
+    number, tokens = learnt_of(config.model.name_or_path, *config.data.test)
+    return max(0.0, number * DIGITS * log2(10) - tokens * loss / log(2))
+
+
+@cache
+def learnt_of(model: str, file: str) -> tuple[int, int]:
+    """Count rows and the tokens that are learnt of them."""
+    config = kit.configured(kit.Material(model, (file,), (file,)), {"data.max_length": 32})
+    examples = read_inputs(config).test
+    return len(examples), sum(label >= 0 for example in examples for label in example.labels)
+
+
+def facts_section(found: Found) -> Found:
+    parts, base = list[str | Found](), found["results"]["base"]["bits"]
+    for number, of_number in grouped(found["results"]["runs"], "facts").items():
+        whole, panels = number * DIGITS * log2(10), {unit: Found() for unit in FACTS["units"]}
+        rows, half = [], {way: [] for way in grouped(of_number, "way")}
+        for way, runs in grouped(of_number, "way").items():
+            for axis, curves in enumerate(panels.values()):
+                curves[way] = [[point[axis] / 1e6 ** (1 - axis), point[2]] for point in runs[0]["curve"]]
+                half[way].append([first_at(run["curve"], axis, whole / 2) for run in runs])
+            sent = runs[0]["curve"][-1][0] / runs[0]["num_rounds"] / 1e6
+            ends = [spread((run["curve"][-1][2] / whole for run in runs), 3)]
+            ends += [f"{fmean(at):,.4g}" if None not in at else "not reached" for at in half[way]]
+            kept = spread((run["bits_of_base"] / base for run in runs), 3)
+            rows.append([way, f"{runs[0]['learning_rate']:g}", f"{sent:.3f}", *ends, kept])
+        head = [
+            "trained",
+            "rate",
+            "MB a client and round",
+            "share recalled",
+            "MB to a half",
+            "s to a half",
+            "of the base",
+        ]
+        figure = {"figure": f"facts_{number}.svg", "y": f"bits recalled of {whole:,.0f}", "panels": panels}
+        parts += [f"### {number:,} facts", table(head, rows), figure, crossing(grouped(of_number, "way"))]
+    return section("facts", found, *parts, base_bits=base)
+
+
+def first_at(curve: list[list[float]], axis: int, bits: float) -> float | None:
+    """Tell after how many bytes or seconds so many bits are recalled first, in millions of bytes."""
+    reached = next((point for point in curve if point[2] >= bits), None)
+    return None if reached is None else reached[axis] / (1e6 if axis == 0 else 1)
+
+
+def crossing(of_number: Mapping[str, list[Found]]) -> str:
+    """Say where the curves of blocks and of adapters cross: behind at equal bytes, ahead at the end."""
+    ends = {way: fmean(run["curve"][-1][2] for run in runs) for way, runs in of_number.items()}
+    block = max((way for way in ends if way.startswith("block")), key=lambda way: ends[way])
+    below = [way for way in ends if way.startswith("rank") and ends[way] < ends[block]]
+    above = [way for way in ends if way.startswith("rank") and way not in below]
+    crossed = [way for way in below if bits_at(of_number[block], of_number[way][0]["curve"][-1][0]) < ends[way]]
+    return (
+        f"At the end of all rounds `{block}` recalls more than {', '.join(below) or 'no adapters'}, and not more "
+        f"than {', '.join(above) or 'any'}. Over bytes its curve crosses that of {', '.join(crossed) or 'no adapters'}."
+    )
+
+
+def bits_at(runs: Sequence[Found], num_bytes: float) -> float:
+    """Read from curves how many bits are recalled once so many bytes have moved."""
+    curves = [list(zip(*[[0.0, 0.0, 0.0], *run["curve"]], strict=True)) for run in runs]
+    return fmean(float(np.interp(num_bytes, moved, bits)) for moved, _, bits in curves)
 
 
 BENCHMARKS = benchmarks(globals(), methods={"only": list(NAMES)})

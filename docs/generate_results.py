@@ -1,4 +1,4 @@
-"""Write docs/results.md, and a table of README.md, from the records in benchmarks/results and from nothing else.
+"""Write docs/results.md with its figures, and tables of README.md and docs/paper.md, from benchmarks/results alone.
 
 .venv/bin/python docs/generate_results.py
 """
@@ -9,12 +9,16 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
+from parablock.report.curves import COLORS
+
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "results.md"
-README = DOCS.parent / "README.md"
+README, PAPER = DOCS.parent / "README.md", DOCS / "paper.md"
 MARKS = "<!-- docs/generate_results.py writes from here -->\n", "<!-- to here -->\n"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 
@@ -24,10 +28,12 @@ HEAD = """# Results
 
 Every table comes from a record in `benchmarks/results/`, and carries the command that makes it again. Losses, bytes
 and seconds of the virtual clock are the same at every repetition on the same machine. ± is the standard deviation
-over seeds, unless it says otherwise. A bar that is missed says so.
+over seeds, unless it says otherwise. A bar that is missed says so. What is measured on a toy says so in its first
+line.
 """
 WHAT = tomllib.loads((RESULTS.parent / "benchmarks.toml").read_text(encoding="utf-8"))["page"]
-"""The records whose sections are on the page, and the claims of its first table: record, bar there, words."""
+"""The records whose sections are on the page; the claims of its first table, by the three kinds of measures of
+EdgeFlowerTune (arXiv 2605.08636), and those of the paper: record, bar there, words."""
 
 Record = dict[str, Any]
 
@@ -41,10 +47,29 @@ def page(folder: Path = RESULTS) -> str:
 
 def readme(text: str, folder: Path = RESULTS) -> str:
     """Return the README with its table as the records have it."""
+    return between_marks(text, glance(records(folder), "docs/results.md"))
+
+
+def paper(text: str, folder: Path = RESULTS) -> str:
+    """Return the page on the paper, with what the records say of each of its claims."""
+    found, rows = records(folder), []
+    for made in WHAT["paper"]:
+        figures = [
+            f"{name}: {of_bar(found[record], bar)[0]} ([record](results.md#{anchor(found[record])}))"
+            for name, record, bar in made["figures"]
+            if record in found
+        ]
+        rows.append(
+            [made["claim"], "<br>".join([*figures, *made.get("beside", [])]), made["setting"], made["unknown"]]
+        )
+    return between_marks(text, table(["the paper says", "we found", "our setting", "unknown in the paper"], rows))
+
+
+def between_marks(text: str, lines: Sequence[str]) -> str:
+    """Return a text with other lines between its marks."""
     before, _, rest = text.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    made = "\n".join([*glance(records(folder), "docs/results.md"), ""])
-    return f"{before}{MARKS[0]}{made}{MARKS[1]}{after}"
+    return "".join([before, MARKS[0], *(f"{line}\n" for line in lines), MARKS[1], after])
 
 
 def records(folder: Path) -> dict[str, Record]:
@@ -57,7 +82,12 @@ def section(found: Record) -> str:
     """Write the section that a record carries, which of its bars are met, and what makes it again."""
     made = found["section"]
     parts = [
-        part if isinstance(part, str) else "\n".join(table(part["columns"], part["rows"])) for part in made["parts"]
+        part
+        if isinstance(part, str)
+        else f"![{part['y']}]({part['figure']})"
+        if "figure" in part
+        else "\n".join(table(part["columns"], part["rows"]))
+        for part in made["parts"]
     ]
     bars = [
         f"- {bar['name']}: {bar['value']:.4g}, {'at most' if bar['at_most'] else 'at least'} {bar['limit']:g}: "
@@ -73,13 +103,24 @@ def section(found: Record) -> str:
 def glance(found: Mapping[str, Record], page: str = "") -> list[str]:
     """Write the first table, of the claims whose records are there, with links to the sections of a page."""
     rows = []
-    for made in WHAT["claims"]:
-        if (name := made["record"]) in found:
-            bar = next(bar for bar in found[name]["bars"] if bar["name"] == made["bar"])
-            asked = f"{'≤' if bar['at_most'] else '≥'} {bar['limit']:g}"
-            told = f"{bar['value']:.4g}" if bar["is_met"] else f"**{bar['value']:.4g}**, missed"
-            rows.append([f"[{made['claim']}]({page}#{anchor(found[name])})", told, asked])
+    for measure, claims in WHAT["claims"].items():
+        of_measure = [
+            [
+                f"[{made['claim']}]({page}#{anchor(found[made['record']])})",
+                *of_bar(found[made["record"]], made["bar"]),
+            ]
+            for made in claims
+            if made["record"] in found
+        ]
+        rows += [[f"**{measure}**", "", ""], *of_measure] if of_measure else []
     return table(["", "found", "asked for"], rows)
+
+
+def of_bar(found: Record, name: str) -> tuple[str, str]:
+    """Return what was found for a bar of a record, and what is asked for."""
+    bar = next(bar for bar in found["bars"] if bar["name"] == name)
+    told = f"{bar['value']:.4g}" if bar["is_met"] else f"**{bar['value']:.4g}**, missed"
+    return told, f"{'≤' if bar['at_most'] else '≥'} {bar['limit']:g}"
 
 
 def missed(found: Mapping[str, Record]) -> str:
@@ -102,6 +143,51 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
+def figures(folder: Path = RESULTS) -> dict[str, str]:
+    """Draw the figures of the records: name of the file → SVG."""
+    parts = [part for found in records(folder).values() for part in found["section"]["parts"]]
+    return {part["figure"]: drawn(part) for part in parts if not isinstance(part, str) and "figure" in part}
+
+
+def drawn(made: Record) -> str:
+    """Draw curves against a logarithmic axis, a panel for each, with the names of the curves below."""
+    width, height, step = 430, 260, 500
+    names = list(dict.fromkeys(name for curves in made["panels"].values() for name in curves))
+    top = (
+        max((y for curves in made["panels"].values() for curve in curves.values() for _, y in curve), default=0)
+        or 1
+    )
+    parts = [f'<text x="60" y="18">{escape(made["y"])}</text>']
+    for number, (label, curves) in enumerate(made["panels"].items()):
+        left, places = 60 + number * step, [log10(x) for curve in curves.values() for x, _ in curve if x > 0]
+        low, high = floor(min(places)), ceil(max(places))
+        parts.append(f'<rect x="{left}" y="30" width="{width}" height="{height}" fill="none" stroke="#aaa"/>')
+        for power in range(low, high + 1):
+            x = left + width * (power - low) / (high - low)
+            parts.append(f'<text x="{x:.1f}" y="306" text-anchor="middle">{10.0**power:g}</text>')
+        parts.append(f'<text x="{left + width / 2}" y="324" text-anchor="middle">{escape(label)}</text>')
+        for share in (0.0, 0.5, 1.0):
+            at = 30 + height * (1 - share)
+            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{share * top:,.0f}</text>')
+        for name, curve in curves.items():
+            spots = [
+                (left + width * (log10(x) - low) / (high - low), 30 + height * (1 - y / top)) for x, y in curve if x
+            ]
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+            color = COLORS[names.index(name) % len(COLORS)]
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+    for number, name in enumerate(names):
+        x, y = 60 + 240 * (number % 4), 350 + 20 * (number // 4)
+        parts.append(f'<rect x="{x}" y="{y - 8}" width="18" height="4" fill="{COLORS[number % len(COLORS)]}"/>')
+        parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
+    size = f"0 0 {60 + step * len(made['panels'])} {360 + 20 * (len(names) // 4)}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif" font-size="12">'
+    return f'{head}<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+
+
 if __name__ == "__main__":
+    for file, svg in figures().items():
+        (DOCS / file).write_text(svg, encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAPER.write_text(paper(PAPER.read_text(encoding="utf-8")), encoding="utf-8")

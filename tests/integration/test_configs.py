@@ -18,7 +18,7 @@ from tiny_runs import make_workshop, sum_row, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-ON_SHARED_DATA = ("t0", "t0_fl_bcd", "gsm8k")
+ON_SHARED_DATA = ("t0", "t0_fl_bcd", "gsm8k", "paper_like")
 SHORT = (
     "blocks.layers_per_block=4",
     "federation.num_rounds=2",
@@ -67,6 +67,17 @@ def test_the_two_t0_experiments_differ_in_the_method_alone():
     assert (overlapped["federation"].pop("delay"), serial["federation"].pop("delay")) == (1, 0)
     assert (overlapped["federation"].pop("method"), serial["federation"].pop("method")) == ("parablock", "fl_bcd")
     assert overlapped == serial
+
+
+def test_the_configuration_near_the_paper_is_marked_inferred_and_trains_as_we_read_it():
+    text, chosen = (ROOT / "configs" / "paper_like.yaml").read_text(), config("paper_like")
+    assert text.startswith("# Inferred: ")
+    for unknown in ("num_clients", "num_rounds", "num_local_steps", "learning_rate", "partition", "link"):
+        assert re.search(rf"^ *{unknown}:.*# ours", text, flags=re.MULTILINE), unknown
+    assert (chosen.federation.method, chosen.federation.delay) == ("parablock", 1)
+    assert (chosen.federation.in_flight, chosen.blocks.layers_per_block) == ("own", 1)
+    assert isinstance(chosen.train.num_local_steps, int) and chosen.train.num_local_steps >= 8
+    assert config("paper_like", "federation.in_flight=aligned").federation.in_flight == "aligned"
 
 
 @pytest.mark.slow

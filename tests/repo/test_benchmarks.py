@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from math import log2
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -358,6 +359,21 @@ def test_the_ablations_change_one_knob_at_a_time(benchmark: Any) -> None:
     for knob, places in found.items():
         values = [tuple(map(tuple, place.values())) for place in places.values()]
         assert len(set(values)) == len(values), f"{knob} changes nothing"
+
+
+def test_facts_are_counted_in_bits_and_drawn(benchmark: Any, load: Callable[[str], ModuleType]) -> None:
+    record = benchmark("quality", "facts", "--smoke")
+    block, adapters = record["results"]["runs"]
+    assert [run["way"] for run in (block, adapters)] == ["block, Muon", "rank 1"]
+    assert block["curve"][-1][0] > 10 * adapters["curve"][-1][0] > 0
+    assert 0 < block["bits_of_base"] < record["results"]["base"]["bits"] < 8 * 5 * log2(10)
+    (figure,) = (part for part in record["section"]["parts"] if "figure" in part)
+    assert figure["panels"]["seconds"]["rank 1"][-1] == adapters["curve"][-1][1:]
+    crossing = load("quality").crossing
+    low, high = ([{"curve": [[at, 0.0, bits / 4], [2 * at, 0.0, bits]]}] for at, bits in ((1, 80.0), (10, 100.0)))
+    told = crossing({"block, Muon": high, "rank 1": low})
+    assert told.endswith("crosses that of rank 1.") and "more than rank 1," in told
+    assert crossing({"block, Muon": low, "rank 1": high}).endswith("crosses that of no adapters.")
 
 
 def test_the_methods_say_where_lora_wins(load: Callable[[str], ModuleType]) -> None:

@@ -108,12 +108,47 @@ def test_the_readme_has_the_figures_of_the_records(results: ModuleType, tmp_path
     assert "(docs/results.md#the-same-rate)" in alone and alone.startswith(text[:300])
 
 
+def test_the_page_on_the_paper_has_the_figures_of_the_records(results: ModuleType, tmp_path: Path):
+    text = page("paper.md")
+    assert text == results.paper(text), "stale; run: .venv/bin/python docs/generate_results.py"
+    (tmp_path / "rate.json").write_text((results.RESULTS / "rate.json").read_text())
+    alone = results.paper(text, tmp_path)
+    assert (
+        "final loss on T0" not in alone
+        and alone.count("results.md#the-same-rate") == text.count("results.md#the-same-rate") == 3
+    )
+    assert alone.count("[record]") == 3 < text.count("[record]")
+
+
+def test_the_figures_are_those_of_the_records(results: ModuleType, tmp_path: Path):
+    assert all((DOCS / name).read_text() == svg for name, svg in results.figures().items())
+    curves = {"block": [[1.0, 0.0], [100.0, 50.0]], "rank <1>": [[0.1, 5.0]]}
+    part = {"figure": "facts.svg", "y": "bits", "panels": {"MB": curves, "seconds": curves}}
+    record = json.loads((results.RESULTS / "rate.json").read_text())
+    record["section"]["parts"].append(part)
+    (tmp_path / "rate.json").write_text(json.dumps(record))
+    (svg,) = results.figures(tmp_path).values()
+    assert svg.count("<polyline") == 4 and "rank &lt;1&gt;" in svg
+    assert 'points="203.3,290.0 490.0,30.0"' in svg  # from 0.1 to 100 MB in 430 units
+    assert "![bits](facts.svg)" in results.page(tmp_path)
+
+
+def test_what_is_measured_on_a_toy_says_so_first(results: ModuleType):
+    found = results.records(results.RESULTS)
+    toys = {name for name, record in found.items() if record["section"]["parts"][0].startswith("A toy: ")}
+    on_tiny_base = {name for name, record in found.items() if "tiny-base" in str(record["config"])}
+    assert on_tiny_base - toys == {"slow_link"}  # of its model it takes nothing: the bytes are those of Llama-3-8B
+    assert {"rate", "ablations", "model_ablations", "soak"} <= toys
+    assert toys.isdisjoint({"wire", "deployment", "scale"})
+
+
 def test_the_first_table_says_which_bars_are_missed(results: ModuleType):
     def record(is_met: bool) -> dict[str, Any]:
         bar = {"name": "int4 bytes / float32 bytes", "value": 0.125, "limit": 0.14, "at_most": True}
         bar |= {"is_met": is_met}
         return {"wire": {"bars": [bar], "section": {"title": "The wire: bytes"}}}
 
+    assert results.glance(record(True))[2:3] == ["| **Quality under a budget** |  |  |"]
     (*_, met), (*_, missed) = (results.glance(record(is_met)) for is_met in (True, False))
     assert met.endswith("](#the-wire-bytes) | 0.125 | ≤ 0.14 |")
     assert "**0.125**, missed" in missed
