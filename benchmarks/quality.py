@@ -972,7 +972,8 @@ def crossing(of_number: Mapping[str, list[Found]]) -> str:
     crossed = [way for way in below if bits_at(of_number[block], of_number[way][0]["curve"][-1][0]) < ends[way]]
     return (
         f"At the end of all rounds `{block}` recalls more than {', '.join(below) or 'no adapters'}, and not more "
-        f"than {', '.join(above) or 'any'}. Over bytes its curve crosses that of {', '.join(crossed) or 'no adapters'}."
+        f"than {', '.join(above) or 'any'}. "
+        f"Over bytes its curve crosses that of {', '.join(crossed) or 'no adapters'}."
     )
 
 
