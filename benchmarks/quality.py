@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from _record import Bar, Found, Options, benchmarks, grouped, main, record, section, spread, table
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engines import run_here
 from parablock.algorithm.aggregate import ServerOptimizer
@@ -49,7 +50,7 @@ from parablock.methods.flora import factors_of
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
-from parablock.model.pretrained import load_model
+from parablock.model.pretrained import load_model, outline_model
 from parablock.plan.forecast import make_plan
 from parablock.report.reading import read_runs
 from parablock.report.tables import ablation_table
@@ -852,7 +853,8 @@ def facts(options: Options) -> None:
     """Count the bits of random facts that blocks, adapters and all parameters recall, by bytes and seconds."""
     base = facts_base(options)
     found: Found = {"tuning": {}, "runs": []}
-    found["base"] = base.told() | {"bits": bits_recalled(base.config, base.loss)}
+    size = outline_model(str(base.directory.model), dtype="float32").num_parameters()
+    found["base"] = base.told() | {"parameters": size, "bits": bits_recalled(base.config, base.loss)}
     for number, seed, way in product(options.facts, options.seeds, options.only):
         grid = found["tuning"].setdefault(f"{(like := FACTS['ways'][way]['rate_of'])}, {number}", [])
         for rate in FACTS["grids"][like][len(grid) : 1 if options.smoke else None]:
@@ -869,6 +871,12 @@ def facts_base(options: Options) -> kit.Kept:
     folder = Path(options.work_dir).resolve() / "base"
     model = make_tiny_llama(folder / "model", [*ascii_uppercase, *digits], seed=0, num_layers=4)
     (model / "chat_template.jinja").unlink()  # a fact is its letters and digits alone
+    smaller = LlamaForCausalLM(LlamaConfig.from_pretrained(model, **FACTS["shape"]))
+    draw = generator_for(0, "facts model")
+    with torch.no_grad():
+        for matrix in (parameter for parameter in smaller.parameters() if parameter.ndim == 2):
+            matrix.copy_(torch.from_numpy(draw.normal(scale=matrix.shape[1] ** -0.5, size=matrix.shape)))
+    smaller.save_pretrained(model)
     file = str(write_facts(folder / "facts.jsonl", range(HALF), options.base_facts, seed=0))
     settings = kit.training(options) | FACTS["base"]
     settings |= {"federation.num_rounds": options.base_rounds, "evaluation.max_examples": options.base_facts}
@@ -890,6 +898,7 @@ def facts_run(
     settings = kit.training(options) | kit.link(options.mbps) | about["settings"]
     settings |= {
         "federation.num_rounds": num_rounds,
+        "train.num_local_steps": max(1, options.passes * number // (4 * options.batch_size)),
         "train.learning_rate": rate,
         "evaluation.max_examples": number,
         "evaluation.every_rounds": max(1, num_rounds // 10),
@@ -930,7 +939,7 @@ def learnt_of(model: str, file: str) -> tuple[int, int]:
 
 
 def facts_section(found: Found) -> Found:
-    parts, base = list[str | Found](), found["results"]["base"]["bits"]
+    parts, base = list[str | Found](), found["results"]["base"]
     for number, of_number in grouped(found["results"]["runs"], "facts").items():
         whole, panels = number * DIGITS * log2(10), {unit: Found() for unit in FACTS["units"]}
         rows, half = [], {way: [] for way in grouped(of_number, "way")}
@@ -941,7 +950,7 @@ def facts_section(found: Found) -> Found:
             sent = runs[0]["curve"][-1][0] / runs[0]["num_rounds"] / 1e6
             ends = [spread((run["curve"][-1][2] / whole for run in runs), 3)]
             ends += [f"{fmean(at):,.4g}" if None not in at else "not reached" for at in half[way]]
-            kept = spread((run["bits_of_base"] / base for run in runs), 3)
+            kept = spread((run["bits_of_base"] / base["bits"] for run in runs), 3)
             rows.append([way, f"{runs[0]['learning_rate']:g}", f"{sent:.3f}", *ends, kept])
         head = [
             "trained",
@@ -954,7 +963,7 @@ def facts_section(found: Found) -> Found:
         ]
         figure = {"figure": f"facts_{number}.svg", "y": f"bits recalled of {whole:,.0f}", "panels": panels}
         parts += [f"### {number:,} facts", table(head, rows), figure, crossing(grouped(of_number, "way"))]
-    return section("facts", found, *parts, base_bits=base)
+    return section("facts", found, *parts, base_bits=base["bits"])
 
 
 def first_at(curve: list[list[float]], axis: int, bits: float) -> float | None:
