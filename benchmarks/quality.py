@@ -458,26 +458,28 @@ def methods(options: Options) -> None:
     rates = dict(zip(KINDS, options.rates, strict=True)) if options.rates else tuned_rates(options)
     is_scored = options.task_examples and not options.smoke
     base = family_scores(kit.material_of(options).model, options, "base") if is_scored else {}
-    found: Found = {"learning_rates": rates, "runs": [], "base": base}
-    for seed in options.seeds:
-        for method in (method for method in KIND_OF if method in options.only):
-            learning_rate = rates[KIND_OF[method]]
-            run = kit.Kept(method_config(method, learning_rate, seed, options), options, f"{method}-seed-{seed}")
-            clients = 1 if method == "central" else run.config.federation.num_clients
-            curve = [[point["round"], point["bytes"] / clients, point["loss"]] for point in run.points]
-            row = {"method": method, "seed": seed, "learning_rate": learning_rate} | run.told("num_rounds")
-            row["curve"] = [[0, 0.0, run.summary["initial_eval_loss"]], *curve]
-            scored = is_scored and method in SCORED
-            row["scores"] = family_scores(str(run.directory.model), options, run.name) if scored else {}
-            found["runs"].append(row)
-        runs = grouped(found["runs"], "method")
-        found["round_s"] = {name: {str(u): round_s(name, u, options) for u in options.links} for name in runs}
-        found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
-        bars = []
+    found: Found = {"learning_rates": rates, "runs": [], "base": base, "round_s": {}}
+    for seed, method in product(options.seeds, [name for name in KIND_OF if name in options.only]):
+        learning_rate = rates[KIND_OF[method]]
+        run = kit.Kept(method_config(method, learning_rate, seed, options), options, f"{method}-seed-{seed}")
+        clients = 1 if method == "central" else run.config.federation.num_clients
+        curve = [[point["round"], point["bytes"] / clients, point["loss"]] for point in run.points]
+        row = {"method": method, "seed": seed, "learning_rate": learning_rate} | run.told("num_rounds")
+        row["curve"] = [[0, 0.0, run.summary["initial_eval_loss"]], *curve]
+        scored = is_scored and method in SCORED
+        row["scores"] = family_scores(str(run.directory.model), options, run.name) if scored else {}
+        found["runs"].append(row)
+        if method not in found["round_s"]:
+            found["round_s"][method] = {str(u): round_s(method, u, options) for u in options.links}
+        runs, bars = grouped(found["runs"], "method"), []
+        if "parablock" in runs:  # the yardstick of seconds and bytes
+            found |= {"equal_seconds": equal_seconds(found, options), "equal_bytes": equal_bytes(found)}
         if {"parablock", "fl_bcd"} <= set(runs):
             ends = [fmean(run["curve"][-1][2] for run in runs[name]) for name in ("parablock", "fl_bcd")]
             bars = [Bar("T0: final loss of ParaBlock / FL-BCD, means", ends[0] / ends[1], 1.02)]
-        record(options, found, bars, method_config("parablock", rates["blocks"], 0, options))
+        record(
+            options, found, bars, method_config("parablock", rates["blocks"], 0, options)
+        )  # or no more is reached
 
 
 def method_config(method: str, learning_rate: float, seed: int, options: Options) -> RunConfig:
@@ -593,18 +595,16 @@ def methods_section(found: Found) -> Found:
     rates = ", ".join(f"{kind} {value:g}" for kind, value in results["learning_rates"].items())
     by_seconds = {
         f"{float(mbps):g} Mbit/s, {float(seconds):g} s": losses
-        for mbps, times in results["equal_seconds"].items()
+        for mbps, times in results.get("equal_seconds", {}).items()
         for seconds, losses in times.items()
     }
-    by_bytes = {f"{megabytes} MB": losses for megabytes, losses in results["equal_bytes"].items()}
+    by_bytes = {f"{megabytes} MB": losses for megabytes, losses in results.get("equal_bytes", {}).items()}
     scored = {NAMES[name]: [run["scores"] for run in group] for name, group in runs.items() if group[0]["scores"]}
     said, seeds = kit.ABOUT["methods"], ", ".join(map(str, options["seeds"]))
     parts = [
         table(["method", "rounds", "eval loss", "MB a client and round", *speeds], rows),
-        said["at_seconds"],
-        *losses_table(by_seconds, ends),
-        said["at_bytes"],
-        *losses_table(by_bytes, ends),
+        *([said["at_seconds"], *losses_table(by_seconds, ends)] if by_seconds else []),
+        *([said["at_bytes"], *losses_table(by_bytes, ends)] if by_bytes else []),
         *(family_table(results["base"], scored) if results["base"] else []),
     ]
     return section("methods", found, *parts, seeds=seeds, rates=rates)
@@ -933,8 +933,8 @@ def bits_recalled(config: RunConfig, loss: float) -> float:
 @cache
 def learnt_of(model: str, file: str) -> tuple[int, int]:
     """Count rows and the tokens that are learnt of them."""
-    config = kit.configured(kit.Material(model, (file,), (file,)), {"data.max_length": 32})
-    examples = read_inputs(config).test
+    everything = {"data.max_length": 32, "evaluation.max_examples": 10**6}
+    examples = read_inputs(kit.configured(kit.Material(model, (file,), (file,)), everything)).test
     return len(examples), sum(label >= 0 for example in examples for label in example.labels)
 
 

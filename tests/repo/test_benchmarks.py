@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from math import log2
+from math import log, log2
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -361,15 +361,29 @@ def test_the_ablations_change_one_knob_at_a_time(benchmark: Any) -> None:
         assert len(set(values)) == len(values), f"{knob} changes nothing"
 
 
-def test_facts_are_counted_in_bits_and_drawn(benchmark: Any, load: Callable[[str], ModuleType]) -> None:
+def test_facts_are_counted_in_bits_and_drawn(
+    benchmark: Any, load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = benchmark("quality", "facts", "--smoke")
     block, adapters = record["results"]["runs"]
     assert [run["way"] for run in (block, adapters)] == ["block, Muon", "rank 1"]
-    assert block["curve"][-1][0] > 10 * adapters["curve"][-1][0] > 0
-    assert 0 < block["bits_of_base"] < record["results"]["base"]["bits"] < 8 * 5 * log2(10)
+    assert block["curve"][-1][0] > 5 * adapters["curve"][-1][0] > 0
+    assert (
+        0 < adapters["bits_of_base"] < block["bits_of_base"] < record["results"]["base"]["bits"] < 8 * 5 * log2(10)
+    )
     (figure,) = (part for part in record["section"]["parts"] if "figure" in part)
     assert figure["panels"]["seconds"]["rank 1"][-1] == adapters["curve"][-1][1:]
-    crossing = load("quality").crossing
+    quality = load("quality")
+    (fact,) = quality.write_facts(tmp_path / "one.jsonl", range(1), 1, 0).read_text().splitlines()
+    assert fact.startswith('{"prompt": "AAA", "completion": " ')
+    monkeypatch.setattr(quality, "learnt_of", lambda *_: (3, 3 * 7))  # three facts of seven learnt tokens
+    config = quality.kit.configured(quality.kit.Material("m", ("a",), ("a",)), {})
+    assert quality.bits_recalled(config, 0.0) == pytest.approx(3 * 5 * log2(10))
+    assert quality.bits_recalled(config, log(2)) == pytest.approx(
+        3 * (5 * log2(10) - 7)
+    )  # a bit a token is missing
+    assert quality.bits_recalled(config, 9.0) == 0
+    crossing = quality.crossing
     low, high = ([{"curve": [[at, 0.0, bits / 4], [2 * at, 0.0, bits]]}] for at, bits in ((1, 80.0), (10, 100.0)))
     told = crossing({"block, Muon": high, "rank 1": low})
     assert told.endswith("crosses that of rank 1.") and "more than rank 1," in told
