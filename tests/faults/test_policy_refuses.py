@@ -201,6 +201,16 @@ def test_a_check_shows_every_point_that_a_run_would_break(tmp_path: Path):
     assert crosses(nested({**RUN, **MASKS})) == "the policy allows the run"
 
 
+def test_a_check_names_a_client_that_the_run_does_not_have(tmp_path: Path):
+    for client_id, said in ((7, True), (0, False)):
+        site_with(tmp_path, OPEN_POLICY)
+        site = yaml.safe_load((tmp_path / "site.yaml").read_text())
+        (tmp_path / "site.yaml").write_text(yaml.safe_dump({**site, "client_id": client_id}))
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(nested({**RUN, "federation.num_clients": 2})))
+        found = check_site(tmp_path / "site.yaml", "127.0.0.1:1", None, tmp_path / "run.yaml")
+        assert any(f"there is no client {client_id} in the run" in one.found for one in found) is said
+
+
 # ── in a round ───────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -12,9 +12,9 @@ import typer
 
 from parablock.cli.deploy_keys import keys_app
 from parablock.cli.deploy_start import check, init_app
-from parablock.cli.terminal import Overrides, console, print_summary, show_progress
+from parablock.cli.terminal import SAME_COMMAND, Overrides, console, print_summary, show_progress
 from parablock.deploy.allocation import keep_memory
-from parablock.errors import ConfigError
+from parablock.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from parablock.config.keys import RunConfig
@@ -55,16 +55,17 @@ def server(
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
     keep_memory()
-    from parablock.deploy.direct_server import serve_run, server_config
+    from parablock.config.load import load_server_config
+    from parablock.deploy.direct_server import serve_run
     from parablock.deploy.door import check_keys
 
     check_keys(keys, insecure=insecure)
-    settings = server_config(config, overrides)
+    settings = load_server_config(config, overrides or [])
     if metrics_port is not None:
         from parablock.deploy.metrics_endpoint import serve_metrics
 
         serve_metrics(output_dir, metrics_port)
-    with show_progress(output_dir) as (progress, stop):
+    with show_progress(output_dir, SAME_COMMAND) as (progress, stop):
         summary = serve_run(
             settings,
             output_dir,
@@ -74,7 +75,7 @@ def server(
             progress=progress,
             asked_to_stop=stop,
         )
-    print_summary(summary, output_dir)
+    print_summary(summary, output_dir, SAME_COMMAND)
 
 
 @deploy.command()
@@ -187,13 +188,28 @@ def remove(
     Example: parablock deploy remove runs/first 3
     """
     words = f"Client {client_id} may join again." if undo else f"Client {client_id} is removed."
+    _check_client(output_dir, client_id)
     _ask(output_dir, f"removed-{client_id}", words, undo=undo)
+
+
+def _check_client(output_dir: Path, client_id: int) -> None:
+    from parablock.deploy.status import read_status
+
+    there = [site["client_id"] for site in read_status(output_dir)["sites"]]
+    if client_id not in there:
+        problem = f"there is no client {client_id} in this run; its clients are 0 to {max(there)}"
+        raise ConfigError([problem], source="the command line")
 
 
 def _ask(output_dir: Path, what: str, words: str, *, undo: bool = False) -> None:
     from parablock.deploy.status import control_of, read_status
 
-    if not read_status(output_dir)["running"]:
+    now = read_status(output_dir)
+    if now["completed"]:
+        raise InputError(
+            f"the run in {output_dir} is complete: its server has ended", remedy="Ask the server of another run."
+        )
+    if not now["running"]:
         typer.echo("No server is running there at present; it is told when it starts.", err=True)
     control_of(output_dir).ask(what, undo=undo)
     typer.echo(words)
@@ -210,12 +226,12 @@ def app(
 
     Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/federated
     """
-    from parablock.deploy.direct_server import server_config
+    from parablock.config.load import load_server_config
     from parablock.deploy.one_machine import prepare_app
     from parablock.deploy.processes import run_command
 
     more = [] if clients is None else [f"federation.num_clients={clients}"]
-    settings = server_config(config, [*(overrides or []), *more], engine="flower")
+    settings = load_server_config(config, [*(overrides or []), *more], engine="flower")
     folder, num_sites = prepare_app(settings, output_dir)
     typer.echo(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
     typer.echo(run_command(folder, {}))

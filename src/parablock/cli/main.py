@@ -34,7 +34,7 @@ from parablock.cli.terminal import (
     show_work,
     table_of,
 )
-from parablock.errors import ParaBlockError
+from parablock.errors import ConfigError, ParaBlockError
 
 app = typer.Typer(
     name="parablock",
@@ -204,11 +204,18 @@ def plan(
 
     Example: parablock plan configs/t0.yaml --upload-mbps 10 --download-mbps 30
     """
-    from parablock.config.load import load_config
+    from parablock.config.load import lacks_rows, load_config, load_server_config
 
     given = {"link.upload_mbps": upload_mbps, "link.download_mbps": download_mbps}
     link = [f"{key}={value}" for key, value in given.items() if value is not None]
-    loaded = load_config(config, [*(overrides or []), *link])
+    given_keys = [*(overrides or []), *link]
+    if lacks_rows(config, given_keys):
+        if probe:
+            raise ConfigError(["--probe times real steps, and needs rows: data.train is not given"], source=str(config))
+        typer.echo("data.train is not given: planned for sites that have the rows, of data.max_length tokens.", err=True)
+        loaded = load_server_config(config, given_keys)
+    else:
+        loaded = load_config(config, given_keys)
     with show_work() as progress:
         progress.stage(LOADING, is_brief=True)
         from parablock.plan.forecast import make_plan

@@ -16,12 +16,15 @@ from rich.table import Table
 
 console = Console(markup=False)  # a path may hold brackets
 INTERRUPTED = 130
+RESUME = "parablock resume {}"
+SAME_COMMAND = "the same command"
+"""How one goes on with the run of a server, whose sites a plain `resume` would not have."""
 LOADING = "loading torch and transformers"
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")]
 
 
 @contextmanager
-def show_progress(directory: Path | None = None) -> Iterator[tuple[Any, Any]]:
+def show_progress(directory: Path | None = None, again: str = RESUME) -> Iterator[tuple[Any, Any]]:
     """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
 
     SIGTERM, and SIGHUP of a terminal that is closed, count as Ctrl-C. Before the first round there is nothing to
@@ -29,6 +32,7 @@ def show_progress(directory: Path | None = None) -> Iterator[tuple[Any, Any]]:
 
     Args:
         directory: The run directory, which the last lines name; None if it is not known.
+        again: How one goes on with a run that was stopped.
 
     Yields:
         The progress display, and a function that returns whether the user asked to stop.
@@ -56,21 +60,19 @@ def show_progress(directory: Path | None = None) -> Iterator[tuple[Any, Any]]:
             for number in caught:
                 signal.signal(number, signal.SIG_IGN)  # the end is near
             progress.close()
-            console.print(_after_a_stop(directory), highlight=False, soft_wrap=True)
+            console.print(_after_a_stop(directory, again.format(directory or "DIR")), highlight=False, soft_wrap=True)
             _leave(INTERRUPTED)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def _after_a_stop(directory: Path | None) -> str:
-    if directory is None:
-        return "stopped at once; go on from the last checkpoint with: parablock resume DIR"
-    if not (directory / "config.yaml").exists():
+def _after_a_stop(directory: Path | None, again: str) -> str:
+    if directory is not None and not (directory / "config.yaml").exists():
         return "stopped at once; nothing was begun, and nothing is left behind"
-    if any((directory / "checkpoints").iterdir()):
-        return f"stopped at once; go on from the last checkpoint with: parablock resume {directory}"
-    return f"stopped at once, before the first checkpoint; begin again with: parablock resume {directory}"
+    if directory is None or any((directory / "checkpoints").iterdir()):
+        return f"stopped at once; go on from the last checkpoint with: {again}"
+    return f"stopped at once, before the first checkpoint; begin again with: {again}"
 
 
 def _leave(code: int) -> None:
@@ -97,12 +99,12 @@ def show_work() -> Iterator[Any]:
         yield progress
 
 
-def print_summary(summary: dict[str, Any], directory: Path) -> None:
-    """Print what came of a run, and what to open."""
+def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
+    """Print what came of a run, and what to open; `again` as for `show_progress`."""
     from parablock.report.reading import read_runs
     from parablock.report.tables import sentence
 
-    exit_when_interrupted(summary, directory)
+    exit_when_interrupted(summary, directory, again)
     (record,) = read_runs([directory])
     losses = f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}"
     console.print(f"{losses}\n{sentence(record)}", highlight=False, soft_wrap=True)
@@ -113,9 +115,9 @@ def print_summary(summary: dict[str, Any], directory: Path) -> None:
         console.print(f"talk to it: parablock chat {directory}", highlight=False, soft_wrap=True)
 
 
-def exit_when_interrupted(summary: dict[str, Any], directory: Path) -> None:
+def exit_when_interrupted(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        remedy = f"stopped and saved; go on with: parablock resume {directory}"
+        remedy = f"stopped and saved; go on with: {again.format(directory)}"
         console.print(remedy, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)

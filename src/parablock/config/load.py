@@ -33,6 +33,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(overridden(read_tree(path), overrides), source=str(path))
 
 
+def load_server_config(path: Path, overrides: Sequence[str] = (), *, engine: str = "remote") -> RunConfig:
+    """Read the configuration of a run at real sites, in which `data.train` may be left out: the sites have the rows.
+
+    Raises:
+        ConfigError: With every problem.
+    """
+    tree = overridden(read_tree(path), [*overrides, *at_sites(engine)])
+    if isinstance(tree.get("data"), dict):
+        tree["data"].setdefault("train", [])
+    return parse_config(tree, source=str(path))
+
+
+def lacks_rows(path: Path, overrides: Sequence[str] = ()) -> bool:
+    """Tell whether a configuration names no rows to train on, as that of a server whose sites have them."""
+    data = overridden(read_tree(path), overrides).get("data")
+    return isinstance(data, dict) and "train" not in data
+
+
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Put overrides `dotted.key=value` into a tree of plain values, and return it, or raise a ConfigError."""
     problems = [problem for override in overrides if (problem := _apply(tree, override))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from parablock.clock import RealClock
 from parablock.config.keys import RunConfig
-from parablock.config.load import at_sites, load_config, overridden, parse_config, read_tree
+from parablock.config.load import load_config
 from parablock.deploy.door import listen
 from parablock.deploy.log_files import log_to
 from parablock.deploy.server_audit import audited, audited_door, server_log_of
@@ -48,18 +48,6 @@ class RemoteEngine:
         given = audited(given, server_log_of(self._output_dir), self._facts)
         with StatusBoard(self._output_dir, given.trace, self._listener) as board:
             return run_remote(given, self._listener, self._facts, num_sites=self._num_sites, on_open=board.watch)
-
-
-def server_config(path: Path, overrides: list[str] | None = None, *, engine: str = "remote") -> RunConfig:
-    """Read the server's configuration, in which `data.train` may be left out: the sites bring their rows.
-
-    Raises:
-        ConfigError: With every problem.
-    """
-    tree = read_tree(path)
-    if isinstance(tree.get("data"), dict):
-        tree["data"].setdefault("train", [])
-    return parse_config(overridden(tree, [*(overrides or []), *at_sites(engine)]), source=str(path))
 
 
 def serve_run(
@@ -188,7 +176,7 @@ def stop_or_pause(
         nonlocal is_paused
         while control.is_paused and not (asked_to_stop() or control.is_stopping):
             if not is_paused:
-                tell("paused; go on with: parablock deploy pause --off")
+                tell(f"paused; go on with: parablock deploy pause {output_dir} --off")
             is_paused = True
             clock.sleep(PAUSE_S)
         is_paused = False

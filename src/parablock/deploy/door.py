@@ -63,6 +63,12 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
         _check_free(host, port)
         return Listener(address, None, lambda _: None, num_clients=num_clients, tell=tell)
     credentials = load_credentials(keys)
+    if not credentials.hosts:
+        raise InputError(
+            f"{keys} holds the certificate of {credentials.name}, not a server's",
+            cause="A site's folder was given where the server's belongs.",
+            remedy="Give the folder that holds server.key and server.pem.",
+        )
     warn_of_expiry(credentials, tell)
     _check_free(host, port)
     revoked = keys / "revoked.pem"

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import parse_config
+from parablock.config.load import load_server_config, parse_config
 from parablock.deploy.certificates import load_credentials
 from parablock.deploy.door import diagnose, host_and_port, server_of
 from parablock.deploy.site import SiteConfig, configuration_at, load_site, shared_config
@@ -49,9 +49,7 @@ def check_site(path: Path, address: str, keys: Path | None, run: Path | None = N
     """
     shared = None
     if run is not None:
-        from parablock.deploy.direct_server import server_config
-
-        shared = shared_config(server_config(run))
+        shared = shared_config(load_server_config(run))
     host, port = host_and_port(address)
     try:
         site = load_site(path)
@@ -165,6 +163,10 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
         yield from _check_policy(site, config, opening if opening and opening.config == shared else None)
     try:
         everybody = config.federation.num_clients
+        if site.client_id >= everybody:
+            found = f"there is no client {site.client_id} in the run: its clients are 0 to {everybody - 1}"
+            yield Checked(False, found, "Change `client_id` in this site's file, or `federation.num_clients` of the run.")
+            return
         all_of = site.client_id if site.share == "all" else None
         parts, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)
         rows = len(parts[site.client_id])

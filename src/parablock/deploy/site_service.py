@@ -20,6 +20,7 @@ from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver
 from parablock.errors import ParaBlockError, StallError, StorageError
 
 LOGGER = logging.getLogger("parablock")
+AGAIN_S = 0.05
 
 
 def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool = False) -> None:
@@ -27,7 +28,7 @@ def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool 
 
     With `once` it ends with its first run, and with the error that made it leave.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers stop it: like Ctrl-C
+    interrupt_for_certain()
     LOGGER.setLevel(logging.INFO)
     screen = logging.StreamHandler(sys.stdout)
     screen.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -38,6 +39,25 @@ def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool 
         serve(site, server_of(address, keys, LOGGER.warning), once=once)
     except KeyboardInterrupt:
         LOGGER.info("this site has left, as its operator asked")
+
+
+def interrupt_for_certain() -> None:
+    """Let SIGTERM, by which service managers stop a site, interrupt as Ctrl-C does, wherever the process is.
+
+    Python drops an exception that is raised in a destructor or in the callback of a weak reference; one that was
+    an interrupt comes again.
+    """
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.default_int_handler)
+    report = sys.unraisablehook
+
+    def on_dropped(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        else:
+            report(dropped)
+
+    sys.unraisablehook = on_dropped
 
 
 def serve(site: SiteConfig, server: ServerEnd, *, once: bool = False) -> None:

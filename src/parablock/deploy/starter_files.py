@@ -35,7 +35,8 @@ federation:
   num_rounds: 48
   # rounds that an update may be under way while the next one is trained; 0: no overlap
   delay: 1
-  # fewest updates that a round needs; with fewer sites the run waits for them
+  # fewest updates that a round needs; with fewer sites the run waits for them. With 1, a site that is left alone
+  # goes on: the result of its rounds is its own update
   min_updates: 1
   # seconds without a sign of a site, after which a round goes on without it
   stall_timeout_s: 600
@@ -82,7 +83,8 @@ lease_s: 3600
 policy:
   # required: updates leave masked, and the server sees the sum of a round alone; any: it sees this site's updates
   secure_aggregation: any
-  # fewest clients that a round asks; a mean of one would be this site's update
+  # fewest clients that a run asks in a round; how many of them may be missing is `min_updates` of the run, and a
+  # mean of one is its update
   min_cohort: 2
   # fewest examples behind an update: examples of a step times steps; fewer can be read out of it
   min_examples_per_round: 8

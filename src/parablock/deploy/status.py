@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from rich.box import SIMPLE
 from rich.table import Table
 
 from parablock.clock import RealClock
@@ -186,7 +187,8 @@ def _certificate(pem: bytes) -> dict[str, str] | None:
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
-    """Read the status of the server of a run directory; `running` says whether there is one now.
+    """Read the status of the server of a run directory; `running` says whether there is one now, `completed` whether
+    the run has come to its end.
 
     Raises:
         InputError: No server has run there.
@@ -201,30 +203,44 @@ def read_status(output_dir: Path) -> dict[str, Any]:
         ) from None
     age_s = (datetime.now(UTC) - datetime.fromisoformat(status["time"])).total_seconds()
     status["running"] = psutil.pid_exists(status["pid"]) and age_s < STALE_S
+    status["completed"] = not status["running"] and _is_completed(output_dir)
     return status
+
+
+def _is_completed(output_dir: Path) -> bool:
+    with suppress(OSError, ValueError):
+        summary: dict[str, Any] = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
+        return summary.get("status") == "completed"
+    return False
 
 
 def status_table(status: dict[str, Any]) -> Table:
     """Return a status as a table for the terminal."""
     now = datetime.now(UTC)
+    is_running = status["running"]
     head = f"server {status['pid']} at port {status['port']}"
-    if not status["running"]:
+    if not is_running:
         head += f", ended; last seen {status['time']}"
-    elif status["paused"]:
+    if status["completed"]:
+        head = f"the run is complete; its server ended {status['time']}"
+    elif is_running and status["paused"]:
         head += ", paused"
-    table = Table(title=head, caption=status["waiting_for"] and f"waits for {status['waiting_for']}")
-    for column in ("client", "state", "for", "round", "up", "down", "now", "on its way", "certificate"):
-        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+    awaited = status["waiting_for"] if is_running and not status["paused"] else ""
+    table = Table(
+        title=head, caption=awaited and f"waits for {awaited}", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for column in ("client", "state", "for", "rounds", "up", "down", "now", "on its way", "certificate"):
+        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
     for site in status["sites"]:
         since = (now - datetime.fromisoformat(site["since"])).total_seconds() if site["since"] else None
         table.add_row(
             str(site["client_id"]),
-            site["state"],
-            "" if since is None else format_duration(since),
+            site["state"] if is_running else "",
+            "" if since is None or not is_running else format_duration(since),
             "" if site["last_round"] < 0 else str(site["last_round"] + 1),
             *(format_bytes(site[key]) for key in ("up_bytes", "down_bytes")),
-            f"{format_bytes(site['up_bytes_per_s'] + site['down_bytes_per_s'])}/s",
-            format_bytes(site["waiting_bytes"]),
+            f"{format_bytes(site['up_bytes_per_s'] + site['down_bytes_per_s'])}/s" if is_running else "",
+            format_bytes(site["waiting_bytes"]) if is_running else "",
             _days(site["certificate"], now),
         )
     return table

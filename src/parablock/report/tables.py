@@ -99,6 +99,8 @@ def clients_table(run: RunRecord) -> Table:
     rows = []
     for client_id in range(run.summary["num_clients"]):
         own = counts[client_id] if client_id < len(counts) else {}
+        if not own.get("examples"):
+            own = {}  # rows that never leave a site are not counted at the server
         data = (f"{own[key]:,}" if key in own else UNKNOWN for key in ("examples", "tokens", "target_tokens"))
         known = [loss for _, loss in losses.get(client_id, ()) if loss is not None]
         loss = (f"{known[0]:.3f}", f"{known[-1]:.3f}") if known else (UNKNOWN,) * 2

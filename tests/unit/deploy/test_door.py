@@ -108,3 +108,9 @@ def test_proxies_are_seen_under_either_spelling_and_never_used_to_this_machine(m
     monkeypatch.setenv("https_proxy", "http://other:1")
     settle_environment()
     assert os.environ["https_proxy"] == "http://other:1"
+
+
+def test_a_server_with_the_keys_of_a_site_is_told_so(keys: Path):
+    with pytest.raises(InputError, match="certificate of site-0, not a server's"):
+        listen("127.0.0.1:0", keys / "site-0", 1, print)
+    listen("127.0.0.1:0", keys / "server", 1, print).close()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from parablock.config.load import parse_config
-from parablock.deploy.direct_server import server_config
+from parablock.config.load import load_server_config
 from parablock.deploy.site import configuration_at, is_simulated, load_site, shared_config, site_file
 from parablock.errors import ConfigError
 
@@ -37,11 +37,11 @@ def test_the_server_tells_no_path_and_a_site_brings_its_own(tmp_path: Path):
 def test_a_server_without_rows_of_its_own_needs_some_to_score_on(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {name_or_path: m}\ndata: {test: [t.jsonl]}\n")
-    config = server_config(file, engine="flower")
+    config = load_server_config(file, engine="flower")
     assert (config.data.train, config.engine.name) == ((), "flower")
     file.write_text("model: {name_or_path: m}\ndata: {max_length: 64}\n")
     with pytest.raises(ConfigError, match=r"data\.train: names no file"):
-        server_config(file)
+        load_server_config(file)
 
 
 def test_everything_wrong_in_a_sites_file_is_said_at_once(tmp_path: Path):

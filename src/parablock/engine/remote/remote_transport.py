@@ -270,7 +270,9 @@ class RemoteTransport:
             if now_bytes != left_bytes:
                 moved_s, left_bytes = self._clock.now(), now_bytes
             patience_s = timeout_s if any(map(self.is_there, waits)) else min(timeout_s, RETURN_S)
-            if self._clock.now() - moved_s > patience_s or self._asked_to_stop():
+            if self._asked_to_stop():
+                break
+            if self._clock.now() - moved_s > patience_s:
                 self._tell(f"the end of the run did not reach {', '.join(f'client {i}' for i in waits)}")
                 break
             self._clock.sleep(LOOK_S)
