@@ -211,8 +211,12 @@ def plan(
     given_keys = [*(overrides or []), *link]
     if lacks_rows(config, given_keys):
         if probe:
-            raise ConfigError(["--probe times real steps, and needs rows: data.train is not given"], source=str(config))
-        typer.echo("data.train is not given: planned for sites that have the rows, of data.max_length tokens.", err=True)
+            raise ConfigError(
+                ["--probe times real steps, and needs rows: data.train is not given"], source=str(config)
+            )
+        typer.echo(
+            "data.train is not given: planned for sites that have the rows, of data.max_length tokens.", err=True
+        )
         loaded = load_server_config(config, given_keys)
     else:
         loaded = load_config(config, given_keys)

@@ -60,7 +60,9 @@ def show_progress(directory: Path | None = None, again: str = RESUME) -> Iterato
             for number in caught:
                 signal.signal(number, signal.SIG_IGN)  # the end is near
             progress.close()
-            console.print(_after_a_stop(directory, again.format(directory or "DIR")), highlight=False, soft_wrap=True)
+            console.print(
+                _after_a_stop(directory, again.format(directory or "DIR")), highlight=False, soft_wrap=True
+            )
             _leave(INTERRUPTED)
         finally:
             for number, handler in before.items():

@@ -34,7 +34,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_server_config(path: Path, overrides: Sequence[str] = (), *, engine: str = "remote") -> RunConfig:
-    """Read the configuration of a run at real sites, in which `data.train` may be left out: the sites have the rows.
+    """Read the configuration of a run at real sites, in which `data.train` may be left out: they have the rows.
 
     Raises:
         ConfigError: With every problem.

@@ -165,7 +165,9 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
         everybody = config.federation.num_clients
         if site.client_id >= everybody:
             found = f"there is no client {site.client_id} in the run: its clients are 0 to {everybody - 1}"
-            yield Checked(False, found, "Change `client_id` in this site's file, or `federation.num_clients` of the run.")
+            yield Checked(
+                False, found, "Change `client_id` in this site's file, or `federation.num_clients` of the run."
+            )
             return
         all_of = site.client_id if site.share == "all" else None
         parts, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)

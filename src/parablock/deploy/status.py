@@ -187,8 +187,9 @@ def _certificate(pem: bytes) -> dict[str, str] | None:
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
-    """Read the status of the server of a run directory; `running` says whether there is one now, `completed` whether
-    the run has come to its end.
+    """Read the status of the server of a run directory.
+
+    `running` says whether there is a server now, `completed` whether the run has come to its end.
 
     Raises:
         InputError: No server has run there.
@@ -229,8 +230,9 @@ def status_table(status: dict[str, Any]) -> Table:
     table = Table(
         title=head, caption=awaited and f"waits for {awaited}", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
     )
-    for column in ("client", "state", "for", "rounds", "up", "down", "now", "on its way", "certificate"):
-        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
+    for column in ("client", "state", "for", "rounds", "up", "down", "now", "on its way", "valid for"):
+        is_word = column == "state"
+        table.add_column(column, justify="left" if is_word else "right", no_wrap=is_word, overflow="fold")
     for site in status["sites"]:
         since = (now - datetime.fromisoformat(site["since"])).total_seconds() if site["since"] else None
         table.add_row(

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from parablock.config.load import parse_config
-from parablock.config.load import load_server_config
+from parablock.config.load import load_server_config, parse_config
 from parablock.deploy.site import configuration_at, is_simulated, load_site, shared_config, site_file
 from parablock.errors import ConfigError
 

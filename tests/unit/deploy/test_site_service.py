@@ -30,5 +30,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(("how", "came"), [("for certain", "leaves"), ("as Python has it", "stays")])
 def test_an_interrupt_that_python_drops_comes_again(how: str, came: str):
-    done = subprocess.run([sys.executable, "-c", DROPPED.format(how=how)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED.format(how=how)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [came]
