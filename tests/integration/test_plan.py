@@ -79,3 +79,12 @@ def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) 
 
 def test_an_unknown_format_is_named(workshop: Workshop) -> None:
     assert_refused(command("plan", str(workshop.config), "--format", "xml"), "--format")
+
+
+def test_the_file_that_a_server_starts_with_can_be_planned(workshop: Workshop, tmp_path: Path) -> None:
+    done("deploy", "init", "server", str(tmp_path / "server"), "--model", str(workshop.model))
+    file = tmp_path / "server" / "run.yaml"
+    outcome = done("plan", str(file), "--format", "json")
+    assert json.loads(outcome.stdout)["num_blocks"] > 0
+    assert "planned for sites that have the rows" in outcome.stderr
+    assert_refused(command("plan", str(file), "--probe"), "--probe times real steps, and needs rows")
