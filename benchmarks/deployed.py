@@ -299,8 +299,12 @@ class Link:
         place = 0 if wanted.direction == "up" else 1
         while self.moved()[place] < wanted.megabytes * 5e5:
             time.sleep(0.05)
+        self.cut(wanted.outage_s)
+
+    def cut(self, outage_s: float) -> None:
+        """Take the link down for a while."""
         call("ip", "link", "set", self._outer, "down")
-        time.sleep(wanted.outage_s)
+        time.sleep(outage_s)
         call("ip", "link", "set", self._outer, "up")
 
     def moved(self) -> tuple[int, int]:

@@ -10,12 +10,15 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -28,8 +31,10 @@ from typing import Any
 
 import _record as kit
 import numpy as np
+import psutil
 import torch
 from _record import Bar, Found, Options, benchmarks, main, record, section, spread, table, table_of
+from deployed import Link, Wanted, call
 from torch import Tensor
 
 from cuttable_proxy import CuttableProxy
@@ -41,7 +46,10 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.config.section import KINDS_AT
 from parablock.deploy.direct_local import HOST, LocalSites
-from parablock.errors import CodecError, ConfigError
+from parablock.deploy.one_machine import Deployment, watch
+from parablock.deploy.processes import Process
+from parablock.errors import CodecError, ConfigError, ParaBlockError
+from parablock.experiment.progress import LoggedProgress
 from parablock.seeding import generator_for
 from parablock.storage.audit_log import AuditLog, verify
 from parablock.storage.run_directory import RunDirectory
@@ -51,6 +59,7 @@ from parablock.wire.transport import Parcel
 from sealed_messages import every_message, forged, parts_of, sealed
 
 POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 600.0, 2, 1.0
+MOST_FLOWER_RUNS = 5
 SAME, BACK = "same model as one process", "{asked_s:.1f} + {load_s:.1f} + {rest_s:.1f}"
 
 
@@ -166,18 +175,29 @@ def kill_sites(options: Options) -> None:
     while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
         load = os.getloadavg()[0]
         with RealSites(folder / f"run-{len(runs)}", config, options.bytes_per_s) as town:
-            runs.append(disturbed(town, draw, options.parts, options.outage_s) | {"load": load})
-        kills = [kill for run in runs for kill in run["kills"]]
-        same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
-        bars = [
-            Bar("kills and cuts of a running deployment", len(kills), options.kills, at_most=False),
-            Bar("of them in runs that end with the undisturbed model", same, len(kills), at_most=False),
-            Bar("runs of another seed that do", float(other == expected), 0),
-        ]
+            runs.append(disturbed(town, draw, options) | {"load": load})
+            note_returns(town, runs[-1]["kills"])
+        bars, kills = bars_of_kills(runs, options.kills, expected, other)
         if back := [kill["back_s"] for kill in kills if kill.get("alone")]:
             name = "seconds from the start of a killed site until it has trained, without the loading of its model"
             bars += [Bar(f"{name}: {word}", of(back), 5) for word, of in (("median", median), ("most", max))]
         record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
+
+
+def bars_of_kills(runs: list[Found], wanted: int, expected: str, other: str) -> tuple[list[Bar], list[Found]]:
+    """Return what every kill has to come to, and the kills."""
+    kills = [kill for run in runs for kill in run["kills"]]
+    same = sum(len(run["kills"]) for run in runs if run["model_sha256"] == expected)
+    bars = [
+        Bar("kills and cuts of a running deployment", len(kills), wanted, at_most=False),
+        Bar("of them in runs that end with the undisturbed model", same, len(kills), at_most=False),
+        Bar("runs of another seed that do", float(other == expected), 0),
+    ]
+    return bars, kills
+
+
+def told_kills(run: Found) -> str:
+    return ", ".join(f"{kill['part']} after {kill['rounds_done']}" for kill in run["kills"])
 
 
 def kill_sites_section(found: Found) -> Found:
@@ -185,7 +205,7 @@ def kill_sites_section(found: Found) -> Found:
     rows = [
         [
             str(number),
-            ", ".join(f"{kill['part']} after {kill['rounds_done']}" for kill in run["kills"]),
+            told_kills(run),
             ", ".join(
                 BACK.format(**kill, rest_s=kill["back_s"] - kill["asked_s"])
                 for kill in run["kills"]
@@ -225,6 +245,23 @@ class RealSites:
         for link in self.links:
             link.close()
 
+    def has_ended(self) -> bool:
+        return self.server.poll() is not None
+
+    def wait(self) -> None:
+        self.server.wait(PATIENCE_S)
+        finish(self.server, self.output_dir)
+
+    def strike(self, part: str, site: int, outage_s: float) -> None:
+        """Kill a process, and start it again at once; or cut a site off for a while, which goes on meanwhile."""
+        process = self.server if part == "server" else self.sites.processes[site]
+        if part == "network":
+            self.links[site].cut(outage_s)
+        else:
+            process.kill()
+            process.wait()
+            self.start_server() if part == "server" else self.start_site(site)
+
     def start_server(self) -> None:
         keys = ["--keys", str(self.sites.keys_of("server")), "--address", f"{HOST}:{self.port}"]
         arguments = ["deploy", "server", str(self.file), "--output-dir", str(self.output_dir), *keys]
@@ -239,34 +276,30 @@ class RealSites:
         return [(datetime.fromisoformat(at).timestamp() + int(ms) / 1e3, said) for at, ms, said in lines]
 
 
-def disturbed(town: RealSites, draw: np.random.Generator, parts: list[str], outage_s: float) -> Found:
+def disturbed(town: RealSites | RealFederation, draw: np.random.Generator, options: Options) -> Found:
     """Kill and cut at moments drawn at random; go on until the run ends."""
-    config, kills, began_s = town.sites.config, list[Found](), time.time()
-    last = config.federation.num_rounds - 2
-    moments = sorted((int(draw.integers(1, last)), float(draw.uniform(0, ROUND_S))) for _ in parts)
-    for part, (after_rounds, part_s) in zip(map(str, draw.permutation(parts)), moments, strict=True):
-        while town.server.poll() is None and rounds_recorded(town.output_dir) < after_rounds:
+    kills, began_s, last = list[Found](), time.time(), options.rounds - 2
+    moments = sorted((int(draw.integers(1, last)), float(draw.uniform(0, ROUND_S))) for _ in options.parts)
+    for part, (after_rounds, part_s) in zip(map(str, draw.permutation(options.parts)), moments, strict=True):
+        while not town.has_ended() and rounds_recorded(town.output_dir) < after_rounds:
             if time.time() - began_s > PATIENCE_S:
                 raise TimeoutError(f"look at {town.output_dir}")
             time.sleep(POLL_S)
         time.sleep(part_s)
-        if town.server.poll() is not None:
+        if town.has_ended():
             break
         site, rounds_done = int(draw.integers(SITES)), rounds_recorded(town.output_dir)
-        process = town.server if part == "server" else town.sites.processes[site]
-        if part == "network":
-            town.links[site].cut(outage_s)
-        else:
-            process.kill()
-            process.wait()
-            town.start_server() if part == "server" else town.start_site(site)
+        town.strike(part, site, options.outage_s)
         kills.append({"part": part, "site": site, "rounds_done": rounds_done, "at_s": time.time()})
-    town.server.wait(PATIENCE_S)
+    town.wait()
+    return {"kills": kills, "seconds": time.time() - began_s, "model_sha256": sha256(town.output_dir)}
+
+
+def note_returns(town: RealSites, kills: list[Found]) -> None:
+    """Add to the kills of sites how long each took to be back."""
     for kill in kills:
         if kill["part"] == "site":
             kill.update(back_after(town.lines_of(kill["site"]), kill["at_s"], [other["at_s"] for other in kills]))
-    finish(town.server, town.output_dir)
-    return {"kills": kills, "seconds": time.time() - began_s, "model_sha256": sha256(town.output_dir)}
 
 
 def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list[float]) -> Found:
@@ -282,6 +315,105 @@ def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list
     alone = not any(start_s < at_s <= trained[0] for at_s in disturbed_s)
     load_s = loaded - asked
     return {"back_s": trained[0] - start_s - load_s, "load_s": load_s, "asked_s": asked - start_s, "alone": alone}
+
+
+# -- the same in a Flower federation
+def kill_flower(options: Options) -> None:
+    """Kill every process of a Flower run, and cut the network, at random moments, one of each in a run."""
+    folder = kit.fresh_folder(options).resolve()
+    config = deployed(kit.generated(folder / "material", num_clients=SITES), options)
+    expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
+    draw, runs = generator_for(options.seed, "kill flower"), list[Found]()
+    while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
+        load = os.getloadavg()[0]
+        with RealFederation(folder / f"run-{len(runs)}", config, options.mbps) as town:
+            runs.append(disturbed(town, draw, options) | {"load": load, "flwr_runs": town.submitted})
+        bars, _ = bars_of_kills(runs, options.kills, expected, other)
+        record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
+
+
+def kill_flower_section(found: Found) -> Found:
+    same = same_as(found["results"]["undisturbed"])
+    rows = [
+        [str(number), told_kills(run), *(f"{run[key]:.0f}" for key in ("flwr_runs", "seconds", "load")), same(run)]
+        for number, run in enumerate(found["results"]["runs"])
+    ]
+    columns = ["run", "what, after how many rounds", "`flwr run`s", "s", "load", SAME]
+    return section("kill_flower", found, table(columns, rows))
+
+
+class RealFederation(Deployment):
+    """A SuperLink here, and SuperNodes in network namespaces of their own; a supervisor starts again what ends."""
+
+    host = "10.77.255.1"
+
+    def __init__(self, directory: Path, config: RunConfig, mbps: float) -> None:
+        super().__init__(directory, SITES)
+        self.links = [Link(Wanted(up_mbps=mbps, down_mbps=mbps), site) for site in range(SITES)]
+        self.submitted, self._config, self._stack, self._leaves = 0, config, ExitStack(), False
+
+    def __enter__(self) -> RealFederation:
+        with ExitStack() as stack:
+            call("ip", "addr", "add", f"{self.host}/32", "dev", "lo")
+            stack.callback(call, "ip", "addr", "del", f"{self.host}/32", "dev", "lo")
+            for link in self.links:
+                link.lay(stack)
+                call(*link.inside, "ip", "route", "add", "default", "via", link.gateway)
+            self.prepare(self._config)
+            super().__enter__()
+            stack.callback(super().__exit__, None, None, None)
+            self._run = stack.enter_context(ThreadPoolExecutor(1)).submit(self._watch)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaves = True
+        self._stack.close()
+
+    def _launch(self, name: str, started: Process) -> None:
+        command, env = started
+        if name.startswith("supernode-") and command[0] != "ip":
+            command = [*self.links[int(name.split("-")[1])].inside, *command]
+        super()._launch(name, (command, env))
+
+    def _watch(self) -> None:
+        """Run to the end; start another Flower run where the ServerApp was killed, as the message says."""
+        while True:
+            self.submitted += 1
+            try:
+                watch(self, self.submit(), LoggedProgress(), lambda: self._leaves)
+                return
+            except ParaBlockError as error:
+                print(error.what)
+                if "the ServerApp ended" not in error.what or self.submitted > MOST_FLOWER_RUNS:
+                    raise
+
+    def has_ended(self) -> bool:
+        return self._run.done()
+
+    def wait(self) -> None:
+        self._run.result(PATIENCE_S)
+
+    def strike(self, part: str, site: int, outage_s: float) -> None:
+        """Kill a process, which is nobody's to start again but the supervisor's; or cut a site off for a while."""
+        if part == "network":
+            self.links[site].cut(outage_s)
+            return
+        while (pid := self._pid_of(part, site)) is None:  # it is away already
+            time.sleep(POLL_S)
+        os.kill(pid, signal.SIGKILL)
+
+    def _pid_of(self, part: str, site: int) -> int | None:
+        if part == "trainer":
+            return self.trainer_pid(site)
+        if part != "ServerApp":
+            process = self.processes["superlink" if part == "SuperLink" else f"supernode-{site}"]
+            return process.pid if process.poll() is None else None
+        helper = psutil.Process(self.processes["superlink-helper"].pid)
+        apps = [
+            child.pid for child in helper.children(recursive=True) if "flwr-serverapp" in " ".join(child.cmdline())
+        ]
+        return apps[0] if apps else None
 
 
 def deployed(material: kit.Material, options: Options) -> RunConfig:

@@ -62,7 +62,9 @@ MOST_STARTS = 20
 
 
 class Deployment:
-    """The processes of one deployment; they run while the context lasts."""
+    """The processes of one deployment; they run while the context lasts. The server is reached at `host`."""
+
+    host = HOST
 
     def __init__(self, output_dir: Path, num_clients: int, *, insecure: bool = False) -> None:
         self.output_dir, self.num_clients, self.insecure = output_dir.absolute(), num_clients, insecure
@@ -90,7 +92,7 @@ class Deployment:
                 yaml.safe_dump(site, sort_keys=False), encoding="utf-8"
             )
         if not self.insecure:
-            make_keys(self.folder / "keys", self.num_clients, [HOST, "localhost"])
+            make_keys(self.folder / "keys", self.num_clients, [self.host, "localhost"])
         write_app(self.folder / "app", self.output_dir)
 
     def log(self, name: str) -> Path:
@@ -112,7 +114,7 @@ class Deployment:
         self._end_leftovers()
         port, *self._site_ports = free_ports(1 + self.num_clients)
         keys = None if self.insecure else self.folder / "keys" / "server"
-        self.files = ServerFiles(self.folder / "flower", keys, f"{HOST}:{port}")
+        self.files = ServerFiles(self.folder / "flower", keys, f"{self.host}:{port}")
         for home in [self.files.home, *map(self._home, range(self.num_clients))]:
             shutil.rmtree(home, ignore_errors=True)  # what Flower remembers of earlier processes keeps new ones out
         write_connection(self.files)

@@ -8,8 +8,9 @@
       update-S-000012-…       the messages of an update, as they were sent, each behind its length
 
 S is the session. A tensor that has not changed is not written again, so a round costs its block and its update.
-A JSON file comes last and takes its name when it is whole; what no JSON file names is removed. Tensors carry a
-checksum, and so do messages and JSON files: a damaged state is passed over.
+A JSON file comes last. Each file takes its name when it is whole and on the disk, and a state counts once the names
+are too; what no JSON file names is removed. Tensors carry a checksum, and so do messages and JSON files: a damaged
+state is passed over.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from parablock.algorithm.parablock import NEVER, ClientState
 from parablock.errors import CodecError
 from parablock.storage.checkpoint import ClientSnapshot, read_rho
-from parablock.storage.files import storage, write_atomically
+from parablock.storage.files import storage, sync, write_atomically, write_beside
 from parablock.wire.messages import Update, from_bytes
 
 LATEST, FINISHED = "latest", "finished"
@@ -158,6 +159,7 @@ class SiteStore:
         text = json.dumps(entry)
         write_atomically(self.folder / f"{name}.json", f"{text}\n{zlib.crc32(text.encode())}")
         with storage(self.folder):
+            sync(self.folder)
             self._sweep()
 
     def _put(self, key: str, value: Tensor, session: str, round_index: int) -> str:
@@ -166,9 +168,8 @@ class SiteStore:
             return before[1]
         name = f"{key}-{session}-{round_index:06d}"
         stored = value.detach().contiguous().cpu()
-        partial = self.folder / f".{name}.partial"
-        save_file({"value": stored}, partial, metadata={"crc32": str(_crc(stored))})
-        partial.replace(self.folder / name)
+        with write_beside(self.folder / name) as beside:
+            save_file({"value": stored}, beside, metadata={"crc32": str(_crc(stored))})
         self._written[key] = (ref(value), name)
         return name
 
@@ -176,12 +177,10 @@ class SiteStore:
         checksums = b"".join(message[-4:] for message in messages)
         name = f"update-{session}-{round_index:06d}-{zlib.crc32(checksums):08x}"
         if name not in self._updates:  # a file of that name that another process wrote may be damaged
-            partial = self.folder / f".{name}.partial"
-            with partial.open("wb") as file:
+            with write_beside(self.folder / name) as beside, beside.open("wb") as file:
                 for message in messages:
                     file.write(len(message).to_bytes(8, "little"))
                     file.write(message)
-            partial.replace(self.folder / name)
             self._updates.add(name)
         return name
 

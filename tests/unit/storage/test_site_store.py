@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER, ClientState, Commit, commit, initial_client
 from parablock.errors import StorageError
+from parablock.storage import files as files_
 from parablock.storage import site_store
 from parablock.storage.checkpoint import ClientSnapshot
 from parablock.storage.site_store import SiteStore, StoredClient
@@ -254,6 +257,35 @@ def test_a_site_that_dies_at_any_write_has_the_state_of_this_round_or_of_the_one
         if is_over:
             break
     assert seen == {6, 7} and at > 8
+
+
+def unsafe_steps(site: Site, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Train a round; return what took its name before it was on the disk, and the folder unless it came last."""
+    folder, found, synced, fsync, replace_ = site.store.folder, [], [], os.fsync, Path.replace
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def note_name(self: Path, target: Path) -> Path:
+        if self.stat().st_ino not in synced:
+            found.append(re.split(r"[-.]", target.name)[0])
+        synced.append(0)
+        return replace_(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", note_sync)
+        patch.setattr(Path, "replace", note_name)
+        site.train(8)
+    return found + ["the folder"] * (synced[-1] != folder.stat().st_ino)
+
+
+def test_what_a_state_names_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert unsafe_steps(trained(tmp_path / "as it is", 8), monkeypatch) == []
+    without = trained(tmp_path / "without", 8)
+    for module in (site_store, files_):
+        monkeypatch.setattr(module, "sync", lambda _: None)
+    assert unsafe_steps(without, monkeypatch) == ["block", "residual", "memory", "update", "latest", "the folder"]
 
 
 def test_only_what_no_state_names_is_swept(tmp_path: Path):
