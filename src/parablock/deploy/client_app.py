@@ -29,7 +29,8 @@ from parablock.errors import ConfigError, ParaBlockError, StallError
 LOGGER = logging.getLogger("parablock")
 PAUSE_S = 1.0
 CONNECT_S = 120.0
-"""How long a server that has invited the site may be out of reach before the site asks for another invitation."""
+"""How long a server that has invited the site may be out of reach before the site asks for another invitation: that
+of another run comes to a node only once this one is answered."""
 PARTING_S = 3.0
 """How long a server that has ended the session may be out of reach."""
 OTHER_SERVER = "CERTIFICATE_VERIFY_FAILED"
@@ -46,6 +47,9 @@ def join(invitation: Invitation, context: Any) -> str:
             )
             return SIMULATED
         site = load_site(site_file(context.node_config))
+        site = site.model_copy(
+            update={"lease_s": min(site.lease_s, CONNECT_S)}
+        )  # another server waits behind this one
         server = invitation.server(site.client_id, server_host(context.node_config))
         with only_process(site):
             return take_part_until_over(site, SiteCaller(site.client_id, server, LOGGER.info))

@@ -96,7 +96,7 @@ def serve_run(
         with _logged(output_dir, progress) as tell:
             for line in told:
                 tell(line)
-            listener.tell_to(audited_door(server_log_of(output_dir), tell))
+            listener.tell = audited_door(server_log_of(output_dir), tell)
             on_listen(listener.port)
             tell(f"listening at {address.rpartition(':')[0]}:{listener.port}")
 

@@ -27,10 +27,12 @@ from parablock.deploy.authority import Credentials, Revocations, load_credential
 from parablock.deploy.certificates import client_id_of
 from parablock.deploy.site_identity import CertificateIdentity
 from parablock.deploy.status import WARN_DAYS
+from parablock.deploy.strangers import Strangers
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Caller, Listener, NotAdmitted
 from parablock.engine.remote.site_channel import ServerEnd
 
+NO_CERTIFICATE = "it has no certificate that counts, or ended its handshake itself"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -69,16 +71,17 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
             cause="A site's folder was given where the server's belongs.",
             remedy="Give the folder that holds server.key and server.pem.",
         )
-    warn_of_expiry(credentials, tell)
     _check_free(host, port)
     revoked = keys / "revoked.pem"
     revocations = Revocations(revoked if revoked.exists() else None, credentials.authority)
     is_listed = revoked.exists()
     if revocations.problem:
         tell(f"nobody is let in: {revocations.problem}")
+    strangers = Strangers(lambda address: listener.note_refusal(Caller(address, "", b"", ""), NO_CERTIFICATE))
 
     def admit(caller: Caller) -> int:
         nonlocal revocations, is_listed
+        strangers.calls(caller.address)
         if not is_listed and revoked.exists():  # the first list may come while the server runs
             revocations, is_listed = Revocations(revoked, credentials.authority), True
         if revocations.is_revoked(caller.certificate):
@@ -88,24 +91,31 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
         except ParaBlockError as problem:
             raise NotAdmitted(problem.what) from None
 
-    return Listener(address, _server_credentials(keys, credentials), admit, num_clients=num_clients, tell=tell)
-
-
-def _server_credentials(keys: Path, credentials: Credentials) -> grpc.ServerCredentials:
-    """Return credentials that are read again when a renewed certificate is there."""
-
-    def configuration(now: Credentials) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(now.key, now.certificate)], now.authority)
-
-    current = credentials
-
-    def renewed() -> grpc.ServerCertificateConfiguration:
-        nonlocal current
+    def shown() -> grpc.ServerCertificateConfiguration:
+        """Return what the server shows to a new connection: a renewed certificate, once that is there."""
+        nonlocal credentials
+        strangers.shakes_hands()
         with suppress(ParaBlockError):  # half installed: the one before stays
-            current = load_credentials(keys)
-        return configuration(current)
+            credentials = load_credentials(keys)
+        return _configuration(credentials)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(credentials), renewed, True)
+    to_show = grpc.dynamic_ssl_server_credentials(_configuration(credentials), shown, True)
+    listener = Listener(address, to_show, admit, num_clients=num_clients, tell=tell)
+    strangers.port = listener.port
+
+    remind = reminder(lambda words: listener.tell(words))
+
+    def look() -> None:
+        strangers.look()
+        remind(credentials)
+
+    listener.look = look
+    look()
+    return listener
+
+
+def _configuration(own: Credentials) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(own.key, own.certificate)], own.authority)
 
 
 def _check_free(host: str, port: int) -> None:
@@ -128,7 +138,10 @@ def _check_free(host: str, port: int) -> None:
 
 
 def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> ServerEnd:
-    """Return how a site reaches its server; keys are read anew for each connection, so that a renewal counts.
+    """Return how a site reaches its server.
+
+    Keys are read anew for each connection, so that a renewal counts. Where they cannot be used by then, the site
+    waits as for a server that is away: a `ConnectionError` says why, and what to do.
 
     Raises:
         ConfigError: Without keys the address is not of the loopback.
@@ -141,17 +154,23 @@ def server_of(address: str, keys: Path | None, tell: Callable[[str], None]) -> S
             problem = f"without keys a site connects with this machine alone, not with {host}; give --keys DIR"
             raise ConfigError([problem], source="the command line")
         return ServerEnd(address, None)
-    warn_of_expiry(load_credentials(keys), tell)
+    remind = reminder(tell)
+    remind(load_credentials(keys))
+
+    def now() -> Credentials:
+        try:
+            own = load_credentials(keys)
+            remind(own)
+            return own
+        except ParaBlockError as problem:  # it has expired, or is half installed: its operator can cure that
+            raise ConnectionError(f"{problem.what}. {problem.remedy}") from None
 
     def credentials() -> grpc.ChannelCredentials:
-        now = load_credentials(keys)
-        return grpc.ssl_channel_credentials(now.authority, now.key, now.certificate)
+        own = now()
+        return grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)
 
     return ServerEnd(
-        address,
-        credentials,
-        diagnose=lambda: diagnose(host, port, load_credentials(keys)),
-        identity=CertificateIdentity(keys),
+        address, credentials, diagnose=lambda: diagnose(host, port, now()), identity=CertificateIdentity(keys)
     )
 
 
@@ -179,13 +198,20 @@ def diagnose(host: str, port: int, credentials: Credentials) -> str:
         return f"{host}:{port} cannot be reached: {error.strerror or error}"
 
 
-def warn_of_expiry(credentials: Credentials, tell: Callable[[str], None]) -> None:
-    """Tell of a certificate that ends soon."""
-    if credentials.days_left <= WARN_DAYS:
-        tell(
-            f"the certificate of {credentials.name} ends in {credentials.days_left} days, on "
-            f"{credentials.not_after:%Y-%m-%d}; renew it with `parablock deploy keys renew`"
-        )
+def reminder(tell: Callable[[str], None]) -> Callable[[Credentials], None]:
+    """Return what tells of a certificate that ends soon, once for each day that is left."""
+    told: set[int] = set()
+
+    def remind(credentials: Credentials) -> None:
+        days_left = credentials.days_left
+        if days_left <= WARN_DAYS and days_left not in told:
+            told.add(days_left)
+            tell(
+                f"the certificate of {credentials.name} ends in {days_left} days, on "
+                f"{credentials.not_after:%Y-%m-%d}; renew it with `parablock deploy keys renew`"
+            )
+
+    return remind
 
 
 def check_keys(keys: Path | None, *, insecure: bool) -> None:

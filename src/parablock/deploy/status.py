@@ -122,6 +122,7 @@ class StatusBoard:
         """Carry out what is asked, and write the status."""
         if self._transport is None:
             return
+        self._listener.look()
         for client_id, place in self._transport.places.items():
             if client_id in self._control.removed:
                 self._transport.remove(client_id)

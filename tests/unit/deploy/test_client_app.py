@@ -116,6 +116,18 @@ def test_another_process_of_the_site_is_left_alone(tmp_path: Path, caplog: pytes
     assert "another process serves the site" in caplog.text
 
 
+@pytest.mark.parametrize(("own", "lease_s"), [(3600.0, client_app.CONNECT_S), (5.0, 5.0)])
+def test_a_trainer_outlives_a_server_that_is_dead_for_a_short_while_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: float, lease_s: float
+):
+    taken: list[float] = []
+    monkeypatch.setattr(client_app, "take_part_until_over", lambda site, _: taken.append(site.lease_s) or OVER)
+    path = site_of(tmp_path)
+    path.write_text(f"{path.read_text()}lease_s: {own}\n")
+    assert asked({"site": str(path), "server-host": "127.0.0.1"}) == OVER
+    assert taken == [lease_s]
+
+
 def test_a_mistake_of_ours_is_not_told_to_the_server(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture):
     def broken(*_: object) -> str:
         raise ZeroDivisionError("a row of the site")

@@ -6,15 +6,29 @@ import os
 import socket
 import ssl
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
-from parablock.deploy.authority import load_credentials, make_all
-from parablock.deploy.door import check_keys, diagnose, host_and_port, listen, server_of
+from cuttable_proxy import CuttableProxy
+from parablock.clock import RealClock
+from parablock.deploy import authority
+from parablock.deploy.authority import install_certificate, load_credentials, make_all, make_renewal, sign_request
+from parablock.deploy.certificates import key_and_end, now
+from parablock.deploy.door import NO_CERTIFICATE, check_keys, diagnose, host_and_port, listen, server_of
+from parablock.deploy.strangers import MOST_LOOKS_PER_S
+from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.grpc_options import settle_environment
+from parablock.engine.remote.listener import Listener
+from parablock.engine.remote.remote_transport import RemoteTransport
+from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
 from parablock.errors import ConfigError, InputError
+from parablock.trace import Trace
+from parablock.wire.transport import Parcel
 
 
 @pytest.fixture(autouse=True)
@@ -65,23 +79,96 @@ def test_a_port_that_is_taken_is_told_with_the_process_that_has_it(keys: Path):
     listen(f"127.0.0.1:{port}", keys / "server", 1, print).close()
 
 
-def test_a_stranger_without_a_certificate_gets_no_answer_and_a_line_on_standard_error(keys: Path, capfd):
-    listener = listen("127.0.0.1:0", keys / "server", 2, print)
-    try:
-        context = ssl.create_default_context(cafile=str(keys / "server" / "authority.pem"))
-        plain = socket.create_connection(("127.0.0.1", listener.port))
+def until(what: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def stranger_at(port: int, context: ssl.SSLContext) -> str:
+    """Shake hands, which must come to nothing; return the address that this came from."""
+    with socket.create_connection(("127.0.0.1", port)) as plain:
+        host, own = plain.getsockname()
         with suppress(OSError), context.wrap_socket(plain, server_hostname="127.0.0.1") as stranger:
             stranger.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
             assert stranger.recv(100) == b""
-        words, give_up = "", time.monotonic() + 10
-        while "Handshake failed" not in words and time.monotonic() < give_up:
-            time.sleep(0.05)
-            words += capfd.readouterr().err
-        assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in words
-        credentials = load_credentials(keys / "site-0")
-        assert diagnose("127.0.0.1", listener.port, credentials) == "", "one with a certificate is let in"
+    return f"{host}:{own}"
+
+
+@pytest.mark.parametrize("shows", ["no certificate", "one of another authority"])
+def test_strangers_get_no_answer_and_the_servers_log_has_their_address(keys: Path, tmp_path: Path, shows: str):
+    told: list[str] = []
+    listener = listen("127.0.0.1:0", keys / "server", 2, told.append)
+    context = ssl.create_default_context(cafile=str(keys / "server" / "authority.pem"))
+    if shows == "one of another authority":
+        make_all(tmp_path / "others", 1, ["127.0.0.1"])
+        context.load_cert_chain(tmp_path / "others/site-0/site.pem", tmp_path / "others/site-0/site.key")
+    try:
+        with pytest.raises(ConnectionError, match="not ready yet"):
+            site_of(listener.port, keys).ask()
+        until(lambda: not connected(listener))
+        listener.look()
+        assert (listener.refused, told) == (0, []), "one with a certificate is no stranger"
+        time.sleep(2 / MOST_LOOKS_PER_S)
+        came_from = stranger_at(listener.port, context)
+        until(lambda: listener.look() or bool(told))
+        assert (listener.refused, told) == (1, [f"refused a caller from {came_from}: {NO_CERTIFICATE}"])
     finally:
         listener.close()
+
+
+def site_of(port: int, keys: Path, tell: Callable[[str], None] = print) -> SiteCaller:
+    return SiteCaller(0, server_of(f"127.0.0.1:{port}", keys / "site-0", tell), tell)
+
+
+def connected(listener: Listener) -> bool:
+    rows = psutil.Process().net_connections("tcp")
+    return any(
+        row.raddr and row.laddr.port == listener.port and row.status != psutil.CONN_TIME_WAIT for row in rows
+    )
+
+
+def renewed(keys: Path, monkeypatch: pytest.MonkeyPatch, valid_s: float) -> None:
+    """Let a site renew its certificate, which is then valid for so many seconds."""
+    with monkeypatch.context() as patch:
+        patch.setattr(authority, "now", lambda: now() + timedelta(seconds=valid_s, days=-1))
+        make_renewal(keys / "site-0")
+        answer = sign_request(
+            keys / "site-0" / "site.csr", keys / "authority", passphrase=None, days=1, output_dir=keys / "answers"
+        )
+    install_certificate(keys / "site-0", answer, keys / "answers" / "authority.pem")
+
+
+def test_a_site_whose_certificate_ends_waits_and_goes_on_with_the_renewed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_all(keys := tmp_path / "keys", 1, ["127.0.0.1"])
+    told, listener = list[str](), listen("127.0.0.1:0", keys / "server", 1, print)
+    transport = RemoteTransport(Opening("run", "s", "", ""), 1, 64, 1 << 20, Trace(RealClock()))
+    listener.open(transport)
+    proxy = CuttableProxy(listener.port, 1e9)
+    renewed(keys, monkeypatch, valid_s=3.0)
+    site = site_of(proxy.port, keys, told.append)
+    opening = site.ask().opening
+    assert opening is not None
+    with closing(SiteChannel(site, opening, "incarnation", Trace(RealClock()), lease_s=60.0)) as channel:
+        channel.open()
+        first = listener.certificates[0]
+        assert "ends in 0 days" in told[0] and "parablock deploy keys renew" in told[0]
+        until(lambda: now() > key_and_end(first)[1])
+        transport.send(0, Parcel(b"after the end", 0))
+        assert channel.receive() == b"after the end", "what is connected outlives its certificate"
+        proxy.cut(0.0)
+        until(lambda: any("has expired" in line and "parablock deploy keys request" in line for line in told))
+        assert not transport.is_there(0)
+        transport.send(0, Parcel(b"with the new one", 0))
+        renewed(keys, monkeypatch, valid_s=3600.0)
+        assert channel.receive() == b"with the new one"
+        assert listener.certificates[0] not in (first, b"")
+        transport.leave()
+    proxy.close()
+    listener.close()
 
 
 def test_what_keeps_a_site_from_its_server_is_told_in_words(keys: Path, tmp_path: Path):

@@ -87,6 +87,8 @@ class Listener(grpc.GenericRpcHandler):
 
     Attributes:
         port: Where it listens.
+        tell: As given; another one may take its place.
+        look: Called now and then by whoever shows the listener.
         certificates: The certificate with which each client was last let in, PEM; empty without one.
         refused: How many calls were refused.
 
@@ -103,7 +105,8 @@ class Listener(grpc.GenericRpcHandler):
         num_clients: int,
         tell: Callable[[str], None],
     ) -> None:
-        self._admit, self._tell = admit, tell
+        self._admit, self.tell = admit, tell
+        self.look: Callable[[], None] = lambda: None
         self._session: Session | None = None
         self._calls: dict[Any, grpc.ServicerContext] = {}
         self.certificates: dict[int, bytes] = {}
@@ -129,10 +132,6 @@ class Listener(grpc.GenericRpcHandler):
     def open(self, session: Session) -> None:
         """Let sites in from now on."""
         self._session = session
-
-    def tell_to(self, tell: Callable[[str], None]) -> None:
-        """Give the lines for the log to another function from now on."""
-        self._tell = tell
 
     def close(self) -> None:
         """End all connections and free the port."""
@@ -170,7 +169,7 @@ class Listener(grpc.GenericRpcHandler):
             self._refuse(caller, context, str(problem).replace("\n", " "), is_temporary=True)
         context.add_callback(lambda: stream.detach(connection))
         self.certificates[hello.client_id] = caller.certificate
-        self._tell(f"client {hello.client_id} is connected, from {caller.address}")
+        self.tell(f"client {hello.client_id} is connected, from {caller.address}")
         self._pool.submit(self._read, hello.client_id, incoming, session, stream, connection)
         yield from stream.frames(connection)
 
@@ -213,18 +212,18 @@ class Listener(grpc.GenericRpcHandler):
         finally:
             if stream.is_present(connection):
                 stream.detach(connection)
-                self._tell(f"client {client_id} is not connected any more: {why}")
+                self.tell(f"client {client_id} is not connected any more: {why}")
 
     def _refuse(self, caller: Caller, context: grpc.ServicerContext, why: str, *, is_temporary: bool) -> None:
         if not is_temporary:
-            self.refused += 1
-            self._tell_refusal(caller, why)
-        status = grpc.StatusCode
-        context.abort(status.UNAVAILABLE if is_temporary else status.PERMISSION_DENIED, why)
+            self.note_refusal(caller, why)
+        status = grpc.StatusCode  # UNAVAILABLE would mean that there is no connection
+        context.abort(status.FAILED_PRECONDITION if is_temporary else status.PERMISSION_DENIED, why)
 
-    def _tell_refusal(self, caller: Caller, why: str) -> None:
-        """Tell of a refusal; of the same one again only after a while, with how many came meanwhile."""
-        now_s, who = time.monotonic(), (caller.name, why)
+    def note_refusal(self, caller: Caller, why: str) -> None:
+        """Count and tell a refusal; tell the same one again only after a while, with how many came meanwhile."""
+        self.refused += 1
+        now_s, who = time.monotonic(), (caller.name or caller.address.rpartition(":")[0], why)
         told_s, untold = self._refusals.get(who, (-inf, 0))
         if now_s - told_s < QUIET_S:
             self._refusals[who] = told_s, untold + 1
@@ -233,7 +232,7 @@ class Listener(grpc.GenericRpcHandler):
             self._refusals.clear()
         self._refusals[who] = now_s, 0
         more = f" ({untold} more times since it was said)" if untold else ""
-        self._tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}{more}")
+        self.tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}{more}")
 
 
 def _caller_of(context: grpc.ServicerContext) -> Caller:

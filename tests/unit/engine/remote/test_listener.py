@@ -250,7 +250,7 @@ def test_a_client_that_is_not_of_the_run_or_was_removed_is_refused(house: House,
     house.transport.remove(1)
     with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
         code, words = call.refusal()
-    assert code == grpc.StatusCode.UNAVAILABLE and "removed" in words, "it may be let in again"
+    assert code == grpc.StatusCode.FAILED_PRECONDITION and "removed" in words, "it may be let in again"
     house.transport.readmit(1)
     with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
         assert call.welcome().opening == house.opening, "the process that was removed begins anew"
