@@ -198,7 +198,7 @@ def test_a_killed_trainer_comes_back_by_a_new_invitation_and_changes_nothing(
 def test_the_killed_run_left_its_secrets_to_nobody(plays: Mapping[str, Future[Facts]]):
     folder = plays["killed"].result()["folder"]
     secrets = [*folder.rglob("*.key"), *folder.rglob("*.secret")]
-    assert len(secrets) == 1 + SITES + 1 + SITES
+    assert len(secrets) == 2 + SITES + 1 + SITES
     assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
     kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".log", ".toml", ".json")]
     assert not [path for path in kept if b"BEGIN" in path.read_bytes()], "the run's certificate is on no disk"

@@ -3,6 +3,7 @@
 direct_server  the server of a direct deployment: it listens, runs, and shows who is there
 direct_local   a whole direct deployment on this machine
 door           who may enter at the server, and how a site knows the server
+strangers      who tries to, and has no certificate
 site_service   a site's process: it serves one run after another
 site_identity  a site's signature, which other sites can check
 site_session   a site in one session of a run
@@ -15,7 +16,6 @@ starter_files  what an operator starts with: configuration, systemd unit, compos
 policy         what a run may ask of a site
 guarded_trainer  the same at work, in every round
 site_check     everything a run would need of a site, before it joins
-credentials    TLS certificates, and the keys of SuperNodes
 authority      who may be the server and who a site: signs requests, revokes
 certificates   the key, certificate and authority of one end, and their checks
 revocations    the list of revoked certificates
@@ -24,6 +24,6 @@ server_app     the ServerApp: one run of the configuration
 client_app     the ClientApp: the trainer of a site for one run
 site           the file of a site
 variables      environment variables and files that processes find each other by
-processes      command lines and environments of all processes
+processes      keys, command lines and environments of all processes
 one_machine    a whole Flower federation on this machine
 """

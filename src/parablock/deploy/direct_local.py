@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.direct_server import serve_run
 from parablock.deploy.policy import OPEN_POLICY
+from parablock.deploy.variables import site_file_of
 from parablock.errors import CheckpointError, InputError, ParaBlockError
 from parablock.experiment.progress import Progress
 from parablock.storage.files import last_lines, lock_folder, write_atomically
@@ -30,6 +32,39 @@ from parablock.storage.run_directory import RunDirectory
 HOST = "127.0.0.1"
 END_S = 10.0
 """How long a site may take to end when it is asked to."""
+
+
+def write_site_files(output_dir: Path, config: RunConfig) -> None:
+    """Write a file for each site of a run that is all on this machine."""
+    for client_id in range(config.federation.num_clients):
+        site = {
+            "client_id": client_id,
+            "state_dir": f"../state/{client_id}",
+            "model": config.model.model_dump(mode="json", include={"name_or_path", "device"}),
+            "data": config.data.model_dump(mode="json"),
+            "share": "part",
+            "policy": OPEN_POLICY,
+        }
+        file = site_file_of(output_dir, client_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, yaml.safe_dump(site, sort_keys=False))
+
+
+@contextmanager
+def leaves_nothing(output_dir: Path) -> Iterator[None]:
+    """Remove what was written for a run that has not begun, where something that the user gave is wrong.
+
+    Raises:
+        InputError: The folder holds a run already, or what the block raised.
+    """
+    directory, was_there = RunDirectory(output_dir), output_dir.exists()
+    directory.check_unused()
+    try:
+        yield
+    except InputError:
+        if not directory.config.exists():
+            shutil.rmtree(output_dir / "deployment" if was_there else output_dir, ignore_errors=True)
+        raise
 
 
 class LocalSites:
@@ -53,17 +88,7 @@ class LocalSites:
 
     def prepare(self) -> None:
         """Write a file for each site, and the keys of all."""
-        (self.folder / "sites").mkdir(parents=True, exist_ok=True)
-        for client_id in range(self.num_sites):
-            site = {
-                "client_id": client_id,
-                "state_dir": f"../state/{client_id}",
-                "model": self.config.model.model_dump(mode="json", include={"name_or_path", "device"}),
-                "data": self.config.data.model_dump(mode="json"),
-                "share": "part",
-                "policy": OPEN_POLICY,
-            }
-            write_atomically(self.site_file(client_id), yaml.safe_dump(site, sort_keys=False))
+        write_site_files(self.folder.parent, self.config)
         if not self.insecure and not (self.folder / "keys").exists():
             from parablock.deploy.authority import make_all
 
@@ -71,7 +96,7 @@ class LocalSites:
 
     def site_file(self, client_id: int) -> Path:
         """Return the file of a site."""
-        return self.folder / "sites" / f"{client_id}.yaml"
+        return site_file_of(self.folder.parent, client_id)
 
     def log(self, client_id: int) -> Path:
         """Return the log of a site's process."""
@@ -141,17 +166,11 @@ def deploy_direct(
         InputError: Something that the user gave is wrong.
         ParaBlockError: The run failed.
     """
-    RunDirectory(output_dir).check_unused()
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "remote"})})
     sites = LocalSites(output_dir, config, insecure=insecure)
-    was_there = output_dir.exists()
-    sites.prepare()
-    try:
+    with leaves_nothing(output_dir):
+        sites.prepare()
         return _run(sites, output_dir, progress, asked_to_stop)
-    except InputError:
-        if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
-            shutil.rmtree(sites.folder if was_there else output_dir, ignore_errors=True)
-        raise
 
 
 def resume_direct(

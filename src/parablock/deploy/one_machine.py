@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
-from parablock.deploy.credentials import make_keys
-from parablock.deploy.policy import OPEN_POLICY
+from parablock.deploy.direct_local import leaves_nothing, write_site_files
 from parablock.deploy.processes import (
     Process,
     ServerFiles,
     free_ports,
+    make_flower_keys,
     register_sites,
     run_status,
     server_processes,
@@ -78,21 +77,9 @@ class Deployment:
         """Write all files: the server's configuration, one file for each site, keys."""
         self.folder.mkdir(parents=True)
         config_file(self.output_dir).write_text(config.to_yaml(), encoding="utf-8")
-        (self.folder / "sites").mkdir()
-        for client_id in range(self.num_clients):
-            site = {
-                "client_id": client_id,
-                "state_dir": f"../state/{client_id}",
-                "model": {"name_or_path": config.model.name_or_path, "device": config.model.device},
-                "data": config.data.model_dump(mode="json"),
-                "share": "part",
-                "policy": OPEN_POLICY,
-            }
-            site_file_of(self.output_dir, client_id).write_text(
-                yaml.safe_dump(site, sort_keys=False), encoding="utf-8"
-            )
+        write_site_files(self.output_dir, config)
         if not self.insecure:
-            make_keys(self.folder / "keys", self.num_clients, [self.host, "localhost"])
+            make_flower_keys(self.folder / "keys", self.num_clients, [self.host])
         write_app(self.folder / "app", self.output_dir)
 
     def log(self, name: str) -> Path:
@@ -240,18 +227,16 @@ def deploy_local(
         InputError: Something that the user gave is wrong, or Flower is not installed.
         ParaBlockError: The run failed.
     """
-    RunDirectory(output_dir).check_unused()
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
     deployment = Deployment(output_dir, config.federation.num_clients, insecure=insecure)
-    made = not output_dir.exists()
-    deployment.prepare(config)
-    try:
-        with lock_folder(deployment.folder), deployment:
-            return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
-    except InputError:
-        if not RunDirectory(output_dir).config.exists():  # nothing has begun: leave nothing behind
-            shutil.rmtree(output_dir if made else deployment.folder, ignore_errors=True)
-        raise
+    with leaves_nothing(output_dir):
+        deployment.prepare(config)
+        return _run(deployment, progress, asked_to_stop)
+
+
+def _run(deployment: Deployment, progress: Progress | None, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
+    with lock_folder(deployment.folder), deployment:
+        return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
 
 
 def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
@@ -265,12 +250,6 @@ def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
     config_file(output_dir).parent.mkdir(parents=True)
     config_file(output_dir).write_text(config.to_yaml(), encoding="utf-8")
     return write_app(output_dir / "deployment" / "app", output_dir), config.federation.num_clients
-
-
-def is_deployed(output_dir: Path) -> bool:
-    """Return whether the run in a folder has its clients at sites."""
-    config = RunDirectory(output_dir).config
-    return config.exists() and load_config(config).engine.name == "flower"
 
 
 def resume_local(
@@ -295,13 +274,8 @@ def resume_local(
             "submit the app with `flwr run`: it goes on by itself"
         )
         raise ConfigError([problem], source=str(output_dir))
-    deployment = Deployment(
-        output_dir,
-        config.federation.num_clients,
-        insecure=not (folder / "keys").exists(),
-    )
-    with lock_folder(folder), deployment:
-        return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
+    insecure = not (folder / "keys").exists()
+    return _run(Deployment(output_dir, config.federation.num_clients, insecure=insecure), progress, asked_to_stop)
 
 
 def watch(

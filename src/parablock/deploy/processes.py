@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parablock import __version__
-from parablock.deploy.credentials import missing_extra
 from parablock.deploy.variables import DATA_PORT_KEY, NODES_KEY, OUTPUT_KEY
 from parablock.errors import InputError, ParaBlockError
 from parablock.storage.files import last_lines
@@ -56,8 +55,36 @@ def flower(command: str) -> str:
     """
     found = shutil.which(command, path=_path())
     if found is None:
-        raise missing_extra()
+        raise InputError(
+            "deployment needs Flower, which is not installed",
+            cause="It is an extra of ParaBlock.",
+            remedy='Install it: pip install "parablock[flower]"',
+        )
     return found
+
+
+def make_flower_keys(folder: Path, num_sites: int, hosts: Sequence[str]) -> None:
+    """Make an authority, the server's certificate for its hosts, and for each site the key pair of its SuperNode.
+
+    Raises:
+        StorageError: The folder holds something, or cannot be written.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from parablock.deploy.authority import make_all
+    from parablock.deploy.signing_request import write_new
+
+    make_all(folder, 0, hosts)
+    authority, ssh = (folder / "server" / "authority.pem").read_bytes(), serialization.PublicFormat.OpenSSH
+    for site in (f"site-{number}" for number in range(num_sites)):
+        pair = ec.generate_private_key(ec.SECP384R1())
+        form = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        private = pair.private_bytes(serialization.Encoding.PEM, *form)
+        public = pair.public_key().public_bytes(serialization.Encoding.OpenSSH, ssh)
+        write_new(folder / site / "node.key", private, mode=0o600)
+        write_new(folder / site / "authority.pem", authority, mode=0o644)
+        write_new(folder / "server" / f"{site}.pub", public, mode=0o644)
 
 
 def run_command(app: Path, more: Mapping[str, str]) -> str:
@@ -77,7 +104,7 @@ def superlink_command(files: ServerFiles) -> list[str]:
         *command,
         *("--ssl-certfile", str(files.keys / "server.pem")),
         *("--ssl-keyfile", str(files.keys / "server.key")),
-        *("--ssl-ca-certfile", str(files.keys / "ca.pem")),
+        *("--ssl-ca-certfile", str(files.keys / "authority.pem")),
         "--enable-supernode-auth",
     ]
 
@@ -85,7 +112,7 @@ def superlink_command(files: ServerFiles) -> list[str]:
 def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: int, home: Path) -> list[str]:
     """Return the command of a site's SuperNode, with a port of its own on this machine.
 
-    `keys` is the site's folder of `make_keys`; without it there is no TLS.
+    `keys` is the site's folder of `make_flower_keys`; without it there is no TLS.
     """
     command = [flower("flower-supernode"), "--superlink", superlink, "--port", str(port), *_apart(home)]
     host = superlink.rpartition(":")[0].strip("[]")
@@ -94,8 +121,8 @@ def supernode_command(superlink: str, keys: Path | None, site_file: Path, port: 
         return [*command, "--insecure"]
     return [
         *command,
-        *("--root-certificates", str(keys / "ca.pem")),
-        *("--auth-supernode-private-key", str(keys / "site.key")),
+        *("--root-certificates", str(keys / "authority.pem")),
+        *("--auth-supernode-private-key", str(keys / "node.key")),
     ]
 
 
@@ -133,7 +160,7 @@ def site_processes(home: Path, superlink: str, keys: Path | None, site_file: Pat
 def server_processes(files: ServerFiles, reached: str, more: Mapping[str, str]) -> dict[str, Process]:
     """Return the processes of a server that is reached at an address: its SuperLink, and the helper."""
     env = environment(files.home, more)
-    authority = files.keys and files.keys / "ca.pem"
+    authority = files.keys and files.keys / "authority.pem"
     return {
         "superlink": (superlink_command(files), env),
         "helper": (helper_command(reached, files.home, authority), env),
@@ -185,7 +212,7 @@ clientapp = "parablock.deploy.client_app:app"
 def write_connection(files: ServerFiles) -> None:
     """Write the address of the server for `flwr`."""
     files.home.mkdir(parents=True, exist_ok=True)
-    safety = "insecure = true" if files.keys is None else f'root-certificates = "{files.keys / "ca.pem"}"'
+    safety = "insecure = true" if files.keys is None else f'root-certificates = "{files.keys / "authority.pem"}"'
     lines = ["[superlink]", f'default = "{CONNECTION}"', "", f"[superlink.{CONNECTION}]"]
     lines += [f'address = "{files.address}"', safety, ""]
     (files.home / "config.toml").write_text("\n".join(lines), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import ssl
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,10 +12,12 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from parablock.deploy.one_machine import Deployment
 from parablock.deploy.processes import (
     ServerFiles,
+    make_flower_keys,
     run_status,
     server_processes,
     site_processes,
@@ -23,6 +26,7 @@ from parablock.deploy.processes import (
     write_connection,
 )
 from parablock.deploy.variables import site_file_of
+from parablock.errors import StorageError
 
 
 def test_a_server_that_does_not_answer_leaves_the_status_unknown(tmp_path: Path):
@@ -77,3 +81,40 @@ def test_a_leftover_of_a_deployment_is_ended_and_a_stranger_with_its_number_is_n
         assert stranger.poll() is None
         stranger.communicate(b"\n")
     assert stranger.returncode == 0
+
+
+def test_flowers_keys_make_a_connection_that_only_their_authority_vouches_for(tmp_path: Path):
+    keys = tmp_path / "keys"
+    make_flower_keys(keys, 2, ["localhost", "127.0.0.1"])
+    make_flower_keys(tmp_path / "other", 1, ["localhost"])
+    public = [load_ssh_public_key(path.read_bytes()) for path in sorted(keys.glob("server/site-*.pub"))]
+    for number, of_node in enumerate(public):
+        private = load_ssh_private_key((keys / f"site-{number}" / "node.key").read_bytes(), None)
+        assert [private.public_key() == key for key in public] == [key is of_node for key in public]
+    secrets = list(keys.rglob("*.key"))
+    assert len(secrets) == 4 and all(secret.stat().st_mode & 0o077 == 0 for secret in secrets)
+    assert _handshake(keys, keys / "site-0" / "authority.pem") == ""
+    assert "certificate verify failed" in _handshake(keys, tmp_path / "other" / "site-0" / "authority.pem")
+    with pytest.raises(StorageError, match="not empty"):
+        make_flower_keys(keys, 1, ["localhost"])
+
+
+def _handshake(keys: Path, authority: Path) -> str:
+    """Shake hands in memory; give why it fails."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(keys / "server" / "server.pem", keys / "server" / "server.key")
+    client = ssl.create_default_context(cafile=str(authority))
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname="localhost"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(4):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                return str(error)
+    return ""
