@@ -323,6 +323,7 @@ def kill_flower(options: Options) -> None:
 
     Runs of this configuration that are on record stay.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # take everything down
     folder, output = kit.fresh_folder(options).resolve(), Path(options.output)
     config = deployed(kit.generated(folder / "material", num_clients=SITES), options)
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)

@@ -391,11 +391,17 @@ def test_the_kubernetes_and_slurm_files_of_the_page_have_what_they_need():
     assert "--requeue" in job and "--signal=TERM@60" in job
 
 
-def test_who_looks_at_a_status_does_not_wait_for_torch():
-    for module, loads in (("parablock.deploy.status", "False"), ("parablock.deploy.site_session", "True")):
-        code = f"import sys, {module}; print('torch' in sys.modules)"
+def test_nobody_waits_for_libraries_that_he_does_not_need():
+    """Who looks at a status needs no torch, and a site that connects no Transformers."""
+    for module, library, loads in (
+        ("parablock.deploy.status", "torch", "False"),
+        ("parablock.deploy.site_service", "torch", "True"),
+        ("parablock.deploy.site_service", "transformers", "False"),
+        ("parablock.deploy.site_training", "transformers", "True"),
+    ):
+        code = f"import sys, {module}; print({library!r} in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == loads
+        assert done.stdout.strip() == loads, (module, library)
 
 
 def test_init_writes_over_nothing(tmp_path: Path):

@@ -7,6 +7,7 @@ strangers      who tries to, and has no certificate
 site_service   a site's process: it serves one run after another
 site_identity  a site's signature, which other sites can check
 site_session   a site in one session of a run
+site_training  what it does there
 server_audit   the audit log of a server
 status         what a server shows of its sites, and what its operator asks of it
 metrics_endpoint  the same for Prometheus

@@ -12,6 +12,7 @@ from typing import Any
 from parablock.clock import RealClock
 from parablock.deploy.site import SiteConfig, is_simulated, load_site, site_file
 from parablock.deploy.site_service import only_process
+from parablock.deploy.site_session import take_part
 from parablock.engine.flower.joining import (
     FAILED,
     OVER,
@@ -73,17 +74,10 @@ def server_host(node_config: Mapping[str, Any]) -> str:
     return str(host)
 
 
-def take_part_in(site: SiteConfig, caller: SiteCaller, opening: Opening) -> None:
-    """Take part in a session; see `take_part`. What trains is loaded only now that the server lets us in."""
-    from parablock.deploy.site_session import take_part
-
-    take_part(site, caller, opening)
-
-
 def take_part_until_over(
     site: SiteConfig,
     caller: SiteCaller,
-    take_part: Callable[[SiteConfig, SiteCaller, Opening], None] = take_part_in,
+    take_part: Callable[[SiteConfig, SiteCaller, Opening], None] = take_part,
 ) -> str:
     """Take part in sessions until there is no more to do; return why.
 

@@ -96,8 +96,10 @@ class SiteCaller:
         with self.call(lambda: hello, iter(()), timeout_s=FIRST_ANSWER_S) as (welcome, _):
             return welcome
 
-    def wait_for_session(self, clock: Clock, finished: str = "") -> Opening:
-        """Ask until there is a session other than a `finished` one."""
+    def wait_for_session(
+        self, clock: Clock, finished: str = "", meanwhile: Callable[[], None] = lambda: None
+    ) -> Opening:
+        """Ask until there is a session other than a `finished` one; do something `meanwhile`."""
         pause_s = FIRST_PAUSE_S
         while True:
             try:
@@ -107,6 +109,7 @@ class SiteCaller:
                 self.say("the server has no run for this site at present")
             except ConnectionError as problem:
                 self.say(f"waiting for the server: {problem}")
+            meanwhile()
             clock.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
@@ -140,7 +143,8 @@ class SiteCaller:
                 if credentials is None
                 else grpc.secure_channel(server.address, credentials, options)
             ) as channel:
-                call = _exchange(channel)(outgoing(), timeout=timeout_s, metadata=metadata)
+                exchange: Any = channel.stream_stream(METHOD)  # frames cross as they are
+                call = exchange(outgoing(), timeout=timeout_s, metadata=metadata)
                 try:
                     if (greeting := next(call, None)) is None:
                         raise ConnectionError("the server ended the call")
@@ -373,12 +377,6 @@ class SiteChannel:
 
     def _server_s(self) -> float:
         return self._origin_s + self._clock.now()
-
-
-def _exchange(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
-    """Return the only method; frames cross as they are."""
-    call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
-    return call
 
 
 def _without_details(error: ParaBlockError) -> str:
