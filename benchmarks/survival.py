@@ -58,7 +58,7 @@ from parablock.wire.quantize import pack
 from parablock.wire.transport import Parcel
 from sealed_messages import every_message, forged, parts_of, sealed
 
-POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 600.0, 2, 1.0
+POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 1800.0, 2, 1.0
 MOST_FLOWER_RUNS = 5
 SAME, BACK = "same model as one process", "{asked_s:.1f} + {load_s:.1f} + {rest_s:.1f}"
 
@@ -172,16 +172,20 @@ def kill_sites(options: Options) -> None:
     config = deployed(kit.generated(folder / "material", num_clients=SITES), options)
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
     draw, runs = generator_for(options.seed, "kill sites"), list[Found]()
-    while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
+    while num_kills(runs) < options.kills and len(runs) < options.kills:
         load = os.getloadavg()[0]
         with RealSites(folder / f"run-{len(runs)}", config, options.bytes_per_s) as town:
-            runs.append(disturbed(town, draw, options) | {"load": load})
+            runs.append(disturbed(town, draw, options, options.kills - num_kills(runs)) | {"load": load})
             note_returns(town, runs[-1]["kills"])
         bars, kills = bars_of_kills(runs, options.kills, expected, other)
         if back := [kill["back_s"] for kill in kills if kill.get("alone")]:
             name = "seconds from the start of a killed site until it has trained, without the loading of its model"
             bars += [Bar(f"{name}: {word}", of(back), 5) for word, of in (("median", median), ("most", max))]
         record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
+
+
+def num_kills(runs: list[Found]) -> int:
+    return sum(len(run["kills"]) for run in runs)
 
 
 def bars_of_kills(runs: list[Found], wanted: int, expected: str, other: str) -> tuple[list[Bar], list[Found]]:
@@ -276,11 +280,12 @@ class RealSites:
         return [(datetime.fromisoformat(at).timestamp() + int(ms) / 1e3, said) for at, ms, said in lines]
 
 
-def disturbed(town: RealSites | RealFederation, draw: np.random.Generator, options: Options) -> Found:
-    """Kill and cut at moments drawn at random; go on until the run ends."""
+def disturbed(town: RealSites | RealFederation, draw: np.random.Generator, options: Options, left: int) -> Found:
+    """Kill and cut at moments drawn at random, as often as is `left` at most; go on until the run ends."""
     kills, began_s, last = list[Found](), time.time(), options.rounds - 2
     moments = sorted((int(draw.integers(1, last)), float(draw.uniform(0, ROUND_S))) for _ in options.parts)
-    for part, (after_rounds, part_s) in zip(map(str, draw.permutation(options.parts)), moments, strict=True):
+    parts = list(map(str, draw.permutation(options.parts)))
+    for part, (after_rounds, part_s) in list(zip(parts, moments, strict=True))[:left]:
         while not town.has_ended() and rounds_recorded(town.output_dir) < after_rounds:
             if time.time() - began_s > PATIENCE_S:
                 raise TimeoutError(f"look at {town.output_dir}")
@@ -329,10 +334,11 @@ def kill_flower(options: Options) -> None:
     expected, other = in_one_process(config, folder / "one-process"), in_one_process(config, folder / "other", 1)
     before = json.loads(output.read_text(encoding="utf-8"))["results"] if output.exists() else Found()
     runs: list[Found] = before["runs"] if before.get("undisturbed") == expected else []
-    while sum(len(run["kills"]) for run in runs) < options.kills and len(runs) < options.kills:
+    while num_kills(runs) < options.kills and len(runs) < options.kills:
         load, draw = os.getloadavg()[0], generator_for(options.seed, f"kill flower {len(runs)}")
         with RealFederation(folder / f"run-{len(runs)}", config, options.mbps) as town:
-            runs.append(disturbed(town, draw, options) | {"load": load, "flwr_runs": town.submitted})
+            found = disturbed(town, draw, options, options.kills - num_kills(runs))
+            runs.append(found | {"load": load, "flwr_runs": town.submitted})
         bars, _ = bars_of_kills(runs, options.kills, expected, other)
         record(options, {"undisturbed": expected, "another_seed": other, "runs": runs}, bars, config)
 
