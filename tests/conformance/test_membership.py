@@ -177,3 +177,61 @@ def test_a_site_that_was_away_at_the_checkpoint_goes_on_from_what_it_really_hold
         min_updates=2,
     )
     assert same(result.server.params, run_sequential(initial(BLOCKS), problem, solve).server.params)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_run_goes_on_from_its_newest_checkpoint_though_a_site_was_away_for_twenty_rounds(
+    tmp_path: Path, delay: int
+):
+    """It leaves in round 3; the server dies after round 25, and goes on; then the site is back with its old state."""
+    rounds, left, dies = 30, 3, 25
+    plan = server_plan(3, rounds, delay, Differences(Encoding("float32")), checkpoint_every=4, min_updates=2)
+    counted, states, trained = dict[int, list[int]](), list[RunState](), dict[str, set[tuple[int, int]]]()
+
+    class Leaving(ToyTrainer):
+        def train(self, round_index, *asked):
+            if self.client_id == 2 and round_index == left and 2 not in town.has_left:
+                town.has_left.add(2)
+                raise Leaves
+            session = town.channels[self.client_id].opening.session
+            trained.setdefault(session, set()).add((self.client_id, round_index))
+            return super().train(round_index, *asked)
+
+    def on_commit(state, updates, _) -> None:
+        counted[state.committed] = [update.client_id for update in updates]
+        if state.committed == dies and len(trained) == 1:
+            raise Died
+
+    town = MovingTown(tmp_path, plan, EXAMPLES[:3], make_trainer=Leaving)
+    for client_id in range(3):
+        town.start(client_id)
+    try:
+        with pytest.raises(Died):
+            town.serve(Hooks(on_commit, states.append))
+        before = dict(counted)
+        assert all(before[t] == [0, 1] for t in range(left + 1, dies)), "twenty rounds and more"
+        newest = states[-1]
+        assert newest.round_index == 24
+        counted.clear()
+        town.may_return[2].set()
+        result = town.serve(Hooks(on_commit, lambda _: None), newest)
+    finally:
+        town.end()
+    again = newest.server.committed + 1
+    assert sorted(counted) == list(range(again, rounds)) and again >= 24 - delay, "it does not begin anew"
+    counted = before | counted
+    assert sorted(counted) == list(range(rounds)) and counted[rounds - 1] == [0, 1, 2]
+    first, second = trained.values()
+    took_part = {(i, t) for i, t in first if t < 24} | second | {(i, t) for t, of in counted.items() for i in of}
+    problem = OracleProblem(
+        EXAMPLES[:3],
+        rounds,
+        delay,
+        schedule="shuffled",
+        trained=[sorted(i for i, of in took_part if of == t) for t in range(rounds)],
+        lost=frozenset((i, t) for i, t in took_part if i not in counted[t]),
+        min_updates=2,
+    )
+    assert same(result.server.params, run_sequential(initial(BLOCKS), problem, solve).server.params)
+    everybody = OracleProblem(EXAMPLES[:3], rounds, delay, schedule="shuffled", min_updates=2)
+    assert not same(result.server.params, run_sequential(initial(BLOCKS), everybody, solve).server.params)

@@ -20,6 +20,7 @@ import yaml
 from federation import RUN, Federation, free_port, has, lines_of, participants, wait_for
 from pages import ROOT, steps
 from parablock.deploy.authority import make_all, revoke
+from parablock.deploy.door import NO_CERTIFICATE
 from tiny_runs import Outcome, Process, Workshop, command, command_apart, summary_of
 
 BEGIN, DAYS = "Ten minutes to a federation", "Day by day"
@@ -285,6 +286,7 @@ def test_a_stranger_without_a_certificate_gets_no_answer_and_one_with_it_does(do
     assert answer(door, caller(door, door.folder / "others" / "site-0")) == b""
     assert answer(door, caller(door, door.keys / "site-0")) != b""
     assert door.process.is_alive
+    wait_for(lambda: any("from 127.0.0.1:" in line and NO_CERTIFICATE in line for line in door.refused()))
 
 
 def test_a_site_of_another_authority_says_whom_it_does_not_trust(door: Door):
