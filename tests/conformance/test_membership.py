@@ -183,7 +183,7 @@ def test_a_site_that_was_away_at_the_checkpoint_goes_on_from_what_it_really_hold
 def test_a_run_goes_on_from_its_newest_checkpoint_though_a_site_was_away_for_twenty_rounds(
     tmp_path: Path, delay: int
 ):
-    """It leaves in round 3; the server dies after round 25, and goes on; then the site is back with its old state."""
+    """It leaves in round 3; the server dies after round 25 and goes on; the site is back with its old state."""
     rounds, left, dies = 30, 3, 25
     plan = server_plan(3, rounds, delay, Differences(Encoding("float32")), checkpoint_every=4, min_updates=2)
     counted, states, trained = dict[int, list[int]](), list[RunState](), dict[str, set[tuple[int, int]]]()
