@@ -10,15 +10,32 @@ run by run.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import fmean
 
 import _record as kit
+import numpy as np
 import torch
-from _record import Found, Options, benchmarks, main, record
+from _record import Bar, Found, Options, benchmarks, grouped, main, record, section, spread, table
 
+from parablock.config.keys import RunConfig
+from parablock.evaluation.side_by_side import score_models
+from parablock.experiment.inputs import read_inputs
+from parablock.model.params import Replica
+from parablock.plan.forecast import make_plan
+from parablock.training.trainer import LocalTrainer, local_arguments
+
+TEXT_CHARS = 600
+STEPS_TIMED = 3
 MODEL = kit.REPOSITORY / "runs" / "SmolLM2-135M-Instruct"
 
 
@@ -44,14 +61,18 @@ def gsm8k(options: Options) -> kit.Material:
         short = [row for row in rows if sum(map(len, json.loads(row).values())) <= options.max_chars]
         made.append(folder / f"{part}-{options.max_chars}.jsonl")
         made[-1].write_text("\n".join(short) + "\n", encoding="utf-8")
-    return kit.Material(smollm2(), (str(made[0]),), (str(made[1]),))
+    return kit.Material(getattr(options, "model", "") or smollm2(), (str(made[0]),), (str(made[1]),))
+
+
+def config_of(options: Options, settings: Found) -> RunConfig:
+    """Make the configuration of one setting."""
+    usual = {"data.partition.scheme": "iid", "federation.num_clients": 2, "evaluation.num_answers": 0}
+    return kit.configured(gsm8k(options), kit.training(options) | usual | settings)
 
 
 def run_of(options: Options, name: str, settings: Found) -> kit.Kept:
-    """Run one setting, unless it is there; its model is kept until it has been scored."""
-    usual = {"data.partition.scheme": "iid", "federation.num_clients": 2, "evaluation.num_answers": 0}
-    config = kit.configured(gsm8k(options), kit.training(options) | usual | settings)
-    return kit.Kept(config, options, "".join(c if c.isalnum() else "-" for c in name))
+    """Run one setting, unless it is there."""
+    return kit.Kept(config_of(options, settings), options, "".join(c if c.isalnum() else "-" for c in name))
 
 
 # -- the settings of each method
@@ -67,8 +88,164 @@ def llm_search(options: Options) -> None:
         record(options, found, [], run.config)  # the rest may not be reached
 
 
+# -- the methods beside each other: at equal rounds, seconds and bytes, and what is forgotten
+def llm_methods(options: Options) -> None:
+    """Compare methods and delays on GSM8K, with the losses on rows of T0 and on a text that nobody trained on."""
+    compare(options, math.inf)
+
+
+def compare(options: Options, until_s: float) -> None:
+    """Run every method on every seed, one at least; no more are begun at `until_s` of `time.monotonic()`."""
+    about, others = kit.ABOUT["llm_methods"], forgotten_rows(options)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one core"
+    found: Found = {"device": device, "base": losses_of(gsm8k(options).model, others, options, "base")}
+    found |= {"step_s": {}, "runs": [], "not_run": []}
+    for seed, way in product(options.seeds, options.only):
+        if found["runs"] and time.monotonic() > until_s:
+            found["not_run"].append(f"{way}, seed {seed}")
+            continue
+        kind, settings = about["kind_of"][way], about["ways"][way]
+        if kind not in found["step_s"]:
+            found["step_s"][kind] = step_s(options, kind, settings)
+        score = {"seed": seed, "evaluation.every_rounds": max(1, options.rounds // 2)}
+        run = run_of(options, f"{way}-seed-{seed}", settings | score)
+        clients, curve = run.config.federation.num_clients, [[0, 0.0, run.summary["initial_eval_loss"]]]
+        curve += [[point["round"], point["bytes"] / clients, point["loss"]] for point in run.points]
+        row = {"way": way, "seed": seed, "curve": curve} | run.told("method", "delay", "num_rounds")
+        row["round_s"] = {f"{mbps:g}": round_s(run.config, found["step_s"][kind], mbps) for mbps in options.links}
+        row["forgotten"] = losses_of(str(run.directory.model), others, options, run.name)
+        shutil.rmtree(run.directory.model, ignore_errors=True)
+        found["runs"].append(row)
+        record(options, found, method_bars(found), run.config)  # the rest may not be reached
+    if found["not_run"]:
+        record(options, found, method_bars(found), run.config)
+
+
+def forgotten_rows(options: Options) -> dict[str, str]:
+    """Write rows that no run is trained on: of each T0 family, and of the documentation that Python brings."""
+    folder = Path(options.work_dir).resolve() / "material"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [text for _, text in sorted(topics.items()) if len(text) > TEXT_CHARS]
+    rows = {"text": [{"text": text[:TEXT_CHARS]} for text in texts[: options.others]]}
+    if not options.smoke:
+        tests = [Path(path).read_text(encoding="utf-8").splitlines() for path in kit.pretrained().test]
+        rows["T0"] = [json.loads(line) for lines in tests for line in lines[: max(1, options.others // len(tests))]]
+    files = {name: folder / f"{name}-{options.others}.jsonl" for name in rows}
+    for name, path in files.items():
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[name]), encoding="utf-8")
+    return {name: str(path) for name, path in files.items()}
+
+
+def losses_of(model: str, files: Mapping[str, str], options: Options, name: str) -> Found:
+    """Return the loss of a model on each file; what was scored once is kept, as the model is not."""
+    kept = Path(options.work_dir) / f"{name}-others-{options.others}.json"
+    if not kept.exists():
+        losses = {key: score_models(model, [path])[0].value for key, path in files.items()}
+        kept.write_text(json.dumps(losses), encoding="utf-8")
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def step_s(options: Options, kind: str, settings: Found) -> float:
+    """Measure a step, of blocks the first, a middle and the last: processor seconds of a thread, or of a GPU."""
+    kept = Path(options.work_dir) / f"step {kind}.json"
+    if not kept.exists():
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        job, medians = read_inputs(config_of(options, settings)), list[float]()
+        replica = Replica(job.loaded.model, job.blocks)
+        working = tuple(replica.read(block.index) for block in job.blocks)
+        how: Found = {"train": job.config.train, "arguments": local_arguments(job.config), "num_rounds": 8}
+        how |= {"seed": 0, "pad_token_id": job.loaded.tokenizer.pad_token_id, "step_time_s": None}
+        trainer = LocalTrainer(0, job.train[0], replica, **how)
+        for block in sorted({0, len(job.blocks) // 2, len(job.blocks) - 1}):
+            seconds = []
+            for place in range(STEPS_TIMED):
+                began = clock()
+                trainer.train(place, block, 1, place, working).trained[:]
+                seconds.append(clock() - began)
+            medians.append(statistics.median(seconds))
+        kept.write_text(json.dumps(fmean(medians)), encoding="utf-8")
+    return float(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def round_s(config: RunConfig, step: float, mbps: float) -> float:
+    """Return the seconds of a round over a link, as the plan has them."""
+    engine = config.engine.model_copy(update={"step_time_s": step})
+    link = config.link.model_copy(update={"upload_mbps": mbps, "download_mbps": mbps})
+    return make_plan(config.model_copy(update={"engine": engine, "link": link})).round_s
+
+
+def method_bars(found: Found) -> list[Bar]:
+    ends = {way: [run["curve"][-1][2] for run in runs] for way, runs in grouped(found["runs"], "way").items()}
+    bars = [
+        Bar(f"GSM8K: final loss, {overlapped} / {serial}", fmean(ends[overlapped]) / fmean(ends[serial]), 1.01)
+        for overlapped, serial in kit.ABOUT["llm_methods"]["pairs"]
+        if {overlapped, serial} <= set(ends)
+    ]
+    base = fmean(run["curve"][0][2] for run in found["runs"])
+    return bars + [Bar(f"GSM8K: loss of {way} / base model", fmean(end) / base, 0.9) for way, end in ends.items()]
+
+
+def llm_methods_section(found: Found) -> Found:
+    results, links = found["results"], [f"{mbps:g}" for mbps in found["options"]["links"]]
+    runs, base, said = grouped(results["runs"], "way"), results["base"], kit.ABOUT["llm_methods"]
+
+    def mean(way: str, of: Callable[[Found], float]) -> float:
+        return fmean(of(run) for run in runs[way])
+
+    def at(run: Found, place: float, axis: int) -> float:
+        places, losses = ([point[which] for point in run["curve"]] for which in (axis, 2))
+        return float(np.interp(place, places, losses))
+
+    def bold(rows: list[list[str]], columns: range) -> list[list[str]]:
+        for column in columns:
+            best = min(rows, key=lambda row: float(row[column].split()[0].strip("†")))
+            best[column] = f"**{best[column]}**"
+        return rows
+
+    starts = spread({run["seed"]: run["curve"][0][2] for run in results["runs"]}.values())
+    first = []
+    for way, group in runs.items():
+        megabytes = mean(way, lambda run: run["curve"][-1][1] / run["num_rounds"] / 1e6)
+        cells = [way, f"{group[0]['num_rounds']}", f"{megabytes:.1f}"]
+        cells += [f"{mean(way, lambda run, mbps=mbps: run['round_s'][mbps]):.1f}" for mbps in links]
+        cells.append(spread(run["curve"][-1][2] for run in group))
+        first.append(cells + [f"{mean(way, lambda run, key=key: run['forgotten'][key]):.3f}" for key in base])
+    first = bold(first, range(3 + len(links), len(first[0])))
+    first.insert(0, ["base model", *[""] * (2 + len(links)), starts, *(f"{loss:.3f}" for loss in base.values())])
+    head = ["method", "rounds", "MB a client and round", *(f"s a round, {mbps} Mbit/s" for mbps in links)]
+    parts: list[str | Found] = [table([*head, "loss", *base], first)]
+    whole = {way: mean(way, lambda run: run["curve"][-1][1]) for way in runs}
+    budgets = sorted({whole[way] for way in said["budgets"] if way in whole})
+    places: list[tuple[str, Callable[[str], tuple[float, int]]]] = [
+        (f"{budget / 1e6:.0f} MB", lambda _, budget=budget: (budget, 1)) for budget in budgets
+    ]
+    last = next((way for way in said["budgets"] if way in runs), None)
+    for mbps in links if last else ():
+        seconds = mean(last, lambda run, mbps=mbps: run["round_s"][mbps] * run["num_rounds"])
+
+        def in_rounds(way: str, mbps: str = mbps, seconds: float = seconds) -> tuple[float, int]:
+            return seconds / mean(way, lambda run: run["round_s"][mbps]), 0
+
+        places.append((f"{mbps} Mbit/s, {seconds:.0f} s", in_rounds))
+    rows = []
+    for way in runs:
+        cells = [way]
+        for _, place in places:
+            where, axis = place(way)
+            ended = "†" * (where > 1.001 * mean(way, lambda run, axis=axis: run["curve"][-1][axis]))
+            cells.append(f"{mean(way, lambda run, where=where, axis=axis: at(run, where, axis)):.4f}{ended}")
+        rows.append(cells)
+    made = table(["method", *(name for name, _ in places)], bold(rows, range(1, len(places) + 1)))
+    parts += [said["equal"], made]
+    parts += [f"Not run, since the time was over: {', '.join(results['not_run'])}."] if results["not_run"] else []
+    steps = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in results["step_s"].items())
+    facts: Found = {"seeds": ", ".join(map(str, found["options"]["seeds"])), "steps": steps}
+    return section(found["options"]["benchmark"], found, *parts, device=results["device"], **facts)
+
+
 TRIED = [*kit.ABOUT["llm_search"]["tried"]]
-BENCHMARKS = benchmarks(globals(), llm_search={"only": TRIED})
+WAYS = [*kit.ABOUT["llm_methods"]["ways"]]
+BENCHMARKS = benchmarks(globals(), llm_search={"only": TRIED}, llm_methods={"only": WAYS})
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from parablock.experiment.run import run
 from parablock.report.write import write_report
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-FILES = ("quality", "llm", "speed", "survival", "deployed")
+FILES = ("quality", "llm", "device", "speed", "survival", "deployed")
 RECORDS = sorted(path.stem for path in (FOLDER / "results").glob("*.json"))
 
 
@@ -264,6 +264,36 @@ def test_the_search_keeps_a_row_for_each_setting_and_no_model(benchmark: Any, tm
     assert 0 < adapters["megabytes"] < block["megabytes"]
     assert block["ratio"] == block["final_eval_loss"] / block["initial_eval_loss"] < 1
     assert [path.parent.name for path in tmp_path.glob("runs/*/model")] == ["material"], "half a GB each"
+
+
+def test_methods_on_a_model_are_compared_and_what_they_forget_is_told(benchmark: Any) -> None:
+    record = benchmark("llm", "llm_methods", "--smoke")
+    block, serial, adapters = record["results"]["runs"]
+    assert [row["way"] for row in (block, serial, adapters)] == ["parablock", "fl_bcd", "fedit, delay 0"]
+    assert block["curve"][0] == serial["curve"][0] and block["curve"][-1] != serial["curve"][-1]
+    assert block["round_s"]["10"] < serial["round_s"]["10"], "the exchange is hidden"
+    assert adapters["round_s"]["10"] < block["round_s"]["10"], "few bytes"
+    assert block["forgotten"] != serial["forgotten"] != record["results"]["base"]
+    rounds, seconds = (part["rows"] for part in record["section"]["parts"] if isinstance(part, dict))
+    assert [row[0] for row in rounds] == ["base model", "parablock", "fl_bcd", "fedit, delay 0"]
+    # when ParaBlock has done its four rounds, FL-BCD is between two of its own, and FedIT has ended
+    assert seconds[0][-1].strip("*") == f"{block['curve'][-1][2]:.4f}"
+    assert float(seconds[1][-1]) > serial["curve"][-1][2] and seconds[2][-1].endswith("†")
+    assert record["bars"][0]["name"] == "GSM8K: final loss, parablock / fl_bcd"
+
+
+def test_the_device_runs_what_its_minutes_allow(benchmark: Any) -> None:
+    record = benchmark("device", "device", "--smoke")
+    assert [(row["way"], row["seed"]) for row in record["results"]["runs"]] == [
+        ("parablock", 0),
+        ("fl_bcd", 0),
+        ("parablock", 1),
+        ("fl_bcd", 1),
+    ]
+    assert "±" in record["section"]["parts"][1]["rows"][1][-2]
+    short = benchmark("device", "device", "--smoke", "--minutes", "0")["results"]
+    assert short["runs"] == record["results"]["runs"][:1] and short["not_run"][0] == "fl_bcd, seed 0"
+    assert len(short["not_run"]) == 3
 
 
 def test_few_bits_end_near_float32_and_are_compared_way_by_way(benchmark: Any) -> None:
