@@ -60,14 +60,15 @@ def baselines(text: str) -> str:
     """Return the page of the baselines with the table of methods as their rows have it."""
     before, _, rest = text.partition(MARKS[0])
     lines = [
-        "| method | published as | trained in a round | delay | own keys | what sets it apart |",
-        "|---|---|---|---|---|---|",
+        "| method | published as | trained in a round | delay | learning rate | own keys | what sets it apart |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, method in METHODS.items():
         source = f"{method.title}: {method.source}" if method.source else "a bound, not a method"
         keys = ", ".join(f"`{key}`" for key in method.own_keys)
         delay = "0" if not method.may_lag else "at least 1" if method.without_delay else "any"
-        lines.append(f"| `{name}` | {source} | {trained(method)} | {delay} | {keys} | {method.summary} |")
+        cells = [f"`{name}`", source, trained(method), delay, f"{method.learning_rate:g}", keys, method.summary]
+        lines.append(f"| {' | '.join(cells)} |")
     return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
 
 

@@ -111,8 +111,6 @@ run run.yaml --output-dir out --set engine.name=flower --set engine.clock=real -
   engine.name: flower | has its clients at sites | start it with `parablock deploy local`
 run run.yaml --output-dir out --set engine.name=flower
   engine: | flower runs in real time | leave clock: real
-run run.yaml --output-dir out --set blocks.layers_per_block=auto --set link={{}}
-  blocks.layers_per_block: auto | fits the blocks to the link | set link.upload_mbps
 run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num_local_steps=auto
   blocks.layers_per_block: auto | follows from train.num_local_steps, which is auto too | set a number
 {READ}=folder

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock import __version__
 from parablock.config.load import known_keys, load_config
+from parablock.experiment.first_config import write_first_config
 from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,
@@ -435,17 +437,20 @@ def test_the_blocks_are_as_asked(override: str, names: list[str], runs: Runs):
 
 
 def test_blocks_are_as_large_as_the_link_lets_them_be_and_the_number_is_written_down(runs: Runs):
-    def blocks(mbps: float) -> dict[str, Any]:
+    def blocks(mbps: float | str, rounds: int = 32) -> dict[str, Any]:
         run_dir = runs(
             "blocks={split: attention_mlp, layers_per_block: auto}",
             f"link={{upload_mbps: {mbps}, download_mbps: {mbps}}}",
-            "federation.num_rounds=8",
+            f"federation.num_rounds={rounds}",
         )
         return yaml.safe_load((run_dir / "config.yaml").read_text())["blocks"]
 
     # two steps of 50 ms; the MLPs of two layers are 50 kB: 80 ms up and down at 10 Mbit/s, 160 ms at 5
     assert blocks(10)["layers_per_block"] == 2
     assert blocks(5)["layers_per_block"] == 1
+    # without a link, and where a few rounds would visit eight blocks only once each
+    assert blocks("null")["layers_per_block"] == 1
+    assert blocks(5, rounds=8)["layers_per_block"] == blocks("null", rounds=8)["layers_per_block"] == 2
 
 
 def test_half_layers_end_alike_under_both_clocks_and_however_they_are_sent(runs: Runs):
@@ -619,11 +624,40 @@ def test_init_writes_a_configuration_that_runs_as_it_stands(workshop: Workshop, 
     written = yaml.safe_load(text)
     assert written["federation"]["num_clients"] == 2
     assert written["data"]["partition"] == {"scheme": "by_file"}
-    assert written["federation"]["num_rounds"] == 2 * NUM_LAYERS
+    assert (written["federation"]["method"], written["federation"]["delay"]) == ("fedit", 1)
+    assert "adapters are configured" in outcome.stdout
     done("run", str(target), "--output-dir", str(tmp_path / "run"))
     assert summary_of(tmp_path / "run")["status"] == "completed"
     assert_refused(command("init", *files, "--model", str(workshop.model), "--output", str(target)), "exists")
     assert target.read_text() == text
+
+
+def test_init_has_blocks_where_they_are_asked_for_or_adapters_would_not_hold_the_rows(
+    workshop: Workshop, tmp_path: Path
+):
+    def blocks(rows: Path, *options: str) -> Any:
+        target = tmp_path / f"{rows.stem}{len(options)}.yaml"
+        outcome = done("init", str(rows), "--model", str(workshop.model), "--output", str(target), *options)
+        written = yaml.safe_load(target.read_text())
+        assert ("lora" in written) == (written["federation"]["method"] == "fedit")
+        return written.get("blocks"), load_config(target).train.learning_rate, outcome.stdout
+
+    few, much = workshop.client_file(0), tmp_path / "much.jsonl"
+    assert blocks(few)[0] is None
+    one_each = {"layers_per_block": 1}  # twenty rounds, four layers
+    assert blocks(few, "--trains", "blocks")[:2] == (one_each, 5e-4)
+    write_rows(much, [{"prompt": "?", "completion": "1 + 2 = 3 " * 200}] * 100)
+    size, rate, said = blocks(much)
+    assert (size, rate) == (one_each, 5e-4) and "blocks of all parameters are configured" in said
+    assert blocks(much, "--trains", "adapters")[0] is None
+
+
+def test_init_has_blocks_where_the_package_of_adapters_is_missing(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = write_first_config(str(workshop.model), [str(workshop.client_file(0))], tmp_path / "one.yaml")
+    assert "parablock[lora]" in said[-1] and load_config(tmp_path / "one.yaml").federation.method == "parablock"
 
 
 def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path):

@@ -75,6 +75,14 @@ def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) 
     assert outcome.code == 0 and outcome.stderr == ""
     for words in ("4 blocks", "Overlap hides the communication", "Recommended: blocks.layers_per_block: 1, train"):
         assert words in outcome.stdout
+    assert "The learning rate is 0.01." in " ".join(outcome.stdout.split())
+    assert outcome.stdout.startswith("Recommended: federation.method: fedit, federation.delay: ")
+    assert "(as configured)" not in outcome.stdout
+    as_advised = [
+        "(as configured)" in command("plan", str(workshop.config), *sets).stdout
+        for sets in (("--set", "federation.method=fedit", "--set", f"federation.delay={d}") for d in (0, 1))
+    ]
+    assert sorted(as_advised) == [False, True]
 
 
 def test_an_unknown_format_is_named(workshop: Workshop) -> None:

@@ -124,6 +124,10 @@ def init(
     clients: Annotated[
         int | None, typer.Option(min=1, help="Clients; default: one for each file, or two of one file.")
     ] = None,
+    trains: Annotated[
+        Literal["adapters", "blocks"] | None,
+        typer.Option(help="Default: adapters, if they hold what the files have to learn."),
+    ] = None,
 ) -> None:
     """Write a configuration with comments for a first run, from a model and files of text.
 
@@ -134,7 +138,7 @@ def init(
         from parablock.experiment.first_config import write_first_config
 
         progress.stage("reading the files and the model's configuration", is_brief=True)
-        found = write_first_config(model, files, output, clients=clients)
+        found = write_first_config(model, files, output, clients=clients, trains=trains)
     for line in found:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written: {output}", highlight=False, soft_wrap=True)

@@ -97,12 +97,10 @@ def _weights(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """`layers_per_block: auto` needs the speed of the link, and a number of steps."""
+    """`layers_per_block: auto` follows from the machine, and from a number of steps."""
     key = "blocks.layers_per_block"
     if config["blocks"]["layers_per_block"] != "auto":
         return
-    if config["link"]["upload_mbps"] is None and config["link"]["download_mbps"] is None:
-        yield key, "auto fits the blocks to the link; set link.upload_mbps and link.download_mbps, or a number"
     if config["engine"]["name"] != "inprocess":
         yield key, "auto depends on the machine, and sites would differ; set the number that `parablock plan` shows"
     if config["train"]["num_local_steps"] == "auto":

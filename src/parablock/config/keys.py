@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from parablock.config.conflicts import refuse_conflicts
 from parablock.config.data_section import DataSection, one_or_many
-from parablock.config.methods import LAGGING, METHODS, Method, MethodName, cohort_size
+from parablock.config.methods import LAGGING, METHODS, RATES, Method, MethodName, cohort_size
 from parablock.config.section import FaultSection, Section, default_of
 from parablock.data.sources import may_be_several
 
@@ -38,7 +38,9 @@ class BlocksSection(Section):
     """The partition of the model and the order in which blocks are trained."""
 
     layers_per_block: int | Literal["auto"] = Field(
-        1, description="Decoder layers in a block; `auto`: the most whose exchange the computation hides."
+        1,
+        description="Decoder layers in a block; `auto`: enough for four rounds of each block, or for at least four "
+        "blocks, and more where the computation hides their exchange.",
     )
     split: Literal["layer", "attention_mlp"] = Field(
         "layer", description="Whole layers, or their attention and their MLPs."
@@ -167,7 +169,13 @@ class TrainSection(Section):
         "adamw",
         description="Local optimizer; `muon`: of the matrices of the decoder layers, with AdamW for the rest.",
     )
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        RATES["blocks"],
+        gt=0,
+        description="Peak learning rate. Where none is given, that of the method: "
+        + ", ".join(f"{rate:g} where it trains {trains}" for trains, rate in RATES.items())
+        + ".",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decay of weight matrices (not of norms and biases).")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm clip of the block; 0 switches it off.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
@@ -326,6 +334,23 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="Everything random follows from it.")
 
     _names = field_validator("report_to", mode="before")(one_or_many)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_has_a_rate(cls, value: Any) -> Any:
+        """Fill in the method's learning rate; it does not count as set (`model_fields_set`)."""
+        if not isinstance(value, Mapping):
+            return value
+        try:  # what is wrong in these sections is told at its place, when they are validated
+            federation = FederationSection.model_validate(value.get("federation", {}))
+            train = TrainSection.model_validate(value.get("train", {}))
+        except ValidationError:
+            return value
+        if "learning_rate" in train.model_fields_set:
+            return value
+        rate = federation.traits.learning_rate
+        train = TrainSection.model_construct(train.model_fields_set, **vars(train) | {"learning_rate": rate})
+        return {**value, "train": train}
 
     @field_validator("report_to")
     @classmethod

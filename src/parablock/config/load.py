@@ -82,6 +82,8 @@ def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
     tree["federation"] |= {"method": name, "delay": delay}
     if method.trains != "blocks":
         tree["blocks"] = {"layers_path": config.blocks.layers_path}
+    if "learning_rate" not in config.train.model_fields_set:  # each method has its own
+        del tree["train"]["learning_rate"]
     for key in (key for key in OWNERS if key not in method.own_keys):
         *sections, last = key.split(".")
         del reduce(getitem, sections, tree)[last]

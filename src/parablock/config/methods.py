@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from parablock.config.section import NOT_BUILT
 
+RATES = {"blocks": 5e-4, "everything": 5e-5, "adapters": 1e-3}
+"""The peak learning rate where none is configured, by `Method.trains`; docs/results.md has the search for them."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -42,6 +45,11 @@ class Method:
     matrices: tuple[tuple[Literal["A", "B"], ...], ...] = ()
     own_keys: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate where none is configured (`train.learning_rate`)."""
+        return RATES[self.trains]
 
     @property
     def may_lag(self) -> bool:

@@ -45,7 +45,6 @@ train:
   num_local_steps: 8
   # examples of a step
   per_device_train_batch_size: 8
-  learning_rate: 0.0001
 wire:
   # or bfloat16, int8, int4, int2: fewer bytes
   format: float32

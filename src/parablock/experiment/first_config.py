@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
+from typing import Literal
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
+from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
+from parablock.config.methods import RATES
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
 from parablock.errors import ConfigError, StorageError
+from parablock.experiment.fit_blocks import MIN_BLOCKS, VISITS
+from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
 from parablock.model.pretrained import load_tokenizer, outline_model
 from parablock.storage.files import storage, write_atomically
+
+Trained = Literal["adapters", "blocks"]
 
 SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A model that a CPU can tune; its licence is Apache-2.0."""
 
 MAX_LENGTH, LENGTH_STEP = 512, 32
-VISITS = 2
-"""Rounds of each block; a first run is to end soon, and shows whether more are worth it."""
+ROUNDS = {"cpu": 20, "cuda": 64}
+"""A first run is to end soon, and shows whether more are worth it."""
+BITS_HELD, BITS_OF_A_TOKEN = 2, 1
+"""What a parameter of an adapter holds (Allen-Zhu, Li 2024, arXiv 2404.05405), and what a token teaches, about."""
 
 FIRST_CONFIG = Template("""\
 # Made by `parablock init`. docs/configuration.md has every key and its default; these are the ones to look at.
@@ -43,14 +54,12 @@ data:
     scheme: $scheme  # $scheme_note
 federation:
   num_clients: $clients
-  num_rounds: $rounds  # $rounds_note
-  delay: 1  # 1: ParaBlock, updates travel while the next block is trained; 0: FL-BCD, without overlap
-blocks:
-  layers_per_block: $layers_per_block  # of the model's $layers
+  num_rounds: $rounds  # more rounds learn more
+$method
 train:
   num_local_steps: $steps  # optimizer steps of a client in a round
   per_device_train_batch_size: $batch
-  learning_rate: $learning_rate  # several times higher or lower is worth a try
+  # learning_rate: $learning_rate  # what the method has by itself; several times higher or lower is worth a try
 # How slow the links are, in 10^6 bit/s. Without this section they are unlimited, and there is nothing to hide.
 # link:
 #   upload_mbps: 50
@@ -64,9 +73,23 @@ checkpoint:
   every_rounds: $every  # `parablock resume runs/first` goes on from the newest one
 seed: 0
 """)
+ADAPTERS = """\
+  method: fedit  # adapters (LoRA): every round trains all layers, and sends little
+  # for a new language or domain, or much data: `parablock init --trains blocks` has parablock, which trains all
+  # parameters, a block of layers a round
+  delay: 1  # 1: updates travel while the next round is computed; 0: without overlap
+lora:
+  rank: 8  # 16 or 64 hold more, and send as many times more"""
+BLOCKS = Template("""\
+  method: parablock  # all parameters, a block of layers a round; fedit: adapters, which send less and hold less
+  delay: 1  # 1: ParaBlock, updates travel while the next block is trained; 0: FL-BCD, without overlap
+blocks:
+  layers_per_block: $layers_per_block  # of the model's $layers layers; each block is trained in $visits rounds""")
 
 
-def write_first_config(model: str, files: Sequence[str], path: Path, *, clients: int | None = None) -> list[str]:
+def write_first_config(
+    model: str, files: Sequence[str], path: Path, *, clients: int | None = None, trains: Trained | None = None
+) -> list[str]:
     """Write a configuration for a first run, sized for this machine, and return what was found, in lines of text.
 
     Several files are a client each; the rows of one file are dealt out.
@@ -76,6 +99,7 @@ def write_first_config(model: str, files: Sequence[str], path: Path, *, clients:
         files: Files of rows, or `datasets` names.
         path: The file to write.
         clients: Number of clients; None: one for each file, or two.
+        trains: adapters | blocks; None: adapters, if they hold what there is to learn.
 
     Raises:
         InputError: The model or a file cannot be read, or `path` exists.
@@ -84,13 +108,14 @@ def write_first_config(model: str, files: Sequence[str], path: Path, *, clients:
         raise StorageError(f"{path} exists", remedy="Give another name with --output, or remove it.")
     by_file = len(files) > 1 and clients in (None, len(files))
     count = len(files) if by_file else clients or 2
-    tokenizer, found, lengths = load_tokenizer(model), [], list[int]()
+    tokenizer, found, lengths, to_learn = load_tokenizer(model), [], list[int](), 0
     for file in files:
         rows = load_rows(file, split="train")
         tokenized = tokenize_rows(
             rows, tokenizer, data_format="auto", max_length=sys.maxsize, completion_only_loss=True
         )
         lengths += [len(example.input_ids) for example in tokenized.examples]
+        to_learn += sum(example.num_target_tokens for example in tokenized.examples)
         found.append(f"{file}: {len(rows)} rows, {tokenized.summary()}")
         if by_file and len(rows) < 2:
             raise ConfigError(
@@ -98,36 +123,61 @@ def write_first_config(model: str, files: Sequence[str], path: Path, *, clients:
             )
     outline = outline_model(model, dtype="float32")
     _, layers = find_layers(outline, None)
+    found.append(f"{model}: {outline.num_parameters():,} parameters, {len(layers)} layers")
     has_gpu = torch.cuda.is_available()
-    size = 1 if has_gpu else -(-len(layers) // 10)  # a CPU gets ten blocks at most
-    blocks = -(-len(layers) // size)
+    rounds = ROUNDS["cuda" if has_gpu else "cpu"]
     fitting = -(-max(lengths) // LENGTH_STEP) * LENGTH_STEP
     max_length = min(fitting, MAX_LENGTH, _positions(outline.config))
     cut = sum(length > max_length for length in lengths)
-    text = FIRST_CONFIG.substitute(
-        path=path,
-        model=_quoted(model),
-        files=f"[{', '.join(map(_quoted, files))}]",
-        max_length=max_length,
-        length_note=f"tokens; your longest row has {max(lengths):,}"
-        + (f", and {cut} of {len(lengths)} rows are cut at the end" if cut else ""),
-        scheme="by_file" if by_file else "iid",
-        scheme_note="one client of each file" if by_file else "rows are dealt out; dirichlet and by_field differ",
-        clients=count,
-        rounds=VISITS * blocks,
-        rounds_note=f"each of the {blocks} blocks {VISITS} times; more rounds learn more",
-        layers_per_block=size,
-        layers=f"{len(layers)} layers" + ("" if has_gpu else "; few large blocks suit a CPU"),
-        steps=8 if has_gpu else 4,
-        batch=8 if has_gpu else 4,
-        learning_rate="0.0003",
-        every=max(1, blocks // 2),
-    )
-    parse_config(yaml.safe_load(text), source=str(path))
+
+    def configure(trains: Trained) -> tuple[str, RunConfig]:
+        size = -(-len(layers) // min(len(layers), max(MIN_BLOCKS, rounds // VISITS)))
+        blocks = -(-len(layers) // size)
+        sections = {
+            "adapters": ADAPTERS,
+            "blocks": BLOCKS.substitute(layers_per_block=size, layers=len(layers), visits=f"{rounds / blocks:.3g}"),
+        }
+        text = FIRST_CONFIG.substitute(
+            path=path,
+            model=_quoted(model),
+            files=f"[{', '.join(map(_quoted, files))}]",
+            max_length=max_length,
+            length_note=f"tokens; your longest row has {max(lengths):,}"
+            + (f", and {cut} of {len(lengths)} rows are cut at the end" if cut else ""),
+            scheme="by_file" if by_file else "iid",
+            scheme_note="one client of each file"
+            if by_file
+            else "rows are dealt out; dirichlet and by_field differ",
+            clients=count,
+            rounds=rounds,
+            method=sections[trains],
+            steps=8 if has_gpu else 4,
+            batch=8 if has_gpu else 4,
+            learning_rate=RATES[trains],
+            every=rounds // 4,
+        )
+        return text, parse_config(yaml.safe_load(text), source=str(path))
+
+    if trains is None:
+        trains, why = _suited(outline, configure("adapters")[1], to_learn)
+        found.append(why)
+    text, _ = configure(trains)
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
-    return [*found, f"{model}: {outline.num_parameters():,} parameters, {len(layers)} layers"]
+    return found
+
+
+def _suited(outline: PreTrainedModel, config: RunConfig, to_learn: int) -> tuple[Trained, str]:
+    """Choose adapters if they hold so many tokens, and return the reason; the outline gets them."""
+    if find_spec("peft") is None:
+        return "blocks", "adapters need the package peft (pip install 'parablock[lora]'): blocks are configured"
+    (adapters,) = trained_blocks(outline, config)
+    held = BITS_HELD * adapters.num_parameters // BITS_OF_A_TOKEN
+    told = f"{to_learn:,} tokens to learn, and adapters of rank {config.lora.rank} hold about {held:,}"
+    if to_learn <= held:
+        return "adapters", f"{told}: adapters are configured"
+    return "blocks", f"{told}: blocks of all parameters are configured"
 
 
 def _quoted(name: str) -> str:

@@ -1,12 +1,15 @@
-"""`blocks.layers_per_block: auto`: choose the largest blocks whose exchange a round's computation hides.
+"""`blocks.layers_per_block: auto`: choose blocks that are visited often enough, or more where the link allows it.
 
-Larger blocks train more of the model in a round, until their exchange takes longer than the computation beside it.
-The time of a step is `engine.step_time_s`, or that of an ordinary device. No choice leaves fewer than `MIN_BLOCKS`
-blocks, because fewer are not worth the staleness, and none leaves a block that the rounds would never train.
+A model of many layers has many blocks, and one that a run visits once or twice learns little. So blocks are as
+large as it takes for `VISITS` rounds each. Larger blocks train more of the model in a round, and are chosen as far
+as a round's computation hides their exchange over the configured link. The time of a step is `engine.step_time_s`,
+or that of an ordinary device. No choice leaves fewer than `MIN_BLOCKS` blocks, because fewer are not worth the
+staleness, and none leaves a block that the rounds would never train.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from transformers import PreTrainedModel
@@ -22,6 +25,8 @@ from parablock.training.step_time import Compute, assumed_compute, stated_comput
 from parablock.wire.transport import Link
 
 MIN_BLOCKS = 4
+VISITS = 4
+"""The rounds that each block should have."""
 
 
 def never_visited(config: RunConfig, num_blocks: int) -> tuple[int, ...]:
@@ -51,25 +56,40 @@ def fit_blocks(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     """Replace `blocks.layers_per_block: auto` by a number; return any other configuration unchanged.
 
     Args:
-        config: The run; with `auto`, its link has a speed and its number of local steps is a number.
+        config: The run; with `auto`, its number of local steps is a number.
         model: The model or its outline.
     """
     if config.blocks.layers_per_block != "auto":
         return config
-    blocks = config.blocks.model_copy(update={"layers_per_block": _largest_that_fits(config, model)})
+    blocks = config.blocks.model_copy(update={"layers_per_block": _chosen_size(config, model)})
     return config.model_copy(update={"blocks": blocks})
 
 
-def _largest_that_fits(config: RunConfig, model: PreTrainedModel) -> int:
+def size_for_visits(config: RunConfig, partitions: Mapping[int, Sequence[Block]]) -> int:
+    """Return the fewest layers of a block with which the rounds visit each block often enough.
+
+    Where no size does so, it is that of the fewest blocks that are enough.
+
+    Args:
+        config: The run.
+        partitions: Layers of a block → blocks.
+    """
+    visited = [size for size, blocks in partitions.items() if not never_visited(config, len(blocks))]
+    allowed = visited or [*partitions]
+    enough = [size for size in allowed if len(partitions[size]) >= MIN_BLOCKS] or [min(allowed)]
+    often = [size for size in enough if VISITS * len(partitions[size]) <= config.federation.num_rounds]
+    return min(often, default=min(enough, key=lambda size: (len(partitions[size]), size)))
+
+
+def _chosen_size(config: RunConfig, model: PreTrainedModel) -> int:
     _, layers = find_layers(model, config.blocks.layers_path)
-    compute = estimated_compute(config, flops_of(config, model))
     partitions = {size: layer_blocks(model, config, size) for size in range(1, len(layers) + 1)}
-    visited = {size: blocks for size, blocks in partitions.items() if not never_visited(config, len(blocks))}
-    allowed = visited or partitions
-    fitting = [
-        size for size, blocks in allowed.items() if len(blocks) >= MIN_BLOCKS and _hides(config, compute, blocks)
-    ]
-    return max(fitting, default=min(allowed))
+    least = size_for_visits(config, partitions)
+    if config.link.upload_mbps is None and config.link.download_mbps is None:
+        return least
+    compute = estimated_compute(config, flops_of(config, model))
+    larger = [size for size, blocks in partitions.items() if size > least and len(blocks) >= MIN_BLOCKS]
+    return max((size for size in larger if _hides(config, compute, partitions[size])), default=least)
 
 
 def _hides(config: RunConfig, compute: Compute, blocks: tuple[Block, ...]) -> bool:

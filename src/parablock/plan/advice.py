@@ -9,8 +9,9 @@ first ones that hide the exchange are recommended:
 3. the same with int4;
 4. steps 1 to 3 with one decoder layer fewer in a block, down to one.
 
-If some block would never be visited, the search starts with the smallest blocks that the rounds can cover. If
-nothing hides the exchange, the last settings tried are recommended and the link stays the bottleneck.
+If the rounds would visit the configured blocks less often than `layers_per_block: auto` asks for, the search
+starts with the blocks that it would choose for that. If nothing hides the exchange, the last settings tried are
+recommended and the link stays the bottleneck.
 """
 
 from __future__ import annotations

@@ -14,7 +14,13 @@ from parablock.config.methods import METHODS, cohort_size, with_delay
 from parablock.engine.local_steps import local_steps_of
 from parablock.errors import ConfigError
 from parablock.experiment.engines import encoding_of
-from parablock.experiment.fit_blocks import estimated_compute, fit_blocks, flops_of, never_visited
+from parablock.experiment.fit_blocks import (
+    estimated_compute,
+    fit_blocks,
+    flops_of,
+    never_visited,
+    size_for_visits,
+)
 from parablock.methods.trained_blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
@@ -59,6 +65,7 @@ class Plan:
         recommended: layers_per_block, num_local_steps, format.
         traffic: For each wire format, uplink and downlink bytes of the whole run, all clients.
         links: At several speeds: exchange, round without and with overlap, and the time saved.
+        learning_rate: Peak rate, as configured or the method's own.
         memory_parts: The parts of `memory_bytes`.
         compute_source: stated | assumed | probed.
         assumptions: The basis of the figures.
@@ -80,6 +87,7 @@ class Plan:
     exchange_s: float
     serial_s: float
     hours: float
+    learning_rate: float
     memory_bytes: dict[str, int]
     never_visited: list[int]
     recommended: dict[str, Any]
@@ -219,6 +227,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         exchange_s=timing.exchange_s,
         serial_s=serial.round_s,
         hours=timing.wall_s / 3600,
+        learning_rate=config.train.learning_rate,
         memory_bytes={name: each.total for name, each in memory.items()},
         never_visited=list(scenario.never_visited(blocks)),
         recommended={name: getattr(advice, name) for name in ("layers_per_block", "num_local_steps", "format")},
@@ -281,17 +290,16 @@ def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
 
 
 def _cases(scenario: Scenario) -> Iterator[Case]:
-    """Yield block sizes and their costs, from the configured size, or one that the rounds can cover, down.
+    """Yield block sizes and their costs, from the configured size, or one that is visited often enough, down.
 
     A method without blocks has the costs of what it trains.
     """
-    start = scenario.layers_per_block
-    while start < scenario.flops.num_layers and scenario.never_visited(scenario.partition(start)):
-        start += 1
+    partitions = {size: scenario.partition(size) for size in range(1, scenario.flops.num_layers + 1)}
+    start = max(scenario.layers_per_block, size_for_visits(scenario.config, partitions))
     delay, formats = max(1, scenario.config.federation.delay), (*WIRE_FORMATS, scenario.config.wire.format)
     has_blocks = scenario.config.federation.traits.trains == "blocks"
     for size in range(start, 0, -1) if has_blocks else (scenario.layers_per_block,):
-        blocks = scenario.partition(size) if has_blocks else scenario.blocks
+        blocks = partitions[size] if has_blocks else scenario.blocks
         if size != start and has_blocks and scenario.never_visited(blocks):
             return
         timings = {

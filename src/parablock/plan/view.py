@@ -18,7 +18,9 @@ MEMORY_ROWS = {"block": "blocks", "lora": "LoRA, r = {}", "full": "all at once"}
 
 
 def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
-    """Yield the tables and lines of a plan, in order."""
+    """Yield the tables and lines of a plan, in order; the method to take comes first."""
+    if plan.recommended_method["reason"]:
+        yield _advice(plan.recommended_method, config)
     yield _blocks(plan, config)
     yield _bytes(plan, config)
     yield _speeds(plan)
@@ -29,7 +31,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
         f"{format_bytes(plan.total_bytes)} over all links. A round computes for {format_duration(plan.compute_s)}, "
         f"communicates for {format_duration(plan.communication_s)} and takes {format_duration(plan.round_s)} "
-        f"({format_duration(plan.serial_s)} without overlap)."
+        f"({format_duration(plan.serial_s)} without overlap). The learning rate is {plan.learning_rate:g}."
     )
     yield plan.verdict
     advised = plan.recommended
@@ -39,10 +41,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         f"Recommended: blocks.layers_per_block: {advised['layers_per_block']}, "
         f"train.num_local_steps: {advised['num_local_steps']}, wire.format: {advised['format']}{unchanged}."
     )
-    yield (
-        f"A round sends what adapters of rank {plan.equal_rank:.3g} would ({_of_each(config)}). "
-        + (_advice(plan.recommended_method) if plan.recommended_method["reason"] else "")
-    )
+    yield f"A round sends what adapters of rank {plan.equal_rank:.3g} would ({_of_each(config)})."
     if plan.never_visited:
         names = ", ".join(plan.blocks[b]["name"] for b in plan.never_visited)
         yield (
@@ -124,10 +123,12 @@ def _of_each(config: RunConfig) -> str:
     return "A and B of " + (", ".join(config.lora.target_modules) or "every matrix of the layers")
 
 
-def _advice(advised: Mapping[str, Any]) -> str:
+def _advice(advised: Mapping[str, Any], config: RunConfig) -> str:
+    chosen = (config.federation.method, config.federation.delay)
+    unchanged = " (as configured)" if (advised["method"], advised["delay"]) == chosen else ""
     return (
-        f"Recommended: federation.method: {advised['method']}, federation.delay: {advised['delay']}, because "
-        f"{advised['reason']}; unless {advised['unless']}."
+        f"Recommended: federation.method: {advised['method']}, federation.delay: {advised['delay']}{unchanged}, "
+        f"because {advised['reason']}; unless {advised['unless']}."
     )
 
 

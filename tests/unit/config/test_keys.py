@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
-from dotted import REQUIRED, flat, parsed
+from dotted import REQUIRED, flat, parsed, problems
 from parablock.config.keys import RunConfig
-from parablock.config.load import known_keys, parse_config
+from parablock.config.load import known_keys, parse_config, tree_of_method
+from parablock.config.methods import METHODS
 from parablock.config.section import Section
 from parablock.errors import ConfigError
 
@@ -57,7 +58,7 @@ DEFAULTS = {
     "train.per_device_train_batch_size": 8,
     "train.gradient_accumulation_steps": 1,
     "train.optimizer": "adamw",
-    "train.learning_rate": 1e-4,
+    "train.learning_rate": 5e-4,
     "train.weight_decay": 0.0,
     "train.max_grad_norm": 1.0,
     "train.adam_beta1": 0.9,
@@ -104,6 +105,37 @@ DEFAULTS = {
 
 def test_the_keys_and_their_defaults_are_those_that_users_rely_upon():
     assert flat(parsed()) == DEFAULTS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_a_learning_rate_of_its_own_and_a_given_one_wins(method: str):
+    rate = {"blocks": 5e-4, "adapters": 1e-3, "everything": 5e-5}[METHODS[method].trains]
+    assert parsed(federation__method=method, federation__delay=METHODS[method].delay).train.learning_rate == rate
+    steps = parsed(federation__method=method, federation__delay=METHODS[method].delay, train__num_local_steps=3)
+    assert (steps.train.learning_rate, steps.train.num_local_steps) == (rate, 3)
+    assert parse_config(steps.model_dump()) == steps
+    for given in (1e-4, rate):
+        config = parsed(federation__method=method, train__learning_rate=given, federation__delay=0)
+        assert config.train.learning_rate == given
+
+
+def test_a_configuration_for_another_method_has_its_rate_or_the_given_one():
+    def rate(config: RunConfig, method: str) -> float:
+        return parse_config(tree_of_method(config, method, 0)).train.learning_rate
+
+    assert (rate(parsed(), "fedavg"), rate(parsed(), "fedit")) == (5e-5, 1e-3)
+    given = parsed(train__learning_rate=5e-4)  # as the method would have it, and given all the same
+    assert (rate(given, "fedavg"), rate(given, "fedit")) == (5e-4, 5e-4)
+    assert rate(parsed(federation__method="fedavg"), "fl_bcd") == 5e-4
+
+
+def test_what_is_wrong_beside_a_missing_rate_is_told_at_its_place():
+    values = {"federation.method": "fedsum", "train.num_local_steps": 0, "seed": -1}
+    assert {problem.split(":")[0] for problem in problems(values)} == {
+        "federation.method",
+        "train.num_local_steps",
+        "seed",
+    }
 
 
 def test_every_section_is_listed_before_its_keys():

@@ -26,7 +26,7 @@ PROMISED_KEYS = [
 ]
 FURTHER_KEYS = [
     *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict"),
-    *("methods", "equal_rank", "recommended_method"),
+    *("methods", "equal_rank", "recommended_method", "learning_rate"),
 ]
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
 
@@ -117,6 +117,31 @@ def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recomm
     assert (enough.never_visited, enough.recommended["layers_per_block"]) == ([], 1)
 
 
+def test_blocks_of_many_layers_are_chosen_and_recommended_so_that_each_is_visited_four_times(outlined: Path):
+    def blocks(size: int | str, rounds: int, **sections: Any) -> tuple[int, int]:
+        federation = {"num_clients": 2, "num_rounds": rounds}
+        plan = make_plan(
+            large_config(outlined, blocks={"layers_per_block": size}, federation=federation, **sections)
+        )
+        return plan.num_blocks, plan.recommended["layers_per_block"]
+
+    # 32 layers: the rounds / 4 blocks, at least four; more rounds than four for each layer change nothing
+    assert [blocks("auto", rounds) for rounds in (32, 64, 128, 512)] == [(8, 4), (16, 2), (32, 1), (32, 1)]
+    assert blocks("auto", 8) == blocks("auto", 16) == (4, 8)
+    # a number that is given is kept, and the plan says what would be better, unless it is larger already
+    assert (blocks(1, 64), blocks(8, 64)) == ((32, 2), (4, 8))
+    # on a fast link the blocks are larger, on a slow one they are visited often enough nevertheless
+    fast, slow = ({"link": {"upload_mbps": mbps, "download_mbps": mbps}} for mbps in (1e5, 1))
+    assert blocks("auto", 64, **fast)[0] == 4
+    assert blocks("auto", 64, **slow) == (16, 1)
+
+
+def test_a_plan_tells_the_learning_rate_that_the_run_has(outlined: Path, workshop: Workshop):
+    assert make_plan(large_config(outlined)).learning_rate == 5e-4
+    assert make_plan(large_config(outlined, federation={"method": "fedavg"})).learning_rate == 5e-5
+    assert plan_of(workshop, "train.learning_rate=0.02").learning_rate == 0.02
+
+
 def test_stated_steps_count_and_more_steps_compute_longer(workshop: Workshop):
     # step_time_s is 0.05 in this configuration, K is 2
     assert plan_of(workshop).compute_s == pytest.approx(0.1)
@@ -204,7 +229,7 @@ def test_several_speeds_are_shown_and_the_configured_link_first(workshop: Worksh
 
 
 def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(workshop: Workshop):
-    auto = ("blocks={split: attention_mlp, layers_per_block: auto}", "federation.num_rounds=8")
+    auto = ("blocks={split: attention_mlp, layers_per_block: auto}", "federation.num_rounds=32")
     fast = plan_of(workshop, *auto, "link={upload_mbps: 10, download_mbps: 10}")
     slow = plan_of(workshop, *auto, "link={upload_mbps: 5, download_mbps: 5}")
     assert [block["name"] for block in fast.blocks] == [

@@ -105,7 +105,7 @@ def test_the_blocks_table_compares_the_first_and_the_last_visit(tmp_path: Path):
 
 
 def test_only_settings_that_are_not_the_default_are_listed(tmp_path: Path):
-    table = settings_table(a_run(tmp_path, train={"num_local_steps": 3, "learning_rate": 1e-4}))
+    table = settings_table(a_run(tmp_path, train={"num_local_steps": 3, "learning_rate": 5e-4}))
     settings = dict(table.rows)
     assert settings["train.num_local_steps"] == "3"
     assert "train.learning_rate" not in settings  # given, and the default
