@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -22,6 +23,7 @@ from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import same
 from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
+from parablock.engine.client import Client
 from parablock.engine.contract import EngineResult
 from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.remote.remote_transport import SPANS_KEPT
@@ -29,6 +31,7 @@ from parablock.engine.update_form import Differences, FixedPointWords, SparseDif
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState, load_newest, save_checkpoint
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
 from parablock.wire.quantize import Encoding
@@ -259,6 +262,60 @@ def test_masked_updates_of_sites_give_the_plain_grid_of_one_process(tmp_path: Pa
     town = Town(tmp_path, on_the_grid(delay), EXAMPLES, masking=masking, protection_of=protection_of)
     plain = in_process(on_the_grid(delay), protection_of=protection_of)
     assert same(town.run().server.params, plain.server.params)
+
+
+class Seals:
+    """A proof that everybody can make of everybody, but for one client."""
+
+    def __init__(self, client_id: int, liar: int | None) -> None:
+        self.client_id, self.liar = client_id, liar
+
+    def sign(self, content: bytes) -> bytes:
+        return b"false" if self.client_id == self.liar else sha256(content + bytes([self.client_id])).digest()
+
+    def is_by(self, client_id: int, content: bytes, proof: bytes) -> bool:
+        return proof == sha256(content + bytes([client_id])).digest()
+
+
+@pytest.mark.parametrize("liar", [None, 1])
+def test_a_site_with_a_false_proof_takes_no_part_and_the_others_go_on(tmp_path: Path, liar: int | None):
+    masking, counted = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0), list[list[int]]()
+    options = {"protection_of": lambda _: Protection(2.0), "identity_of": lambda i: Seals(i % 256, liar)}
+    town = Town(tmp_path, on_the_grid(1), EXAMPLES, masking=masking, **options)
+    on_commit = lambda state, updates, _: counted.append([update.client_id for update in updates])  # noqa: E731
+    result = town.run(replace(QUIET, on_commit=on_commit))
+    assert counted == [[i for i in range(len(EXAMPLES)) if i != liar]] * ROUNDS
+    assert result.refused.get("misfit", 0) == (liar is not None)
+
+
+def test_what_a_site_kept_and_had_not_recorded_when_it_died_is_recorded_before_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record, send_again, unrecorded = ReleaseLedger.record, Client._send_again, list[int]()
+
+    def dying(ledger: ReleaseLedger, kind: str, round_index: int, **facts) -> None:
+        if ledger is town.releases[1] and (kind, round_index) == ("release", 2) and not town.deaths:
+            raise Died
+        record(ledger, kind, round_index, **facts)
+
+    def watched(client: Client, updates) -> None:
+        updates = list(updates)
+        is_recorded = client._releases is None or client._releases.recorded("release", 2)
+        unrecorded.extend(t for t, _ in updates if client.client_id == 1 and t == 2 and not is_recorded)
+        send_again(client, updates)
+
+    monkeypatch.setattr(ReleaseLedger, "record", dying)
+    town = Town(tmp_path / "town", plan(1, Encoding("float32")), EXAMPLES, keeps_releases=True)
+    assert town.run().finished
+    assert town.deaths == 1
+    recorded = [t for t in range(ROUNDS) if town.releases[1].recorded("release", t)]
+    assert recorded == list(range(ROUNDS))
+    monkeypatch.setattr(Client, "_send_again", watched)
+    monkeypatch.setattr(Client, "_record_kept", lambda _: None)
+    town = Town(tmp_path / "before", plan(1, Encoding("float32")), EXAMPLES, keeps_releases=True)
+    assert town.run().finished
+    assert 2 in unrecorded, "the hole that was"
+    assert not town.releases[1].recorded("release", 2)
 
 
 def test_a_masked_site_that_dies_has_lost_its_secrets_and_the_others_go_on(tmp_path: Path):

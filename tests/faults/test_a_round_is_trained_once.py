@@ -22,7 +22,7 @@ from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Trace
 from parablock.wire.messages import NewValue, RoundStart, Skip, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
-from parablock.wire.sealing import Reveal, Revealed
+from parablock.wire.sealing import Reveal, Revealed, pack_bytes
 from parablock.wire.transport import Parcel
 
 KEY = bytes(range(32))
@@ -106,7 +106,7 @@ def masked(num_clients: int = 5) -> MaskedWires:
 
 def test_a_list_of_duplicates_is_no_set_of_enough_clients(monkeypatch: pytest.MonkeyPatch):
     wires = masked()
-    five_times_one = Reveal(0, (0,) * 5)
+    five_times_one = Reveal(0, (0,) * 5, ((),) * 5, (0,) * 5, pack_bytes(b""))
     assert wires.couriers[0].incoming(Parcel(to_bytes(five_times_one), 0)) == []
     assert "not in ascending order, each once" in wires.told[0]
     (answer,) = wires.couriers[0]._answer_reveal(five_times_one)  # nor if it could be decoded
@@ -119,7 +119,7 @@ def test_a_list_of_duplicates_is_no_set_of_enough_clients(monkeypatch: pytest.Mo
 
 def test_a_mask_covers_a_round_once():
     wires = masked()
-    (again,) = wires.couriers[0].outgoing(Parcel(masked_update(0, 0), 0))
+    *_, again = wires.couriers[0].outgoing(Parcel(masked_update(0, 0), 0))
     assert isinstance(from_bytes(again.message), Update), "the same words are the same bytes"
     (other,) = wires.couriers[0].outgoing(Parcel(masked_update(0, 0, 1), 0))
     assert from_bytes(other.message) == Skip(0)

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 
 from parablock.clock import RealClock
 from parablock.errors import StallError
+from parablock.privacy.identities import Identity
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import Cohorts
 from parablock.storage.release_ledger import ReleaseLedger
+from parablock.wire.sealing import Reveal, pack_bytes
 from parablock.wire.transport import Parcel
 
 
 class MaskedWires:
     """Everybody in one thread: what the server waits for is what the couriers have answered by then.
+
+    `identities` and `contexts` are those of the clients, and the server's.
 
     Attributes:
         silent: The clients that no message reaches any more.
@@ -27,10 +31,21 @@ class MaskedWires:
         wire_bytes: Of all messages, up and down.
     """
 
-    def __init__(self, num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        num_clients: int,
+        cohorts: dict[int, tuple[int, ...]],
+        *,
+        identities: Sequence[Identity | None] | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> None:
         known = Cohorts(num_clients, cohorts)
         self.told: list[str] = []
-        self.couriers = [MaskedClient(i, known, ReleaseLedger(), tell=self.told.append) for i in range(num_clients)]
+        signing, said = identities or [None] * (num_clients + 1), contexts or [""] * (num_clients + 1)
+        self.couriers = [
+            MaskedClient(i, known, ReleaseLedger(), identity=signing[i], context=said[i], tell=self.told.append)
+            for i in range(num_clients)
+        ]
         self.refused: list[tuple[int, str, str]] = []
         self.silent: set[int] = set()
         self.seen: list[bytes] = []
@@ -38,13 +53,27 @@ class MaskedWires:
         self.to_compute: list[bytes] = []
         self.wire_bytes = 0
         self._up = deque[tuple[int, bytes]]()
-        self.collector = MaskedServer(self, known, ReleaseLedger(), RealClock(), stall_timeout_s=1.0)
+        self.collector = MaskedServer(
+            self,
+            known,
+            ReleaseLedger(),
+            RealClock(),
+            stall_timeout_s=1.0,
+            identity=signing[-1],
+            context=said[-1],
+        )
         self.collector.on_refusal = lambda *refusal: self.refused.append(refusal)
         for client_id, courier in enumerate(self.couriers):
             self._take(client_id, courier.opening())
 
     def upload(self, client_id: int, message: bytes, round_index: int = 0) -> None:
         self._take(client_id, self.couriers[client_id].outgoing(Parcel(message, round_index)))
+
+    def asking(self, round_index: int, clients: tuple[int, ...]) -> Reveal:
+        """Return what a server asks that wants a sum, with what these clients have said of their partners."""
+        said = [self.couriers[i]._partners.get(round_index) for i in clients if i < len(self.couriers)]
+        left_out = tuple(each.left_out if each else () for each in said)
+        return Reveal(round_index, clients, left_out, (0,) * len(said), pack_bytes(b""))
 
     def send(self, client_id: int, parcel: Parcel) -> None:
         self.wire_bytes += len(parcel.message)

@@ -60,6 +60,7 @@ class Watch:
     def __init__(self) -> None:
         self.updates: dict[tuple[int, int], set[bytes]] = defaultdict(set)
         self.sets: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+        self.apart: set[int] = set()
         self.shares: dict[int, set[bytes]] = defaultdict(set)
 
     def saw(self, life: int, asked: bytes, answers: Sequence[Parcel]) -> None:
@@ -74,6 +75,8 @@ class Watch:
                     question = from_bytes(asked)
                     assert isinstance(question, sealing.Reveal)
                     self.sets[message.round_index].add(question.clients)
+                    if any(set(left_out) & set(question.clients) for left_out in question.left_out):
+                        self.apart.add(message.round_index)
 
     @property
     def leaks(self) -> list[str]:
@@ -86,6 +89,7 @@ class Watch:
                 if len(each) > 1
             ),
             *(f"{len(each)} shares of one life" for each in self.shares.values() if len(each) > 1),
+            *(f"a sum of clients in round {t} that do not all mask with each other" for t in self.apart),
             *(f"sums of round {t} over {each}" for t, each in self.sets.items() if len(each) > 1),
             *(f"a sum over {s} in round {t}" for t, each in self.sets.items() for s in each if len(set(s)) < few),
         ]
@@ -127,10 +131,28 @@ def from_a_hostile_server(draw: Draw) -> bytes:
     _, adverts, (roster, letters) = exchange()
     clients = tuple(int(i) for i in draw.integers(0, CLIENTS + 1, int(draw.integers(0, CLIENTS + 2))))
     asked = clients if draw.random() < 0.3 else tuple(sorted(set(clients)))
-    reveal = to_bytes(sealing.Reveal(int(draw.integers(0, ROUNDS + 1)), asked))
-    whole = to_bytes(sealing.Reveal(int(draw.integers(0, ROUNDS)), tuple(range(CLIENTS - int(draw.integers(2))))))
-    kinds = [roster, letters, roster, letters, reveal, reveal, whole, altered(roster, draw), altered(letters, draw)]
+    reveal = to_bytes(asking(int(draw.integers(0, ROUNDS + 1)), asked, draw))
+    whole = to_bytes(asking(int(draw.integers(0, ROUNDS)), tuple(range(CLIENTS - int(draw.integers(2))))))
+    leave_out = to_bytes(sealing.LeaveOut(int(draw.integers(0, CLIENTS + 1))))
+    kinds = [
+        roster,
+        letters,
+        roster,
+        letters,
+        reveal,
+        reveal,
+        whole,
+        leave_out,
+        altered(roster, draw),
+        altered(letters, draw),
+    ]
     return bytes(one_of([*kinds, adverts[1], b"PBLK", damaged(roster, draw)], draw))
+
+
+def asking(t: int, clients: tuple[int, ...], draw: Draw | None = None) -> sealing.Reveal:
+    """Ask for a sum of clients that mask with all, or that leave somebody out."""
+    left_out = [() if draw is None or draw.random() < 0.8 else (int(draw.integers(CLIENTS)),) for _ in clients]
+    return sealing.Reveal(t, clients, tuple(left_out), (0,) * len(clients), pack_bytes(b""))
 
 
 def altered(raw: bytes, draw: Draw) -> bytes:
@@ -216,6 +238,7 @@ def from_a_hostile_member(draw: Draw, honest: Sequence[bytes]) -> bytes:
     _, adverts, (roster, letters) = exchange()
     revealed = sealing.Revealed(int(draw.integers(0, ROUNDS)), one_of(range(CLIENTS), draw), pack_bytes(bytes(132)))
     own = one_of(honest, draw) if honest else adverts[HOSTILE]
+    lied = tuple(i for i in range(CLIENTS) if draw.random() < 0.2)
     return bytes(
         one_of(
             [
@@ -225,6 +248,8 @@ def from_a_hostile_member(draw: Draw, honest: Sequence[bytes]) -> bytes:
                 altered(adverts[HOSTILE], draw),
                 damaged(own, draw),
                 to_bytes(revealed),
+                to_bytes(sealing.Partners(int(draw.integers(0, ROUNDS + 1)), HOSTILE, lied, pack_bytes(b"a"))),
+                to_bytes(sealing.LeaveOut(int(draw.integers(CLIENTS)))),
                 roster,
                 letters,
                 b"",
@@ -308,7 +333,7 @@ def from_a_hostile_client(start: messages.RoundStart, draw: Draw) -> bytes:
     versions = tuple(int(v) for v in draw.integers(-2, 4, int(draw.integers(1, 4))))
     others = [messages.Skip(number, one_of(["", "no"], draw)), messages.Leave("bye"), messages.Welcome()]
     others += [messages.Join(versions, tuple(range(int(draw.integers(0, 4))))), messages.Mark(2, stop=True)]
-    others += [sealing.Reveal(0, (0, 1)), messages.Finish(3, ()), start]
+    others += [asking(0, (0, 1)), messages.Finish(3, ()), start]
     return bytes(
         one_of([to_bytes(update), raw, raw, damaged(raw, draw), b"", to_bytes(one_of(others, draw))], draw)
     )
@@ -408,7 +433,7 @@ def from_a_hostile_server_of_rounds(draw: Draw) -> bytes:
     fair = messages.RoundStart(number(), int(draw.integers(BLOCKS)), 1, 0, -1, ())
     every = [fair, fair, messages.RoundStart(number(), number(), number(), number(), number(), news)]
     every += [messages.Chunk(number(), number(), one_of(kinds[:3], draw), vector()), messages.Mark(2, stop=False)]
-    every += [messages.Welcome(((number(), number()),)), messages.Skip(1), sealing.Reveal(0, (0, 1))]
+    every += [messages.Welcome(((number(), number()),)), messages.Skip(1), asking(0, (0, 1))]
     return to_bytes(one_of(every, draw))
 
 

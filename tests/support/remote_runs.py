@@ -22,6 +22,7 @@ from parablock.engine.remote.remote_engine import RunFacts, run_remote
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
+from parablock.privacy.identities import Identity
 from parablock.storage.checkpoint import RunState
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.site_store import SiteStore
@@ -46,13 +47,17 @@ class Town:
         *,
         make_trainer: Callable[[int, int, None], ToyTrainer] = ToyTrainer,
         masking=None,
+        identity_of: Callable[[int], Identity | None] = lambda _: None,
         protection_of=lambda _: None,
         address_of: Callable[[int, int], str] = lambda client_id, port: f"127.0.0.1:{port}",
         num_blocks: int = BLOCKS,
+        keeps_releases: bool = False,
     ) -> None:
+        self.keeps_releases = keeps_releases or masking is not None
         self.num_blocks = num_blocks
         self.folder, self.plan, self.examples, self.make_trainer = folder, plan, examples, make_trainer
         self.masking, self.protection_of, self.address_of = masking, protection_of, address_of
+        self.identity_of = identity_of
         self.told, self.errors = list[str](), list[BaseException]()
         self.deaths, self.is_over = 0, threading.Event()
         self.channels = dict[int, SiteChannel]()
@@ -72,7 +77,12 @@ class Town:
         """Run a server to its end, or its death."""
         everybody = len(self.examples)
         self.listener = Listener(
-            f"127.0.0.1:{self.port}", None, lambda _: None, num_clients=everybody, tell=self.told.append
+            f"127.0.0.1:{self.port}",
+            None,
+            lambda _: None,
+            num_clients=everybody,
+            tell=self.told.append,
+            identity=self.identity_of(-1),
         )
         self.port = self.listener.port
         self.transport = None
@@ -166,7 +176,10 @@ class Town:
                 if self.masking:
                     restored = welcome.opening.restored
                     first_open = 0 if restored < 0 else max(0, restored - self.plan.delay)
-                    channel.intercept(self.masking.client_side(client_id, first_open, self.releases[client_id]))
+                    signs = {"identity": self.identity_of(client_id), "context": welcome.opening.context}
+                    channel.intercept(
+                        self.masking.client_side(client_id, first_open, self.releases[client_id], **signs)
+                    )
                 run_client(
                     client_id,
                     ClientPlan("aligned", self.plan.form, self.protection_of, num_ahead=self.plan.delay + 1),
@@ -177,7 +190,7 @@ class Town:
                     take_params=self.params,
                     marks_kept=3,
                     rejoins=rejoins,
-                    releases=self.releases[client_id] if self.masking else None,
+                    releases=self.releases[client_id] if self.keeps_releases else None,
                 )
         except Died:  # who is dead says no bye, and does nothing that was still to be done
             channel.stream.close()

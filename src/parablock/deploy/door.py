@@ -100,7 +100,8 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
         return _configuration(credentials)
 
     to_show = grpc.dynamic_ssl_server_credentials(_configuration(credentials), shown, True)
-    listener = Listener(address, to_show, admit, num_clients=num_clients, tell=tell)
+    signed = CertificateIdentity(keys)
+    listener = Listener(address, to_show, admit, num_clients=num_clients, tell=tell, identity=signed)
     strangers.port = listener.port
 
     remind = reminder(lambda words: listener.tell(words))

@@ -105,7 +105,7 @@ def _mask(
         first_open,
         releases,
         identity=caller.identity,
-        context=f"{opening.run} {opening.session}",
+        context=opening.context,
         tell=LOGGER.warning,
     )
     channel.intercept(client)

@@ -112,6 +112,7 @@ class Client:
         """
         with self._entered as pipeline:
             self._pipeline, self._keep = pipeline, keep
+            self._record_kept()
             if self._rejoins:
                 pipeline.send(to_bytes(Join(self.state.versions, tuple(self._sent))), max(self._sent, default=0))
             else:
@@ -252,6 +253,13 @@ class Client:
         self._sent[t] = messages
         self._keep(partial(self._record, t, hash_, encoded.chunks))
         self._send_again([(t, 0)])
+
+    def _record_kept(self) -> None:
+        """Record updates that a process kept, and had not recorded when it died; they leave again now."""
+        for t, messages in self._sent.items():
+            if self._releases is not None and not self._releases.recorded(RELEASE, t):
+                updates = (from_bytes(message) for message in messages)
+                self._record(t, "", [update.delta for update in updates if isinstance(update, Update)])
 
     def _record(self, round_index: int, sha256: str, chunks: list[Vector]) -> None:
         if self._releases is not None:

@@ -19,6 +19,7 @@ from parablock.engine.faults import NO_FAULTS, Faults
 from parablock.engine.pipeline import Interceptor
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan, ServerStart
 from parablock.engine.server import Server
+from parablock.privacy.identities import Identity
 from parablock.storage.checkpoint import ClientSnapshot, RunState
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Span, Trace
@@ -37,7 +38,14 @@ class Masking(Protocol):
         """Make a client's side."""
 
     def server_side(
-        self, inner: ServerTransport, first_round: int, fixed: ReleaseLedger, clock: Clock
+        self,
+        inner: ServerTransport,
+        first_round: int,
+        fixed: ReleaseLedger,
+        clock: Clock,
+        *,
+        identity: Identity | None,
+        context: str,
     ) -> MaskedTransport:
         """Make the server's side, over a transport."""
 
@@ -120,15 +128,19 @@ def make_server(
     transport: ServerTransport,
     on_mark: Callable[[int, ServerState, dict[str, Any]], None],
     absent: frozenset[int] = frozenset(),
+    *,
+    identity: Identity | None = None,
+    context: str = "",
 ) -> Server:
     """Make the server of a run over a transport; a resumed one does not use the initial `params`.
 
-    The `absent` clients take part once they join.
+    The `absent` clients take part once they join. `identity` checks what masked clients sign, for this `context`.
     """
     fixed, clock = given.releases, given.trace.clock
     masked = None
     if given.masking is not None:
-        masked = given.masking.server_side(transport, given.first_open_round, fixed, clock)
+        first = given.first_open_round
+        masked = given.masking.server_side(transport, first, fixed, clock, identity=identity, context=context)
     resumed = given.resumed
     if resumed is None:
         start = ServerStart(initial_server(params), absent=absent)

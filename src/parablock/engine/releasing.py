@@ -48,10 +48,15 @@ class Releasing:
         if self._masked is None:
             return {}
         try:
-            return fold.unmask(self._masked)
+            lost = fold.unmask(self._masked)
+            for client_id, refusal in lost.items():
+                if refusal.reason == "unmasked":
+                    self._refusals.count(client_id, refusal)
+            return lost
         except MaskingError as error:
             self._refusals.tell(f"round {fold.round_index} is void: {error.what}. {error.cause}".strip())
             if error.client_id is not None:
+                self._masked.leave_out(error.client_id)
                 false = Refusal("false_share", f"shares that do not unmask round {fold.round_index}")
                 self._refusals.count(error.client_id, false)
                 self._participation.leaves(error.client_id)

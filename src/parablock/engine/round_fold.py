@@ -312,6 +312,8 @@ class RoundFold:
             MaskingError: The sum cannot be unmasked; see `MaskedServer.masks_of`.
         """
         t, clients = self.round_index, tuple(self.expected)
+        if unfit := masked.unfit(t, clients):
+            return {client_id: Refusal("unmasked", text) for client_id, text in unfit.items()}
         fixed = masked.fixed_set(t, clients)
         if set(fixed) < set(clients):
             refusal = Refusal("late", f"an update of round {t}, whose sum is that of clients {fixed}")

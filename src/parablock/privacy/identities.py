@@ -1,10 +1,9 @@
-"""The identity of a site in secure aggregation: its signature vouches for the keys that it advertises."""
+"""The identity of a site in secure aggregation: its signature vouches for its keys, and for whom it masks with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
-
-from parablock.errors import CodecError
 
 
 class Identity(Protocol):
@@ -17,16 +16,17 @@ class Identity(Protocol):
         """Return whether a client has written the content."""
 
 
-def to_be_signed(context: str, client_id: int, keys: bytes) -> bytes:
-    """Return what a client signs: its keys, for one session of one run alone."""
+def signed_keys(context: str, client_id: int, keys: bytes) -> bytes:
+    """Return what a client signs before the first round: its keys, for one session of one run alone."""
     return f"parablock keys\n{context}\n{client_id}\n".encode() + keys
 
 
-def check_proof(identity: Identity | None, context: str, client_id: int, keys: bytes, proof: bytes) -> None:
-    """Raise a CodecError unless a client has signed these keys; without an identity nothing is checked."""
-    if identity is not None and not identity.is_by(client_id, to_be_signed(context, client_id, keys), proof):
-        raise CodecError(
-            f"the keys of client {client_id} are not signed by it",
-            cause="The server passes on other keys than the client's, which would let it read updates.",
-            remedy="Do not take part in the run of this server before that is cleared up.",
-        )
+def signed_partners(context: str, client_id: int, keys: bytes, round_index: int, left_out: Sequence[int]) -> bytes:
+    """Return what a client signs with an update: whom of the round's cohort it does not mask with, and its keys."""
+    said = f"parablock partners\n{context}\n{client_id}\n{round_index}\n{','.join(map(str, left_out))}\n"
+    return said.encode() + keys
+
+
+def is_proven(identity: Identity | None, client_id: int, content: bytes, proof: bytes) -> bool:
+    """Return whether a client has signed; where clients have no certificates, everything counts as signed."""
+    return identity is None or identity.is_by(client_id, content, proof)

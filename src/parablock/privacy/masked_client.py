@@ -5,7 +5,7 @@ from training, and a snapshot holds the plain update.
 
 Each message of the protocol is accepted once, in its turn: `Roster`, then `Letters`, then one `Reveal` a round. Any
 other is refused, counted and told, and changes nothing. A roster or letters that do not hold what they must end the
-client's part: without them it can mask nothing.
+client's part: without them it can mask nothing. A member whose proof is false is left out.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from cryptography.exceptions import InvalidTag
 
 from parablock.errors import CodecError
 from parablock.privacy import masking
-from parablock.privacy.identities import Identity, check_proof, to_be_signed
+from parablock.privacy.identities import Identity, is_proven, signed_keys, signed_partners
 from parablock.privacy.keystream import KEY_BYTES, new_key
 from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts
 from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
 from parablock.wire.messages import Skip, Update, from_bytes, kind_of, to_bytes
-from parablock.wire.quantize import pack
+from parablock.wire.quantize import Vector, pack
 from parablock.wire.sealing import SEALING_KINDS, cut, pack_bytes
 from parablock.wire.transport import Parcel
 
@@ -78,6 +78,8 @@ class MaskedClient:
         """For each (round, client): this client's shares of the other's seed and key."""
         self._masked: dict[int, bytes] = {}
         """The hash of the one update of each round that this client has masked."""
+        self._partners: dict[int, sealing.Partners] = {}
+        """What this client has said of its partners in a round, once."""
         self._held: list[Parcel] = []
         """Updates that wait for the letters."""
         self.refused = Counter[str]()
@@ -88,8 +90,8 @@ class MaskedClient:
             return []
         self._opened = True
         keys = self._own_keys()
-        proof = b"" if self._identity is None else self._identity.sign(self._signed(keys))
-        return [self._first_parcel(sealing.Advertise(self._client_id, pack_bytes(keys), pack_bytes(proof)))]
+        proof = self._sign(signed_keys(self._context, self._client_id, keys))
+        return [self._first_parcel(sealing.Advertise(self._client_id, pack_bytes(keys), proof))]
 
     def outgoing(self, parcel: Parcel) -> list[Parcel]:
         """Return a message with its update masked, or keep it until the keys are there."""
@@ -121,6 +123,10 @@ class MaskedClient:
                 return [masked for waiting in held for masked in self._mask(waiting)]
             case sealing.Reveal():
                 return self._answer_reveal(message)
+            case sealing.LeaveOut(client_id=named) if named in (self._members or ()) and named != self._client_id:
+                self._members = tuple(other for other in self._members or () if other != named)
+                self._tell(f"client {self._client_id} masks with client {named} no more: its secrets do not fit")
+                return []
         return self._refuse(f"a {type(message).__name__} out of its turn")
 
     def _refuse(self, problem: str) -> list[Parcel]:
@@ -134,8 +140,8 @@ class MaskedClient:
     def _own_keys(self) -> bytes:
         return b"".join(masking.public_key(key) for key in (self._letter_key, *self._mask_keys.values()))
 
-    def _signed(self, keys: bytes) -> bytes:
-        return to_be_signed(self._context, self._client_id, keys)
+    def _sign(self, content: bytes) -> Vector:
+        return pack_bytes(b"" if self._identity is None else self._identity.sign(content))
 
     # ── before the first round ──────────────────────────────────────────────────────────────────────
 
@@ -155,7 +161,9 @@ class MaskedClient:
         self._keep(self._client_id, b"".join(letters[self._client_id]))
         sealed = [
             masking.seal(self._letter_key_with(other), self._client_id, other, b"".join(letters[other]))
-            for other in self._public
+            if other in self._public
+            else b""
+            for other in roster.clients
             if other != self._client_id
         ]
         lengths = tuple(map(len, sealed))
@@ -171,7 +179,9 @@ class MaskedClient:
         for client_id, keys, proof in zip(roster.clients, all_keys, proofs, strict=True):
             if client_id >= self._cohorts.num_clients or len(keys) != self._cohorts.num_key_bytes(client_id):
                 raise self._unfit(f"{len(keys)} bytes as the keys of client {client_id}")
-            check_proof(self._identity, self._context, client_id, keys, proof)
+            if not is_proven(self._identity, client_id, signed_keys(self._context, client_id, keys), proof):
+                self._refuse(f"keys of client {client_id} that it has not signed; it is left out")
+                continue
             public[client_id] = [keys[k : k + KEY_BYTES] for k in range(0, len(keys), KEY_BYTES)]
         if b"".join(public.get(self._client_id, ())) != self._own_keys():
             raise self._unfit("a roster in which this client's keys are not its own")
@@ -234,7 +244,8 @@ class MaskedClient:
         assert isinstance(message, Update) and self._members is not None
         t, size = message.round_index, message.delta.num_elements
         cohort = self._cohorts.of_round.get(t, ())
-        partners = [other for other in cohort if other in self._members]
+        said = self._partners.get(t) or self._say_partners(t, cohort)
+        partners = [other for other in cohort if other not in said.left_out]
         if self._client_id not in cohort or len(partners) < threshold_of(len(cohort)):
             self._refuse(f"round {t}, in which {len(partners)} of {len(cohort)} clients can mask")
             return [replace(parcel, message=to_bytes(Skip(t)))]
@@ -249,12 +260,19 @@ class MaskedClient:
                 masks.append(masking.pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
         words = message.delta.values.numpy().view(np.uint32)
         masked = torch.from_numpy(masking.add_words([words, *masks], size).view(np.int32))
-        return [replace(parcel, message=to_bytes(replace(message, delta=pack(masked, "word32"))))]
+        self._partners[t] = said
+        hidden = to_bytes(replace(message, delta=pack(masked, "word32")))
+        return [replace(parcel, message=to_bytes(said)), replace(parcel, message=hidden)]
+
+    def _say_partners(self, t: int, cohort: tuple[int, ...]) -> sealing.Partners:
+        left_out = tuple(other for other in cohort if other not in (self._members or ()))
+        content = signed_partners(self._context, self._client_id, self._own_keys(), t, left_out)
+        return sealing.Partners(t, self._client_id, left_out, self._sign(content))
 
     def _answer_reveal(self, message: sealing.Reveal) -> list[Parcel]:
         """Return the shares for a sum; none, in words, if it is not one that the server may have."""
         t, clients = message.round_index, message.clients
-        problem = self._forbidden(t, clients)
+        problem = self._forbidden(message)
         shares: list[bytes] = []
         if problem:
             self._refuse(f"it asks for the sum of clients {clients} in round {t}, {problem}")
@@ -263,8 +281,9 @@ class MaskedClient:
             shares = [NO_SHARE if two is None else two[other not in clients] for other, two in kept.items()]
         return [Parcel(to_bytes(sealing.Revealed(t, self._client_id, pack_bytes(b"".join(shares)))), t)]
 
-    def _forbidden(self, t: int, clients: tuple[int, ...]) -> str:
+    def _forbidden(self, message: sealing.Reveal) -> str:
         """Return why the server may not have a sum; empty if it may."""
+        t, clients = message.round_index, message.clients
         cohort = self._cohorts.of_round.get(t, ())
         if self._members is None or self._client_id not in cohort:
             return "in which this client takes no part"
@@ -272,6 +291,27 @@ class MaskedClient:
             return f"which is one of too few, or of others than {cohort}"
         if self._client_id in clients and t not in self._masked:
             return "in which this client has sent nothing"
+        if problem := self._not_among_themselves(message):
+            return problem
         if (before := self._revealed.fix("reveal", t, clients)) != clients:
             return f"after that of clients {before}; two sums would reveal a single update"
+        return ""
+
+    def _not_among_themselves(self, message: sealing.Reveal) -> str:
+        """Return why these clients may not all have masked with each other; empty if they have.
+
+        Else the server could give a client few partners, and ask the others for a sum of it without them.
+        """
+        t, clients = message.round_index, message.clients
+        if not len(clients) == len(message.left_out) == len(message.proof_bytes):
+            return "without their word of whom they mask with"
+        proofs = cut(message.proofs, message.proof_bytes)
+        for client_id, left_out, proof in zip(clients, message.left_out, proofs, strict=True):
+            own = self._partners[t].left_out if client_id == self._client_id else left_out
+            if client_id not in self._public or left_out != own or not set(left_out).isdisjoint(clients):
+                return f"of which client {client_id} does not mask with all"
+            keys = b"".join(self._public[client_id])
+            content = signed_partners(self._context, client_id, keys, t, left_out)
+            if not is_proven(self._identity, client_id, content, proof):
+                return f"with a word of client {client_id} that it has not signed"
         return ""

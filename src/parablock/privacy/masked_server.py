@@ -4,7 +4,8 @@ It wraps the server's transport and handles the messages of the protocol, which 
 that take part get all keys and letters before the first other message of a run. A client that does not send its own
 in time takes part in no round of the session; nobody waits for it.
 
-Each message of a client is accepted once, in its turn, under its own name. Any other is refused and counted.
+Each message of a client is accepted once, in its turn, under its own name. Any other is refused and counted. Keys
+count if the client has signed them, where clients have certificates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from parablock.clock import Clock
 from parablock.errors import CodecError, MaskingError
 from parablock.privacy import masking
+from parablock.privacy.identities import Identity, is_proven, signed_keys, signed_partners
 from parablock.privacy.keystream import KEY_BYTES
 from parablock.privacy.masked_client import Fixed
 from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts, Words
@@ -42,15 +44,26 @@ class MaskedServer:
         fixed: Keeps of which clients' updates a round's sum is.
         clock: The run's clock.
         stall_timeout_s: Seconds until a step of the protocol goes on without the clients that have not answered.
+        identity: Checks the clients' signatures; None: nobody has certificates.
+        context: The session that a signature is for.
 
     Attributes:
         on_refusal: Called with (client, reason in a word, end of the sentence "client 3 sent …").
     """
 
     def __init__(
-        self, inner: ServerTransport, cohorts: Cohorts, fixed: Fixed, clock: Clock, *, stall_timeout_s: float
+        self,
+        inner: ServerTransport,
+        cohorts: Cohorts,
+        fixed: Fixed,
+        clock: Clock,
+        *,
+        stall_timeout_s: float,
+        identity: Identity | None = None,
+        context: str = "",
     ) -> None:
         self._inner, self._cohorts, self._stall_timeout_s = inner, cohorts, stall_timeout_s
+        self._identity, self._context = identity, context
         self._fixed, self._clock = fixed, clock
         self._first = min(cohorts.of_round, default=0)
         self._advertised: dict[int, sealing.Advertise] = {}
@@ -59,6 +72,10 @@ class MaskedServer:
         self._members: tuple[int, ...] | None = None
         self._restarted: set[int] = set()
         """Members that have advertised other keys since: their secrets are gone."""
+        self._left_out: set[int] = set()
+        """Members whose secrets have made a round void: the others mask with them no more."""
+        self._partners: dict[tuple[int, int], sealing.Partners] = {}
+        """For each (round, client): whom its update is masked with."""
         self._commitments: dict[tuple[int, int], list[bytes]] = {}
         self._asked: tuple[int, frozenset[int]] | None = None
         self._revealed: dict[int, list[bytes]] = {}
@@ -104,7 +121,20 @@ class MaskedServer:
     def members(self) -> tuple[int, ...]:
         """The clients that can take part, after the exchange of keys."""
         self._begin()
-        return tuple(i for i in self._members or () if i not in self._restarted)
+        return tuple(i for i in self._members or () if i not in self._restarted | self._left_out)
+
+    def leave_out(self, client_id: int) -> None:
+        """Let the others mask with a client no more."""
+        if client_id not in self._left_out:
+            self._left_out.add(client_id)
+            for member in self.members:
+                self._inner.send(member, Parcel(to_bytes(sealing.LeaveOut(client_id)), self._first))
+
+    def unfit(self, round_index: int, clients: Sequence[int]) -> dict[int, str]:
+        """Return the clients whose updates cannot be in a sum of masked ones, each with what is wrong with it."""
+        left = {i: "an update of one that nobody masks with any more" for i in clients if i in self._left_out}
+        without = [i for i in clients if (round_index, i) not in self._partners]
+        return left | dict.fromkeys(without, "an update without word of whom it is masked with")
 
     def fixed_set(self, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
         """Return the clients of whose updates the round's sum has to be: these, unless others were fixed before."""
@@ -113,7 +143,8 @@ class MaskedServer:
     def masks_of(self, round_index: int, clients: Sequence[int], size: int) -> Tensor:
         """Return the sum of the masks of these clients' updates, once in a round: 1-D, int32, `size` words.
 
-        The clients are those whose updates have come; at least all but a third of the cohort.
+        The clients are those whose updates have come, and of which none is `unfit`; at least all but a third of
+        the cohort.
 
         Raises:
             MaskingError: Too few clients have revealed shares, or a client is at fault, which is named.
@@ -122,31 +153,35 @@ class MaskedServer:
         members = [i for i in cohort if i in (self._members or ())]
         if not set(chosen) <= set(members) or len(chosen) < threshold_of(len(cohort)):
             raise MaskingError(f"a sum of clients {chosen} of {cohort} in round {t} is one of too few")
+        if problems := self.unfit(t, chosen):
+            raise MaskingError(f"a sum of round {t} with {'; '.join(f'{p} ({i})' for i, p in problems.items())}")
         if (fixed := self.fixed_set(t, chosen)) != chosen:
             raise MaskingError(f"the sum of round {t} was begun for clients {fixed}, and {chosen} are there")
-        self._reveal(t, chosen, members)
+        pairs = {i: [j for j in chosen if i not in self._partners[t, j].left_out] for i in members}
+        dealers = [dealer for dealer in members if pairs[dealer]]
+        self._reveal(t, chosen, members, dealers)
         parts: list[Words] = []
-        for dealer in members:
+        for dealer in dealers:
             secret = self._secret_of(t, dealer, cohort, is_seed=dealer in chosen)
             if dealer in chosen:
                 parts.append(masking.own_mask(secret, size))
                 continue
-            for other in chosen:  # their pair masks with the client whose update is missing
+            for other in pairs[dealer]:  # their pair masks with the client whose update is missing
                 public = self._key(other, t)
                 parts.append(masking.pair_mask(secret, public, t, other, dealer, size))
         self._revealed = {}
         return torch.from_numpy(masking.add_words(parts, size).view(np.int32))
 
-    def _reveal(self, t: int, chosen: tuple[int, ...], members: Sequence[int]) -> None:
-        """Ask for shares, until there are enough, or no more will come."""
+    def _reveal(self, t: int, chosen: tuple[int, ...], members: Sequence[int], dealers: Sequence[int]) -> None:
+        """Ask for shares of the dealers' secrets, until there are enough, or no more will come."""
         self._asked, self._revealed = (t, frozenset(chosen)), {}
-        message = to_bytes(sealing.Reveal(t, chosen))
+        message = to_bytes(self.question(t, chosen))
         for client_id in members:
             self._inner.send(client_id, Parcel(message, t))
         cohort = self._cohorts.of_round[t]
         threshold = threshold_of(len(cohort))
         self._wait_for(
-            members, self._revealed, lambda: all(len(self._shares_of(i, cohort)) >= threshold for i in members)
+            members, self._revealed, lambda: all(len(self._shares_of(i, cohort)) >= threshold for i in dealers)
         )
         self._asked = None
         if len(self._good()) < threshold:
@@ -154,6 +189,13 @@ class MaskedServer:
                 f"{len(self._good())} clients have revealed shares of round {t}, of {threshold} that it takes",
                 cause="The others are gone, or refuse: their own logs say why.",
             )
+
+    def question(self, round_index: int, clients: tuple[int, ...]) -> sealing.Reveal:
+        """Return what asks for the shares of a sum."""
+        said = [self._partners[round_index, i] for i in clients]
+        proofs = [unpack_bytes(each.proof) for each in said]
+        left_out = tuple(each.left_out for each in said)
+        return sealing.Reveal(round_index, clients, left_out, tuple(map(len, proofs)), pack_bytes(b"".join(proofs)))
 
     def _good(self) -> dict[int, list[bytes]]:
         return {i: shares for i, shares in self._revealed.items() if shares}
@@ -244,6 +286,8 @@ class MaskedServer:
                 problem = "new keys: its secrets are gone, and masks with them"
             case sealing.Shares() if client_id in (self._roster or ()) and self._members is None:
                 problem = self._take_shares(client_id, message)
+            case sealing.Partners():
+                problem = self._take_partners(client_id, message)
             case sealing.Revealed() if self._asked and message.round_index == self._asked[0]:
                 problem = self._take_revealed(client_id, message)
             case _:
@@ -269,6 +313,9 @@ class MaskedServer:
                 masking.agree_key(masking.new_private_key(), key, "check")
         except CodecError as error:
             return error.what
+        content = signed_keys(self._context, client_id, unpack_bytes(message.keys))
+        if not is_proven(self._identity, client_id, content, unpack_bytes(message.proof)):
+            return "keys that it has not signed"
         self._advertised[client_id] = message
         return ""
 
@@ -279,6 +326,8 @@ class MaskedServer:
         rounds = self._cohorts.rounds_of(client_id)
         hashes = {t: 1 + 2 * len(self._cohorts.of_round[t]) for t in rounds}
         due = [self._cohorts.num_letter_bytes(client_id, other) + TAG_BYTES for other in others]
+        if len(due) == len(message.letter_bytes) and not all(message.letter_bytes):
+            return f"no letter to client {others[message.letter_bytes.index(0)]}, whose keys it does not believe"
         if list(message.letter_bytes) != due or message.letters.num_elements != sum(due):
             return "letters of another length than the configuration gives"
         if message.commitments.num_elements != COMMITMENT_BYTES * sum(hashes.values()):
@@ -287,6 +336,25 @@ class MaskedServer:
         for t, count in hashes.items():
             self._commitments[t, client_id] = [next(pieces) for _ in range(count)]
         self._letters[client_id] = dict(zip(others, cut(message.letters, due), strict=True))
+        return ""
+
+    def _take_partners(self, client_id: int, message: sealing.Partners) -> str:
+        t, cohort = message.round_index, self._cohorts.of_round.get(message.round_index, ())
+        if client_id not in cohort or client_id not in (self._members or ()):
+            return f"word of whom it masks with in round {t}, in which it takes no part"
+        before = self._partners.get((t, client_id))
+        if before is not None:  # an update that is sent again has the same partners
+            return "" if before.left_out == message.left_out else f"two words of whom it masks with in round {t}"
+        there = set(self._members or ()) - self._left_out
+        if not set(message.left_out) <= set(cohort) - there:
+            return f"word that it masks in round {t} without {message.left_out}, of which some take part"
+        keys = unpack_bytes(self._advertised[client_id].keys)
+        content = signed_partners(self._context, client_id, keys, t, message.left_out)
+        if message.proof.num_elements > MAX_PROOF_BYTES or not is_proven(
+            self._identity, client_id, content, unpack_bytes(message.proof)
+        ):
+            return f"word of whom it masks with in round {t} that it has not signed"
+        self._partners[t, client_id] = message
         return ""
 
     def _take_revealed(self, client_id: int, message: sealing.Revealed) -> str:

@@ -15,7 +15,8 @@ secrets and of every share. So a receiver sees at once that a letter holds anoth
 reveals another share than the one in the letter, or has split another secret than the one that it masks with.
 
 Source: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, figure 4, with
-signed keys where sites have certificates, and without the round of signatures on the list of survivors.
+signed keys where sites have certificates, and with a signed word of each client on its partners in the place of the
+round of signatures on the list of survivors.
 """
 
 from __future__ import annotations

@@ -38,10 +38,21 @@ class SecureAggregation:
         cohorts = self._cohorts(first_round)
         return MaskedClient(client_id, cohorts, revealed, identity=identity, context=context, tell=tell)
 
-    def server_side(self, inner: ServerTransport, first_round: int, fixed: Fixed, clock: Clock) -> MaskedServer:
-        """Make the server's side, around a transport."""
+    def server_side(
+        self,
+        inner: ServerTransport,
+        first_round: int,
+        fixed: Fixed,
+        clock: Clock,
+        *,
+        identity: Identity | None = None,
+        context: str = "",
+    ) -> MaskedServer:
+        """Make the server's side, around a transport; see `MaskedServer`."""
         cohorts, stall_timeout_s = self._cohorts(first_round), self.stall_timeout_s
-        return MaskedServer(inner, cohorts, fixed, clock, stall_timeout_s=stall_timeout_s)
+        return MaskedServer(
+            inner, cohorts, fixed, clock, stall_timeout_s=stall_timeout_s, identity=identity, context=context
+        )
 
     def _cohorts(self, first_round: int) -> Cohorts:
         return Cohorts(

@@ -5,10 +5,18 @@ Before the first round, once each; the members are the clients that have sent wh
     client ── Advertise: its public keys, signed ──► server ── Roster: those of all members ──► client
     client ── Shares: a sealed letter for each other member ──► server ── Letters: those for it ──► client
 
+With every update:
+
+    client ── Partners(t): whom of the cohort it does not mask with, signed ──► server
+
 In every round, when no further update will come:
 
-    server ── Reveal(t): the clients whose updates have come ──► client
+    server ── Reveal(t): the clients whose updates have come, with what they have said of their partners ──► client
     client ── Revealed(t): its shares of the masks that are left in their sum, or nothing: it refuses ──► server
+
+After a round that a client has made void by secrets that do not fit:
+
+    server ── LeaveOut: mask with that client no more ──► client
 """
 
 from __future__ import annotations
@@ -69,6 +77,7 @@ class Roster:
 class Shares:
     """A client's letters to all other members, in order of client_id, and the length of each.
 
+    A letter of length 0 is none: the client does not believe that member's proof.
     `commitments` are the hashes of its secrets and of every share; see `masking.commit`.
     """
 
@@ -89,11 +98,42 @@ class Letters:
 
 
 @dataclass(frozen=True)
+class Partners:
+    """The members of round t's cohort that a client does not mask with, and its signature."""
+
+    round_index: Number
+    client_id: Number
+    left_out: Clients
+    proof: Bytes
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """Nobody masks with this client any more."""
+
+    client_id: Number
+
+
+def pack_bytes(content: bytes) -> Vector:
+    """Return a vector of bytes."""
+    return pack(torch.frombuffer(bytearray(content), dtype=torch.uint8), "bytes") if content else _NOTHING
+
+
+_NOTHING = pack(torch.empty(0, dtype=torch.uint8), "bytes")
+
+
+@dataclass(frozen=True)
 class Reveal:
-    """The server has the updates of these clients of round t, and accepts no others."""
+    """The server has the updates of these clients of round t, and accepts no others.
+
+    `left_out` and `proofs` are those of each client's `Partners`, in the same order.
+    """
 
     round_index: Number
     clients: Clients
+    left_out: tuple[Clients, ...]
+    proof_bytes: tuple[Number, ...]
+    proofs: Bytes
 
 
 @dataclass(frozen=True)
@@ -105,13 +145,8 @@ class Revealed:
     shares: Bytes
 
 
-Sealing = Advertise | Roster | Shares | Letters | Reveal | Revealed
+Sealing = Advertise | Roster | Shares | Letters | Partners | LeaveOut | Reveal | Revealed
 SEALING_KINDS = frozenset(kind.__name__ for kind in get_args(Sealing))
-
-
-def pack_bytes(content: bytes) -> Vector:
-    """Return a vector of bytes."""
-    return pack(torch.frombuffer(bytearray(content), dtype=torch.uint8), "bytes") if content else _NOTHING
 
 
 def unpack_bytes(vector: Vector) -> bytes:
@@ -129,6 +164,3 @@ def cut(vector: Vector, lengths: Sequence[int]) -> list[bytes]:
     if sum(lengths) != len(content):
         raise CodecError(f"{len(content)} bytes where pieces of {sum(lengths)} together are due")
     return [content[begin:end] for begin, end in pairwise(accumulate(lengths, initial=0))]
-
-
-_NOTHING = pack(torch.empty(0, dtype=torch.uint8), "bytes")

@@ -138,6 +138,12 @@ class MaskedTransport(ServerTransport, Protocol):
     def members(self) -> tuple[int, ...]:
         """The clients that can take part."""
 
+    def leave_out(self, client_id: int) -> None:
+        """Let the others mask with a client no more."""
+
+    def unfit(self, round_index: int, clients: Sequence[int]) -> dict[int, str]:
+        """Return the clients whose updates cannot be in a sum of masked ones, each with what is wrong with it."""
+
     def fixed_set(self, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
         """Return the clients of whose updates a round's sum has to be."""
 

@@ -20,6 +20,7 @@ from parablock.deploy import authority
 from parablock.deploy.authority import install_certificate, load_credentials, make_all, make_renewal, sign_request
 from parablock.deploy.certificates import key_and_end, now
 from parablock.deploy.door import NO_CERTIFICATE, check_keys, diagnose, host_and_port, listen, server_of
+from parablock.deploy.site_identity import CertificateIdentity
 from parablock.deploy.strangers import MOST_LOOKS_PER_S
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.grpc_options import settle_environment
@@ -69,6 +70,13 @@ def test_keys_or_insecure_and_never_insecure_beyond_this_machine(keys: Path):
     with pytest.raises(ConfigError, match="this machine alone"):
         server_of("fl.example.org:8000", None, print)
     listen("127.0.0.1:0", None, 1, print).close()
+
+
+def test_the_server_checks_what_sites_sign_where_they_have_certificates(keys: Path):
+    for folder, believes in ((keys / "server", CertificateIdentity), (None, type(None))):
+        listener = listen("127.0.0.1:0", folder, 1, print)
+        listener.close()
+        assert type(listener.identity) is believes
 
 
 def test_a_port_that_is_taken_is_told_with_the_process_that_has_it(keys: Path):

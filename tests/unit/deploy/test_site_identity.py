@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from masked_wires import MaskedWires
+from message_sequences import masked_update
 from parablock.deploy import site_identity
 from parablock.deploy.authority import make_all
 from parablock.deploy.site_identity import CertificateIdentity
-from parablock.errors import CodecError
+from parablock.privacy.identities import Identity
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masking import Cohorts
 from parablock.storage.release_ledger import ReleaseLedger
@@ -48,58 +50,92 @@ def test_a_signature_is_believed_of_the_site_that_made_it_over_what_it_made_it_o
     assert not one.is_by(0, b"keys", proof), "it has expired"
 
 
-def town(made: Path, *, context: tuple[str, ...] = ("run",) * 3) -> MaskedWires:
-    """Sites that sign their keys, at a server."""
-    wires = MaskedWires(3, {0: (0, 1, 2)})
-    known = Cohorts(3, {0: (0, 1, 2)})
-    wires.couriers = [
-        MaskedClient(
-            i,
-            known,
-            ReleaseLedger(),
-            identity=CertificateIdentity(made / "ours" / f"site-{i}"),
-            context=context[i],
-        )
-        for i in range(3)
-    ]
-    wires._up.clear()
-    for client_id, courier in enumerate(wires.couriers):
-        wires._take(client_id, courier.opening())
-    return wires
+def town(made: Path, *, contexts: Sequence[str] = ("run",) * 4, server_believes: bool = False) -> MaskedWires:
+    """Sites that sign, at a server that believes everybody, or nobody without a proof."""
+    signing: list[Identity | None] = [CertificateIdentity(made / "ours" / f"site-{i}") for i in range(3)]
+    signing.append(None if server_believes else CertificateIdentity(made / "ours" / "server"))
+    return MaskedWires(3, {0: (0, 1, 2)}, identities=signing, contexts=contexts)
 
 
 def begin(wires: MaskedWires) -> None:
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
 
 
+def sends(wires: MaskedWires, client_id: int) -> str:
+    """Let a client send an update; return what comes of it."""
+    *_, sent = wires.couriers[client_id].outgoing(Parcel(masked_update(client_id, 0), 0))
+    return type(from_bytes(sent.message)).__name__
+
+
+def with_keys_of_its_own(wires: MaskedWires) -> None:
+    """Let the server pass on keys that it has made, in the place of client 2's."""
+    own = MaskedClient(2, Cohorts(3, {0: (0, 1, 2)}), ReleaseLedger())
+    keys = unpack_bytes(from_bytes(own.opening()[0].message).keys)
+    passed = wires.send
+
+    def send(client_id: int, parcel: Parcel) -> None:
+        if isinstance(roster := from_bytes(parcel.message), Roster) and client_id != 2:
+            true = unpack_bytes(roster.keys)
+            roster = replace(roster, keys=pack_bytes(true[: 2 * len(keys)] + keys))
+        passed(client_id, Parcel(to_bytes(roster), 0))
+
+    wires.send = send  # type: ignore[method-assign]
+
+
 def test_sites_mask_with_keys_that_are_signed_and_with_no_others(made: Path):
     honest = town(made)
     begin(honest)
     assert honest.collector.members == (0, 1, 2)
-
-    def with_keys_of_its_own(wires: MaskedWires) -> None:
-        """Let the server pass on keys that it has made, in the place of client 2's."""
-        own = MaskedClient(2, Cohorts(3, {0: (0, 1, 2)}), ReleaseLedger())
-        keys = unpack_bytes(from_bytes(own.opening()[0].message).keys)
-        passed = wires.send
-
-        def send(client_id: int, parcel: Parcel) -> None:
-            if isinstance(roster := from_bytes(parcel.message), Roster) and client_id != 2:
-                true = unpack_bytes(roster.keys)
-                roster = replace(roster, keys=pack_bytes(true[: 2 * len(keys)] + keys))
-            passed(client_id, Parcel(to_bytes(roster), 0))
-
-        wires.send = send  # type: ignore[method-assign]
-
+    assert sends(honest, 0) == "Update"
     deceived = town(made)
     with_keys_of_its_own(deceived)
-    with pytest.raises(CodecError, match="the keys of client 2 are not signed by it"):
-        begin(deceived)
+    begin(deceived)  # which ends nobody's part
+    assert [sorted(courier._public) for courier in deceived.couriers] == [[0, 1], [0, 1], [0, 1, 2]]
+    assert sum("keys of client 2 that it has not signed; it is left out" in line for line in deceived.told) == 2
+    refused = [words for _, _, words in deceived.refused]
+    assert refused == ["no letter to client 2, whose keys it does not believe"] * 2
     unsigned = MaskedWires(3, {0: (0, 1, 2)})
     with_keys_of_its_own(unsigned)
-    begin(unsigned)  # the hole that was: without certificates nobody notices
+    begin(unsigned)
+    assert sorted(unsigned.couriers[0]._public) == [0, 1, 2], (
+        "the hole that was: without certificates nobody notices"
+    )
 
 
-def test_keys_of_another_session_are_not_believed(made: Path):
-    with pytest.raises(CodecError, match="the keys of client 1 are not signed by it"):
-        begin(town(made, context=("run now", "run before", "run now")))
+def test_keys_that_a_site_has_not_signed_leave_it_out_and_end_nobodys_part(made: Path):
+    of_another_session = ("run now", "run before", "run now", "run now")
+    wires = town(made, contexts=of_another_session)
+    begin(wires)
+    assert wires.collector.members == (0, 2)
+    assert wires.refused == [(1, "misfit", "keys that it has not signed")]
+    assert not wires.told, "the others never see these keys"
+    assert [sends(wires, i) for i in (0, 2)] == ["Update", "Update"]
+    loose = town(made, contexts=of_another_session, server_believes=True)
+    begin(loose)  # the others notice themselves, and go on
+    assert sum("keys of client 1 that it has not signed; it is left out" in line for line in loose.told) == 2
+    assert loose.collector.members != (0, 2)
+
+
+def test_the_word_of_a_site_on_its_partners_cannot_be_another_s(made: Path):
+    wires = town(made)
+    begin(wires)
+    for client_id in range(3):
+        wires.upload(client_id, masked_update(client_id, 0))
+    while wires.collector.receive_until(1.0):
+        pass
+    asked = wires.collector.question(0, (0, 1, 2))
+    (answer,) = wires.couriers[1].incoming(Parcel(to_bytes(asked), 0))
+    assert from_bytes(answer.message).shares.num_elements
+    forged = bytearray(unpack_bytes(asked.proofs))
+    forged[-1] ^= 1  # client 2's
+    for lie in (replace(asked, proofs=pack_bytes(bytes(forged))), replace(asked, left_out=((), (), (0,)))):
+        (answer,) = wires.couriers[1].incoming(Parcel(to_bytes(lie), 0))
+        assert not from_bytes(answer.message).shares.num_elements
+        assert "client 2" in wires.told[-1]
+    false = replace(wires.couriers[2]._partners[0], proof=pack_bytes(bytes(forged)))
+    fresh = town(made)
+    begin(fresh)
+    fresh._take(2, [Parcel(to_bytes(false), 0)])
+    assert fresh.collector.receive_until(1.0) is None
+    assert fresh.refused[0][0] == 2 and "has not signed" in fresh.refused[0][2]
+    assert 2 in fresh.collector.unfit(0, (0, 1, 2))

@@ -183,6 +183,9 @@ class Unmasks:
     def __init__(self, masks: Tensor, fixed: tuple[int, ...] = tuple(range(CLIENTS))) -> None:
         self.masks, self.fixed = masks, fixed
 
+    def unfit(self, *_) -> dict[int, str]:
+        return {}
+
     def fixed_set(self, *_) -> tuple[int, ...]:
         return self.fixed
 

@@ -34,7 +34,7 @@ from parablock.privacy.protection import threshold_of
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
-from parablock.wire.sealing import Advertise, Letters, Reveal, Revealed, Roster, pack_bytes, unpack_bytes
+from parablock.wire.sealing import Advertise, Letters, Revealed, Roster, pack_bytes, unpack_bytes
 from parablock.wire.transport import Parcel
 
 SIZE = 1000
@@ -168,15 +168,28 @@ def began(num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> MaskedWires:
     """Exchange keys and letters, and let everybody send an update of every round."""
     wires = MaskedWires(num_clients, cohorts)
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
-    for t, cohort in cohorts.items():
-        for client_id in cohort:
-            wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32), t), t)
+    for t in cohorts:
+        send_zeros(wires, t)
     return wires
 
 
-def shares_for(courier: MaskedClient, round_index: int, clients: tuple[int, ...]) -> int:
-    """Ask for shares; return how many bytes come."""
-    (answer,) = courier.incoming(Parcel(to_bytes(Reveal(round_index, clients)), round_index))
+def send_zeros(wires: MaskedWires, round_index: int = 0) -> None:
+    """Let everybody send an update of a round."""
+    for client_id in range(len(wires.couriers)):
+        wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32), round_index), round_index)
+
+
+def came(wires: MaskedWires) -> dict[int, np.ndarray]:
+    """Let the server take what has come; return the words of each update."""
+    found = {}
+    while (received := wires.collector.receive_until(1.0)) is not None:
+        found[received[0]] = words_of(received[1]).numpy().view(np.uint32)
+    return found
+
+
+def shares_for(wires: MaskedWires, client_id: int, clients: tuple[int, ...]) -> int:
+    """Ask for shares of round 0; return how many bytes come."""
+    (answer,) = wires.couriers[client_id].incoming(Parcel(to_bytes(wires.asking(0, clients)), 0))
     return from_bytes(answer.message).shares.num_elements
 
 
@@ -186,18 +199,18 @@ def test_a_client_reveals_one_sum_of_a_round_and_none_of_few():
         wires = began(4, {0: everybody})
         asked = [clients for clients in (first, second) if clients is not None]
         for clients in asked[:-1]:
-            assert shares_for(wires.couriers[1], 0, clients) == 4 * SHARE_BYTES
-            assert shares_for(wires.couriers[1], 0, clients), "the same question again is harmless"
+            assert shares_for(wires, 1, clients) == 4 * SHARE_BYTES
+            assert shares_for(wires, 1, clients), "the same question again is harmless"
         assert not wires.told
-        assert shares_for(wires.couriers[1], 0, asked[-1]) == 0
+        assert shares_for(wires, 1, asked[-1]) == 0
         assert "asks for the sum" in wires.told[0]
 
 
 def test_a_client_that_has_sent_nothing_reveals_no_sum_with_itself():
     wires = MaskedWires(4, {0: (0, 1, 2, 3)})
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
-    assert shares_for(wires.couriers[1], 0, (0, 1, 2, 3)) == 0
-    assert shares_for(wires.couriers[1], 0, (0, 2, 3)) == 4 * SHARE_BYTES
+    assert shares_for(wires, 1, (0, 1, 2, 3)) == 0
+    assert shares_for(wires, 1, (0, 2, 3)) == 4 * SHARE_BYTES
 
 
 def test_a_client_of_which_few_others_can_mask_sends_nothing():
@@ -217,7 +230,7 @@ def test_a_client_of_which_few_others_can_mask_sends_nothing():
             tuple(keep)[1:], tuple(map(len, letters)), pack_bytes(b"".join(letters)), pack_bytes(b"".join(hashes))
         )
         couriers[0].incoming(Parcel(to_bytes(others), 0))
-        (sent,) = couriers[0].outgoing(Parcel(update(0, torch.zeros(5, dtype=torch.int32)), 0))
+        *_, sent = couriers[0].outgoing(Parcel(update(0, torch.zeros(5, dtype=torch.int32)), 0))
         assert type(from_bytes(sent.message)).__name__ == sends
     assert wires.couriers[0].refused == couriers[1].refused == {}
 
@@ -262,6 +275,7 @@ def test_with_too_few_honest_shares_the_round_is_void_and_the_liar_named():
     wires = began(8, {0: tuple(range(8))})
     lying(wires, 5, flip)
     wires.silent = {0, 7}
+    came(wires)
     with pytest.raises(MaskingError, match="5 clients have revealed"):
         wires.collector.masks_of(0, (1, 2, 3, 4, 5, 6), SIZE)
     assert wires.refused[0][0] == 5
@@ -278,8 +292,8 @@ def test_who_has_split_another_secret_than_its_own_is_named(monkeypatch: pytest.
 
     monkeypatch.setattr("parablock.privacy.masking.split_secret", split)
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
-    for client_id in range(3):
-        wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32)))
+    send_zeros(wires)
+    came(wires)
     with pytest.raises(MaskingError, match="client 1's secret of round 0 do not fit") as error:
         wires.collector.masks_of(0, (0, 1, 2), SIZE)
     assert error.value.client_id == 1
@@ -309,9 +323,9 @@ def test_a_letter_that_was_changed_is_told_and_its_shares_are_missing_alone(fiel
     changing(wires, "Letters", lambda letters: replace(letters, **{field: altered(getattr(letters, field), 3)}))
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
     assert "the letter of client 1" in wires.told[0]
-    for client_id in range(3):
-        wires.upload(client_id, update(client_id, torch.zeros(SIZE, dtype=torch.int32)))
-    (answer,) = wires.couriers[0].incoming(Parcel(to_bytes(Reveal(0, (0, 1, 2))), 0))
+    send_zeros(wires)
+    came(wires)
+    (answer,) = wires.couriers[0].incoming(Parcel(to_bytes(wires.asking(0, (0, 1, 2))), 0))
     shares = unpack_bytes(from_bytes(answer.message).shares)
     assert [shares[k : k + SHARE_BYTES] == NO_SHARE for k in range(0, 99, SHARE_BYTES)] == [False, True, False]
     assert wires.collector.masks_of(0, (0, 1, 2), SIZE) is not None, "two others hold the shares of client 1"
@@ -395,7 +409,7 @@ def colluding(num_clients: int, num_colluders: int) -> bool:
     for i in honest:
         is_for_seed = len(seeds) < threshold
         asked = everybody if is_for_seed else everybody[1:]
-        (answer,) = wires.couriers[i].incoming(Parcel(to_bytes(Reveal(0, asked)), 0))
+        (answer,) = wires.couriers[i].incoming(Parcel(to_bytes(wires.asking(0, asked)), 0))
         share = unpack_bytes(from_bytes(answer.message).shares)[:SHARE_BYTES]
         (seeds if is_for_seed else keys)[i] = share
     if min(len(seeds), len(keys)) < threshold:

@@ -21,7 +21,17 @@ from parablock.wire.messages import (
     to_bytes,
 )
 from parablock.wire.quantize import Vector, pack, payload_bytes
-from parablock.wire.sealing import Advertise, Letters, Reveal, Revealed, Roster, Shares, pack_bytes
+from parablock.wire.sealing import (
+    Advertise,
+    LeaveOut,
+    Letters,
+    Partners,
+    Reveal,
+    Revealed,
+    Roster,
+    Shares,
+    pack_bytes,
+)
 from sealed_messages import forged, sealed
 
 VALUES = torch.tensor([1.0, -0.1, 3.0e-8, 65504.0])
@@ -44,7 +54,9 @@ MESSAGES = [
     Roster((0, 3), (8, 4), (0, 5), pack_bytes(b"all the keys"), pack_bytes(b"proof")),
     Shares(3, (4, 0), pack_bytes(b"each"), pack_bytes(b"hash")),
     Letters((0, 4), (1, 3), pack_bytes(b"each"), pack_bytes(b"hash")),
-    Reveal(5, (0, 3)),
+    Partners(5, 3, (1, 2), pack_bytes(b"proof")),
+    LeaveOut(3),
+    Reveal(5, (0, 3), ((), (1, 2)), (5, 6), pack_bytes(b"the proofs,")),
     Revealed(5, 3, pack_bytes(b"shares")),
 ]
 

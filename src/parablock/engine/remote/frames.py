@@ -98,6 +98,11 @@ class Opening:
     base_parts: dict[_Word, _Word] = field(default_factory=dict)
     sessions: dict[_Word, _Count] = field(default_factory=dict)
 
+    @property
+    def context(self) -> str:
+        """What a signature of a site is for: this session of this run."""
+        return f"{self.run} {self.session}"
+
     def session_of(self, round_index: int) -> str:
         """Return the session that a state of the rounds before this one is of.
 

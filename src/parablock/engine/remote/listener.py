@@ -19,6 +19,7 @@ from parablock.engine.remote.frames import Hello, Reception, greeting_from_bytes
 from parablock.engine.remote.grpc_options import METHOD, SERVER_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, InputError
+from parablock.privacy.identities import Identity
 
 QUIET_S, MOST_REFUSALS = 60.0, 1000
 """How long a refusal is not told again, so that callers who ask on and on fill no log; how many are remembered."""
@@ -84,6 +85,7 @@ class Listener(grpc.GenericRpcHandler):
         admit: Returns the client id that a caller may take, or None for any. Raises `NotAdmitted`.
         num_clients: Sites that may be connected at a time.
         tell: Gets a line for the log.
+        identity: Checks what sites sign; None where they have no certificates of an authority.
 
     Attributes:
         port: Where it listens.
@@ -104,8 +106,9 @@ class Listener(grpc.GenericRpcHandler):
         *,
         num_clients: int,
         tell: Callable[[str], None],
+        identity: Identity | None = None,
     ) -> None:
-        self._admit, self.tell = admit, tell
+        self._admit, self.tell, self.identity = admit, tell, identity
         self.look: Callable[[], None] = lambda: None
         self._session: Session | None = None
         self._calls: dict[Any, grpc.ServicerContext] = {}

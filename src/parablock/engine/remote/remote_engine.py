@@ -86,7 +86,9 @@ def run_remote(
         if not _gather(transport, num_sites, hooks.asked_to_stop, hooks.on_event):
             state = initial_server(params) if given.resumed is None else given.resumed.server
             return EngineResult(state, (), False, Traffic())
-        server = make_server(given, params, transport, on_mark, transport.begin())
+        identity, context = listener.identity, opening.context
+        absent = transport.begin()
+        server = make_server(given, params, transport, on_mark, absent, identity=identity, context=context)
         del params  # the server keeps what it needs
         finished = server.run()
         transport.close(given.server.stall_timeout_s)
