@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser proxies other-transformers demo fmt check test test-fast test-flower test-all bench bench-all docs build clean
+.PHONY: help setup browser proxies other-transformers demo fmt check test test-fast test-flower test-all bench bench-all docs lock build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -112,8 +112,17 @@ docs: $(STAMP)  ## build the pages into docs/_build/html, and run the commands a
 	$(BIN)/python -m pytest --quiet tests/integration/test_pages.py
 	@echo "open docs/_build/html/index.html"
 
-build: $(STAMP)  ## source archive and wheel in dist/
+# torch is not in it: it comes first, alone, and of the index of the machine (see setup).
+lock: $(STAMP)  ## write requirements.lock: what is in .venv, each package with its hashes
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >build/installed.txt
+	$(BIN)/uv pip compile --quiet --python $(BIN)/python --generate-hashes --no-header --no-annotate --extra dev \
+		--constraint build/installed.txt --no-emit-package torch --output-file requirements.lock pyproject.toml
+
+build: $(STAMP)  ## source archive, wheel and bill of materials (CycloneDX, from requirements.lock) in dist/
 	$(BIN)/python -m build --outdir dist .
+	{ cat requirements.lock; echo "$(TORCH)"; } | $(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 \
+		cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/parablock.cdx.json -
 
 clean:  ## remove caches and build output (.venv and runs/ stay)
 	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

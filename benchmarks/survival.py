@@ -52,6 +52,7 @@ from parablock.errors import CodecError, ConfigError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress
 from parablock.seeding import generator_for
 from parablock.storage.audit_log import AuditLog, verify
+from parablock.storage.release_ledger import RELEASE, ReleaseLedger, fingerprint
 from parablock.storage.run_directory import RunDirectory
 from parablock.wire import messages
 from parablock.wire.quantize import pack
@@ -673,6 +674,47 @@ def measure_protocol(size: int, num_rounds: int) -> Found:
         "is_bitwise_the_plain_sum": bool(torch.equal(masked, plain)),
         **dict(zip(DEVIATIONS, (deviations(came[first][0]), deviations(words[first][0])), strict=True)),
     }
+
+
+def masking_overhead(options: Options) -> None:
+    """Measure what masks and the ledger add to a round: processor seconds of a client and of the server."""
+    torch.set_num_threads(1)
+    everybody, grid, size = tuple(range(CLIENTS)), FixedPointGrid(1.0, CLIENTS), options.size
+    delta = torch.randn(size, generator=torch.Generator().manual_seed(0)) / math.sqrt(4 * size)
+    rows: list[Found] = []
+
+    def timed(what: str, work: Callable[[], Any], *, added: bool, clock: Any = time.process_time) -> Any:
+        began = clock()
+        done = work()
+        rows.append({"what": what, "seconds": clock() - began, "added": "yes" if added else ""})
+        return done
+
+    def update(client_id: int, words: Tensor) -> bytes:
+        header = messages.Update(0, 0, client_id, 1, -1, 0.0, 1, 0.0, 0, 1, pack(words, "word32"))
+        return messages.to_bytes(header)
+
+    words = timed("a client: Δ to the grid", lambda: grid.encode(delta), added=False)
+    updates = dict.fromkeys(everybody, (words, 1))
+    timed("the server: the sum", lambda: FixedPointAggregation(grid, Rule()).fold(updates), added=False)
+    releases = ReleaseLedger(AuditLog(kit.fresh_folder(options) / "audit.jsonl"))
+    digest = timed("a client: hash for the ledger", lambda: fingerprint([pack(words, "word32")]), added=True)
+    write = partial(releases.record, RELEASE, 0, sha256=digest)
+    timed("a client: line of the ledger, on the disk (wall clock)", write, added=True, clock=time.perf_counter)
+    wires, raw = MaskedWires(CLIENTS, {0: everybody}), update(0, words)
+    assert wires.collector.members == everybody  # keys and letters, once a session
+    timed("a client: masks", lambda: wires.upload(0, raw), added=True)
+    for client_id in everybody[1:]:  # the server knows the masks of any length
+        wires.upload(client_id, update(client_id, words[:1]))
+    while wires.collector.receive_until(0.0) is not None:
+        pass
+    unmask = partial(wires.collector.masks_of, 0, everybody, size + EXTRA_WORDS)
+    timed("the server: masks of the sum", unmask, added=True)
+    added_s, plain_s = (
+        sum(row["seconds"] for row in rows if bool(row["added"]) == is_added) for is_added in (1, 0)
+    )
+    name = "masks and ledger / a round without training, over {:g} Mbit/s"
+    bars = [Bar(name.format(mbps), added_s / (plain_s + 64e-6 * size / mbps), 0.1) for mbps in options.mbps]
+    record(options, rows, bars)
 
 
 def deviations(words: Tensor) -> float:

@@ -98,6 +98,14 @@ def test_no_sequence_of_messages_does_harm(benchmark: Any) -> None:
     assert not any(row["leak"] or row["foreign"] or row["ended"] for row in rows)
 
 
+def test_masks_and_the_ledger_are_measured_beside_a_round_without_them(benchmark: Any) -> None:
+    found = benchmark("survival", "masking_overhead", "--smoke", "--mbps", "0.001")
+    added = {row["what"].partition(":")[2].strip(): row["added"] for row in found["results"]}
+    assert added["masks"] == added["hash for the ledger"] == added["masks of the sum"] == "yes"
+    assert added["the sum"] == ""
+    assert found["bars"][0]["is_met"], "20,000 parameters take 21 minutes over 1 kbit/s"
+
+
 def test_changed_audit_logs_are_all_found(benchmark: Any) -> None:
     rows = benchmark("survival", "audit_logs", "--smoke")["results"]
     assert [row["logs"] for row in rows] == [row["in_its_line"] for row in rows] == [20] * 3

@@ -133,6 +133,29 @@ def undeclared(imports: Iterable[str]) -> set[str]:
     return {name for name in imports if not named & {canonicalize_name(home) for home in homes.get(name, ())}}
 
 
+def not_locked(lock: str) -> list[str]:
+    """Return the requirements that a lock does not meet, and its packages without hashes."""
+    entries = re.findall(r"(?m)^([\w.-]+)==([^ ;\\\n]+)(.*(?:\n    --hash=sha256:[0-9a-f]{64}.*)*)", lock)
+    locked = {canonicalize_name(name): version for name, version, _ in entries}
+    extras = PROJECT["optional-dependencies"]
+    required = map(Requirement, [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)])
+    lacking = [
+        str(each)
+        for each in required
+        if canonicalize_name(each.name) not in ("torch", "parablock")
+        and not each.specifier.contains(locked.get(canonicalize_name(each.name), "0.0.0.dev0"), prereleases=True)
+    ]
+    return lacking + [name for name, _, rest in entries if "--hash" not in rest]
+
+
+def test_the_lock_has_every_package_that_is_required_with_hashes():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert lock.count("==") > 150
+    assert not_locked(lock) == []
+    assert not_locked(lock.replace("\ntransformers==", "\ntransformers-of-another==")) == ["transformers<6,>=5.10"]
+    assert not_locked(re.sub(r"(?m)^(typer==\S+) \\\n(    --hash.*\n)+", r"\1\n", lock)) == ["typer"]
+
+
 def test_every_package_that_is_imported_is_required_by_name():
     assert undeclared(imported(ROOT / "src") - {"parablock"}) == set()
     assert undeclared({"requests", "jinja2", "not_there"}) == {"requests", "not_there"}

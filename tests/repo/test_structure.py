@@ -263,3 +263,26 @@ def test_the_import_rule_sees_every_form_and_no_namesake(tmp_path: Path):
     write(tmp_path, "namesake.py", "import flwr_datasets\nfrom . import flwr\nfrom .flwr import x\n")
     write(tmp_path, "engine/flower/app.py", "import flwr.serverapp as s\n")
     assert importers(tmp_path, "flwr") == ["called.py", "engine/flower/app.py", "inner.py", "plain.py"]
+
+
+def calls_in(folder: Path, pattern: str) -> set[str]:
+    """Return the files of a folder with a line that matches."""
+    return {path.name for path in folder.rglob("*.py") if re.search(pattern, path.read_text())}
+
+
+def test_only_the_servers_port_and_the_metrics_accept_connections(tmp_path: Path):
+    accepting = r"grpc\.server\(|create_server\(|start_http_server\(|\w*(HTTP|TCP|Socket)Server\(|\.listen\(\d*\)"
+    assert calls_in(SOURCE, accepting) == {"listener.py", "metrics_endpoint.py"}
+    assert 'addr="127.0.0.1"' in (SOURCE / "deploy" / "metrics_endpoint.py").read_text()
+    (tmp_path / "other.py").write_text("server = socket.create_server(('', 80))")
+    assert calls_in(tmp_path, accepting) == {"other.py"}
+
+
+def test_nothing_is_pickled(tmp_path: Path):
+    pickling = (
+        r"(?m)^\s*(import|from) (pickle|dill|cloudpickle|shelve|joblib)\b|torch\.(load|save)\(|_pickle=T"
+    )
+    assert calls_in(SOURCE, pickling) == set()
+    for number, line in enumerate(("import pickle", "    from dill import loads", "torch.load(path)")):
+        (tmp_path / f"{number}.py").write_text(line)
+    assert len(calls_in(tmp_path, pickling)) == 3

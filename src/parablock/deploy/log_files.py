@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-LOG_BYTES, LOGS = 10 << 20, 5
+LOG_BYTES, LOGS = 10_000_000, 5
 """A log is begun anew after so many bytes, and so many are kept."""
 
 
