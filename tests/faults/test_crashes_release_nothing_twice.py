@@ -104,7 +104,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
     def masked(self: Any, parcel: Any) -> Any:
         answers = mask(self, parcel)
-        if kind_of(answers[0].message) == "Update":
+        if kind_of(answers[-1].message) == "Update":  # after the word on its partners
             update = from_bytes(parcel.message)
             found.updates[self._client_id, update.round_index].add(update.delta.raw.numpy().tobytes())
         return answers
