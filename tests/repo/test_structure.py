@@ -279,9 +279,7 @@ def test_only_the_servers_port_and_the_metrics_accept_connections(tmp_path: Path
 
 
 def test_nothing_is_pickled(tmp_path: Path):
-    pickling = (
-        r"(?m)^\s*(import|from) (pickle|dill|cloudpickle|shelve|joblib)\b|torch\.(load|save)\(|_pickle=T"
-    )
+    pickling = r"(?m)^\s*(import|from) (pickle|dill|cloudpickle|shelve|joblib)\b|torch\.(load|save)\(|_pickle=T"
     assert calls_in(SOURCE, pickling) == set()
     for number, line in enumerate(("import pickle", "    from dill import loads", "torch.load(path)")):
         (tmp_path / f"{number}.py").write_text(line)
