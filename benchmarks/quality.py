@@ -65,6 +65,20 @@ from toy import Idle
 STEP_S = 0.25
 
 
+def data_of(name: str, options: Options) -> tuple[kit.Material, Found]:
+    """Return material and settings of t0 (a family a client), gsm8k (clients alike) or made word problems."""
+    num_clients = 2 if options.smoke else {"t0": 8}.get(name, 4)
+    if name == "words":
+        folder = Path(options.work_dir).resolve() / "material"
+        material = kit.generated(folder, num_clients=num_clients, examples_per_client=120, num_layers=4)
+    elif name == "gsm8k" and not options.smoke:
+        material = kit.pretrained("gsm8k", train="/train.jsonl", test="/test.jsonl")
+    else:
+        material = kit.material_of(options, num_clients=num_clients)
+    scheme = "iid" if name == "gsm8k" else "by_file"
+    return material, {"data.partition.scheme": scheme, "federation.num_clients": num_clients}
+
+
 def balanced(material: kit.Material, options: Options) -> Found:
     """Return the settings of runs in which an exchange takes as long as the computation of a round."""
     return (
@@ -251,13 +265,8 @@ def quality(options: Options) -> None:
     found: list[Found] = []
     one_in = LONGER_ONE_IN if options.lr_scheduler_type == "constant" else LONGER_ONE_IN_OF_A_DECAY
     for name, seed in product(options.only, options.seeds):
-        num_clients = 2 if options.smoke else {"t0": 8, "gsm8k": 4}[name]
-        material = kit.material_of(options, num_clients=num_clients)
-        if name == "gsm8k" and not options.smoke:
-            material = kit.pretrained("gsm8k", train="/train.jsonl", test="/test.jsonl")
-        settings = {
-            "data.partition.scheme": "by_file" if name == "t0" else "iid",
-            "federation.num_clients": num_clients,
+        material, of_data = data_of(name, options)
+        settings = of_data | {
             "train.lr_scheduler_type": options.lr_scheduler_type,
             "evaluation.every_rounds": 4,
             "checkpoint.every_rounds": max(1, options.rounds // 4),
@@ -797,50 +806,120 @@ def peers_section(found: Found) -> Found:
     return section("peers", found, table(head, rows))
 
 
-# -- a delay for every method that averages
+# -- ways to run a method, beside each other at equal rounds
+SERIAL, LONGER = "delay 0", "delay 1, longer"
+"""Ways of `delays`; the second is run where delay 1 has not reached the last loss of delay 0."""
+
+
 def delays(options: Options) -> None:
-    """Compare delay 1 with delay 0 for each method, with and without own updates in flight, on T0."""
-    about, found = kit.ABOUT["delays"], list[Found]()
-    for method, seed in product(options.only, options.seeds):
-        material = kit.material_of(options, *FAMILIES, num_clients=2)
-        blocks, _, _ = trained_of(method, material.model)
-        compute_s = options.steps * STEP_S
-        payload_bytes = 4 * max(block.num_parameters for block in blocks) + 600
-        settings = kit.training(options) | kit.link(2 * payload_bytes * 8e-6 / compute_s) | about["of"][method]
-        settings |= {"federation.method": method, "engine.step_time_s": STEP_S, "seed": seed}
-        row: Found = {"method": method, "seed": seed}
+    """Compare delay 1 with delay 0 for each method, with and without own updates in flight, on T0 and GSM8K."""
+    run_ways(options, soon_bars)
+
+
+def sparse(options: Options) -> None:
+    """Compare sparse2 with float32 for all parameters, in last losses and bytes, by the local steps of a round."""
+    run_ways(options)
+
+
+def run_ways(options: Options, more_bars: Callable[[Sequence[Found]], list[Bar]] = lambda _: []) -> None:
+    """Run each way of each group that `benchmarks.toml` has for a subcommand; record what there is after each."""
+    about, found = kit.ABOUT[options.benchmark], list[Found]()
+    for seed, data, name in product(options.seeds, options.data, options.only):
+        row: Found = {"group": name, "data": data, "seed": seed}
         for way, changes in about["ways"].items():
-            name = f"{method}-{way.replace(',', '').replace(' ', '-')}-seed-{seed}"
-            run = kit.Kept(kit.configured(material, settings | changes), options, name)
-            row[way] = run.told("delay", "num_rounds", "uplink_bytes") | {"curve": run.curve}
+            if way == LONGER and (name not in about["soon"] or share_of_serial(row) is not None):
+                continue
+            settings = about["of"][name] | changes
+            tried = try_rates(settings if "grid" in changes else about["of"][name], options)
+            settings |= {"train.learning_rate": min(tried, key=lambda each: tried[each]), "seed": seed}
+            settings |= {"federation.num_rounds": options.rounds * 9 // 8} if way == LONGER else {}
+            config = way_config(settings, data, options)
+            run = kit.Kept(config, options, "-".join(re.findall(r"\w+", f"{name} {way} {data} seed {seed}")))
+            row[way] = run.told("delay", "num_rounds", "uplink_bytes", "downlink_bytes")
+            row[way] |= {"learning_rate": config.train.learning_rate, "tried": tried, "curve": run.curve}
         found.append(row)
-        record(options, found, delays_bars(found), run.config)  # the rest may not be reached
+        record(options, found, [*way_bars(found, about), *more_bars(found)], config)
 
 
-def delays_bars(found: Sequence[Found]) -> list[Bar]:
+def try_rates(settings: Found, options: Options) -> dict[float, float]:
+    """Return the last loss of each of several rates: after half of the rounds on the first data, another seed."""
+    grid, losses = settings["grid"], dict[float, float]()
+    for rate in () if options.smoke or len(grid) == 1 else grid:
+        short = {"federation.num_rounds": max(8, options.rounds // 2), "evaluation.every_rounds": 0}
+        short |= {"train.learning_rate": rate, "seed": TUNING_SEED}
+        losses[rate] = kit.Kept(way_config(settings | short, options.data[0], options), options, "tuning").loss
+    return losses or {grid[0]: 0.0}
+
+
+def way_config(settings: Found, data: str, options: Options) -> RunConfig:
+    """Return a run over a link on which the exchange of what the method trains takes as long as its steps."""
+    material, of_data = data_of(data, options)
+    settings = {"engine.step_time_s": STEP_S} | kit.training(options) | of_data | settings
+    del settings["grid"]
+    compute_s = settings["train.num_local_steps"] * settings["engine.step_time_s"]
+    blocks, _, _ = trained_of(settings["federation.method"], material.model)
+    payload_bytes = 4 * max(block.num_parameters for block in blocks) + 600
+    return kit.configured(material, kit.link(2 * payload_bytes * 8e-6 / compute_s) | settings)
+
+
+def share_of_serial(row: Found) -> float | None:
+    """Return after which part of the seconds of delay 0 a delay of 1 reaches its last loss; None: it does not."""
+    curves = [row[way]["curve"] for way in ("delay 1", LONGER) if way in row]
+    times = [first_time(curve, row[SERIAL]["final_eval_loss"]) for curve in curves]
+    return min((s / row[SERIAL]["curve"][-1][0] for s in times if s is not None), default=None)
+
+
+def by_group(found: Sequence[Found]) -> dict[tuple[str, str], list[Found]]:
+    """Sort rows by data and group."""
+    return {
+        (data, name): rows
+        for data, of in grouped(found, "data").items()
+        for name, rows in grouped(of, "group").items()
+    }
+
+
+def way_bars(found: Sequence[Found], about: Found) -> list[Bar]:
+    """Return the bars that `benchmarks.toml` has: one way over another, in means over the seeds."""
     bars = []
-    for method, rows in grouped(found, "method").items():
-        serial, overlapped, naive = (
-            fmean(row[way]["final_eval_loss"] for row in rows) for way in kit.ABOUT["delays"]["ways"]
-        )
-        bars.append(Bar(f"{method}: final loss of delay 1 / delay 0, means", overlapped / serial, 1.015))
-        bars.append(Bar(f"{method}: none in flight / aligned", naive / overlapped, 1.0, at_most=False))
+    for ((data, name), rows), bar in product(by_group(found).items(), about.get("bars", ())):
+        if name in bar.get("only", [name]):
+            key, ways = bar.get("of", "final_eval_loss"), (bar["way"], bar["over"])
+            value, beside = (fmean(row[way][key] for row in rows) for way in ways)
+            text = f"{data}, {name}: {bar.get('what', 'last loss')}, {' / '.join(ways)}"
+            bars.append(Bar(text, value / beside, bar["limit"], at_most=bar.get("at_most", True)))
     return bars
 
 
-def delays_section(found: Found) -> Found:
-    rows = []
-    for method, of_method in grouped(found["results"], "method").items():
-        ways = kit.ABOUT["delays"]["ways"]
-        losses = [spread(row[way]["final_eval_loss"] for row in of_method) for way in ways]
-        serial, overlapped, _ = (fmean(row[way]["final_eval_loss"] for row in of_method) for way in ways)
-        soon = [first_time(row["delay 1"]["curve"], row["delay 0"]["final_eval_loss"]) for row in of_method]
-        whole = fmean(row["delay 1"]["curve"][-1][0] / row["delay 0"]["curve"][-1][0] for row in of_method)
-        reached = [s / row["delay 0"]["curve"][-1][0] for s, row in zip(soon, of_method, strict=True) if s]
-        when = f"{fmean(reached):.2f} ({len(reached)} of {len(soon)})" if reached else "not reached"
-        rows.append([ROWS[method].title, *losses, f"{overlapped / serial:.4f}", f"{whole:.2f}", when])
-    head = ["method", *kit.ABOUT["delays"]["ways"], "delay 1 / 0", "seconds / delay 0", "seconds to its loss"]
-    return section("delays", found, table(head, rows), seeds=", ".join(map(str, found["options"]["seeds"])))
+def soon_bars(found: Sequence[Found]) -> list[Bar]:
+    """Return the bars of how soon delay 1 has the last loss of delay 0."""
+    bars = []
+    for (data, name), rows in by_group(found).items():
+        if name in kit.ABOUT["delays"]["soon"]:
+            shares = [share_of_serial(row) for row in rows]
+            soon = fmean(9.99 if share is None else share for share in shares)
+            bars.append(Bar(f"{data}, {name}: seconds to the last loss of delay 0, mean ratio", soon, 0.6))
+    return bars
+
+
+def ways_section(name: str, found: Found) -> Found:
+    """Write the last loss of each way, with that over the first, and the rates."""
+    about, rows, rates = kit.ABOUT[name], list[list[str]](), dict[str, None]()
+    for (data, group), of_group in by_group(found["results"]).items():
+        ways = [way for way in about["ways"] if all(way in row for row in of_group)]
+        means = {way: fmean(row[way]["final_eval_loss"] for row in of_group) for way in ways}
+        cells = {way: spread(row[way]["final_eval_loss"] for row in of_group) for way in ways}
+        cells |= {way: f"{cells[way]} ({means[way] / means[ways[0]]:.4f})" for way in ways[1:]}
+        rows.append([data, group, str(len(of_group)), *(cells.get(way, "") for way in about["ways"])])
+        of_ways = dict.fromkeys(f"{of_group[0][way]['learning_rate']:g}" for way in ways)
+        rates[f"{group} {', '.join(of_ways)}"] = None
+        if "soon" in about:
+            shares = [share_of_serial(row) for row in of_group]
+            rows[-1].append(", ".join("never" if share is None else f"{share:.2f}" for share in shares))
+    head = ["data", "", "seeds", *about["ways"], *(["seconds to the loss of delay 0"] if "soon" in about else [])]
+    return section(name, found, table(head, rows), rates="; ".join(rates))
+
+
+delays_section, sparse_section = (partial(ways_section, name) for name in ("delays", "sparse"))
 
 
 # -- random facts: what nothing but memory holds, and where adapters are full

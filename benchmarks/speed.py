@@ -40,7 +40,7 @@ from parablock.data.batches import Batch
 from parablock.engine.local_steps import FixedSteps
 from parablock.engine.plans import ServerPlan
 from parablock.engine.round_fold import RoundFold
-from parablock.engine.update_form import Differences
+from parablock.engine.update_form import Differences, SparseDifferences
 from parablock.experiment.engines import server_plan, update_form
 from parablock.model.adapters import adapter_block, add_adapters
 from parablock.model.blocks import partition_blocks
@@ -55,11 +55,21 @@ from parablock.training.flops import FlopModel, Tokens
 from parablock.training.local import LocalArguments, train_block
 from parablock.training.step_time import ASSUMED_FLOPS
 from parablock.wire.messages import Update
-from parablock.wire.quantize import CHUNK_PIECE, FORMATS, Encoding, Vector, bytes_per_element, pack, payload_bytes
+from parablock.wire.quantize import (
+    CHUNK_PIECE,
+    FORMATS,
+    Encoding,
+    Vector,
+    bytes_per_element,
+    pack,
+    payload_bytes,
+    payload_format,
+)
 from parablock.wire.transport import Link
 from toy import Idle
 
 CHUNK_BYTES = 4_194_304
+DENSITY = 0.02
 ARGUMENTS = LocalArguments(learning_rate=1e-4)
 LORA_RANK = 16
 ORDERS, WIRE_FORMATS = ("in turns", "one client late"), ("float32", "int8", "int4")
@@ -232,7 +242,7 @@ def wire(options: Options) -> None:
     """Measure bytes and speed of every format, what streaming saves, what aggregation of many updates needs."""
     torch.set_num_threads(1)
     formats, streaming = measure_formats(options), measure_streaming(options)
-    aggregation = measure_aggregation(options)
+    aggregation = measure_aggregation(options, WIRE_FORMATS)
     alone, *folds = aggregation["rows"]
     slowest = min(row["megabytes_per_s"] for row in formats)
     bars = [
@@ -252,13 +262,36 @@ def wire(options: Options) -> None:
 def wire_section(found: Found) -> Found:
     formats = [row for row in found["results"]["formats"] if row["format"].startswith("int")]
     aggregation = found["results"]["aggregation"]
-    folds = [
+    said, millions = kit.ABOUT["wire"], aggregation["parameters"] / 1e6
+    fold = said["fold"].format(updates=aggregation["updates"], millions=millions)
+    return section("wire", found, table_of(formats, said["columns"]), fold, fold_table(aggregation))
+
+
+def fold_table(aggregation: Found) -> Found:
+    rows = [
         row | {"disk": f"{row['disk_gigabytes_per_s']:.2f}" if row["file_gigabytes"] else ""}
         for row in aggregation["rows"]
     ]
-    said, millions = kit.ABOUT["wire"], aggregation["parameters"] / 1e6
-    fold = said["fold"].format(updates=aggregation["updates"], millions=millions)
-    return section("wire", found, table_of(formats, said["columns"]), fold, table_of(folds, said["fold_columns"]))
+    return table_of(rows, kit.ABOUT["wire"]["fold_columns"])
+
+
+# -- the fold of sparse updates
+def sparse_fold(options: Options) -> None:
+    """Measure the server's fold of sparse updates beside that of float32, in seconds and memory."""
+    torch.set_num_threads(1)
+    found = measure_aggregation(options, ("float32", "sparse2"), ORDERS[:1])
+    alone, dense, sparse = found["rows"]
+    ratio, beside = (median(sparse["seconds"]) / median(row["seconds"]) for row in (dense, alone))
+    bars = [
+        Bar("fold of sparse2 / of float32, seconds", ratio, 0.25),
+        Bar("peak memory of the fold of sparse2, blocks", sparse["peak_blocks"], 2.2),
+    ]
+    record(options, found | {"beside_the_arithmetic": beside}, bars)
+
+
+def sparse_fold_section(found: Found) -> Found:
+    seconds = ", ".join(f"{row['what']} {median(row['seconds']):.1f} s" for row in found["results"]["rows"])
+    return section("sparse_fold", found, fold_table(found["results"]), seconds=seconds)
 
 
 def measure_formats(options: Options) -> list[Found]:
@@ -294,17 +327,18 @@ def measure_streaming(options: Options) -> Found:
     return {"up_and_down_s": up_and_down, **found, "ratio": found["streamed"] / up_and_down}
 
 
-def measure_aggregation(options: Options) -> Found:
-    """Fold all updates in every format and order, and the arithmetic alone, each in turns with a plain `add_`."""
+def measure_aggregation(options: Options, formats: Sequence[str], orders: Sequence[str] = ORDERS) -> Found:
+    """Fold all updates in formats and orders, and the arithmetic alone, each in turns with a plain `add_`."""
     sources = [torch.randn(options.block) for _ in range(3)]  # no update is in the cache when its turn comes
     folder = kit.fresh_folder(options)
     alone = in_turns(lambda: arithmetic(sources, options), sources, options, options.repeats)
     rows = [{"what": "the arithmetic alone", **alone}]
-    for name in WIRE_FORMATS:
-        form = Differences(Encoding(name, chunk_bytes=CHUNK_BYTES))
+    for name in formats:
+        payload = payload_format(name, DENSITY)
+        form = (SparseDifferences if name == "sparse2" else Differences)(Encoding(payload, chunk_bytes=CHUNK_BYTES))
         cuts = form.cuts(options.block)
-        chunks = [[pack(source[cut], name) for cut in cuts] for source in sources]
-        for order in ORDERS:
+        chunks = [[pack(source[cut], payload) for cut in cuts] for source in sources]
+        for order in orders:
             fold_all = partial(one_round, chunks, form, order, folder, options)
             found = in_turns(fold_all, sources, options, 1)
             found["disk_gigabytes_per_s"] = disk_speed(folder, round(1e9 * found["file_gigabytes"]))

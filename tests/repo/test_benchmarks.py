@@ -179,8 +179,19 @@ def test_delays_run_each_method_serial_overlapped_and_without_own_updates(benchm
         assert [end["delay"] for end in ends] == [0, 1, 1]
         assert len({end["model_sha256"] for end in ends}) == 3
         assert ends[1]["curve"][-1][0] < 0.8 * ends[0]["curve"][-1][0], "an exchange takes as long as a round"
-    assert [row["method"] for row in record["results"]] == ["fedit", "rolora"]
-    assert len(record["bars"]) == 4
+    assert [row["group"] for row in record["results"]] == ["fedit", "rolora"]
+    assert len(record["bars"]) == 5, "two of each, and how soon fedit has the loss of delay 0"
+
+
+@pytest.mark.parametrize("name", ["sparse"])
+def test_ways_are_run_with_the_same_rows_and_differ(
+    benchmark: Any, load: Callable[[str], ModuleType], name: str
+) -> None:
+    record, about = benchmark("quality", name, "--smoke"), load("_record").ABOUT[name]
+    runs = [row[way] for row in record["results"] for way in about["ways"]]
+    assert len({run["model_sha256"] for run in runs}) == len(runs) > 1
+    assert len({run["initial_eval_loss"] for run in runs}) == 1
+    assert len(record["bars"]) == 3
 
 
 def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp_path: Path) -> None:

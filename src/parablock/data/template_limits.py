@@ -8,11 +8,13 @@ first rendered, within the same limits.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -87,7 +89,7 @@ def bounded_rendering(place: str) -> Iterator[None]:
 def _bounded_memory() -> Iterator[None]:
     """Let this process grow by `MAX_BYTES` at most, where the system can do that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = psutil.Process().memory_info().vms + MAX_BYTES
+    limit = _process(os.getpid()).memory_info().vms + MAX_BYTES
     if soft != resource.RLIM_INFINITY:
         limit = min(limit, soft)
     with suppress(ValueError, OSError):
@@ -97,6 +99,12 @@ def _bounded_memory() -> Iterator[None]:
     finally:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@cache
+def _process(pid: int) -> psutil.Process:
+    """Return a process, which takes longer to find than to ask for its memory."""
+    return psutil.Process(pid)
 
 
 def _refused(what: str) -> ModelError:

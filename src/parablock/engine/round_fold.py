@@ -157,7 +157,7 @@ class RoundFold:
             return problem
         if update.chunk_index in self._came[client_id]:
             return Refusal("duplicate", f"chunk {update.chunk_index + 1} of round {self.round_index} again")
-        squared_norm = _squared_norm(update.delta)
+        squared_norm = _squared_norm(update.delta, self._form.density)
         if not isfinite(squared_norm):
             return Refusal("not_finite", f"values that are not finite for block {self.block_index}")
         self._store.put(client_id, update.chunk_index, update.delta)
@@ -367,10 +367,10 @@ class RoundFold:
         self._noise, self._mean = None, None
 
 
-def _squared_norm(vector: Vector) -> float:
-    """Return ‖Δ‖² of a chunk, approximately; not finite if an element is not."""
-    squares = 0.0
-    for first in range(0, vector.num_elements, 4 * SLICE):
-        values = vector.part(slice(first, min(first + 4 * SLICE, vector.num_elements))).stored.float()
+def _squared_norm(vector: Vector, density: float) -> float:
+    """Return ‖Δ‖² of a chunk, of whose elements it holds a part, approximately; not finite if an element is not."""
+    squares, step = 0.0, 4 * SLICE * round(1 / density)
+    for first in range(0, vector.num_elements, step):
+        values = vector.part(slice(first, min(first + step, vector.num_elements))).stored.float()
         squares += float(values.dot(values))
     return squares

@@ -186,16 +186,15 @@ class SparseDifferences(Differences):
         """Refuse other formats, and places that are not those of different elements."""
         if vector.format != self.encoding.format:
             return f"{vector.format} where updates are {self.encoding.format}"
-        places, _ = vector.entries
+        places = vector.places
         if not places.numel() or (bool((places.diff() > 0).all()) and int(places[-1]) < vector.num_elements):
             return ""
         return "places that do not ascend, or lie outside the block"
 
     def numbers(self, vector: Vector, factor: float) -> Tensor:
         """Return factor · Δ as a sparse tensor."""
-        places, values = vector.entries
         size = (vector.num_elements,)
-        coordinates, kept = places.unsqueeze(0), scale(values, factor)
+        coordinates, kept = vector.places.unsqueeze(0), scale(vector.stored, factor)
         return torch.sparse_coo_tensor(coordinates, kept, size, is_coalesced=True, check_invariants=False)
 
     def aggregation(self, round_index: int) -> RoundAggregation:

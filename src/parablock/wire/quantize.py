@@ -85,16 +85,17 @@ class Vector:
         return _dequantize(self.raw, self.num_elements, QUANTIZED[self.format])
 
     @property
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """The places, ascending, and the values of the elements that a sparse payload keeps: 1-D."""
+    def places(self) -> Tensor:
+        """The places of the elements that a sparse payload keeps, ascending: 1-D, int64."""
         sparse = sparse_format(self.format)
         assert sparse is not None
-        return sparse.entries(self.raw, self.num_elements)
+        return sparse.places(self.raw, self.num_elements)
 
     @property
     def stored(self) -> Tensor:
         """The values that the payload holds: 1-D; all but the zeros of a sparse one."""
-        return self.values if sparse_format(self.format) is None else self.entries[1]
+        sparse = sparse_format(self.format)
+        return self.values if sparse is None else sparse.values(self.raw, self.num_elements)
 
     def part(self, part: slice) -> Vector:
         """Return some of the elements, bitwise as in the whole; the first is at a multiple of `CHUNK_PIECE`."""

@@ -41,29 +41,40 @@ class Sparse:
         records = [self._encode_cells(cells) for _, cells in _by_length(values)]
         return torch.cat([record.flatten() for record in records]) if records else torch.empty(0, dtype=torch.uint8)
 
-    def entries(self, raw: Tensor, num_elements: int) -> tuple[Tensor, Tensor]:
-        """Return the places, ascending, and the values of the elements that are kept: 1-D, int64 and fp32."""
-        places, values, first, begin = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], 0, 0
-        for rows, length in _shapes(num_elements):
+    def places(self, raw: Tensor, num_elements: int) -> Tensor:
+        """Return the places of the elements that are kept, ascending: 1-D, int64."""
+        found = []
+        for first, length, cells in self._records(raw, num_elements):
             kept = self._kept_of(length)
-            record = _record_bytes(kept)
-            cells = raw[begin : begin + rows * record].view(rows, record)
-            levels = cells[:, :4].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
             within = _unpack_places(cells[:, 4 : 4 + _place_bytes(kept)], kept)
+            starts = torch.arange(first, first + CELL * len(cells), CELL).unsqueeze(1)
+            found.append(within.add_(starts).flatten())
+        return _joined(found, torch.int64)
+
+    def values(self, raw: Tensor, num_elements: int) -> Tensor:
+        """Return the values of the elements that are kept, in the order of their places: 1-D, fp32."""
+        found = []
+        for _, length, cells in self._records(raw, num_elements):
+            kept = self._kept_of(length)
+            levels = cells[:, :4].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+            of_codes = torch.stack([levels[:, 1], -levels[:, 1], levels[:, 0], -levels[:, 0]], 1)
             codes = _unpack_codes(cells[:, 4 + _place_bytes(kept) :], kept)
-            chosen = torch.where(codes >= 2, levels[:, :1], levels[:, 1:])
-            starts = first + CELL * torch.arange(rows).unsqueeze(1)
-            places.append((starts + within).flatten())
-            values.append(torch.where(codes % 2 == 1, -chosen, chosen).flatten())
-            first, begin = first + rows * length, begin + rows * record
-        return torch.cat(places), torch.cat(values)
+            found.append(of_codes.gather(1, codes).flatten())
+        return _joined(found, torch.float32)
 
     def decode(self, raw: Tensor, num_elements: int) -> Tensor:
         """Return all values of a vector: 1-D, fp32, most of them 0."""
-        places, values = self.entries(raw, num_elements)
         dense = torch.zeros(num_elements)
-        dense[places] = values
+        dense[self.places(raw, num_elements)] = self.values(raw, num_elements)
         return dense
+
+    def _records(self, raw: Tensor, num_elements: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (first element, length of a cell, one record in a row) for the cells of each length."""
+        first = begin = 0
+        for rows, length in _shapes(num_elements):
+            size = rows * _record_bytes(self._kept_of(length))
+            yield first, length, raw[begin : begin + size].view(rows, -1)
+            first, begin = first + rows * length, begin + size
 
     def _kept_of(self, length: int) -> int:
         return ceil(self.kept * length / CELL)
@@ -118,10 +129,12 @@ def _pack_places(places: Tensor) -> Tensor:
 
 
 def _unpack_places(packed: Tensor, kept: int) -> Tensor:
-    three = torch.nn.functional.pad(packed.long(), (0, -packed.shape[1] % 3)).view(len(packed), -1, 3)
-    low = three[..., 0] | ((three[..., 1] & 0xF) << 8)
-    high = (three[..., 1] >> 4) | (three[..., 2] << 4)
-    return torch.stack([low, high], dim=2).flatten(1)[:, :kept]
+    """Unpack places: (rows, bytes), uint8 → (rows, k), int64."""
+    three = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).view(len(packed), -1, 3).int()
+    places = torch.empty(len(packed), 2 * three.shape[1], dtype=torch.int64)
+    places[:, 0::2] = (three[..., 1] & 0xF).mul_(256).add_(three[..., 0])
+    places[:, 1::2] = (three[..., 2] * 16).add_(three[..., 1] >> 4)
+    return places[:, :kept]
 
 
 def _pack_codes(codes: Tensor) -> Tensor:
@@ -131,4 +144,13 @@ def _pack_codes(codes: Tensor) -> Tensor:
 
 
 def _unpack_codes(packed: Tensor, kept: int) -> Tensor:
-    return ((packed.long().unsqueeze(2) >> torch.arange(0, 8, 2)) & 3).flatten(1)[:, :kept]
+    """Unpack codes: (rows, bytes), uint8 → (rows, k), int64."""
+    return _CODES[packed.int()].flatten(1)[:, :kept]
+
+
+_CODES = torch.arange(1 << 8).unsqueeze(1) >> torch.arange(0, 8, 2) & 3
+"""The four codes in each byte."""
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0, dtype=dtype)

@@ -54,7 +54,7 @@ def test_the_largest_of_each_cell_travel_with_their_sign_and_one_of_two_levels(s
         == len(packed.stored)
         == sum(ceil(kept * min(CELL, size - first) / CELL) for first in range(0, size, CELL))
     )
-    places, entries = packed.entries
+    places, entries = packed.places, packed.stored
     assert torch.equal(packed.values[places], entries) and bool((places.diff() > 0).all())
 
 
