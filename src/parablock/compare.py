@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import overridden, parse_config, tree_of_method
+from parablock.config.load import load_config, overridden, parse_config, tree_of_method
 from parablock.config.methods import METHODS
 from parablock.errors import ConfigError, StoppedByUserError
 from parablock.evaluation.side_by_side import score_models
@@ -133,8 +134,7 @@ def compare_methods(
     memory = [predicted_memory_bytes(planned.config) for planned in runs]
     with storage(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    summaries: list[Summary] = []
-    base = _scores([runs[0].config.model.name_or_path], runs[0].config, tasks, progress)
+    summaries, base = list[Summary](), dict[str, float]()
     for planned, directory, num_bytes in zip(runs, directories, memory, strict=True):
         progress.message(f"── {planned.name} ──")
         summary = run(planned.config, directory.path, progress=progress, asked_to_stop=asked_to_stop)
@@ -144,10 +144,15 @@ def compare_methods(
                 remedy=f"Finish that run with: parablock resume {directory.path}",
             )
         models = sorted(directory.model.glob("client_*")) or [directory.model]
-        scored = {
-            "initial_scores": base,
-            "final_scores": _scores([str(model) for model in models], planned.config, tasks, progress),
-        }
+        asked = partial(
+            _scores,
+            config=load_config(directory.config),
+            tasks=tasks,
+            progress=progress,
+            tokenizer_of=str(models[0]),
+        )
+        base = base or asked([planned.config.model.name_or_path])
+        scored = {"initial_scores": base, "final_scores": asked([str(model) for model in models])}
         summaries.append({"name": planned.name, **summary, **scored, "predicted_memory_bytes": num_bytes})
     write_atomically(output_dir / "compare.json", json.dumps(summaries, indent=2) + "\n")
     write_atomically(output_dir / "compare.md", comparison_table(summaries) + "\n")
@@ -207,8 +212,10 @@ def _check_tasks(tasks: Sequence[str], config: RunConfig) -> None:
         raise ConfigError([problem], source="--tasks")
 
 
-def _scores(models: Sequence[str], config: RunConfig, tasks: Sequence[str], progress: Progress) -> dict[str, float]:
-    """Score models on the first test rows; of several models the mean."""
+def _scores(
+    models: Sequence[str], *, config: RunConfig, tasks: Sequence[str], progress: Progress, tokenizer_of: str
+) -> dict[str, float]:
+    """Score models on the first test rows, as one tokenizer writes them; of several models the mean."""
 
     def score(task: str, model: str) -> float:
         (scored,) = score_models(
@@ -218,6 +225,7 @@ def _scores(models: Sequence[str], config: RunConfig, tasks: Sequence[str], prog
             max_examples=config.evaluation.max_examples,
             config=config,
             device=config.model.device,
+            tokenizer_of=tokenizer_of,
             stage=progress.stage,
             on_done=progress.done,
         )

@@ -191,14 +191,26 @@ class Process:
     Args:
         arguments: Of `parablock`.
         log: Where its output goes.
+        stdout: Where its standard output goes instead.
+        encoding: Of its output.
+        ignores: Signals that it ignores from the beginning, as under `nohup`.
     """
 
-    def __init__(self, arguments: Iterable[str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Iterable[str],
+        log: Path,
+        *,
+        stdout: Path | None = None,
+        encoding: str = "utf-8",
+        ignores: Iterable[signal.Signals] = (),
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["parablock.cli.main", "parablock.experiment.run"])
         self.log = log
         log.write_text("")
-        self._process = context.Process(target=_main_with, args=(list(arguments), str(log)))
+        outputs = str(stdout or log), str(log), encoding
+        self._process = context.Process(target=_main_with, args=(list(arguments), *outputs, tuple(ignores)))
         self._process.start()
 
     def __enter__(self) -> Process:
@@ -239,9 +251,14 @@ class Process:
             time.sleep(0.002)
 
 
-def _main_with(arguments: list[str], log: str) -> None:
-    with Path(log).open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
+def _main_with(
+    arguments: list[str], stdout: str, log: str, encoding: str, ignores: tuple[signal.Signals, ...]
+) -> None:
+    for number in ignores:
+        signal.signal(number, signal.SIG_IGN)
+    with Path(log).open("a", encoding="utf-8") as file, Path(stdout).open("a", encoding="utf-8") as other:
+        os.dup2(other.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (open(fd, "w", encoding=encoding, buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
     sys.argv = ["parablock", *arguments]
     main()

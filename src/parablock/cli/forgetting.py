@@ -37,7 +37,7 @@ def forget(
     if not yes:
         console.print("Nothing has been done. Do it with --yes.", highlight=False)
         return
-    with show_progress() as (progress, stop):
+    with show_progress(new_dir) as (progress, stop):
         summary = forget_client(directory, client_id, new_dir, progress=progress, asked_to_stop=stop)
     print_summary(summary, new_dir)
     console.print(

@@ -29,6 +29,7 @@ from parablock.cli.terminal import (
     Overrides,
     console,
     exit_when_interrupted,
+    free_directory,
     print_summary,
     show_progress,
     show_work,
@@ -281,7 +282,7 @@ def compare(
 
     settings = load_config(config, overrides or [])
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
-    with show_progress() as (progress, stop):
+    with show_progress(output_dir) as (progress, stop):
         progress.stage(LOADING, is_brief=True)
         from parablock.compare import compare_methods, comparison_table, plan_comparison
 
@@ -299,11 +300,11 @@ def demo(
 
     Example: parablock demo --output-dir runs/demo
     """
-    with show_progress() as (progress, stop):
+    directory = output_dir or free_directory(Path("runs"), "demo")
+    with show_progress(directory) as (progress, stop):
         progress.stage(LOADING, is_brief=True)
-        from parablock.demo.quickstart import describe_demo, free_directory, run_demo
+        from parablock.demo.quickstart import describe_demo, run_demo
 
-        directory = output_dir or free_directory(Path("runs"))
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

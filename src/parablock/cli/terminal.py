@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +25,14 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value; r
 
 
 @contextmanager
-def show_progress(directory: Path | None = None, again: str = RESUME) -> Iterator[tuple[Any, Any]]:
+def show_progress(directory: Path, again: str = RESUME) -> Iterator[tuple[Any, Any]]:
     """Show progress. The first Ctrl-C asks the run to stop at the next round, the second one ends it at once.
 
     SIGTERM, and SIGHUP of a terminal that is closed, count as Ctrl-C. Before the first round there is nothing to
     save, so the first one ends the run.
 
     Args:
-        directory: The run directory, which the last lines name; None if it is not known.
+        directory: The run directory, or a folder of runs, which the last lines name.
         again: How one goes on with a run that was stopped.
 
     Yields:
@@ -60,19 +61,27 @@ def show_progress(directory: Path | None = None, again: str = RESUME) -> Iterato
             for number in caught:
                 signal.signal(number, signal.SIG_IGN)  # the end is near
             progress.close()
-            console.print(
-                _after_a_stop(directory, again.format(directory or "DIR")), highlight=False, soft_wrap=True
-            )
+            console.print(_after_a_stop(directory, again), highlight=False, soft_wrap=True)
             _leave(INTERRUPTED)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def _after_a_stop(directory: Path | None, again: str) -> str:
-    if directory is not None and not (directory / "config.yaml").exists():
+def free_directory(parent: Path, name: str) -> Path:
+    """Return the first of parent/name, parent/name-2, … that does not exist."""
+    places = (parent / (f"{name}-{number}" if number > 1 else name) for number in count(1))
+    return next(place for place in places if not place.exists())
+
+
+def _after_a_stop(directory: Path, again: str) -> str:
+    if not (directory / "config.yaml").exists():
+        begun = [path.parent for path in directory.glob("*/config.yaml") if not (path.parent / "model").exists()]
+        if begun:  # a run of a comparison
+            return _after_a_stop(begun[0], again)
         return "stopped at once; nothing was begun, and nothing is left behind"
-    if directory is None or any((directory / "checkpoints").iterdir()):
+    again = again.format(directory)
+    if any((directory / "checkpoints").iterdir()):
         return f"stopped at once; go on from the last checkpoint with: {again}"
     return f"stopped at once, before the first checkpoint; begin again with: {again}"
 

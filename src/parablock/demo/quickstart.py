@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,6 @@ class DemoResult:
     is_real: bool
     summary: dict[str, Any]
     scores: list[Score]
-
-
-def free_directory(parent: Path) -> Path:
-    """Return the first of parent/demo, parent/demo-2, … that does not exist."""
-    places = (parent / (f"demo-{number}" if number > 1 else "demo") for number in count(1))
-    return next(place for place in places if not place.exists())
 
 
 def find_shared() -> Path | None:

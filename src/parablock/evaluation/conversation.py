@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parablock.data.conversations import Message
 from parablock.data.formats import FORMATS, read_conversation
@@ -21,11 +21,15 @@ from parablock.evaluation.side_by_side import day_of, models_of
 from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
 from parablock.storage.run_directory import RunDirectory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _ANSWER = "?"
 """Stands where the answer is to come; only what precedes it is used."""
 
 
 _SPELLING = ("role", "content")
+_TURNS = {"messages", "sharegpt"}
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,16 @@ class Speaker:
         label: base | tuned | model.
         loaded: The model; of a run, with the tokenizer of the tuned one, whose template both are asked by.
         data_format: The format of the rows that it was trained on.
+        has_memory: Whether the prompt can hold earlier turns: the base has a chat template of its own, or it was
+            trained on conversations.
         date: The day that its chat template writes, if it writes one; None: today.
     """
 
     label: str
     loaded: LoadedModel
     data_format: str
+    has_memory: bool
     date: str | None = None
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether the prompt can hold earlier turns: by a chat template, or by turns in the training data."""
-        return self.data_format != "text" and (
-            self.loaded.tokenizer.chat_template is not None or self.data_format == "messages"
-        )
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,25 @@ def open_speakers(
             remedy=f"Leave --only out, or name one of: {found}.",
         )
     speakers: list[Speaker] = []
-    date = day_of(model_or_run_dir)
+    tokenizer, date = load_tokenizer(models[-1][1]), day_of(model_or_run_dir)
+    data_format, has_memory = _form_of(model_or_run_dir, tokenizer)
     for label, name_or_path, dtype in chosen:
         tell(f"loading the {label} model" if label != "model" else "loading the model")
         loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
-        speakers.append(Speaker(label, loaded, _format_of(model_or_run_dir), date))
-    tokenizer = speakers[-1].loaded.tokenizer if only is None else load_tokenizer(models[-1][1])
-    return [replace(speaker, loaded=replace(speaker.loaded, tokenizer=tokenizer)) for speaker in speakers]
+        speakers.append(Speaker(label, replace(loaded, tokenizer=tokenizer), data_format, has_memory, date))
+    return speakers
 
 
-def _format_of(model_or_run_dir: str) -> str:
+def _form_of(model_or_run_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """Return the format of prompts for a model, and whether they can hold earlier turns."""
     directory = RunDirectory(model_or_run_dir)
     if not directory.manifest.exists():
-        return "prompt_completion"
-    data_format = str(directory.read_manifest().get("data_format", "auto"))
-    return data_format if data_format in FORMATS else "prompt_completion"
+        return "prompt_completion", tokenizer.chat_template is not None
+    manifest = directory.read_manifest()
+    formats = manifest.get("data_formats", ())
+    data_format = formats[0] if len(formats) == 1 else "prompt_completion"
+    knows_turns = manifest.get("base_has_chat_template") or not _TURNS.isdisjoint(formats)
+    return data_format, knows_turns and data_format != "text"
 
 
 def read_prompts(texts: Sequence[str], sources: Sequence[str]) -> list[AskedPrompt]:
@@ -222,7 +226,7 @@ def _opening(speaker: Speaker, system: str) -> list[Message]:
 
 def _as_row(turns: Sequence[Message], data_format: str) -> Row:
     """Return the row of a conversation whose next turn is the answer."""
-    if len(turns) == 1 and data_format != "messages":
+    if len(turns) == 1 and data_format not in _TURNS:
         question, answer = FORMATS[data_format]
         return Row({question: turns[0]["content"], answer: _ANSWER}, "the conversation", 1)
     return Row({"messages": [*turns, {"role": "assistant", "content": _ANSWER}]}, "the conversation", 1)

@@ -14,7 +14,7 @@ from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import exact_match
 from parablock.evaluation.scoring import Sample, context_length, evaluate_losses, sample_examples
-from parablock.model.pretrained import LoadedModel, load_model
+from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
 from parablock.storage.run_directory import RunDirectory
 
 TASKS = ("loss", "exact_match", "multiple_choice")
@@ -56,6 +56,7 @@ def score_models(
     config: RunConfig | None = None,
     device: str = "auto",
     rows: Sequence[Row] | None = None,
+    tokenizer_of: str | None = None,
     stage: Callable[[str, int | None], None] = lambda *_: None,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
@@ -72,6 +73,8 @@ def score_models(
             the model's context limits the length, and only completions count.
         device: auto | cpu | cuda.
         rows: The held-out rows of the run, in place of sources.
+        tokenizer_of: The folder whose tokenizer and chat template write the rows; None: the model's, or, for both
+            models of a run, the tuned one's.
         stage: Called with (name, number of examples) of each step that can take long.
         on_done: Called with the number of examples of the step that are done.
 
@@ -83,13 +86,16 @@ def score_models(
     config = config or _read_config(model_or_run_dir)
     is_held_out = rows is not None and config is not None
     rows = [row for source in sources for row in load_rows(source, split="test")] if rows is None else rows
+    models = models_of(model_or_run_dir)
+    tokenizer = load_tokenizer(tokenizer_of or models[-1][1])  # whose template the rows of training had
     scores = []
-    for label, name_or_path, dtype in models_of(model_or_run_dir):
+    for label, name_or_path, dtype in models:
         stage(f"loading the {label} model" if label != "model" else "loading the model", None)
         loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
+        loaded = replace(loaded, tokenizer=tokenizer)
         tokenized = tokenize_rows(
             rows[:max_examples],
-            loaded.tokenizer,
+            tokenizer,
             data_format=data_format or (config.data.format if config else "auto"),
             max_length=config.data.max_length if config else _longest(loaded),
             completion_only_loss=config.train.completion_only_loss if config else True,

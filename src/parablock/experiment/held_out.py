@@ -16,11 +16,14 @@ def is_run(model_or_run_dir: str) -> bool:
     return RunDirectory(model_or_run_dir).config.exists()
 
 
-def rows_of_run(run_dir: str) -> tuple[list[Row], list[Row]]:
-    """Read the data of a run again: the rows of all clients that were trained on, and the held-out rows.
+def rows_of_run(run_dir: str) -> tuple[list[Row] | None, list[Row]]:
+    """Read the data of a run again: the rows that were trained on, and the held-out rows.
+
+    The rows of an excluded client were not trained on. Those that were are None, not known, where the data for
+    training are not as they were.
 
     Raises:
-        DataError: The data are gone or changed, or they are at the sites.
+        DataError: The data are gone, the held-out rows are others, or they are at the sites.
     """
     directory = RunDirectory(run_dir)
     config = load_config(directory.config)
@@ -34,13 +37,17 @@ def rows_of_run(run_dir: str) -> tuple[list[Row], list[Row]]:
         seed=config.seed,
         pooled=config.federation.traits.pools_data,
     )
-    if directory.read_manifest()["data_sha256"]["test"] != rows_sha256(held_out):
+    written = directory.read_manifest()["data_sha256"]
+    if written["test"] != rows_sha256(held_out):
         raise DataError(
             f"the data files are not those of the run in {run_dir}: its held-out rows differ",
             cause="A file was changed after the run.",
             remedy="Put the files back, or give rows to score on with --data.",
         )
-    return [row for part in parts for row in part], held_out
+    if written["train"] != [rows_sha256(part) for part in parts]:
+        return None, held_out
+    excluded = config.federation.excluded_clients
+    return [row for client_id, part in enumerate(parts) if client_id not in excluded for row in part], held_out
 
 
 def count_trained_on(rows: Sequence[Row], trained: Sequence[Row]) -> int:

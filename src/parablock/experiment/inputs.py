@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parablock import __version__
 from parablock.config.data_section import DataSection
 from parablock.config.keys import ModelSection, RunConfig, TrainSection
-from parablock.data.formats import check_rows
+from parablock.data.formats import check_rows, formats_by_source
 from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import NothingToLearnError, Tokenized, tokenize_rows
@@ -78,6 +78,7 @@ def read_inputs(
     base = load_base(config.model, seed=config.seed)
     check_base(base)
     is_auto = config.blocks.layers_per_block == "auto"
+    has_template = base.loaded.tokenizer.chat_template is not None
     day, template_notes = settle_template(
         base.loaded.tokenizer, [*_joined(parts), *held_out], config.data.format, config.data.date
     )
@@ -104,7 +105,8 @@ def read_inputs(
         ),
         manifest={
             "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
-            "data_format": test.data_format,
+            "data_formats": _formats([*_joined(parts), *held_out], config.data.format),
+            "base_has_chat_template": has_template,
             "base_sha256": base.sha256,
             "base_parts": base.parts,
             "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
@@ -239,6 +241,11 @@ def tokenize(
         completion_only_loss=train.completion_only_loss,
         date=data.date,
     )
+
+
+def _formats(rows: Sequence[Row], data_format: str) -> list[str]:
+    """Return the formats of all rows; of rows that are elsewhere, the configured one, if there is one."""
+    return sorted(set(formats_by_source(rows, data_format).values()) or {data_format} - {"auto"})
 
 
 def _tokenize_parts(

@@ -1,0 +1,136 @@
+"""`parablock eval`: one rendering for both models, what was trained on, and the tasks that it scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parablock.evaluation.conversation import open_speakers
+from parablock.evaluation.side_by_side import score_models
+from tiny_runs import NUM_CLIENTS, Row, Workshop, command, done, sum_row, summary_of, write_rows
+
+
+def scores(stdout: str) -> dict[str, tuple[float, int]]:
+    """Read label → (score, examples) off the table."""
+    found = re.findall(r"(base|tuned|model)\W+(\d+\.\d+)\W+(\d+)\W", stdout)
+    return {label: (float(value), int(count)) for label, value, count in found}
+
+
+@pytest.fixture(scope="module")
+def bare_model(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without a chat template."""
+    model, tokenizer = tmp_path_factory.mktemp("bare"), AutoTokenizer.from_pretrained(workshop.model)
+    AutoModelForCausalLM.from_pretrained(workshop.model).save_pretrained(model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def asked(k: int) -> Row:
+    return {"question": f"{k} plus 1?", "answer": f"#### {k + 1}"}
+
+
+def told(k: int) -> Row:
+    return {"messages": [{"role": "user", "content": f"{k} and 1"}, {"role": "assistant", "content": f"{k + 1}"}]}
+
+
+def files_of(folder: Path, *makes: Callable[[int], Row]) -> str:
+    """Write a file of rows for each of the clients, in these formats by turns."""
+    files = [write_rows(folder / f"{n}.jsonl", map(makes[n % len(makes)], range(8))) for n in range(NUM_CLIENTS)]
+    return f"data.train=[{', '.join(map(str, files))}]"
+
+
+def test_both_models_are_scored_on_one_rendering_where_formats_are_mixed(
+    workshop: Workshop, bare_model: Path, tmp_path: Path
+):
+    test = [
+        write_rows(tmp_path / f"test-{n}.jsonl", map(make, range(3))) for n, make in enumerate((asked, sum_row2))
+    ]
+    changes = [f"data.test=[{', '.join(map(str, test))}]", f"model.name_or_path={bare_model}"]
+    assert workshop.run(tmp_path / "run", files_of(tmp_path, asked, sum_row2), *changes).code == 0
+    summary = summary_of(tmp_path / "run")
+    found = scores(done("eval", str(tmp_path / "run")).stdout)
+    assert found == {
+        "base": (pytest.approx(summary["initial_eval_loss"], abs=1e-4), 6),
+        "tuned": (pytest.approx(summary["final_eval_loss"], abs=1e-4), 6),
+    }
+    (apart,) = score_models(str(bare_model), [str(path) for path in test], device="cpu")
+    assert apart.value != pytest.approx(summary["initial_eval_loss"], abs=1e-4), "by itself it has headings"
+
+
+def sum_row2(k: int) -> Row:
+    return sum_row(k, 1)
+
+
+def test_compare_scores_the_base_as_it_is_trained(workshop: Workshop, bare_model: Path, tmp_path: Path):
+    choices = [{**sum_row(k, k), "choices": [f"#### {2 * k}", f"#### {2 * k + 1}"]} for k in range(8)]
+    test = write_rows(tmp_path / "test.jsonl", choices)
+    arguments = ["--set", f"data.test=[{test}]", "--set", f"model.name_or_path={bare_model}"]
+    train = ["--set", files_of(tmp_path, asked, sum_row2)]
+    target = tmp_path / "compared"
+    done("compare", str(workshop.config), *arguments, *train, "--methods", "local", "--tasks", "multiple_choice",
+         "--output-dir", str(target))  # fmt: skip
+    (entry,) = json.loads((target / "compare.json").read_text())
+    options = {"task": "multiple_choice", "device": "cpu", "max_examples": 8}
+    model = str(target / "local" / "model" / "client_0")
+    (same,) = score_models(str(bare_model), [str(test)], tokenizer_of=model, **options)  # type: ignore[arg-type]
+    assert entry["initial_scores"] == {"multiple_choice": same.value}
+    (apart,) = score_models(str(bare_model), [str(test)], **options)  # type: ignore[arg-type]
+    assert apart.value != same.value, "by itself it has headings"
+
+
+@pytest.mark.parametrize(
+    ("makes", "has_memory"), [((asked,), False), ((asked, sum_row2), False), ((asked, told), True), ((told,), True)]
+)
+def test_a_model_without_a_template_remembers_turns_where_it_has_learnt_them(
+    makes: tuple[Callable[[int], Row], ...], has_memory: bool, workshop: Workshop, bare_model: Path, tmp_path: Path
+):
+    changes = [files_of(tmp_path, *makes), "data.test=[]", "federation.num_rounds=4", "evaluation.every_rounds=4"]
+    assert workshop.run(tmp_path / "bare", *changes, f"model.name_or_path={bare_model}").code == 0
+    assert {speaker.has_memory for speaker in open_speakers(str(tmp_path / "bare"))} == {has_memory}
+
+
+def test_a_model_with_a_template_of_its_own_remembers_turns(workshop: Workshop, tmp_path: Path):
+    changes = [files_of(tmp_path, asked), "data.test=[]", "federation.num_rounds=4"]
+    assert workshop.run(tmp_path / "run", *changes).code == 0
+    assert {speaker.has_memory for speaker in open_speakers(str(tmp_path / "run"))} == {True}
+
+
+def test_a_model_of_sharegpt_rows_is_asked_like_any_other(workshop: Workshop, tmp_path: Path):
+    def said(k: int) -> Row:
+        return {"conversations": [{"from": "human", "value": f"{k}?"}, {"from": "gpt", "value": f"{k}!"}]}
+
+    changes = [files_of(tmp_path, said), "data.test=[]", "federation.num_rounds=4"]
+    assert workshop.run(tmp_path / "run", *changes).code == 0
+    asked_once = ("generate", str(tmp_path / "run"), "1?", "--format", "jsonl", "--max-new-tokens", "3")
+    assert set(json.loads(done(*asked_once).stdout)) == {"prompt", "base", "tuned"}
+
+
+def test_a_forgotten_client_has_not_been_trained_on(workshop: Workshop, tmp_path: Path):
+    rows = workshop.client_file(2).read_text().splitlines()
+    assert workshop.run(tmp_path / "without", "federation.excluded_clients=[2]").code == 0
+    assert workshop.run(tmp_path / "with").code == 0
+    data = ("--data", str(workshop.client_file(2)))
+    others = {line for n in (0, 1, 3) for line in workshop.client_file(n).read_text().splitlines()}
+    assert not others.intersection(rows)
+    assert "trained on" not in done("eval", str(tmp_path / "without"), *data).stdout
+    every = f"warning: {len(rows)} of {len(rows)} rows were trained on"
+    assert every in done("eval", str(tmp_path / "with"), *data).stdout
+
+
+def test_training_data_that_changed_leave_open_what_was_trained_on(workshop: Workshop, tmp_path: Path):
+    files = [shutil.copy(workshop.client_file(n), tmp_path) for n in range(NUM_CLIENTS)]
+    run_dir = tmp_path / "run"
+    assert workshop.run(run_dir, f"data.train=[{', '.join(files)}]").code == 0
+    unknown = "whether rows were trained on is not known"
+    assert unknown not in done("eval", str(run_dir)).stdout
+    write_rows(Path(files[0]), (sum_row(9, k) for k in range(8)))
+    outcome = command("eval", str(run_dir))
+    assert outcome.code == 0 and unknown in outcome.stdout
+    assert scores(outcome.stdout)["tuned"][0] == pytest.approx(summary_of(run_dir)["final_eval_loss"], abs=1e-4)
