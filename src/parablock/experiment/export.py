@@ -1,4 +1,4 @@
-"""Exports of a finished run: its model as a folder, an adapter for peft, or the difference from the base."""
+"""Exports of a finished run: its model as a folder or in GGUF, an adapter, or what was changed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from parablock.config.load import load_config
 from parablock.errors import ModelError, StorageError
 from parablock.evaluation.side_by_side import models_of
+from parablock.model.gguf_file import GgufDtype, write_gguf
 from parablock.model.pretrained import load_model, quiet_transformers
+from parablock.model.source import LICENCES
 from parablock.storage.files import write_folder_beside
 from parablock.storage.run_directory import RunDirectory
 
+GGUF_NAME = "model.gguf"
 DEFAULT_RANK = 16
 """Rank of an adapter that is fitted to a run without adapters."""
 _EXTRA_DIRECTIONS = 8  # of the search for the largest ones, as in Halko et al., 2011
@@ -45,15 +48,22 @@ class Pair:
 
 
 def export_run(
-    run_dir: str, output_dir: Path, *, export_format: str, rank: int | None, tell: Callable[[str], None]
+    run_dir: str,
+    output_dir: Path,
+    *,
+    export_format: str,
+    rank: int | None = None,
+    dtype: GgufDtype | None = None,
+    tell: Callable[[str], None],
 ) -> list[str]:
     """Write a finished run's model in another form, and read back what was written.
 
     Args:
         run_dir: The run.
         output_dir: A folder that is not there yet.
-        export_format: hf | adapter | delta.
+        export_format: hf | gguf | adapter | delta.
         rank: Of the adapter; None: that of the run's own adapters, or `DEFAULT_RANK`.
+        dtype: Of the matrices of a GGUF file; None: that of the model's folder.
         tell: Called with messages about the progress.
 
     Returns:
@@ -72,6 +82,8 @@ def export_run(
         if export_format == "hf":
             shutil.copytree(directory.model, folder, dirs_exist_ok=True)
             return []
+        if export_format == "gguf":
+            return _write_gguf(models["tuned"], folder, directory.path.resolve().name, dtype, tell)
         if "base" not in models:
             raise ModelError(
                 f"the run in {run_dir} has no base model to compare with",
@@ -89,6 +101,19 @@ def export_run(
         config = load_config(directory.config)
         own = config.lora.rank if config.federation.traits.trains == "adapters" else DEFAULT_RANK
         return _write_adapter(pair, folder, rank or own, tell)
+
+
+def _write_gguf(
+    model: str, folder: Path, name: str, dtype: GgufDtype | None, tell: Callable[[str], None]
+) -> list[str]:
+    tell("writing the file, and reading it back")
+    loaded = load_model(model, dtype="float32", device="cpu", init="pretrained", seed=0)
+    written = write_gguf(loaded, folder / GGUF_NAME, name=name, dtype=dtype)
+    for licence in LICENCES:
+        if licence in loaded.kept_files:
+            (folder / licence).write_bytes(loaded.kept_files[licence])
+    _make_readable(folder)
+    return [f"matrices in {written}; Transformers reads it back as the same model"]
 
 
 def _write_delta(pair: Pair, folder: Path) -> list[str]:

@@ -52,6 +52,36 @@ def test_a_difference_and_the_base_are_the_model(workshop: Workshop, runs: Runs,
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(workshop.model)), tuned, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gguf_file_is_the_model(runs: Runs, tmp_path: Path, dtype: str):
+    target = ("--output-dir", str(tmp_path / "gguf"))
+    said = done("export", str(runs()), "--format", "gguf", "--dtype", dtype, *target).stdout
+    assert f"matrices in {dtype}" in said
+    tuned = AutoModelForCausalLM.from_pretrained(runs() / "model")
+    for parameter in tuned.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype) if parameter.ndim > 1 else torch.float32).float()
+    with warnings.catch_warnings(action="ignore"):
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+    assert torch.allclose(logits(read), logits(tuned), atol=1e-5)
+    exact = logits(AutoModelForCausalLM.from_pretrained(runs() / "model"))
+    assert torch.allclose(logits(read), exact, atol=1e-6) == (dtype == "float32")
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"model.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--format", "gguf", "--rank", "4"), "--rank is for --format adapter, and this is gguf"),
+        (("--format", "hf", "--dtype", "float16"), "--dtype is for --format gguf, and this is hf"),
+        (("--public",), "--public is for --push-to-hub"),
+    ],
+)
+def test_options_of_another_form_are_refused(runs: Runs, tmp_path: Path, options: tuple[str, ...], says: str):
+    outcome = command("export", str(runs()), *options, "--output-dir", str(tmp_path / "new"))
+    assert outcome.code == 2 and says in " ".join(outcome.stderr.replace("│", "").split())
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_is_the_model_itself(runs: Runs, tmp_path: Path):
     done("export", str(runs()), "--output-dir", str(tmp_path / "model"))
     assert model_sha256(tmp_path / "model") == model_sha256(runs() / "model")
@@ -70,7 +100,7 @@ def test_a_template_that_the_run_gave_writes_what_it_trained_on(workshop: Worksh
     assert f"{summary_of(run_dir)['final_eval_loss']:.4f}" in scores
 
 
-@pytest.mark.parametrize("export_format", ["hf", "adapter", "delta"])
+@pytest.mark.parametrize("export_format", ["hf", "gguf", "adapter", "delta"])
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
     workshop: Workshop, runs: Runs, tmp_path: Path, export_format: str
 ):
