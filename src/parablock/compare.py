@@ -26,7 +26,7 @@ from parablock.report.write import write_report
 from parablock.storage.files import storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
 
-SCORED_TASKS = ("exact_match", "multiple_choice")
+SCORED_TASKS = ("exact_match", "rouge_l", "multiple_choice")
 
 
 @dataclass(frozen=True)

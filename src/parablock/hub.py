@@ -7,6 +7,7 @@ on a machine without network fail at once.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -58,15 +59,8 @@ def check_upload(repository: str) -> None:
         StorageError: The name is no owner/name, there is no key, or the hub is out of reach.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-        is_name = repository.count("/") == 1
-    except HFValidationError:
-        is_name = False
-    if not is_name:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise StorageError(
             f"{repository!r} is not the name of a repository", remedy="Give OWNER/NAME, such as alice/my-model."
         )

@@ -1,8 +1,8 @@
 """Disks, folders and runs that are wrong, through the real command line.
 
 Every one of them ends with exit code 2 and one block on stderr that names the place and says what to do; there is
-no traceback, and nothing half-written is left. Wrong configurations, rows and models are in `test_forty_errors.py`,
-single values of a configuration in `tests/unit/config`.
+no traceback, and nothing half-written is left. Wrong configurations, rows and models are in
+`test_hundred_errors.py`, single values of a configuration in `tests/unit/config`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock.evaluation.conversation import open_speakers
+from parablock.evaluation.generation import rouge_l
 from parablock.evaluation.side_by_side import score_models
 from tiny_runs import NUM_CLIENTS, Row, Workshop, command, done, sum_row, summary_of, write_rows
 
@@ -134,3 +135,45 @@ def test_training_data_that_changed_leave_open_what_was_trained_on(workshop: Wor
     outcome = command("eval", str(run_dir))
     assert outcome.code == 0 and unknown in outcome.stdout
     assert scores(outcome.stdout)["tuned"][0] == pytest.approx(summary_of(run_dir)["final_eval_loss"], abs=1e-4)
+
+
+def test_the_held_out_rows_of_each_client_are_scored_by_themselves(workshop: Workshop, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    assert workshop.run(run_dir, "data.test=[]", "data.test_fraction=0.25").code == 0
+    outcome = done("eval", str(run_dir), "--per-client")
+    written = json.loads((run_dir / "evaluation" / "loss.json").read_text())
+    records = [json.loads(line) for line in (run_dir / "evaluation" / "loss.jsonl").read_text().splitlines()]
+    assert [record["client"] for record in written["clients"]] == list(range(NUM_CLIENTS))
+    assert sum(record["examples"] for record in written["clients"]) == len(records)
+    for client in written["clients"]:
+        own = [record for record in records if f"client_{client['client']}.jsonl" in record["row"]]
+        alone = workshop.client_file(client["client"]).read_text().splitlines()
+        rows = tmp_path / f"{client['client']}.jsonl"
+        rows.write_text("".join(alone[int(record["row"].rpartition(" ")[2]) - 1] + "\n" for record in own))
+        found = score_models(str(run_dir), [str(rows)], device="cpu")
+        assert client["examples"] == len(own) == found[0].count
+        assert {score.label: score.value for score in found} == {
+            label: pytest.approx(client[label], abs=1e-6) for label in ("base", "tuned")
+        }
+        assert f"{client['tuned']:.4f}" in outcome.stdout
+    assert len({client["base"] for client in written["clients"]}) == NUM_CLIENTS
+    done("eval", str(run_dir))
+    assert "clients" not in json.loads((run_dir / "evaluation" / "loss.json").read_text())
+    refused = command("eval", str(run_dir), "--per-client", "--data", str(workshop.test_file))
+    assert refused.code == 2 and "--per-client is for rows that a run held out" in " ".join(
+        refused.stderr.replace("│", "").split()
+    )
+
+
+def test_rouge_l_is_a_task(workshop: Workshop, tmp_path: Path):
+    assert workshop.run(tmp_path / "run").code == 0
+    data = ("--data", str(workshop.test_file), "--max-new-tokens", "6")
+    outcome = done("eval", str(tmp_path / "run"), "--task", "rouge_l", *data)
+    written = json.loads((tmp_path / "run" / "evaluation" / "rouge_l.json").read_text())
+    assert {score["label"]: (pytest.approx(score["value"], abs=1e-4), 6) for score in written["scores"]} == scores(
+        outcome.stdout
+    )
+    records = (tmp_path / "run" / "evaluation" / "rouge_l.jsonl").read_text().splitlines()
+    assert all(
+        json.loads(r)["tuned_score"] == rouge_l(json.loads(r)["tuned"], json.loads(r)["reference"]) for r in records
+    )

@@ -244,14 +244,62 @@ def test_nothing_offers_to_send_a_figure_away(shown, runs: Path):
     assert not [title for title in offered if any(word in title for word in ("Share", "Cloud", "Plotly"))]
 
 
-def test_a_narrow_window_needs_no_sideways_scrolling(shown, runs: Path):
-    browser = shown(runs / "overlapped")
+ANSWERS = [
+    {
+        "prompt": "How many? " * 30,
+        "reference": "#### 9",
+        "base": "Ann has 12 apples. " * 9,
+        "tuned": "12 - 3\n#### 9",
+    },
+    {"prompt": "wordwithoutaspace" * 12, "reference": "x", "base": "y" * 200, "tuned": "def f(x):\n    return x"},
+]
+TOO_WIDE = """
+    const limit = document.documentElement.clientWidth + 1, wide = [];
+    for (const element of document.body.querySelectorAll('*')) {
+        const box = element.getBoundingClientRect();
+        let parent = element.parentElement;
+        while (parent && getComputedStyle(parent).overflowX === 'visible') parent = parent.parentElement;
+        const scrolls = parent && parent !== document.body && parent !== document.documentElement;
+        if (box.width && box.height && !scrolls && (box.right > limit || box.left < -1))
+            wide.push(`${element.tagName} ${element.id} ${Math.round(box.left)} to ${Math.round(box.right)}`);
+    }
+    return [document.documentElement.scrollWidth - document.documentElement.clientWidth, wide];
+"""
+EMPTY = "return [...document.querySelectorAll('section')].filter((part) => !part.innerText.trim()).map((p) => p.id)"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, ...]]:
+    """Runs whose names, prompts and answers are as long as people's are."""
+    folder = tmp_path_factory.mktemp("pages")
+    remote = {"engine": {"name": "remote", "clock": "real"}, "num_clients": 2}
+    run = make_run(folder / "overlapped")
+    deployed = make_run(folder / "a-deployment-with-a-rather-long-name-of-its-own", **remote)
+    for directory in (run, deployed):
+        (directory / "answers.json").write_text(json.dumps(ANSWERS))
+    return {
+        "a run": (run,),
+        "a comparison": (run, make_run(folder / "serial", delay=0)),
+        "a deployment": (deployed,),
+    }
+
+
+@pytest.mark.parametrize("name", ["a run", "a comparison", "a deployment"])
+def test_nothing_is_wider_than_the_window_or_empty(
+    name: str, shown: Any, browser: Browser, pages: dict[str, tuple[Path, ...]]
+):
     try:
-        browser.set_window_size(500, 900)
-        browser.get(browser.current_url)
-        wait_for(browser, "return document.documentElement.dataset.drawn === 'yes'")
-        widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-        scroll_width, width = browser.execute_script(widths)
-        assert scroll_width <= width
+        for width in (420, 700, 1000, 1400):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            shown(*pages[name])
+            assert browser.execute_script("return window.innerWidth") == width
+            assert browser.execute_script(TOO_WIDE) == [0, []], width
+            assert browser.execute_script(EMPTY) == [], width
+        wider = (
+            "document.querySelector('main, body').insertAdjacentHTML('beforeend', '<p style=width:2000px>wide</p>')"
+        )
+        browser.execute_script(wider)
+        assert browser.execute_script(TOO_WIDE)[1], "a paragraph that is too wide would have been seen"
     finally:
-        browser.set_window_size(1280, 1000)
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

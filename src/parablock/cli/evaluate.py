@@ -22,9 +22,9 @@ def evaluate(
             "--data", help="A file or a `datasets` name; repeatable. Default: the rows that the run held out."
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="loss, exact_match or multiple_choice.")] = "loss",
+    task: Annotated[str, typer.Option(help="loss, exact_match, rouge_l or multiple_choice.")] = "loss",
     max_examples: Annotated[int | None, typer.Option(min=1, help="Score only the first examples.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of exact_match.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     data_format: Annotated[
         str | None,
         typer.Option("--format", help="How a row becomes an example; default: as in the run."),
@@ -34,6 +34,9 @@ def evaluate(
         Path | None,
         typer.Option(help="A folder for scores and predictions; default: the folder `evaluation` of the run."),
     ] = None,
+    per_client: Annotated[
+        bool, typer.Option("--per-client", help="Also score the held-out rows of each client by themselves.")
+    ] = False,
     harness: Annotated[str, typer.Option(help="Instead of --data: tasks of lm-evaluation-harness.")] = "",
     tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files of the harness.")] = None,
 ) -> None:
@@ -49,19 +52,25 @@ def evaluate(
     with show_work() as progress:
         progress.stage(LOADING, is_brief=True)
         from parablock.errors import InputError
-        from parablock.evaluation.side_by_side import score_models
+        from parablock.evaluation.side_by_side import score_models, scores_by_client
         from parablock.experiment.held_out import count_trained_on, is_run, rows_of_run
 
         of_run = is_run(model_or_run_dir)
         if not data and not of_run:
             raise typer.BadParameter("give --data, or a run directory, whose held-out rows are scored")
-        rows, trained = None, None
+        rows, trained, owners = None, None, dict[str, int]()
         try:
-            trained, held_out = rows_of_run(model_or_run_dir) if of_run else (None, [])
-            rows = None if data else held_out
+            if of_run:
+                read = rows_of_run(model_or_run_dir)
+                rows, trained = None if data else read.held_out, read.trained
+                owners = {row.place: owner for row, owner in zip(read.held_out, read.owners, strict=False)}
         except InputError:  # rows that are given need none of the run's
             if not data:
                 raise
+        if per_client and (data or not owners):
+            raise typer.BadParameter(
+                "--per-client is for rows that a run held out of its clients' rows, not for others"
+            )
         scores = score_models(
             model_or_run_dir,
             data or [],
@@ -75,7 +84,10 @@ def evaluate(
         )
     scored = [example.row for example in scores[0].examples]
     num_trained = None if trained is None else count_trained_on(scored, trained)
+    clients = scores_by_client(scores, owners) if per_client else []
     _show(scores, task, samples, is_held_out=rows is not None)
+    if clients:
+        _show_clients(clients, task)
     if num_trained:
         text = f"warning: {num_trained} of {len(scored)} rows were trained on: their scores say nothing of new rows"
         console.print(text, highlight=False, soft_wrap=True)
@@ -84,7 +96,8 @@ def evaluate(
         console.print(text, highlight=False, soft_wrap=True)
     folder = output_dir or (Path(model_or_run_dir) / "evaluation" if of_run else None)
     if folder is not None:
-        _write(folder, task, scores, {"rows_trained_on": num_trained, "data": data or "held-out rows of the run"})
+        facts = {"rows_trained_on": num_trained, "data": data or "held-out rows of the run"}
+        _write(folder, task, scores, facts | ({"clients": clients} if clients else {}))
 
 
 def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) -> None:
@@ -98,6 +111,15 @@ def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) ->
         for answer in score.samples[:samples]:
             line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} is right"
             console.print(line, markup=False)
+
+
+def _show_clients(clients: list[dict[str, Any]], task: str) -> None:
+    labels = [key for key in clients[0] if key not in ("client", "examples")]
+    table = table_of("client", "examples", *(f"{task}, {label}" for label in labels))
+    for record in clients:
+        values = (f"{record[label]:.4f}" for label in labels)
+        table.add_row(str(record["client"]), str(record["examples"]), *values)
+    console.print(table)
 
 
 def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) -> None:

@@ -272,7 +272,7 @@ def compare(
     particular: Annotated[
         list[str] | None, typer.Option("--for", help="method:key=value, for that method alone; repeatable.")
     ] = None,
-    tasks: Annotated[str, typer.Option(help="exact_match, multiple_choice or both, on data.test.")] = "",
+    tasks: Annotated[str, typer.Option(help="Of exact_match, rouge_l and multiple_choice, on data.test.")] = "",
 ) -> None:
     """Run several methods on the same data, seed and link, and put them side by side.
 

@@ -170,7 +170,7 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
             )
             return
         all_of = site.client_id if site.share == "all" else None
-        parts, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)
+        parts, _, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)
         rows = len(parts[site.client_id])
         remedy = "" if rows else "Give its files in `data.train` of its own file."
         yield Checked(rows > 0, f"{rows} rows to train on, in {len(config.data.train)} files", remedy)

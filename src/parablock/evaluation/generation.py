@@ -1,4 +1,4 @@
-"""Answers of a model: generation, and exact match of greedy answers with the references."""
+"""Answers of a model: generation, and how greedy answers agree with the references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,19 +25,28 @@ ANSWER_MARK = "####"
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
-def exact_match(
+def score_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
+    judge: Callable[[str, str], float] | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     num_samples: int = 3,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> TaskResult:
-    """Compute the share of examples whose generated answer is the reference; see `answers_match`.
+    """Compute the mean agreement of generated answers with the references.
 
-    The arguments are those of `generate_completions`, and the number of samples in the result.
+    Args:
+        model: The model; it and the following arguments are those of `generate_completions`.
+        tokenizer: Its tokenizer.
+        examples: The examples whose prompts are answered.
+        judge: Gives the value of (answer, reference), 0 … 1; None: `answers_match`.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Number of prompts at once.
+        num_samples: Number of samples in the result.
+        on_done: Called with the number of prompts that are answered.
 
     Raises:
         DataError: There are no examples, or one has no prompt or no room for an answer.
@@ -46,7 +56,8 @@ def exact_match(
     predictions = generate_completions(
         model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, on_done=on_done
     )
-    values = tuple(map(float, map(answers_match, predictions, (example.completion for example in examples))))
+    references = (example.completion for example in examples)
+    values = tuple(map(float, map(judge or answers_match, predictions, references)))
     samples = first_samples(tokenizer, examples, predictions, num_samples)
     return TaskResult(sum(values) / len(examples), len(examples), samples, tuple(predictions), values)
 
@@ -67,6 +78,37 @@ def answers_match(prediction: str, reference: str) -> bool:
         return predicted == wanted
     number = _NUMBER.match(predicted)
     return number is not None and Decimal(number[0]) == Decimal(wanted)
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """Return the F-measure of the longest common subsequence of words (ROUGE-L; Lin, 2004).
+
+    A word is a run of letters and digits of any script, in lower case, and is not stemmed.
+
+    Raises:
+        DataError: The package rouge-score is not installed.
+    """
+    scorer = _rouge_scorer()
+    return float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise DataError(
+            "rouge_l needs the package rouge-score, which is not installed",
+            remedy="Install it: pip install 'parablock[eval]'",
+        ) from None
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """Cuts a text into words; the package's own cut leaves out all letters but a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text.casefold())
 
 
 def _final_answer(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,17 +12,19 @@ from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
-from parablock.evaluation.generation import exact_match
+from parablock.evaluation.generation import answers_match, rouge_l, score_answers
 from parablock.evaluation.scoring import Sample, context_length, evaluate_losses, sample_examples
 from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
 from parablock.storage.run_directory import RunDirectory
 
-TASKS = ("loss", "exact_match", "multiple_choice")
+JUDGES: dict[str, Callable[[str, str], float]] = {"exact_match": answers_match, "rouge_l": rouge_l}
+"""Tasks for which a model answers → the value of (answer, reference)."""
+TASKS = ("loss", *JUDGES, "multiple_choice")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A loss in nats per token, or the share of right answers, of one model (base | tuned | model).
+    """A loss in nats per token, or the mean value of answers (0 … 1), of one model (base | tuned | model).
 
     Attributes:
         label: base | tuned | model.
@@ -65,9 +67,9 @@ def score_models(
     Args:
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
         sources: Files or `datasets` names.
-        task: loss | exact_match | multiple_choice.
+        task: One of `TASKS`.
         max_examples: Number of rows, from the start; None: all, or, of held-out rows, as many as the run scored.
-        max_new_tokens: Longest answer of exact_match.
+        max_new_tokens: Longest answer, in tokens.
         data_format: A value of `data.format`; None: the run's format, or `auto` without a run.
         config: The run whose truncation and loss mask apply; None: the run of `model_or_run_dir`. Without a run,
             the model's context limits the length, and only completions count.
@@ -123,13 +125,39 @@ def _score(
     if task == "loss":
         loss, values = evaluate_losses(model, examples, pad_token_id=tokenizer.pad_token_id, on_done=on_done)
         return Score(label, name, loss, len(examples), examples=examples, values=values)
-    if task == "exact_match":
-        result = exact_match(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_done=on_done)
+    if task in JUDGES:
+        result = score_answers(
+            model, tokenizer, examples, judge=JUDGES[task], max_new_tokens=max_new_tokens, on_done=on_done
+        )
     else:
         result = multiple_choice(model, tokenizer, tokenized)
     return Score(
         label, name, result.score, result.count, result.samples, examples, result.values, result.predictions
     )
+
+
+def scores_by_client(scores: Sequence[Score], owners: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return a record for each client whose rows were scored: their number, and the score of each model on them.
+
+    A loss is the mean over the tokens of a client's rows, as it is over those of all rows.
+
+    Args:
+        scores: At least one.
+        owners: The place of a row → whose it was.
+    """
+    records = []
+    places = [example.row.place for example in scores[0].examples]
+    for client_id in sorted(set(owners.values())):
+        own = [n for n, place in enumerate(places) if owners.get(place) == client_id]
+        weights = [scores[0].examples[n].num_target_tokens if not scores[0].predictions else 1 for n in own]
+        if own:
+            means = {
+                score.label: sum(score.values[n] * weight for n, weight in zip(own, weights, strict=True))
+                / sum(weights)
+                for score in scores
+            }
+            records.append({"client": client_id, "examples": len(own), **means})
+    return records
 
 
 def score_records(scores: Sequence[Score]) -> list[dict[str, Any]]:

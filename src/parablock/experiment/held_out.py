@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from parablock.config.load import load_config
 from parablock.data.sources import Row, rows_sha256
@@ -16,11 +17,24 @@ def is_run(model_or_run_dir: str) -> bool:
     return RunDirectory(model_or_run_dir).config.exists()
 
 
-def rows_of_run(run_dir: str) -> tuple[list[Row] | None, list[Row]]:
-    """Read the data of a run again: the rows that were trained on, and the held-out rows.
+@dataclass(frozen=True)
+class RowsOfRun:
+    """The data of a run, read again.
 
-    The rows of an excluded client were not trained on. Those that were are None, not known, where the data for
-    training are not as they were.
+    Attributes:
+        trained: The rows that were trained on, which those of an excluded client were not; None: not known, as the
+            data for training have changed.
+        held_out: The rows that the run was scored on.
+        owners: For each held-out row the client whose it was; empty where they are in files of their own.
+    """
+
+    trained: list[Row] | None
+    held_out: list[Row]
+    owners: list[int]
+
+
+def rows_of_run(run_dir: str) -> RowsOfRun:
+    """Read the data of a run again.
 
     Raises:
         DataError: The data are gone, the held-out rows are others, or they are at the sites.
@@ -31,7 +45,7 @@ def rows_of_run(run_dir: str) -> tuple[list[Row] | None, list[Row]]:
         raise DataError(
             f"the rows of the run in {run_dir} are at its sites", remedy="Give rows to score on with --data."
         )
-    parts, held_out = read_rows(
+    parts, held_out, owners = read_rows(
         config.data,
         num_clients=config.federation.num_clients,
         seed=config.seed,
@@ -45,9 +59,10 @@ def rows_of_run(run_dir: str) -> tuple[list[Row] | None, list[Row]]:
             remedy="Put the files back, or give rows to score on with --data.",
         )
     if written["train"] != [rows_sha256(part) for part in parts]:
-        return None, held_out
+        return RowsOfRun(None, held_out, owners)
     excluded = config.federation.excluded_clients
-    return [row for client_id, part in enumerate(parts) if client_id not in excluded for row in part], held_out
+    trained = [row for client_id, part in enumerate(parts) if client_id not in excluded for row in part]
+    return RowsOfRun(trained, held_out, owners)
 
 
 def count_trained_on(rows: Sequence[Row], trained: Sequence[Row]) -> int:

@@ -67,7 +67,7 @@ def read_inputs(
     config = _resolve(config)
     torch.set_num_threads(config.engine.num_threads or 1)
     tell(f"reading {len(config.data.train) + len(config.data.test)} data sources")
-    parts, held_out = read_rows(
+    parts, held_out, _ = read_rows(
         config.data,
         num_clients=config.federation.num_clients,
         seed=config.seed,
@@ -95,6 +95,7 @@ def read_inputs(
         test=sample_examples(test.examples, config.evaluation.max_examples, config.seed),
         notes=(
             *describe_model(base, config.model, blocks),
+            *_describe_experts(base.loaded.model, config),
             *([f"blocks.layers_per_block: auto is {config.blocks.layers_per_block} here"] if is_auto else []),
             *base.loaded.notes,
             *length_notes,
@@ -140,8 +141,10 @@ def _absolute(source: str) -> str:
 
 def read_rows(
     data: DataSection, *, num_clients: int, seed: int, pooled: bool = False, all_rows_of: int | None = None
-) -> tuple[list[tuple[Row, ...]], list[Row]]:
-    """Return the training rows of each client, and the test rows, by default a part of each client's rows.
+) -> tuple[list[tuple[Row, ...]], list[Row], list[int]]:
+    """Return the training rows of each client, the test rows, and whose each of these was.
+
+    By default the test rows are a part of each client's rows; those of files of their own were nobody's.
 
     Args:
         data: The sources and their partition.
@@ -152,15 +155,18 @@ def read_rows(
     """
     sources = [rows for source in data.train for rows in _checked(source, "train", data)]
     if all_rows_of is not None:
-        return [_joined(sources) if i == all_rows_of else () for i in range(num_clients)], []
+        return [_joined(sources) if i == all_rows_of else () for i in range(num_clients)], [], []
     held_out = [row for source in data.test for rows in _checked(source, "test", data) for row in rows]
     if not data.train:  # every site brings its own
-        return [()] * num_clients, held_out
+        return [()] * num_clients, held_out, []
     partition = data.partition.model_dump()
     parts = list(partition_rows(sources, num_clients=num_clients, seed=seed, **partition))
+    owners: list[int] = []
     if not held_out:
-        parts, held_out = _hold_out(parts, data.test_fraction, seed)
-    return [_joined(parts)] if pooled else parts, held_out
+        parts, drawn = _hold_out(parts, data.test_fraction, seed)
+        held_out = list(_joined(drawn))
+        owners = [client_id for client_id, rows in enumerate(drawn) for _ in rows]
+    return [_joined(parts)] if pooled else parts, held_out, owners
 
 
 def _checked(source: str, split: str, data: DataSection) -> list[list[Row]]:
@@ -177,9 +183,9 @@ def _joined(parts: Sequence[Sequence[Row]]) -> tuple[Row, ...]:
 
 def _hold_out(
     parts: Sequence[tuple[Row, ...]], fraction: float, seed: int
-) -> tuple[list[tuple[Row, ...]], list[Row]]:
-    """Draw a part of each client's rows; return each client's rest, and all drawn rows."""
-    kept, held_out = list[tuple[Row, ...]](), list[Row]()
+) -> tuple[list[tuple[Row, ...]], list[list[Row]]]:
+    """Draw a part of each client's rows; return each client's rest, and its drawn rows."""
+    kept, held_out = list[tuple[Row, ...]](), list[list[Row]]()
     for client_id, rows in enumerate(parts):
         order = generator_for(seed, "held-out", client_id).permutation(len(rows))
         size = max(1, round(fraction * len(rows)))
@@ -190,7 +196,7 @@ def _hold_out(
                 remedy="Give data.test, or more rows, or fewer clients.",
             )
         drawn = set(order[:size].tolist())
-        held_out.extend(row for k, row in enumerate(rows) if k in drawn)
+        held_out.append([row for k, row in enumerate(rows) if k in drawn])
         kept.append(tuple(row for k, row in enumerate(rows) if k not in drawn))
     return kept, held_out
 
@@ -270,6 +276,24 @@ def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]
     """Describe the model in one line."""
     size = f"{base.num_parameters:,} parameters in {model.dtype}"
     return [f"{base.loaded.name_or_path}: {size}, {len(blocks)} block{'s' * (len(blocks) != 1)}"]
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What families call the number of their experts."""
+
+
+def _describe_experts(model: PreTrainedModel, config: RunConfig) -> list[str]:
+    """Say what is trained of a mixture of experts."""
+    counts = [getattr(model.config, name, None) or 0 for name in _EXPERTS]
+    if max(counts) < 2:
+        return []
+    if config.federation.traits.trains == "adapters":
+        trained = (
+            "adapters are on linear maps alone, so experts and routers that are no such modules stay as they are"
+        )
+    else:
+        trained = "experts and routers are trained with the layers that they are in"
+    return [f"a mixture of {max(counts)} experts: {trained}; no loss that balances the experts is added"]
 
 
 def _warn_of_random_ends(model: PreTrainedModel, section: ModelSection, blocks: Sequence[Block]) -> list[str]:

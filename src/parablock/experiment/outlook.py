@@ -47,8 +47,8 @@ def foresee(inputs: RunInputs, scoring_s: float) -> str:
     scorings = num_rounds // every if every else 1
     total_s = num_rounds * round_s + scorings * scoring_s
     return (
-        f"a round takes about {format_duration(round_s)} here, {num_rounds} rounds about "
-        f"{format_duration(total_s)} (from the speed of scoring)"
+        f"a round takes at least {format_duration(round_s)} here, {num_rounds} rounds at least "
+        f"{format_duration(total_s)} (by the speed of scoring, which training seldom reaches)"
     )
 
 

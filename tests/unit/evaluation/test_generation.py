@@ -10,7 +10,7 @@ from parablock.data.batches import collate
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError
-from parablock.evaluation.generation import answers_match, exact_match, generate_completions
+from parablock.evaluation.generation import answers_match, generate_completions, rouge_l, score_answers
 from parablock.model.pretrained import LoadedModel
 from tokens import stirred, tokenized
 
@@ -128,17 +128,41 @@ def test_an_example_without_a_prompt_is_an_error_that_names_its_place(random_mod
     row = Row({"text": "Ann has 12 apples."}, "plain.jsonl", 3)
     plain = tokenized([row], tiny_tokenizer, "text", max_length=64)
     with pytest.raises(DataError, match=r"plain\.jsonl, line 3 has no prompt"):
-        exact_match(random_model, tiny_tokenizer, plain.examples)
+        score_answers(random_model, tiny_tokenizer, plain.examples)
     with pytest.raises(DataError, match="no examples"):
-        exact_match(random_model, tiny_tokenizer, [])
+        score_answers(random_model, tiny_tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "value"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("The CAT, sat!", "the cat sat", 1.0),
+        ("the dog", "the cat sat", 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)),  # of 2 words 1, of 3 words 1
+        ("sat cat the", "the cat sat", 1 / 3),  # the order counts
+        ("größer als drei", "größer als vier", 2 / 3),
+        ("да", "нет", 0.0),
+        ("да", "да", 1.0),
+        ("", "a", 0.0),
+    ],
+)
+def test_rouge_l_is_the_agreement_of_the_longest_common_subsequence(prediction: str, reference: str, value: float):
+    assert rouge_l(prediction, reference) == pytest.approx(value)
+
+
+def test_another_judge_gives_other_values(taught_model, tiny_tokenizer, examples):
+    halved = score_answers(taught_model, tiny_tokenizer, examples, judge=lambda *_: 0.5, max_new_tokens=24)
+    assert halved.score == 0.5 and set(halved.values) == {0.5}
+    overlaps = score_answers(taught_model, tiny_tokenizer, examples, judge=rouge_l, max_new_tokens=24)
+    assert overlaps.values == tuple(map(rouge_l, overlaps.predictions, (e.completion for e in examples)))
 
 
 def test_exact_match_is_the_share_of_right_answers(taught_model, random_model, tiny_tokenizer, examples):
-    result = exact_match(taught_model, tiny_tokenizer, examples, max_new_tokens=24, num_samples=2)
+    result = score_answers(taught_model, tiny_tokenizer, examples, max_new_tokens=24, num_samples=2)
     assert (result.score, result.count, len(result.samples)) == (4 / 5, 5, 2)  # the fifth was never taught
     assert result.samples[1].prompt == "<|im_start|>user\nAnn?<|im_end|>\n<|im_start|>assistant\n"
     assert (result.samples[1].reference, result.samples[1].prediction) == (ANSWERS[1], ANSWERS[1])
-    untaught = exact_match(random_model, tiny_tokenizer, examples, max_new_tokens=24, num_samples=5, batch_size=2)
+    untaught = score_answers(random_model, tiny_tokenizer, examples, max_new_tokens=24, num_samples=5, batch_size=2)
     assert (untaught.score, untaught.count, len(untaught.samples)) == (0.0, 5, 5)
 
 
@@ -186,5 +210,5 @@ def test_answers_that_differ_do_not_match(prediction: str, reference: str):
 def test_the_pretrained_model_answers_real_questions(shared_dir: Path, tiny_base: LoadedModel):
     rows = load_rows(str(shared_dir / "data/gsm8k/test.jsonl"), split="test")[:6]
     examples = tokenized(rows, tiny_base.tokenizer).examples
-    result = exact_match(tiny_base.model, tiny_base.tokenizer, examples, max_new_tokens=24, batch_size=3)
+    result = score_answers(tiny_base.model, tiny_base.tokenizer, examples, max_new_tokens=24, batch_size=3)
     assert result.count == 6 and all(sample.prediction for sample in result.samples)

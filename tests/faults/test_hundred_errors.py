@@ -1,4 +1,4 @@
-"""Forty ways of going wrong and more, from `plan` to `resume`: each says what it is, why, and what to do.
+"""A hundred ways of going wrong, from `plan` to a deployment: each says what it is, why, and what to do.
 
 All of them go through the real command line, in one folder, where nothing may have changed afterwards. What can
 be wrong with disks and with what a run left stands in `test_wrong_inputs.py`.
@@ -209,6 +209,44 @@ eval model --data plain.jsonl --task exact_match
   plain.jsonl, line 1 | has no prompt to generate from | evaluate the loss instead
 eval model --data choices.jsonl --task multiple_choice
   choices.jsonl, line 1 | not among its choices | Add it to the list
+export folder --output-dir out
+  folder holds no run | | Give the --output-dir of a `parablock run`
+export unfinished --output-dir out --format gguf
+  unfinished has no model yet | It was interrupted | Finish it with: parablock resume unfinished
+export finished --output-dir folder
+  folder is there already | | Give a new folder as --output-dir
+export finished --output-dir out --push-to-hub alice
+  'alice' is not the name of a repository | Give OWNER/NAME | such as alice/my-model
+generate finished
+  There is no prompt | | or a file with --data
+generate model Hi --only base
+  model has no base model: it has model | | Leave --only out
+generate finished --data rows.xlsx
+  rows.xlsx | has the suffix '.xlsx' | Save the sheet as CSV
+forget folder --client 0
+  folder holds no run | it has no config.yaml | of an earlier `parablock run`
+forget finished --client 4
+  --client 4 | the command line | the run has clients 0 to 3
+init broken.jsonl --model model --output new.yaml
+  broken.jsonl, line 4 | is not JSON | one JSON object per line
+init rows.jsonl --model model --output run.yaml
+  run.yaml exists | | Give another name with --output
+compare run.yaml --output-dir out --methods parablok
+  --methods | there is no method parablok | there are parablock
+compare run.yaml --output-dir out --tasks vibes
+  --tasks | there is no task vibes | there are exact_match
+compare run.yaml --output-dir out --for fedavg:seed=1
+  --for | 'fedavg:seed=1' | is not method:key=value for one of parablock, fl_bcd
+audit nowhere.jsonl
+  there is no log nowhere.jsonl | A site has its log in its state_dir | audit.jsonl
+deploy keys show folder
+  folder holds neither server.key nor site.key | no key has been made in it yet | deploy keys request folder
+deploy keys request out --name alice
+  'alice' is not a name of this federation | the client's that it stands for | The names are: server, site-0
+deploy keys --sites 2 --output-dir folder
+  folder is not empty | | keys are never overwritten
+deploy client nowhere.yaml --server localhost:8000 --insecure
+  nowhere.yaml has 1 problem | there is no file | give the path of a YAML file
 report folder
   folder holds no run | that has ended | Give the --output-dir of a `parablock run`
 resume folder
@@ -287,8 +325,8 @@ def test_an_error_says_what_happened_why_and_what_to_do(wrong: Wrong, said: dict
         assert part in text
 
 
-def test_there_are_forty_and_no_two_are_the_same(said: dict[str, str]):
-    assert len(said) >= 40
+def test_there_are_a_hundred_and_no_two_are_the_same(said: dict[str, str]):
+    assert len(said) >= 100
     assert len(set(said.values())) == len(said)
 
 
