@@ -29,7 +29,10 @@ _EXTRAS = {
     "cryptography": "secure aggregation, noise",
     "dp_accounting": "epsilon of differential privacy",
     "flwr": "deployments over a network",
+    "gguf": "exports for llama.cpp",
     "lm_eval": "standard benchmarks",
+    "peft": "methods of adapters",
+    "rouge_score": "ROUGE-L of answers",
     "tensorboard": "curves in TensorBoard",
     "wandb": "curves in Weights & Biases",
 }

@@ -47,7 +47,7 @@ def export(
     with show_work() as progress:
         progress.stage(LOADING, is_brief=True)
         from parablock.experiment.export import export_run
-        from parablock.hub import check_upload, upload_folder
+        from parablock.experiment.upload import check_upload, upload_folder
 
         if push_to_hub:
             check_upload(push_to_hub)

@@ -1,7 +1,7 @@
-"""Evaluation of a model: loss, exact match, multiple choice, lm-evaluation-harness.
+"""Evaluation of a model: loss, exact match, ROUGE-L, multiple choice, lm-evaluation-harness.
 
 scoring        log-probabilities and loss
-generation     generated answers, and their exact match
+generation     generated answers, their exact match and ROUGE-L
 answers        answers to a few test prompts, for the report
 conversation   prompts that people write, for `chat` and `generate`
 choices        multiple choice by likelihood

@@ -105,7 +105,8 @@ def _form_of(model_or_run_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     manifest = directory.read_manifest()
     formats = manifest.get("data_formats", ())
     data_format = formats[0] if len(formats) == 1 else "prompt_completion"
-    knows_turns = manifest.get("base_has_chat_template") or not _TURNS.isdisjoint(formats)
+    had_template = manifest.get("base_has_chat_template", tokenizer.chat_template is not None)
+    knows_turns = had_template or not _TURNS.isdisjoint(formats)
     return data_format, knows_turns and data_format != "text"
 
 

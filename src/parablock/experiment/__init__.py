@@ -9,7 +9,8 @@ fit_blocks    `blocks.layers_per_block: auto`
 engines       the configuration as the engine and its arguments
 protections   the configuration as privacy, robust aggregation and masking
 held_out      the rows of a run that is over, for `parablock eval`
-export        a finished run as a folder, an adapter or a difference
+export        a finished run as a folder, in GGUF, an adapter or a difference
+upload        an exported folder to the Hugging Face hub
 recorder      rounds, trace, checkpoints and summary
 progress      the display of a run on a terminal or in a log
 pace          how far a run is, and how long the rest takes

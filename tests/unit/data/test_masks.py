@@ -148,11 +148,8 @@ def tokenizers(tiny_tokenizer: PreTrainedTokenizerFast) -> dict[str, PreTrainedT
 def without_marks(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     bare = copy.deepcopy(tokenizer)
     marked = str(tokenizer.chat_template)
-    bare.chat_template = re.sub(
-        r"\{% if m\['learn'\] %\}\{% generation %\}(.*?)\{% endgeneration %\}\{% else %\}\1\{% endif %\}",
-        r"\1",
-        marked,
-    )
+    both = r"\{% if m\['learn'\] %\}\{% generation %\}(.*?)\{% endgeneration %\}\{% else %\}\1\{% endif %\}"
+    bare.chat_template = re.sub(both, r"\1", marked, flags=re.DOTALL)
     assert "generation %" not in bare.chat_template and "learn" not in bare.chat_template
     return bare
 

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from parablock.errors import StorageError
-from parablock.hub import check_upload, upload_folder
+from parablock.experiment.upload import check_upload, upload_folder
 
 KEY = "hf_a-key-of-a-test"
 
