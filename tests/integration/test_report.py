@@ -260,10 +260,27 @@ TOO_WIDE = """
         let parent = element.parentElement;
         while (parent && getComputedStyle(parent).overflowX === 'visible') parent = parent.parentElement;
         const scrolls = parent && parent !== document.body && parent !== document.documentElement;
-        if (box.width && box.height && !scrolls && (box.right > limit || box.left < -1))
+        const cut = box.right > limit || (box.left < -1 && box.right > 0);
+        if (box.width && box.height && !scrolls && cut)
             wide.push(`${element.tagName} ${element.id} ${Math.round(box.left)} to ${Math.round(box.right)}`);
     }
     return [document.documentElement.scrollWidth - document.documentElement.clientWidth, wide];
+"""
+BROKEN = """
+    const cells = [...document.querySelectorAll('td')].filter((cell) => /^[a-z_]{1,12}$/.test(cell.textContent));
+    const rows = (cell) => {
+        const range = document.createRange();
+        range.selectNodeContents(cell);
+        return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size;
+    };
+    const broken = cells.filter((cell) => cell.offsetParent && rows(cell) > 1);
+    return [cells.length, broken.map((cell) => cell.textContent)];
+"""
+HOLES = """
+    return [...document.querySelectorAll('.facts')].filter((facts) => {
+        const end = facts.getBoundingClientRect(), last = facts.lastElementChild.getBoundingClientRect();
+        return end.right - last.right > 3 || end.bottom - last.bottom > 3;
+    }).length;
 """
 EMPTY = "return [...document.querySelectorAll('section')].filter((part) => !part.innerText.trim()).map((p) => p.id)"
 
@@ -296,10 +313,16 @@ def test_nothing_is_wider_than_the_window_or_empty(
             assert browser.execute_script("return window.innerWidth") == width
             assert browser.execute_script(TOO_WIDE) == [0, []], width
             assert browser.execute_script(EMPTY) == [], width
+            assert browser.execute_script(HOLES) == 0, width
+            num_words, broken = browser.execute_script(BROKEN)
+            assert num_words and broken == [], width
         wider = (
             "document.querySelector('main, body').insertAdjacentHTML('beforeend', '<p style=width:2000px>wide</p>')"
         )
         browser.execute_script(wider)
         assert browser.execute_script(TOO_WIDE)[1], "a paragraph that is too wide would have been seen"
+        narrow = "cell.style.cssText = 'display: block; width: 2em; min-width: 0'"
+        browser.execute_script(f"document.querySelectorAll('td').forEach((cell) => {{ {narrow} }})")
+        assert browser.execute_script(BROKEN)[1], "a word that is broken would have been seen"
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

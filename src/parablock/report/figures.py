@@ -125,7 +125,7 @@ def blocks_figure(run: RunRecord) -> Figure:
         "height": max(360, 16 * num_blocks + 110),
         "showlegend": False,
         "hovermode": "closest",
-        "xaxis": {"title": {"text": "round"}, "domain": [0, 0.66], "rangemode": "tozero"},
+        "xaxis": {"title": {"text": "round"}, "domain": [0, 0.58], "rangemode": "tozero"},
         "yaxis": {"title": {"text": "norm of the mean delta"}, "rangemode": "tozero"},
         "xaxis2": {
             "title": {"text": "visits"},
