@@ -243,8 +243,8 @@ deploy keys show folder
   folder holds neither server.key nor site.key | no key has been made in it yet | deploy keys request folder
 deploy keys request out --name alice
   'alice' is not a name of this federation | the client's that it stands for | The names are: server, site-0
-deploy keys --sites 2 --output-dir folder
-  folder is not empty | | keys are never overwritten
+deploy keys --sites 2 --output-dir model
+  model is not empty | | keys are never overwritten
 deploy client nowhere.yaml --server localhost:8000 --insecure
   nowhere.yaml has 1 problem | there is no file | give the path of a YAML file
 report folder

@@ -321,7 +321,7 @@ def test_nothing_is_wider_than_the_window_or_empty(
         )
         browser.execute_script(wider)
         assert browser.execute_script(TOO_WIDE)[1], "a paragraph that is too wide would have been seen"
-        narrow = "cell.style.cssText = 'display: block; width: 2em; min-width: 0'"
+        narrow = "cell.style.cssText = 'display: block; width: 2em; min-width: 0; overflow-wrap: anywhere'"
         browser.execute_script(f"document.querySelectorAll('td').forEach((cell) => {{ {narrow} }})")
         assert browser.execute_script(BROKEN)[1], "a word that is broken would have been seen"
     finally:
