@@ -211,8 +211,8 @@ eval model --data choices.jsonl --task multiple_choice
   choices.jsonl, line 1 | not among its choices | Add it to the list
 export folder --output-dir out
   folder holds no run | | Give the --output-dir of a `parablock run`
-export unfinished --output-dir out --format gguf
-  unfinished has no model yet | It was interrupted | Finish it with: parablock resume unfinished
+export damaged --output-dir out --format gguf
+  damaged has no model yet | It was interrupted | Finish it with: parablock resume damaged
 export finished --output-dir folder
   folder is there already | | Give a new folder as --output-dir
 export finished --output-dir out --push-to-hub alice
@@ -245,8 +245,8 @@ deploy keys request out --name alice
   'alice' is not a name of this federation | the client's that it stands for | The names are: server, site-0
 deploy keys --sites 2 --output-dir model
   model is not empty | | keys are never overwritten
-deploy client nowhere.yaml --server localhost:8000 --insecure
-  nowhere.yaml has 1 problem | there is no file | give the path of a YAML file
+deploy client no-site.yaml --server localhost:8000 --insecure
+  no-site.yaml has 1 problem | there is no file | give the path of a YAML file
 report folder
   folder holds no run | that has ended | Give the --output-dir of a `parablock run`
 resume folder
