@@ -221,14 +221,10 @@ generate finished
   There is no prompt | | or a file with --data
 generate model Hi --only base
   model has no base model: it has model | | Leave --only out
-generate finished --data rows.xlsx
-  rows.xlsx | has the suffix '.xlsx' | Save the sheet as CSV
 forget folder --client 0
   folder holds no run | it has no config.yaml | of an earlier `parablock run`
 forget finished --client 4
   --client 4 | the command line | the run has clients 0 to 3
-init broken.jsonl --model model --output new.yaml
-  broken.jsonl, line 4 | is not JSON | one JSON object per line
 init rows.jsonl --model model --output run.yaml
   run.yaml exists | | Give another name with --output
 compare run.yaml --output-dir out --methods parablok
