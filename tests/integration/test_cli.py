@@ -670,6 +670,15 @@ def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path)
     assert written["data"]["max_length"] == 32  # the rows have 31 tokens and fewer
 
 
+def test_init_takes_the_columns_of_a_table(workshop: Workshop, tmp_path: Path):
+    table, target = tmp_path / "rows.csv", tmp_path / "one.yaml"
+    table.write_text("question,reply\n" + "".join(f"{n} + 1 =,{n + 1}\n" for n in range(8)))
+    arguments = ("init", str(table), "--model", str(workshop.model), "--output", str(target))
+    assert_refused(command(*arguments), "data.columns")
+    done(*arguments, "--column", "prompt=question", "--column", "completion=reply")
+    assert yaml.safe_load(target.read_text())["data"]["columns"] == {"prompt": "question", "completion": "reply"}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"file": "gone.jsonl"}, "gone.jsonl"), ({"model": "no/such"}, "no/such"), ({"rows": "{}\n"}, "line 1")],

@@ -22,7 +22,7 @@ from parablock.cli.evaluate import evaluate
 from parablock.cli.export_run import export
 from parablock.cli.forgetting import forget
 from parablock.cli.output import is_closed_pipe, lasting_output
-from parablock.cli.show_data import data
+from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     LOADING,
@@ -129,6 +129,9 @@ def init(
         Literal["adapters", "blocks"] | None,
         typer.Option(help="Default: adapters, if they hold what the files have to learn."),
     ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="field=column, as data.columns; repeatable.")
+    ] = None,
 ) -> None:
     """Write a configuration with comments for a first run, from a model and files of text.
 
@@ -139,7 +142,8 @@ def init(
         from parablock.experiment.first_config import write_first_config
 
         progress.stage("reading the files and the model's configuration", is_brief=True)
-        found = write_first_config(model, files, output, clients=clients, trains=trains)
+        named = columns_of(columns)
+        found = write_first_config(model, files, output, clients=clients, trains=trains, columns=named)
     for line in found:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written: {output}", highlight=False, soft_wrap=True)

@@ -34,7 +34,7 @@ def data(
     from parablock.data.preview import turns_of
     from parablock.data.sources import load_files
 
-    named = dict(_pair(column) for column in columns or [])
+    named = columns_of(columns)
     files = [rows for source in sources for rows in load_files(source, split="train", columns=named)]
     for file in files:
         check_rows(file, data_format)
@@ -86,6 +86,11 @@ def _show(title: str, stretches: Sequence[Stretch]) -> None:
 
 def _say(line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def columns_of(columns: list[str] | None) -> dict[str, str]:
+    """Return what `--column field=column` says, as a mapping; a ConfigError names what is no pair."""
+    return dict(_pair(column) for column in columns or [])
 
 
 def _pair(column: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -49,7 +49,7 @@ model:
 data:
   train: $files
   test_fraction: 0.1  # this part of each client's rows is held out, and scored
-  max_length: $max_length  # $length_note
+  max_length: $max_length  # $length_note$columns
   partition:
     scheme: $scheme  # $scheme_note
 federation:
@@ -88,7 +88,13 @@ blocks:
 
 
 def write_first_config(
-    model: str, files: Sequence[str], path: Path, *, clients: int | None = None, trains: Trained | None = None
+    model: str,
+    files: Sequence[str],
+    path: Path,
+    *,
+    clients: int | None = None,
+    trains: Trained | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write a configuration for a first run, sized for this machine, and return what was found, in lines of text.
 
@@ -100,6 +106,7 @@ def write_first_config(
         path: The file to write.
         clients: Number of clients; None: one for each file, or two.
         trains: adapters | blocks; None: adapters, if they hold what there is to learn.
+        columns: Fields of a format → columns of the files, as `data.columns`.
 
     Raises:
         InputError: The model or a file cannot be read, or `path` exists.
@@ -110,7 +117,7 @@ def write_first_config(
     count = len(files) if by_file else clients or 2
     tokenizer, found, lengths, to_learn = load_tokenizer(model), [], list[int](), 0
     for file in files:
-        rows = load_rows(file, split="train")
+        rows = load_rows(file, split="train", columns=columns)
         tokenized = tokenize_rows(
             rows, tokenizer, data_format="auto", max_length=sys.maxsize, completion_only_loss=True
         )
@@ -142,6 +149,7 @@ def write_first_config(
             model=_quoted(model),
             files=f"[{', '.join(map(_quoted, files))}]",
             max_length=max_length,
+            columns=f"\n  columns: {json.dumps(dict(columns), ensure_ascii=False)}" if columns else "",
             length_note=f"tokens; your longest row has {max(lengths):,}"
             + (f", and {cut} of {len(lengths)} rows are cut at the end" if cut else ""),
             scheme="by_file" if by_file else "iid",

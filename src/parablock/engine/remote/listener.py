@@ -170,7 +170,8 @@ class Listener(grpc.GenericRpcHandler):
             connection = stream.attach(hello.wanted)
         except CodecError as problem:
             self._refuse(caller, context, str(problem).replace("\n", " "), is_temporary=True)
-        context.add_callback(lambda: stream.detach(connection))
+        ended = partial(self._detach, hello.client_id, stream, connection, "the connection ended")
+        context.add_callback(ended)
         self.certificates[hello.client_id] = caller.certificate
         self.tell(f"client {hello.client_id} is connected, from {caller.address}")
         self._pool.submit(self._read, hello.client_id, incoming, session, stream, connection)
@@ -213,9 +214,11 @@ class Listener(grpc.GenericRpcHandler):
         except Exception as cut:  # gRPC's iterator raises a bare Exception when a call is cut
             why = f"the connection was cut {cut}".strip()
         finally:
-            if stream.is_present(connection):
-                stream.detach(connection)
-                self.tell(f"client {client_id} is not connected any more: {why}")
+            self._detach(client_id, stream, connection, why)
+
+    def _detach(self, client_id: int, stream: NumberedStream, connection: int, why: str) -> None:
+        if stream.detach(connection):
+            self.tell(f"client {client_id} is not connected any more: {why}")
 
     def _refuse(self, caller: Caller, context: grpc.ServicerContext, why: str, *, is_temporary: bool) -> None:
         if not is_temporary:

@@ -156,13 +156,15 @@ class NumberedStream:
             self._on_confirmed(message)
         return connection
 
-    def detach(self, connection: int) -> None:
-        """End a connection, if it still is the present one."""
+    def detach(self, connection: int) -> bool:
+        """End a connection, and return whether it still was the present one."""
         with self._changed:
-            if self._connection == connection:
+            was_present = self._connection == connection
+            if was_present:
                 self._connection += 1
                 self._has_connection = False
                 self._changed.notify_all()
+            return was_present
 
     def is_present(self, connection: int) -> bool:
         """Return whether no later connection has taken the place of this one."""

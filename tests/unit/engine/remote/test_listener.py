@@ -550,3 +550,16 @@ def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path
     assert same(result.server.params, alone.server.params)
     assert result.refused["corrupt"] > 100 and sum("refused" in line for line in events) <= 100
     assert all(len(line) < 2000 and line.isprintable() for line in events)
+
+
+def test_a_site_that_is_cut_is_told_once(house: House, made: Path):
+    def told() -> int:
+        return sum("client 1 is not connected any more" in line for line in house.told)
+
+    credentials = load_credentials(made / "ours" / "site-1")
+    for times in (1, 2):
+        with Call(house.listener.port, certified(credentials), hello(1)) as call:
+            call.welcome()
+            until(lambda: house.told and "client 1 is connected" in house.told[-1])
+        until(lambda: told() == times)  # noqa: B023
+        assert told() == times
