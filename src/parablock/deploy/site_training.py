@@ -15,7 +15,6 @@ from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
 from parablock.errors import DataError, ModelError, ParaBlockError, StorageError
-from parablock.experiment.data_notes import describe_skipped
 from parablock.experiment.engines import checkpoints_kept, client_plan, update_form
 from parablock.experiment.inputs import BaseModel, read_inputs
 from parablock.experiment.protections import adds_noise, masking_of, new_secret, releases_of
@@ -60,7 +59,7 @@ def train(
     store.free_finished()
     secret = _noise_key(store.folder) if adds_noise(config) else None
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
-    for line in describe_skipped([job.train[site.client_id]]):
+    for line in job.left_out:
         LOGGER.warning("%s", line)
     plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
     releases = releases_of(config, log, opening.run)

@@ -24,7 +24,7 @@ from parablock.data.prompts import NothingToLearnError, Tokenized, tokenize_rows
 from parablock.data.sources import Row, absolute, load_files, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.evaluation.scoring import sample_examples
-from parablock.experiment.data_notes import describe_data, settle_template, warn_of_repeats
+from parablock.experiment.data_notes import describe_data, describe_skipped, settle_template, warn_of_repeats
 from parablock.experiment.fit_blocks import fit_blocks, never_visited
 from parablock.methods.base import RunInputs
 from parablock.methods.trained_blocks import trained_blocks
@@ -104,6 +104,7 @@ def read_inputs(
             *warn_of_repeats(held_out, _joined(parts)),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),
+        left_out=tuple(describe_skipped(train)),
         manifest={
             "data_sha256": {"train": [rows_sha256(rows) for rows in parts], "test": rows_sha256(held_out)},
             "data_formats": _formats([*_joined(parts), *held_out], config.data.format),

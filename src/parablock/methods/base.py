@@ -171,6 +171,7 @@ class RunInputs:
         test: The test examples.
         notes: Texts for the user before the run starts.
         manifest: Hashes and facts that have to be the same on resume, and the environment.
+        left_out: Those of the notes that name rows that are not trained on.
     """
 
     config: RunConfig
@@ -180,3 +181,4 @@ class RunInputs:
     test: tuple[Example, ...]
     notes: tuple[str, ...]
     manifest: dict[str, Any]
+    left_out: tuple[str, ...] = ()
