@@ -291,16 +291,16 @@ def check_dates(certificate: x509.Certificate, path: Path, remedy: str) -> None:
     first, last, here = certificate.not_valid_before_utc, certificate.not_valid_after_utc, now()
     if here < first:
         raise InputError(
-            f"{path} is not valid yet: it is from {first:%Y-%m-%d %H:%M} on, and this machine's clock says "
-            f"{here:%Y-%m-%d %H:%M} (UTC)",
-            cause="This clock is slow, or that of the authority was fast when it signed.",
+            f"{path} is not valid yet: it is from {first:%Y-%m-%d %H:%M} (UTC) on",
+            cause=f"This machine's clock says {here:%Y-%m-%d %H:%M} (UTC). This clock is slow, or that of the "
+            "authority was fast when it signed.",
             remedy="Compare both clocks (date -u), and set the wrong one right.",
         )
     if here > last:
         raise InputError(
-            f"{path} has expired: it was valid to {last:%Y-%m-%d %H:%M}, and this machine's clock says "
-            f"{here:%Y-%m-%d %H:%M} (UTC)",
-            cause="It was not renewed in time; or this clock is fast.",
+            f"{path} has expired: it was valid to {last:%Y-%m-%d %H:%M} (UTC)",
+            cause=f"This machine's clock says {here:%Y-%m-%d %H:%M} (UTC). It was not renewed in time; or this clock "
+            "is fast.",
             remedy=remedy,
         )
 

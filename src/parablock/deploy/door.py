@@ -107,7 +107,11 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
     remind = reminder(lambda words: listener.tell(words))
 
     def look() -> None:
+        nonlocal credentials
         strangers.look()
+        if credentials.days_left <= WARN_DAYS:
+            with suppress(ParaBlockError):  # a renewed one may be there, which no new connection has asked for
+                credentials = load_credentials(keys)
         remind(credentials)
 
     listener.look = look
@@ -201,12 +205,13 @@ def diagnose(host: str, port: int, credentials: Credentials) -> str:
 
 def reminder(tell: Callable[[str], None]) -> Callable[[Credentials], None]:
     """Return what tells of a certificate that ends soon, once for each day that is left."""
-    told: set[int] = set()
+    told: tuple[object, int] | None = None
 
     def remind(credentials: Credentials) -> None:
+        nonlocal told
         days_left = credentials.days_left
-        if days_left <= WARN_DAYS and days_left not in told:
-            told.add(days_left)
+        if days_left <= WARN_DAYS and told != (credentials.not_after, days_left):
+            told = credentials.not_after, days_left
             tell(
                 f"the certificate of {credentials.name} ends in {days_left} days, on "
                 f"{credentials.not_after:%Y-%m-%d}; renew it with `parablock deploy keys renew`"

@@ -210,7 +210,8 @@ def test_dates_are_told_with_the_time_of_this_machine(
     here = certificates.now() + timedelta(days=days)
     monkeypatch.setattr(certificates, "now", lambda: here)
     error = refused(keys / "site-0", told)
-    assert f"this machine's clock says {here:%Y-%m-%d %H:%M} (UTC)" in error.what and cause in error.cause
+    assert f"This machine's clock says {here:%Y-%m-%d %H:%M} (UTC)" in error.cause and cause in error.cause
+    assert "clock" not in error.what, "a site that waits says the same words again, which are shown once"
     monkeypatch.undo()
     loaded = load_credentials(keys / "site-0")
     assert f"{loaded.not_after:%Y-%m-%d %H:%M}" in error.what or days < 0
