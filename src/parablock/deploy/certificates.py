@@ -299,8 +299,8 @@ def check_dates(certificate: x509.Certificate, path: Path, remedy: str) -> None:
     if here > last:
         raise InputError(
             f"{path} has expired: it was valid to {last:%Y-%m-%d %H:%M} (UTC)",
-            cause=f"This machine's clock says {here:%Y-%m-%d %H:%M} (UTC). It was not renewed in time; or this clock "
-            "is fast.",
+            cause=f"This machine's clock says {here:%Y-%m-%d %H:%M} (UTC). It was not renewed in time; or this "
+            "clock is fast.",
             remedy=remedy,
         )
 
