@@ -321,12 +321,17 @@ def run_quietly(config: RunConfig, directory: Path) -> Found:
     return run(config, directory, progress=QUIET)
 
 
+def digest(text: str) -> str:
+    """Return the part of a name by which what is kept for one configuration is told from that for another."""
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 class Kept:
     """A complete run of a configuration: one that is there, or one that is run or resumed now."""
 
     def __init__(self, config: RunConfig, options: Options, name: str) -> None:
-        digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:10]
-        self.config, self.directory = config, RunDirectory(Path(options.work_dir) / f"{name}-{digest}")
+        self.config = config
+        self.directory = RunDirectory(Path(options.work_dir) / f"{name}-{digest(config.to_yaml())}")
         directory, self.name = self.directory, self.directory.path.name
         complete = directory.summary.exists() and directory.read_summary().get("status") == "completed"
         if not complete and directory.config.exists():

@@ -97,8 +97,9 @@ def llm_methods(options: Options) -> None:
 def compare(options: Options, until_s: float) -> None:
     """Run every method on every seed, one at least; no more are begun at `until_s` of `time.monotonic()`."""
     about, others = kit.ABOUT["llm_methods"], forgotten_rows(options)
+    model = gsm8k(options).model
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one core"
-    found: Found = {"device": device, "base": losses_of(gsm8k(options).model, others, options, "base")}
+    found: Found = {"device": device, "base": losses_of(model, others, options, f"base-{kit.digest(model)}")}
     found |= {"step_s": {}, "runs": [], "not_run": []}
     for seed, way in product(options.seeds, options.only):
         if found["runs"] and time.monotonic() > until_s:
@@ -147,10 +148,11 @@ def losses_of(model: str, files: Mapping[str, str], options: Options, name: str)
 
 def step_s(options: Options, kind: str, settings: Found) -> float:
     """Measure a step, of blocks the first, a middle and the last: processor seconds of a thread, or of a GPU."""
-    kept = Path(options.work_dir) / f"step {kind}.json"
+    config = config_of(options, settings)
+    kept = Path(options.work_dir) / f"step {kind}-{kit.digest(config.to_yaml())}.json"
     if not kept.exists():
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-        job, medians = read_inputs(config_of(options, settings)), list[float]()
+        job, medians = read_inputs(config), list[float]()
         replica = Replica(job.loaded.model, job.blocks)
         working = tuple(replica.read(block.index) for block in job.blocks)
         how: Found = {"train": job.config.train, "arguments": local_arguments(job.config), "num_rounds": 8}

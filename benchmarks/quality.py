@@ -1041,7 +1041,8 @@ def facts_section(found: Found) -> Found:
             "of the base",
         ]
         figure = {"figure": f"facts_{number}.svg", "y": f"bits recalled of {whole:,.0f}", "panels": panels}
-        parts += [f"### {number:,} facts", table(head, rows), figure, crossing(grouped(of_number, "way"))]
+        parts += [f"### {number:,} facts", table(head, rows), figure]
+        parts += filter(None, [crossing(grouped(of_number, "way"))])
     return section("facts", found, *parts, base_bits=base["bits"])
 
 
@@ -1052,15 +1053,17 @@ def first_at(curve: list[list[float]], axis: int, bits: float) -> float | None:
 
 
 def crossing(of_number: Mapping[str, list[Found]]) -> str:
-    """Say where the curves of blocks and of adapters cross: behind at equal bytes, ahead at the end."""
+    """Say where the curves of blocks and of adapters cross: behind at equal bytes, ahead at the end; or nothing."""
     ends = {way: fmean(run["curve"][-1][2] for run in runs) for way, runs in of_number.items()}
-    block = max((way for way in ends if way.startswith("block")), key=lambda way: ends[way])
+    block = max((way for way in ends if way.startswith("block")), key=lambda way: ends[way], default=None)
+    if block is None:
+        return ""
     below = [way for way in ends if way.startswith("rank") and ends[way] < ends[block]]
     above = [way for way in ends if way.startswith("rank") and way not in below]
     crossed = [way for way in below if bits_at(of_number[block], of_number[way][0]["curve"][-1][0]) < ends[way]]
     return (
-        f"At the end of all rounds `{block}` recalls more than {', '.join(below) or 'no adapters'}, and not more "
-        f"than {', '.join(above) or 'any'}. "
+        f"At the end of all rounds `{block}` recalls more than {', '.join(below) or 'no adapters'}"
+        f"{', and not more than ' * bool(above)}{', '.join(above)}. "
         f"Over bytes its curve crosses that of {', '.join(crossed) or 'no adapters'}."
     )
 

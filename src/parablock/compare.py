@@ -13,7 +13,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, overridden, parse_config, tree_of_method
 from parablock.config.methods import METHODS
 from parablock.errors import ConfigError, StoppedByUserError
-from parablock.evaluation.side_by_side import score_models
+from parablock.evaluation.side_by_side import check_task, score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.recorder import Summary
 from parablock.experiment.run import run
@@ -123,7 +123,7 @@ def compare_methods(
         asked_to_stop: As in `run`.
 
     Raises:
-        ConfigError: There is no such task, or no file of test rows to score it on.
+        InputError: There is no such task, no file of test rows to score it on, or it lacks a package.
         StorageError: The folder holds something already, or cannot be written.
         ParaBlockError: A run failed, or was stopped (`StoppedByUserError`); the finished ones stay.
     """
@@ -210,6 +210,8 @@ def _check_tasks(tasks: Sequence[str], config: RunConfig) -> None:
     if tasks and (not config.data.test or config.model.init == "random"):
         problem = "tasks are scored on the files of data.test, for a model that has weights; give both"
         raise ConfigError([problem], source="--tasks")
+    for task in tasks:
+        check_task(task)
 
 
 def _scores(

@@ -658,6 +658,9 @@ def test_init_has_blocks_where_the_package_of_adapters_is_missing(
     monkeypatch.setitem(sys.modules, "peft", None)
     said = write_first_config(str(workshop.model), [str(workshop.client_file(0))], tmp_path / "one.yaml")
     assert "parablock[lora]" in said[-1] and load_config(tmp_path / "one.yaml").federation.method == "parablock"
+    asked = ("init", str(workshop.client_file(0)), "--model", str(workshop.model), "--trains", "adapters")
+    assert_refused(command(*asked, "--output", str(tmp_path / "two.yaml")), "parablock[lora]")
+    assert not (tmp_path / "two.yaml").exists()
 
 
 def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path):

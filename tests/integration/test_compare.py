@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from statistics import mean, stdev
 from xml.etree import ElementTree
 
@@ -11,9 +13,11 @@ import yaml
 
 from parablock.compare import compare_methods, plan_comparison
 from parablock.config.load import load_config
-from parablock.errors import StoppedByUserError
+from parablock.errors import DataError, StoppedByUserError
+from parablock.evaluation import generation
+from parablock.evaluation.side_by_side import check_task, score_models
 from parablock.experiment.progress import Progress
-from tiny_runs import after, assert_refused, command, done, metrics_of, sum_row, summary_of, write_rows
+from tiny_runs import Workshop, after, assert_refused, command, done, metrics_of, sum_row, summary_of, write_rows
 
 
 def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, tmp_path):
@@ -142,6 +146,20 @@ def test_a_wrong_comparison_is_refused_before_anything_runs(workshop, tmp_path, 
     compare = ("compare", str(workshop.config), "--output-dir", str(tmp_path / "c"), *arguments)
     assert_refused(command(*compare), said)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_task_that_lacks_its_package_is_refused_before_anything_runs_or_answers(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    check_task("rouge_l")
+    generation._rouge_scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    compare = ("compare", str(workshop.config), "--output-dir", str(tmp_path / "c"), "--tasks", "rouge_l")
+    assert_refused(command(*compare), "parablock[eval]")
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(DataError, match="rouge-score"):
+        score_models("no/such model", [str(workshop.test_file)], task="rouge_l")
+    check_task("exact_match")
 
 
 def test_a_report_of_a_comparison_keeps_the_order_given(workshop, tmp_path):

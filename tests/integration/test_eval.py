@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parablock.evaluation.conversation import open_speakers
 from parablock.evaluation.generation import rouge_l
 from parablock.evaluation.side_by_side import score_models
+from parablock.storage.run_directory import RunDirectory
 from tiny_runs import NUM_CLIENTS, Row, Workshop, command, done, sum_row, summary_of, write_rows
 
 
@@ -94,7 +95,17 @@ def test_a_model_without_a_template_remembers_turns_where_it_has_learnt_them(
 ):
     changes = [files_of(tmp_path, *makes), "data.test=[]", "federation.num_rounds=4", "evaluation.every_rounds=4"]
     assert workshop.run(tmp_path / "bare", *changes, f"model.name_or_path={bare_model}").code == 0
-    assert {speaker.has_memory for speaker in open_speakers(str(tmp_path / "bare"))} == {has_memory}
+    speakers = open_speakers(str(tmp_path / "bare"))
+    assert {speaker.has_memory for speaker in speakers} == {has_memory}
+    path = RunDirectory(tmp_path / "bare").manifest
+    manifest = json.loads(path.read_text())
+    (name, *more) = manifest.pop("data_formats")
+    path.write_text(json.dumps(manifest | {"data_format": "mixed formats" if more else name}))  # as of earlier runs
+    again = open_speakers(str(tmp_path / "bare"))
+    assert [speaker.data_format for speaker in again] == [speaker.data_format for speaker in speakers]
+    assert more or {speaker.has_memory for speaker in again} == {has_memory}
+    path.write_text(json.dumps(manifest))
+    assert {speaker.data_format for speaker in open_speakers(str(tmp_path / "bare"))} == {"prompt_completion"}
 
 
 def test_a_model_with_a_template_of_its_own_remembers_turns(workshop: Workshop, tmp_path: Path):
@@ -159,10 +170,12 @@ def test_the_held_out_rows_of_each_client_are_scored_by_themselves(workshop: Wor
     assert len({client["base"] for client in written["clients"]}) == NUM_CLIENTS
     done("eval", str(run_dir))
     assert "clients" not in json.loads((run_dir / "evaluation" / "loss.json").read_text())
-    refused = command("eval", str(run_dir), "--per-client", "--data", str(workshop.test_file))
-    assert refused.code == 2 and "--per-client is for rows that a run held out" in " ".join(
-        refused.stderr.replace("│", "").split()
-    )
+    for options, says in (
+        (("--data", str(workshop.test_file)), "--per-client is for rows that a run held out"),
+        (("--max-examples", "2"), "leave --max-examples out"),
+    ):
+        refused = command("eval", str(run_dir), "--per-client", *options)
+        assert refused.code == 2 and says in " ".join(refused.stderr.replace("│", "").split())
 
 
 def test_rouge_l_is_a_task(workshop: Workshop, tmp_path: Path):

@@ -96,3 +96,7 @@ def test_the_file_that_a_server_starts_with_can_be_planned(workshop: Workshop, t
     assert json.loads(outcome.stdout)["num_blocks"] > 0
     assert "planned for sites that have the rows" in outcome.stderr
     assert_refused(command("plan", str(file), "--probe"), "--probe times real steps, and needs rows")
+    size = ("--set", "blocks.layers_per_block=auto")
+    assert_refused(command("plan", str(file), *size), "set 1: `parablock plan` then advises")
+    numbered = done("plan", str(file), "--set", "blocks.layers_per_block=1", "--format", "json")
+    assert json.loads(numbered.stdout)["recommended"]["layers_per_block"] > 0

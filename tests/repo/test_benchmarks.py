@@ -285,9 +285,18 @@ def test_the_search_keeps_a_row_for_each_setting_and_no_model(benchmark: Any, tm
     assert [path.parent.name for path in tmp_path.glob("runs/*/model")] == ["material"], "half a GB each"
 
 
-def test_methods_on_a_model_are_compared_and_what_they_forget_is_told(benchmark: Any) -> None:
+def test_methods_on_a_model_are_compared_and_what_they_forget_is_told(
+    benchmark: Any, load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     record = benchmark("llm", "llm_methods", "--smoke")
     block, serial, adapters = record["results"]["runs"]
+    llm, options = load("llm"), argparse.Namespace(**record["options"])
+    settings = llm.kit.ABOUT["llm_methods"]["ways"]["parablock"]
+    first = llm.step_s(options, "a block", settings)
+    assert first == record["results"]["step_s"]["a block"], "it is kept"
+    options.max_length += 1
+    assert llm.step_s(options, "a block", settings) != first, "other settings, another step"
+    assert len([*tmp_path.glob("runs/base-*-others-*.json")]) == 1
     assert [row["way"] for row in (block, serial, adapters)] == ["parablock", "fl_bcd", "fedit, delay 0"]
     assert block["curve"][0] == serial["curve"][0] and block["curve"][-1] != serial["curve"][-1]
     assert block["round_s"]["10"] < serial["round_s"]["10"], "the exchange is hidden"
@@ -435,8 +444,9 @@ def test_facts_are_counted_in_bits_and_drawn(
     crossing = quality.crossing
     low, high = ([{"curve": [[at, 0.0, bits / 4], [2 * at, 0.0, bits]]}] for at, bits in ((1, 80.0), (10, 100.0)))
     told = crossing({"block, Muon": high, "rank 1": low})
-    assert told.endswith("crosses that of rank 1.") and "more than rank 1," in told
+    assert told.endswith("crosses that of rank 1.") and "more than rank 1. Over" in told
     assert crossing({"block, Muon": low, "rank 1": high}).endswith("crosses that of no adapters.")
+    assert crossing({"rank 1": high, "rank 4": low}) == "", "without blocks there is nothing to say"
 
 
 def test_the_methods_say_where_lora_wins(load: Callable[[str], ModuleType]) -> None:

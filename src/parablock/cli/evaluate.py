@@ -71,6 +71,8 @@ def evaluate(
             raise typer.BadParameter(
                 "--per-client is for rows that a run held out of its clients' rows, not for others"
             )
+        if per_client and max_examples:
+            raise typer.BadParameter("--per-client scores the rows of every client; leave --max-examples out")
         scores = score_models(
             model_or_run_dir,
             data or [],

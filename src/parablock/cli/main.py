@@ -223,10 +223,10 @@ def plan(
             raise ConfigError(
                 ["--probe times real steps, and needs rows: data.train is not given"], source=str(config)
             )
+        loaded = load_server_config(config, given_keys)
         typer.echo(
             "data.train is not given: planned for sites that have the rows, of data.max_length tokens.", err=True
         )
-        loaded = load_server_config(config, given_keys)
     else:
         loaded = load_config(config, given_keys)
     with show_work() as progress:

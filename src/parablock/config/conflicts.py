@@ -102,7 +102,7 @@ def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
     if config["blocks"]["layers_per_block"] != "auto":
         return
     if config["engine"]["name"] != "inprocess":
-        yield key, "auto depends on the machine, and sites would differ; set the number that `parablock plan` shows"
+        yield key, "auto depends on the machine, and sites would differ; set 1: `parablock plan` then advises"
     if config["train"]["num_local_steps"] == "auto":
         yield key, "auto follows from train.num_local_steps, which is auto too; set a number for one of them"
 

@@ -103,7 +103,7 @@ def _form_of(model_or_run_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not directory.manifest.exists():
         return "prompt_completion", tokenizer.chat_template is not None
     manifest = directory.read_manifest()
-    formats = manifest.get("data_formats", ())
+    formats = manifest.get("data_formats") or [name for name in FORMATS if name == manifest.get("data_format")]
     data_format = formats[0] if len(formats) == 1 else "prompt_completion"
     had_template = manifest.get("base_has_chat_template", tokenizer.chat_template is not None)
     knows_turns = had_template or not _TURNS.isdisjoint(formats)

@@ -47,6 +47,14 @@ class Score:
     predictions: tuple[str, ...] = ()
 
 
+def check_task(task: str) -> None:
+    """Raise a DataError unless there is such a task, and what it needs is installed."""
+    if task not in TASKS:
+        raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
+    if task in JUDGES:
+        JUDGES[task]("", "")  # a judge that lacks its package says so now, and not after the answers
+
+
 def score_models(
     model_or_run_dir: str,
     sources: Sequence[str],
@@ -83,8 +91,7 @@ def score_models(
     Raises:
         InputError: A model or a file is missing or broken, or the rows do not fit the task.
     """
-    if task not in TASKS:
-        raise DataError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASKS)}.")
+    check_task(task)
     config = config or _read_config(model_or_run_dir)
     is_held_out = rows is not None and config is not None
     rows = [row for source in sources for row in load_rows(source, split="test")] if rows is None else rows

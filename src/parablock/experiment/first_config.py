@@ -19,7 +19,7 @@ from parablock.config.load import parse_config
 from parablock.config.methods import RATES
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
-from parablock.errors import ConfigError, StorageError
+from parablock.errors import ConfigError, ModelError, StorageError
 from parablock.experiment.fit_blocks import MIN_BLOCKS, VISITS
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
@@ -109,8 +109,13 @@ def write_first_config(
         columns: Fields of a format → columns of the files, as `data.columns`.
 
     Raises:
-        InputError: The model or a file cannot be read, or `path` exists.
+        InputError: The model or a file cannot be read, `path` exists, or adapters lack their package.
     """
+    if trains == "adapters" and find_spec("peft") is None:
+        raise ModelError(
+            "adapters need the package peft, which is not installed",
+            remedy="Install it: pip install 'parablock[lora]', or give --trains blocks.",
+        )
     if path.exists():
         raise StorageError(f"{path} exists", remedy="Give another name with --output, or remove it.")
     by_file = len(files) > 1 and clients in (None, len(files))

@@ -25,17 +25,25 @@ def check_upload(repository: str) -> None:
         raise StorageError(
             f"{repository!r} is not the name of a repository", remedy="Give OWNER/NAME, such as alice/my-model."
         )
-    if not os.environ.get(TOKEN_VARIABLE):
-        raise StorageError(
-            f"there is no key for an upload to {repository}: {TOKEN_VARIABLE} is not set",
-            remedy=f"Make one that may write, at huggingface.co/settings/tokens, and set {TOKEN_VARIABLE} to it.",
-        )
+    _key_for(repository)
     if constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
         raise StorageError(
             f"the hub at {constants.ENDPOINT} is out of reach",
             cause="HF_HUB_OFFLINE is set." if constants.HF_HUB_OFFLINE else "Nothing answers there.",
             remedy="Export without --push-to-hub, and upload the folder later with: hf upload OWNER/NAME FOLDER",
         )
+
+
+def _key_for(repository: str) -> str:
+    """Return the key without the white space around it, which no header may have."""
+    key = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not re.fullmatch("[!-~]+", key):
+        problem = "is no key: it has characters that keys have not" if key else "is not set"
+        raise StorageError(
+            f"there is no key for an upload to {repository}: {TOKEN_VARIABLE} {problem}",
+            remedy=f"Make one that may write, at huggingface.co/settings/tokens, and set {TOKEN_VARIABLE} to it.",
+        )
+    return key
 
 
 def upload_folder(folder: Path, repository: str, *, private: bool) -> str:
@@ -47,20 +55,22 @@ def upload_folder(folder: Path, repository: str, *, private: bool) -> str:
         private: Whether a new repository can be read by its owner alone; one that is there stays as it is.
 
     Raises:
-        StorageError: The hub refuses, or breaks off.
+        StorageError: There is no key, or the hub refuses, or breaks off.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=os.environ.get(TOKEN_VARIABLE), library_name="parablock")
+    key = _key_for(repository)
+    api = HfApi(token=key, library_name="parablock")
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload by ParaBlock", ignore_patterns=".*"
         )
     except Exception as error:  # of the hub, of the connection, of a proxy: each has its own
+        said = " ".join(str(error).replace(key, "…").split())[:300]
         raise StorageError(
-            f"the hub did not take {folder} as {repository}: {' '.join(str(error).split())[:300]}",
+            f"the hub did not take {folder} as {repository}: {said}",
             cause="The key may not write there, or the connection broke.",
             remedy=f"The folder is whole. Check the key, then: hf upload {repository} {folder}",
-        ) from error
+        ) from None  # a traceback would show the key
     return str(address)

@@ -109,6 +109,14 @@ def _add_settings(writer: GGUFWriter, config: PreTrainedConfig) -> None:
             cause="Transformers does not read such a file back, so it could not be compared.",
             remedy="Export it with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]  # without types they are all alike
+    if window is not None and window < config.max_position_embeddings and "sliding_attention" in layers:
+        raise ModelError(
+            f"Attention is limited to a sliding window of {window} tokens, which is not written as GGUF here",
+            cause="What reads the file would let every token attend to all that precede it.",
+            remedy="Export it with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

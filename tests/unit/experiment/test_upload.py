@@ -40,7 +40,7 @@ class _Answers(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.keys.add(self.headers.get("Authorization"))
         if self.headers.get("Authorization") != f"Bearer {KEY}":
-            self._say(401, {"error": "Invalid username or password."})
+            self._say(401, {"error": f"Invalid username or password: {self.headers.get('Authorization')}"})
         elif self.path == "/api/repos/create":
             self.server.made.append(json.loads(body))
             self._say(200, {"url": f"{self.server.address}/alice/mine", "name": "alice/mine", "id": "alice/mine"})
@@ -112,8 +112,28 @@ def test_a_key_that_may_not_write_is_told(hub: Hub, folder: Path, monkeypatch: p
     with pytest.raises(StorageError, match="the hub did not take") as refused:
         upload_folder(folder, "alice/mine", private=True)
     assert "The folder is whole" in str(refused.value.remedy)
-    assert "somebody-else" not in str(refused.value)
+    assert "Bearer …" in str(refused.value) and "somebody-else" not in str(refused.value)
+    assert refused.value.__suppress_context__, "no traceback shows it either"
     assert hub.files == {}
+
+
+def test_white_space_around_a_key_is_no_part_of_it(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", f" {KEY} \r\n")
+    check_upload("alice/mine")
+    upload_folder(folder, "alice/mine", private=True)
+    assert hub.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", ["hf_secret\rand more", "hf_secret and more", "hf_secreß"])
+def test_what_no_header_may_hold_is_no_key_and_is_not_shown(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, key: str
+):
+    monkeypatch.setenv("HF_TOKEN", key)
+    for upload in (check_upload, lambda name: upload_folder(folder, name, private=True)):
+        with pytest.raises(StorageError, match="HF_TOKEN is no key") as refused:
+            upload("alice/mine")
+        assert "secre" not in str(refused.value)
+    assert hub.keys == set()
 
 
 @pytest.mark.parametrize("name", ["mine", "alice/mine/too", "alice/mi ne", ""])

@@ -43,14 +43,22 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "llama, tied": LlamaConfig(**SIZE, **ROPE, tie_word_embeddings=True),
     "llama, wide heads": LlamaConfig(**SIZE, **ROPE, head_dim=16),
     "mistral": MistralConfig(**SIZE, **ROPE, sliding_window=None),
+    "mistral, a window as long as its context": MistralConfig(**SIZE, **ROPE, sliding_window=128),
     "qwen2": Qwen2Config(**SIZE, **ROPE),
+    "qwen2, a window of no layer": Qwen2Config(
+        **SIZE, **ROPE, use_sliding_window=True, sliding_window=100, max_window_layers=2
+    ),
     "qwen3": Qwen3Config(**SIZE, **ROPE, head_dim=128),
 }
 STRETCHED = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "another family": (GPT2Config(**ENDS, n_embd=32, n_layer=2, n_head=4), "type gpt2 is not written as GGUF here"),
     "stretched positions": (LlamaConfig(**SIZE, rope_parameters=STRETCHED), r"are stretched \(linear\)"),
-    "a window": (MistralConfig(**SIZE, **ROPE, sliding_window=8), "what the settings make of them differs"),
+    "a window": (MistralConfig(**SIZE, **ROPE, sliding_window=8), "a sliding window of 8 tokens"),
+    "a window beyond the text that is compared": (
+        Qwen2Config(**SIZE, **ROPE, use_sliding_window=True, sliding_window=100, max_window_layers=1),
+        "a sliding window of 100 tokens",
+    ),
     "biases": (LlamaConfig(**SIZE, **ROPE, attention_bias=True), "does not read back"),
     "another activation": (
         LlamaConfig(**SIZE, **ROPE, hidden_act="gelu"),
