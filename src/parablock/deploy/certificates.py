@@ -37,7 +37,14 @@ except ImportError:
 ROLES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "site": ExtendedKeyUsageOID.CLIENT_AUTH}
 """What the two kinds of certificates are for; neither serves as the other."""
 
-UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 """What `cryptography` raises at files that are not what they should be."""
 
 _NAME = re.compile(r"server|site-(0|[1-9][0-9]{0,8})")

@@ -14,7 +14,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.deploy.door import listen
 from parablock.deploy.log_files import log_to
-from parablock.deploy.server_audit import audited, audited_door, server_log_of
+from parablock.deploy.server_audit import audit_door, audited, server_log_of
 from parablock.deploy.site import shared_config
 from parablock.deploy.status import StatusBoard, control_of
 from parablock.engine.contract import EngineInput, EngineResult
@@ -96,7 +96,7 @@ def serve_run(
         with _logged(output_dir, progress) as tell:
             for line in told:
                 tell(line)
-            listener.tell = audited_door(server_log_of(output_dir), tell)
+            audit_door(listener, server_log_of(output_dir), tell)
             on_listen(listener.port)
             tell(f"listening at {address.rpartition(':')[0]}:{listener.port}")
 

@@ -1,4 +1,7 @@
-"""The audit log of a server: which sessions there were, who was let in and refused, and whose updates counted."""
+"""The audit log of a server: which sessions there were, who was let in and refused, and whose updates counted.
+
+Callers without a certificate are not in it: it never ends, and anybody could fill it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from parablock.algorithm.parablock import ServerState
 from parablock.engine.contract import EngineInput
+from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_engine import RunFacts
 from parablock.storage.audit_log import FILE_NAME, AuditLog
 from parablock.wire.messages import Update
@@ -48,11 +52,11 @@ def audited(given: EngineInput, log: AuditLog, facts: RunFacts) -> EngineInput:
     return replace(given, hooks=replace(hooks, on_commit=on_commit, on_event=on_event))
 
 
-def audited_door(log: AuditLog, tell: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a function for what is told of the door: the log has it first."""
+def audit_door(listener: Listener, log: AuditLog, tell: Callable[[str], None]) -> None:
+    """Let the log have what is told of the door, before it is told."""
 
     def tell_and_record(words: str) -> None:
         log.append("door", words=words)
         tell(words)
 
-    return tell_and_record
+    listener.tell, listener.tell_of_unnamed = tell_and_record, tell

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from parablock.privacy.protection import threshold_of
 
 
 class Identity(Protocol):
@@ -30,3 +32,19 @@ def signed_partners(context: str, client_id: int, keys: bytes, round_index: int,
 def is_proven(identity: Identity | None, client_id: int, content: bytes, proof: bytes) -> bool:
     """Return whether a client has signed; where clients have no certificates, everything counts as signed."""
     return identity is None or identity.is_by(client_id, content, proof)
+
+
+def unbelieved(letters: Mapping[int, Mapping[int, bytes]], num_clients: int) -> dict[int, str]:
+    """Return the clients that nobody can mask with, each with what is wrong with it.
+
+    `letters` are those of each client to the others; an empty one is to a client whose keys it does not believe. If
+    more than a third do not believe a client, it is out. If fewer do not, they may lie, and are out themselves.
+    """
+    faults = dict[int, str]()
+    for member in sorted({member for written in letters.values() for member in written}):
+        doubters = [client_id for client_id, written in letters.items() if written.get(member) == b""]
+        if len(doubters) > num_clients - threshold_of(num_clients):
+            faults[member] = f"keys that {len(doubters)} others do not believe"
+        else:
+            faults |= dict.fromkeys(doubters, f"no letter to client {member}, whose keys it does not believe")
+    return faults

@@ -305,7 +305,10 @@ class MaskedClient:
         t, clients = message.round_index, message.clients
         if not len(clients) == len(message.left_out) == len(message.proof_bytes):
             return "without their word of whom they mask with"
-        proofs = cut(message.proofs, message.proof_bytes)
+        try:
+            proofs = cut(message.proofs, message.proof_bytes)
+        except CodecError as error:
+            return f"with {error.what}"
         for client_id, left_out, proof in zip(clients, message.left_out, proofs, strict=True):
             own = self._partners[t].left_out if client_id == self._client_id else left_out
             if client_id not in self._public or left_out != own or not set(left_out).isdisjoint(clients):

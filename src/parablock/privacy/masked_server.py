@@ -20,7 +20,7 @@ from torch import Tensor
 from parablock.clock import Clock
 from parablock.errors import CodecError, MaskingError
 from parablock.privacy import masking
-from parablock.privacy.identities import Identity, is_proven, signed_keys, signed_partners
+from parablock.privacy.identities import Identity, is_proven, signed_keys, signed_partners, unbelieved
 from parablock.privacy.keystream import KEY_BYTES
 from parablock.privacy.masked_client import Fixed
 from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts, Words
@@ -210,10 +210,14 @@ class MaskedServer:
         """Return a client's seed or key of a round from the shares that were revealed."""
         shares, threshold = self._shares_of(dealer, cohort), threshold_of(len(cohort))
         if len(shares) < threshold:
+            without = len(self._good()) - len(shares)
+            is_named = without > len(cohort) - threshold  # else they may be the ones who lie
+            known = f"Client {dealer} sent the others letters that they could not use."
+            unknown = f"Too few say that they have none ({without}) to blame client {dealer}; others are silent."
             raise MaskingError(
                 f"{len(shares)} clients have a share of client {dealer}'s secret of round {t}, of {threshold}",
-                cause=f"Client {dealer} sent the others letters that they could not use.",
-                client_id=dealer,
+                cause=known if is_named else unknown,
+                client_id=dealer if is_named else None,
             )
         try:
             secret = masking.join_secret(dict(list(shares.items())[:threshold]))
@@ -245,7 +249,10 @@ class MaskedServer:
         for client_id in roster:
             self._inner.send(client_id, Parcel(to_bytes(message), self._first))
         self._wait_for(roster, self._letters)
-        self._members = tuple(sorted(self._letters))
+        faults = unbelieved(self._letters, self._cohorts.num_clients)
+        for client_id, fault in faults.items():
+            self.on_refusal(client_id, "misfit", fault)
+        self._members = tuple(sorted(self._letters.keys() - faults.keys()))
         for client_id in self._members:
             senders = tuple(sender for sender in self._members if sender != client_id)
             letters = [self._letters[sender][client_id] for sender in senders]
@@ -326,16 +333,16 @@ class MaskedServer:
         rounds = self._cohorts.rounds_of(client_id)
         hashes = {t: 1 + 2 * len(self._cohorts.of_round[t]) for t in rounds}
         due = [self._cohorts.num_letter_bytes(client_id, other) + TAG_BYTES for other in others]
-        if len(due) == len(message.letter_bytes) and not all(message.letter_bytes):
-            return f"no letter to client {others[message.letter_bytes.index(0)]}, whose keys it does not believe"
-        if list(message.letter_bytes) != due or message.letters.num_elements != sum(due):
+        lengths = list(message.letter_bytes)  # 0: it does not believe that member's keys
+        fits = len(lengths) == len(due) and all(n in (0, full) for n, full in zip(lengths, due, strict=True))
+        if not fits or message.letters.num_elements != sum(lengths):
             return "letters of another length than the configuration gives"
         if message.commitments.num_elements != COMMITMENT_BYTES * sum(hashes.values()):
             return "hashes of shares of another length than the configuration gives"
         pieces = iter(cut(message.commitments, [COMMITMENT_BYTES] * sum(hashes.values())))
         for t, count in hashes.items():
             self._commitments[t, client_id] = [next(pieces) for _ in range(count)]
-        self._letters[client_id] = dict(zip(others, cut(message.letters, due), strict=True))
+        self._letters[client_id] = dict(zip(others, cut(message.letters, lengths), strict=True))
         return ""
 
     def _take_partners(self, client_id: int, message: sealing.Partners) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from masked_wires import MaskedWires
 from message_sequences import masked_update
-from parablock.deploy import site_identity
+from parablock.deploy import certificates
 from parablock.deploy.authority import make_all
 from parablock.deploy.site_identity import CertificateIdentity
+from parablock.errors import InputError
 from parablock.privacy.identities import Identity
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masking import Cohorts
@@ -31,9 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_signature_is_believed_of_the_site_that_made_it_over_what_it_made_it_over(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_signature_is_believed_of_the_site_that_made_it_over_what_it_made_it_over(made: Path):
     zero, one = (CertificateIdentity(made / "ours" / f"site-{i}") for i in range(2))
     proof = zero.sign(b"keys")
     assert one.is_by(0, b"keys", proof)
@@ -45,9 +49,63 @@ def test_a_signature_is_believed_of_the_site_that_made_it_over_what_it_made_it_o
     assert not any(one.is_by(i, b"keys", server.sign(b"keys")) for i in range(2)), "the server is no site"
     for broken in (b"", proof[:100], proof[:-1], b"\xff\xff" + proof[2:], proof[:40] + b"\0" + proof[41:]):
         assert not one.is_by(0, b"keys", broken)
-    later = site_identity.now() + timedelta(days=4000)
-    monkeypatch.setattr(site_identity, "now", lambda: later)
-    assert not one.is_by(0, b"keys", proof), "it has expired"
+
+
+def with_a_name_of_no_type() -> bytes:
+    """Return a certificate, DER, whose alternative name is an X.400 address."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    alternative = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, bytes([0x30, 4, 0xA3, 2, 5, 0]))
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, datetime.now(UTC), datetime.now(UTC))
+    signed = builder.add_extension(alternative, critical=False).sign(key, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.DER)
+
+
+def test_a_certificate_of_any_bytes_is_not_believed_and_ends_nothing(made: Path):
+    zero, one = (CertificateIdentity(made / "ours" / f"site-{i}") for i in range(2))
+    proof = zero.sign(b"keys")
+    end = 2 + int.from_bytes(proof[:2], "big")
+    true, key_usage, basic = proof[2:end], b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"
+    assert key_usage in true and basic in true
+    malformed = {
+        x509.InvalidVersion: true.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x01"),
+        x509.DuplicateExtension: true.replace(key_usage, basic),
+        x509.UnsupportedGeneralNameType: with_a_name_of_no_type(),
+    }
+    for error, certificate in malformed.items():
+        with pytest.raises(error):
+            list(x509.load_der_x509_certificate(certificate).extensions)
+        assert not one.is_by(0, b"keys", len(certificate).to_bytes(2, "big") + certificate + proof[end:])
+        pem = b"-----BEGIN CERTIFICATE-----\n" + b64encode(certificate) + b"\n-----END CERTIFICATE-----\n"
+        with pytest.raises(InputError, match="exactly one certificate"):
+            certificates.parse_certificate(pem, "a file")
+    assert one.is_by(0, b"keys", len(true).to_bytes(2, "big") + true + proof[end:])
+
+
+def test_certificates_that_end_in_mid_session_end_no_masked_run(made: Path, monkeypatch: pytest.MonkeyPatch):
+    wires = town(made)
+    begin(wires)
+    later = certificates.now() + timedelta(days=4000)
+    monkeypatch.setattr(certificates, "now", lambda: later)
+    with pytest.raises(InputError, match="expired"):
+        CertificateIdentity(made / "ours" / "site-0")  # who comes anew is not believed
+    for client_id in range(3):
+        wires.upload(client_id, masked_update(client_id, 0))
+    while wires.collector.receive_until(1.0):
+        pass
+    assert not wires.collector.unfit(0, (0, 1, 2))
+    assert len(wires.collector.masks_of(0, (0, 1, 2), 6)) == 6
+    assert not wires.refused and not wires.told
+
+
+def test_renewed_keys_count_and_half_installed_ones_do_not(made: Path, tmp_path: Path):
+    keys = shutil.copytree(made / "ours" / "site-0", tmp_path / "site-0")
+    signing = CertificateIdentity(keys)
+    ours, theirs = (CertificateIdentity(made / whose / "site-1") for whose in ("ours", "theirs"))
+    (keys / "site.pem").write_bytes((made / "theirs" / "site-0" / "site.pem").read_bytes())
+    assert ours.is_by(0, b"keys", signing.sign(b"keys"))
+    shutil.copytree(made / "theirs" / "site-0", keys, dirs_exist_ok=True)
+    proof = signing.sign(b"keys")
+    assert theirs.is_by(0, b"keys", proof) and not ours.is_by(0, b"keys", proof)
 
 
 def town(made: Path, *, contexts: Sequence[str] = ("run",) * 4, server_believes: bool = False) -> MaskedWires:
@@ -92,8 +150,9 @@ def test_sites_mask_with_keys_that_are_signed_and_with_no_others(made: Path):
     begin(deceived)  # which ends nobody's part
     assert [sorted(courier._public) for courier in deceived.couriers] == [[0, 1], [0, 1], [0, 1, 2]]
     assert sum("keys of client 2 that it has not signed; it is left out" in line for line in deceived.told) == 2
-    refused = [words for _, _, words in deceived.refused]
-    assert refused == ["no letter to client 2, whose keys it does not believe"] * 2
+    assert deceived.refused == [(2, "misfit", "keys that 2 others do not believe")]
+    assert deceived.collector.members == (0, 1)
+    assert [sends(deceived, i) for i in (0, 1)] == ["Update", "Update"]
     unsigned = MaskedWires(3, {0: (0, 1, 2)})
     with_keys_of_its_own(unsigned)
     begin(unsigned)
@@ -113,7 +172,8 @@ def test_keys_that_a_site_has_not_signed_leave_it_out_and_end_nobodys_part(made:
     loose = town(made, contexts=of_another_session, server_believes=True)
     begin(loose)  # the others notice themselves, and go on
     assert sum("keys of client 1 that it has not signed; it is left out" in line for line in loose.told) == 2
-    assert loose.collector.members != (0, 2)
+    assert loose.collector.members == (0, 2), "and the one whom the server alone believes is out"
+    assert [sends(loose, i) for i in (0, 2)] == ["Update", "Update"]
 
 
 def test_the_word_of_a_site_on_its_partners_cannot_be_another_s(made: Path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -138,6 +138,44 @@ def test_a_word_that_cannot_be_is_refused(word: Partners, refused: str):
     ((who, _, words),) = wires.refused
     assert who == 3 and refused in words
     assert not wires.collector.unfit(0, (0, 1, 2, 3)), "its true word counts"
+
+
+def test_a_question_whose_proofs_are_of_another_length_is_refused_and_ends_nothing():
+    wires = MaskedWires(3, {0: (0, 1, 2)})
+    begin(wires)
+    send(wires, (0, 1, 2))
+    asked = wires.asking(0, (0, 1, 2))
+    answers = []
+    for question in (replace(asked, proof_bytes=(5, 0, 0)), asked):
+        (answer,) = wires.couriers[1].incoming(Parcel(to_bytes(question), 0))
+        answers.append(from_bytes(answer.message).shares.num_elements)
+    assert answers == [0, 3 * SHARE_BYTES]
+    assert len(wires.told) == 1 and "pieces of 5 together" in wires.told[0]
+
+
+@dataclass
+class Doubting:
+    """Believes everybody but one."""
+
+    doubted: int
+
+    def sign(self, content: bytes) -> bytes:
+        return b""
+
+    def is_by(self, client_id: int, content: bytes, proof: bytes) -> bool:
+        return client_id != self.doubted
+
+
+@pytest.mark.parametrize(("doubters", "members"), [(1, range(1, 8)), (2, range(2, 8)), (3, range(7))])
+def test_whom_more_than_a_third_do_not_believe_is_out_and_else_those_who_say_so(doubters: int, members: range):
+    identities = [Doubting(7) if i < doubters else None for i in range(9)]
+    wires = MaskedWires(8, {0: tuple(range(8))}, identities=identities)
+    begin(wires)
+    assert wires.collector.members == tuple(members)
+    assert {client_id for client_id, _, _ in wires.refused} == set(range(8)) - set(members)
+    came = send(wires, tuple(members))
+    total = sum(came.values()) - wires.collector.masks_of(0, tuple(members), 6).numpy().view(np.uint32)
+    assert (total == 1000 * sum(members)).all()
 
 
 def dealing_falsely(monkeypatch: pytest.MonkeyPatch, liar: int) -> None:

@@ -281,6 +281,22 @@ def test_with_too_few_honest_shares_the_round_is_void_and_the_liar_named():
     assert wires.refused[0][0] == 5
 
 
+def has_none_of_client_0(shares: bytearray) -> None:
+    shares[:SHARE_BYTES] = NO_SHARE
+
+
+def test_a_third_who_say_that_they_have_no_share_make_a_round_void_and_blame_nobody():
+    for liars, blamed in (((1,), None), ((1, 2), 0)):  # more than a third are believed
+        wires = began(3, {0: (0, 1, 2)})
+        for liar in liars:
+            lying(wires, liar, has_none_of_client_0)
+        wires.silent = {2} - set(liars)
+        came(wires)
+        with pytest.raises(MaskingError, match="1 clients have a share of client 0's secret") as error:
+            wires.collector.masks_of(0, (0, 1, 2), SIZE)
+        assert error.value.client_id == blamed
+
+
 def test_who_has_split_another_secret_than_its_own_is_named(monkeypatch: pytest.MonkeyPatch):
     wires = MaskedWires(3, {0: (0, 1, 2)})
     true = wires.couriers[1]._seeds[0]

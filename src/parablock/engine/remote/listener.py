@@ -6,6 +6,7 @@ Nothing of a call is read before its identity is known, and nothing of it is kep
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from parablock.privacy.identities import Identity
 
 QUIET_S, MOST_REFUSALS = 60.0, 1000
 """How long a refusal is not told again, so that callers who ask on and on fill no log; how many are remembered."""
+MOST_UNNAMED = 20
+"""How many callers without a name are told of in `QUIET_S`: they have as many addresses as they like."""
 GRACE_S = 2.0
 """How long connections may take to end when the listener closes."""
 
@@ -90,6 +93,7 @@ class Listener(grpc.GenericRpcHandler):
     Attributes:
         port: Where it listens.
         tell: As given; another one may take its place.
+        tell_of_unnamed: Gets the lines on callers without a certificate; likewise.
         look: Called now and then by whoever shows the listener.
         certificates: The certificate with which each client was last let in, PEM; empty without one.
         refused: How many calls were refused.
@@ -108,13 +112,14 @@ class Listener(grpc.GenericRpcHandler):
         tell: Callable[[str], None],
         identity: Identity | None = None,
     ) -> None:
-        self._admit, self.tell, self.identity = admit, tell, identity
+        self._admit, self.tell, self.tell_of_unnamed, self.identity = admit, tell, tell, identity
         self.look: Callable[[], None] = lambda: None
         self._session: Session | None = None
         self._calls: dict[Any, grpc.ServicerContext] = {}
         self.certificates: dict[int, bytes] = {}
         self.refused = 0
         self._refusals: dict[tuple[str, str], tuple[float, int]] = {}
+        self._unnamed_told_s = deque[float](maxlen=MOST_UNNAMED)
         self._pool = thread_pool(4 * num_clients + 8)
         self._server = grpc.server(
             self._pool, handlers=[self], options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * num_clients + 4
@@ -227,18 +232,27 @@ class Listener(grpc.GenericRpcHandler):
         context.abort(status.FAILED_PRECONDITION if is_temporary else status.PERMISSION_DENIED, why)
 
     def note_refusal(self, caller: Caller, why: str) -> None:
-        """Count and tell a refusal; tell the same one again only after a while, with how many came meanwhile."""
+        """Count and tell a refusal; tell the same one again only after a while, with how many came meanwhile.
+
+        Beyond `MOST_UNNAMED` in a while, callers without a name are counted alone.
+        """
         self.refused += 1
         now_s, who = time.monotonic(), (caller.name or caller.address.rpartition(":")[0], why)
         told_s, untold = self._refusals.get(who, (-inf, 0))
         if now_s - told_s < QUIET_S:
             self._refusals[who] = told_s, untold + 1
             return
+        if not caller.name:
+            last_s = self._unnamed_told_s
+            if len(last_s) == MOST_UNNAMED and now_s - last_s[0] < QUIET_S:
+                return
+            last_s.append(now_s)
         if len(self._refusals) >= MOST_REFUSALS:
             self._refusals.clear()
         self._refusals[who] = now_s, 0
         more = f" ({untold} more times since it was said)" if untold else ""
-        self.tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}{more}")
+        tell = self.tell if caller.name else self.tell_of_unnamed
+        tell(f"refused {caller.name or 'a caller'} from {caller.address}: {why}{more}")
 
 
 def _caller_of(context: grpc.ServicerContext) -> Caller:

@@ -21,6 +21,7 @@ from parablock.algorithm.parablock import NEVER, same
 from parablock.clock import RealClock
 from parablock.deploy.authority import Credentials, load_credentials, make_all, revoke
 from parablock.deploy.door import listen
+from parablock.deploy.server_audit import audit_door
 from parablock.engine.plans import Hooks
 from parablock.engine.remote import listener as listener_module
 from parablock.engine.remote import remote_transport
@@ -38,8 +39,10 @@ from parablock.engine.remote.frames import (
     greeting_to_bytes,
 )
 from parablock.engine.remote.grpc_options import METHOD
+from parablock.engine.remote.listener import MOST_UNNAMED, Caller
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences
+from parablock.storage.audit_log import AuditLog
 from parablock.trace import Trace
 from parablock.wire.codec import encode
 from parablock.wire.messages import Join, Leave, Skip, to_bytes
@@ -200,6 +203,24 @@ def test_a_refused_caller_who_asks_on_and_on_fills_no_log(house: House, made: Pa
     monkeypatch.setattr(listener_module, "QUIET_S", 0.0)
     ask(0)
     assert "(4 more times" in house.refusals[2]
+
+
+def test_callers_without_a_name_are_told_of_now_and_then_and_fill_no_audit_log(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    audit_door(house.listener, log, house.told.append)
+    strangers = [Caller(f"ipv6:%5B2001:db8::{n:x}%5D:1", "", b"", "") for n in range(50)]
+    for stranger in strangers:
+        house.listener.note_refusal(stranger, "no certificate")
+    assert len(house.refusals) == MOST_UNNAMED and house.listener.refused == 50
+    assert not log.path.exists()
+    house.listener.note_refusal(Caller("ipv4:127.0.0.1:1", "site-1", b"", ""), "revoked")
+    assert "refused site-1" in house.refusals[-1], "one with a name is told of beside any flood"
+    assert log.path.read_text().count("refused site-1") == 1
+    monkeypatch.setattr(listener_module, "QUIET_S", 0.0)
+    house.listener.note_refusal(strangers[-1], "no certificate")
+    assert len(house.refusals) == MOST_UNNAMED + 2
 
 
 def test_a_certificate_that_is_revoked_is_refused_from_then_on(house: House, made: Path, tmp_path: Path):
