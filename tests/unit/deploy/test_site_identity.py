@@ -66,7 +66,7 @@ def test_a_certificate_of_any_bytes_is_not_believed_and_ends_nothing(made: Path)
     end = 2 + int.from_bytes(proof[:2], "big")
     true, key_usage, basic = proof[2:end], b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"
     assert key_usage in true and basic in true
-    malformed = {
+    malformed: dict[type[Exception], bytes] = {
         x509.InvalidVersion: true.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x01"),
         x509.DuplicateExtension: true.replace(key_usage, basic),
         x509.UnsupportedGeneralNameType: with_a_name_of_no_type(),
