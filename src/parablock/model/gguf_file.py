@@ -243,7 +243,9 @@ def _compare(path: Path, model: PreTrainedModel) -> None:
     """
     try:
         with quiet_transformers():
-            again = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            again = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:
         raise _other_model(" ".join(str(error).split())[:300]) from error
     read = dict(again.named_parameters())

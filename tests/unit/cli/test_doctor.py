@@ -22,7 +22,17 @@ def test_the_examination_names_versions_devices_room_extras_and_a_probe():
     findings = examine()
     assert [finding.name for finding in findings if finding.name != "cuda"] == [
         *("python", "parablock", "torch", "transformers", "datasets", "cpu", "memory", "disk", "temporary folder"),
-        *("cryptography", "dp_accounting", "flwr", "lm_eval", "tensorboard", "wandb"),
+        *(
+            "cryptography",
+            "dp_accounting",
+            "flwr",
+            "gguf",
+            "lm_eval",
+            "peft",
+            "rouge_score",
+            "tensorboard",
+            "wandb",
+        ),
         "compute probe",
     ]
     assert sum(finding.name == "cuda" for finding in findings) >= 1
