@@ -238,10 +238,12 @@ def llm_methods_section(found: Found) -> Found:
             cells.append(f"{mean(way, lambda run, where=where, axis=axis: at(run, where, axis)):.4f}{ended}")
         rows.append(cells)
     made = table(["method", *(name for name, _ in places)], bold(rows, range(1, len(places) + 1)))
-    parts += [said["equal"], made]
+    scored = [f"{place}" for place, *_ in results["runs"][0]["curve"]]
+    parts += [said["equal"].format(scored=f"{', '.join(scored[:-1])} and {scored[-1]}"), made]
     parts += [f"Not run, since the time was over: {', '.join(results['not_run'])}."] if results["not_run"] else []
     steps = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in results["step_s"].items())
-    facts: Found = {"seeds": ", ".join(map(str, found["options"]["seeds"])), "steps": steps}
+    seeds = found["options"]["seeds"]
+    facts: Found = {"seeds": f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", "steps": steps}
     return section(found["options"]["benchmark"], found, *parts, device=results["device"], **facts)
 
 

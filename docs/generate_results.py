@@ -106,7 +106,7 @@ def glance(found: Mapping[str, Record], page: str = "") -> list[str]:
     for measure, claims in WHAT["claims"].items():
         of_measure = [
             [
-                f"[{made['claim']}]({page}#{anchor(found[made['record']])})",
+                f"[{made['claim']}]({page}#{anchor(found[made['record']])}){toy(found[made['record']])}",
                 *of_bar(found[made["record"]], made["bar"]),
             ]
             for made in claims
@@ -114,6 +114,11 @@ def glance(found: Mapping[str, Record], page: str = "") -> list[str]:
         ]
         rows += [[f"**{measure}**", "", ""], *of_measure] if of_measure else []
     return table(["", "found", "asked for"], rows)
+
+
+def toy(found: Record) -> str:
+    """Return the mark of a claim whose record says that it was measured on a toy."""
+    return ", a toy" * found["section"]["parts"][0].startswith(("A toy: ", "Toys: "))
 
 
 def of_bar(found: Record, name: str) -> tuple[str, str]:

@@ -135,18 +135,23 @@ def test_the_figures_are_those_of_the_records(results: ModuleType, tmp_path: Pat
 
 def test_what_is_measured_on_a_toy_says_so_first(results: ModuleType):
     found = results.records(results.RESULTS)
-    toys = {name for name, record in found.items() if record["section"]["parts"][0].startswith("A toy: ")}
+    toys = {
+        name for name, record in found.items() if record["section"]["parts"][0].startswith(("A toy: ", "Toys: "))
+    }
     on_tiny_base = {name for name, record in found.items() if "tiny-base" in str(record["config"])}
     assert on_tiny_base - toys == {"slow_link"}  # of its model it takes nothing: the bytes are those of Llama-3-8B
-    assert {"rate", "ablations", "model_ablations", "soak"} <= toys
+    assert {"rate", "ablations", "model_ablations", "soak", "step"} <= toys
     assert toys.isdisjoint({"wire", "deployment", "scale"})
+    marked = {line.partition("](#")[2].partition(")")[0] for line in results.glance(found) if ", a toy |" in line}
+    assert results.anchor(found["rate"]) in marked
+    assert marked <= {results.anchor(found[name]) for name in toys}
 
 
 def test_the_first_table_says_which_bars_are_missed(results: ModuleType):
     def record(is_met: bool) -> dict[str, Any]:
         bar = {"name": "int4 bytes / float32 bytes", "value": 0.125, "limit": 0.14, "at_most": True}
         bar |= {"is_met": is_met}
-        return {"wire": {"bars": [bar], "section": {"title": "The wire: bytes"}}}
+        return {"wire": {"bars": [bar], "section": {"title": "The wire: bytes", "parts": ["Bytes."]}}}
 
     assert results.glance(record(True))[2:3] == ["| **Quality under a budget** |  |  |"]
     (*_, met), (*_, missed) = (results.glance(record(is_met)) for is_met in (True, False))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from parablock.config.section import NOT_BUILT
 
 RATES = {"blocks": 5e-4, "everything": 5e-5, "adapters": 1e-3}
-"""The peak learning rate where none is configured, by `Method.trains`; docs/results.md has figures on an LLM."""
+"""The peak learning rate where none is configured, by `Method.trains`, as a first look at an LLM chose it."""
 
 
 @dataclass(frozen=True)

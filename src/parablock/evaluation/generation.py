@@ -83,7 +83,8 @@ def answers_match(prediction: str, reference: str) -> bool:
 def rouge_l(prediction: str, reference: str) -> float:
     """Return the F-measure of the longest common subsequence of words (ROUGE-L; Lin, 2004).
 
-    A word is a run of letters and digits of any script, in lower case, and is not stemmed.
+    A word is a run of letters and digits of any script, in lower case, and is not stemmed. Combining marks end a
+    word, and a script without spaces has no words but its runs: there the value says little.
 
     Raises:
         DataError: The package rouge-score is not installed.

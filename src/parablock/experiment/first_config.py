@@ -145,9 +145,10 @@ def write_first_config(
     def configure(trains: Trained) -> tuple[str, RunConfig]:
         size = -(-len(layers) // min(len(layers), max(MIN_BLOCKS, rounds // VISITS)))
         blocks = -(-len(layers) // size)
+        visits = f"{'about ' * bool(rounds % blocks)}{rounds / blocks:.0f}"
         sections = {
             "adapters": ADAPTERS,
-            "blocks": BLOCKS.substitute(layers_per_block=size, layers=len(layers), visits=f"{rounds / blocks:.3g}"),
+            "blocks": BLOCKS.substitute(layers_per_block=size, layers=len(layers), visits=visits),
         }
         text = FIRST_CONFIG.substitute(
             path=path,
