@@ -17,7 +17,7 @@ from parablock.experiment.progress import SILENCE_S
 from tiny_runs import Process, Runs, Workshop, command_line, done, half_written, metrics_of, summary_of
 
 NUM_ROUNDS = 8
-SLOW = (f"federation.num_rounds={NUM_ROUNDS}", "engine={clock: real, num_threads: 1}", "link={latency_s: 0.02}")
+SLOW = (f"federation.num_rounds={NUM_ROUNDS}", "engine={clock: real, num_threads: 1}", "link={latency_s: 0.1}")
 
 
 def sha(run_dir: Path) -> str:
