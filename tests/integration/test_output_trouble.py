@@ -17,7 +17,7 @@ from parablock.experiment.progress import SILENCE_S
 from tiny_runs import Process, Runs, Workshop, command_line, done, half_written, metrics_of, summary_of
 
 NUM_ROUNDS = 8
-SLOW = (f"federation.num_rounds={NUM_ROUNDS}", "engine={clock: real, num_threads: 1}", "link={latency_s: 0.1}")
+SLOW = (f"federation.num_rounds={NUM_ROUNDS}", "engine={clock: real, num_threads: 1}", "link={latency_s: 0.02}")
 
 
 def sha(run_dir: Path) -> str:
@@ -109,6 +109,7 @@ class Terminal:
     def __init__(self, arguments: list[str]) -> None:
         self.pid, self._master = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under `nohup`
             os.environ.update(TERM="xterm", COLUMNS="100", LINES="40")
             words = command_line(arguments)
             os.execv(words[0], words)
