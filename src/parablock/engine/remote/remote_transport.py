@@ -43,7 +43,7 @@ _Row = tuple[
     Annotated[_Seconds, Field(ge=0)],
     dict[Literal["round_index", "block_index"], Annotated[int, Field(ge=0, lt=1 << 31)]],
 ]
-_ROWS = TypeAdapter(Annotated[list[_Row], Field(max_length=SPANS_KEPT)])
+_ROWS: TypeAdapter[list[_Row]] = TypeAdapter(Annotated[list[_Row], Field(max_length=SPANS_KEPT)])
 
 
 @dataclass
