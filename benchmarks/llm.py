@@ -50,24 +50,34 @@ def smollm2() -> str:
     return str(MODEL)
 
 
-def gsm8k(options: Options) -> kit.Material:
-    """Return the model and the rows of GSM8K that are short, or what is generated for a smoke test."""
+def material_of(options: Options) -> kit.Material:
+    """Return the model and short rows of GSM8K or of T0 families, or what is generated for a smoke test."""
+    folder, families = Path(options.work_dir).resolve() / "material", getattr(options, "families", [])
     if options.smoke:
-        return kit.generated(Path(options.work_dir).resolve() / "material", num_clients=2)
-    folder, made = Path(options.work_dir).resolve() / "material", []
+        return kit.generated(folder, num_clients=len(families) or 2)
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "test"):
-        rows = (kit.SHARED / "data" / "gsm8k" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        short = [row for row in rows if sum(map(len, json.loads(row).values())) <= options.max_chars]
-        made.append(folder / f"{part}-{options.max_chars}.jsonl")
-        made[-1].write_text("\n".join(short) + "\n", encoding="utf-8")
-    return kit.Material(getattr(options, "model", "") or smollm2(), (str(made[0]),), (str(made[1]),))
+    made: dict[str, list[str]] = {"train": [], "test": []}
+    for name, part in product(families or [""], made):
+        source = kit.SHARED / "data" / (f"t0/{name}.{part}.jsonl" if name else f"gsm8k/{part}.jsonl")
+        rows = source.read_text(encoding="utf-8").splitlines()
+        short = [row for row in rows if num_chars(json.loads(row)) <= options.max_chars]
+        path = folder / f"{name}{'-' * bool(name)}{part}-{options.max_chars}.jsonl"
+        path.write_text("\n".join(short) + "\n", encoding="utf-8")
+        made[part].append(str(path))
+    return kit.Material(getattr(options, "model", "") or smollm2(), tuple(made["train"]), tuple(made["test"]))
+
+
+def num_chars(row: Found) -> int:
+    """Count the characters of what a row asks and of its answer."""
+    return sum(len(row[field]) for field in ("question", "answer", "prompt", "completion") if field in row)
 
 
 def config_of(options: Options, settings: Found) -> RunConfig:
     """Make the configuration of one setting."""
-    usual = {"data.partition.scheme": "iid", "federation.num_clients": 2, "evaluation.num_answers": 0}
-    return kit.configured(gsm8k(options), kit.training(options) | usual | settings)
+    usual: Found = {"evaluation.num_answers": 0}
+    if not hasattr(options, "families"):  # a family is a client
+        usual |= {"data.partition.scheme": "iid", "federation.num_clients": 2}
+    return kit.configured(material_of(options), kit.training(options) | usual | settings)
 
 
 def run_of(options: Options, name: str, settings: Found) -> kit.Kept:
@@ -94,10 +104,15 @@ def llm_methods(options: Options) -> None:
     compare(options, math.inf)
 
 
+def llm_t0(options: Options) -> None:
+    """Compare methods and delays on T0, a family a client, with the losses on GSM8K and on a text as above."""
+    compare(options, math.inf)
+
+
 def compare(options: Options, until_s: float) -> None:
     """Run every method on every seed, one at least; no more are begun at `until_s` of `time.monotonic()`."""
     about, others = kit.ABOUT["llm_methods"], forgotten_rows(options)
-    model = gsm8k(options).model
+    model = material_of(options).model
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one core"
     found: Found = {"device": device, "base": losses_of(model, others, options, f"base-{kit.digest(model)}")}
     found |= {"step_s": {}, "runs": [], "not_run": []}
@@ -117,18 +132,21 @@ def compare(options: Options, until_s: float) -> None:
         row["forgotten"] = losses_of(str(run.directory.model), others, options, run.name)
         shutil.rmtree(run.directory.model, ignore_errors=True)
         found["runs"].append(row)
-        record(options, found, method_bars(found), run.config)  # the rest may not be reached
+        record(options, found, method_bars(options, found), run.config)  # the rest may not be reached
     if found["not_run"]:
-        record(options, found, method_bars(found), run.config)
+        record(options, found, method_bars(options, found), run.config)
 
 
 def forgotten_rows(options: Options) -> dict[str, str]:
-    """Write rows that no run is trained on: of each T0 family, and of the documentation that Python brings."""
+    """Write rows that no run is trained on: of each T0 family or of GSM8K, and of the documentation of Python."""
     folder = Path(options.work_dir).resolve() / "material"
     folder.mkdir(parents=True, exist_ok=True)
     texts = [text for _, text in sorted(topics.items()) if len(text) > TEXT_CHARS]
     rows = {"text": [{"text": text[:TEXT_CHARS]} for text in texts[: options.others]]}
-    if not options.smoke:
+    if not options.smoke and hasattr(options, "families"):
+        lines = (kit.SHARED / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        rows["GSM8K"] = [json.loads(line) for line in lines[: options.others]]
+    elif not options.smoke:
         tests = [Path(path).read_text(encoding="utf-8").splitlines() for path in kit.pretrained().test]
         rows["T0"] = [json.loads(line) for lines in tests for line in lines[: max(1, options.others // len(tests))]]
     files = {name: folder / f"{name}-{options.others}.jsonl" for name in rows}
@@ -176,15 +194,16 @@ def round_s(config: RunConfig, step: float, mbps: float) -> float:
     return make_plan(config.model_copy(update={"engine": engine, "link": link})).round_s
 
 
-def method_bars(found: Found) -> list[Bar]:
+def method_bars(options: Options, found: Found) -> list[Bar]:
+    data = "T0" if hasattr(options, "families") else "GSM8K"
     ends = {way: [run["curve"][-1][2] for run in runs] for way, runs in grouped(found["runs"], "way").items()}
     bars = [
-        Bar(f"GSM8K: final loss, {overlapped} / {serial}", fmean(ends[overlapped]) / fmean(ends[serial]), 1.01)
+        Bar(f"{data}: final loss, {overlapped} / {serial}", fmean(ends[overlapped]) / fmean(ends[serial]), 1.01)
         for overlapped, serial in kit.ABOUT["llm_methods"]["pairs"]
         if {overlapped, serial} <= set(ends)
     ]
     base = fmean(run["curve"][0][2] for run in found["runs"])
-    return bars + [Bar(f"GSM8K: loss of {way} / base model", fmean(end) / base, 0.9) for way, end in ends.items()]
+    return bars + [Bar(f"{data}: loss of {way} / base model", fmean(end) / base, 0.9) for way, end in ends.items()]
 
 
 def llm_methods_section(found: Found) -> Found:
@@ -237,19 +256,26 @@ def llm_methods_section(found: Found) -> Found:
             ended = "†" * (where > 1.001 * mean(way, lambda run, axis=axis: run["curve"][-1][axis]))
             cells.append(f"{mean(way, lambda run, where=where, axis=axis: at(run, where, axis)):.4f}{ended}")
         rows.append(cells)
-    made = table(["method", *(name for name, _ in places)], bold(rows, range(1, len(places) + 1)))
-    scored = [f"{place}" for place, *_ in results["runs"][0]["curve"]]
-    parts += [said["equal"].format(scored=f"{', '.join(scored[:-1])} and {scored[-1]}"), made]
+    if places:
+        made = table(["method", *(name for name, _ in places)], bold(rows, range(1, len(places) + 1)))
+        scored = [f"{place}" for place, *_ in results["runs"][0]["curve"]]
+        parts += [said["equal"].format(scored=f"{', '.join(scored[:-1])} and {scored[-1]}"), made]
     parts += [f"Not run, since the time was over: {', '.join(results['not_run'])}."] if results["not_run"] else []
     steps = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in results["step_s"].items())
     seeds = found["options"]["seeds"]
-    facts: Found = {"seeds": f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", "steps": steps}
+    families = ", ".join(found["options"].get("families", []))
+    facts: Found = {
+        "families": families,
+        "seeds": f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+        "steps": steps,
+    }
     return section(found["options"]["benchmark"], found, *parts, device=results["device"], **facts)
 
 
+llm_t0_section = llm_methods_section
 TRIED = [*kit.ABOUT["llm_search"]["tried"]]
 WAYS = [*kit.ABOUT["llm_methods"]["ways"]]
-BENCHMARKS = benchmarks(globals(), llm_search={"only": TRIED}, llm_methods={"only": WAYS})
+BENCHMARKS = benchmarks(globals(), llm_search={"only": TRIED}, llm_methods={"only": WAYS}, llm_t0={"only": WAYS})
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -285,6 +285,17 @@ def test_the_search_keeps_a_row_for_each_setting_and_no_model(benchmark: Any, tm
     assert [path.parent.name for path in tmp_path.glob("runs/*/model")] == ["material"], "half a GB each"
 
 
+def test_families_are_clients_and_forgetting_is_of_other_rows(benchmark: Any) -> None:
+    record = benchmark("llm", "llm_t0", "--smoke", "--only", "fedit, rank 64, delay 1", "fedavg, sparse2, delay 1")
+    adapters, sparse = record["results"]["runs"]
+    assert record["config"]["federation"]["num_clients"] == 4
+    assert sparse["curve"][-1][1] < adapters["curve"][-1][1] / 10
+    assert len(record["section"]["parts"]) == 2, "no budget of methods that are not there"
+    assert (adapters["delay"], sparse["delay"]) == (1, 1)
+    assert adapters["curve"][-1][2] < adapters["curve"][0][2] and "GSM8K" not in record["results"]["base"]
+    assert record["bars"][0]["name"] == "T0: loss of fedit, rank 64, delay 1 / base model"
+
+
 def test_methods_on_a_model_are_compared_and_what_they_forget_is_told(
     benchmark: Any, load: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
