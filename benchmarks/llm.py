@@ -202,8 +202,31 @@ def method_bars(options: Options, found: Found) -> list[Bar]:
         for overlapped, serial in kit.ABOUT["llm_methods"]["pairs"]
         if {overlapped, serial} <= set(ends)
     ]
+    for overlapped, serial in kit.ABOUT["llm_methods"]["pairs"]:
+        longer = f"{overlapped}, a round more"
+        if {overlapped, longer, serial} <= set(ends):
+            soon = fmean(times_as_soon(found["runs"], serial, overlapped, longer))
+            bars.append(
+                Bar(f"{data}: seconds of {overlapped} to the last loss of {serial}, wire as long", soon, 0.6)
+            )
     base = fmean(run["curve"][0][2] for run in found["runs"])
     return bars + [Bar(f"{data}: loss of {way} / base model", fmean(end) / base, 0.9) for way, end in ends.items()]
+
+
+def times_as_soon(runs: list[Found], serial: str, *overlapped: str) -> list[float]:
+    """Return for each seed how soon the first run that is as low as the serial one has ended, over its seconds.
+
+    An exchange is taken to last as long as a round's computation c: a serial round is 2 c, and T overlapped ones
+    are (T + 1) c. 9.99: no run is as low.
+    """
+    soon = []
+    for of_seed in grouped(runs, "seed").values():
+        ends = {run["way"]: (run["curve"][-1][2], run["num_rounds"]) for run in of_seed}
+        if serial in ends:
+            loss, rounds = ends[serial]
+            reached = [ends[way][1] for way in overlapped if way in ends and ends[way][0] <= loss]
+            soon.append((min(reached) + 1) / (2 * rounds) if reached else 9.99)
+    return soon
 
 
 def llm_methods_section(found: Found) -> Found:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -42,6 +42,7 @@ from masked_wires import MaskedWires
 from message_sequences import PLAYS
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.robust import Rule
+from parablock.algorithm.sequential import OracleProblem, run_sequential
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.config.section import KINDS_AT
@@ -49,7 +50,9 @@ from parablock.deploy.direct_local import HOST, LocalSites
 from parablock.deploy.one_machine import Deployment, watch
 from parablock.deploy.processes import Process
 from parablock.errors import CodecError, ConfigError, ParaBlockError
+from parablock.experiment.inputs import read_inputs
 from parablock.experiment.progress import LoggedProgress
+from parablock.methods.choose import make_method_model
 from parablock.seeding import generator_for
 from parablock.storage.audit_log import AuditLog, verify
 from parablock.storage.release_ledger import RELEASE, ReleaseLedger, fingerprint
@@ -226,9 +229,10 @@ def kill_sites_section(found: Found) -> Found:
 
 
 class RealSites:
-    """A server and sites, each a process that the command line starts, and a bad link before each site."""
+    """A server and sites, each a process of the command line, some of which come later; a bad link before each."""
 
-    def __init__(self, directory: Path, config: RunConfig, bytes_per_s: float) -> None:
+    def __init__(self, directory: Path, config: RunConfig, bytes_per_s: float, later: Sequence[int] = ()) -> None:
+        self.later = later
         with socket.create_server((HOST, 0)) as found:
             self.port = int(found.getsockname()[1])
         self.output_dir, self.sites = directory, LocalSites(directory, config)
@@ -240,7 +244,8 @@ class RealSites:
     def __enter__(self) -> RealSites:
         self.start_server()
         for client_id in range(self.sites.num_sites):
-            self.start_site(client_id)
+            if client_id not in self.later:
+                self.start_site(client_id)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -269,6 +274,7 @@ class RealSites:
 
     def start_server(self) -> None:
         keys = ["--keys", str(self.sites.keys_of("server")), "--address", f"{HOST}:{self.port}"]
+        keys += ["--sites", str(self.sites.num_sites - len(self.later))]
         arguments = ["deploy", "server", str(self.file), "--output-dir", str(self.output_dir), *keys]
         self.server = parablock(self.output_dir, *arguments)
 
@@ -321,6 +327,140 @@ def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list
     alone = not any(start_s < at_s <= trained[0] for at_s in disturbed_s)
     load_s = loaded - asked
     return {"back_s": trained[0] - start_s - load_s, "load_s": load_s, "asked_s": asked - start_s, "alone": alone}
+
+
+# -- sites that come and go
+def moving_sites(options: Options) -> None:
+    """Let sites join, leave and return, and one be removed whose labels are false; compare model and loss."""
+    folder = kit.fresh_folder(options).resolve()
+    made = kit.generated(folder / "material", num_clients=options.sites, examples_per_client=options.examples)
+    whole = folder / "rows.jsonl"
+    rows = [line for path in made.train for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    whole.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    how: Found = {"engine.clock": None, "data.partition.scheme": "iid", "federation.num_clients": options.sites}
+    config = kit.configured(replace(made, train=(str(whole),)), kit.training(options) | how)
+    alone = config.engine.model_copy(update={"name": "inprocess"})
+    undisturbed = kit.run_quietly(config.model_copy(update={"engine": alone}), folder / "undisturbed")
+
+    joining, leaving, liar = options.joining, options.leaving, options.removed
+    town = RealSites(folder / "moving", config, options.bytes_per_s, later=joining)
+    falsify(whole, town.sites.site_file(liar))
+    third, moved, began_s = options.rounds // 3, list[str](), time.time()
+
+    def after(rounds: int, what: str) -> None:
+        while not town.has_ended() and rounds_recorded(town.output_dir) < rounds:
+            if time.time() - began_s > PATIENCE_S:
+                raise TimeoutError(f"look at {town.output_dir}")
+            time.sleep(POLL_S)
+        moved.append(f"{what} after round {rounds_recorded(town.output_dir)}")
+
+    with town:
+        after(1, f"{liar} is removed")
+        finish(parablock(town.output_dir, "deploy", "remove", str(town.output_dir), str(liar)), town.output_dir)
+        after(third, f"{' and '.join(map(str, joining))} join")
+        for client_id in joining:
+            town.start_site(client_id)
+        for number, client_id in enumerate(leaving, 1):
+            after(third + 4 * number, f"{client_id} leaves")
+            town.sites.processes[client_id].terminate()
+        after(2 * third, f"{leaving[0]} returns")
+        town.start_site(leaving[0])
+        town.wait()
+    trained = {client_id: trained_by(town, client_id) for client_id in range(options.sites)}
+    counted = [row["participants"] for row in kit.metrics_of(town.output_dir)]
+    summary = json.loads((town.output_dir / "summary.json").read_text(encoding="utf-8"))
+    found = {"moved": moved, "counted": counted, "trained": trained, "seconds": time.time() - began_s}
+    oracle, other = (
+        of_the_oracle(config, whole, liar, of, trained, folder / "oracle") for of in (counted, counted[::-1])
+    )
+    found |= {"oracle": oracle, "oracle_of_another_membership": other, "model_sha256": summary["model_sha256"]}
+    losses = dict(
+        zip(LOSSES, [undisturbed[key] for key in (LOSSES[0], LOSSES[2])] + [summary[LOSSES[2]]], strict=True)
+    )
+    bars = [
+        Bar(
+            "the model is the oracle's, told the same membership",
+            float(oracle == summary["model_sha256"]),
+            1,
+            False,
+        ),
+        Bar("and that of an oracle told another", float(other == summary["model_sha256"]), 0),
+        Bar("final loss / undisturbed", losses[LOSSES[2]] / losses[LOSSES[1]], 1.03),
+    ]
+    record(options, found | losses, bars, config)
+
+
+def moving_sites_section(found: Found) -> Found:
+    results = found["results"]
+    same = results["oracle"] == results["model_sha256"] != results["oracle_of_another_membership"]
+    rows = [
+        ["model", "bitwise the oracle's, told the same" if same else "ANOTHER than the oracle's"],
+        ["updates that counted in a round", spread_of_counts(results["counted"])],
+        ["loss: base model, undisturbed, with moves", ", ".join(f"{results[key]:.4f}" for key in LOSSES)],
+        ["loss / undisturbed", f"{results[LOSSES[2]] / results[LOSSES[1]]:.3f}"],
+        ["seconds", f"{results['seconds']:.0f}"],
+    ]
+    moves = "; ".join(results["moved"])
+    return section("moving_sites", found, table(["what", "found"], rows), moves=moves)
+
+
+def spread_of_counts(counted: list[list[int]]) -> str:
+    numbers = [len(clients) for clients in counted]
+    return f"{min(numbers)} to {max(numbers)}, {fmean(numbers):.1f} in the mean"
+
+
+def falsify(rows: Path, site_file: Path) -> None:
+    """Give a site rows each of which has the answer of another."""
+    told = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    answers = [row["answer"] for row in told]
+    moved = zip(told, answers[len(answers) // 2 :] + answers[: len(answers) // 2], strict=True)
+    lines = (json.dumps(row | {"answer": answer}) + "\n" for row, answer in moved)
+    Path(false_rows(rows)).write_text("".join(lines), encoding="utf-8")
+    site_file.write_text(
+        site_file.read_text(encoding="utf-8").replace(str(rows), false_rows(rows)), encoding="utf-8"
+    )
+
+
+def of_the_oracle(
+    config: RunConfig, rows: Path, liar: int, counted: list[list[int]], trained: Mapping[int, list[int]], to: Path
+) -> str:
+    """Return the model of the sequential oracle, told who trained each round, and whose update counted in it."""
+    job = read_inputs(config)
+    false = read_inputs(
+        config.model_copy(update={"data": config.data.model_copy(update={"train": (false_rows(rows),)})})
+    )
+    parts = tuple((false if client_id == liar else job).train[client_id] for client_id in range(len(job.train)))
+    model, steps, of_rounds = (
+        make_method_model(replace(job, train=parts)),
+        config.train.num_local_steps,
+        range(len(counted)),
+    )
+
+    def solve(client_id: int, t: int, block: int, working: tuple[Tensor, ...]) -> Tensor:
+        return model.trainers[client_id].train(t, block, steps, t * steps, working).trained.clone()
+
+    took_part = [{*counted[t], *(i for i, of in trained.items() if t in of)} for t in of_rounds]
+    problem = OracleProblem(
+        [len(part) for part in parts],
+        len(counted),
+        config.federation.delay,
+        schedule=config.blocks.schedule,
+        seed=config.seed,
+        trained=[sorted(they) for they in took_part],
+        lost=frozenset((i, t) for t in of_rounds for i in took_part[t] - {*counted[t]}),
+        min_updates=config.federation.min_updates,
+    )
+    model.finish_model(run_sequential(model.take_params(), problem, solve).server.params)
+    return model.export(to)
+
+
+def false_rows(rows: Path) -> str:
+    return str(rows.with_name(f"false-{rows.name}"))
+
+
+def trained_by(town: RealSites, client_id: int) -> list[int]:
+    """Return the rounds that a site has trained, by its own log."""
+    return [int(t) for _, said in town.lines_of(client_id) for t in re.findall(r"^round (\d+): block", said)]
 
 
 # -- the same in a Flower federation
