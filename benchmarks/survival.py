@@ -355,7 +355,7 @@ def moving_sites(options: Options) -> None:
         moved.append(f"{what} after round {rounds_recorded(town.output_dir)}")
 
     with town:
-        after(1, f"{liar} is removed")
+        after(options.rounds // 8, f"{liar} is removed")
         finish(parablock(town.output_dir, "deploy", "remove", str(town.output_dir), str(liar)), town.output_dir)
         after(third, f"{' and '.join(map(str, joining))} join")
         for client_id in joining:

@@ -11,7 +11,8 @@ from parablock.report.units import format_duration
 class Pace:
     """The time that the remaining rounds will take, at the mean pace of this session.
 
-    The first round is not over for a long time, so local steps count as parts of it.
+    The first round is not over for a long time, so local steps count as parts of it. Once another is over, the first
+    counts no more: it has waited for sites, and warmed up.
     """
 
     def __init__(
@@ -21,6 +22,7 @@ class Pace:
         self._now_s, self._start_s = now_s, now_s()
         self._cohort = cohort or num_clients
         self.committed = first_round
+        self._first_over: tuple[float, float] | None = None
         self._steps: dict[int, tuple[float, int, int]] = {}
 
     def step(self, client_id: int, number: int, num_steps: int) -> None:
@@ -33,7 +35,10 @@ class Pace:
         if num_done is not None:
             self.committed = num_done
         stepped = sum(rounds for rounds, _, _ in self._steps.copy().values()) / self._cohort
-        return min(self.num_rounds, max(self.committed, self.first_round + stepped))
+        done = min(self.num_rounds, max(self.committed, self.first_round + stepped))
+        if num_done is not None and self._first_over is None:
+            self._first_over = self._now_s(), done
+        return done
 
     def elapsed(self) -> str:
         """Return the time since the rounds of this session began."""
@@ -48,8 +53,10 @@ class Pace:
         return "" if seconds is None else f"ETA {format_duration(seconds * (self.num_rounds - done))}"
 
     def _seconds_a_round(self, done: float) -> float | None:
-        elapsed_s = self._now_s() - self._start_s
-        return elapsed_s / (done - self.first_round) if done > self.first_round else None
+        since_s, since = self._start_s, self.first_round
+        if self._first_over is not None and done >= self._first_over[1] + 1:
+            since_s, since = self._first_over
+        return (self._now_s() - since_s) / (done - since) if done > since else None
 
     def steps_of(self, client_id: int) -> str:
         """Return the local steps of a client in its present round, such as 3/8."""

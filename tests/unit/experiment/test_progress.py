@@ -94,6 +94,16 @@ def test_the_eta_after_a_resume_is_paced_by_the_rounds_of_this_session_alone():
     assert lines_of(console)[-1].endswith("ETA 50 s")
 
 
+def test_the_first_round_which_waited_for_sites_does_not_pace_the_others():
+    console, clock = file_console(), SteppedClock()
+    progress = PlainProgress(console=console, now_s=clock)
+    progress.start(24, 8, 0)
+    for number, clock.now in enumerate((100.0, 101.0, 102.0)):
+        progress.round_done(row(number))
+    first, second, third = (line.rpartition("ETA ")[2] for line in lines_of(console)[-3:])
+    assert (first, second, third) == ("38 min", "22 s", "21 s")
+
+
 def test_a_log_says_how_far_a_long_stage_or_round_is_and_is_silent_otherwise():
     console, clock = file_console(), SteppedClock()
     progress = PlainProgress(console=console, now_s=clock)
