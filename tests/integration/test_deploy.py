@@ -411,6 +411,11 @@ def test_init_writes_over_nothing(tmp_path: Path):
     outcome = command("deploy", "init", "site", str(folder), "--client-id", "3", "--train", "a.jsonl")
     assert outcome.code == 0, outcome.stderr
     assert yaml.safe_load((folder / "site.yaml").read_text())["client_id"] == 3
+    assert "a.jsonl is not on this machine: put right the path in site.yaml" in outcome.stderr
+    assert "models/base is not on this machine" in outcome.stderr
+    (tmp_path / "a.jsonl").write_text("")
+    there = ("--train", str(tmp_path / "*.jsonl"), "--model", str(tmp_path))
+    assert "not on this machine" not in command("deploy", "init", "site", str(tmp_path / "other"), *there).stderr
     (folder / "site.yaml").write_text("mine")
     outcome = command("deploy", "init", "site", str(folder))
     assert outcome.code != 0 and "site.yaml" in outcome.stderr

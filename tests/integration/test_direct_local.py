@@ -14,8 +14,9 @@ import pytest
 from parablock.config.load import at_sites, load_config
 from parablock.deploy.direct_local import LocalSites, deploy_direct, resume_direct
 from parablock.deploy.status import control_of, read_status
-from parablock.errors import CheckpointError, ConfigError, InputError, ParaBlockError
+from parablock.errors import CheckpointError, ConfigError, InputError, ParaBlockError, StorageError
 from parablock.storage.audit_log import verify
+from parablock.storage.files import lock_folder
 from parablock.storage.run_directory import RunDirectory
 from tiny_runs import Workshop, command
 
@@ -95,6 +96,17 @@ def test_what_is_wrong_before_the_start_leaves_nothing_behind(tmp_path: Path, wo
     assert not (tmp_path / "deployed").exists()
     with pytest.raises(ConfigError):
         configured(workshop, "faults=[{client: 0, round: 1, at: train, kind: drop}]")
+
+
+def test_a_second_deployment_leaves_the_first_one_s_files_alone(tmp_path: Path, workshop: Workshop):
+    keys = tmp_path / "deployed" / "deployment" / "keys"
+    keys.mkdir(parents=True)
+    with lock_folder(keys.parent), pytest.raises(StorageError, match="another process is at work"):
+        deploy_direct(configured(workshop), tmp_path / "deployed")
+    assert keys.exists()
+    with pytest.raises(InputError):
+        deploy_direct(configured(workshop, "federation.num_rounds=1"), tmp_path / "deployed")
+    assert not keys.exists(), "without the other process, what no run has begun with is removed"
 
 
 def test_a_server_of_real_sites_is_not_resumed_as_if_they_were_here(tmp_path: Path, workshop: Workshop):

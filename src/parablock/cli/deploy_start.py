@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def init_server(
     """
     from parablock.deploy.starter_files import server_files
 
-    _write(directory, server_files(directory, model=model, test=test or ["test.jsonl"], clients=clients))
+    test = test or ["test.jsonl"]
+    _write(directory, server_files(directory, model=model, test=test, clients=clients), [model, *test])
 
 
 @init_app.command("site")
@@ -51,8 +53,9 @@ def init_site(
     from parablock.deploy.starter_files import site_files
 
     host_and_port(server)
-    files = site_files(directory, client_id=client_id, model=model, train=train or ["train.jsonl"], server=server)
-    _write(directory, files)
+    train = train or ["train.jsonl"]
+    files = site_files(directory, client_id=client_id, model=model, train=train, server=server)
+    _write(directory, files, [model, *train])
 
 
 def check(
@@ -86,8 +89,13 @@ def check(
         raise typer.Exit(2)
 
 
-def _write(directory: Path, files: dict[str, str]) -> None:
+def _write(directory: Path, files: dict[str, str], sources: Sequence[str]) -> None:
     from parablock.deploy.starter_files import write_starter_files
 
     write_starter_files(directory, files)
     typer.echo(f"{directory} has {', '.join(files)}. Read the first, and change what has to be changed.")
+    for source in sources:
+        path = Path(source)
+        if not (path.exists() or any(path.parent.glob(path.name))):
+            told = f"{source} is not on this machine: put right the path in {next(iter(files))}"
+            typer.echo(f"{told}, unless it is an id of Hugging Face, or will be there later.", err=True)

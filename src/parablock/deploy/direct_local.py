@@ -26,7 +26,7 @@ from parablock.deploy.policy import OPEN_POLICY
 from parablock.deploy.variables import site_file_of
 from parablock.errors import CheckpointError, InputError, ParaBlockError
 from parablock.experiment.progress import Progress
-from parablock.storage.files import last_lines, lock_folder, write_atomically
+from parablock.storage.files import last_lines, lock_folder, storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
 
 HOST = "127.0.0.1"
@@ -55,16 +55,20 @@ def leaves_nothing(output_dir: Path) -> Iterator[None]:
     """Remove what was written for a run that has not begun, where something that the user gave is wrong.
 
     Raises:
-        InputError: The folder holds a run already, or what the block raised.
+        InputError: The folder holds a run already, another process is at work there, or what the block raised.
     """
-    directory, was_there = RunDirectory(output_dir), output_dir.exists()
+    directory, was_there, folder = RunDirectory(output_dir), output_dir.exists(), output_dir / "deployment"
     directory.check_unused()
-    try:
-        yield
-    except InputError:
-        if not directory.config.exists():
-            shutil.rmtree(output_dir / "deployment" if was_there else output_dir, ignore_errors=True)
-        raise
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder):  # before anything is written: what is there may be another process's
+        directory.check_unused()
+        try:
+            yield
+        except InputError:
+            if not directory.config.exists():
+                shutil.rmtree(folder if was_there else output_dir, ignore_errors=True)
+            raise
 
 
 class LocalSites:
@@ -191,7 +195,8 @@ def resume_direct(
             f"the sites of the run in {output_dir} are not on this machine",
             remedy="Start its server again as before, with `parablock deploy server`: the run goes on by itself.",
         )
-    return _run(sites, output_dir, progress, asked_to_stop)
+    with lock_folder(sites.folder):
+        return _run(sites, output_dir, progress, asked_to_stop)
 
 
 def _run(
@@ -201,7 +206,7 @@ def _run(
         sites.check()
         return asked_to_stop()
 
-    with lock_folder(sites.folder), sites:
+    with sites:
         return serve_run(
             sites.config,
             output_dir,

@@ -75,7 +75,7 @@ class Deployment:
 
     def prepare(self, config: RunConfig) -> None:
         """Write all files: the server's configuration, one file for each site, keys."""
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         config_file(self.output_dir).write_text(config.to_yaml(), encoding="utf-8")
         write_site_files(self.output_dir, config)
         if not self.insecure:
@@ -235,7 +235,7 @@ def deploy_local(
 
 
 def _run(deployment: Deployment, progress: Progress | None, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
-    with lock_folder(deployment.folder), deployment:
+    with deployment:
         return watch(deployment, deployment.submit(), progress or LoggedProgress(), asked_to_stop)
 
 
@@ -275,7 +275,9 @@ def resume_local(
         )
         raise ConfigError([problem], source=str(output_dir))
     insecure = not (folder / "keys").exists()
-    return _run(Deployment(output_dir, config.federation.num_clients, insecure=insecure), progress, asked_to_stop)
+    deployment = Deployment(output_dir, config.federation.num_clients, insecure=insecure)
+    with lock_folder(deployment.folder):
+        return _run(deployment, progress, asked_to_stop)
 
 
 def watch(

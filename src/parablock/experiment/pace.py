@@ -11,8 +11,8 @@ from parablock.report.units import format_duration
 class Pace:
     """The time that the remaining rounds will take, at the mean pace of this session.
 
-    The first round is not over for a long time, so local steps count as parts of it. Once another is over, the first
-    counts no more: it has waited for sites, and warmed up.
+    The first round is not over for a long time, so local steps count as parts of it. Once another is over, the
+    first counts no more: it has waited for sites, and warmed up.
     """
 
     def __init__(
