@@ -333,10 +333,13 @@ def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list
 def moving_sites(options: Options) -> None:
     """Let sites join, leave and return, and one be removed whose labels are false; compare model and loss."""
     folder = kit.fresh_folder(options).resolve()
-    made = kit.generated(folder / "material", num_clients=options.sites, examples_per_client=options.examples)
+    if options.smoke:
+        made = kit.generated(folder / "material", num_clients=options.sites, examples_per_client=options.examples)
+    else:
+        made = kit.pretrained("gsm8k", train="/train.jsonl", test="/test.jsonl")
     whole = folder / "rows.jsonl"
     rows = [line for path in made.train for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    whole.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    whole.write_text("\n".join(rows[: options.sites * options.examples]) + "\n", encoding="utf-8")
     how: Found = {"engine.clock": None, "data.partition.scheme": "iid", "federation.num_clients": options.sites}
     config = kit.configured(replace(made, train=(str(whole),)), kit.training(options) | how)
     alone = config.engine.model_copy(update={"name": "inprocess"})
