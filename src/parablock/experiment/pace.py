@@ -53,7 +53,7 @@ class Pace:
         return "" if seconds is None else f"ETA {format_duration(seconds * (self.num_rounds - done))}"
 
     def _seconds_a_round(self, done: float) -> float | None:
-        since_s, since = self._start_s, self.first_round
+        since_s, since = self._start_s, float(self.first_round)
         if self._first_over is not None and done >= self._first_over[1] + 1:
             since_s, since = self._first_over
         return (self._now_s() - since_s) / (done - since) if done > since else None
