@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from parablock.engine.inprocess import run_in_process
 from parablock.engine.plans import Hooks
 from parablock.engine.releasing import Releasing
 from parablock.engine.update_form import Differences, FixedPointWords
+from parablock.privacy.discrete_gaussian import DiscreteGaussian
 from parablock.privacy.keystream import Keystream, derive
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.audit_log import AuditLog
 from parablock.storage.checkpoint import RunState
-from parablock.storage.release_ledger import ReleaseLedger
+from parablock.storage.release_ledger import ACCOUNT, SET, ReleaseLedger
 from parablock.trace import Trace
 from parablock.wire.messages import from_bytes, kind_of
 from parablock.wire.quantize import Encoding
@@ -40,7 +42,9 @@ from parablock.wire.transport import MemoryTransport
 from toy import ToyTrainer, initial
 
 CLIENTS, ROUNDS, KEY = 3, 3, bytes(range(32))
-MODES = ("masked", "local", "central")
+MODES = ("masked", "local", "central", "distributed")
+GRID = FixedPointGrid(1.0, CLIENTS, noise_multiplier=0.5, fewest_clients=2)
+GAUSSIAN = DiscreteGaussian(GRID.noise_variance)
 
 
 class Died(Exception):  # noqa: N818
@@ -68,6 +72,8 @@ class Watched:
         """Count the noisy updates of a client, or the noisy means with one."""
         if self.means:
             return sum(client_id in clients for each in self.means.values() for clients, _ in each)
+        if self.sets:
+            return sum(client_id in clients for each in self.sets.values() for clients in each)
         return sum(len(each) for (i, _), each in self.updates.items() if i == client_id)
 
 
@@ -75,7 +81,7 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Watch what leaves clients and the server in this test."""
     found = Watched()
-    finish, apply = MemoryTransport.finish_upload, Protection.apply
+    finish, apply, hide = MemoryTransport.finish_upload, Protection.apply, Protection.hide
     add, count = RoundAggregation._add_noise, Releasing.count_mean
     mask, answer = MaskedClient._mask, MaskedClient._answer_reveal
 
@@ -90,6 +96,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             clipped = replace(self, normals=None).apply(delta, round_index)[0]
             found.covered[(protected - clipped).mul(1e3).round().numpy().tobytes()].add(clipped.numpy().tobytes())
         return protected, factor
+
+    def hidden(self: Protection, words: Tensor, round_index: int) -> None:
+        before = words.clone()
+        hide(self, words, round_index)
+        if self.integers is not None:
+            found.covered[(words - before).numpy().tobytes()].add(before.numpy().tobytes())
 
     def added(self: Any, mean: Tensor, clients: tuple[int, ...]) -> Tensor:
         before = mean.clone()
@@ -118,6 +130,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     for owner, name, watch in (
         (MemoryTransport, "finish_upload", uploaded),
         (Protection, "apply", applied),
+        (Protection, "hide", hidden),
         (RoundAggregation, "_add_noise", added),
         (Releasing, "count_mean", counted),
         (MaskedClient, "_mask", masked),
@@ -178,15 +191,18 @@ def live(
         return Keystream(derive(noise_of(t, content), *clients)).normals
 
     rule = Rule(clip_norm=1.0, noise_multiplier=0.5 if mode == "central" else 0.0)
-    form = FixedPointWords(FixedPointGrid(1.0, CLIENTS), rule)
-    if mode != "masked":
+    form = FixedPointWords(GRID if mode == "distributed" else FixedPointGrid(1.0, CLIENTS), rule)
+    if mode in ("local", "central"):
         form = Differences(Encoding("float32"), rule, noise if mode == "central" else None)
     plan = server_plan(CLIENTS, ROUNDS, 1, form, min_updates=2, checkpoint_every=2)
     plan = replace(plan, account={"local": "updates", "central": "means"}.get(mode, ""))
 
     def protection_of(client_id: int) -> Protection:
+        def integers(t: int, content: str) -> Any:
+            return partial(GAUSSIAN.draw, Keystream(derive(noise_of(t, content), client_id)))
+
         if mode != "local":
-            return Protection(1.0)
+            return Protection(1.0, integers=integers if mode == "distributed" else None)
         return Protection(1.0, 0.5, lambda t, content: Keystream(derive(noise_of(t, content), client_id)).normals)
 
     faults = Faults([] if without is None else [Fault(without[0], without[1], "train", "drop")])
@@ -200,7 +216,7 @@ def live(
         resumed=resumed,
         faults=faults,
         protection_of=protection_of,
-        masking=SecureAggregation(CLIENTS, ROUNDS, 1.0, 0, 20.0) if mode == "masked" else None,
+        masking=None if mode in ("local", "central") else SecureAggregation(CLIENTS, ROUNDS, 1.0, 0, 20.0),
     )
     given = replace(given, releases=releases, releases_of=lambda i: ledger(f"client-{i}"))
     with suppress(Died):
@@ -231,7 +247,7 @@ def test_after_no_crash_does_a_round_of_a_client_leave_under_one_mask_or_noise_a
         _, ledger = live(mode, MortalLog(log.path), state, without=without)
         assert watched.leaks == [], (log.path.name, without)
         if mode != "masked":
-            counted = ledger.releases_by_client()
+            counted = ledger.releases_by_client(counts=SET if mode == "distributed" else ACCOUNT)
             for client_id in range(CLIENTS):
                 assert counted[client_id] >= watched.releases_of(client_id)
                 unknown = ROUNDS if mode == "local" else 1  # asked for, or written down, and then the process died
@@ -261,4 +277,5 @@ def test_a_crash_without_a_change_after_it_ends_bitwise_as_none(mode: str, watch
     assert whole is not None and again is not None
     assert torch.equal(whole.server.params[0], again.server.params[0])
     if mode != "masked":
-        assert ledger.releases_by_client() == dict.fromkeys(range(CLIENTS), ROUNDS)
+        counts = SET if mode == "distributed" else ACCOUNT
+        assert ledger.releases_by_client(counts=counts) == dict.fromkeys(range(CLIENTS), ROUNDS)

@@ -39,6 +39,7 @@ RUN = {
 """What every policy below allows without its one line."""
 NOISE = {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.5}
 MASKS = {"privacy.clip_norm": 1.0, "privacy.secure_aggregation": "masked", "wire.streaming": False}
+TOGETHER = {**MASKS, "privacy.noise_multiplier": 2.0, "privacy.mode": "distributed"}
 HASH = "ab" * 32
 
 FORBIDDEN: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -51,6 +52,7 @@ FORBIDDEN: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "noise of the server": ("noise", "own", NOISE),
     "no noise of its own": ("noise", "own", {}),
     "little noise": ("min_noise_multiplier", 1.0, NOISE),
+    "little noise of all together": ("min_noise_multiplier", 2.1, TOGETHER),
     "no noise": ("min_noise_multiplier", 0.1, {}),
     "a large epsilon": ("max_epsilon", 8.0, NOISE),
     "an epsilon without noise": ("max_epsilon", 8.0, {}),
@@ -278,6 +280,25 @@ def test_noise_of_a_site_counts_half_and_none_counts_as_no_bound(tmp_path: Path)
         guard(tmp_path, bound, **noise, **{"privacy.mode": "local"}).check_run(HASH)
     assert epsilon_of(Counter({0.0: 1}), 1e-5) == float("inf")
     assert epsilon_of(Counter(), 1e-5) == 0.0
+
+
+def test_noise_of_all_counts_as_the_servers_and_the_part_of_a_site_alone_where_it_trusts_itself_alone(
+    tmp_path: Path,
+):
+    """Of six clients four are the fewest in a sum, so that each adds a noise of z / 2."""
+    rounds = {"federation.num_rounds": 4}
+    whole, half = (epsilon_of(Counter({noise: 4}), 1e-5) for noise in (2.0, 1.0))
+    guard(tmp_path, {"max_epsilon": 1.001 * whole, "min_noise_multiplier": 2.0}, **TOGETHER, **rounds).check_run(
+        HASH
+    )
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        guard(tmp_path, {"max_epsilon": 0.999 * whole}, **TOGETHER, **rounds).check_run(HASH)
+    own = {"noise": "own", "min_noise_multiplier": 1.0}
+    guard(tmp_path, {**own, "max_epsilon": 1.001 * half}, **TOGETHER, **rounds).check_run(HASH)
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        guard(tmp_path, {**own, "max_epsilon": 0.999 * half}, **TOGETHER, **rounds).check_run(HASH)
+    with pytest.raises(PolicyError, match=r"this site's part of the noise is 1, not 1\.1"):
+        guard(tmp_path, {**own, "min_noise_multiplier": 1.1}, **TOGETHER, **rounds).check_run(HASH)
 
 
 def test_a_damaged_log_lets_nothing_be_trained(tmp_path: Path):

@@ -121,6 +121,7 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
 
 
 GRID = ("privacy.clip_norm=2.0", "wire.streaming=false")
+MASKED = ("privacy.secure_aggregation=masked",)
 
 
 def test_masked_runs_end_as_the_plain_grid_bitwise_also_when_resumed_and_near_the_run_without(
@@ -145,6 +146,24 @@ def test_noise_on_a_masked_sum_is_that_on_the_plain_grid(workshop: Workshop, tmp
     quiet = summary(workshop, tmp_path / "quiet", *GRID, "privacy.secure_aggregation=plain")
     assert masked["model_sha256"] == plain["model_sha256"] != quiet["model_sha256"]
     assert masked["epsilon"] == plain["epsilon"]
+
+
+DISTRIBUTED = (*GRID, *MASKED, "privacy.noise_multiplier=0.1", "privacy.mode=distributed")
+
+
+def test_noise_of_the_clients_in_a_masked_sum_is_counted_and_repeated_when_resumed(
+    workshop: Workshop, tmp_path: Path, known_key: None
+):
+    whole = summary(workshop, tmp_path / "whole", *DISTRIBUTED)
+    assert [row["epsilon"] for row in metrics_of(tmp_path / "whole")] == [
+        Accountant(0.1, "distributed", 1e-5).epsilon(t + 1) for t in range(6)
+    ]
+    assert Accountant(0.1, "distributed", 1e-5).epsilon(6) == Accountant(0.1, "central", 1e-5).epsilon(6)
+    quiet = summary(workshop, tmp_path / "quiet", *GRID, *MASKED)
+    assert quiet["model_sha256"] != whole["model_sha256"] and "epsilon" not in quiet
+    summary(workshop, tmp_path / "run", *DISTRIBUTED, asked_to_stop=after(2))
+    resumed = resume(tmp_path / "run")
+    assert (resumed["model_sha256"], resumed["epsilon"]) == (whole["model_sha256"], whole["epsilon"])
 
 
 STAND_INS = (
@@ -190,8 +209,7 @@ def test_masked_cohorts_have_no_stand_ins_and_rounds_without_enough_of_them_are_
     workshop: Workshop, tmp_path: Path
 ):
     faults = losses(drawn(12, 0.75), (3, 2), at="upload", kind="drop", value=100000.0)
-    masked = (*GRID, "privacy.secure_aggregation=masked")
-    found = summary(workshop, tmp_path / "run", *STAND_INS, *masked, f"faults={faults}")
+    found = summary(workshop, tmp_path / "run", *STAND_INS, *DISTRIBUTED, f"faults={faults}")
     assert (found["status"], found["rounds_done"]) == ("completed", 12)
     participants = [set(row["participants"]) for row in metrics_of(tmp_path / "run")]
     for asked, counted in zip(drawn(12, 0.75), participants, strict=True):
@@ -199,6 +217,11 @@ def test_masked_cohorts_have_no_stand_ins_and_rounds_without_enough_of_them_are_
         assert len(counted) in (0, 2, 3)
     after = participants[faults[-1]["round"] + 1 :]
     assert set() in after and {0, 1} in after
+    # a void round has asked for no shares: what is released are the sums of the others, with who is in them
+    released = Counter(i for counted in participants for i in counted)
+    of_drawn = Counter(i for asked in drawn(12, 0.75) for i in asked)
+    assert max(released.values()) < max(of_drawn.values()), "or the test shows nothing"
+    assert found["epsilon"] == Accountant(0.1, "distributed", 1e-5).epsilon(max(released.values()))
 
 
 def test_a_checkpoint_without_the_log_of_what_was_released_cannot_go_on(workshop: Workshop, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from parablock.engine.contract import EngineResult
 from parablock.engine.faults import Fault, Faults
 from parablock.engine.plans import Hooks
 from parablock.engine.update_form import FixedPointWords
+from parablock.privacy.discrete_gaussian import DiscreteGaussian
+from parablock.privacy.keystream import Keystream, derive
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.checkpoint import RunState
@@ -35,6 +38,15 @@ DROPPING = tuple(
 )
 
 
+def protection_with(grid: FixedPointGrid, client_id: int) -> Protection:
+    """Clipping, and on a grid with noise the client's part of it."""
+    if grid.noise_multiplier == 0:
+        return Protection(2.0)
+    gaussian = DiscreteGaussian(grid.noise_variance)
+    own = derive(bytes(32), "client", client_id)
+    return Protection(2.0, integers=lambda t, content: partial(gaussian.draw, Keystream(derive(own, t, content))))
+
+
 def run(
     *,
     masked: bool,
@@ -45,10 +57,12 @@ def run(
     stop_at: int | None = None,
     resumed: RunState | None = None,
     num_groups: int = 4,
+    noise: float = 0.0,
 ) -> tuple[EngineResult, list[list[int]], list[RunState], float]:
     clock = clock or VirtualClock(start_s=resumed.progress["clock_s"] if resumed else 0.0)
     size = len(cohort(0, num_clients=CLIENTS, participation=participation, seed=0))
-    form = FixedPointWords(replace(GRID, num_clients=size), Rule(clip_norm=2.0))
+    grid = replace(GRID, num_clients=size, noise_multiplier=noise, fewest_clients=size - size // 3)
+    form = FixedPointWords(grid, Rule(clip_norm=2.0))
     plan = server_plan(CLIENTS, ROUNDS, delay, form, participation=participation, min_updates=size - size // 3)
     counted: list[list[int]] = []
     states: list[RunState] = []
@@ -71,7 +85,7 @@ def run(
         link=Link(0.05, 0.05),
         faults=Faults(faults),
         resumed=resumed,
-        protection_of=lambda _: Protection(2.0),
+        protection_of=partial(protection_with, grid),
         masking=SecureAggregation(CLIENTS, ROUNDS, participation, 0, 20.0) if masked else None,
     )
     return result, counted, states, clock.now()
@@ -144,6 +158,22 @@ def test_a_stopped_run_goes_on_with_new_masks_to_the_same_end():
     resumed = run(masked=True, resumed=state)[0]
     assert resumed.finished
     assert same(resumed.server.params, whole.server.params)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_noise_of_the_clients_is_in_a_masked_sum_as_on_the_plain_grid_dropouts_and_resume_included(delay: int):
+    plain, counted, *_ = run(masked=False, delay=delay, faults=DROPPING, noise=0.5)
+    masked, *_ = run(masked=True, delay=delay, faults=DROPPING, noise=0.5)
+    assert same(plain.server.params, masked.server.params)
+    assert plain.server.rho == masked.server.rho
+    assert counted[2] == [0, 2, 3, 4, 5, 7]
+    for other in (0.0, 0.25):
+        assert not same(
+            plain.server.params, run(masked=False, delay=delay, faults=DROPPING, noise=other)[0].server.params
+        )
+    _, _, (state,), _ = run(masked=True, delay=delay, faults=DROPPING, noise=0.5, stop_at=5)
+    resumed = run(masked=True, delay=delay, faults=DROPPING, noise=0.5, resumed=state)[0]
+    assert same(resumed.server.params, masked.server.params), "the same noise again, under other masks"
 
 
 def test_the_exchange_stays_hidden_under_the_computation():

@@ -8,7 +8,7 @@ r"""Robust aggregation: median, trimmed mean, Krum, norm clipping, and the noise
 | krum | the one update whose M − f − 2 nearest neighbours are nearest | replace it by another honest one |
 
 With noise (central differential privacy) every client has the weight 1/M in the mean, and Gaussian noise of
-standard deviation z·C/M is added to every element.
+standard deviation z·C/M is added to every element. Distributed noise is in the sum already (`fixed_point.py`).
 
 A rule has two stages. The first looks at whole updates (norms, distances): clipping gives each update a factor, and
 `krum` chooses one. The second folds elements part by part, as the plain mean does. So a rule without a first stage
@@ -91,6 +91,8 @@ class RoundAggregation:
     masks: Tensor | None = None
     content = ""
     absurd = ""
+    _deviation = 0.0
+    """The standard deviation of noise in the mean."""
 
     def __init__(
         self,
@@ -143,7 +145,7 @@ class RoundAggregation:
     def aggregate(self) -> Aggregate:
         """Return the aggregate of all parts."""
         joined = join(self._parts, self._mean)
-        if self._normals is not None:
+        if self._deviation > 0:
             return self._subtract_expected_noise(joined)
         if self._kinds is not None:
             return replace(joined, rho=tuple(map(self._rho_of, self._of_kind)))

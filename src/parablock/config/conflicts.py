@@ -17,6 +17,9 @@ Problem = tuple[str, str]
 NOT_ON_A_GRID = ("kill", "nan", "sign_flip", "scale")
 """Faults that lose a client's keys, or that fixed-point words cannot have."""
 
+DISTRIBUTED_NOISE = (0.01, 1000.0)
+"""The least and the largest `noise_multiplier` that clients can share out on the grid of words."""
+
 MIN_UPDATES = {"mean": 1, "median": 3, "trimmed_mean": 3, "krum": 3}
 """The fewest updates of each aggregation rule."""
 
@@ -162,8 +165,20 @@ def _noise(config: Mapping[str, Any]) -> Iterator[Problem]:
     if privacy["noise_multiplier"] > 0 and privacy["mode"] == "central" and rule != "mean":
         cure = "choose federation.aggregation: mean, or privacy.mode: local"
         yield "privacy.noise_multiplier", f"the server's noise hides a client in a mean, not in a {rule}; {cure}"
+    if privacy["noise_multiplier"] > 0 and privacy["mode"] == "distributed":
+        yield from _distributed(privacy["noise_multiplier"], privacy["secure_aggregation"])
     if privacy["clip_norm"] is not None and config["wire"]["error_feedback"] and not _is_sparse(config):
         yield "wire.error_feedback", "would send the residual past privacy.clip_norm; switch one of them off"
+
+
+def _distributed(noise_multiplier: float, secure_aggregation: str) -> Iterator[Problem]:
+    """A client's part of distributed noise hides it in a sum alone, and has to fit the words of one."""
+    if secure_aggregation != "masked":
+        how = "each client adds a part of the noise, which hides it in a masked sum alone"
+        yield "privacy.mode", f"distributed: {how}; set privacy.secure_aggregation: masked, or mode: local"
+    least, most = DISTRIBUTED_NOISE
+    if not least <= noise_multiplier <= most:
+        yield "privacy.noise_multiplier", f"distributed noise is between {least:g} and {most:g} on the words' grid"
 
 
 def _is_sparse(config: Mapping[str, Any]) -> bool:
@@ -205,7 +220,7 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
     if privacy["clip_norm"] is None:
         yield "privacy.clip_norm", f"{how} needs it, for the grid's step; set a norm that few updates reach"
     if privacy["noise_multiplier"] > 0 and privacy["mode"] == "local":
-        yield "privacy.mode", f"local noise leaves the grid of {how}; choose central"
+        yield "privacy.mode", f"local noise leaves the grid of {how}; choose distributed or central"
     if federation["aggregation"] != "mean":
         yield "federation.aggregation", f"{federation['aggregation']} looks at single updates; {how} hides them"
     if wire["streaming"]:

@@ -293,8 +293,10 @@ class PrivacySection(Section):
 
     clip_norm: float | None = Field(None, gt=0, description="Norm that no update may exceed; null: any.")
     noise_multiplier: float = Field(0.0, ge=0, description="Noise standard deviation / clip_norm.")
-    mode: Literal["central", "local"] = Field(
-        "central", description="The server adds noise to the mean, or each client to its update."
+    mode: Literal["central", "local", "distributed"] = Field(
+        "central",
+        description="The server adds noise to the mean; or each client to its update, enough for itself; or all "
+        "clients together, each a part of what a masked sum needs.",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ that the reported epsilon belongs to.")
     secure_aggregation: Literal["none", "plain", "masked"] = Field(

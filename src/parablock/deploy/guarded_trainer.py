@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from parablock.config.keys import RunConfig
-from parablock.deploy.policy import Breach, Policy, breaches, refusal, steps_breaches
+from parablock.deploy.policy import Breach, Policy, breaches, own_noise, refusal, steps_breaches
 from parablock.errors import ConfigError, PolicyError, TrainingError
+from parablock.experiment.protections import counted_noise
 from parablock.privacy.protection import effective_multiplier
 from parablock.storage.audit_log import AuditEntry, AuditLog
 from parablock.training.trainer import Trained, Trainer
@@ -34,8 +35,8 @@ class SitePolicy:
 
     def __init__(self, policy: Policy, log: AuditLog, run: str, config: RunConfig) -> None:
         self._policy, self._log, self._run, self._config = policy, log, run, config
-        privacy = config.privacy
-        self._multiplier = effective_multiplier(privacy.noise_multiplier, is_local=privacy.mode == "local")
+        noise = own_noise(config) if policy.noise == "own" else counted_noise(config)
+        self._multiplier = effective_multiplier(noise, is_local=config.privacy.mode == "local")
         self._rounds = _rounds_of(log.entries())
 
     def check_run(self, base_sha256: str) -> None:

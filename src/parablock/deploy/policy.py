@@ -113,13 +113,23 @@ def _privacy_breaches(policy: Policy, config: RunConfig) -> Iterator[Breach]:
     if together < policy.min_cohort:
         what = "whose sum may be unmasked" if is_masked else "that a round asks"
         yield Breach("min_cohort", f"the clients {what} are {together}, not at least {policy.min_cohort}")
-    if policy.noise == "own" and not (privacy.mode == "local" and privacy.noise_multiplier > 0):
+    own = own_noise(config)
+    if policy.noise == "own" and own == 0:
         yield Breach("noise", "this site would add no noise of its own")
-    if privacy.noise_multiplier < policy.min_noise_multiplier:
-        wanted = policy.min_noise_multiplier
-        yield Breach("min_noise_multiplier", f"noise_multiplier is {privacy.noise_multiplier:g}, not {wanted:g}")
+    noise, wanted = own if policy.noise == "own" else privacy.noise_multiplier, policy.min_noise_multiplier
+    if noise < wanted:
+        whose = "this site's part of the noise" if noise != privacy.noise_multiplier else "noise_multiplier"
+        yield Breach("min_noise_multiplier", f"{whose} is {noise:g}, not {wanted:g}")
     if policy.max_clip_norm is not None and (privacy.clip_norm is None or privacy.clip_norm > policy.max_clip_norm):
         yield Breach("max_clip_norm", f"clip_norm is {privacy.clip_norm}, not at most {policy.max_clip_norm:g}")
+
+
+def own_noise(config: RunConfig) -> float:
+    """Return the noise multiplier of an update without the noise of others: of the server, or of sites in a sum."""
+    privacy, cohort = config.privacy, cohort_size(config.federation.model_dump())
+    if privacy.mode == "distributed":
+        return privacy.noise_multiplier / (cohort - cohort // 3) ** 0.5
+    return privacy.noise_multiplier if privacy.mode == "local" else 0.0
 
 
 def _training_breaches(policy: Policy, config: RunConfig) -> Iterator[Breach]:

@@ -223,9 +223,12 @@ class FixedPointWords(UpdateForm):
         return [slice(0, num_parameters + EXTRA_WORDS)]
 
     def encode(self, update: LocalUpdate) -> EncodedUpdate:
-        """Round Δ to the grid."""
+        """Round Δ to the grid, and add the client's part of distributed noise."""
         delta, losses = _protected(update)
-        words = pack(self.grid.encode(delta[:]), "word32")
+        numbers = self.grid.encode(delta[:])
+        if update.protection is not None:
+            update.protection.hide(numbers[:-EXTRA_WORDS], update.round_index)
+        words = pack(numbers, "word32")
         return EncodedUpdate([words], self.decode([words]), losses=losses)
 
     def decode(self, chunks: Sequence[Vector]) -> Tensor:

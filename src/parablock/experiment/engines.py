@@ -102,7 +102,7 @@ def release_log(config: RunConfig, folder: Path | None) -> AuditLog | None:
 
 def account_of(config: RunConfig) -> str:
     """Return what an account of ε counts; see `ServerPlan`."""
-    if not adds_noise(config):
+    if not adds_noise(config) or config.privacy.mode == "distributed":  # a line for each sum is there
         return ""
     return "updates" if config.privacy.mode == "local" else "means"
 

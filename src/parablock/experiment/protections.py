@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from parablock.algorithm.fixed_point import FixedPointGrid
@@ -12,9 +13,9 @@ from parablock.config.keys import RunConfig
 from parablock.config.methods import cohort_size
 from parablock.engine.update_form import NoiseOfRound
 from parablock.errors import ConfigError
-from parablock.privacy.protection import Protection, threshold_of
+from parablock.privacy.protection import Integers, Protection, summed_multiplier, threshold_of
 from parablock.storage.audit_log import AuditLog
-from parablock.storage.release_ledger import ReleaseLedger
+from parablock.storage.release_ledger import ACCOUNT, SET, ReleaseLedger
 
 if TYPE_CHECKING:
     from parablock.privacy.secure_aggregation import SecureAggregation
@@ -51,13 +52,12 @@ def new_secret() -> bytes:
 def aggregation_rule(config: RunConfig) -> Rule:
     """Return the rule that makes one update of a round's updates."""
     federation, privacy = config.federation, config.privacy
-    is_central = privacy.mode == "central"
     return Rule(
         federation.aggregation,
         federation.trim_fraction,
         federation.assumed_attackers,
-        privacy.clip_norm if is_central else None,
-        privacy.noise_multiplier if is_central else 0.0,
+        None if privacy.mode == "local" else privacy.clip_norm,
+        privacy.noise_multiplier if privacy.mode == "central" else 0.0,
     )
 
 
@@ -65,8 +65,19 @@ def grid_of(config: RunConfig) -> FixedPointGrid | None:
     """Return the grid of fixed-point words; None if updates travel in the wire's format."""
     if not is_secure(config):
         return None
-    assert config.privacy.clip_norm is not None
-    return FixedPointGrid(config.privacy.clip_norm, cohort_size(config.federation.model_dump()))
+    privacy, size = config.privacy, cohort_size(config.federation.model_dump())
+    assert privacy.clip_norm is not None
+    if privacy.mode != "distributed":
+        return FixedPointGrid(privacy.clip_norm, size)
+    return FixedPointGrid(privacy.clip_norm, size, privacy.noise_multiplier, threshold_of(size))
+
+
+def counted_noise(config: RunConfig) -> float:
+    """Return z, less what the sum of discrete Gaussians is short of a Gaussian, which is next to nothing."""
+    grid = grid_of(config)
+    if config.privacy.mode != "distributed" or grid is None:
+        return config.privacy.noise_multiplier
+    return summed_multiplier(grid.noise_multiplier, grid.num_clients, grid.noise_variance)
 
 
 def fewest_updates(config: RunConfig) -> int:
@@ -115,10 +126,19 @@ def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Prot
             return None
         if not adds_noise(config) or privacy.mode == "central":
             return Protection(privacy.clip_norm)
+        from parablock.privacy.discrete_gaussian import DiscreteGaussian
         from parablock.privacy.keystream import Keystream, derive
 
         assert secret is not None
-        own = derive(secret, "client", client_id)
+        own, grid = derive(secret, "client", client_id), grid_of(config)
+        if privacy.mode == "distributed":
+            assert grid is not None
+            gaussian = DiscreteGaussian(grid.noise_variance)
+
+            def integers(round_index: int, content: str) -> Integers:
+                return partial(gaussian.draw, Keystream(derive(own, "words", round_index, content)))
+
+            return Protection(privacy.clip_norm, integers=integers)
 
         def normals(round_index: int, content: str) -> Normals:
             return Keystream(derive(own, "noise", round_index, content)).normals
@@ -141,8 +161,9 @@ def privacy_spent(config: RunConfig, releases: ReleaseLedger, through: int | Non
         return {}
     from parablock.privacy.accounting import Accountant
 
-    most = max(releases.releases_by_client(through).values(), default=0)
+    kind = SET if privacy.mode == "distributed" else ACCOUNT
+    most = max(releases.releases_by_client(through, kind).values(), default=0)
     return {
-        "epsilon": Accountant(privacy.noise_multiplier, privacy.mode, privacy.delta).epsilon(most),
+        "epsilon": Accountant(counted_noise(config), privacy.mode, privacy.delta).epsilon(most),
         "delta": privacy.delta,
     }

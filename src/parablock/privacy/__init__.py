@@ -2,6 +2,7 @@
 
 protection           clipping, and noise added by the client
 accounting           ε for a δ
+discrete_gaussian    whole numbers of noise
 keystream            secret random numbers from a key
 identities           a site's signature under the keys that it advertises
 masking              masks, keys and secret shares

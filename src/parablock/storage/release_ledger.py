@@ -77,17 +77,18 @@ class ReleaseLedger:
         """Return whether an account has an update of a client in a round."""
         return any(client_id in facts["clients"] for facts in self.recorded(ACCOUNT, round_index))
 
-    def releases_by_client(self, through: int | None = None) -> Counter[int]:
-        """Return how many different updates, or means with one of them, each client has in an account.
+    def releases_by_client(self, through: int | None = None, counts: str = ACCOUNT) -> Counter[int]:
+        """Return how many different updates, or means or sums with one of them, each client has in an account.
 
         An update that was asked for before a crash, and of which nothing is known, is one.
 
         Args:
             through: The last round that counts; None: all rounds.
+            counts: The kind of lines that count: ACCOUNT, or SET where masked sums are what is released.
         """
         counted = Counter[int]()
         for (kind, t), entries in self._of.items():
-            if kind == ACCOUNT and (through is None or t <= through):
+            if kind == counts and (through is None or t <= through):
                 counted.update(client_id for facts in entries for client_id in facts["clients"])
         for t, asked in self._before.items():
             if through is None or t <= through:

@@ -187,6 +187,14 @@ def test_all_that_a_sum_without_parts_cannot_be_combined_with_is_said_at_once():
     parse_config(nested({**REQUIRED, **works, "privacy.noise_multiplier": 1.0}))
     (problem,) = problems({**works, "privacy.noise_multiplier": 1.0, "privacy.mode": "local"})
     assert problem.startswith("privacy.mode: local noise leaves the grid")
+    distributed = {"privacy.noise_multiplier": 1.0, "privacy.mode": "distributed"}
+    parse_config(nested({**REQUIRED, **works, **distributed}))
+    for how in ("plain", "none"):
+        (problem,) = problems({**works, **distributed, "privacy.secure_aggregation": how})
+        assert problem.startswith("privacy.mode: distributed: each client adds a part of the noise")
+    for noise in (0.009, 1001.0):
+        (problem,) = problems({**works, **distributed, "privacy.noise_multiplier": noise})
+        assert problem.startswith("privacy.noise_multiplier: distributed noise is between 0.01 and 1000")
 
 
 @pytest.mark.parametrize("key", CONFLICTS)

@@ -202,10 +202,10 @@ def test_a_sum_whose_set_was_fixed_without_a_client_goes_on_without_it():
 def test_a_sum_that_cannot_be_one_of_updates_within_the_bound_is_absurd():
     grid = FixedPointGrid(2.0, 3)
     mean = torch.full((100,), 0.15)  # of norm 1.5
-    assert grid.absurd(mean, 2.25) == grid.absurd(mean, 4.0) == ""
-    assert "more than the mean of theirs" in grid.absurd(mean, 2.2)
-    assert "beyond the bound" in grid.absurd(mean, 4.1)
-    assert "beyond the bound" in grid.absurd(0 * mean, -0.1)
+    assert grid.absurd(mean, 2.25, 3) == grid.absurd(mean, 4.0, 3) == ""
+    assert "more than the mean of theirs" in grid.absurd(mean, 2.2, 3)
+    assert "beyond the bound" in grid.absurd(mean, 4.1, 3)
+    assert "beyond the bound" in grid.absurd(0 * mean, -0.1, 3)
 
 
 @pytest.mark.usefixtures("nothing_in_memory")
