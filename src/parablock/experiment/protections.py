@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.robust import Normals, Rule
+from parablock.algorithm.schedule import cohort
 from parablock.config.keys import RunConfig
 from parablock.config.methods import cohort_size
 from parablock.engine.update_form import NoiseOfRound
@@ -156,13 +158,27 @@ def releases_of(config: RunConfig, log: AuditLog | None, run: str = "") -> Relea
 
 def privacy_spent(config: RunConfig, releases: ReleaseLedger, through: int | None = None) -> dict[str, Any]:
     """Return ε and δ of the client with the most releases up to a round; empty without noise."""
+    kind = SET if config.privacy.mode == "distributed" else ACCOUNT
+    return _epsilon(config, releases.releases_by_client(through, kind))
+
+
+def privacy_planned(config: RunConfig) -> dict[str, Any]:
+    """Return ε and δ after all rounds, if each client that is drawn releases one update; empty without noise."""
+    federation = config.federation
+    cohorts = (
+        cohort(t, num_clients=federation.num_clients, participation=federation.participation, seed=config.seed)
+        for t in range(federation.num_rounds)
+    )
+    return _epsilon(config, Counter(client_id for drawn in cohorts for client_id in drawn))
+
+
+def _epsilon(config: RunConfig, releases: Counter[int]) -> dict[str, Any]:
     privacy = config.privacy
     if not adds_noise(config):
         return {}
     from parablock.privacy.accounting import Accountant
 
-    kind = SET if privacy.mode == "distributed" else ACCOUNT
-    most = max(releases.releases_by_client(through, kind).values(), default=0)
+    most = max(releases.values(), default=0)
     return {
         "epsilon": Accountant(counted_noise(config), privacy.mode, privacy.delta).epsilon(most),
         "delta": privacy.delta,

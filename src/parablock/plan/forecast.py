@@ -21,6 +21,7 @@ from parablock.experiment.fit_blocks import (
     never_visited,
     size_for_visits,
 )
+from parablock.experiment.protections import check_privacy_extra, privacy_planned
 from parablock.methods.trained_blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
@@ -238,12 +239,29 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         links=_at_several_speeds(scenario),
         memory_parts={name: dict(vars(each)) for name, each in memory.items()},
         compute_source=scenario.compute.source,
-        assumptions=[f"computation is {scenario.compute.assumption}", *ASSUMPTIONS, *scenario.notes],
+        assumptions=[
+            f"computation is {scenario.compute.assumption}",
+            *ASSUMPTIONS,
+            *scenario.notes,
+            *_privacy(config),
+        ],
         methods=[asdict(each) for each in others],
         equal_rank=equal_rank(scenario),
         recommended_method=recommended_method(others, config, scenario.flops.num_layers),
         verdict=verdict(config, timing, serial, advice, num_local_steps=scenario.num_local_steps),
     )
+
+
+def _privacy(config: RunConfig) -> list[str]:
+    """Say how private the run will be, or what is needed to know it."""
+    try:
+        check_privacy_extra(config)
+    except ConfigError as error:
+        return list(error.problems)
+    if not (planned := privacy_planned(config)):
+        return []
+    told = "after the last round, if every client that is drawn releases one update"
+    return [f"ε is {planned['epsilon']:.3g} for δ = {planned['delta']:g} {told}"]
 
 
 def _slower(scenario: Scenario) -> float:

@@ -242,7 +242,7 @@ class MaskedClient:
     def _mask(self, parcel: Parcel) -> list[Parcel]:
         message = from_bytes(parcel.message)
         assert isinstance(message, Update) and self._members is not None
-        t, size = message.round_index, message.delta.num_elements
+        t = message.round_index
         cohort = self._cohorts.of_round.get(t, ())
         said = self._partners.get(t) or self._say_partners(t, cohort)
         partners = [other for other in cohort if other not in said.left_out]
@@ -253,15 +253,14 @@ class MaskedClient:
         if self._masked.setdefault(t, content) != content:
             self._refuse(f"round {t} once more: a mask covers one update")
             return [replace(parcel, message=to_bytes(Skip(t)))]
-        masks = [masking.own_mask(self._seeds[t], size)]
+        masks = [masking.own_mask(self._seeds[t])]
         for other in partners:
             if other != self._client_id:
                 public = self._public[other][self._cohorts.place_of(other, t)]
-                masks.append(masking.pair_mask(self._mask_keys[t], public, t, self._client_id, other, size))
-        words = message.delta.values.numpy().view(np.uint32)
-        masked = torch.from_numpy(masking.add_words([words, *masks], size).view(np.int32))
+                masks.append(masking.pair_mask(self._mask_keys[t], public, t, self._client_id, other))
+        words = masking.add_masks(message.delta.values.numpy().view(np.uint32).copy(), masks)
         self._partners[t] = said
-        hidden = to_bytes(replace(message, delta=pack(masked, "word32")))
+        hidden = to_bytes(replace(message, delta=pack(torch.from_numpy(words.view(np.int32)), "word32")))
         return [replace(parcel, message=to_bytes(said)), replace(parcel, message=hidden)]
 
     def _say_partners(self, t: int, cohort: tuple[int, ...]) -> sealing.Partners:

@@ -23,7 +23,7 @@ from parablock.privacy import masking
 from parablock.privacy.identities import Identity, is_proven, signed_keys, signed_partners, unbelieved
 from parablock.privacy.keystream import KEY_BYTES
 from parablock.privacy.masked_client import Fixed
-from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts, Words
+from parablock.privacy.masking import COMMITMENT_BYTES, NO_SHARE, SHARE_BYTES, Cohorts, Mask
 from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
@@ -160,17 +160,18 @@ class MaskedServer:
         pairs = {i: [j for j in chosen if i not in self._partners[t, j].left_out] for i in members}
         dealers = [dealer for dealer in members if pairs[dealer]]
         self._reveal(t, chosen, members, dealers)
-        parts: list[Words] = []
+        masks: list[Mask] = []
         for dealer in dealers:
             secret = self._secret_of(t, dealer, cohort, is_seed=dealer in chosen)
             if dealer in chosen:
-                parts.append(masking.own_mask(secret, size))
+                masks.append(masking.own_mask(secret))
                 continue
             for other in pairs[dealer]:  # their pair masks with the client whose update is missing
                 public = self._key(other, t)
-                parts.append(masking.pair_mask(secret, public, t, other, dealer, size))
+                masks.append(masking.pair_mask(secret, public, t, other, dealer))
         self._revealed = {}
-        return torch.from_numpy(masking.add_words(parts, size).view(np.int32))
+        sum_ = masking.add_masks(np.zeros(size, np.uint32), masks)
+        return torch.from_numpy(sum_.view(np.int32))
 
     def _reveal(self, t: int, chosen: tuple[int, ...], members: Sequence[int], dealers: Sequence[int]) -> None:
         """Ask for shares of the dealers' secrets, until there are enough, or no more will come."""

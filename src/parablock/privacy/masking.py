@@ -42,6 +42,8 @@ SHARE_BYTES = 33
 NO_SHARE = b"\xff" * SHARE_BYTES
 """In the place of a share that a client has not got; no share, because it is above the prime."""
 COMMITMENT_BYTES = 16
+PIECE = 1 << 15
+"""Words that are masked at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,35 @@ def agree_key(private: bytes, public: bytes, *purpose: str | int) -> bytes:
     return derive(exchanged, *purpose)
 
 
-def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int, size: int) -> Words:
+@dataclass(frozen=True)
+class Mask:
+    """A mask, whose words are made when they are added."""
+
+    stream: Keystream
+    is_negative: bool = False
+
+
+def pair_mask(private: bytes, public: bytes, round_index: int, client_id: int, other: int) -> Mask:
     """Return the mask of a client for its pair with another client, whose own mask is the negative.
 
     The keys are those of this round: the private one of either client, and the public one of the other.
     """
     low, high = sorted((client_id, other))
-    words = Keystream(agree_key(private, public, "pair", round_index, low, high)).words(size)
-    return words if client_id == low else np.negative(words)
+    return Mask(Keystream(agree_key(private, public, "pair", round_index, low, high)), client_id != low)
 
 
-def own_mask(seed: bytes, size: int) -> Words:
+def own_mask(seed: bytes) -> Mask:
     """Return a client's own mask."""
-    return Keystream(derive(seed, "own")).words(size)
+    return Mask(Keystream(derive(seed, "own")))
+
+
+def add_masks(words: Words, masks: Sequence[Mask]) -> Words:
+    """Add masks to words modulo 2^32, in their place: all of them to one piece after the other."""
+    for first in range(0, len(words), PIECE):
+        piece = words[first : first + PIECE]
+        for mask in masks:
+            (np.subtract if mask.is_negative else np.add)(piece, mask.stream.words(len(piece)), out=piece)
+    return words
 
 
 def commit(round_index: int, dealer: int, holder: int, content: bytes) -> bytes:
@@ -128,14 +146,6 @@ def unseal(key: bytes, sender: int, receiver: int, letter: bytes) -> bytes:
         InvalidTag: The letter is not as the sender wrote it.
     """
     return ChaCha20Poly1305(derive(key, sender, receiver)).decrypt(bytes(12), letter, None)
-
-
-def add_words(parts: Sequence[Words], size: int) -> Words:
-    """Add words modulo 2^32."""
-    sum_ = np.zeros(size, dtype=np.uint32)
-    for part in parts:
-        sum_ += part
-    return sum_
 
 
 def split_secret(secret: bytes, num_shares: int, threshold: int) -> list[bytes]:

@@ -15,6 +15,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, ModelError
 from parablock.plan.forecast import Scenario, make_plan
+from parablock.privacy.accounting import Accountant
 from parablock.training.flops import Tokens
 from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, slowdown
 from planning import plan_of
@@ -299,3 +300,16 @@ def test_a_method_that_the_settings_do_not_allow_has_its_problem_in_place_of_fig
     # without chunks a client that lacks two versions, in the drain, gets the value: once in these 6 rounds
     whole = plan_of(workshop, "federation.method=fedavg", "wire={format: sparse2, streaming: false}")
     assert 1 / 6 < whole.traffic["sparse2"]["downlink_bytes"] / many["downlink_bytes"] < 0.03 + 1 / 6
+
+
+def test_a_plan_tells_the_epsilon_that_the_run_will_have(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    noise = ("privacy.clip_norm=1", "privacy.noise_multiplier=0.5")
+    shared = ("privacy.mode=distributed", "privacy.secure_aggregation=masked", "wire.streaming=false")
+    told = f"ε is {Accountant(0.5, 'central', 1e-5).epsilon(6):.3g} for δ = 1e-05 after the last round"
+    for more in ((), shared):
+        assert [line.split(",")[0] for line in plan_of(workshop, *noise, *more).assumptions if "ε" in line] == [
+            told
+        ]
+    assert not any("ε" in line for line in plan_of(workshop).assumptions)
+    monkeypatch.setattr("parablock.experiment.protections.EXTRA", ("no_such_module",))
+    assert any("needs no_such_module; install it" in line for line in plan_of(workshop, *noise).assumptions)

@@ -21,7 +21,7 @@ from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.masking import (
     NO_SHARE,
     SHARE_BYTES,
-    add_words,
+    add_masks,
     join_secret,
     own_mask,
     pair_mask,
@@ -83,8 +83,9 @@ def sum_of_client_0_alone(lie: Callable[[Reveal], Reveal]) -> tuple[bool, list[s
     if len(seeds) < 2:
         return False, wires.told
     own, public = join_secret(seeds), wires.couriers[0]._public
-    pair = pair_mask(join_secret(keys), public[0][1], 0, 1, 0, len(came[0]))
-    masks = add_words([own_mask(own, len(came[0])), np.negative(pair)], len(came[0]))
+    pair = pair_mask(join_secret(keys), public[0][1], 0, 1, 0)
+    negative = replace(pair, is_negative=not pair.is_negative)
+    masks = add_masks(np.zeros(len(came[0]), np.uint32), [own_mask(own), negative])
     plain = from_bytes(masked_update(0, 0)).delta.values.numpy().view(np.uint32)
     return bool((came[0] == masks + plain).all()), wires.told
 

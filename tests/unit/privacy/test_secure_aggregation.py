@@ -24,7 +24,7 @@ from parablock.privacy.masking import (
     PRIME,
     SHARE_BYTES,
     Cohorts,
-    add_words,
+    add_masks,
     join_secret,
     own_mask,
     pair_mask,
@@ -431,9 +431,10 @@ def colluding(num_clients: int, num_colluders: int) -> bool:
     if min(len(seeds), len(keys)) < threshold:
         return False
     seed, key = join_secret(seeds), join_secret(keys)
-    masks = [own_mask(seed, SIZE)]
-    masks += [pair_mask(key, wires.couriers[0]._public[other][1], 0, 0, other, SIZE) for other in everybody[1:]]
-    return bool((masked.numpy().view(np.uint32) == add_words(masks, SIZE)).all())  # the update is zeros
+    masks = [own_mask(seed)]
+    masks += [pair_mask(key, wires.couriers[0]._public[other][1], 0, 0, other) for other in everybody[1:]]
+    of_zeros = add_masks(np.zeros(SIZE, np.uint32), masks)  # as the update is
+    return bool((masked.numpy().view(np.uint32) == of_zeros).all())
 
 
 @pytest.mark.parametrize(("clients", "stay", "colluders"), [(3, 2, 1), (8, 6, 4), (30, 20, 10)])
