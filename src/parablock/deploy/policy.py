@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
@@ -128,7 +129,7 @@ def own_noise(config: RunConfig) -> float:
     """Return the noise multiplier of an update without the noise of others: of the server, or of sites in a sum."""
     privacy, cohort = config.privacy, cohort_size(config.federation.model_dump())
     if privacy.mode == "distributed":
-        return privacy.noise_multiplier / (cohort - cohort // 3) ** 0.5
+        return privacy.noise_multiplier / sqrt(cohort - cohort // 3)
     return privacy.noise_multiplier if privacy.mode == "local" else 0.0
 
 

@@ -9,6 +9,9 @@ Gaussian mechanism with multiplier z. It protects against everybody who sees the
 `local`: each client adds noise of standard deviation z·C itself. Two updates differ by up to 2·C, so the multiplier
 counts half. It also protects against the server.
 
+`distributed`: the clients together do what the server does with `central` (`summed_multiplier` in `protection.py`).
+A release is a sum. It also protects against the server.
+
 Cohorts have a fixed size and are drawn from the run's seed, which is not secret. So a smaller participation counts
 as fewer rounds of a client, without amplification by sampling.
 """

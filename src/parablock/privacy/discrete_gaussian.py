@@ -30,6 +30,7 @@ import numpy as np
 from parablock.privacy.keystream import Keystream
 
 Integers = np.ndarray[tuple[int], np.dtype[np.int32]]
+Places = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 REACH = 12
 """The largest draw, in standard deviations."""
@@ -71,19 +72,20 @@ class DiscreteGaussian:
             filled += len(kept)
         return drawn
 
-    def _kept(self, stream: Keystream, num_draws: int) -> np.ndarray:
+    def _kept(self, stream: Keystream, num_draws: int) -> Places:
         words = stream.words(WORDS_A_DRAW * num_draws)
         mixed, chance = words[: 4 * num_draws].view("<u8").reshape(2, num_draws)
         cell = (mixed & np.uint64((1 << CELL_BITS) - 1)).astype(np.intp)
         block = np.where(chance < self._limits[cell], cell, self._other[cell])
         offset = words[4 * num_draws :] & np.uint32((1 << self._shift) - 1)
-        found = self._inner[block] + self._sign[block] * offset
+        found: Places = self._inner[block] + self._sign[block] * offset
         if not self._shift:  # a block is one integer
             return found
         beyond = offset * (offset + self._twice[block])  # x² less the square of the inner edge
         beyond *= -0.5 / self.variance
         uniform = (mixed >> np.uint64(CELL_BITS)) * 2.0**-53
-        return found[uniform < np.exp(beyond, out=beyond)]
+        kept: Places = found[uniform < np.exp(beyond, out=beyond)]
+        return kept
 
 
 def gaussian_weights(places: Sequence[int], variance: float) -> list[int]:
