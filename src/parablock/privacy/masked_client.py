@@ -258,7 +258,7 @@ class MaskedClient:
             if other != self._client_id:
                 public = self._public[other][self._cohorts.place_of(other, t)]
                 masks.append(masking.pair_mask(self._mask_keys[t], public, t, self._client_id, other))
-        words = masking.add_masks(message.delta.values.numpy().view(np.uint32).copy(), masks)
+        words = masking.add_masks(message.delta.values.numpy().view(np.uint32), masks)  # those decoded here
         self._partners[t] = said
         hidden = to_bytes(replace(message, delta=pack(torch.from_numpy(words.view(np.int32)), "word32")))
         return [replace(parcel, message=to_bytes(said)), replace(parcel, message=hidden)]
