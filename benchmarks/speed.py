@@ -1,4 +1,4 @@
-"""How fast: a local step, the wire, overlap in real time, slow links, many clients, an earlier commit.
+"""How fast: a local step, the wire, overlap in real time, slow links, many clients, an earlier commit, a picture.
 
 .venv/bin/python benchmarks/speed.py step
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import json
 import multiprocessing
 import os
+import pty
 import re
 import resource
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -28,6 +31,7 @@ import _record as kit
 import psutil
 import torch
 from _record import Bar, Found, Options, benchmarks, main, record, section, table, table_of
+from llm import smollm2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -611,6 +615,122 @@ def processor_s(tree: Path, folder: Path, command: str, config: RunConfig) -> fl
     subprocess.run(line, check=True, env=environment, stdout=subprocess.DEVNULL)
     found = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found.ru_utime + found.ru_stime - since.ru_utime - since.ru_stime
+
+
+# -- a picture that stands still
+CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\r")
+PHASES = {
+    "export": r"writing|exporting|fitting|comparing",
+    "score": r"scoring|answers|: (loss|exact_match) of",
+    "load": r"loading the|reading the|timing|checking",
+    "start": r"loading torch",
+    "rounds": r"round \d",
+}
+"""A phase → what a picture says in it; the first that fits."""
+
+
+@dataclass
+class Screen:
+    """What a terminal shows: what it says last, since when, and the longest time that it said the same."""
+
+    pause_s: float = 0.02
+    shown: str = ""
+    since_s: float = field(default_factory=time.monotonic)
+    still_s: dict[str, float] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
+
+    def phase(self) -> str:
+        found = (phase for phase, words in PHASES.items() if re.search(words, self.shown))
+        return next(found, "other" if self.shown else "start")
+
+    def now_shows(self, text: str, at_s: float) -> None:
+        """Take what was written; the same picture drawn once more is a picture that stands still."""
+        if (visible := CONTROL.sub("", text)) != self.shown:
+            phase, still_s = self.phase(), at_s - self.since_s
+            if still_s >= self.still_s.get(phase, 0.0):
+                self.still_s[phase], self.said[phase] = still_s, " ".join(self.shown.split())[-80:]
+            self.shown, self.since_s = visible, at_s
+
+
+def watch(words: Sequence[str], folder: Path, says: Sequence[bytes] = ()) -> Found:
+    """Start a command at a terminal; return for how long its picture stood still, by what it was at.
+
+    At each prompt it is told the next of what the user `says`.
+    """
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        os.environ.update(TERM="xterm", COLUMNS="100", LINES="40")
+        os.execv(words[0], [*words])
+    screen, load, began_s, left = Screen(), os.getloadavg()[0], time.monotonic(), list(says)
+    written, is_open = bytearray(), True
+    while is_open:
+        piece = bytearray()
+        while is_open and select.select([terminal], [], [], screen.pause_s if piece else 60.0)[0]:
+            try:
+                piece += os.read(terminal, 65536)
+            except OSError:  # the command has ended
+                is_open = False
+        screen.now_shows(piece.decode(errors="replace") if is_open else "the end", time.monotonic())
+        written += piece
+        if left and piece.endswith(b"> "):
+            os.write(terminal, left.pop(0))
+    os.close(terminal)
+    if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        sys.exit(f"{' '.join(words)} ended with {code}:\n{written.decode(errors='replace')[-2000:]}")
+    return {"still_s": screen.still_s, "said": screen.said, "seconds": time.monotonic() - began_s, "load": load}
+
+
+def still_picture(options: Options) -> None:
+    """Measure for how long the picture on a terminal stands still while a command is at work."""
+    folder = kit.fresh_folder(options)
+    if options.smoke:
+        material = kit.generated(folder / "material", num_clients=2)
+        model, files = material.model, list(material.train)
+    else:
+        model, rows = (
+            smollm2(),
+            (kit.SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
+        files = [str(folder / f"site_{site}.jsonl") for site in "ab"]
+        for n, file in enumerate(files):
+            Path(file).write_text(
+                "\n".join(rows[n * options.rows : (n + 1) * options.rows]) + "\n", encoding="utf-8"
+            )
+    found = []
+    for name, line in kit.ABOUT["still_picture"]["commands"].items():
+        if name in options.only:
+            words = line.format(
+                files=" ".join(files), file=files[0], model=model, rounds=options.rounds, steps=options.steps
+            ).split()
+            says = [b"What is 2 + 2?\n", b"\x04"] if name == "chat" else []
+            found.append({"command": name, **watch([sys.executable, "-m", "parablock", *words], folder, says)})
+            print(json.dumps(found[-1]))
+    phases = [
+        phase
+        for phase in ("start", "load", "score", "rounds", "export")
+        if any(phase in row["still_s"] for row in found)
+    ]
+    longest = {phase: max(row["still_s"].get(phase, 0.0) for row in found) for phase in phases}
+    bars = [Bar(f"longest still picture, s: {phase}", seconds, 5) for phase, seconds in longest.items()]
+    bars.append(
+        Bar("longest still picture, s", max(seconds for row in found for seconds in row["still_s"].values()), 5)
+    )
+    record(options, found, bars)
+
+
+def still_picture_section(found: Found) -> Found:
+    phases = [*dict.fromkeys(["start", "load", "score", "rounds", "export", "other"])]
+    rows = [
+        [
+            row["command"],
+            *(f"{row['still_s'][phase]:.1f}" if phase in row["still_s"] else "" for phase in phases),
+            f"{row['seconds']:.0f}",
+            f"{row['load']:.1f}",
+        ]
+        for row in found["results"]
+    ]
+    return section("still_picture", found, table(["command", *phases, "s in all", "load"], rows))
 
 
 BENCHMARKS = benchmarks(globals())

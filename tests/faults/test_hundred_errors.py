@@ -205,6 +205,10 @@ eval unfinished --data test.jsonl
   the run in unfinished has no model yet | It was interrupted, or it failed | parablock resume unfinished
 eval model --data test.jsonl --task vibes
   'vibes' | there is no task | Choose one of loss
+eval model --data test.jsonl --task ifeval
+  test.jsonl, line 1 | no list of instructions in the field instruction_id_list | Give rows such as
+eval model --data instructions.jsonl --task ifeval
+  instructions.jsonl, line 2 | there is no instruction 'keywords:rhymes' | Known are keywords:existence
 eval model --data plain.jsonl --task exact_match
   plain.jsonl, line 1 | has no prompt to generate from | evaluate the loss instead
 eval model --data choices.jsonl --task multiple_choice
@@ -269,6 +273,11 @@ def folder(workshop: Workshop) -> Iterator[Path]:
     write_broken_models(workshop)
     write_rows(path / "plain.jsonl", [{"text": "Ann has 12 apples."}] * 4)
     write_rows(path / "choices.jsonl", [{**sum_row(1, 1), "choices": ["#### 3", "#### 4"]}])
+    asked = ("startend:quotation", "keywords:rhymes")
+    write_rows(
+        path / "instructions.jsonl",
+        [{"prompt": "Write.", "instruction_id_list": [name], "kwargs": [{}]} for name in asked],
+    )
     write_rows(path / "many.jsonl", (sum_row(1, k) for k in range(20)))
     make_runs(workshop)
     with pytest.MonkeyPatch.context() as patch:

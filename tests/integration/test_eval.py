@@ -190,3 +190,33 @@ def test_rouge_l_is_a_task(workshop: Workshop, tmp_path: Path):
     assert all(
         json.loads(r)["tuned_score"] == rouge_l(json.loads(r)["tuned"], json.loads(r)["reference"]) for r in records
     )
+
+
+def test_instructions_are_checked_by_rules(workshop: Workshop, tmp_path: Path):
+    assert workshop.run(tmp_path / "run").code == 0
+    asked = [
+        {
+            "key": k,
+            "prompt": f"Add {k} and 1.",
+            "instruction_id_list": ["length_constraints:number_words", "punctuation:no_comma"],
+            "kwargs": [{"num_words": k, "relation": "at least", "keywords": None}, {}],
+        }
+        for k in (1, 99)
+    ]
+    data = ("--data", str(write_rows(tmp_path / "ifeval.jsonl", asked)), "--max-new-tokens", "6")
+    outcome = done("eval", str(tmp_path / "run"), "--task", "ifeval", *data)
+    written = json.loads((tmp_path / "run" / "evaluation" / "ifeval.json").read_text())
+    records = (tmp_path / "run" / "evaluation" / "ifeval.jsonl").read_text().splitlines()
+    first, second = map(json.loads, records)
+    assert first["reference"] == "length_constraints:number_words; punctuation:no_comma"
+    for score in written["scores"]:
+        label, followed = score["label"], [row[f"{score['label']}_followed"] for row in (first, second)]
+        assert "length_constraints:number_words" not in followed[1], "six tokens are not 99 words"
+        both = [len(names) == 2 for names in followed]
+        assert [row[f"{label}_score"] for row in (first, second)] == both
+        assert score["value"] == sum(both) / 2
+        assert score["instruction_accuracy"] == sum(map(len, followed)) / 4
+        assert f"{label}: {score['instruction_accuracy']:.4f} of all instructions are followed" in outcome.stdout
+    (own,) = score_models(str(workshop.model), [data[1]], task="ifeval", max_new_tokens=6, max_examples=1)
+    assert own.count == len(own.followed) == 1 and own.predictions == (first["base"],)
+    assert "instruction_accuracy" not in done("eval", str(tmp_path / "run")).stdout

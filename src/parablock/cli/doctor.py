@@ -32,6 +32,7 @@ _EXTRAS = {
     "gguf": "exports for llama.cpp",
     "lm_eval": "standard benchmarks",
     "peft": "methods of adapters",
+    "py3langid": "languages of answers",
     "rouge_score": "ROUGE-L of answers",
     "tensorboard": "curves in TensorBoard",
     "wandb": "curves in Weights & Biases",

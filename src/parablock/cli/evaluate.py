@@ -22,7 +22,7 @@ def evaluate(
             "--data", help="A file or a `datasets` name; repeatable. Default: the rows that the run held out."
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="loss, exact_match, rouge_l or multiple_choice.")] = "loss",
+    task: Annotated[str, typer.Option(help="loss, exact_match, rouge_l, multiple_choice or ifeval.")] = "loss",
     max_examples: Annotated[int | None, typer.Option(min=1, help="Score only the first examples.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     data_format: Annotated[
@@ -44,7 +44,10 @@ def evaluate(
 
     TASK.json has the scores, TASK.jsonl a line for each row: its place, reference, prediction and score.
 
-    Example: parablock eval runs/t0 --task exact_match
+    `ifeval` checks answers by the instructions of rows that have `instruction_id_list` and `kwargs`, as IFEval has.
+
+    Examples: parablock eval runs/t0 --task exact_match, and
+    parablock eval runs/t0 --task ifeval --data ifeval.jsonl --max-new-tokens 1280
     """
     if harness:
         _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
@@ -110,8 +113,13 @@ def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) ->
         table.caption = "on rows that the run held out"
     console.print(table)
     for score in scores:
+        if (accuracy := score.instruction_accuracy) is not None:
+            line = f"{score.label}: {accuracy:.4f} of all instructions are followed, each by itself"
+            console.print(line, highlight=False)
+    for score in scores:
         for answer in score.samples[:samples]:
-            line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} is right"
+            wanted = "is asked for" if score.followed else "is right"
+            line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} {wanted}"
             console.print(line, markup=False)
 
 
@@ -133,6 +141,7 @@ def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) 
         **facts,
         "scores": [
             {"label": score.label, "model": score.name_or_path, "value": score.value, "examples": score.count}
+            | ({} if score.instruction_accuracy is None else {"instruction_accuracy": score.instruction_accuracy})
             for score in scores
         ],
     }

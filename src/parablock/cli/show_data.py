@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from parablock.cli.terminal import console
+from parablock.cli.terminal import LOADING, console, show_work
 from parablock.errors import ConfigError
 
 if TYPE_CHECKING:
     from parablock.data.preview import Stretch
     from parablock.data.sources import Row
+    from parablock.experiment.progress import Progress
 
 
 def data(
@@ -30,51 +31,71 @@ def data(
 
     Example: parablock data train.jsonl --model Qwen/Qwen3-0.6B
     """
-    from parablock.data.formats import check_rows
-    from parablock.data.preview import turns_of
-    from parablock.data.sources import load_files
+    with show_work() as progress:
+        progress.stage("reading the files", is_brief=True)
+        from parablock.data.formats import check_rows
+        from parablock.data.sources import load_files
 
-    named = columns_of(columns)
-    files = [rows for source in sources for rows in load_files(source, split="train", columns=named)]
-    for file in files:
-        check_rows(file, data_format)
-    if model:
-        _show_tokens(files, model, rows, data_format, max_length)
-    else:
+        named = columns_of(columns)
+        files = [rows for source in sources for rows in load_files(source, split="train", columns=named)]
         for file in files:
-            for row, turns in zip(file[:rows], turns_of(file[:rows], data_format), strict=True):
-                _show(row.place, turns)
-            _say(f"{file[0].source}: {len(file)} rows")
+            check_rows(file, data_format)
+        lines = list(
+            _tokens(files, model, rows, data_format, max_length, progress)
+            if model
+            else _turns(files, rows, data_format)
+        )
+    for title, stretches in lines:
+        _say(title)
+        if stretches is not None:
+            _show(stretches)
     _say(f"learnt is what is {'green' if console.is_terminal else 'between [[ and ]]'}")
 
 
-def _show_tokens(files: list[list[Row]], model: str, rows: int, data_format: str, max_length: int) -> None:
+Shown = tuple[str, "Sequence[Stretch] | None"]
+"""A line, and what stands below it."""
+
+
+def _turns(files: list[list[Row]], rows: int, data_format: str) -> Iterator[Shown]:
+    from parablock.data.preview import turns_of
+
+    for file in files:
+        for row, turns in zip(file[:rows], turns_of(file[:rows], data_format), strict=True):
+            yield row.place, turns
+        yield f"{file[0].source}: {len(file)} rows", None
+
+
+def _tokens(
+    files: list[list[Row]], model: str, rows: int, data_format: str, max_length: int, progress: Progress
+) -> Iterator[Shown]:
+    progress.stage(LOADING, is_brief=True)
     from parablock.data.preview import stretches_of
     from parablock.data.prompts import tokenize_rows
     from parablock.experiment.data_notes import describe_skipped, describe_unused, settle_template
     from parablock.model.pretrained import load_tokenizer
 
+    progress.stage("loading the tokenizer", is_brief=True)
     tokenizer = load_tokenizer(model)
     every = [row for file in files for row in file]
     day, notes = settle_template(tokenizer, every, data_format)
     for note in notes:
-        _say(note)
+        yield note, None
     for file in files:
+        progress.stage(f"reading {file[0].source} as the model does", is_brief=True)
         tokenized = tokenize_rows(
             file, tokenizer, data_format=data_format, max_length=max_length, completion_only_loss=True, date=day
         )
         for example in tokenized.examples[:rows]:
             counts = f"{len(example.input_ids)} tokens, {example.num_target_tokens} learnt"
             cut = ", cut at the end" if example.is_truncated else ""
-            _show(f"{example.row.place}: {counts}{cut}", stretches_of(example, tokenizer))
-        _say(f"{file[0].source}: {tokenized.summary()}")
+            yield f"{example.row.place}: {counts}{cut}", stretches_of(example, tokenizer)
+        yield f"{file[0].source}: {tokenized.summary()}", None
         for line in (*describe_skipped([tokenized]), *describe_unused([tokenized])):
-            _say(line)
+            yield line, None
 
 
-def _show(title: str, stretches: Sequence[Stretch]) -> None:
+def _show(stretches: Sequence[Stretch]) -> None:
     """Print a row; what is learnt is green on a terminal, and between brackets elsewhere."""
-    _say(title)
     text = Text()
     for stretch in stretches:
         if stretch.is_learnt and not console.is_terminal:

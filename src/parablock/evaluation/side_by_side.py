@@ -13,13 +13,15 @@ from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import answers_match, rouge_l, score_answers
+from parablock.evaluation.instructions import IDS_FIELD, score_instructions, with_references
 from parablock.evaluation.scoring import Sample, context_length, evaluate_losses, sample_examples
 from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
 from parablock.storage.run_directory import RunDirectory
 
 JUDGES: dict[str, Callable[[str, str], float]] = {"exact_match": answers_match, "rouge_l": rouge_l}
 """Tasks for which a model answers → the value of (answer, reference)."""
-TASKS = ("loss", *JUDGES, "multiple_choice")
+INSTRUCTIONS = "ifeval"
+TASKS = ("loss", *JUDGES, "multiple_choice", INSTRUCTIONS)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Score:
         examples: All examples, in the order of the rows.
         values: The score of each example.
         predictions: What the model said, for each example; empty for a loss.
+        followed: Whether each instruction of each example is followed, in the order of its row; of `ifeval` alone.
     """
 
     label: str
@@ -45,6 +48,13 @@ class Score:
     examples: tuple[Example, ...] = ()
     values: tuple[float, ...] = ()
     predictions: tuple[str, ...] = ()
+    followed: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def instruction_accuracy(self) -> float | None:
+        """The share of all instructions that are followed, each by itself; None of other tasks."""
+        each = [is_followed for of_example in self.followed for is_followed in of_example]
+        return sum(each) / len(each) if each else None
 
 
 def check_task(task: str) -> None:
@@ -95,6 +105,9 @@ def score_models(
     config = config or _read_config(model_or_run_dir)
     is_held_out = rows is not None and config is not None
     rows = [row for source in sources for row in load_rows(source, split="test")] if rows is None else rows
+    rows = rows[:max_examples]
+    if task == INSTRUCTIONS:
+        rows = with_references(rows)
     models = models_of(model_or_run_dir)
     tokenizer = load_tokenizer(tokenizer_of or models[-1][1])  # whose template the rows of training had
     scores = []
@@ -103,7 +116,7 @@ def score_models(
         loaded = load_model(name_or_path, dtype=dtype, device=device, init="pretrained", seed=0)
         loaded = replace(loaded, tokenizer=tokenizer)
         tokenized = tokenize_rows(
-            rows[:max_examples],
+            rows,
             tokenizer,
             data_format=data_format or (config.data.format if config else "auto"),
             max_length=config.data.max_length if config else _longest(loaded),
@@ -129,6 +142,7 @@ def _score(
     on_done: Callable[[int], None],
 ) -> Score:
     model, tokenizer, name, examples = loaded.model, loaded.tokenizer, loaded.name_or_path, tokenized.examples
+    followed: tuple[tuple[bool, ...], ...] = ()
     if task == "loss":
         loss, values = evaluate_losses(model, examples, pad_token_id=tokenizer.pad_token_id, on_done=on_done)
         return Score(label, name, loss, len(examples), examples=examples, values=values)
@@ -136,11 +150,14 @@ def _score(
         result = score_answers(
             model, tokenizer, examples, judge=JUDGES[task], max_new_tokens=max_new_tokens, on_done=on_done
         )
+    elif task == INSTRUCTIONS:
+        result, followed = score_instructions(
+            model, tokenizer, examples, max_new_tokens=max_new_tokens, on_done=on_done
+        )
     else:
         result = multiple_choice(model, tokenizer, tokenized)
-    return Score(
-        label, name, result.score, result.count, result.samples, examples, result.values, result.predictions
-    )
+    said = (result.samples, examples, result.values, result.predictions, followed)
+    return Score(label, name, result.score, result.count, *said)
 
 
 def scores_by_client(scores: Sequence[Score], owners: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -176,6 +193,11 @@ def score_records(scores: Sequence[Score]) -> list[dict[str, Any]]:
             if score.predictions:
                 record[score.label] = score.predictions[n]
             record[f"{score.label}_score"] = score.values[n]
+            if score.followed:
+                names = example.row.fields[IDS_FIELD]
+                record[f"{score.label}_followed"] = [
+                    name for name, is_followed in zip(names, score.followed[n], strict=True) if is_followed
+                ]
         records.append(record)
     return records
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -227,12 +227,15 @@ class LiveProgress(Progress):
     def __init__(self, *, console: Console, now_s: Callable[[], float] = time.monotonic) -> None:
         self._console, self._now_s, self._pace = console, now_s, _NO_PACE
         self._ascii_only = not console.encoding.lower().startswith("utf")
+        turning = "line" if self._ascii_only else "dots"
         self._bar = ProgressBar(
+            SpinnerColumn(turning, style=""),  # turns while a round of minutes changes nothing else
             TextColumn("round"),
             TextColumn("{task.fields[at]}"),
             BarColumn(complete_style="green", finished_style="green"),
             TextColumn("{task.fields[times]}"),
             console=console,
+            get_time=now_s,
         )
         self._num_clients = 0
         self._lit: dict[tuple[int | None, str], bool] = {}
@@ -241,7 +244,7 @@ class LiveProgress(Progress):
         self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._uplink_bytes = self._downlink_bytes = 0
         self._stage = Stage("", None, 0.0)
-        self._spinner = Spinner("line" if self._ascii_only else "dots")
+        self._spinner = Spinner(turning)
         self._live = Live(self, console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -311,6 +314,7 @@ class LiveProgress(Progress):
         """Stop the display; losses and bytes stay on the screen, stages and clients do not."""
         self._num_clients = 0
         self._stage = Stage("", None, 0.0)
+        self._bar.columns = tuple(column for column in self._bar.columns if not isinstance(column, SpinnerColumn))
         self._live.stop()
 
     def __rich__(self) -> Group:

@@ -29,6 +29,7 @@ def test_the_examination_names_versions_devices_room_extras_and_a_probe():
             "gguf",
             "lm_eval",
             "peft",
+            "py3langid",
             "rouge_score",
             "tensorboard",
             "wandb",

@@ -210,6 +210,26 @@ def test_the_picture_moves_also_where_nothing_is_reported(encoding: str):
         assert "scoring" not in picture_of(progress, encoding=encoding)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_picture_moves_in_a_long_step_whose_time_is_told_in_minutes(encoding: str):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console, clock = Console(file=file, width=100, force_terminal=True, _environ={}), SteppedClock()
+    with LiveProgress(console=console, now_s=clock) as progress:
+        progress.start(2, 1, 0)
+        clock.now = 600.0
+        progress.round_done(row(0))
+        pictures = []
+        for clock.now in (600.0, 601.0, 602.0):  # within a minute, and within a local step
+            pictures.append(picture_of(progress, encoding=encoding))
+        told = {picture[picture.index("round") :] for picture in pictures}
+        assert len(told) == 1 and "10 min  ETA 10 min" in told.pop()
+        assert len(set(pictures)) > 1
+    end = []
+    for clock.now in (603.0, 604.0):
+        end.append(picture_of(progress, encoding=encoding))
+    assert end[0] == end[1] and end[0].strip().startswith("round")
+
+
 def test_the_next_run_of_a_comparison_has_a_picture_of_its_own(live: LiveProgress):
     for num_rounds in (64, 32):
         live.start(num_rounds, 2, 0)
