@@ -32,8 +32,8 @@ SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A model that a CPU can tune; its licence is Apache-2.0."""
 
 MAX_LENGTH, LENGTH_STEP = 512, 32
-ROUNDS = {"cpu": 20, "cuda": 64}
-"""A first run is to end soon, and shows whether more are worth it."""
+SIZES = {"cpu": {"rounds": 20, "steps": 2, "batch": 2}, "cuda": {"rounds": 64, "steps": 8, "batch": 8}}
+"""A first run is to end soon, with a small model within minutes on a CPU, and shows whether more is worth it."""
 BITS_HELD, BITS_OF_A_TOKEN = 2, 1
 """What a parameter of an adapter holds (Allen-Zhu, Li 2024, arXiv 2404.05405), and what a token teaches, about."""
 
@@ -136,8 +136,8 @@ def write_first_config(
     outline = outline_model(model, dtype="float32")
     _, layers = find_layers(outline, None)
     found.append(f"{model}: {outline.num_parameters():,} parameters, {len(layers)} layers")
-    has_gpu = torch.cuda.is_available()
-    rounds = ROUNDS["cuda" if has_gpu else "cpu"]
+    sizes = SIZES["cuda" if torch.cuda.is_available() else "cpu"]
+    rounds = sizes["rounds"]
     fitting = -(-max(lengths) // LENGTH_STEP) * LENGTH_STEP
     max_length = min(fitting, MAX_LENGTH, _positions(outline.config))
     cut = sum(length > max_length for length in lengths)
@@ -163,10 +163,8 @@ def write_first_config(
             if by_file
             else "rows are dealt out; dirichlet and by_field differ",
             clients=count,
-            rounds=rounds,
+            **sizes,
             method=sections[trains],
-            steps=8 if has_gpu else 4,
-            batch=8 if has_gpu else 4,
             learning_rate=RATES[trains],
             every=rounds // 4,
         )
