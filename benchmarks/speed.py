@@ -620,36 +620,33 @@ def processor_s(tree: Path, folder: Path, command: str, config: RunConfig) -> fl
 # -- a picture that stands still
 CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\r")
 PHASES = {
-    "export": r"writing|exporting|fitting|comparing",
+    "export": r"writing|exporting|fitting",
     "score": r"scoring|answers|: (loss|exact_match) of",
-    "load": r"loading the|reading the|timing|checking",
-    "start": r"loading torch",
-    "rounds": r"round \d",
+    "rounds": r"round +\d",
+    "load": r"loading|reading|scanning|checking|$",
 }
-"""A phase → what a picture says in it; the first that fits."""
+"""A phase → what a picture says in it; the first that fits. Before there is a picture, Python itself loads."""
+ENDED = "end"
+PATH, PAUSE_S = ("init", "plan", "run", "eval", "chat"), 0.02
 
 
 @dataclass
 class Screen:
-    """What a terminal shows: what it says last, since when, and the longest time that it said the same."""
+    """What a terminal shows, since when, and the longest time that it showed the same, by phase."""
 
-    pause_s: float = 0.02
     shown: str = ""
     since_s: float = field(default_factory=time.monotonic)
     still_s: dict[str, float] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
 
-    def phase(self) -> str:
-        found = (phase for phase, words in PHASES.items() if re.search(words, self.shown))
-        return next(found, "other" if self.shown else "start")
-
-    def now_shows(self, text: str, at_s: float) -> None:
+    def now_shows(self, text: str, at_s: float, *, has_ended: bool) -> None:
         """Take what was written; the same picture drawn once more is a picture that stands still."""
-        if (visible := CONTROL.sub("", text)) != self.shown:
-            phase, still_s = self.phase(), at_s - self.since_s
+        if has_ended or (visible := CONTROL.sub("", text)) != self.shown:
+            found = (phase for phase, words in PHASES.items() if re.search(words, self.shown))
+            phase, still_s = ENDED if has_ended else next(found, "load"), at_s - self.since_s
             if still_s >= self.still_s.get(phase, 0.0):
                 self.still_s[phase], self.said[phase] = still_s, " ".join(self.shown.split())[-80:]
-            self.shown, self.since_s = visible, at_s
+            self.shown, self.since_s = "" if has_ended else visible, at_s
 
 
 def watch(words: Sequence[str], folder: Path, says: Sequence[bytes] = ()) -> Found:
@@ -666,71 +663,70 @@ def watch(words: Sequence[str], folder: Path, says: Sequence[bytes] = ()) -> Fou
     written, is_open = bytearray(), True
     while is_open:
         piece = bytearray()
-        while is_open and select.select([terminal], [], [], screen.pause_s if piece else 60.0)[0]:
+        while is_open and select.select([terminal], [], [], PAUSE_S if piece else 60.0)[0]:
             try:
                 piece += os.read(terminal, 65536)
             except OSError:  # the command has ended
                 is_open = False
-        screen.now_shows(piece.decode(errors="replace") if is_open else "the end", time.monotonic())
+        if piece:
+            screen.now_shows(piece.decode(errors="replace"), time.monotonic(), has_ended=False)
         written += piece
         if left and piece.endswith(b"> "):
             os.write(terminal, left.pop(0))
+    screen.now_shows("", time.monotonic(), has_ended=True)
     os.close(terminal)
-    if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+    _, status, used = os.wait4(pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
         sys.exit(f"{' '.join(words)} ended with {code}:\n{written.decode(errors='replace')[-2000:]}")
-    return {"still_s": screen.still_s, "said": screen.said, "seconds": time.monotonic() - began_s, "load": load}
+    facts = {"seconds": time.monotonic() - began_s, "processor_s": used.ru_utime + used.ru_stime, "load": load}
+    return {"still_s": screen.still_s, "said": screen.said, **facts}
 
 
 def still_picture(options: Options) -> None:
     """Measure for how long the picture on a terminal stands still while a command is at work."""
-    folder = kit.fresh_folder(options)
+    folder, found = kit.fresh_folder(options), list[Found]()
     if options.smoke:
         material = kit.generated(folder / "material", num_clients=2)
         model, files = material.model, list(material.train)
     else:
-        model, rows = (
-            smollm2(),
-            (kit.SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines(),
-        )
-        files = [str(folder / f"site_{site}.jsonl") for site in "ab"]
+        model, files = smollm2(), [str(folder / f"site_{site}.jsonl") for site in "ab"]
+        lines = (kit.SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [line for line in lines if sum(map(len, json.loads(line).values())) <= options.max_chars]
         for n, file in enumerate(files):
-            Path(file).write_text(
-                "\n".join(rows[n * options.rows : (n + 1) * options.rows]) + "\n", encoding="utf-8"
-            )
-    found = []
+            text = "\n".join(rows[n * options.rows : (n + 1) * options.rows])
+            Path(file).write_text(f"{text}\n", encoding="utf-8")
     for name, line in kit.ABOUT["still_picture"]["commands"].items():
         if name in options.only:
-            words = line.format(
-                files=" ".join(files), file=files[0], model=model, rounds=options.rounds, steps=options.steps
-            ).split()
+            words = line.format(files=" ".join(files), file=files[0], model=model).split()
             says = [b"What is 2 + 2?\n", b"\x04"] if name == "chat" else []
             found.append({"command": name, **watch([sys.executable, "-m", "parablock", *words], folder, says)})
-            print(json.dumps(found[-1]))
-    phases = [
-        phase
-        for phase in ("start", "load", "score", "rounds", "export")
-        if any(phase in row["still_s"] for row in found)
+            record(options, found, bars_of_pictures(found))
+
+
+def bars_of_pictures(found: list[Found]) -> list[Bar]:
+    """Return the bars of each phase, and of the README's path where all of it was walked."""
+    bars = [
+        Bar(f"longest still picture, s: {phase}", max(row["still_s"].get(phase, 0.0) for row in found), 5)
+        for phase in (*reversed(PHASES), ENDED)
     ]
-    longest = {phase: max(row["still_s"].get(phase, 0.0) for row in found) for phase in phases}
-    bars = [Bar(f"longest still picture, s: {phase}", seconds, 5) for phase, seconds in longest.items()]
-    bars.append(
-        Bar("longest still picture, s", max(seconds for row in found for seconds in row["still_s"].values()), 5)
-    )
-    record(options, found, bars)
+    path_s = [row["processor_s"] for row in found if row["command"] in PATH]
+    is_whole = len(path_s) == len(PATH)
+    return bars + [Bar("processor seconds of the README's commands", sum(path_s), 900)] * is_whole
 
 
 def still_picture_section(found: Found) -> Found:
-    phases = [*dict.fromkeys(["start", "load", "score", "rounds", "export", "other"])]
+    phases = [*reversed(PHASES), ENDED]
     rows = [
         [
             row["command"],
             *(f"{row['still_s'][phase]:.1f}" if phase in row["still_s"] else "" for phase in phases),
-            f"{row['seconds']:.0f}",
+            *(f"{row[key]:.0f}" for key in ("seconds", "processor_s")),
             f"{row['load']:.1f}",
         ]
         for row in found["results"]
     ]
-    return section("still_picture", found, table(["command", *phases, "s in all", "load"], rows))
+    columns = ["command", *phases, "seconds in all", "of a processor", "load"]
+    return section("still_picture", found, table(columns, rows))
 
 
 BENCHMARKS = benchmarks(globals())

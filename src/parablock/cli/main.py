@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C with ev
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -25,6 +27,7 @@ from parablock.cli.output import is_closed_pipe, lasting_output
 from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
+    CONFIGURING,
     LOADING,
     Overrides,
     console,
@@ -81,10 +84,11 @@ def run(
 
     Example: parablock run configs/t0.yaml --output-dir runs/t0 --set federation.delay=0
     """
-    from parablock.config.load import load_config
-
-    settings = load_config(config, overrides or [])  # before torch is loaded, so that errors show at once
     with show_progress(output_dir) as (progress, stop):
+        progress.stage(CONFIGURING, is_brief=True)
+        from parablock.config.load import load_config
+
+        settings = load_config(config, overrides or [])  # before torch is loaded, so that errors show at once
         progress.stage(LOADING, is_brief=True)
         from parablock.experiment.run import run as run_experiment
 
@@ -213,23 +217,24 @@ def plan(
 
     Example: parablock plan configs/t0.yaml --upload-mbps 10 --download-mbps 30
     """
-    from parablock.config.load import lacks_rows, load_config, load_server_config
-
     given = {"link.upload_mbps": upload_mbps, "link.download_mbps": download_mbps}
     link = [f"{key}={value}" for key, value in given.items() if value is not None]
     given_keys = [*(overrides or []), *link]
-    if lacks_rows(config, given_keys):
-        if probe:
-            raise ConfigError(
-                ["--probe times real steps, and needs rows: data.train is not given"], source=str(config)
-            )
-        loaded = load_server_config(config, given_keys)
-        typer.echo(
-            "data.train is not given: planned for sites that have the rows, of data.max_length tokens.", err=True
-        )
-    else:
-        loaded = load_config(config, given_keys)
     with show_work() as progress:
+        progress.stage(CONFIGURING, is_brief=True)
+        from parablock.config.load import lacks_rows, load_config, load_server_config
+
+        if lacks_rows(config, given_keys):
+            if probe:
+                raise ConfigError(
+                    ["--probe times real steps, and needs rows: data.train is not given"], source=str(config)
+                )
+            loaded = load_server_config(config, given_keys)
+            progress.message(
+                "data.train is not given: planned for sites that have the rows, of data.max_length tokens."
+            )
+        else:
+            loaded = load_config(config, given_keys)
         progress.stage(LOADING, is_brief=True)
         from parablock.plan.forecast import make_plan
         from parablock.plan.view import show_plan
@@ -255,9 +260,11 @@ def report(
 
     Example: parablock report runs/overlapped runs/serial
     """
-    from parablock.report.write import write_report
+    with show_work() as progress:
+        progress.stage("writing the report", is_brief=True)
+        from parablock.report.write import write_report
 
-    page = write_report(directories)
+        page = write_report(directories)
     console.print(f"report: {page}   tables: {page.with_suffix('.md')}", highlight=False, soft_wrap=True)
 
 
@@ -282,11 +289,12 @@ def compare(
 
     Example: parablock compare configs/t0.yaml --methods parablock,fl_bcd,fedavg --output-dir runs/compared
     """
-    from parablock.config.load import load_config
-
-    settings = load_config(config, overrides or [])
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
     with show_progress(output_dir) as (progress, stop):
+        progress.stage(CONFIGURING, is_brief=True)
+        from parablock.config.load import load_config
+
+        settings = load_config(config, overrides or [])
         progress.stage(LOADING, is_brief=True)
         from parablock.compare import compare_methods, comparison_table, plan_comparison
 
@@ -339,6 +347,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line; print a `ParaBlockError` on stderr and exit with its code."""
+    atexit.register(gc.freeze)  # the end of Python need not look all of torch through for cycles, for seconds
     with lasting_output() as output:
         try:
             app()

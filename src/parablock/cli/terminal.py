@@ -20,6 +20,7 @@ INTERRUPTED = 130
 RESUME = "parablock resume {}"
 SAME_COMMAND = "the same command"
 """How one goes on with the run of a server, whose sites a plain `resume` would not have."""
+CONFIGURING = "reading the configuration"
 LOADING = "loading torch and transformers"
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")]
 
