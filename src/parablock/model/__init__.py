@@ -11,4 +11,5 @@ device_copy   asynchronous copies to the CPU
 portable      the words of an export, for either release of Transformers
 save          write, read back and hash checkpoints
 gguf_file     write and read back a file for llama.cpp
+gguf_tokenizer  its tokenizer
 """

@@ -1,21 +1,20 @@
 """GGUF: weights, settings and tokenizer of a model in one file, which llama.cpp and what is built on it read.
 
-Four families and the tokenizers of byte-level BPE are written here; others are refused by name. A file is read back
-by Transformers, and compared, before it gets its name.
+Four families are written here; others are refused by name. A file is read back by Transformers, and compared,
+before it gets its name.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parablock.errors import ModelError
+from parablock.model.gguf_tokenizer import add_tokenizer
 from parablock.model.portable import base_dtype
 from parablock.model.pretrained import LoadedModel, quiet_transformers
 
@@ -29,17 +28,6 @@ GgufDtype = Literal["float32", "float16", "bfloat16"]
 
 _PERMUTED = ("llama",)
 """Architectures in which the two halves of a rotated head lie interleaved, as in the first LLaMA."""
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
-    (("ByteLevel", True),): "gpt-2",
-    (("Digits", True), ("ByteLevel", True)): "smollm",
-    (("Split", _WORDS + r"\p{N}" + _REST), ("ByteLevel", False)): "qwen2",
-    (("Split", _WORDS + r"\p{N}{1,3}" + _REST), ("ByteLevel", False)): "llama-bpe",
-}
-"""Steps of a pre-tokenizer, each with what it is given → llama.cpp's name of the whole."""
-_GIVEN = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}
 
 
 def write_gguf(loaded: LoadedModel, path: Path, *, name: str, dtype: GgufDtype | None = None) -> GgufDtype:
@@ -78,7 +66,7 @@ def write_gguf(loaded: LoadedModel, path: Path, *, name: str, dtype: GgufDtype |
     writer = GGUFWriter(path, architecture)
     writer.add_name(name)
     _add_settings(writer, config)
-    _add_tokenizer(writer, loaded.tokenizer, model.get_input_embeddings().weight.shape[0])
+    add_tokenizer(writer, loaded.tokenizer, model.get_input_embeddings().weight.shape[0])
     _add_tensors(writer, model, architecture, precision)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -130,71 +118,6 @@ def _add_settings(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-
-
-def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    from gguf import TokenType
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "no fast one"}}
-    name = _pre_tokenizer_of(content)
-    if name is None:
-        raise ModelError(
-            f"The tokenizer of this model ({content['model'].get('type')}) is not written as GGUF here",
-            cause=f"Those that are, are byte-level BPE and cut texts like {', '.join(_PRE_TOKENIZERS.values())}.",
-            remedy="Export it with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
-        )
-    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    added = tokenizer.added_tokens_decoder
-    types = []
-    for token_id in range(num_rows):
-        if token_id not in tokens:
-            types.append(TokenType.UNUSED)
-        elif token_id in added:
-            types.append(TokenType.CONTROL if added[token_id].special else TokenType.USER_DEFINED)
-        else:
-            types.append(TokenType.NORMAL)
-    merges = content["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
-    writer.add_token_list([tokens.get(token_id, f"[PAD{token_id}]") for token_id in range(num_rows)])
-    writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
-    for add, token_id in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-    ):
-        if token_id is not None:
-            add(token_id)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.get_chat_template())
-
-
-def _pre_tokenizer_of(content: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of how a tokenizer cuts a text before its merges; None if it has none."""
-    given = content.get("pre_tokenizer") or {}
-    normalizer = content.get("normalizer") or {"type": "NFC"}
-    if content["model"].get("type") != "BPE" or normalizer["type"] != "NFC":
-        return None
-    steps = given.get("pretokenizers", []) if given.get("type") == "Sequence" else [given]
-    if any(step.get("add_prefix_space") for step in steps):
-        return None
-    return _PRE_TOKENIZERS.get(tuple(_steps(steps)))
-
-
-def _steps(steps: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for step in steps:
-        name = str(step.get("type"))
-        value = step.get(_GIVEN.get(name, ""))
-        is_pattern = name == "Split" and isinstance(value, dict) and step.get("behavior") == "Isolated"
-        yield (
-            name,
-            value.get("Regex") if is_pattern and isinstance(value, dict) else value if name != "Split" else "",
-        )
 
 
 def _add_tensors(writer: GGUFWriter, model: PreTrainedModel, architecture: str, dtype: GgufDtype) -> None:
