@@ -627,6 +627,9 @@ def test_init_writes_a_configuration_that_runs_as_it_stands(workshop: Workshop, 
     assert (written["federation"]["method"], written["federation"]["delay"]) == ("fedit", 1)
     assert "adapters are configured" in outcome.stdout
     seen = written["federation"]["num_rounds"] * math.prod(written["train"].values())
+    advice = done("plan", str(target)).stdout
+    assert "federation.delay: 1 (as configured)" in " ".join(advice.split()) and "1 block " in f"{advice} "
+    assert "blocks.layers_per_block" not in advice
     assert seen == (80 if not torch.cuda.is_available() else 4096), "rows of a client: minutes of an LLM on a CPU"
     done("run", str(target), "--output-dir", str(tmp_path / "run"))
     assert summary_of(tmp_path / "run")["status"] == "completed"

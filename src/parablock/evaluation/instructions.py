@@ -65,7 +65,7 @@ def _has_letter_often(answer: str, *, letter: str, let_frequency: int, let_relat
 def _is_in_language(answer: str, *, language: str) -> bool:
     """Tell whatever the case; an answer too short to tell by is in any language, as with the authors."""
     found, log_prob = _identifier().classify(answer.lower())
-    return found == language or log_prob < _UNKNOWN
+    return bool(found == language or log_prob < _UNKNOWN)
 
 
 def _has_sentences(answer: str, *, num_sentences: int, relation: str) -> bool:

@@ -131,12 +131,14 @@ def recommended_method(found: Sequence[Alternative], config: RunConfig, num_laye
         return {"method": config.federation.method, "delay": config.federation.delay, "reason": "", "unless": ""}
     serial, overlapped = usable[name, 0], usable[name, 1]
     saved = 1 - overlapped.round_s / serial.round_s
-    chosen = overlapped if saved >= WORTH_A_DELAY else serial
-    overlap = (
-        f"with delay 1 a round takes {saved:.0%} less time"
-        if chosen is overlapped
-        else f"a delay would save {saved:.0%} of a round, and costs some loss at equal rounds"
-    )
+    if config.link.upload_mbps is None and config.link.download_mbps is None and not config.link.latency_s:
+        chosen = usable.get((name, config.federation.delay), serial)
+        overlap = "whether a delay saves time depends on the link, which is not given"
+    elif saved >= WORTH_A_DELAY:
+        chosen, overlap = overlapped, f"with delay 1 a round takes {saved:.0%} less time"
+    else:
+        chosen = serial
+        overlap = f"a delay would save {saved:.0%} of a round, and costs some loss at equal rounds"
     reason = (
         f"adapters train all {num_layers} layers in every round and send "
         f"{format_bytes(chosen.bytes_per_client_round)} for it; {overlap}"

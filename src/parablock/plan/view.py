@@ -37,9 +37,12 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     advised = plan.recommended
     chosen = (config.blocks.layers_per_block, config.train.num_local_steps, config.wire.format)
     unchanged = ", as configured" if tuple(advised.values()) == chosen else ""
+    size = (
+        f"blocks.layers_per_block: {advised['layers_per_block']}, " if federation.traits.trains == "blocks" else ""
+    )
     yield (
-        f"Recommended: blocks.layers_per_block: {advised['layers_per_block']}, "
-        f"train.num_local_steps: {advised['num_local_steps']}, wire.format: {advised['format']}{unchanged}."
+        f"Recommended: {size}train.num_local_steps: {advised['num_local_steps']}, "
+        f"wire.format: {advised['format']}{unchanged}."
     )
     yield f"A round sends what adapters of rank {plan.equal_rank:.3g} would ({_of_each(config)})."
     if plan.never_visited:
@@ -53,7 +56,8 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
 
 
 def _blocks(plan: Plan, config: RunConfig) -> Table:
-    table = _table(f"{plan.num_blocks} blocks", "blocks", "layers", "parameters each", f"{config.wire.format} each")
+    title = f"{plan.num_blocks} block{'s' * (plan.num_blocks > 1)}"
+    table = _table(title, "blocks", "layers", "parameters each", f"{config.wire.format} each")
     for (_, parameters), group in groupby(
         plan.blocks, key=lambda block: (len(block["layers"]), block["parameters"])
     ):

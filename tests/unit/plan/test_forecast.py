@@ -282,9 +282,16 @@ def test_a_large_layer_takes_the_bytes_of_adapters_of_rank_83_and_adapters_are_r
     assert "then parablock" in advised["unless"]
 
 
-def test_a_free_link_leaves_no_reason_for_a_delay(outlined: Path):
-    advised = make_plan(large_config(outlined)).recommended_method
+def test_a_fast_link_leaves_no_reason_for_a_delay(outlined: Path):
+    fast = {"upload_mbps": 1e6, "download_mbps": 1e6}
+    advised = make_plan(large_config(outlined, link=fast)).recommended_method
     assert (advised["method"], advised["delay"]) == ("fedit", 0) and "would save 0%" in advised["reason"]
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_without_a_link_nothing_is_said_against_the_delay_that_is_configured(outlined: Path, delay: int):
+    advised = make_plan(large_config(outlined, federation={"delay": delay})).recommended_method
+    assert advised["delay"] == delay and "the link, which is not given" in advised["reason"]
 
 
 def test_a_method_that_the_settings_do_not_allow_has_its_problem_in_place_of_figures(workshop: Workshop):
