@@ -671,7 +671,7 @@ def watch(words: Sequence[str], folder: Path, says: Sequence[bytes] = ()) -> Fou
         if piece:
             screen.now_shows(piece.decode(errors="replace"), time.monotonic(), has_ended=False)
         written += piece
-        if left and piece.endswith(b"> "):
+        if left and CONTROL.sub("", piece.decode(errors="replace")).endswith("> "):
             os.write(terminal, left.pop(0))
     screen.now_shows("", time.monotonic(), has_ended=True)
     os.close(terminal)
