@@ -195,7 +195,7 @@ def test_ctrl_c_at_the_prompt_ends_a_chat(tuned: Path):
     assert "Traceback" not in said
 
 
-def at_a_terminal(arguments: list[str], keys: list[bytes], patience_s: float = 120.0) -> tuple[str, int]:
+def at_a_terminal(arguments: list[str], keys: list[bytes], patience_s: float = 300.0) -> tuple[str, int]:
     """Run a command at a terminal, and press the keys at its prompts; give what it showed and its exit code."""
     pid, terminal = pty.fork()
     if pid == 0:

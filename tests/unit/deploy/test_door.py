@@ -88,7 +88,7 @@ def test_a_port_that_is_taken_is_told_with_the_process_that_has_it(keys: Path):
 
 
 def until(what: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 90
     while not what():
         assert time.monotonic() < give_up
         time.sleep(0.02)
