@@ -726,7 +726,11 @@ def still_picture_section(found: Found) -> Found:
         for row in found["results"]
     ]
     columns = ["command", *phases, "seconds in all", "of a processor", "load"]
-    return section("still_picture", found, table(columns, rows))
+    missing = [
+        name for name in found["options"]["only"] if name not in {row["command"] for row in found["results"]}
+    ]
+    not_run = [f"Not run: {', '.join(missing)}."] if missing else []
+    return section("still_picture", found, table(columns, rows), *not_run)
 
 
 BENCHMARKS = benchmarks(globals())

@@ -24,6 +24,7 @@ from parablock.engine.local_steps import FixedSteps
 from parablock.engine.plans import Hooks
 from parablock.engine.update_form import Differences
 from parablock.errors import ConfigError, DataError, ParaBlockError, PolicyError
+from parablock.privacy.protection import LOCAL_DISTANCE
 from parablock.storage.audit_log import AuditLog, verify
 from parablock.wire.quantize import Encoding
 from remote_runs import Town
@@ -287,7 +288,7 @@ def test_noise_of_all_counts_as_the_servers_and_the_part_of_a_site_alone_where_i
 ):
     """Of six clients four are the fewest in a sum, so that each adds a noise of z / 2."""
     rounds = {"federation.num_rounds": 4}
-    whole, half = (epsilon_of(Counter({noise: 4}), 1e-5) for noise in (2.0, 1.0))
+    whole, half = (epsilon_of(Counter({noise: 4}), 1e-5) for noise in (2.0, 1.0 / LOCAL_DISTANCE))
     guard(tmp_path, {"max_epsilon": 1.001 * whole, "min_noise_multiplier": 2.0}, **TOGETHER, **rounds).check_run(
         HASH
     )

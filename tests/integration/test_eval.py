@@ -197,7 +197,7 @@ def test_instructions_are_checked_by_rules(workshop: Workshop, tmp_path: Path):
     asked = [
         {
             "key": k,
-            "prompt": f"Add {k} and 1.",
+            "prompt": f"Add {k} and 1. " * (k // 16 + 1),  # the longer one fills the length of the run's rows
             "instruction_id_list": ["length_constraints:number_words", "punctuation:no_comma"],
             "kwargs": [{"num_words": k, "relation": "at least", "keywords": None}, {}],
         }
@@ -209,6 +209,7 @@ def test_instructions_are_checked_by_rules(workshop: Workshop, tmp_path: Path):
     records = (tmp_path / "run" / "evaluation" / "ifeval.jsonl").read_text().splitlines()
     first, second = map(json.loads, records)
     assert first["reference"] == "length_constraints:number_words; punctuation:no_comma"
+    assert "99 and 1. Add 99" in second["prompt"] if "prompt" in second else second["row"].endswith("2")
     for score in written["scores"]:
         label, followed = score["label"], [row[f"{score['label']}_followed"] for row in (first, second)]
         assert "length_constraints:number_words" not in followed[1], "six tokens are not 99 words"

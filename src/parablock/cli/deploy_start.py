@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -95,7 +96,6 @@ def _write(directory: Path, files: dict[str, str], sources: Sequence[str]) -> No
     write_starter_files(directory, files)
     typer.echo(f"{directory} has {', '.join(files)}. Read the first, and change what has to be changed.")
     for source in sources:
-        path = Path(source)
-        if not (path.exists() or any(path.parent.glob(path.name))):
+        if not glob.glob(str(Path(source).expanduser()), recursive=True):  # noqa: PTH207  # as rows are read
             told = f"{source} is not on this machine: put right the path in {next(iter(files))}"
             typer.echo(f"{told}, unless it is an id of Hugging Face, or will be there later.", err=True)

@@ -220,7 +220,8 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
     if privacy["clip_norm"] is None:
         yield "privacy.clip_norm", f"{how} needs it, for the grid's step; set a norm that few updates reach"
     if privacy["noise_multiplier"] > 0 and privacy["mode"] == "local":
-        yield "privacy.mode", f"local noise leaves the grid of {how}; choose distributed or central"
+        cure = "distributed or central" if privacy["secure_aggregation"] == "masked" else "central"
+        yield "privacy.mode", f"local noise leaves the grid of {how}; choose {cure}"
     if federation["aggregation"] != "mean":
         yield "federation.aggregation", f"{federation['aggregation']} looks at single updates; {how} hides them"
     if wire["streaming"]:

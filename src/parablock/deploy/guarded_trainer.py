@@ -36,7 +36,9 @@ class SitePolicy:
     def __init__(self, policy: Policy, log: AuditLog, run: str, config: RunConfig) -> None:
         self._policy, self._log, self._run, self._config = policy, log, run, config
         noise = own_noise(config) if policy.noise == "own" else counted_noise(config)
-        self._multiplier = effective_multiplier(noise, is_local=config.privacy.mode == "local")
+        # what a site counts on alone hides its update as local noise does
+        is_alone = config.privacy.mode == "local" or policy.noise == "own"
+        self._multiplier = effective_multiplier(noise, is_local=is_alone)
         self._rounds = _rounds_of(log.entries())
 
     def check_run(self, base_sha256: str) -> None:

@@ -31,6 +31,11 @@ LANGUAGES = (
     *("ne", "pa", "pl", "pt", "ru", "sw", "ta", "te", "th", "uk", "ur", "vi"),
 )
 """The languages that IFEval asks for, in ISO 639-1."""
+_OTHER_LANGUAGES = (
+    *("af", "ca", "cs", "cy", "da", "el", "et", "gl", "hr", "hu", "id", "lt", "lv", "mk", "nl", "no", "ro", "sk"),
+    *("sl", "sq", "sr", "sv", "tl", "tr", "zh"),
+)
+"""Those that an answer may be in instead."""
 
 _UNKNOWN = -1e30  # below any score of a text that py3langid knows something of
 _OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -55,7 +60,7 @@ def _has_keyword_often(answer: str, *, keyword: str, frequency: int, relation: s
 
 
 def _lacks_words(answer: str, *, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"\b{re.escape(word)}\b", answer, re.IGNORECASE) for word in forbidden_words)
+    return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) for word in forbidden_words)
 
 
 def _has_letter_often(answer: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
@@ -83,10 +88,12 @@ def _has_paragraphs(answer: str, *, num_paragraphs: int) -> bool:
 
 
 def _paragraph_begins(answer: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    paragraphs = [part.strip() for part in answer.split("\n\n") if part.strip()]
-    if len(paragraphs) != num_paragraphs or not 1 <= nth_paragraph <= num_paragraphs:
+    paragraphs = [part.strip() for part in answer.split("\n\n")]
+    if sum(map(bool, paragraphs)) != num_paragraphs or not 1 <= nth_paragraph <= num_paragraphs:
         return False
-    word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'\"")
+    if not (words := paragraphs[nth_paragraph - 1].split()):  # counted with the empty ones, as the authors do
+        return False
+    word = words[0].lstrip("'\"")
     return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.strip().lower()
 
 
@@ -123,7 +130,7 @@ def _is_json(answer: str) -> bool:
     text = re.sub(r"^```(?:json)?", "", answer.strip(), flags=re.IGNORECASE).removesuffix("```")
     try:
         json.loads(text.strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -209,7 +216,7 @@ def _identifier() -> Any:
             remedy="Install it: pip install 'parablock[eval]'",
         ) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    identifier.set_languages(list(LANGUAGES))
+    identifier.set_languages([*LANGUAGES, *_OTHER_LANGUAGES])
     return identifier
 
 

@@ -82,6 +82,8 @@ def score_models(
 ) -> list[Score]:
     """Score a model, or both models of a finished run, on rows.
 
+    Rows of instructions are never cut, whatever the run's `max_length`: nothing of them is learnt.
+
     Args:
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
         sources: Files or `datasets` names.
@@ -119,7 +121,7 @@ def score_models(
             rows,
             tokenizer,
             data_format=data_format or (config.data.format if config else "auto"),
-            max_length=config.data.max_length if config else _longest(loaded),
+            max_length=_longest(loaded) if config is None or task == INSTRUCTIONS else config.data.max_length,
             completion_only_loss=config.train.completion_only_loss if config else True,
             date=config.data.date if config else None,
         )
@@ -128,7 +130,9 @@ def score_models(
             drawn = sample_examples(tokenized.examples, config.evaluation.max_examples, config.seed)
             tokenized = replace(tokenized, examples=drawn)
         count = None if task == "multiple_choice" else len(tokenized.examples)
-        stage(f"{label}: {task} of {name_or_path} on {len(tokenized.examples)} examples", count)
+        left_out = f"; {len(tokenized.skipped)} rows are skipped" if tokenized.skipped else ""
+        left_out += f": {tokenized.skipped[0].reason}" if tokenized.skipped else ""
+        stage(f"{label}: {task} of {name_or_path} on {len(tokenized.examples)} examples{left_out}", count)
         scores.append(_score(label, loaded, tokenized, task, max_new_tokens, on_done))
     return scores
 

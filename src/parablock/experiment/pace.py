@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from parablock.report.units import format_duration
 
+BURST_S = 0.5
+"""Rounds that are told within so many seconds may have been told together."""
+
 
 class Pace:
     """The time that the remaining rounds will take, at the mean pace of this session.
@@ -53,10 +56,14 @@ class Pace:
         return "" if seconds is None else f"ETA {format_duration(seconds * (self.num_rounds - done))}"
 
     def _seconds_a_round(self, done: float) -> float | None:
-        since_s, since = self._start_s, float(self.first_round)
-        if self._first_over is not None and done >= self._first_over[1] + 1:
+        now_s, since_s, since = self._now_s(), self._start_s, float(self.first_round)
+        if (
+            self._first_over is not None
+            and done >= self._first_over[1] + 1
+            and now_s - self._first_over[0] > BURST_S
+        ):
             since_s, since = self._first_over
-        return (self._now_s() - since_s) / (done - since) if done > since else None
+        return (now_s - since_s) / (done - since) if done > since else None
 
     def steps_of(self, client_id: int) -> str:
         """Return the local steps of a client in its present round, such as 3/8."""

@@ -122,20 +122,23 @@ def noise_of_the_server(config: RunConfig, secret: bytes | None) -> NoiseOfRound
 def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Protection | None]:
     """Return a function client_id → clipping and noise of its updates."""
     privacy = config.privacy
+    grid = grid_of(config) if adds_noise(config) and privacy.mode == "distributed" else None
+    gaussian = None
+    if grid is not None:
+        from parablock.privacy.discrete_gaussian import DiscreteGaussian
+
+        gaussian = DiscreteGaussian(grid.noise_variance)  # its table takes a while; it serves all clients
 
     def of_client(client_id: int) -> Protection | None:
         if privacy.clip_norm is None:
             return None
         if not adds_noise(config) or privacy.mode == "central":
             return Protection(privacy.clip_norm)
-        from parablock.privacy.discrete_gaussian import DiscreteGaussian
         from parablock.privacy.keystream import Keystream, derive
 
         assert secret is not None
-        own, grid = derive(secret, "client", client_id), grid_of(config)
-        if privacy.mode == "distributed":
-            assert grid is not None
-            gaussian = DiscreteGaussian(grid.noise_variance)
+        own = derive(secret, "client", client_id)
+        if gaussian is not None:
 
             def integers(round_index: int, content: str) -> Integers:
                 return partial(gaussian.draw, Keystream(derive(own, "words", round_index, content)))

@@ -45,7 +45,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_ro
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "no fast one"}}
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    if content["model"].get("byte_fallback"):
+    if _is_sentencepiece(content):
         _add_sentencepiece(writer, tokenizer, content)
         scores = scores_of(content)
         writer.add_token_scores([scores.get(tokens.get(token_id, ""), 0.0) for token_id in range(num_rows)])
@@ -89,7 +89,7 @@ def _type_of(
     added = tokenizer.added_tokens_decoder
     if token_id not in tokens:
         return TokenType.UNUSED
-    if content["model"].get("byte_fallback"):
+    if _is_sentencepiece(content):
         if tokens[token_id] == content["model"].get("unk_token"):
             return TokenType.UNKNOWN
         if _BYTE.fullmatch(tokens[token_id]):
@@ -100,10 +100,35 @@ def _type_of(
 
 
 # -- SentencePiece
+def _is_sentencepiece(content: dict[str, Any]) -> bool:
+    return content["model"].get("type") == "BPE" and bool(content["model"].get("byte_fallback"))
+
+
+def _writes_spaces_alone(content: dict[str, Any]) -> bool:
+    """Tell whether a text is changed in nothing but its spaces before the merges, and cut nowhere."""
+    given, cuts = content.get("normalizer"), content.get("pre_tokenizer")
+    steps = [] if given is None else given["normalizers"] if given["type"] == "Sequence" else [given]
+    writes = all(
+        step == {"type": "Prepend", "prepend": SPACE}
+        or (step["type"], step.get("pattern"), step.get("content")) == ("Replace", {"String": " "}, SPACE)
+        for step in steps
+    )
+    whole = cuts is None or (cuts["type"], cuts.get("replacement"), cuts.get("split")) == (
+        "Metaspace",
+        SPACE,
+        False,
+    )
+    return writes and whole
+
+
 def _add_sentencepiece(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> None:
     """Write whether texts get a space before them, at the start and behind special tokens."""
     if len([token for token in content["model"]["vocab"] if _BYTE.fullmatch(token)]) < 256:
         raise _refused(content, "It has no token for each byte, which llama.cpp looks for.")
+    if not _writes_spaces_alone(content):
+        raise _refused(
+            content, "It changes or cuts texts in ways of its own before its merges; llama.cpp does not."
+        )
     texts = _texts_of(tokenizer)
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     for has_prefix in (True, False):
@@ -145,10 +170,9 @@ def spaced(content: dict[str, Any], *, has_prefix: bool) -> Tokenizer:
 def scores_of(content: dict[str, Any]) -> dict[str, float]:
     """Return the score of each token that a merge makes, from the order of the merges.
 
-    Tokens whose merges lie among each other have one score.
-
     Raises:
-        ModelError: Scores cannot say what the merges do, since two neighbours whose union is a token do not merge.
+        ModelError: Scores cannot say what the merges do: two neighbours whose union is a token do not merge, or
+            merges of two tokens lie among each other.
     """
     vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
@@ -163,10 +187,11 @@ def scores_of(content: dict[str, Any]) -> dict[str, float]:
     for rank, pair in enumerate(pairs):
         first.setdefault("".join(pair), rank)
         last["".join(pair)] = rank
-    scores, rank, until = dict.fromkeys(vocabulary, _UNKNOWN_LAST), 0, -1
-    for token, begins in first.items():
-        rank += begins > until
-        until = max(until, last[token])
+    scores, before, until = dict.fromkeys(vocabulary, _UNKNOWN_LAST), "", -1
+    for rank, (token, begins) in enumerate(first.items(), 1):
+        if begins < until:
+            raise _refused(content, f"The merges of {before!r} and {token!r} lie among each other.")
+        before, until = token, last[token]
         scores[token] = -float(rank)
     return {token: 0.0 if _BYTE.fullmatch(token) or token in added else score for token, score in scores.items()}
 

@@ -10,6 +10,8 @@ from parablock.errors import DataError
 from parablock.evaluation.instructions import RULES, _identifier, checks_of, follow, with_references
 
 GERMAN = "Der Hund läuft jeden Morgen durch den Garten, und die Katze sieht ihm dabei zu."
+JAPANESE = "犬は毎朝庭を走り、猫はそれを見ている。"
+CHINESE = "这只狗每天早上在花园里跑步，而猫在看着它。我们都很喜欢这个故事。"
 ENGLISH = "The dog runs through the garden every morning, and the cat looks on."
 
 
@@ -23,8 +25,10 @@ FOLLOWED = [
     ("keywords:frequency", {"keyword": "tea", "frequency": 2, "relation": "at least"}, "Tea, tea", "Tea"),
     ("keywords:frequency", {"keyword": "tea", "frequency": 2, "relation": "less than"}, "Tea", "Tea tea"),
     ("keywords:forbidden_words", {"forbidden_words": ["cat", "dog"]}, "concatenate", "A Cat."),
+    ("keywords:forbidden_words", {"forbidden_words": ["C++"]}, "I use C.", "I use C++."),
     ("keywords:letter_frequency", {"letter": "q", "let_frequency": 2, "let_relation": "at least"}, "Qq", "q"),
     ("language:response_language", {"language": "de"}, GERMAN, ENGLISH),
+    ("language:response_language", {"language": "ja"}, JAPANESE, CHINESE),
     ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "at least"},
      'One. "Two?" Three', "Dr. No e.g. has 3.5. Two"),
     ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, "One… Two!", "1. 2. 3."),
@@ -36,6 +40,8 @@ FOLLOWED = [
      {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"}, "Well\n\n'So, it is", "Well\n\nThus so"),
     ("length_constraints:nth_paragraph_first_word",
      {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"}, "Well\n\nso", "Well\n\nso\n\nand so"),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"}, "Well\n\nso\n\n", "Well\n\n\n\nso"),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a]"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\n\np. s. More", "Bye. Psst."),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye. P.P.S more", "Bye. P.S. more"),
@@ -46,6 +52,7 @@ FOLLOWED = [
     ("detectable_format:multiple_sections",
      {"section_spliter": "Section", "num_sections": 2}, "Section 1\na\nSection 2\nb", "Section 1\nSection two"),
     ("detectable_format:json_format", {}, '```JSON\n{"a": [1]}\n```', "{'a': 1}"),
+    ("detectable_format:json_format", {}, "[]", "[" * 100_000),
     ("detectable_format:title", {}, "<<Ode>>\nO", "<< >>\n<Ode>"),
     ("combination:two_responses", {}, "one ****** two", "one ****** one"),
     ("combination:two_responses", {}, "******one ****** two", "one ****** two ****** three"),

@@ -29,6 +29,8 @@ SPACES: dict[str, Any] = {
     "always": normalizers.Sequence([normalizers.Prepend("▁"), REPLACE]),
     "never": normalizers.Sequence([REPLACE]),
     "once": pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+    "other letters": normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("▁"), REPLACE]),
+    "digits": pre_tokenizers.Digits(individual_digits=True),
 }
 
 
@@ -39,9 +41,16 @@ def merges_of(made: list[str]) -> list[tuple[str, str]]:
 
 
 def tokenizer_of(
-    spaces: str, template: str | None = None, *, vocabulary: list[str] = VOCABULARY, leave_out: int | None = None
+    spaces: str,
+    template: str | None = None,
+    *,
+    vocabulary: list[str] = VOCABULARY,
+    leave_out: int | None = None,
+    mixed: bool = False,
 ) -> PreTrainedTokenizerFast:
     merges = merges_of(MADE)
+    if mixed:  # each second merge first
+        merges = merges[1::2] + merges[::2]
     if leave_out is not None:
         del merges[leave_out]
     ids = {token: n for n, token in enumerate(vocabulary)}
@@ -160,6 +169,7 @@ def test_spaces_that_llama_cpp_would_write_elsewhere_are_refused(template: str |
     ("changes", "says"),
     [
         ({"leave_out": 1}, "'h' and 'e' do not merge, though 'he' is a token"),
+        ({"mixed": True}, "lie among each other"),
         ({"vocabulary": [token for token in VOCABULARY if token != "<0x7F>"]}, "no token for each byte"),
     ],
 )
@@ -167,3 +177,17 @@ def test_what_scores_cannot_say_is_refused(changes: dict[str, Any], says: str, t
     with pytest.raises(ModelError, match="is not written as GGUF here") as refused:
         written(tokenizer_of("always", **changes), tmp_path / "model.gguf")
     assert says in (refused.value.cause or "")
+
+
+@pytest.mark.parametrize("spaces", ["other letters", "digits"])
+def test_what_else_is_done_to_a_text_is_refused(spaces: str, tmp_path: Path):
+    with pytest.raises(ModelError, match="is not written as GGUF here") as refused:
+        written(tokenizer_of(spaces), tmp_path / "model.gguf")
+    assert "in ways of its own" in (refused.value.cause or "")
+
+
+def test_a_unigram_tokenizer_is_refused(tmp_path: Path):
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((token, -1.0) for token in BYTES)], 0, byte_fallback=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    with pytest.raises(ModelError, match=r"\(Unigram\) is not written as GGUF here"):
+        written(tokenizer, tmp_path / "model.gguf")
