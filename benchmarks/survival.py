@@ -880,7 +880,7 @@ def sequences(options: Options) -> None:
         )
         for seed in range(options.seed, options.seed + number):
             found += play(generator_for(seed, f"sequence against {end}"))
-        kinds = {kind: sum(n for what, n in found.items() if what.startswith(kind)) for kind in PROBLEMS}
+        kinds = {kind: sum(n for what, n in found.items() if what.startswith(kind)) for kind in (*PROBLEMS, "void")}
         seconds = (time.perf_counter() - began) / max(1, number)
         rows.append({"end": end, "sequences": number, **kinds, "milliseconds": 1e3 * seconds, "found": dict(found)})
     growth_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
