@@ -46,8 +46,9 @@ def evaluate(
 
     `ifeval` checks answers by the instructions of rows that have `instruction_id_list` and `kwargs`, as IFEval has.
 
-    Examples: parablock eval runs/t0 --task exact_match, and
-    parablock eval runs/t0 --task ifeval --data ifeval.jsonl --max-new-tokens 1280
+    Example: parablock eval runs/t0 --task exact_match
+
+    Example: parablock eval runs/t0 --task ifeval --data ifeval.jsonl --max-new-tokens 1280
     """
     if harness:
         _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
