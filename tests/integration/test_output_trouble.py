@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import select
@@ -86,6 +87,41 @@ def test_what_is_written_after_a_failure_is_dropped_and_the_first_failure_is_kno
         stream.flush()
         assert stream.failure is None
     assert (tmp_path / "log").read_text() == "whole"
+
+
+def test_what_a_signal_s_handler_writes_comes_after_what_is_being_written():
+    class Interrupted(io.StringIO):
+        """A stream that refuses a write within a write, as Python's do; a signal comes in a write and in a flush."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.signals, self.is_busy = ["in a write", "in a flush"], False
+
+        def write(self, text: str) -> int:
+            self._meet("in a write")
+            return super().write(text)
+
+        def flush(self) -> None:
+            self._meet("in a flush")
+
+        def _meet(self, place: str) -> None:
+            if self.is_busy:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+            self.is_busy = True
+            if place in self.signals:
+                self.signals.remove(place)
+                stream.write(f"{place}\n")
+                stream.flush()
+            self.is_busy = False
+
+    written = Interrupted()
+    stream = LastingStream(written)
+    stream.write("a row\n")
+    stream.flush()
+    assert written.getvalue() == "a row\nin a write\nin a flush\n"
+    with pytest.raises(RuntimeError, match="reentrant"):
+        written.is_busy = True
+        written.write("without the guard")
 
 
 def test_the_streams_are_put_back(capsys: pytest.CaptureFixture[str]):

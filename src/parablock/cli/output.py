@@ -44,28 +44,43 @@ _REPLACE = "parablock.similar"
 class LastingStream:
     """A text stream whose writes do not fail; after the first failure they are dropped.
 
+    What the handler of a signal writes while a write is under way comes after it: Python's own streams refuse that.
+
     Attributes:
         failure: The error of the first write that failed; None if there was none.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._waiting: list[str] = []
+        self._is_busy = False
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
         """Write text; return its length."""
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._drop(error)
+        self._waiting.append(text)
+        self._work(flushes=False)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
+        self._work(flushes=True)
+
+    def _work(self, *, flushes: bool) -> None:
+        if self._is_busy:
+            return
+        self._is_busy = True
         try:
-            self._stream.flush()
+            if flushes:
+                self._stream.flush()
+            while self._waiting:
+                self._stream.write(self._waiting.pop(0))
+                if flushes:
+                    self._stream.flush()
         except OSError as error:
             self._drop(error)
+        finally:
+            self._is_busy = False
 
     def _drop(self, error: OSError) -> None:
         """Lead the file descriptor nowhere, so that what is in the buffer causes no error either."""
