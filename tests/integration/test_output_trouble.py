@@ -91,7 +91,7 @@ def test_what_is_written_after_a_failure_is_dropped_and_the_first_failure_is_kno
 
 def test_what_a_signal_s_handler_writes_comes_after_what_is_being_written():
     class Interrupted(io.StringIO):
-        """A stream that refuses a write within a write, as Python's do; a signal comes in a write and in a flush."""
+        """It refuses a write within a write, as Python's streams do; a signal comes in a write and in a flush."""
 
         def __init__(self) -> None:
             super().__init__()
