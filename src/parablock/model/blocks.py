@@ -7,6 +7,7 @@ embeddings are one parameter of one block: the embeddings if they are a block, e
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,12 +92,13 @@ def partition_blocks(
         raise ModelError(f"blocks.split is {split!r}", remedy=f"Choose one of {', '.join(SPLITS)}.")
     embeddings, head = _names_outside(model, path)
     tied = set(embeddings) & set(head)
+    sizes, inside = _parameters_of(model, path)
     blocks: list[Block] = []
 
     def add(
         name: str, group: tuple[int, ...], names: Sequence[str], lowest_layer: int, half: str | None = None
     ) -> None:
-        size = sum(model.get_parameter(parameter).numel() for parameter in names)
+        size = sum(sizes[parameter] for parameter in names)
         blocks.append(Block(len(blocks), name, group, tuple(names), size, lowest_layer, path, half))
 
     if include_embeddings:
@@ -104,7 +106,7 @@ def partition_blocks(
         head = [name for name in head if name not in tied]
     for first in range(0, count, layers_per_block):
         group = tuple(range(first, min(first + layers_per_block, count)))
-        names = _names_inside(model, path, group)
+        names = [name for layer in group for name in inside[layer]]
         if split == "layer":
             add(_layers_name(group), group, names, first)
             continue
@@ -189,9 +191,16 @@ def _layers_not_found(what: str, lists: Mapping[str, nn.ModuleList]) -> ModelErr
     )
 
 
-def _names_inside(model: PreTrainedModel, path: str, group: Sequence[int]) -> list[str]:
-    prefixes = tuple(f"{path}.{layer}." for layer in group)
-    return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+def _parameters_of(model: PreTrainedModel, path: str) -> tuple[dict[str, int], dict[int, list[str]]]:
+    """Return the elements of each parameter, and the names of those of each layer."""
+    sizes, inside = (
+        {name: each.numel() for name, each in model.named_parameters()},
+        defaultdict[int, list[str]](list),
+    )
+    for name in sizes:
+        if name.startswith(f"{path}."):
+            inside[int(name.removeprefix(f"{path}.").partition(".")[0])].append(name)
+    return sizes, inside
 
 
 def _names_outside(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:

@@ -8,6 +8,8 @@ from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from parablock.algorithm.parablock import steps_of
 from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS, cohort_size, with_delay
@@ -109,6 +111,7 @@ class Scenario:
     Args:
         config: The run.
         probe: Whether to measure the computation on this machine.
+        outline: The model without values, and without adapters, where it was read before.
 
     Attributes:
         config: The configuration, with a number for `blocks.layers_per_block`.
@@ -121,8 +124,8 @@ class Scenario:
         walk: (number of blocks, delay) → itinerary.
     """
 
-    def __init__(self, config: RunConfig, *, probe: bool) -> None:
-        self.outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+    def __init__(self, config: RunConfig, *, probe: bool, outline: PreTrainedModel | None = None) -> None:
+        self.outline = outline or outline_model(config.model.name_or_path, dtype=config.model.dtype)
         asked, self.config = config.blocks.layers_per_block, fit_blocks(config, self.outline)
         config = self.config
         assert isinstance(config.blocks.layers_per_block, int)
@@ -215,7 +218,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         max_local_steps=config.train.max_local_steps,
         wire_format=wire_format,
     )
-    others = alternatives(scenario, partial(Scenario, probe=False), _slower(scenario))
+    others = alternatives(scenario, partial(Scenario, probe=False, outline=scenario.outline), _slower(scenario))
     return Plan(
         num_blocks=len(blocks),
         blocks=[_describe(block, encoding_of(config).format) for block in blocks],
