@@ -88,44 +88,52 @@ def test_a_run_goes_on_there_and_its_model_is_scored_there(workshop: Workshop, l
         assert [label for label, _ in here] == ["base", "tuned"], scores[0].stdout
 
 
-def said_there(library: Path, *lines: str) -> str:
-    """Run lines of Python where torch knows the device, and give all that they say."""
-    script = ("import sys, torch, other_device", "other_device.make_known(sys.argv[1])", *lines)
-    done = ended([sys.executable, "-c", "\n".join(script), library], Path(other_device.__file__).parent)
-    return done.stdout + done.stderr
+def said_there(library: Path, *scripts: str) -> list[str]:
+    """Run scripts in one Python where torch knows the device, and give what each says, its error included."""
+    about = "import sys, traceback, torch, other_device\nother_device.make_known(sys.argv[1])\n"
+    each = "for script in sys.argv[2:]:\n try: exec(script)\n except Exception: print(traceback.format_exc())\n print(end='\\0')"
+    done = ended([sys.executable, "-c", about + each, library, *scripts], Path(other_device.__file__).parent)
+    *said, rest = done.stdout.split("\0")
+    assert rest == "", done.stderr
+    return said
 
 
 def test_the_other_device_is_as_foreign_as_a_gpu(library: Path):
-    for term, word in (("torch.ones(2, device='other')", "2.0"), ("torch.ones(2)", "RuntimeError")):
-        assert word in said_there(library, f"print((torch.ones(2, device='other') * {term}).sum().item())")
+    terms = ("torch.ones(2, device='other')", "torch.ones(2)")
+    added, refused = said_there(
+        library, *(f"print((torch.ones(2, device='other') * {term}).sum().item())" for term in terms)
+    )
+    assert "2.0" in added
+    assert "RuntimeError" in refused
 
 
-LEAVING = (
-    "from parablock.model import device_copy",
-    "there = torch.arange(3500.).to('other') / 7",
-    "on_its_way = device_copy.copy_to_cpu(there)",
-)
+LEAVING = """
+from parablock.model import device_copy
+there = torch.arange(3500.).to('other') / 7
+on_its_way = device_copy.copy_to_cpu(there)
+"""
 
 
 def test_what_was_trained_leaves_the_device_part_by_part_behind_the_main_stream(library: Path):
-    took = "print(on_its_way[:600].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
-    assert "True 2500" in said_there(library, *LEAVING, took)
-    across = "print(on_its_way[900:1100].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
-    assert "True 1500" in said_there(library, *LEAVING, across)
-    exact = "print(torch.equal(on_its_way[:], torch.arange(3500.) / 7), on_its_way._source)"
-    assert "True None" in said_there(library, *LEAVING, exact)
+    part = "print(on_its_way[{}].isfinite().all().item(), on_its_way._here.isnan().sum().item())"
+    whole = "print(torch.equal(on_its_way[:], torch.arange(3500.) / 7), on_its_way._source)"
+    looks = (part.format(":600"), part.format("900:1100"), whole)
+    assert said_there(library, *(LEAVING + look for look in looks)) == ["True 2500\n", "True 1500\n", "True None\n"]
 
 
 def test_the_other_device_tells_a_copy_that_is_not_waited_for(library: Path):
     unread = "print(on_its_way._here.isnan().all().item())"
-    assert "True" in said_there(library, *LEAVING, unread)
-    gone = ("on_its_way._source = None", "del there", "on_its_way[:]")
-    assert "was given up before it was done" in said_there(library, *LEAVING, *gone)
-    changed = ("there.zero_()", "print(on_its_way[:].any().item())")
-    assert "False" in said_there(library, *LEAVING, *changed)
-    unordered = (
-        "here = torch.empty(3500, pin_memory=True)",
-        "with torch.Stream('other'):",
-        "    here.copy_(there, non_blocking=True)",
-    )
-    assert "may still be writing" in said_there(library, *LEAVING, *unordered)
+    gone = "on_its_way._source = None\ndel there\non_its_way[:]"
+    changed = "there.zero_()\nprint(on_its_way[:].any().item())"
+    unordered = """
+here = torch.empty(3500, pin_memory=True)
+with torch.Stream('other'):
+    here.copy_(there, non_blocking=True)
+del here
+"""
+    said = said_there(library, *(LEAVING + script for script in (unread, gone, changed)))
+    assert said[0] == "True\n" and said[2] == "False\n"
+    assert "was given up before it was done" in said[1]
+    script = "import sys, torch, other_device\nother_device.make_known(sys.argv[1])" + LEAVING + unordered
+    done = ended([sys.executable, "-c", script, library], Path(other_device.__file__).parent)
+    assert "may still be writing" in done.stdout + done.stderr
