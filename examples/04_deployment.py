@@ -1,8 +1,8 @@
-"""A real deployment on one machine: Flower's server, a process for each site, TLS and keys.
+"""A real deployment on one machine: a server, a process for each site, TLS and keys.
 
 The same run in one process ends with the same model, bit for bit.
 
-    pip install "parablock[flower]"
+    pip install "parablock[deploy]"
     python examples/04_deployment.py [OUTPUT_DIR]
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from parablock import RunConfig, run
 from parablock.demo.material import TEST_FILE_NAME, make_tiny_llama, make_word_problems
-from parablock.deploy.one_machine import deploy_local
+from parablock.deploy.direct_local import deploy_direct
 
 
 def make_config(files: list[Path], made: Path, engine: str) -> RunConfig:
@@ -37,9 +37,9 @@ def main(output_dir: Path) -> None:
     files = make_word_problems(made, num_clients=2, examples_per_client=50, seed=0)
     make_tiny_llama(made / "model", (file.read_text() for file in files), seed=0, num_layers=2)
 
-    deployed = deploy_local(make_config(files, made, "flower"), output_dir / "deployed")
+    deployed = deploy_direct(make_config(files, made, "remote"), output_dir / "deployed")
     here = run(make_config(files, made, "inprocess"), output_dir / "here")
-    for where, summary in (("over Flower", deployed), ("in one process", here)):
+    for where, summary in (("as a deployment", deployed), ("in one process", here)):
         print(
             f"{where}: loss {summary['initial_eval_loss']:.2f} -> {summary['final_eval_loss']:.2f} "
             f"in {summary['wall_time_s']:.0f} s, model {summary['model_sha256'][:12]}"

@@ -28,7 +28,7 @@ from pages import ROOT
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.deploy import processes
-from parablock.deploy.one_machine import Deployment, watch
+from parablock.deploy.one_machine import Deployment, deploy_local, watch
 from parablock.deploy.processes import (
     CONNECTION,
     ServerFiles,
@@ -51,8 +51,8 @@ FLOWER_PYTHON = Path(os.environ.get("PARABLOCK_FLOWER_PYTHON", sys.executable))
 SITES = 2
 LEAST_MASKED = 3
 """Of two clients a sum would tell each what the other sent."""
-ROUNDS = {"killed": 30, "stopped": 60, "masked": 2}
-DELAYS = {"killed": 1, "stopped": 0, "masked": 1}
+ROUNDS = {"killed": 30, "stopped": 60, "masked": 2, "local": 2}
+DELAYS = {"killed": 1, "stopped": 0, "masked": 1, "local": 1}
 PATIENCE_S = 500.0
 """When a deployment is given up; on a free machine the longest takes two minutes."""
 
@@ -76,7 +76,7 @@ def plays(
     chosen = " ".join(item.originalname for item in request.session.items if item.module is request.module)
     folder = tmp_path_factory.mktemp("plays")
     begun: dict[str, Callable[[], Facts]] = {}
-    for play in (killed, stopped, masked):
+    for play in (killed, stopped, masked, local):
         name = play.__name__
         if name in chosen:
             (folder / name).mkdir()
@@ -342,3 +342,26 @@ def test_a_stranger_at_the_documented_proxy_of_the_masked_run_starts_nothing(
 def test_masked_sites_are_told_that_little_is_left_of_their_updates(plays: Mapping[str, Future[Facts]]):
     logs = plays["masked"].result()["logs"]
     assert len(logs) == LEAST_MASKED and all("clipping removes 9" in log for log in logs)
+
+
+# ── the whole deployment in one call ────────────────────────────────────────────────────────────────
+
+
+def local(workshop: Workshop, config: RunConfig) -> Facts:
+    """Deploy, run and take everything down, as `parablock deploy local` does."""
+    output_dir = workshop.path / "deployed"
+    return {"ended": [deploy_local(config, output_dir, asked_to_stop=Patience())], "output_dir": output_dir}
+
+
+def test_a_local_deployment_gives_the_model_of_one_process_and_takes_its_processes_down(
+    plays: Mapping[str, Future[Facts]],
+):
+    facts = plays["local"].result()
+    output_dir = facts["output_dir"]
+    assert facts["ended"][0]["model_sha256"] == model_of(output_dir.parent / "one")
+    parts = ("superlink", *(f"supernode-{client_id}" for client_id in range(SITES)))
+    logs = {log.stem for log in (output_dir / "deployment" / "logs").iterdir()}
+    assert logs == {*parts, *(f"{part}-helper" for part in parts)}
+    running = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "python" in running
+    assert str(output_dir) not in running

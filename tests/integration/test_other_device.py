@@ -90,9 +90,17 @@ def test_a_run_goes_on_there_and_its_model_is_scored_there(workshop: Workshop, l
 
 def said_there(library: Path, *scripts: str) -> list[str]:
     """Run scripts in one Python where torch knows the device, and give what each says, its error included."""
-    about = "import sys, traceback, torch, other_device\nother_device.make_known(sys.argv[1])\n"
-    each = "for script in sys.argv[2:]:\n try: exec(script)\n except Exception: print(traceback.format_exc())\n print(end='\\0')"
-    done = ended([sys.executable, "-c", about + each, library, *scripts], Path(other_device.__file__).parent)
+    about = """
+import sys, traceback, torch, other_device
+other_device.make_known(sys.argv[1])
+for script in sys.argv[2:]:
+    try:
+        exec(script)
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+    print(end="\\0")
+"""
+    done = ended([sys.executable, "-c", about, library, *scripts], Path(other_device.__file__).parent)
     *said, rest = done.stdout.split("\0")
     assert rest == "", done.stderr
     return said
