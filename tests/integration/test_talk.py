@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pty
 import select
@@ -196,12 +197,16 @@ def test_ctrl_c_at_the_prompt_ends_a_chat(tuned: Path):
 
 
 def at_a_terminal(arguments: list[str], keys: list[bytes], patience_s: float = 300.0) -> tuple[str, int]:
-    """Run a command at a terminal, and press the keys at its prompts; give what it showed and its exit code."""
+    """Run a command at a terminal, and press the keys at its prompts; give what it showed and its exit code.
+
+    The last key is pressed again where nothing came of it, as a person would: Python drops a Ctrl-C that comes at
+    the moment in which it begins to wait for a key.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm", COLUMNS="80", LINES="40")
         os.execv(sys.executable, command_line(arguments))
-    shown, waiting, end = b"", list(keys), time.monotonic() + patience_s
+    shown, waiting, end, pressed = b"", list(keys), time.monotonic() + patience_s, math.inf
     while time.monotonic() < end:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
@@ -214,6 +219,10 @@ def at_a_terminal(arguments: list[str], keys: list[bytes], patience_s: float = 3
         if waiting and shown.count(b"> ") > len(keys) - len(waiting):
             time.sleep(0.3)  # readline has printed the prompt, and is about to wait for a key
             os.write(terminal, waiting.pop(0))
+            pressed = time.monotonic()
+        elif not waiting and time.monotonic() > pressed + 10:
+            os.write(terminal, keys[-1])
+            pressed = time.monotonic()
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     return shown.decode(errors="replace"), os.waitstatus_to_exitcode(status)

@@ -23,6 +23,7 @@ from parablock.deploy.authority import Credentials, load_credentials, make_all, 
 from parablock.deploy.door import listen
 from parablock.deploy.server_audit import audit_door
 from parablock.engine.plans import Hooks
+from parablock.engine.refusals import Refusal, Refusals
 from parablock.engine.remote import listener as listener_module
 from parablock.engine.remote import remote_transport
 from parablock.engine.remote.frames import (
@@ -44,6 +45,7 @@ from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences
 from parablock.storage.audit_log import AuditLog
 from parablock.trace import Trace
+from parablock.training.trainer import Trained
 from parablock.wire.codec import encode
 from parablock.wire.messages import Join, Leave, Skip, to_bytes
 from parablock.wire.quantize import Encoding
@@ -528,6 +530,22 @@ def deeds(client_id: int) -> list[bytes]:
 
 def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(remote_transport, "RETURN_S", 0.3)
+    count, many = Refusals.count, threading.Event()
+
+    def count_on(refusals: Refusals, client_id: int, refusal: Refusal) -> None:
+        count(refusals, client_id, refusal)
+        if refusals.counts["corrupt"] > 100:
+            many.set()
+
+    monkeypatch.setattr(Refusals, "count", count_on)
+
+    class Patient(ToyTrainer):
+        """A trainer whose run is not over before the attack is."""
+
+        def train(self, round_index, *rest) -> Trained:
+            assert round_index < 5 or many.wait(30)
+            return super().train(round_index, *rest)
+
     method = server_plan(
         3,
         9,
@@ -535,14 +553,14 @@ def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path
         Differences(Encoding("float32", chunk_bytes=8)),
         checkpoint_every=2,
         min_updates=2,
-        stall_timeout_s=5.0,
+        stall_timeout_s=60.0,
     )
     events, counted = list[str](), dict[int, list[int]]()
 
     def on_commit(state, updates, _) -> None:
         counted[state.committed] = [update.client_id for update in updates]
 
-    town = Town(tmp_path, method, EXAMPLES)
+    town = Town(tmp_path, method, EXAMPLES, make_trainer=Patient)
     for client_id in (0, 1):
         town.start(client_id)
 
