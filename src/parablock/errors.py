@@ -7,6 +7,7 @@
     │   ├── ModelError             a model folder, its architecture, its tokenizer
     │   ├── CheckpointError        a run directory that cannot be resumed
     │   ├── StorageError           the disk: full, read-only, not a folder
+    │   ├── LedgerError            a site's ledger that lacks what the site has released
     │   └── PolicyError            a run, or a round of it, that the site's policy forbids
     ├── TrainingError              a loss or an update that is not finite
     ├── StoppedByUserError         exit code 130: Ctrl-C, with everything saved
@@ -74,6 +75,10 @@ class CheckpointError(InputError):
 
 class StorageError(InputError):
     """The output folder cannot be written: the disk is full or read-only, or the path is not a folder."""
+
+
+class LedgerError(InputError):
+    """The ledger of a site lacks updates of it that the server has."""
 
 
 class PolicyError(InputError):

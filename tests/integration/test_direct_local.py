@@ -7,15 +7,20 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from parablock.config.keys import RunConfig
 from parablock.config.load import at_sites, load_config
 from parablock.deploy.direct_local import LocalSites, deploy_direct, resume_direct
 from parablock.deploy.status import control_of, read_status
 from parablock.errors import CheckpointError, ConfigError, InputError, ParaBlockError, StorageError
+from parablock.experiment import engines
+from parablock.experiment.protections import protections
 from parablock.privacy.accounting import Accountant
+from parablock.privacy.protection import Protection
 from parablock.storage.audit_log import verify
 from parablock.storage.files import lock_folder
 from parablock.storage.run_directory import RunDirectory
@@ -60,16 +65,27 @@ def test_masked_updates_of_real_processes_make_the_model_of_one_process(tmp_path
 
 
 def test_sites_add_noise_of_their_own_keys_to_a_masked_sum_and_all_account_for_it(
-    tmp_path: Path, workshop: Workshop
+    tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ):
+    """The model is that of one process whose clients have the keys of the sites, and of no other keys."""
     noise = ("privacy.noise_multiplier=0.5", "privacy.mode=distributed", "federation.num_rounds=4")
     masked = ("privacy.secure_aggregation=masked", "privacy.clip_norm=1.0", "federation.num_clients=3")
     masked = (*masked, "wire.streaming=false", *noise)
     summary = deploy_direct(configured(workshop, *masked), tmp_path / "deployed", insecure=True)
     assert summary["epsilon"] == Accountant(0.5, "distributed", 1e-5).epsilon(4)
     deployment = tmp_path / "deployed" / "deployment"
-    keys = [path.read_bytes() for path in deployment.rglob("noise_key")]
-    assert len(keys) == len(set(keys)) == 3
+    keys = {int(path.parts[-3]): path.read_bytes() for path in deployment.rglob("noise_key")}
+    assert len(keys) == len(set(keys.values())) == 3
+
+    def model_with(keys: Mapping[int, bytes], name: str) -> str:
+        def of_keys(config: RunConfig, _: bytes | None) -> Callable[[int], Protection | None]:
+            return lambda client_id: protections(config, keys[client_id])(client_id)
+
+        monkeypatch.setattr(engines, "protections", of_keys)
+        return in_process(workshop, tmp_path / name, *masked)
+
+    assert summary["model_sha256"] == model_with(keys, "own")
+    assert summary["model_sha256"] != model_with(dict.fromkeys(keys, keys[0]), "shared")
     sites = [verify(log).entries for log in deployment.rglob("audit.jsonl") if log.parent != deployment]
     counted = [[e.facts["noise_multiplier"] for e in entries if e.kind == "round"] for entries in sites]
     assert counted == [[0.5] * 4] * 3

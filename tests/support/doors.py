@@ -14,6 +14,7 @@ from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.remote.site_channel import ServerEnd, SiteCaller
 from parablock.errors import ParaBlockError
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Trace
 from parablock.wire.messages import Leave, from_bytes
 
@@ -26,16 +27,24 @@ class Door:
         self._sessions = 0
 
     def take_part(
-        self, site: SiteConfig, shared: str, base_sha256: str, base_parts: Mapping[str, str] | None = None
+        self,
+        site: SiteConfig,
+        shared: str,
+        base_sha256: str,
+        base_parts: Mapping[str, str] | None = None,
+        releases: ReleaseLedger | None = None,
     ) -> tuple[ParaBlockError, Leave]:
         """Let a site take part, which must fail; return its error, and what the server heard of it."""
         self._sessions += 1
         opening = Opening("run", f"s{self._sessions}", shared, base_sha256, base_parts=dict(base_parts or {}))
-        transport = RemoteTransport(opening, 8, 64, 1 << 20, Trace(RealClock()))
+        transport = RemoteTransport(opening, 8, 64, 1 << 20, Trace(RealClock()), releases=releases)
         self.listener.open(transport)
         end = ServerEnd(f"127.0.0.1:{self.listener.port}", None)
+        caller = SiteCaller(site.client_id, end, lambda _: None)
+        asked = caller.ask().opening
+        assert asked is not None and asked.session == opening.session
         with pytest.raises(ParaBlockError) as caught:
-            take_part(site, SiteCaller(site.client_id, end, lambda _: None), opening)
+            take_part(site, caller, asked)
         heard = transport.receive_until(transport.clock.now() + 20)
         assert heard is not None
         client_id, message = heard

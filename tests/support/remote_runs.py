@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engines import QUIET, engine_input
 from parablock.clock import RealClock
+from parablock.deploy.guarded_trainer import check_ledger
 from parablock.engine.contract import EngineResult
 from parablock.engine.plans import ClientPlan, Hooks, ServerPlan
 from parablock.engine.remote.listener import Listener
@@ -22,6 +23,7 @@ from parablock.engine.remote.remote_engine import RunFacts, run_remote
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
+from parablock.errors import LedgerError
 from parablock.privacy.identities import Identity
 from parablock.storage.checkpoint import RunState
 from parablock.storage.release_ledger import ReleaseLedger
@@ -58,7 +60,7 @@ class Town:
         self.folder, self.plan, self.examples, self.make_trainer = folder, plan, examples, make_trainer
         self.masking, self.protection_of, self.address_of = masking, protection_of, address_of
         self.identity_of = identity_of
-        self.told, self.errors = list[str](), list[BaseException]()
+        self.told, self.errors, self.refused = list[str](), list[BaseException](), list[LedgerError]()
         self.deaths, self.is_over = 0, threading.Event()
         self.channels = dict[int, SiteChannel]()
         self.listener: Listener | None = None
@@ -148,6 +150,9 @@ class Town:
                 self.deaths += 1
             except (SessionOver, Refused, Leaves):
                 pass
+            except LedgerError as error:
+                self.refused.append(error)
+                return
             except BaseException as error:
                 self.errors.append(error)
                 return
@@ -173,6 +178,7 @@ class Town:
         rejoins = channel.open()
         try:
             with channel:
+                check_ledger(self.releases[client_id], welcome.opening)
                 if self.masking:
                     restored = welcome.opening.restored
                     first_open = 0 if restored < 0 else max(0, restored - self.plan.delay)

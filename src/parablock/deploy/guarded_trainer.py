@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from parablock.config.keys import RunConfig
 from parablock.deploy.policy import Breach, Policy, breaches, own_noise, refusal, steps_breaches
-from parablock.errors import ConfigError, PolicyError, TrainingError
+from parablock.engine.remote.frames import Opening
+from parablock.errors import ConfigError, LedgerError, PolicyError, TrainingError
 from parablock.experiment.protections import counted_noise
 from parablock.privacy.protection import effective_multiplier
 from parablock.storage.audit_log import AuditEntry, AuditLog
+from parablock.storage.release_ledger import RELEASE, ReleaseLedger
 from parablock.training.trainer import Trained, Trainer
 
 LOGGER = logging.getLogger("parablock")
@@ -31,15 +34,19 @@ class SitePolicy:
         log: The site's audit log.
         run: The run.
         config: The run's configuration, as it would be at this site.
+        lost_through: The last round of the run that a lost log may have held; these rounds count as trained.
     """
 
-    def __init__(self, policy: Policy, log: AuditLog, run: str, config: RunConfig) -> None:
+    def __init__(
+        self, policy: Policy, log: AuditLog, run: str, config: RunConfig, *, lost_through: int = -1
+    ) -> None:
         self._policy, self._log, self._run, self._config = policy, log, run, config
         noise = own_noise(config) if policy.noise == "own" else counted_noise(config)
         # what a site counts on alone hides its update as local noise does
         is_alone = config.privacy.mode == "local" or policy.noise == "own"
         self._multiplier = effective_multiplier(noise, is_local=is_alone)
-        self._rounds = _rounds_of(log.entries())
+        lost = range(min(lost_through + 1, config.federation.num_rounds))
+        self._rounds = {**{(run, t): self._multiplier for t in lost}, **_rounds_of(log.entries())}
 
     def check_run(self, base_sha256: str) -> None:
         """Check what the run asks for; `base_sha256` is the base model that the server names.
@@ -117,6 +124,27 @@ class SitePolicy:
         error = refusal(found, what)
         self._log.append(REFUSAL, run=self._run, keys=list(error.keys), words=error.what)
         raise error
+
+
+def check_ledger(releases: ReleaseLedger, opening: Opening) -> None:
+    """Check that a site's ledger holds the last of its updates that the server has on record.
+
+    Raises:
+        LedgerError: It does not, and the site's file does not say that it is lost.
+    """
+    own = max(releases.last_round(RELEASE), releases.lost_through)
+    if own >= opening.released:
+        return
+    lost = json.dumps({opening.run: max(opening.released, opening.asked)})
+    raise LedgerError(
+        f"the ledger of this site ends with {f'round {own}' if own >= 0 else 'nothing'} in run {opening.run}, "
+        f"and the server has its update of round {opening.released}",
+        cause="The state_dir was lost, or put back from an older copy. What the site would send of these rounds "
+        "would be other updates, under other noise, which no ε counts.",
+        remedy=f"Put back the newest state_dir. If it is lost for good, write `lost_ledgers: {lost}` into the "
+        "site's file: it then takes part in later rounds alone, and all up to that one count as released. Lower "
+        "`policy.max_epsilon` by what the site has spent in other runs.",
+    )
 
 
 class RoundRefusedError(TrainingError):

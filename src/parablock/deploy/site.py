@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -49,6 +49,9 @@ class SiteConfig(Section):
     )
     lease_s: float = Field(3600.0, gt=0, description="How long the trainer lives without a sign of the server.")
     policy: Policy = Policy()
+    lost_ledgers: Mapping[str, Annotated[int, Field(ge=0)]] = Field(
+        {}, description="Runs of which this site's ledger is lost: run → the last round that it may have released."
+    )
 
     @property
     def audit_log(self) -> Path:

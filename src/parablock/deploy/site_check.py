@@ -23,6 +23,7 @@ from parablock.engine.remote.site_channel import Refused, SiteCaller
 from parablock.errors import ParaBlockError
 from parablock.report.units import format_bytes
 from parablock.storage.audit_log import AuditLog
+from parablock.storage.release_ledger import ReleaseLedger
 
 MOST_SKEW_S = 30.0
 """How far the clocks of a site and the server may be apart; certificates and records depend on them."""
@@ -193,12 +194,16 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
 
 
 def _check_policy(site: SiteConfig, config: RunConfig, opening: Opening | None) -> Iterator[Checked]:
-    """Yield every point of the site's policy that the run would break."""
-    from parablock.deploy.guarded_trainer import SitePolicy
+    """Yield every point of the site's policy that the run would break, and whether its ledger is whole."""
+    from parablock.deploy.guarded_trainer import SitePolicy, check_ledger
 
     try:
         run, base_sha256 = (opening.run, opening.base_sha256) if opening else ("", None)
-        found = SitePolicy(site.policy, AuditLog(site.audit_log), run, config).found_in_run(base_sha256)
+        log, lost_through = AuditLog(site.audit_log), site.lost_ledgers.get(run, -1)
+        if opening is not None:
+            check_ledger(ReleaseLedger(log, run, lost_through=lost_through), opening)
+        guard = SitePolicy(site.policy, log, run, config, lost_through=lost_through)
+        found = guard.found_in_run(base_sha256)
     except ParaBlockError as error:
         yield _problem(error)
         return

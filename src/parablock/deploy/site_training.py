@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from parablock.config.keys import RunConfig
-from parablock.deploy.guarded_trainer import GuardedTrainer, SitePolicy
+from parablock.deploy.guarded_trainer import GuardedTrainer, SitePolicy, check_ledger
 from parablock.deploy.site import SiteConfig, configuration_at
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
@@ -39,8 +39,11 @@ def train(
     """
     opening = channel.opening
     config = configuration_at(site, opening.config)
-    guard = SitePolicy(site.policy, log, opening.run, config)
-    guard.check_run(opening.base_sha256)  # before a row is read
+    lost_through = site.lost_ledgers.get(opening.run, -1)
+    releases = releases_of(config, log, opening.run, lost_through=lost_through)
+    check_ledger(releases, opening)  # before a row is read, as the policy
+    guard = SitePolicy(site.policy, log, opening.run, config, lost_through=lost_through)
+    guard.check_run(opening.base_sha256)
     with trace.clock.working():
         job = read_inputs(
             config,
@@ -62,7 +65,6 @@ def train(
     for line in job.left_out:
         LOGGER.warning("%s", line)
     plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
-    releases = releases_of(config, log, opening.run)
     _mask(caller, channel, config, releases, rejoins=rejoins)
     run_client(
         site.client_id,

@@ -72,6 +72,8 @@ class MaskedServer:
         self._members: tuple[int, ...] | None = None
         self._restarted: set[int] = set()
         """Members that have advertised other keys since: their secrets are gone."""
+        self._gone: set[int] = set()
+        """Clients that have said that they leave: no answer of theirs is waited for."""
         self._left_out: set[int] = set()
         """Members whose secrets have made a round void: the others mask with them no more."""
         self._partners: dict[tuple[int, int], sealing.Partners] = {}
@@ -266,16 +268,17 @@ class MaskedServer:
     def _wait_for(
         self, clients: Collection[int], came: Collection[int], is_enough: Callable[[], bool] = lambda: False
     ) -> None:
-        """Take messages until these clients have answered, or their time is over."""
+        """Take messages until these clients have answered or left, or their time is over."""
         deadline_s = self._clock.now() + self._stall_timeout_s
-        while not is_enough() and any(client_id not in came for client_id in clients):
+        while not is_enough() and any(i not in came and i not in self._gone for i in clients):
             received = self._inner.receive_until(deadline_s) if self._clock.now() < deadline_s else None
             if received is None:
                 return
             self._take(*received)
 
     def _take(self, client_id: int, raw: bytes) -> None:
-        if kind_of(raw) not in SEALING_KINDS:
+        if (kind := kind_of(raw)) not in SEALING_KINDS:
+            self._gone |= {client_id} if kind == "Leave" else set()
             self._waiting.append((client_id, raw))
             return
         try:

@@ -34,13 +34,18 @@ class ReleaseLedger:
         run: Tells runs of one log apart, and clients of one process; empty: the log has no other.
         is_strict: Whether a round has one update only; where updates are neither noisy nor masked, a server that
             goes back to a checkpoint may get another one.
+        lost_through: The last round of which a lost ledger may have held something: of that round and those before,
+            a client releases nothing that is not on record; −1: none was lost.
 
     Raises:
         StorageError: The log has been damaged.
     """
 
-    def __init__(self, log: AuditLog | None = None, run: str = "", *, is_strict: bool = True) -> None:
+    def __init__(
+        self, log: AuditLog | None = None, run: str = "", *, is_strict: bool = True, lost_through: int = -1
+    ) -> None:
         self._log, self._run, self.is_strict = log, {"run": run} if run else {}, is_strict
+        self.lost_through = lost_through
         self._of: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
         for entry in log.entries() if log else ():
             facts = dict(entry.facts)
@@ -62,8 +67,10 @@ class ReleaseLedger:
         return list(self._of.get((kind, round_index), ()))
 
     def fix(self, kind: str, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
-        """Record the set of a round, unless one is there; return the one that holds."""
+        """Record the set of a round, unless one is there; return the one that holds: of a lost round, none."""
         if not (before := self.recorded(kind, round_index)):
+            if round_index <= self.lost_through:
+                return ()
             self.record(kind, round_index, clients=clients)
             return clients
         return tuple(before[0]["clients"])
@@ -71,7 +78,17 @@ class ReleaseLedger:
     def may_release(self, round_index: int, sha256: str) -> bool:
         """Return whether a client's update of a round is the first, or the one that was released before."""
         before = self.recorded(RELEASE, round_index)
-        return not self.is_strict or all(facts["sha256"] == sha256 for facts in before)
+        is_lost = round_index <= self.lost_through and not before
+        return not self.is_strict or (not is_lost and all(facts["sha256"] == sha256 for facts in before))
+
+    def last_round(self, *kinds: str, client_id: int | None = None) -> int:
+        """Return the last round of the lines of these kinds, or of those with a client; −1: there is none."""
+        rounds = (
+            t
+            for (kind, t), lines in list(self._of.items())  # other threads may record meanwhile
+            if kind in kinds and any(client_id is None or client_id in facts["clients"] for facts in list(lines))
+        )
+        return max(rounds, default=-1)
 
     def has_account_of(self, client_id: int, round_index: int) -> bool:
         """Return whether an account has an update of a client in a round."""

@@ -32,7 +32,7 @@ from parablock.privacy.masking import (
 )
 from parablock.privacy.protection import threshold_of
 from parablock.storage.release_ledger import ReleaseLedger
-from parablock.wire.messages import Mark, Update, from_bytes, to_bytes
+from parablock.wire.messages import Leave, Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
 from parablock.wire.sealing import Advertise, Letters, Revealed, Roster, pack_bytes, unpack_bytes
 from parablock.wire.transport import Parcel
@@ -381,6 +381,25 @@ def test_a_client_that_sends_no_keys_or_no_letters_is_left_out_and_the_others_su
         total = sum(words_of(wires.collector.receive(1.0, "")[1]).numpy().view(np.uint32) for _ in range(3))
         total -= wires.collector.masks_of(0, (0, 1, 2), SIZE).numpy().view(np.uint32)
         assert (total == 0 + 1 + 2).all()
+
+
+@pytest.mark.parametrize("phase", ["keys", "letters"])
+@pytest.mark.parametrize("says_so", [True, False])
+def test_nobody_waits_for_a_client_that_has_said_that_it_leaves(phase: str, says_so: bool):
+    """The server asks for a message more only where it still waits for somebody."""
+    wires, asked_in_vain = MaskedWires(4, {0: (0, 1, 2, 3)}), list[bool]()
+    receive = wires.receive_until
+    wires.receive_until = lambda *_: receive() or asked_in_vain.append(True)
+    if phase == "keys":
+        wires._up.pop()
+    wires.silent = {3}
+    if says_so:
+        wires._up.append((3, to_bytes(Leave("LEDGER"))))
+    wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+    assert wires.collector.members == (0, 1, 2)
+    assert bool(asked_in_vain) is not says_so
+    if says_so:
+        assert from_bytes(wires.collector.receive(1.0, "")[1]) == Leave("LEDGER"), "and the run learns why"
 
 
 @pytest.mark.parametrize("bad", [bytes(32), b"\1" + bytes(31), None], ids=["zero", "low order", "twice"])

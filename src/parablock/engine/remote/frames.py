@@ -86,6 +86,9 @@ class Opening:
         base_parts: Hashes of what it consists of, so that a site can say what differs.
         restored: The round of the checkpoint that the session goes on from; -1: from the base model.
         sessions: Earlier session → the first of its rounds that do not count any more.
+        released: The last round of which the server has an update of this site on record, where noise or masks hide
+            updates; -1: of none.
+        asked: The last round whose noisy update the server may have got from this site.
     """
 
     __pydantic_config__ = _READ_STRICTLY
@@ -97,6 +100,8 @@ class Opening:
     restored: int = -1
     base_parts: dict[_Word, _Word] = field(default_factory=dict)
     sessions: dict[_Word, _Count] = field(default_factory=dict)
+    released: int = -1
+    asked: int = -1
 
     @property
     def context(self) -> str:

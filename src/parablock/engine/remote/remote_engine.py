@@ -64,6 +64,7 @@ def run_remote(
         given.trace,
         asked_to_stop=hooks.asked_to_stop,
         tell=hooks.on_event,
+        releases=given.releases,
     )
 
     def on_mark(round_index: int, state: ServerState, memory: dict[str, Any]) -> None:

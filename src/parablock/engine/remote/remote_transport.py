@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from threading import Condition
@@ -21,6 +21,7 @@ from parablock.engine.remote.frames import Hello, Opening, Reception
 from parablock.engine.remote.listener import NotAdmitted
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, StallError
+from parablock.storage.release_ledger import ACCOUNT, ASKED, SET, ReleaseLedger
 from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, kind_of, to_bytes
 from parablock.wire.transport import Ledger, Parcel, check_for_stop
@@ -101,6 +102,7 @@ class RemoteTransport:
         trace: Records transfers, and the spans that sites tell of. Its clock is real.
         asked_to_stop: Whether the user wants the run to stop.
         tell: Gets a line for the log.
+        releases: What the server has on record of its sites.
     """
 
     def __init__(
@@ -113,7 +115,9 @@ class RemoteTransport:
         *,
         asked_to_stop: Callable[[], bool] = lambda: False,
         tell: Callable[[str], None] = lambda _: None,
+        releases: ReleaseLedger | None = None,
     ) -> None:
+        self._releases = releases or ReleaseLedger()
         self.opening, self._num_rounds, self._max_message_bytes = opening, num_rounds, max_message_bytes
         self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
         self._origin_s = _now_s() - trace.clock.now()
@@ -147,7 +151,7 @@ class RemoteTransport:
             in_session = hello.session == self.opening.session and fits
             place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
-                return Reception(0, False, now_s, self.opening, self._is_over), None
+                return Reception(0, False, now_s, self._opening_for(hello.client_id), self._is_over), None
             if is_new:
                 place.rejoins, place.has_sent = place.incarnation is not None or place.must_rejoin, False
             if is_new and place.rejoins:
@@ -157,6 +161,11 @@ class RemoteTransport:
             place.incarnation, place.must_rejoin, place.since_s = hello.incarnation, False, now_s
             self._clock.progress()
             return Reception(place.stream.wanted, place.rejoins, now_s), place.stream
+
+    def _opening_for(self, client_id: int) -> Opening:
+        released = self._releases.last_round(ACCOUNT, SET, client_id=client_id)
+        asked = self._releases.last_round(ASKED, client_id=client_id)
+        return replace(self.opening, released=released, asked=asked)
 
     def moved(self, client_id: int) -> None:
         """Note that something has come which the run waits for."""

@@ -388,6 +388,7 @@ def _without_details(error: ParaBlockError) -> str:
         "ModelError": "its model is not the one of the run",
         "ConfigError": "its configuration does not fit the run",
         "StorageError": "its disk cannot be written",
+        "LedgerError": "LEDGER its own ledger lacks updates that it has released",
         "TrainingError": "its training failed",
         "CodecError": "it could not read a message of the server",
     }

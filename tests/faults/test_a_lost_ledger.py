@@ -1,0 +1,241 @@
+"""A site that has lost its ledger sends no round again: the server says what it has, and the site refuses."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import remote_runs
+from doors import Door
+from dotted import nested
+from engines import QUIET, server_plan
+from parablock.algorithm.parablock import ServerState
+from parablock.clock import RealClock
+from parablock.config.load import parse_config
+from parablock.deploy import site_training
+from parablock.deploy.guarded_trainer import SitePolicy, epsilon_of
+from parablock.deploy.policy import OPEN_POLICY, Policy
+from parablock.deploy.site import SiteConfig, load_site, shared_config
+from parablock.deploy.site_check import check_site
+from parablock.engine.remote.frames import Opening
+from parablock.engine.remote.remote_transport import RemoteTransport
+from parablock.engine.update_form import Differences
+from parablock.errors import ConfigError, DataError, LedgerError, PolicyError
+from parablock.privacy.keystream import Keystream, derive
+from parablock.privacy.protection import Protection
+from parablock.storage.audit_log import AuditLog, verify
+from parablock.storage.checkpoint import load_newest, save_checkpoint
+from parablock.storage.release_ledger import ACCOUNT, ASKED, RELEASE, REVEAL, SET, ReleaseLedger
+from parablock.storage.site_store import SiteStore
+from parablock.trace import Trace
+from parablock.wire.messages import Update
+from parablock.wire.quantize import Encoding
+
+RUN = {
+    "model.name_or_path": "of the server",
+    "data.train": [],
+    "data.test": ["of the server"],
+    "federation.num_clients": 3,
+    "federation.num_rounds": 16,
+    "engine.name": "remote",
+    "wire.streaming": False,
+    "privacy.clip_norm": 1.0,
+    "privacy.noise_multiplier": 4.0,
+    "privacy.mode": "distributed",
+    "privacy.secure_aggregation": "masked",
+}
+
+
+@pytest.fixture(scope="module")
+def door() -> Iterator[Door]:
+    made = Door()
+    yield made
+    made.listener.close()
+
+
+def site(folder: Path, **more: Any) -> SiteConfig:
+    """Client 1, whose rows are not there: an error of theirs shows that it went on to read them."""
+    tree = {
+        "client_id": 1,
+        "state_dir": "state",
+        "model": {"name_or_path": "/secret/model"},
+        "data": {"train": ["/secret/rows.jsonl"]},
+        "policy": OPEN_POLICY,
+    }
+    (folder / "site.yaml").write_text(yaml.safe_dump({**tree, **more}))
+    return load_site(folder / "site.yaml")
+
+
+def on_record(*lines: tuple[str, int, tuple[int, ...]]) -> ReleaseLedger:
+    """What a server has of rounds and clients."""
+    ledger = ReleaseLedger()
+    for kind, round_index, clients in lines:
+        ledger.record(kind, round_index, clients=clients)
+    return ledger
+
+
+SUMS = on_record((SET, 0, (0, 1, 2)), (SET, 3, (0, 1)), (SET, 5, (0, 2)))
+
+
+def shared() -> str:
+    return shared_config(parse_config(nested(RUN)))
+
+
+def test_a_site_that_has_lost_what_it_released_refuses_in_words_and_tells_a_code(
+    tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+):
+    one = site(tmp_path)
+    error, leave = door.take_part(one, shared(), "ab", releases=SUMS)
+    assert isinstance(error, LedgerError)
+    assert "ends with nothing in run run, and the server has its update of round 3" in error.what
+    assert 'lost_ledgers: {"run": 3}' in error.remedy
+    assert leave.problem == "LEDGER its own ledger lacks updates that it has released"
+    assert [entry.kind for entry in verify(one.audit_log).entries] == ["join", "leave"]
+    for case, releases in {
+        "a server that has nothing of this site": on_record((SET, 5, (0, 2))),
+        "a run without noise and masks, which has no record": None,
+    }.items():
+        assert isinstance(door.take_part(one, shared(), "ab", releases=releases)[0], DataError), case
+    # the hole that was
+    monkeypatch.setattr(site_training, "check_ledger", lambda *_: None)
+    assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
+
+
+def test_a_check_finds_a_lost_ledger_before_the_site_is_started(tmp_path: Path, door: Door):
+    for releases, said in ((SUMS, True), (None, False)):
+        opening = Opening("run", "checked", shared(), "ab")
+        door.listener.open(RemoteTransport(opening, 8, 64, 1 << 20, Trace(RealClock()), releases=releases))
+        site(tmp_path)
+        found = check_site(tmp_path / "site.yaml", f"127.0.0.1:{door.listener.port}", None)
+        assert (
+            any("the ledger of this site ends with nothing" in one.found for one in found if not one.is_good)
+            is said
+        )
+
+
+def test_a_ledger_that_is_whole_lets_a_site_go_on_and_an_older_copy_does_not(tmp_path: Path, door: Door):
+    one = site(tmp_path)
+    ledger = ReleaseLedger(AuditLog(one.audit_log), "run")
+    ReleaseLedger(AuditLog(one.audit_log), "another run").record(RELEASE, 9, sha256="of another run")
+    ledger.record(RELEASE, 0, sha256="a")
+    error, _ = door.take_part(one, shared(), "ab", releases=SUMS)
+    assert isinstance(error, LedgerError) and "ends with round 0" in error.what
+    ledger.record(RELEASE, 3, sha256="b")
+    assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
+    ledger.record(RELEASE, 7, sha256="c")  # on its way when the server died
+    assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
+
+
+@pytest.mark.parametrize("mode", ["local", "central"])
+def test_a_record_of_updates_or_means_is_one_too_and_what_was_asked_for_is_given_up(
+    tmp_path: Path, door: Door, mode: str
+):
+    of_mode = {"privacy.mode": mode, "privacy.secure_aggregation": "none"}
+    told = shared_config(parse_config(nested({**RUN, **of_mode})))
+    record = on_record((ASKED, 5, (0, 1)), (ACCOUNT, 4, (1,)))
+    error, _ = door.take_part(site(tmp_path), told, "ab", releases=record)
+    assert isinstance(error, LedgerError)
+    assert "update of round 4" in error.what and 'lost_ledgers: {"run": 5}' in error.remedy
+    only_asked = on_record((ASKED, 5, (0, 1)))  # it need not have answered
+    assert isinstance(door.take_part(site(tmp_path), told, "ab", releases=only_asked)[0], DataError)
+
+
+def test_a_site_that_says_what_is_lost_goes_on_until_it_loses_more(tmp_path: Path, door: Door):
+    for lost, refused in (({"run": 3}, False), ({"run": 2}, True), ({"other": 9}, True)):
+        error, _ = door.take_part(site(tmp_path, lost_ledgers=lost), shared(), "ab", releases=SUMS)
+        assert isinstance(error, LedgerError if refused else DataError), lost
+    for wrong in ({"run": -1}, {"run": "all"}, ["run"]):
+        with pytest.raises(ConfigError, match="lost_ledgers"):
+            site(tmp_path, lost_ledgers=wrong)
+
+
+def test_of_rounds_that_are_lost_nothing_is_released_that_is_not_on_record():
+    ledger, whole = (ReleaseLedger(lost_through=through) for through in (3, -1))
+    for each in (ledger, whole):
+        each.record(RELEASE, 2, sha256="kept")
+    assert [ledger.may_release(t, "kept") for t in range(6)] == [False, False, True, False, True, True]
+    assert [ledger.fix(REVEAL, t, (0, 1)) for t in (3, 4)] == [(), (0, 1)]
+    # the hole that was: a fresh ledger lets any update and any sum of these rounds leave
+    assert all(whole.may_release(t, "kept") for t in range(6)) and whole.fix(REVEAL, 3, (0, 1)) == (0, 1)
+
+
+def test_rounds_that_are_lost_count_for_the_sites_own_epsilon(tmp_path: Path):
+    """Of ten rounds, those up to round 5 count as trained; beside four of another run that makes fourteen."""
+    config = parse_config(nested({**RUN, "federation.num_rounds": 10}))
+    ten, fourteen = (epsilon_of(Counter({4.0: count}), 1e-5) for count in (10, 14))
+
+    def check(bound: float, lost_through: int, trained: int) -> None:
+        log = AuditLog(tmp_path / f"{bound}-{lost_through}-{trained}.jsonl")
+        for t in range(trained):
+            log.append("round", run="another", round=t, noise_multiplier=4.0)
+        policy = Policy.model_validate({**OPEN_POLICY, "max_epsilon": bound})
+        guard = SitePolicy(policy, log, "run", config, lost_through=lost_through)
+        guard.check_run("ab")
+        for t in range(6, 10):
+            guard.begin_round(t, 0, 8, 100)
+
+    check(1.001 * ten, 5, 0)
+    check(1.001 * ten, 10**18, 0)  # whatever a server says, a run has no more rounds than it has
+    check(1.001 * fourteen, 5, 4)
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        check(0.999 * fourteen, 5, 4)
+
+
+def noise_of(key: bytes, client_id: int) -> Protection:
+    return Protection(1.0, 0.5, lambda t, content: Keystream(derive(key, client_id, t, content)).normals)
+
+
+@pytest.mark.parametrize("checks", [True, False], ids=["asked", "unasked, the hole that was"])
+def test_a_run_that_goes_back_goes_on_without_a_site_that_has_lost_its_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checks: bool
+):
+    """The server dies in round 7, and goes back to round 4; client 1 comes back with nothing, its key included."""
+    newest, keys, dead, said = SiteStore.newest, dict.fromkeys(range(3), bytes(32)), list[bool](), list[str]()
+    counted = dict[int, list[int]]()
+    monkeypatch.setattr(
+        SiteStore,
+        "newest",
+        lambda store, sessions: (None, []) if dead and store.folder.name == "1" else newest(store, sessions),
+    )
+    if not checks:
+        monkeypatch.setattr(remote_runs, "check_ledger", lambda *_: None)
+    form = Differences(Encoding("float32"))
+    plan = replace(server_plan(3, 10, 1, form, checkpoint_every=4), account="updates")
+    town = remote_runs.Town(
+        tmp_path, plan, [3, 1, 2], protection_of=lambda i: noise_of(keys[i], i), keeps_releases=True
+    )
+
+    def on_commit(state: ServerState, updates: Sequence[Update], _: object) -> None:
+        counted[state.committed] = [update.client_id for update in updates]
+        if state.committed == 5 and not dead:
+            dead.append(True)
+            raise remote_runs.Died
+
+    hooks = replace(QUIET, on_commit=on_commit, on_event=said.append)
+    hooks = replace(hooks, on_checkpoint=lambda state: save_checkpoint(tmp_path / "checkpoints", state, keep=2))
+    for client_id in range(3):
+        town.start(client_id)
+    with suppress(remote_runs.Died):
+        town.serve(hooks)
+    before, town.releases[1], keys[1] = town.releases[1], ReleaseLedger(), bytes(range(32))
+    state, _ = load_newest(tmp_path / "checkpoints")
+    assert town.serve(hooks, state, sites=2 if checks else 3).finished
+    town.end()
+    twice = [t for t in range(10) if before.recorded(RELEASE, t) and town.releases[1].recorded(RELEASE, t)]
+    assert counted[9] == ([0, 2] if checks else [0, 1, 2])
+    if checks:
+        (refused,) = town.refused
+        assert re.search(r"ends with nothing in .*the server has its update of round [567]$", refused.what)
+        assert "client 1 leaves: LEDGER its own ledger lacks updates that it has released" in said
+        assert twice == []
+    else:
+        assert {4, 5} <= set(twice) and town.refused == []
+        assert before.recorded(RELEASE, 5) != town.releases[1].recorded(RELEASE, 5), "another update, other noise"
