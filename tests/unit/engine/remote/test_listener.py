@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,6 +22,7 @@ from parablock.clock import RealClock
 from parablock.deploy.authority import Credentials, load_credentials, make_all, revoke
 from parablock.deploy.door import listen
 from parablock.deploy.server_audit import audit_door
+from parablock.engine import server
 from parablock.engine.plans import Hooks
 from parablock.engine.refusals import Refusal, Refusals
 from parablock.engine.remote import listener as listener_module
@@ -43,6 +44,7 @@ from parablock.engine.remote.grpc_options import METHOD
 from parablock.engine.remote.listener import MOST_UNNAMED, Caller
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences
+from parablock.errors import CodecError
 from parablock.storage.audit_log import AuditLog
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
@@ -508,6 +510,10 @@ def test_a_site_that_never_reads_does_not_slow_the_others(house: House, made: Pa
 EXAMPLES = [3, 1, 2]
 
 
+class Unheard(Exception):  # noqa: N818
+    """An error that nothing raises."""
+
+
 def deeds(client_id: int) -> list[bytes]:
     digits = int("9" * 4300)
     odd = [Join((7, 99, -5, 10**17), (5, 10**17, -3)), Join((-(10**18),) * BLOCKS, ()), Join((NEVER,) * 90, ())]
@@ -522,13 +528,17 @@ def deeds(client_id: int) -> list[bytes]:
         raw.encode(),
         encode({**fields, "chunk_index": digits, "num_chunks": digits}),
         encode({"kind": "x" * 500_000}),
+        encode({"kind": "Leave", "problem": "\x1b[2J\x1b[31mhospital 0 was hacked"}),
         *map(to_bytes, [*skips, Leave("goes"), Leave(), Leave()]),
         *[b"flood"] * 300,
         to_bytes(odd[1]),
     ]
 
 
-def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("checks", [True, False], ids=["as it is", "without the check, as it was"])
+def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path, monkeypatch, checks: bool):
+    if not checks:  # what cannot be decoded ends everybody's run
+        monkeypatch.setattr(server, "CodecError", Unheard)
     monkeypatch.setattr(remote_transport, "RETURN_S", 0.3)
     count, many = Refusals.count, threading.Event()
 
@@ -579,10 +589,13 @@ def test_a_run_goes_on_to_the_right_model_whatever_one_site_sends(tmp_path: Path
     attacker = threading.Thread(target=attack)
     attacker.start()
     try:
-        result = town.serve(Hooks(on_commit, lambda _: None, on_event=events.append))
+        with nullcontext() if checks else pytest.raises(CodecError):
+            result = town.serve(Hooks(on_commit, lambda _: None, on_event=events.append))
     finally:
         town.end()
         attacker.join(10)
+    if not checks:
+        return
     assert result.finished and counted == {t: [0, 1] for t in range(9)}
     trainers = [ToyTrainer(i, EXAMPLES[i], None) for i in (0, 1)]
     alone = run_here(initial(BLOCKS), trainers, replace(method, num_clients=2), Trace(RealClock()), QUIET)
