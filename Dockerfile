@@ -4,15 +4,17 @@
 #   docker run --rm -v "$PWD:/data" parablock run config.yaml --output-dir runs/mine
 #
 # For CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126, and --gpus all when it runs.
+# `make base` pins the base image: it writes the digest that the tag has now behind it, here.
+ARG BASE=python:3.12-slim
 
-FROM python:3.12-slim AS build
+FROM ${BASE} AS build
 WORKDIR /source
 RUN pip install --no-cache-dir build==1.6.1
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY src src
 RUN python -m build --wheel --outdir /wheels
 
-FROM python:3.12-slim
+FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0
 COPY --from=build /wheels /wheels

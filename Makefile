@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser proxies other-transformers demo fmt check test test-fast test-flower test-all bench bench-all docs lock build clean
+.PHONY: help setup browser proxies other-transformers demo fmt check test test-fast test-flower test-all bench bench-all docs lock build base clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -123,6 +123,12 @@ build: $(STAMP)  ## source archive, wheel and bill of materials (CycloneDX, from
 	$(BIN)/python -m build --outdir dist .
 	{ cat requirements.lock; echo "$(TORCH)"; } | $(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 \
 		cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/parablock.cdx.json -
+
+# `docker pull` asks the registry what the tag is today; what is built afterwards is built of that image and no other.
+base:  ## pin the base image of the Dockerfile by the digest that its tag has today (needs docker, and a registry)
+	@tag=$$(sed -n 's/^ARG BASE=\([^@]*\).*/\1/p' Dockerfile) && docker pull --quiet "$$tag" >/dev/null && \
+	digest=$$(docker image inspect --format '{{index .RepoDigests 0}}' "$$tag") && \
+	sed -i "s|^ARG BASE=.*|ARG BASE=$$tag@$${digest#*@}|" Dockerfile && grep '^ARG BASE=' Dockerfile
 
 clean:  ## remove caches and build output (.venv and runs/ stay)
 	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

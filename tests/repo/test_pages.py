@@ -261,6 +261,35 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path):
         assert [address for address in loaded if re.match(r"(https?:)?//", address)] == []
 
 
+PROMISE = re.compile(
+    r"\b(never|nobody|nothing|none|cannot|always|only|once|alone|void|named|found|fixed|hides?|counts?|refuse[sd]?)\b"
+)
+PROMISES = {"privacy.md": 53, "security.md": 20, "data-protection.md": 12}
+"""How many sentences of a page promise something, when its table was last held against them."""
+
+
+def promises(text: str) -> list[str]:
+    """List the sentences before the table of tests that promise something, by their words."""
+    prose = re.sub(
+        r"```.*?```|^\|.*?$|^#.*?$", "", text.partition("## What holds these promises")[0], flags=re.S | re.M
+    )
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=- )", prose)]
+    return [s for part in paragraphs for s in re.split(r"(?<=[.:;]) (?=[A-Z*`])", part) if PROMISE.search(s)]
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_a_sentence_that_promises_something_cannot_come_or_go_unseen(name: str):
+    found = promises(page(name))
+    assert len(found) == PROMISES[name], (
+        f"{name} promises something more, or less: give it a row in the table of tests, then count it here. "
+        "The sentences are:\n" + "\n".join(found)
+    )
+    assert promises(f"It never does. It may.\n\n| a table never counts |\n\n{page(name)}") == [
+        "It never does.",
+        *found,
+    ]
+
+
 def named_tests(text: str) -> set[str]:
     return set(re.findall(r"`(test_\w+)`", text))
 
