@@ -7,24 +7,19 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from parablock.config.keys import RunConfig
 from parablock.config.load import at_sites, load_config
 from parablock.deploy.direct_local import LocalSites, deploy_direct, resume_direct
 from parablock.deploy.status import control_of, read_status
 from parablock.errors import CheckpointError, ConfigError, InputError, ParaBlockError, StorageError
-from parablock.experiment import engines
-from parablock.experiment.protections import protections
 from parablock.privacy.accounting import Accountant
-from parablock.privacy.protection import Protection
 from parablock.storage.audit_log import verify
 from parablock.storage.files import lock_folder
 from parablock.storage.run_directory import RunDirectory
-from tiny_runs import Workshop, command
+from tiny_runs import Workshop, command, noise_keys, noise_under
 
 SMALL = ["federation.num_clients=2", "federation.min_updates=2", "data.partition={scheme: iid}"]
 
@@ -65,7 +60,7 @@ def test_masked_updates_of_real_processes_make_the_model_of_one_process(tmp_path
 
 
 def test_sites_add_noise_of_their_own_keys_to_a_masked_sum_and_all_account_for_it(
-    tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, workshop: Workshop
 ):
     """The model is that of one process whose clients have the keys of the sites, and of no other keys."""
     noise = ("privacy.noise_multiplier=0.5", "privacy.mode=distributed", "federation.num_rounds=4")
@@ -74,18 +69,12 @@ def test_sites_add_noise_of_their_own_keys_to_a_masked_sum_and_all_account_for_i
     summary = deploy_direct(configured(workshop, *masked), tmp_path / "deployed", insecure=True)
     assert summary["epsilon"] == Accountant(0.5, "distributed", 1e-5).epsilon(4)
     deployment = tmp_path / "deployed" / "deployment"
-    keys = {int(path.parts[-3]): path.read_bytes() for path in deployment.rglob("noise_key")}
+    keys = noise_keys(deployment / "state")
     assert len(keys) == len(set(keys.values())) == 3
-
-    def model_with(keys: Mapping[int, bytes], name: str) -> str:
-        def of_keys(config: RunConfig, _: bytes | None) -> Callable[[int], Protection | None]:
-            return lambda client_id: protections(config, keys[client_id])(client_id)
-
-        monkeypatch.setattr(engines, "protections", of_keys)
-        return in_process(workshop, tmp_path / name, *masked)
-
-    assert summary["model_sha256"] == model_with(keys, "own")
-    assert summary["model_sha256"] != model_with(dict.fromkeys(keys, keys[0]), "shared")
+    with noise_under(keys):
+        assert summary["model_sha256"] == in_process(workshop, tmp_path / "own", *masked)
+    with noise_under(dict.fromkeys(keys, keys[0])):
+        assert summary["model_sha256"] != in_process(workshop, tmp_path / "shared", *masked)
     sites = [verify(log).entries for log in deployment.rglob("audit.jsonl") if log.parent != deployment]
     counted = [[e.facts["noise_multiplier"] for e in entries if e.kind == "round"] for entries in sites]
     assert counted == [[0.5] * 4] * 3

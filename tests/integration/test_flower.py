@@ -43,7 +43,8 @@ from parablock.deploy.variables import server_log
 from parablock.errors import ParaBlockError
 from parablock.experiment.progress import LoggedProgress
 from parablock.experiment.run import run
-from tiny_runs import Workshop, make_workshop, metrics_of, summary_of
+from parablock.privacy.accounting import Accountant
+from tiny_runs import Workshop, make_workshop, metrics_of, noise_keys, noise_under, summary_of
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -85,8 +86,8 @@ def plays(
                 tiny_llama(num_layers=2, vocab_size=300).save_pretrained(workshop.model)
             config = deployed(workshop, name)
             begun[name] = lambda p=play, w=workshop, c=config: p(w, c) | {"config": c}
-            config = on_the_grid(config, "plain") if play is masked else config
-            in_one_process(config, workshop.path / "one")
+            if play is not masked:  # whose keys are known when it has ended
+                in_one_process(config, workshop.path / "one")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max_workers=2) as pool:
         patch.setattr(processes, "PYTHON", FLOWER_PYTHON)
         yield {name: pool.submit(play) for name, play in begun.items()}
@@ -300,30 +301,34 @@ def through(deployment: BehindProxies, proxy: str) -> str:
 
 
 def masked(workshop: Workshop, config: RunConfig) -> Facts:
-    """Mask updates that in one process are on the grid without masks."""
+    """Mask updates to which each site has added its part of the noise."""
     kind = BehindProxies if PROXIES else Deployment
     deployment = kind(workshop.path / "deployed", LEAST_MASKED)
-    deployment.prepare(on_the_grid(config, "masked"))
+    deployment.prepare(noisy(config))
     with deployment, watching(deployment, Patience()) as ended:
         said = {proxy: through(deployment, proxy) for proxy in PROXIES if isinstance(deployment, BehindProxies)}
     logs = [path.read_text() for path in sorted((deployment.folder / "logs").glob("supernode-*-helper.log"))]
-    return {"ended": ended, "logs": logs, "one": workshop.path / "one", "strangers": said}
+    return {"ended": ended, "logs": logs, "keys": noise_keys(deployment.folder / "state"), "strangers": said}
 
 
-def on_the_grid(config: RunConfig, grid: str) -> RunConfig:
+def noisy(config: RunConfig) -> RunConfig:
     tree = config.model_dump(mode="json")
-    tree |= {"privacy": {"clip_norm": 0.01, "secure_aggregation": grid}, "wire": {"streaming": False}}
+    noise = {"noise_multiplier": 0.5, "mode": "distributed"}
+    tree |= {"privacy": {"clip_norm": 0.01, "secure_aggregation": "masked", **noise}, "wire": {"streaming": False}}
     return parse_config(tree)
 
 
-def test_masked_updates_give_what_the_plain_grid_gives_in_one_process(
+def test_masked_updates_with_the_noise_of_each_site_give_what_one_process_gives_with_their_keys(
     plays: Mapping[str, Future[Facts]], tmp_path: Path
 ):
     facts = plays["masked"].result()
-    (summary,) = facts["ended"]
-    assert summary["model_sha256"] == model_of(facts["one"])
-    without = in_one_process(on_the_grid(facts["config"], "none"), tmp_path / "without")
-    assert without != summary["model_sha256"]
+    (summary,), config, keys = facts["ended"], noisy(facts["config"]), facts["keys"]
+    assert len(set(keys.values())) == LEAST_MASKED
+    with noise_under(keys):
+        assert summary["model_sha256"] == in_one_process(config, tmp_path / "own")
+    with noise_under(dict.fromkeys(keys, keys[0])):
+        assert summary["model_sha256"] != in_one_process(config, tmp_path / "shared")
+    assert summary["epsilon"] == Accountant(0.5, "distributed", 1e-5).epsilon(ROUNDS["masked"])
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])

@@ -28,6 +28,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outcomes import Outcome, ended
 from parablock.cli.main import main
+from parablock.config.keys import RunConfig
+from parablock.experiment import engines
+from parablock.experiment.protections import protections
+from parablock.privacy.protection import Protection
 
 NUM_CLIENTS = 4
 NUM_LAYERS = 4
@@ -109,6 +113,23 @@ def sum_row(left: int, right: int) -> Row:
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@contextmanager
+def noise_under(keys: Mapping[int, bytes]) -> Iterator[None]:
+    """Let each client of a run in this process make its noise of a key of its own, as sites do."""
+
+    def of_keys(config: RunConfig, _: bytes | None) -> Callable[[int], Protection | None]:
+        return lambda client_id: protections(config, keys[client_id])(client_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "protections", of_keys)
+        yield
+
+
+def noise_keys(state: Path) -> dict[int, bytes]:
+    """Read the keys that sites have made, whose folders lie in this one by client number."""
+    return {int(path.parts[-3]): path.read_bytes() for path in state.glob("*/*/noise_key")}
 
 
 def command(*arguments: str) -> Outcome:
