@@ -322,7 +322,7 @@ def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list
         return {}
     asked, loaded = (
         max(at_s for at_s, said in told if what in said and at_s <= trained[0])
-        for what in ("takes part", "the model is there")
+        for what in ("reads its rows", "the model is there")
     )
     alone = not any(start_s < at_s <= trained[0] for at_s in disturbed_s)
     load_s = loaded - asked

@@ -33,9 +33,13 @@ class ParaBlockError(Exception):
         what: What happened, with the values that matter.
         cause: The likely reason. Empty where `what` says it all.
         remedy: What to do about it. Empty where nothing can be done.
+
+    Attributes:
+        told: What a server may know of it: its kind, and no path, name or text of the site.
     """
 
     exit_code = 1
+    told = "it cannot take part"
 
     def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
         self.what, self.cause, self.remedy = what, cause, remedy
@@ -54,6 +58,8 @@ class ConfigError(InputError):
     `source` is the file or command line that has the problems.
     """
 
+    told = "its configuration does not fit the run"
+
     def __init__(self, problems: Sequence[str], *, source: str = "the configuration") -> None:
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
@@ -64,9 +70,13 @@ class ConfigError(InputError):
 class DataError(InputError):
     """A data file, a row of it, or the way it is split."""
 
+    told = "its data cannot be read"
+
 
 class ModelError(InputError):
     """A model that cannot be read, is of an unknown architecture, or does not fit the run."""
+
+    told = "its model is not the one of the run"
 
 
 class CheckpointError(InputError):
@@ -76,9 +86,13 @@ class CheckpointError(InputError):
 class StorageError(InputError):
     """The output folder cannot be written: the disk is full or read-only, or the path is not a folder."""
 
+    told = "its disk cannot be written"
+
 
 class LedgerError(InputError):
     """The ledger of a site lacks updates of it that the server has."""
+
+    told = "LEDGER its own ledger lacks updates that it has released"
 
 
 class PolicyError(InputError):
@@ -86,16 +100,14 @@ class PolicyError(InputError):
 
     def __init__(self, what: str, *, keys: Sequence[str], remedy: str = "") -> None:
         self.keys = tuple(keys)
+        self.told = f"POLICY its policy forbids it: {', '.join(self.keys)}"
         super().__init__(what, remedy=remedy)
-
-    @property
-    def told(self) -> str:
-        """What the server may know: a code and the keys, without a value or a word of this site."""
-        return f"POLICY its policy forbids it: {', '.join(self.keys)}"
 
 
 class TrainingError(ParaBlockError):
     """Training failed: a loss or an update is not finite."""
+
+    told = "its training failed"
 
 
 class StoppedByUserError(ParaBlockError):
@@ -110,6 +122,8 @@ class WireError(ParaBlockError):
 
 class CodecError(WireError):
     """Bytes that are not a whole, unaltered message of this protocol version."""
+
+    told = "it could not read a message of the server"
 
 
 class MaskingError(WireError):

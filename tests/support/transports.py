@@ -120,7 +120,9 @@ def over_grpc(folder: Path) -> Meet:
 
         def body(client_id: int) -> None:
             caller = SiteCaller(client_id, ServerEnd(f"127.0.0.1:{listener.port}", None), lambda _: None)
-            channel = SiteChannel(caller, opening, f"process{client_id}", Trace(RealClock()), lease_s=patience_s)
+            channel = SiteChannel(
+                caller, opening, f"process{client_id}", Trace(RealClock()), lease_s=patience_s, decode=bytes
+            )
             channel.open()
             try:
                 with suppress(SessionOver), channel:

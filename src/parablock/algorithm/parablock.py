@@ -177,7 +177,7 @@ def working_block(
     for own in state.in_flight:
         if own.block_index == block_index and any(alphas):
             alpha = alphas[0] if kinds is None or len(alphas) == 1 else kinds.spread(alphas)
-            value = (value.float() + alpha * own.delta).to(value.dtype)
+            value = (alpha * own.delta).add_(value).to(value.dtype)
     return value
 
 

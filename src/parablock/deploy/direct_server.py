@@ -41,7 +41,7 @@ class RemoteEngine:
         self._listener, self._output_dir = listener, output_dir
         self._num_sites = clients_of(job.config) if num_sites is None else num_sites
         base = job.manifest["base_sha256"], job.manifest["base_parts"]
-        self._facts = RunFacts(_run_key(output_dir), shared_config(job.config), *base)
+        self._facts = RunFacts(run_key_of(output_dir), shared_config(job.config), *base)
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end, or to a stop."""
@@ -203,7 +203,8 @@ def _logged(output_dir: Path, progress: Progress) -> Iterator[Callable[[str], No
         handler.close()
 
 
-def _run_key(output_dir: Path) -> str:
+def run_key_of(output_dir: Path) -> str:
+    """Return the word that sites know the run of a folder by; it is made once."""
     path = output_dir / "run_key"
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parablock.config.load import load_config
-from parablock.deploy.direct_server import stop_or_pause
+from parablock.deploy.direct_server import run_key_of, stop_or_pause
 from parablock.deploy.server_audit import audited, server_log_of
 from parablock.deploy.site import shared_config
 from parablock.deploy.status import StatusBoard
@@ -55,7 +54,7 @@ class FlowerEngine:
         self._port, self._client_of = data_port_of(settings), client_of_node(settings)
         config = shared_config(job.config)
         base = str(job.manifest["base_sha256"]), job.manifest["base_parts"]
-        self._facts = RunFacts(_run_word(output_dir), config, *base)
+        self._facts = RunFacts(run_key_of(output_dir), config, *base)
 
     def run(self, given: EngineInput) -> EngineResult:
         """Run to the end; the trainers are at the sites, where real plugs are pulled."""
@@ -129,13 +128,6 @@ def _run(grid: Any, settings: Mapping[str, Any], output_dir: Path) -> None:
     else:
         config = load_config(config_file(output_dir))
         run(config, output_dir, progress=progress, connect=connect, asked_to_stop=asked_to_stop)
-
-
-def _run_word(output_dir: Path) -> str:
-    path = output_dir / "run_key"
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(8))
-    return path.read_text(encoding="utf-8")
 
 
 app = server_app(main)

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,7 @@ from parablock.deploy.certificates import load_credentials
 from parablock.deploy.door import diagnose, host_and_port, server_of
 from parablock.deploy.site import SiteConfig, configuration_at, load_site, shared_config
 from parablock.deploy.status import WARN_DAYS
-from parablock.engine.remote.frames import Opening, Reception
+from parablock.engine.remote.frames import Opening, Reception, utc_s
 from parablock.engine.remote.site_channel import Refused, SiteCaller
 from parablock.errors import ParaBlockError
 from parablock.report.units import format_bytes
@@ -116,7 +115,7 @@ def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked 
         yield Checked(True, f"process {process} serves this site already, so the server is not asked")
         return
     caller = SiteCaller(site.client_id, server_of(address, keys, lambda _: None), lambda _: None)
-    before_s = _now_s()
+    before_s = utc_s()
     try:
         welcome = caller.ask()
     except Refused as refusal:
@@ -125,7 +124,7 @@ def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked 
     except ConnectionError as problem:
         yield Checked(False, f"the server has no answer for this site: {problem}", "Try again in a minute.")
         return
-    skew_s = (before_s + _now_s()) / 2 - welcome.now_s
+    skew_s = (before_s + utc_s()) / 2 - welcome.now_s
     run = "no run" if welcome.opening is None or welcome.is_over else f"run {welcome.opening.run}"
     yield Checked(True, f"the server lets this site in, and has {run} for it")
     direction = "ahead of" if skew_s > 0 else "behind"
@@ -231,7 +230,3 @@ def _check_disk(site: SiteConfig, needed: int) -> Checked:
     free = psutil.disk_usage(str(folder)).free
     found = f"{format_bytes(free)} free for {site.state_dir}, of which a run takes {format_bytes(needed)}"
     return Checked(free > needed, found, "" if free > needed else "Free some space, or give another `state_dir`.")
-
-
-def _now_s() -> float:
-    return datetime.now(UTC).timestamp()

@@ -16,7 +16,7 @@ from parablock.clock import RealClock
 from parablock.deploy.door import server_of
 from parablock.deploy.log_files import log_to
 from parablock.deploy.site import SiteConfig
-from parablock.deploy.site_session import take_part
+from parablock.deploy.site_session import load_libraries, take_part
 from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller
 from parablock.errors import ParaBlockError, StallError, StorageError
 
@@ -73,7 +73,8 @@ def serve(site: SiteConfig, server: ServerEnd, *, once: bool = False) -> None:
     caller, finished = SiteCaller(site.client_id, server, LOGGER.info), ""
     with only_process(site):
         while True:
-            opening = caller.wait_for_session(RealClock(), finished, meanwhile=_load_libraries)
+            # there is time to load what trains; where a run waits for the site, it connects first
+            opening = caller.wait_for_session(RealClock(), finished, meanwhile=load_libraries)
             LOGGER.info("takes part in run %s, session %s", opening.run, opening.session)
             try:
                 take_part(site, caller, opening)
@@ -94,11 +95,6 @@ def serve(site: SiteConfig, server: ServerEnd, *, once: bool = False) -> None:
                 LOGGER.error("It takes part again in the next session, or once it is started again.")
                 finished = opening.session
             gc.collect()
-
-
-def _load_libraries() -> None:
-    """Load what trains, since there is time for it; where a run waits for the site, it connects first."""
-    import parablock.deploy.site_training  # noqa: F401
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def train(
 
     `log` gets what the policy finds and what is released; `rejoins` says that an earlier process took part.
     """
+    LOGGER.info("reads its rows and its model")
     opening = channel.opening
     config = configuration_at(site, opening.config)
     lost_through = site.lost_ledgers.get(opening.run, -1)

@@ -58,8 +58,8 @@ class Communication(Protocol):
     def send(self, message: bytes, round_index: int) -> None:
         """Hand an update over; returns at once."""
 
-    def receive(self) -> bytes:
-        """Wait for the next message of the server."""
+    def receive(self) -> bytes | Message:
+        """Wait for the next message of the server; it may be decoded already."""
 
 
 class Client:
@@ -118,7 +118,7 @@ class Client:
             else:
                 self._send_again((t, 0) for t in self._sent)
             try:
-                while self._serve(from_bytes(pipeline.receive())):
+                while self._serve(_decoded(pipeline.receive())):
                     pass
             finally:
                 del self._keep  # which may hold this client
@@ -183,11 +183,6 @@ class Client:
     def is_rejoining(self) -> bool:
         """Whether the server has not yet answered that the client is back."""
         return self._rejoins
-
-    @property
-    def chunks_ahead(self) -> int:
-        """Number of messages with parts of new values that no commit has used yet."""
-        return sum(len(parts) for _, parts in self._chunks.values())
 
     def snapshot(self) -> ClientSnapshot:
         """Return the client's part of a checkpoint."""
@@ -299,6 +294,10 @@ class Client:
             commits.append(Commit(b, new.version, values[b], new.rho))
         self.state = commit(self.state, commits, committed)
         self._sent = {own.round_index: self._sent[own.round_index] for own in self.state.in_flight}
+
+
+def _decoded(message: bytes | Message) -> Message:
+    return from_bytes(message) if isinstance(message, bytes) else message
 
 
 def restore_client(

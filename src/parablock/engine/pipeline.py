@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Protocol
 
 from parablock.clock import Clock, Stopped
@@ -77,9 +76,7 @@ class Pipeline:
         self._thread = start_thread(self._clock, self._communicate, f"client {self._client_id} communication")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, tb: object) -> None:
         if isinstance(error, Stopped):
             return  # the clock has stopped the communication thread too
         self._abandoned = error is not None
@@ -234,9 +231,7 @@ class Machines:
             start_thread(self._clock, partial(self._run, body), f"client {number}")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, tb: object) -> None:
         if error is None:
             for number in range(len(self._bodies)):
                 self._done.get(self._stall_timeout_s, f"the clients to end ({number} of {len(self._bodies)} have)")

@@ -160,7 +160,9 @@ def test_a_site_whose_certificate_ends_waits_and_goes_on_with_the_renewed_one(
     site = site_of(proxy.port, keys, told.append)
     opening = site.ask().opening
     assert opening is not None
-    with closing(SiteChannel(site, opening, "incarnation", Trace(RealClock()), lease_s=60.0)) as channel:
+    with closing(
+        SiteChannel(site, opening, "incarnation", Trace(RealClock()), lease_s=60.0, decode=bytes)
+    ) as channel:
         channel.open()
         until(lambda: 0 in listener.certificates)  # which is noted behind the welcome
         first = listener.certificates[0]

@@ -324,7 +324,7 @@ def test_the_learning_rate_is_that_of_a_scheduler_of_transformers(name: str, war
         expected.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    assert [learning_rate_at(arguments, step, 12) for step in range(12)] == pytest.approx(expected)
+    assert [learning_rate_at(arguments, step, 12) for step in range(12)] == expected
     assert (len(set(expected)) == 1) == (name == "constant" and not warmup_ratio)
     # steps beyond the planned end keep the last value, also where a cosine would rise again
     assert learning_rate_at(arguments, 20, 12) == learning_rate_at(arguments, 12, 12)

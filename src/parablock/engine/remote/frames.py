@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -165,6 +166,11 @@ def greeting_from_bytes(kind: type[Greeting], raw: bytes) -> Greeting:
             f"a greeting cannot be read: {' '.join(str(error).split()):.200}",
             cause="Another program talks to this port, or another release of ParaBlock.",
         ) from None
+
+
+def utc_s() -> float:
+    """Return what this machine's clock says: seconds since 1970."""
+    return datetime.now(UTC).timestamp()
 
 
 def _check_release(protocol: object, release: object) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from threading import Condition
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from parablock.clock import Clock
-from parablock.engine.remote.frames import Hello, Opening, Reception
+from parablock.engine.remote.frames import Hello, Opening, Reception, utc_s
 from parablock.engine.remote.listener import NotAdmitted
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, StallError
@@ -120,7 +119,7 @@ class RemoteTransport:
         self._releases = releases or ReleaseLedger()
         self.opening, self._num_rounds, self._max_message_bytes = opening, num_rounds, max_message_bytes
         self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
-        self._origin_s = _now_s() - trace.clock.now()
+        self._origin_s = utc_s() - trace.clock.now()
         self._inbox = trace.clock.mailbox()
         self.has_begun, self._is_over = False, False
         self.places = {client_id: ClientPlace(self._new_stream(client_id)) for client_id in range(num_clients)}
@@ -141,7 +140,7 @@ class RemoteTransport:
             raise NotAdmitted(
                 f"there is no client {hello.client_id}; the run has clients 0 to {len(self.places) - 1}"
             )
-        now_s = _now_s()
+        now_s = utc_s()
         with place.room:
             if place.is_removed:
                 words = f"client {hello.client_id} has been removed from the run by the server's operator"
@@ -200,7 +199,7 @@ class RemoteTransport:
         """Note that a site says bye: it takes part again once a new process of it joins."""
         place = self.places[client_id]
         if place.stream is stream:
-            place.must_rejoin, place.since_s = True, _now_s()
+            place.must_rejoin, place.since_s = True, utc_s()
 
     def remove(self, client_id: int) -> None:
         """Remove a client from the run; those who ask get no answer any more."""
@@ -313,7 +312,7 @@ class RemoteTransport:
     # ── the record ──────────────────────────────────────────────────────────────────────────────────
 
     def _new_stream(self, client_id: int) -> NumberedStream:
-        return NumberedStream(_now_s, self._max_message_bytes, partial(self._confirmed, client_id))
+        return NumberedStream(utc_s, self._max_message_bytes, partial(self._confirmed, client_id))
 
     def _confirmed(self, client_id: int, delivered: Delivered) -> None:
         self._record(client_id, "downloading", delivered)
@@ -369,7 +368,3 @@ class RemoteTransport:
         if place.spans_left > 0:
             place.spans_left -= 1
             self._trace.spans.append(span)
-
-
-def _now_s() -> float:
-    return datetime.now(UTC).timestamp()

@@ -11,11 +11,9 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from threading import Lock
-from types import TracebackType
 from typing import Any, NoReturn
 
 import grpc
@@ -23,13 +21,20 @@ import psutil
 
 from parablock.clock import Clock
 from parablock.engine.pipeline import Interceptor, start_thread
-from parablock.engine.remote.frames import Hello, Opening, Reception, greeting_from_bytes, greeting_to_bytes
+from parablock.engine.remote.frames import (
+    Hello,
+    Opening,
+    Reception,
+    greeting_from_bytes,
+    greeting_to_bytes,
+    utc_s,
+)
 from parablock.engine.remote.grpc_options import METHOD, SITE_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
-from parablock.errors import CodecError, InputError, ParaBlockError, PolicyError, StallError
+from parablock.errors import CodecError, InputError, ParaBlockError, StallError
 from parablock.privacy.identities import Identity
 from parablock.trace import Trace
-from parablock.wire.messages import Leave, to_bytes
+from parablock.wire.messages import Leave, Message, from_bytes, to_bytes
 from parablock.wire.transport import Parcel
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
@@ -92,7 +97,7 @@ class SiteCaller:
             Refused: The server refuses this site.
             ConnectionError: There is no server, or it is not ready.
         """
-        hello = Hello(self.client_id, "", "", 0, _now_s())
+        hello = Hello(self.client_id, "", "", 0, utc_s())
         with self.call(lambda: hello, iter(()), timeout_s=FIRST_ANSWER_S) as (welcome, _):
             return welcome
 
@@ -174,14 +179,23 @@ class SiteChannel:
         incarnation: A random word of this process.
         trace: Records waits; its spans go to the server's record. Its clock is real.
         lease_s: How long the site keeps its model without a sign of the server.
+        decode: Makes of a message of the server what `receive` returns, as soon as it is there, while the compute
+            thread computes.
     """
 
     def __init__(
-        self, caller: SiteCaller, opening: Opening, incarnation: str, trace: Trace, *, lease_s: float
+        self,
+        caller: SiteCaller,
+        opening: Opening,
+        incarnation: str,
+        trace: Trace,
+        *,
+        lease_s: float,
+        decode: Callable[[bytes], bytes | Message] = from_bytes,
     ) -> None:
-        self._caller, self.opening, self._incarnation = caller, opening, incarnation
+        self._caller, self.opening, self._incarnation, self._decode = caller, opening, incarnation, decode
         self._trace, self._clock, self._lease_s = trace, trace.clock, lease_s
-        self._origin_s = _now_s() - trace.clock.now()  # seconds since 1970 by the server's clock, at zero of ours
+        self._origin_s = utc_s() - trace.clock.now()  # seconds since 1970 by the server's clock, at zero of ours
         self._inbox, self._attached = trace.clock.mailbox(), trace.clock.mailbox()
         self.stream = NumberedStream(self._server_s, psutil.virtual_memory().total)
         self._interceptor: Interceptor | None = None
@@ -218,14 +232,12 @@ class SiteChannel:
     def __enter__(self) -> SiteChannel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, tb: object) -> None:
         if error is None:  # the run is over, or stops
             self._leaves = False
             self._tell_spans()
         elif isinstance(error, ParaBlockError):
-            self._problem = _without_details(error)
+            self._problem = error.told
 
     def close(self) -> None:
         """Leave the session: say so, if the run goes on, and end the connection."""
@@ -254,10 +266,11 @@ class SiteChannel:
         """
         self._work.put(work)
 
-    def receive(self) -> bytes:
+    def receive(self) -> bytes | Message:
         """Wait for the next message of the server.
 
         Raises:
+            CodecError: It cannot be read.
             SessionOver: The session has ended.
             Refused: The server refuses this site.
             StallError: There has been no sign of the server for `lease_s`.
@@ -268,8 +281,8 @@ class SiteChannel:
                 if isinstance(item, BaseException):
                     raise item
                 if item is not None:
-                    assert isinstance(item, bytes)
-                    return item
+                    message: bytes | Message = item
+                    return message
                 if not self.stream.has_connection and self._clock.now() - self._heard_s > self._lease_s:
                     raise StallError(
                         f"no sign of the server for {self._lease_s:g} s",
@@ -335,7 +348,7 @@ class SiteChannel:
     def _connection(self) -> Iterator[tuple[Reception, SimpleQueue[int | None], Iterator[bytes]]]:
         """Make one call, whose frames wait for the number of its connection."""
         numbers: SimpleQueue[int | None] = SimpleQueue()
-        asked_s = _now_s()
+        asked_s = utc_s()
 
         def hello() -> Hello:
             session = self.opening.session
@@ -347,7 +360,7 @@ class SiteChannel:
 
         try:
             with self._caller.call(hello, frames()) as (welcome, call):
-                came_s = _now_s()
+                came_s = utc_s()
                 self._origin_s = welcome.now_s + (came_s - asked_s) / 2 - self._clock.now()
                 yield welcome, numbers, call
         finally:
@@ -373,27 +386,10 @@ class SiteChannel:
             if answers is not None:
                 self._put(answers)
                 return
-        self._inbox.put(delivered.content)
+        try:
+            self._inbox.put(self._decode(delivered.content))
+        except CodecError as error:  # the connection is none the worse for it
+            self._inbox.put(error)
 
     def _server_s(self) -> float:
         return self._origin_s + self._clock.now()
-
-
-def _without_details(error: ParaBlockError) -> str:
-    """Return what the server may know of an error: its kind, and no path, name or text of this site."""
-    if isinstance(error, PolicyError):
-        return error.told
-    kinds = {
-        "DataError": "its data cannot be read",
-        "ModelError": "its model is not the one of the run",
-        "ConfigError": "its configuration does not fit the run",
-        "StorageError": "its disk cannot be written",
-        "LedgerError": "LEDGER its own ledger lacks updates that it has released",
-        "TrainingError": "its training failed",
-        "CodecError": "it could not read a message of the server",
-    }
-    return kinds.get(type(error).__name__, "it cannot take part")
-
-
-def _now_s() -> float:
-    return datetime.now(UTC).timestamp()
