@@ -9,7 +9,8 @@ OLD_FLOWER := .venv-flower
 OLDEST_FLOWER = $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Two files of tests at a time: those that start processes mostly wait. The long ones come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# On a terminal pip shows what it loads, and its bars; in a log it says what goes wrong.
+PIP := $(BIN)/python -m pip install $(shell test -t 2 || echo --quiet --quiet) --disable-pip-version-check
 
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
@@ -17,7 +18,7 @@ BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 .PHONY: help setup browser proxies other-transformers demo fmt check test test-fast test-flower test-all bench bench-all docs lock build base clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make .venv with torch, the package and the development tools (PYTHON=... picks the interpreter)
 
@@ -27,12 +28,14 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 		echo "make: ParaBlock needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$($(PYTHON) -V 2>&1)." >&2; \
 		echo "      Name another: make setup PYTHON=python3.12" >&2; exit 1; }
-	@echo "Making $(VENV) with $$($(PYTHON) -V) (once; torch is the largest part)"
+	@echo "Making $(VENV) with $$($(PYTHON) -V): once, about 3 minutes and 2.5 GB"
 	@$(PYTHON) -m venv $(VENV)
+	@echo "1 of 2: torch, the largest part"
 	@$(PIP) "$(TORCH)"
+	@echo "2 of 2: transformers, and the tools of development"
 	@$(PIP) "$(TORCH)" --editable ".[dev]"
 	@touch $@
-	@echo "$(VENV) is ready"
+	@echo "$(VENV) is ready; for a shell in which \`parablock\` is a command: . $(VENV)/bin/activate"
 
 browser:  ## install Chromium for the tests of reports where it is missing (Debian and Ubuntu, as root)
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \

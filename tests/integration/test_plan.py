@@ -73,11 +73,20 @@ def test_a_probe_measures_here(workshop: Workshop) -> None:
 def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) -> None:
     outcome = command("plan", str(workshop.config))
     assert outcome.code == 0 and outcome.stderr == ""
-    for words in ("4 blocks", "Overlap hides the communication", "Recommended: blocks.layers_per_block: 1, train"):
+    for words in (
+        "4 blocks",
+        "Overlap hides the communication",
+        "Sizes that go with parablock: blocks.layers_per_block: 1, train",
+    ):
         assert words in outcome.stdout
     assert "The learning rate is 0.01." in " ".join(outcome.stdout.split())
     assert outcome.stdout.startswith("Recommended: federation.method: fedit, federation.delay: ")
     assert "(as configured)" not in outcome.stdout
+    assert "fl_bcd" in outcome.stdout and "fl_bcd *" not in outcome.stdout
+    short = command("plan", str(workshop.config), "--set", "federation.num_rounds=2").stdout
+    assert "fl_bcd *" in short and "parablock *" in short and "*: 2 rounds do not reach every block" in short
+    adapters = command("plan", str(workshop.config), "--set", "federation.method=fedit").stdout
+    assert ("A round sends what adapters" in outcome.stdout, "A round sends" in adapters) == (True, False)
     as_advised = [
         "(as configured)" in command("plan", str(workshop.config), *sets).stdout
         for sets in (("--set", "federation.method=fedit", "--set", f"federation.delay={d}") for d in (0, 1))

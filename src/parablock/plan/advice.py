@@ -94,7 +94,7 @@ def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *
         return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."
     if timing.cover_s <= timing.compute_s:
         after, before = format_duration(timing.round_s), format_duration(serial.round_s)
-        better = f"; to train every block set {', '.join(changes)}" if changes else ""
+        better = f"; to train each block more often set {', '.join(changes)}" if changes else ""
         return f"Overlap hides the communication: {facts}, so a round takes {after} instead of {before}{better}."
     if advice.hides:
         return (

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 WORTH_A_DELAY = 0.05
 """The part of a round that overlap has to save, since at equal rounds it costs some of the loss."""
-
+MUCH_LESS = 0.8
+"""The part of the memory of adapters that is worth another method."""
 
 OF_A_FORMAT = ("wire.density", "wire.rounding", "wire.error_feedback", "wire.residual_decay")
 """Keys that go with a `wire.format`."""
@@ -42,6 +43,7 @@ class Alternative:
         round_s: Seconds of a round, the mean over all rounds.
         hours: The whole run, without evaluation.
         memory_bytes: One client.
+        never_visited: Blocks that the rounds would not train.
         problem: Why there are no figures: the first setting that the method cannot have; empty if there are.
     """
 
@@ -51,6 +53,7 @@ class Alternative:
     round_s: float = 0.0
     hours: float = 0.0
     memory_bytes: int = 0
+    never_visited: int = 0
     problem: str = ""
 
 
@@ -93,6 +96,7 @@ def _with_each_delay(
             round_s=timing.round_s,
             hours=timing.wall_s / 3600,
             memory_bytes=memory.total,
+            never_visited=len(scenario.never_visited(blocks)),
         )
 
 
@@ -146,7 +150,7 @@ def recommended_method(found: Sequence[Alternative], config: RunConfig, num_laye
     lagging = next(each for each in METHODS if METHODS[each].without_delay)
     blocks = usable.get((lagging, chosen.delay))
     unless = "there is more to learn than adapters hold: a new language or domain, much data, further pre-training"
-    if blocks is not None and blocks.memory_bytes < chosen.memory_bytes:
+    if blocks is not None and blocks.memory_bytes < MUCH_LESS * chosen.memory_bytes:
         unless += (
             f"; or memory is short ({lagging} takes {format_bytes(blocks.memory_bytes)}, {name} "
             f"{format_bytes(chosen.memory_bytes)})"

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from parablock.config.keys import RunConfig
+from parablock.config.methods import METHODS
 from parablock.plan.forecast import Plan
 from parablock.plan.memory import adapter_rank
 from parablock.report.units import format_bytes, format_duration
@@ -21,11 +22,6 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     """Yield the tables and lines of a plan, in order; the method to take comes first."""
     if plan.recommended_method["reason"]:
         yield _advice(plan.recommended_method, config)
-    yield _blocks(plan, config)
-    yield _bytes(plan, config)
-    yield _speeds(plan)
-    yield _memory(plan, config)
-    yield _methods(plan)
     federation = config.federation
     yield (
         f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
@@ -34,6 +30,13 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         f"({format_duration(plan.serial_s)} without overlap). The learning rate is {plan.learning_rate:g}."
     )
     yield plan.verdict
+    yield _blocks(plan, config)
+    yield _bytes(plan, config)
+    yield _speeds(plan)
+    yield _memory(plan, config)
+    yield _methods(plan)
+    if any(row["never_visited"] for row in plan.methods):
+        yield f"*: {federation.num_rounds} rounds do not reach every block; larger blocks or more rounds cure it."
     advised = plan.recommended
     chosen = (config.blocks.layers_per_block, config.train.num_local_steps, config.wire.format)
     unchanged = ", as configured" if tuple(advised.values()) == chosen else ""
@@ -41,10 +44,11 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         f"blocks.layers_per_block: {advised['layers_per_block']}, " if federation.traits.trains == "blocks" else ""
     )
     yield (
-        f"Recommended: {size}train.num_local_steps: {advised['num_local_steps']}, "
+        f"Sizes that go with {federation.method}: {size}train.num_local_steps: {advised['num_local_steps']}, "
         f"wire.format: {advised['format']}{unchanged}."
     )
-    yield f"A round sends what adapters of rank {plan.equal_rank:.3g} would ({_of_each(config)})."
+    if federation.traits.trains != "adapters":
+        yield f"A round sends what adapters of rank {plan.equal_rank:.3g} would ({_of_each(config)})."
     if plan.never_visited:
         names = ", ".join(plan.blocks[b]["name"] for b in plan.never_visited)
         yield (
@@ -119,7 +123,9 @@ def _methods(plan: Plan) -> Table:
             _hours(row["hours"]),
             format_bytes(row["memory_bytes"]),
         )
-        table.add_row(row["method"], str(row["delay"]), *(["–"] * 4 if row["problem"] else figures))
+        name = (METHODS[row["method"]].without_delay if row["delay"] == 0 else "") or row["method"]
+        figures = ("–",) * 4 if row["problem"] else figures
+        table.add_row(f"{name} *" if row["never_visited"] else name, str(row["delay"]), *figures)
     return table
 
 
@@ -131,8 +137,8 @@ def _advice(advised: Mapping[str, Any], config: RunConfig) -> str:
     chosen = (config.federation.method, config.federation.delay)
     unchanged = " (as configured)" if (advised["method"], advised["delay"]) == chosen else ""
     return (
-        f"Recommended: federation.method: {advised['method']}, federation.delay: {advised['delay']}{unchanged}, "
-        f"because {advised['reason']}; unless {advised['unless']}."
+        f"Recommended: federation.method: {advised['method']}, federation.delay: {advised['delay']}{unchanged}. "
+        f"Why: {advised['reason']}. It is another where {advised['unless']}."
     )
 
 

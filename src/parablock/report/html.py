@@ -69,8 +69,8 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
     summary = run.summary
     subtitle = (
         f"{summary['method']}, delay {summary['delay']} · {summary['num_clients']} clients · "
-        f"{summary['num_blocks']} blocks · {summary['rounds_done']} of {summary['num_rounds']} rounds · "
-        f"{summary['status']}"
+        f"{summary['num_blocks']} block{'s' * (summary['num_blocks'] != 1)} · "
+        f"{summary['rounds_done']} of {summary['num_rounds']} rounds · {summary['status']}"
     )
     figures["loss"], figures["blocks"] = loss_figure([run]), blocks_figure(run)
     figures["gantt"] = gantt = gantt_figure(run.spans)

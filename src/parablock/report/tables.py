@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from parablock.config.keys import RunConfig
+from parablock.config.methods import METHODS
 from parablock.report.reading import RunRecord
 from parablock.report.units import format_bytes, format_duration
 from parablock.trace import times_by_client
@@ -55,9 +56,17 @@ def headline(run: RunRecord) -> tuple[Fact, ...]:
         Fact(
             "per client and round",
             format_bytes(summary["bytes_per_client_round"]),
-            "the whole model" if summary["num_blocks"] == 1 else f"one of {summary['num_blocks']} blocks at a time",
+            _sent(summary),
         ),
     )
+
+
+def _sent(summary: Mapping[str, Any]) -> str:
+    """Say what an update is of."""
+    if METHODS[summary["method"]].trains == "adapters":
+        return "the adapters, not the model"
+    blocks = summary["num_blocks"]
+    return "the whole model" if blocks == 1 else f"one of {blocks} blocks at a time"
 
 
 def instead_of(summary: Mapping[str, Any]) -> str:

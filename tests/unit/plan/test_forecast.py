@@ -114,6 +114,10 @@ def test_blocks_that_the_rounds_do_not_reach_are_listed_and_larger_blocks_recomm
     short = plan_of(workshop, "federation.num_rounds=2", "blocks.schedule=cyclic")
     assert short.never_visited == [2, 3]
     assert short.recommended["layers_per_block"] == 2
+    assert {row["method"]: row["never_visited"] for row in short.methods}.items() >= {
+        "parablock": 2,
+        "fedit": 0,
+    }.items()
     enough = plan_of(workshop, "federation.num_rounds=4", "blocks.schedule=cyclic")
     assert (enough.never_visited, enough.recommended["layers_per_block"]) == ([], 1)
 

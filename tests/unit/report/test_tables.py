@@ -39,6 +39,10 @@ def test_the_headline_says_what_was_learned_hidden_and_spent(tmp_path: Path):
     assert facts["simulated time"].value == "24 s"  # 12 rounds of 2 s
     assert facts["simulated time"].detail == "instead of 43 s one after the other"  # 12 · (2 + 0.9 + 0.7)
     assert facts["bytes"].value == "104.5 MB"  # 12 rounds · 3 clients · 2 ways · 2 bytes · 725,504
+    assert facts["per client and round"].detail == f"one of {run.summary['num_blocks']} blocks at a time"
+    for method, sent in (("fedavg", "the whole model"), ("fedit", "the adapters, not the model")):
+        other = replace(run, summary={**run.summary, "method": method, "num_blocks": 1})
+        assert {fact.label: fact for fact in headline(other)}["per client and round"].detail == sent
 
 
 def test_the_clients_table_adds_up_counts_and_seconds_of_each(tmp_path: Path):
