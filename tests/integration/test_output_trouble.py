@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
+import re
 import select
 import signal
 import time
@@ -12,10 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
-from parablock.cli.output import LastingStream, lasting_output
+from parablock.cli.output import LastingStream, SafeConsole, lasting_output, say
 from parablock.experiment.progress import SILENCE_S
-from tiny_runs import Process, Runs, Workshop, command_line, done, half_written, metrics_of, summary_of
+from tiny_runs import (
+    Process,
+    Runs,
+    Workshop,
+    command,
+    command_line,
+    done,
+    half_written,
+    metrics_of,
+    summary_of,
+    write_rows,
+)
 
 NUM_ROUNDS = 8
 SLOW = (f"federation.num_rounds={NUM_ROUNDS}", "engine={clock: real, num_threads: 1}", "link={latency_s: 0.02}")
@@ -134,6 +149,65 @@ def test_the_streams_are_put_back(capsys: pytest.CaptureFixture[str]):
         raise ZeroDivisionError
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr().out == "said\n"
+
+
+# -- text of others --------------------------------------------------------------------------------------------
+
+EVIL = "a\x1b]0;PWNED\x07\x1b[31m\x9b31m\u202e\u2066\x7f\r"
+SHOWN = r"a\u001b]0;PWNED\u0007\u001b[31m\u009b31m\u202e\u2066\u007f\u000d"
+ACTING = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+
+
+def test_no_text_acts_on_a_terminal_and_the_display_s_own_colours_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console, table = SafeConsole(), Table(EVIL)
+    table.add_row(EVIL)
+    for part in (EVIL, table):
+        console.print(part, highlight=False)
+        assert SHOWN in re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    console.print(Text(f"x\x1b]0;PWNED\u202e {EVIL}", style="green"), soft_wrap=True)
+    said = capsys.readouterr().out
+    assert said.startswith("\x1b[32mx\\u001b]0;PWNED\\u202e")
+    assert re.findall(ACTING, said.replace("\x1b[32m", "").replace("\x1b[0m", "")) == []
+    say(EVIL)
+    say(EVIL, err=True)
+    assert capsys.readouterr() == (f"{SHOWN}\n", f"{SHOWN}\n")
+    assert len(re.findall(ACTING, EVIL)) == 8
+
+
+def test_what_libraries_write_may_be_coloured_and_redrawn_and_can_do_nothing_else():
+    written = io.StringIO()
+    stream = LastingStream(written)
+    for text in ("\r 50%\x1b[A", "\x1b[1;31mred\x1b[0m\x1b[2K\x1b[?25l", EVIL, "\x1bP0;1|x\x1b\\\x9d0;x"):
+        stream.write(text)
+    stream.flush()
+    kept = "\r 50%\x1b[A\x1b[1;31mred\x1b[0m\x1b[2K\x1b[?25l"
+    shown = SHOWN.replace(r"\u001b[31m", "\x1b[31m").replace(r"\u000d", "\r")
+    assert written.getvalue() == kept + shown + r"\u001bP0;1|x\u001b\\u009d0;x".replace(r"\\u", "\\\\u")
+
+
+def test_rows_fields_answers_and_errors_come_to_a_terminal_as_text(workshop: Workshop, tmp_path: Path):
+    row = {"prompt": EVIL, "completion": EVIL, EVIL: 1}
+    file = write_rows(tmp_path / "evil.jsonl", [row])
+    broken = write_rows(tmp_path / "broken.jsonl", [{EVIL: 1}])
+    model, lines = str(workshop.model), tmp_path / "lines.txt"
+    lines.write_text(EVIL.rstrip())
+    short = ("--max-new-tokens", "2")
+    outcomes = [
+        command("data", str(file)),
+        command("data", str(file), "--model", model),
+        command("data", str(broken)),
+        command("generate", model, "--data", str(lines), *short),
+        command("generate", model, "--data", str(lines), *short, "--format", "jsonl"),
+    ]
+    for outcome in outcomes:
+        assert r"\u001b]0;PWNED\u0007" in outcome.stdout + outcome.stderr
+        assert re.findall(ACTING, outcome.stdout + outcome.stderr) == []
+    assert [outcome.code for outcome in outcomes] == [0, 0, 2, 0, 0]
+    assert json.loads(outcomes[-1].stdout)["prompt"] == EVIL.rstrip()
 
 
 # -- a terminal that is closed, and Ctrl-C ---------------------------------------------------------------------

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "parablock"
 MAX_LINES = 400
 MAX_LAYERS = 12
-TOP = {"__init__", "__main__", "errors", "seeding", "clock", "trace", "hub", "compare"}
+TOP = {"__init__", "__main__", "errors", "seeding", "clock", "trace", "hub", "printable", "compare"}
 NAMES_THAT_SAY_NOTHING = {"util", "utils", "helper", "helpers", "misc", "common", "manager", "managers"}
 
 
@@ -33,6 +33,18 @@ def modules(folder: Path) -> list[Path]:
 
 def too_long(folder: Path) -> list[str]:
     return [path.name for path in modules(folder) if len(path.read_text().splitlines()) > MAX_LINES]
+
+
+def speakers(folder: Path) -> list[str]:
+    """List files that write to the terminal by themselves, past `say` and `SafeConsole` of cli/output.py."""
+    speaks = {"print", "typer.echo", "typer.secho", "click.echo", "Console", "sys.stdout.write", "sys.stderr.write"}
+    found = []
+    for path in modules(folder):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        aloud = [call for call in calls if "quiet=True" not in map(ast.unparse, call.keywords)]
+        if path.name != "output.py" and any(ast.unparse(call.func) in speaks for call in aloud):
+            found.append(path.name)
+    return found
 
 
 def without_docstring(folder: Path) -> list[str]:
@@ -107,6 +119,18 @@ def test_no_module_is_longer_than_a_reader_can_hold():
 def test_the_length_rule_counts_to_its_limit(tmp_path: Path, lines: int, found: list[str]):
     write(tmp_path, "room/long.py", "x = 1\n" * lines)
     assert too_long(tmp_path) == found
+
+
+def test_all_that_is_said_goes_through_one_place():
+    assert speakers(SOURCE) == []
+
+
+def test_the_rule_of_what_is_said_sees_each_way_past_it(tmp_path: Path):
+    ways = ["print(1)", "typer.echo(1)", "Console()", "sys.stderr.write(1)"]
+    for number, way in enumerate(ways):
+        write(tmp_path, f"loud_{number}.py", way)
+    write(tmp_path, "quiet.py", "Console(quiet=True)\nconsole.print(1)\n")
+    assert speakers(tmp_path) == [f"loud_{number}.py" for number in range(len(ways))]
 
 
 def test_every_module_says_what_it_is_for():

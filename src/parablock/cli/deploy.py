@@ -12,6 +12,7 @@ import typer
 
 from parablock.cli.deploy_keys import keys_app
 from parablock.cli.deploy_start import check, init_app
+from parablock.cli.output import say
 from parablock.cli.terminal import SAME_COMMAND, Overrides, console, print_summary, show_progress
 from parablock.deploy.allocation import keep_memory
 from parablock.errors import ConfigError, InputError
@@ -149,7 +150,7 @@ def status(
 
     now = board.read_status(output_dir)
     if as_json:
-        typer.echo(json.dumps(now, indent=1))
+        say(json.dumps(now, indent=1))
     elif not watch:
         console.print(board.status_table(now))
     else:
@@ -210,9 +211,9 @@ def _ask(output_dir: Path, what: str, words: str, *, undo: bool = False) -> None
             f"the run in {output_dir} is complete: its server has ended", remedy="Ask the server of another run."
         )
     if not now["running"]:
-        typer.echo("No server is running there at present; it is told when it starts.", err=True)
+        say("No server is running there at present; it is told when it starts.", err=True)
     control_of(output_dir).ask(what, undo=undo)
-    typer.echo(words)
+    say(words)
 
 
 @deploy.command()
@@ -233,8 +234,8 @@ def app(
     more = [] if clients is None else [f"federation.num_clients={clients}"]
     settings = load_server_config(config, [*(overrides or []), *more], engine="flower")
     folder, num_sites = prepare_app(settings, output_dir)
-    typer.echo(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
-    typer.echo(run_command(folder, {}))
+    say(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
+    say(run_command(folder, {}))
 
 
 def _run_at_sites(config: Path, overrides: list[str] | None, clients: int | None, engine: str) -> RunConfig:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from parablock.cli.output import say
+
 keys_app = typer.Typer(
     rich_markup_mode=None,
     help="Keys and certificates: an end makes its key and a request, the authority signs it, the end installs it.",
@@ -39,12 +41,12 @@ def everything(
     if context.invoked_subcommand is not None:
         return
     if sites is None or output_dir is None:
-        typer.echo(context.get_help())
+        say(context.get_help())
         raise typer.Exit(2)
     from parablock.deploy.authority import make_all
 
     make_all(output_dir, sites, host or [])
-    typer.echo(f"{output_dir}/server is the server's; {output_dir}/site-0 to site-{sites - 1} are one site's each.")
+    say(f"{output_dir}/server is the server's; {output_dir}/site-0 to site-{sites - 1} are one site's each.")
 
 
 @keys_app.command()
@@ -68,7 +70,7 @@ def authority(
             ["give --passphrase-file FILE or --unencrypted, not both"], source="deploy keys authority"
         )
     make_authority(directory, passphrase=None if unencrypted else _passphrase(passphrase_file, new=True))
-    typer.echo(f"{directory} holds the authority. Whoever has its authority.key can let anybody in: keep a backup.")
+    say(f"{directory} holds the authority. Whoever has its authority.key can let anybody in: keep a backup.")
 
 
 @keys_app.command()
@@ -89,7 +91,7 @@ def request(
 
     made = make_request(directory, name, host or [])
     _tell_request(made)
-    typer.echo(f"Send {made} to the authority, and compare the key with it by another way, such as by telephone.")
+    say(f"Send {made} to the authority, and compare the key with it by another way, such as by telephone.")
 
 
 @keys_app.command()
@@ -107,7 +109,7 @@ def renew(
 
     made = make_renewal(directory, host or [])
     _tell_request(made)
-    typer.echo(f"Send {made} to the authority, and install its answer; processes that run take it by themselves.")
+    say(f"Send {made} to the authority, and install its answer; processes that run take it by themselves.")
 
 
 @keys_app.command()
@@ -135,9 +137,9 @@ def sign(
     signed = sign_request(
         requested, authority_dir, passphrase=passphrase, days=days, replace=replace, output_dir=output_dir
     )
-    typer.echo(f"Send back {signed} and {signed.with_name('authority.pem')}; neither is secret.")
+    say(f"Send back {signed} and {signed.with_name('authority.pem')}; neither is secret.")
     if replace:
-        typer.echo(f"Copy {authority_dir / 'revoked.pem'} to the server, which may list an older certificate now.")
+        say(f"Copy {authority_dir / 'revoked.pem'} to the server, which may list an older certificate now.")
 
 
 @keys_app.command()
@@ -152,7 +154,7 @@ def install(
     from parablock.deploy.authority import install_certificate
 
     installed = install_certificate(directory, certificate, certificate.with_name("authority.pem"))
-    typer.echo(f"{directory}: {installed.name}, {installed.days_left} days left")
+    say(f"{directory}: {installed.name}, {installed.days_left} days left")
 
 
 @keys_app.command()
@@ -169,10 +171,10 @@ def revoke(
 
     revoked = revoke_name(authority_dir, name, passphrase=_passphrase_of(authority_dir, passphrase_file))
     if not revoked:
-        typer.echo(f"{name} has no valid certificate: nothing is left to revoke.")
+        say(f"{name} has no valid certificate: nothing is left to revoke.")
         return
-    typer.echo(f"revoked: {', '.join(f'{serial:X}' for serial in revoked)}")
-    typer.echo(f"Copy {authority_dir / 'revoked.pem'} to the server, which reads it at each connection.")
+    say(f"revoked: {', '.join(f'{serial:X}' for serial in revoked)}")
+    say(f"Copy {authority_dir / 'revoked.pem'} to the server, which reads it at each connection.")
 
 
 @keys_app.command()
@@ -187,19 +189,19 @@ def show(
 
     if (directory / "issued.jsonl").exists():
         for one, state in list_issued(directory):
-            typer.echo(f"{one.name}  {state}  to {one.not_after:%Y-%m-%d}  serial {one.serial:X}  key {one.key}")
+            say(f"{one.name}  {state}  to {one.not_after:%Y-%m-%d}  serial {one.serial:X}  key {one.key}")
         return
     loaded = load_credentials(directory)
-    typer.echo(f"{loaded.name}: {loaded.days_left} days left, to {loaded.not_after:%Y-%m-%d %H:%M} UTC")
+    say(f"{loaded.name}: {loaded.days_left} days left, to {loaded.not_after:%Y-%m-%d %H:%M} UTC")
     if loaded.hosts:
-        typer.echo(f"hosts: {', '.join(loaded.hosts)}")
+        say(f"hosts: {', '.join(loaded.hosts)}")
 
 
 def _tell_request(path: Path) -> None:
     from parablock.deploy.authority import read_request
 
     read = read_request(path)
-    typer.echo(f"{read.name}{' at ' if read.hosts else ''}{', '.join(read.hosts)}  key {read.fingerprint}")
+    say(f"{read.name}{' at ' if read.hosts else ''}{', '.join(read.hosts)}  key {read.fingerprint}")
 
 
 def _passphrase_of(authority_dir: Path, file: Path | None) -> bytes | None:

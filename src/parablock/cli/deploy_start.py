@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from parablock.cli.output import say
 from parablock.cli.terminal import console
 
 init_app = typer.Typer(
@@ -94,8 +95,8 @@ def _write(directory: Path, files: dict[str, str], sources: Sequence[str]) -> No
     from parablock.deploy.starter_files import write_starter_files
 
     write_starter_files(directory, files)
-    typer.echo(f"{directory} has {', '.join(files)}. Read the first, and change what has to be changed.")
+    say(f"{directory} has {', '.join(files)}. Read the first, and change what has to be changed.")
     for source in sources:
         if not glob.glob(str(Path(source).expanduser()), recursive=True):  # noqa: PTH207  # as rows are read
             told = f"{source} is not on this machine: put right the path in {next(iter(files))}"
-            typer.echo(f"{told}, unless it is an id of Hugging Face, or will be there later.", err=True)
+            say(f"{told}, unless it is an id of Hugging Face, or will be there later.", err=True)

@@ -23,7 +23,7 @@ from parablock.cli.deploy import deploy
 from parablock.cli.evaluate import evaluate
 from parablock.cli.export_run import export
 from parablock.cli.forgetting import forget
-from parablock.cli.output import is_closed_pipe, lasting_output
+from parablock.cli.output import is_closed_pipe, lasting_output, say
 from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
@@ -242,7 +242,7 @@ def plan(
         progress.stage("timing real steps" if probe else "reading the model's configuration", is_brief=True)
         made = make_plan(loaded, probe=probe)
     if output_format == "json":
-        typer.echo(json.dumps(asdict(made), indent=2))
+        say(json.dumps(asdict(made), indent=2))
         return
     for part in show_plan(made, loaded):
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
@@ -355,7 +355,7 @@ def main() -> None:
             if "--debug" in sys.argv:
                 raise
             lines = [f"error: {error.what}", error.cause, error.remedy]
-            print("\n".join(line for line in lines if line), file=sys.stderr)
+            say("\n".join(line for line in lines if line), err=True)
             sys.exit(error.exit_code)
         except SystemExit as leaving:
             output.flush()
@@ -369,7 +369,7 @@ def _tell_of_lost_output(failure: OSError, code: Any) -> Any:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     lost = f"the output could not be written: {failure.strerror}"
     if command in WRITES_FILES:
-        print(f"warning: {lost}; the files are whole", file=sys.stderr)
+        say(f"warning: {lost}; the files are whole", err=True)
         return code
-    print(f"error: {lost}", file=sys.stderr)
+    say(f"error: {lost}", err=True)
     return code or 1

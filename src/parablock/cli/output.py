@@ -1,6 +1,8 @@
 """Standard output and standard error that outlast their reader, their disk and their terminal.
 
-A run must not end because nobody can read what it says. Characters that a terminal cannot show become similar ones.
+A run must not end because nobody can read what it says. Characters that a terminal cannot show become similar ones,
+and those that would act on it become escapes: what a command says goes through a `SafeConsole` or `say`, which let
+none through, and what libraries write goes through the streams, which let colours through.
 """
 
 from __future__ import annotations
@@ -9,9 +11,15 @@ import codecs
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from parablock.printable import displayable, printable
 
 SIMILAR = {
     "→": "->",
@@ -41,8 +49,29 @@ SIMILAR = {
 _REPLACE = "parablock.similar"
 
 
+class SafeConsole(Console):
+    """A console on which no text acts, whosever it is: it colours and moves by what rich itself adds to a text."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)  # a path may hold brackets and colons
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make the text of a string, with escapes for what rich would leave out."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of anything, with escapes in their text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line on standard output or standard error, with escapes for control characters."""
+    print(printable(text), file=sys.stderr if err else sys.stdout)
+
+
 class LastingStream:
-    """A text stream whose writes do not fail; after the first failure they are dropped.
+    """A text stream whose writes do not fail; after the first failure they are dropped. Text in it may be coloured.
 
     What the handler of a signal writes while a write is under way comes after it: Python's own streams refuse that.
 
@@ -58,7 +87,7 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         """Write text; return its length."""
-        self._waiting.append(text)
+        self._waiting.append(displayable(text))
         self._work(flushes=False)
         return len(text)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from parablock.cli.terminal import LOADING, console, show_work
 from parablock.errors import ConfigError
+from parablock.printable import printable
 
 if TYPE_CHECKING:
     from parablock.data.preview import Stretch
@@ -98,10 +99,11 @@ def _show(stretches: Sequence[Stretch]) -> None:
     """Print a row; what is learnt is green on a terminal, and between brackets elsewhere."""
     text = Text()
     for stretch in stretches:
+        shown = printable(stretch.text)
         if stretch.is_learnt and not console.is_terminal:
-            text.append(f"[[{stretch.text}]]")
+            text.append(f"[[{shown}]]")
         else:
-            text.append(stretch.text, style="bold green" if stretch.is_learnt else "")
+            text.append(shown, style="bold green" if stretch.is_learnt else "")
     console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -16,7 +16,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from parablock.cli.output import say
 from parablock.cli.terminal import INTERRUPTED, LOADING, console, show_work
+from parablock.printable import printable
 
 if TYPE_CHECKING:
     from parablock.evaluation.conversation import Dialogue
@@ -110,9 +112,8 @@ def _shown(answers: dict[str, str]) -> Iterator[None]:
     else:
         yield
         for label, answer in answers.items():
-            console.print(
-                Text(f"{label}: {answer.strip()}" if len(answers) > 1 else answer.strip()), soft_wrap=True
-            )
+            said = printable(answer.strip())
+            console.print(Text(f"{label}: {said}" if len(answers) > 1 else said), soft_wrap=True)
 
 
 class _Columns:
@@ -130,7 +131,8 @@ class _Columns:
         if len(self._answers) > 1:
             table.add_row(*(Text(label, style="bold") for label in self._answers))
         nothing = Text("(nothing)", style="dim") if self._is_done else self._spinner
-        table.add_row(*(Text(said) if (said := text.strip()) else nothing for text in self._answers.values()))
+        said = [printable(text.strip()) for text in self._answers.values()]
+        table.add_row(*(Text(text) if text else nothing for text in said))
         return table
 
 
@@ -180,9 +182,9 @@ def generate(
         console.print(f"{len(records)} prompts answered: {output}", highlight=False, soft_wrap=True)
     elif output_format == "jsonl":
         for line in lines:
-            typer.echo(line)
+            say(line)
     else:
         for record in records:
             for name, text in record.items():
-                console.print(Text.assemble((f"{name}: ", "bold"), text), soft_wrap=True)
+                console.print(Text.assemble((f"{name}: ", "bold"), printable(text)), soft_wrap=True)
             console.print()

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-console = Console(markup=False)  # a path may hold brackets
+from parablock.cli.output import SafeConsole
+
+console = SafeConsole()
 INTERRUPTED = 130
 RESUME = "parablock resume {}"
 SAME_COMMAND = "the same command"
@@ -107,7 +108,7 @@ def show_work() -> Iterator[Any]:
     """Show on standard error what a command is at, so that its output can be piped; yield the display."""
     from parablock.experiment.progress import make_progress
 
-    with make_progress(console=Console(stderr=True, markup=False), names_stages=False) as progress:
+    with make_progress(console=SafeConsole(stderr=True), names_stages=False) as progress:
         yield progress
 
 

@@ -8,8 +8,21 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from parablock.printable import printable
+
 LOG_BYTES, LOGS = 10_000_000, 5
 """A log is begun anew after so many bytes, and so many are kept."""
+
+
+class PlainLines(logging.Formatter):
+    """Lines for a terminal: the time and the words, on which nothing that another side said acts."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable(super().format(record))
 
 
 class _JsonLines(logging.Formatter):

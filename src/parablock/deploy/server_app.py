@@ -17,6 +17,7 @@ from typing import Any
 
 from parablock.config.load import load_config
 from parablock.deploy.direct_server import run_key_of, stop_or_pause
+from parablock.deploy.log_files import PlainLines
 from parablock.deploy.server_audit import audited, server_log_of
 from parablock.deploy.site import shared_config
 from parablock.deploy.status import StatusBoard
@@ -106,7 +107,7 @@ def only_one(output_dir: Path) -> Iterator[None]:
 def _logged(output_dir: Path) -> Iterator[None]:
     """Write what the run says into a file: Flower keeps the output of its processes to itself."""
     logger, handler = logging.getLogger("parablock"), logging.FileHandler(server_log(output_dir))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(PlainLines())
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parablock.clock import RealClock
 from parablock.deploy.door import server_of
-from parablock.deploy.log_files import log_to
+from parablock.deploy.log_files import PlainLines, log_to
 from parablock.deploy.site import SiteConfig
 from parablock.deploy.site_session import load_libraries, take_part
 from parablock.engine.remote.site_channel import Refused, ServerEnd, SessionOver, SiteCaller
@@ -32,7 +32,7 @@ def start_site(site: SiteConfig, address: str, keys: Path | None, *, once: bool 
     interrupt_for_certain()
     LOGGER.setLevel(logging.INFO)
     screen = logging.StreamHandler(sys.stdout)
-    screen.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    screen.setFormatter(PlainLines())
     for handler in (screen, log_to(site.state_dir / "log" / "site.log")):
         LOGGER.addHandler(handler)
     LOGGER.propagate = False

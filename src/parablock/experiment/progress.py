@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parablock.experiment.pace import Pace, Stage
+from parablock.printable import printable
 from parablock.report.units import format_bytes, format_duration, sparkline
 
 MAX_CLIENT_ROWS = 12
@@ -185,7 +186,7 @@ class PlainProgress(Progress):
     def message(self, text: str) -> None:
         """Write a line that belongs to no round."""
         self._said_s = self._now_s()
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
 
 def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
@@ -308,7 +309,7 @@ class LiveProgress(Progress):
 
     def message(self, text: str) -> None:
         """Write a line above the display."""
-        self._console.print(Text(text))
+        self._console.print(Text(printable(text)))
 
     def close(self) -> None:
         """Stop the display; losses and bytes stay on the screen, stages and clients do not."""

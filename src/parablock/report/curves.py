@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from math import floor, isfinite, log10
 
+from parablock.printable import as_html
 from parablock.report.figures import loss_points
 from parablock.report.reading import RunRecord
 
@@ -32,7 +32,7 @@ def curves_svg(runs: Sequence[RunRecord]) -> str:
         x, y = LEFT + 180 * (number % 5), below + 18 * (number // 5)
         parts.append(
             f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" stroke="{_color(number)}" stroke-width="3"/>'
-            f'<text x="{x + 24}" y="{y}">{escape(run.name)}</text>'
+            f'<text x="{x + 24}" y="{y}">{as_html(run.name)}</text>'
         )
     width, height = LEFT + 3 * (PANEL + GAP), below + 18 * (1 + (len(runs) - 1) // 5)
     return (

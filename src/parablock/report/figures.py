@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, product
 from typing import Any
 
+from parablock.printable import printable
 from parablock.report.reading import RunRecord
 
 Figure = dict[str, Any]
@@ -204,8 +205,8 @@ def _ticks(names: Sequence[str], *, most: int) -> dict[str, Any]:
 
 
 def escape(text: str) -> str:
-    """Escape the characters that Plotly reads as HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Escape the characters that Plotly reads as HTML, and those that would act."""
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def tidy(value: float | None) -> float | None:

@@ -12,13 +12,13 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
-from html import escape
 from importlib import resources
 from pathlib import Path
 
 import yaml
 
 from parablock import __version__
+from parablock.printable import as_html
 from parablock.report import tables
 from parablock.report.figures import Figure, blocks_figure, client_losses_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
@@ -84,7 +84,7 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
     )
     clients_note = "How the loss of each client fell, what it trained on, and how it spent its time."
     configuration = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
-    settings = _table(tables.settings_table(run)) + _fold("config.yaml", f"<pre>{escape(configuration)}</pre>")
+    settings = _table(tables.settings_table(run)) + _fold("config.yaml", f"<pre>{as_html(configuration)}</pre>")
     loss_note, timeline = (
         "Train loss of each round, and eval loss of the committed model.",
         "Timeline of the clients",
@@ -96,7 +96,7 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
     return [
         _header(run.name, subtitle),
         *_answers(run),
-        f'<p class="sentence">{escape(tables.sentence(run))}</p>',
+        f'<p class="sentence">{as_html(tables.sentence(run))}</p>',
         _facts(run),
         *_use(run),
         _section("Loss", loss_note, _figure("loss", "Loss")),
@@ -130,7 +130,7 @@ def _clipped(text: str) -> str:
     shown = text.strip()
     if len(shown) > MOST_CHARACTERS:
         shown = shown[:MOST_CHARACTERS].rstrip() + " …"
-    return escape(shown) or "<i>nothing</i>"
+    return as_html(shown) or "<i>nothing</i>"
 
 
 def _use(run: RunRecord) -> list[str]:
@@ -150,7 +150,7 @@ def _use(run: RunRecord) -> list[str]:
         _section(
             "Use this model",
             "Talk to it, with the base model beside it; or load it like any other model of Hugging Face.",
-            f'<div class="use"><pre>{escape(talk)}</pre><pre>{escape(code)}</pre></div>',
+            f'<div class="use"><pre>{as_html(talk)}</pre><pre>{as_html(code)}</pre></div>',
         )
     ]
 
@@ -169,24 +169,24 @@ def _about_gantt(run: RunRecord, gantt: Figure) -> str:
 
 
 def _header(name: str, subtitle: str) -> str:
-    return f"<header><h1>{escape(name)}</h1><p>{escape(subtitle)}</p></header>"
+    return f"<header><h1>{as_html(name)}</h1><p>{as_html(subtitle)}</p></header>"
 
 
 def _facts(run: RunRecord) -> str:
     cells = "".join(
-        f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd>{escape(fact.detail)}</dd></div>"
+        f"<div><dt>{as_html(fact.label)}</dt><dd>{as_html(fact.value)}</dd><dd>{as_html(fact.detail)}</dd></div>"
         for fact in tables.headline(run)
     )
     return f'<dl class="facts">{cells}</dl>'
 
 
 def _section(title: str, note: str, content: str) -> str:
-    about = f"<p>{escape(note)}</p>" if note else ""
-    return f"<section><h2>{escape(title)}</h2>{about}{content}</section>"
+    about = f"<p>{as_html(note)}</p>" if note else ""
+    return f"<section><h2>{as_html(title)}</h2>{about}{content}</section>"
 
 
 def _figure(name: str, label: str) -> str:
-    return f'<div class="figure" id="{name}" role="img" aria-label="{escape(label)}"></div>'
+    return f'<div class="figure" id="{name}" role="img" aria-label="{as_html(label)}"></div>'
 
 
 def _table(table: Table, links: Mapping[str, str] | None = None) -> str:
@@ -195,18 +195,18 @@ def _table(table: Table, links: Mapping[str, str] | None = None) -> str:
     links = links or {}
     classes = ["" if column < table.num_words else ' class="number"' for column in range(len(table.header))]
     rows = [[_cell(text, links) for text in row] for row in table.rows]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(classes, table.header, strict=True))
+    head = "".join(f"<th{kind}>{as_html(name)}</th>" for kind, name in zip(classes, table.header, strict=True))
     cells = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row, strict=True)) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str, links: Mapping[str, str]) -> str:
-    return f'<a href="{escape(links[text])}">{escape(text)}</a>' if text in links else escape(text)
+    return f'<a href="{as_html(links[text])}">{as_html(text)}</a>' if text in links else as_html(text)
 
 
 def _fold(title: str, content: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+    return f"<details><summary>{as_html(title)}</summary>{content}</details>"
 
 
 def _page(*, title: str, body: str, figures: dict[str, Figure]) -> str:
@@ -225,7 +225,7 @@ def _page(*, title: str, body: str, figures: dict[str, Figure]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
+<title>{as_html(title)}</title>
 <style>{_asset("report.css")}</style>
 </head>
 <body>

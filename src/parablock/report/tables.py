@@ -12,6 +12,7 @@ from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS
+from parablock.printable import as_markdown
 from parablock.report.reading import RunRecord
 from parablock.report.units import format_bytes, format_duration
 from parablock.trace import times_by_client
@@ -254,7 +255,7 @@ def _results(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 def to_markdown(table: Table) -> str:
     """Return a table as Markdown that can be read as it stands, with figures aligned to the right."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, *table.rows)]
+    lines = [[as_markdown(cell) for cell in line] for line in (table.header, *table.rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * (width - 1) + ("-" if n < table.num_words else ":") for n, width in enumerate(widths)]
 

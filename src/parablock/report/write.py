@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parablock.errors import InputError
+from parablock.printable import as_markdown
 from parablock.report import tables
 from parablock.report.html import render_html
 from parablock.report.reading import RunRecord, has_ended, is_run, read_runs
@@ -61,9 +62,7 @@ def _compared(folder: Path) -> list[str]:
 def _answers(run: RunRecord) -> list[str]:
     labels = {"prompt": "prompt", "base": "base model", "tuned": "tuned model", "reference": "reference"}
     parts = [
-        "\n".join(
-            f"- {title}: {' '.join(record[label].split())}" for label, title in labels.items() if label in record
-        )
+        "\n".join(f"- {title}: {as_markdown(record[label])}" for label, title in labels.items() if label in record)
         for record in run.answers
     ]
     return ["## What it says", *parts] if parts else []
@@ -80,7 +79,7 @@ def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> st
             parts += ["## What each setting does", settings]
     if detailed is not None:
         facts = tables.headline(detailed)
-        parts += [f"# {detailed.name}", *_answers(detailed), tables.sentence(detailed)]
+        parts += [f"# {as_markdown(detailed.name)}", *_answers(detailed), as_markdown(tables.sentence(detailed))]
         parts += ["\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in facts)]
         parts += ["## Clients", tables.clients_table(detailed), "## Blocks", tables.blocks_table(detailed)]
         parts += ["## Settings other than the defaults", tables.settings_table(detailed)]

@@ -82,6 +82,25 @@ def test_names_from_files_are_text_in_the_page_and_not_markup(tmp_path: Path):
     assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in names
 
 
+EVIL = "<img src=x onerror=alert(1)> ![see](http://x/y.png) `code` a|b \x1b]0;PWNED\x07 \x00\x9b \u202egnirts"
+
+
+def test_no_text_of_others_is_markup_or_acts_in_a_report(tmp_path: Path):
+    run = make_run(tmp_path / "run", model={"name_or_path": EVIL})
+    (run / "answers.json").write_text(
+        json.dumps([{"prompt": EVIL, "base": EVIL, "tuned": "a\n# b", "reference": ""}])
+    )
+    page = write_report([run])
+    tables = page.with_suffix(".md").read_text()
+    for text in (tables, page.read_text()):
+        assert "onerror=alert(1)" in text and "\\u001b]0;PWNED" in text and "\\u202egnirts" in text
+        assert re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text) == []
+    unmarked = re.sub(r"\\[\\<\[`|]", "", tables)
+    assert re.findall(r"[<\[`]", unmarked) == [] and "![" not in unmarked
+    assert re.findall(r"[<\[`]", EVIL) == ["<", "[", "`", "`"]
+    assert "- tuned model: a # b" in tables.splitlines()
+
+
 def test_the_page_allows_its_own_scripts_and_nothing_else(tmp_path: Path):
     page = write_report([make_run(tmp_path / "run")]).read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
