@@ -163,7 +163,7 @@ def assert_goes_on(run_dir: Path, runs: Runs, left: list[str], *overrides: str) 
     assert half_written(run_dir) == []
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == left
     resumed = done("resume", str(run_dir))
-    assert ("resuming at round" in resumed.stdout) == bool(left)
+    assert ("resuming from the checkpoint" in resumed.stdout) == bool(left)
     assert summary_of(run_dir)["model_sha256"] == summary_of(runs(*overrides))["model_sha256"]
     assert [row["round_index"] for row in metrics_of(run_dir)] == list(range(6))
 

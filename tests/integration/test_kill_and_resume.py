@@ -222,7 +222,7 @@ def test_a_signal_stops_a_run_cleanly_and_it_goes_on_from_that_round(
     newest = max(int(path.name.removeprefix("round-")) for path in (run_dir / "checkpoints").iterdir())
     assert newest >= summary["rounds_done"]
     resumed = done("resume", str(run_dir))
-    assert f"resuming at round {newest}" in resumed.stdout
+    assert f"resuming from the checkpoint round-{newest:06d}: " in resumed.stdout
     assert_same_run(run_dir, undisturbed(*overrides))
 
 
@@ -303,7 +303,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     (newest / name).write_bytes(content)
     resumed = done("resume", str(run_dir))
     assert f"passed over a damaged checkpoint: {newest.name}" in resumed.stdout
-    assert f"resuming at round {int(before.name.removeprefix('round-'))}" in resumed.stdout
+    assert f"resuming from the checkpoint {before.name}: " in resumed.stdout
     assert_same_run(run_dir, undisturbed())
 
 
@@ -327,7 +327,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_or_from_the_beginning(
         damage(run_dir)
     resumed = done("resume", str(run_dir))
     assert "passed over" not in resumed.stdout
-    assert (f"resuming at round {newest}" in resumed.stdout) == (damage is not forget_checkpoints)
+    assert (f"resuming from the checkpoint round-{newest:06d}" in resumed.stdout) == (damage is not forget_checkpoints)
     assert_same_run(run_dir, undisturbed())
 
 

@@ -73,7 +73,7 @@ def test_a_run_goes_on_there_and_its_model_is_scored_there(workshop: Workshop, l
     undisturbed = summary_of(run)["model_sha256"]
     (run / "summary.json").unlink()
     resumed = there(library, "resume", str(run))
-    assert "resuming at round 3" in resumed.stdout
+    assert "resuming from the checkpoint round-000003" in resumed.stdout
     assert summary_of(run)["model_sha256"] == undisturbed
     rows = [{"prompt": f"1 plus {n}?", "completion": "no", "choices": ["no", "yes"]} for n in range(3)]
     questions = write_rows(tmp_path / "questions.jsonl", rows)

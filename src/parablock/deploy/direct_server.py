@@ -119,16 +119,19 @@ class _Told(Progress):
     def __init__(self, inner: Progress, tell: Callable[[str], None]) -> None:
         self._inner, self._tell = inner, tell
 
-    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
         if name and not is_brief:
             self._tell(name)
-        self._inner.stage(name, total, is_brief=True)
+        self._inner.stage(name, total, is_brief=True, scores=scores)
 
     def done(self, count: int) -> None:
         self._inner.done(count)
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
-        self._inner.start(num_rounds, num_clients, first_round, cohort)
+    def start(self, num_rounds: int, num_clients: int, first_round: int, *args: Any, **kwargs: Any) -> None:
+        self._inner.start(num_rounds, num_clients, first_round, *args, **kwargs)
+
+    def rounds_over(self) -> None:
+        self._inner.rounds_over()
 
     def step(self, client_id: int, number: int, num_steps: int) -> None:
         self._inner.step(client_id, number, num_steps)

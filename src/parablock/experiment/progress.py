@@ -11,8 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,59 +23,66 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from parablock.experiment.pace import Pace, Stage
+from parablock.experiment.lamps import draw_clients
+from parablock.experiment.pace import Pace, Stages
 from parablock.printable import printable
 from parablock.report.units import format_bytes, format_duration, sparkline
 
-MAX_CLIENT_ROWS = 12
 MAX_PLAIN_LINES = 100
 SILENCE_S = 30.0
 SPARKLINE_LENGTH = 32
 
 
-_NO_PACE = Pace(now_s=lambda: 0.0, num_rounds=0, first_round=0, num_clients=1, cohort=None)
-"""Stands for the pace before the rounds."""
-
-
-@dataclass(frozen=True)
-class _Lamp:
-    """A column of the display, lit for the clients with this activity."""
-
-    activity: str
-    title: str
-    mark: str
-    ascii_mark: str
-    style: str
-
-
-_LAMPS = (
-    _Lamp("computing", "compute", "█", "#", "green"),
-    _Lamp("uploading", "up", "▲", "^", "cyan"),
-    _Lamp("downloading", "down", "▼", "v", "blue"),
+_NO_PACE = Pace(
+    now_s=lambda: 0.0,
+    num_rounds=0,
+    first_round=0,
+    num_clients=1,
+    cohort=None,
+    stages=Stages(lambda: 0.0),
 )
-_LAMP_WIDTH = 7
+"""Stands for the pace before the rounds."""
 
 
 class Progress:
     """A display that an engine reports to; leaving the context closes it. Here all reports are dropped."""
 
-    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
-        """Begin a stage outside the rounds; "" ends it.
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
+        """Begin a stage outside the rounds; "" ends it. Scoring goes on while another stage begins and ends.
 
         Args:
             name: What is done, such as "loading the model".
             total: The number of its parts; None if they cannot be counted.
             is_brief: Whether a log names it only if it takes long.
+            scores: Whether the model is scored; `stage("", scores=True)` ends that.
         """
 
     def done(self, count: int) -> None:
         """Report how many parts of the stage are done."""
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
+    def start(
+        self,
+        num_rounds: int,
+        num_clients: int,
+        first_round: int,
+        cohort: int | None = None,
+        *,
+        scored_every: int | None = None,
+        earlier: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0.
 
-        `cohort` is the number of clients that train in a round; None: all.
+        Args:
+            num_rounds: All rounds of the run.
+            num_clients: All clients.
+            first_round: The number of rounds that are done.
+            cohort: The number of clients that train in a round; None: all.
+            scored_every: Rounds between scorings, 0 for the last round alone; None: not known.
+            earlier: The rows of the rounds that are done, as far as they are known.
         """
+
+    def rounds_over(self) -> None:
+        """Report that all rounds are over; what follows is no part of their time."""
 
     def step(self, client_id: int, number: int, num_steps: int) -> None:
         """Report that a client has taken local step `number` of `num_steps` of its round."""
@@ -122,7 +128,58 @@ def make_progress(*, console: Console, plain: bool | None = None, names_stages: 
     return PlainProgress(console=console, names_stages=names_stages) if plain else LiveProgress(console=console)
 
 
-class PlainProgress(Progress):
+class _Paced(Progress):
+    """What both displays share: the stages, and the pace of the rounds."""
+
+    def __init__(self, console: Console, now_s: Callable[[], float]) -> None:
+        self._console, self._now_s, self._pace, self._stages = console, now_s, _NO_PACE, Stages(now_s)
+
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
+        """Show a stage, with the time that it takes."""
+        del is_brief  # it is drawn over
+        self._stages.begin(name, total, scores=scores)
+
+    def done(self, count: int) -> None:
+        """Show how far the stage is."""
+        self._stages.done(count)
+
+    def start(
+        self,
+        num_rounds: int,
+        num_clients: int,
+        first_round: int,
+        cohort: int | None = None,
+        *,
+        scored_every: int | None = None,
+        earlier: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Begin the rounds."""
+        del earlier
+        self._stages.begin("")
+        self._pace = Pace(
+            now_s=self._now_s,
+            num_rounds=num_rounds,
+            first_round=first_round,
+            num_clients=num_clients,
+            cohort=cohort,
+            stages=self._stages,
+            scored_every=scored_every,
+        )
+
+    def rounds_over(self) -> None:
+        """Stop the time of the rounds."""
+        self._pace.end()
+
+    def step(self, client_id: int, number: int, num_steps: int) -> None:
+        """Show a local step."""
+        self._pace.step(client_id, number, num_steps)
+
+    def awaited(self) -> str:
+        """Say which round is not over, and how long it may take."""
+        return self._pace.awaited() if self._pace is not _NO_PACE else ""
+
+
+class PlainProgress(_Paced):
     """One line a round, but no activities; a long run gets about `MAX_PLAIN_LINES` lines and one an evaluation.
 
     Where a round or a stage takes long, a line every `SILENCE_S` seconds says how far it is.
@@ -136,44 +193,36 @@ class PlainProgress(Progress):
     def __init__(
         self, *, console: Console, now_s: Callable[[], float] = time.monotonic, names_stages: bool = True
     ) -> None:
-        self._console, self._now_s, self._pace, self._names_stages = console, now_s, _NO_PACE, names_stages
-        self._stage, self._said_s = Stage("", None, 0.0), now_s()
+        super().__init__(console, now_s)
+        self._names_stages, self._said_s = names_stages, now_s()
 
-    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
         """Write the name of the stage."""
-        self._stage = Stage(name, total, self._now_s())
+        super().stage(name, total, is_brief=is_brief, scores=scores)
         if name and self._names_stages and not is_brief:
             self.message(name)
 
     def done(self, count: int) -> None:
         """Write how far the stage is, if nothing was written for long."""
-        self._stage.count = count
-        if self._now_s() - self._said_s > SILENCE_S:
-            self.message(self._stage.text(self._now_s()))
+        text = self._stages.done(count)
+        if text and self._now_s() - self._said_s > SILENCE_S:
+            self.message(text)
 
-    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
+    def start(
+        self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None, **more: Any
+    ) -> None:
         """Write the number of rounds and clients."""
-        self._pace = Pace(
-            now_s=self._now_s,
-            num_rounds=num_rounds,
-            first_round=first_round,
-            num_clients=num_clients,
-            cohort=cohort,
-        )
+        super().start(num_rounds, num_clients, first_round, cohort, **more)
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
         self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
 
     def step(self, client_id: int, number: int, num_steps: int) -> None:
         """Write how far the round is, if nothing was written for long."""
+        super().step(client_id, number, num_steps)
         pace = self._pace
-        pace.step(client_id, number, num_steps)
         if self._now_s() - self._said_s > SILENCE_S:
             done = f"round {int(pace.rounds_done()) + 1}/{pace.num_rounds}  client {client_id}"
             self.message(f"{done}  step {number}/{num_steps}  {pace.elapsed()}  {pace.remaining()}")
-
-    def awaited(self) -> str:
-        """Say which round is not over, and how long it may take."""
-        return self._pace.awaited() if self._pace is not _NO_PACE else ""
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Write the line of a round; of a long run most rounds are skipped."""
@@ -215,7 +264,7 @@ class LoggedProgress(PlainProgress):
         logging.getLogger("parablock").info(text)
 
 
-class LiveProgress(Progress):
+class LiveProgress(_Paced):
     """A display that is redrawn in place: the stage, rounds and ETA, losses, bytes, each client's activity.
 
     It moves from the moment that its context is entered, also while nothing reports to it.
@@ -226,7 +275,7 @@ class LiveProgress(Progress):
     """
 
     def __init__(self, *, console: Console, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._now_s, self._pace = console, now_s, _NO_PACE
+        super().__init__(console, now_s)
         self._ascii_only = not console.encoding.lower().startswith("utf")
         turning = "line" if self._ascii_only else "dots"
         self._bar = ProgressBar(
@@ -244,40 +293,34 @@ class LiveProgress(Progress):
         self._train_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._eval_losses: deque[float] = deque(maxlen=SPARKLINE_LENGTH)
         self._uplink_bytes = self._downlink_bytes = 0
-        self._stage = Stage("", None, 0.0)
-        self._spinner = Spinner(turning)
+        self._turning, self._spinners = turning, list[Spinner]()
         self._live = Live(self, console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         self._live.start()
         return self
 
-    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False) -> None:
-        """Show a stage, with the time that it takes."""
-        del is_brief  # it is drawn over
-        self._stage = Stage(name, total, self._now_s())
-
-    def done(self, count: int) -> None:
-        """Show how far the stage is."""
-        self._stage.count = count
-
-    def start(self, num_rounds: int, num_clients: int, first_round: int, cohort: int | None = None) -> None:
+    def start(
+        self,
+        num_rounds: int,
+        num_clients: int,
+        first_round: int,
+        cohort: int | None = None,
+        *,
+        earlier: Sequence[Mapping[str, Any]] = (),
+        **more: Any,
+    ) -> None:
         """Begin the display of rounds."""
-        self._stage = Stage("", None, 0.0)
-        pace = Pace(
-            now_s=self._now_s,
-            num_rounds=num_rounds,
-            first_round=first_round,
-            num_clients=num_clients,
-            cohort=cohort,
-        )
-        for earlier in self._bar.task_ids:  # a comparison shows one run after the other
-            self._bar.remove_task(earlier)
+        for before in self._bar.task_ids:  # a comparison shows one run after the other
+            self._bar.remove_task(before)
         self._task = self._bar.add_task("", total=num_rounds, completed=first_round, at="", times="")
         self._train_losses.clear()
         self._eval_losses.clear()
         self._uplink_bytes = self._downlink_bytes = 0
-        self._pace, self._num_clients = pace, num_clients
+        for row in earlier:
+            self._add(row)
+        super().start(num_rounds, num_clients, first_round, cohort, earlier=earlier, **more)
+        self._num_clients = num_clients
         self._live.start(refresh=True)
 
     def begins(self, client_id: int | None, activity: str) -> None:
@@ -288,17 +331,12 @@ class LiveProgress(Progress):
         """Put out the lamp of an activity."""
         self._lit[client_id, activity] = False
 
-    def step(self, client_id: int, number: int, num_steps: int) -> None:
-        """Show a local step beside its client, and move the bar by it."""
-        self._pace.step(client_id, number, num_steps)
-
-    def awaited(self) -> str:
-        """Say which round is not over, and how long it may take."""
-        return self._pace.awaited() if self._pace is not _NO_PACE else ""
-
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Update the display after a round."""
         self._pace.rounds_done(row["round_index"] + 1)
+        self._add(row)
+
+    def _add(self, row: Mapping[str, Any]) -> None:
         if row.get("block_index") is not None:
             self._block = str(row["block_index"])
         for losses, key in ((self._train_losses, "train_loss"), (self._eval_losses, "eval_loss")):
@@ -314,21 +352,24 @@ class LiveProgress(Progress):
     def close(self) -> None:
         """Stop the display; losses and bytes stay on the screen, stages and clients do not."""
         self._num_clients = 0
-        self._stage = Stage("", None, 0.0)
+        self._stages.end_all()
         self._bar.columns = tuple(column for column in self._bar.columns if not isinstance(column, SpinnerColumn))
         self._live.stop()
 
     def __rich__(self) -> Group:
         """Draw the present state; the display's own thread calls this."""
-        stage = self._stage
         parts: list[RenderableType] = []
         if self._pace is not _NO_PACE:
             self._move_bar()
             parts += ["", self._bar, self._draw_facts()]
-            parts += ["", self._draw_clients()] if self._num_clients else []
-        if stage.name:
-            self._spinner.update(text=Text(stage.text(self._now_s())))
-            parts.append(self._spinner)
+            if self._num_clients:
+                lit, steps_of = self._lit.copy(), self._pace.steps_of
+                parts += ["", draw_clients(self._num_clients, lit, steps_of, ascii_only=self._ascii_only)]
+        texts = self._stages.texts()
+        self._spinners += [Spinner(self._turning) for _ in texts[len(self._spinners) :]]
+        for spinner, text in zip(self._spinners, texts, strict=False):
+            spinner.update(text=Text(text))
+            parts.append(spinner)
         return Group(*parts)
 
     def _move_bar(self) -> None:
@@ -346,23 +387,3 @@ class LiveProgress(Progress):
             facts.add_row(name, Text(f"{values[-1]:.3f}  {curve}" if values else "-"))
         facts.add_row("sent", f"{format_bytes(self._uplink_bytes)} up, {format_bytes(self._downlink_bytes)} down")
         return facts
-
-    def _draw_clients(self) -> Table:
-        """Draw a row of lamps for each client, and its local steps."""
-        clients = Table.grid(padding=(0, 2))
-        clients.add_row("", *(Text(lamp.title, style="dim") for lamp in _LAMPS), Text("step", style="dim"))
-        lit = self._lit.copy()
-        for client_id in range(min(self._num_clients, MAX_CLIENT_ROWS)):
-            lamps = (self._draw_lamp(lamp, lit=lit.get((client_id, lamp.activity), False)) for lamp in _LAMPS)
-            clients.add_row(f"client {client_id}", *lamps, self._pace.steps_of(client_id))
-        others = range(MAX_CLIENT_ROWS, self._num_clients)
-        if others:
-            counts = (sum(lit.get((client_id, lamp.activity), False) for client_id in others) for lamp in _LAMPS)
-            dots = "..." if self._ascii_only else "…"
-            clients.add_row(f"{dots} and {len(others)} more", *(f"{count} of them" for count in counts))
-        return clients
-
-    def _draw_lamp(self, lamp: _Lamp, *, lit: bool) -> Text:
-        if not lit:
-            return Text(("." if self._ascii_only else "·") * _LAMP_WIDTH, style="dim")
-        return Text((lamp.ascii_mark if self._ascii_only else lamp.mark) * _LAMP_WIDTH, style=lamp.style)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -75,7 +76,8 @@ class Recorder:
             stored = state.progress
             self._initial_eval_loss, start_s = stored["initial_eval_loss"], stored["clock_s"]
             self._elapsed_before, self._last_commit_s = stored["elapsed_s"], stored["last_commit_s"]
-            progress.message(f"resuming at round {state.round_index}")
+            done = f"{len(self._rows)} of {config.federation.num_rounds} rounds are done"
+            progress.message(f"resuming from the checkpoint round-{state.round_index:06d}: {done}")
         first_step, values = len(self._rows) + 1 if state else 0, config.model_dump(mode="json")
         self._trackers = open_trackers(config.report_to, directory.path, first_step=first_step, config=values)
         if state is None:
@@ -86,9 +88,9 @@ class Recorder:
         self.trace.spans.extend(state.spans if state else [])
 
     @property
-    def num_done(self) -> int:
-        """The number of rounds that are done."""
-        return len(self._rows)
+    def rows(self) -> Sequence[Row]:
+        """The rows of the rounds that are done."""
+        return self._rows
 
     def on_commit(self, server: ServerState, updates: list[Update], traffic: Traffic) -> None:
         """Record a round, with the model's loss if it is due; the last round waits for `record_last`."""
@@ -99,10 +101,13 @@ class Recorder:
         every = self._config.evaluation.every_rounds
         is_last = server.committed == self._config.federation.num_rounds - 1
         if every and (server.committed + 1) % every == 0 and not is_last:
-            self._progress.stage("scoring the model", self._model.num_scored, is_brief=True)
-            with self._clock.working(0.0):
+            self._progress.stage("scoring the model", self._model.num_scored, is_brief=True, scores=True)
+            with (
+                self.trace.span(None, "server", "evaluating", round_index=server.committed),
+                self._clock.working(0.0),
+            ):
                 row["eval_loss"] = self._model.evaluate(server.params)
-            self._progress.stage("")
+            self._progress.stage("", scores=True)
         self._rows.append(row)
         if not is_last:
             self._record(row)

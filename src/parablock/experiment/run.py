@@ -151,16 +151,25 @@ class _Run:
         watch = Watch(progress.step, progress.done)
         model = make_method_model(self.inputs, None if self.engine.is_local else (), watch)
         if state is None:
-            progress.stage(f"scoring the base model on {model.num_scored} test examples", model.num_scored)
+            text = f"scoring the base model on {model.num_scored} test examples"
+            progress.stage(text, model.num_scored, scores=True)
         before = time.perf_counter()
         recorder = Recorder(config, directory, progress, model, began=self.began, state=state, releases=releases)
+        progress.stage("", scores=True)
         if state is None and (outlook := foresee(self.inputs, time.perf_counter() - before)):
             progress.message(outlook)
         if state is None and config.evaluation.num_answers:
             progress.stage("the base model answers test prompts", is_brief=True)
             directory.write_answers("base", model.answer())
         cohort = cohort_size(config.federation.model_dump())
-        progress.start(config.federation.num_rounds, clients_of(config), recorder.num_done, cohort)
+        progress.start(
+            config.federation.num_rounds,
+            clients_of(config),
+            len(recorder.rows),
+            cohort,
+            scored_every=config.evaluation.every_rounds,
+            earlier=recorder.rows,
+        )
         faults = faults_of(config, state.progress["faults"] if state else ())
         hooks = Hooks(recorder.on_commit, recorder.on_checkpoint, self.asked_to_stop, progress.message)
         secret, folder = directory.read_secret() if adds_noise(config) else None, directory.path
@@ -196,8 +205,10 @@ class _Run:
         if not result.finished:
             return recorder.write_summary("interrupted")
         wall_time_s = recorder.trace.clock.now()
-        self.progress.stage("scoring the tuned model", model.num_scored, is_brief=True)
+        self.progress.rounds_over()
+        self.progress.stage("scoring the tuned model", model.num_scored, is_brief=True, scores=True)
         eval_loss = model.finish_model(result.server.params)
+        self.progress.stage("", scores=True)
         recorder.record_last(result.last_traffic, eval_loss)
         if self.inputs.config.evaluation.num_answers:
             self.progress.stage("the tuned model answers test prompts", is_brief=True)

@@ -230,6 +230,59 @@ def test_the_picture_moves_in_a_long_step_whose_time_is_told_in_minutes(encoding
     assert end[0] == end[1] and end[0].strip().startswith("round")
 
 
+def test_the_picture_says_that_a_run_scores_while_a_checkpoint_is_saved_beside_it(live: LiveProgress):
+    live.start(10, 2, 0, scored_every=5)
+    live.stage("scoring the model", 20, is_brief=True, scores=True)
+    live.stage("saving a checkpoint", is_brief=True)  # the last client's thread does so
+    live.done(16)
+    both = picture_of(live)
+    assert "scoring the model  16/20" in both and "saving a checkpoint" in both
+    live.stage("")
+    assert "scoring the model  16/20" in picture_of(live)
+    assert "saving a checkpoint" not in picture_of(live)
+    live.stage("", scores=True)
+    assert "scoring the model" not in picture_of(live)
+
+
+def test_the_eta_holds_the_scorings_that_are_due_and_falls_while_one_runs():
+    console, clock = file_console(), SteppedClock()
+    progress = PlainProgress(console=console, now_s=clock)
+    progress.stage("scoring the base model", 20, scores=True)
+    clock.now = 40.0
+    progress.stage("", scores=True)
+    progress.start(4, 1, 0, scored_every=2)
+    etas = []
+
+    def tell(number: int) -> None:
+        progress.round_done(row(number, eval_loss=1.0))
+        etas.append(lines_of(console)[-1].rpartition("  ")[2])
+
+    clock.now = 50.0
+    progress.step(0, 1, 1)
+    tell(0)  # three rounds of 10 s, and the scorings after the second and the fourth
+    clock.now = 60.0
+    progress.step(0, 1, 1)
+    progress.stage("scoring the model", 20, scores=True)
+    clock.now = 90.0
+    assert progress._pace.remaining() == "ETA 70 s"  # the rest of this one, two rounds, and the last scoring
+    clock.now = 100.0
+    progress.stage("", scores=True)
+    tell(1)
+    clock.now = 120.0
+    progress.rounds_over()
+    clock.now = 150.0
+    assert progress._pace.elapsed() == "80 s"  # the rounds are over
+    tell(3)
+    assert etas == ["ETA 110 s", "ETA 60 s", "done"]
+
+
+def test_after_a_resume_the_picture_holds_the_rounds_before(live: LiveProgress):
+    live.start(6, 2, 2, earlier=[row(0, train_loss=4.0), row(1, train_loss=3.0)])
+    live.round_done(row(2, train_loss=2.5))
+    words = " ".join(picture_of(live).split())
+    assert "sent 3.6 MB up, 2.4 MB down" in words and "train loss 2.500 █▃▁" in words
+
+
 def test_the_next_run_of_a_comparison_has_a_picture_of_its_own(live: LiveProgress):
     for num_rounds in (64, 32):
         live.start(num_rounds, 2, 0)
