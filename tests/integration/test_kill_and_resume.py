@@ -327,7 +327,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint_or_from_the_beginning(
         damage(run_dir)
     resumed = done("resume", str(run_dir))
     assert "passed over" not in resumed.stdout
-    assert (f"resuming from the checkpoint round-{newest:06d}" in resumed.stdout) == (damage is not forget_checkpoints)
+    assert (f"resuming from the checkpoint round-{newest:06d}" in resumed.stdout) == (
+        damage is not forget_checkpoints
+    )
     assert_same_run(run_dir, undisturbed())
 
 

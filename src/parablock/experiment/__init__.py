@@ -13,6 +13,7 @@ export        a finished run as a folder, in GGUF, an adapter or a difference
 upload        an exported folder to the Hugging Face hub
 recorder      rounds, trace, checkpoints and summary
 progress      the display of a run on a terminal or in a log
+lamps         … the row of lamps of each client in it
 pace          how far a run is, and how long the rest takes
 outlook       what a run will take on this machine
 trackers      TensorBoard and Weights & Biases
