@@ -11,16 +11,19 @@ import select
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from parablock.cli import talk
+from parablock.errors import DataError
 from parablock.evaluation.conversation import Dialogue, answer_prompts, open_speakers, read_prompts
 from tiny_runs import Runs, Workshop, assert_refused, command, command_line, done, sum_row, write_rows
 
 SHORT = ("--max-new-tokens", "6")
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "ref"}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,40 @@ def test_a_system_prompt_changes_what_the_model_sees(tuned: Path, workshop: Work
     (record,) = answered(done("generate", str(tuned), "Hi", "--system", "Be brief.", *options).stdout)
     rendered = f"<|im_start|>system\nBe brief.<|im_end|>\n{templated('Hi')}"
     assert record["tuned"] == greedy(tuned / "model", rendered, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "reference"),
+    [
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "bot", "value": "ref"}]}, "q", "ref"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "GPT", "value": "ref"}]}, "q", "ref"),
+        ({"messages": json.dumps([USER, ANSWER])}, "q", "ref"),
+        ({"messages": json.dumps([USER, ANSWER, {**USER, "content": "last"}])}, "last", None),
+        ({"messages": [USER, {**ANSWER, "weight": 0}], "weight": 0}, "q", "ref"),
+        ({"prompt": "q", "completion": [ANSWER]}, "q", "ref"),
+        ({"prompt": [USER], "completion": [{**ANSWER, "content": [{"type": "text", "text": "ref"}]}]}, "q", "ref"),
+        ({"prompt": [USER]}, "q", None),
+        ({"instruction": "q", "input": "more"}, "q\n\nmore", None),
+        ({"question": "q", "answer": "ref"}, "q", "ref"),
+    ],
+)
+def test_a_row_asks_its_last_question_and_never_shows_the_answer(
+    tmp_path: Path, fields: dict[str, Any], text: str, reference: str | None
+):
+    (prompt,) = read_prompts([], [str(write_rows(tmp_path / "rows.jsonl", [fields]))])
+    assert (prompt.text, prompt.reference) == (text, reference)
+    is_asked_before = reference is None and "ref" in str(fields)
+    assert ("ref" in str(prompt.row.fields)) == is_asked_before
+
+
+def test_lines_of_a_text_file_are_prompts_without_a_mark_or_other_ends(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffone\u2028still\x0cone\r\n\ntwo\x85\n".encode())
+    assert [prompt.text for prompt in read_prompts([], [str(file)])] == ["one\u2028still\x0cone", "two\x85"]
+    file.write_bytes("one\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.txt is in UTF-16") as caught:
+        read_prompts([], [str(file)])
+    assert "iconv -f UTF-16 -t UTF-8" in str(caught.value.remedy)
 
 
 def test_a_batch_answers_as_one_by_one(tuned: Path):

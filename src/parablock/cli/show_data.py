@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,17 +36,20 @@ def data(
     with show_work() as progress:
         progress.stage("reading the files", is_brief=True)
         from parablock.data.formats import check_rows
-        from parablock.data.sources import load_files
+        from parablock.data.sources import describe_ignored, load_files
 
         named = columns_of(columns)
-        files = [rows for source in sources for rows in load_files(source, split="train", columns=named)]
-        for file in files:
-            check_rows(file, data_format)
+        check = partial(check_rows, data_format=data_format)
+        files = [
+            rows for source in sources for rows in load_files(source, split="train", columns=named, check=check)
+        ]
+        ignored = [line for source in sources for line in describe_ignored(source, split="train")]
         lines = list(
             _tokens(files, model, rows, data_format, max_length, progress)
             if model
             else _turns(files, rows, data_format)
         )
+        lines += [(line, None) for line in ignored]
     for title, stretches in lines:
         _say(title)
         if stretches is not None:
@@ -112,8 +116,13 @@ def _say(line: str) -> None:
 
 
 def columns_of(columns: list[str] | None) -> dict[str, str]:
-    """Return what `--column field=column` says, as a mapping; a ConfigError names what is no pair."""
-    return dict(_pair(column) for column in columns or [])
+    """Return what `--column field=column` says, as a mapping; a ConfigError names what is wrong."""
+    pairs = [_pair(column) for column in columns or []]
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        given = ", ".join(f"{name}={value}" for name, value in pairs if name == twice[0])
+        raise ConfigError([f"{twice[0]} is given {names.count(twice[0])} times: {given}"], source="--column")
+    return dict(pairs)
 
 
 def _pair(column: str) -> tuple[str, str]:

@@ -7,11 +7,12 @@ Turns are spelt `role` and `content`, or `from` and `value` as in ShareGPT. Othe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from parablock.data.readers import RepeatedKeyError, parse_json
 from parablock.data.sources import Row
 from parablock.errors import DataError
 
@@ -93,7 +94,10 @@ def read_turns(row: Row, name: str) -> list[Message]:
     """
     turns = row.fields.get(name)
     if isinstance(turns, str):
-        turns = _parsed(turns)
+        try:
+            turns = _parsed(turns)
+        except RepeatedKeyError as error:
+            raise DataError(f"{row.place}: {name}: {error}.", remedy="Take one out, or rename it.") from None
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f"{row.place}: {name} is {kind_of(row.fields.get(name))}, not a list of turns.", remedy=_EXAMPLE
@@ -121,8 +125,11 @@ def kind_of(value: Any) -> str:
 
 
 def _parsed(text: str) -> Any:
+    """Return the value of JSON text, or the text itself; a RepeatedKeyError where an object has a key twice."""
     try:
-        return json.loads(text)
+        return parse_json(text)
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError):
         return text
 
@@ -164,7 +171,8 @@ def _read_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
     for call in calls:
         function = call.get("function", call)
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function = {**function, "arguments": _parsed(function["arguments"])}
+            with suppress(RepeatedKeyError):  # learnt as the text that it is
+                function = {**function, "arguments": _parsed(function["arguments"])}
         read.append({**call, "function": function} if "function" in call else function)
     return read
 
@@ -212,7 +220,10 @@ def _is_learnt(row: Row, index: int, turn: Message) -> bool:
 
 def _read_tools(row: Row, tools: Any) -> list[Any]:
     if isinstance(tools, str):
-        tools = _parsed(tools) if tools.strip() else []
+        try:
+            tools = _parsed(tools) if tools.strip() else []
+        except RepeatedKeyError as error:
+            raise DataError(f"{row.place}: tools: {error}.", remedy="Take one out, or rename it.") from None
     if tools is None:
         return []
     if not isinstance(tools, list):

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
+from parablock.data.readers import rows_out_of
 from parablock.data.sources import Row
 from parablock.errors import DataError
 
@@ -72,18 +73,33 @@ def detect_format(rows: Sequence[Row]) -> str:
 
 
 def formats_by_source(rows: Iterable[Row], data_format: str) -> dict[str, str]:
-    """Return the format of each source: the given one or, with `auto`, what its rows have; see `detect_format`."""
+    """Return the format of each source: the given one or, with `auto`, what its rows have; see `detect_format`.
+
+    Raises:
+        DataError: As `check_rows`, where the rows of a source are not of one format.
+    """
     by_source: dict[str, list[Row]] = {}
     for row in rows:
         by_source.setdefault(row.source, []).append(row)
-    return {
-        source: detect_format(of_source) if data_format == "auto" else data_format
-        for source, of_source in by_source.items()
-    }
+    if data_format != "auto":
+        return dict.fromkeys(by_source, data_format)
+    try:
+        return {source: detect_format(of_source) for source, of_source in by_source.items()}
+    except DataError:
+        for of_source in by_source.values():
+            check_rows(of_source, data_format)  # an earlier row may be wrong in itself
+        raise
+
+
+def check_format(data_format: str) -> None:
+    """Raise a DataError unless there is such a format, or it is `auto`."""
+    if data_format not in ("auto", *FORMATS):
+        raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
 
 
 def check_rows(rows: Sequence[Row], data_format: str) -> None:
-    """Read every row as the format has it, in order; the first wrong one raises a DataError."""
+    """Read every row as the format has it, in order; the first wrong one, or no such format, raises a DataError."""
+    check_format(data_format)
     for source_rows in _runs(rows):
         name = _format_of(source_rows[0]) if data_format == "auto" else data_format
         for row in source_rows:
@@ -175,9 +191,11 @@ def _format_of(row: Row) -> str:
             fits = [name for name in fits if name != weak]
     if len(fits) != 1:
         problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
+        objects = [n for n, v in row.fields.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        within = f" {rows_out_of(row.source, objects[0])}" if objects and not fits else ""
         raise DataError(
             f"{row.place} {problem}: it has the fields {_fields(row)}.",
-            remedy=f"{_list_formats()} Or set data.format, or name its columns in data.columns.",
+            remedy=f"{_list_formats()} Or set data.format, or name its columns in data.columns.{within}",
         )
     return fits[0]
 

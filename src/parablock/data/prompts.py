@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from parablock.data.formats import FORMATS, detect_format, formats_by_source, replace_completion, unused_fields
+from parablock.data.formats import check_format, detect_format, formats_by_source, replace_completion, unused_fields
 from parablock.data.sources import Row
 from parablock.data.templates import Rendering, find_stop_token_ids, make_renderer
 from parablock.errors import DataError
@@ -126,8 +126,7 @@ def tokenize_rows(
     """
     if not rows:
         raise DataError("There are no rows to tokenize.", remedy="Give a source with at least one example.")
-    if data_format not in ("auto", *FORMATS):
-        raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
+    check_format(data_format)
     format_of = formats_by_source(rows, data_format)
     formats = set(format_of.values())
     render = {name: make_renderer(tokenizer, data_format=name, date=date) for name in formats}

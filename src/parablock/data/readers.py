@@ -11,8 +11,10 @@ import csv
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 """Suffix behind another one → the codec of it."""
 
+_UNPACK = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}
+
 NumberedFields = Iterator[tuple[int, dict[str, Any]]]
 """For each row its line, or its position in a table, from 1; and its fields."""
 
@@ -30,6 +34,8 @@ _LINES_REMEDY = (
     "a .json file may also be one array of objects."
 )
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
+_TOLD_DELIMITER = re.compile(r'"?sep=(.)"?[\r\n]+', re.IGNORECASE)
+"""The first line that Excel writes and reads, for what parts the cells."""
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -72,6 +78,21 @@ def read_file(source: str, path: Path) -> NumberedFields:
     return _read_lines(source, raw)
 
 
+def read_text_file(source: str) -> str:
+    """Return a text file without its byte order mark.
+
+    Raises:
+        DataError: It cannot be read, or is not UTF-8.
+    """
+    path = Path(source).expanduser()
+    raw = _read_bytes(source, path)
+    _check_encoding(source, path, raw)
+    text, error = _decode(source, raw)
+    if error:
+        raise error
+    return text
+
+
 def _read_bytes(source: str, path: Path) -> bytes:
     try:
         if path.suffix.lower() not in COMPRESSIONS:
@@ -98,8 +119,26 @@ def _check_encoding(source: str, path: Path, raw: bytes) -> None:
         raise DataError(
             f"{source} is in {encoding}, and not in UTF-8.",
             cause=f"Its first bytes are {raw[:4].hex(' ')}; spreadsheets and PowerShell write such files.",
-            remedy=f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8_{path.name}",
+            remedy=f"Convert it: {_piped(source, f'iconv -f {encoding} -t UTF-8')} > {_new_name(path)}",
         )
+
+
+def rows_out_of(source: str, name: str) -> str:
+    """Return the advice that takes the list of one field of an object out of a file."""
+    path = shlex.quote(f".[{json.dumps(name, ensure_ascii=False)}][]" if not name.isidentifier() else f".{name}[]")
+    return f"For the list in {name!r}: {_piped(source, f'jq -c {path}')} > rows.jsonl"
+
+
+def _piped(source: str, command: str) -> str:
+    """Return the command line that gives a file's text to a command, whatever compresses the file."""
+    unpack = _UNPACK.get(Path(source).suffix.lower())
+    name = shlex.quote(source)
+    return f"{unpack} {name} | {command}" if unpack else f"{command} {name}"
+
+
+def _new_name(path: Path) -> str:
+    plain = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSIONS else path.name
+    return shlex.quote(f"utf8_{plain}")
 
 
 def _read_lines(source: str, raw: bytes) -> NumberedFields:
@@ -109,16 +148,35 @@ def _read_lines(source: str, raw: bytes) -> NumberedFields:
 
 
 def _read_array(source: str, raw: bytes) -> NumberedFields:
-    _parse(source, 1, raw)  # the whole text is valid from here on; the rest only finds the lines
-    text, decoder = raw.decode("utf-8-sig"), json.JSONDecoder()
+    wrong, end = None, 0
+    try:
+        json.loads(raw)  # where that is valid, the rest only finds the lines
+    except (ValueError, RecursionError) as error:  # named after the rows before it
+        wrong, end = _not_json(source, 1, error), getattr(error, "pos", 0)
+        if isinstance(error, UnicodeDecodeError):
+            raw, end = raw[: error.start], len(raw)
+    text, decoder = raw.decode("utf-8-sig", errors="ignore"), json.JSONDecoder(object_pairs_hook=_once)
     at = text.index("[") + 1
     line = 1 + text.count("\n", 0, at)
     while True:
         start = _BETWEEN_ITEMS.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
         line += text.count("\n", at, start)
+        if wrong and start >= min(end, len(text)):
+            raise wrong
         if text[start] == "]":
+            if wrong:
+                raise wrong
             return
-        value, at = decoder.raw_decode(text, start)
+        try:
+            value, at = decoder.raw_decode(text, start)
+        except RepeatedKeyError as error:
+            raise _not_json(source, line, error) from None
+        except (ValueError, RecursionError):
+            if wrong is None:
+                raise
+            raise wrong from None
+        if wrong and at > end:
+            raise wrong
         yield line, _fields(source, line, value)
         line += text.count("\n", start, at)
 
@@ -140,22 +198,51 @@ def _check_not_spread(source: str, start: bytes) -> None:
         name = lists[0] if lists else "rows"
         raise DataError(
             f"{source} is one JSON object over several lines, with the fields {', '.join(whole)}.",
-            remedy=f"{_LINES_REMEDY} For the list in {name!r}: jq -c '.{name}[]' {source} > rows.jsonl",
+            remedy=f"{_LINES_REMEDY} {rows_out_of(source, name)}",
         )
+
+
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice, of which readers keep the one or the other."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON text; a ValueError or RecursionError where it is none, or repeats a key."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"an object has the key {name!r} twice")
+    return found
 
 
 def _parse(source: str, line: int, text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(source, line, error) from None
+
+
+def _not_json(source: str, line: int, error: Exception) -> DataError:
+    if isinstance(error, RepeatedKeyError):
+        return DataError(
+            f"{source}, line {line}: {error}.",
+            cause="Only one of the two values could be used, and which one is not said.",
+            remedy="Take one out, or rename it.",
+        )
+    if isinstance(error, json.JSONDecodeError):
         line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except UnicodeDecodeError as error:
+    elif isinstance(error, UnicodeDecodeError):
         reason = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
-    except ValueError:
-        reason = f"it has a number of more than {sys.get_int_max_str_digits()} digits"
-    except RecursionError:
+    elif isinstance(error, RecursionError):
         reason = "it is nested too deeply"
-    raise DataError(f"{source}, line {line} is not JSON: {reason}.", remedy=_LINES_REMEDY)
+    else:
+        reason = f"it has a number of more than {sys.get_int_max_str_digits()} digits"
+    return DataError(f"{source}, line {line} is not JSON: {reason}.", remedy=_LINES_REMEDY)
 
 
 def _fields(source: str, line: int, value: Any) -> dict[str, Any]:
@@ -169,23 +256,29 @@ def _fields(source: str, line: int, value: Any) -> dict[str, Any]:
 
 def _read_csv(source: str, raw: bytes, suffix: str) -> NumberedFields:
     """Yield the rows below the heading; every value is text."""
-    text = _decode(source, raw)
-    heading = text.partition("\n")[0]
-    delimiter = "\t" if suffix == ".tsv" else next((mark for mark in ",;\t" if mark in heading), ",")
+    text, undecodable = _decode(source, raw)
+    told = _TOLD_DELIMITER.match(text)
+    delimiter = told[1] if told else "\t" if suffix == ".tsv" else _delimiter_of(text)
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    if told:
+        next(reader)
     names: list[str] | None = None
     while True:
         line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            if undecodable:
+                raise undecodable from None
             raise DataError(
                 f"{source}, line {line} is not {suffix[1:].upper()}: {error}.",
                 cause='A quote is not closed, or stands inside a cell without being doubled ("").',
                 remedy="Export it again with every cell in quotes, or as JSON lines.",
             ) from error
         if cells is None:
+            if undecodable:
+                raise undecodable
             return
         if not cells:
             continue
@@ -212,16 +305,33 @@ def _check_heading(source: str, line: int, cells: list[str]) -> list[str]:
     return names
 
 
-def _decode(source: str, raw: bytes) -> str:
+def _delimiter_of(text: str) -> str:
+    """Return what parts the cells: that which gives the first two lines the same number of cells, and the most."""
+
+    def fit(delimiter: str) -> tuple[bool, int]:
+        try:
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            lengths = [len(cells) for cells in islice(filter(None, rows), 2)]
+        except csv.Error:
+            return False, 0
+        return (len(set(lengths)) == 1 < lengths[0], lengths[0]) if lengths else (False, 0)
+
+    return max(",;\t", key=fit)
+
+
+def _decode(source: str, raw: bytes) -> tuple[str, DataError | None]:
+    """Return a text and no error, or what comes before the first line that is not UTF-8, and the error for it."""
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig"), None
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{source}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8.",
-            cause="The table is in another encoding, such as Windows-1252.",
-            remedy=f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {source}",
-        ) from error
+        found = error
+    line = raw.count(b"\n", 0, found.start) + 1
+    before = raw[: raw.rfind(b"\n", 0, found.start) + 1].decode("utf-8-sig")
+    return before, DataError(
+        f"{source}, line {line}: byte 0x{raw[found.start]:02x} is not UTF-8.",
+        cause="The file is in another encoding, such as Windows-1252.",
+        remedy=f"Convert it: {_piped(source, 'iconv -f WINDOWS-1252 -t UTF-8')} > {_new_name(Path(source))}",
+    )
 
 
 def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
@@ -236,9 +346,25 @@ def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
         else:
             table = _read_arrow(str(given) if is_plain else given)
         rows = table.to_pylist()
+        if any(_has_struct(column.type) for column in table.schema):
+            rows = [{name: without_fill(value) for name, value in row.items()} for row in rows]
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _unreadable(source, error) from error
     return iter(enumerate(rows, start=1))
+
+
+def without_fill(value: Any) -> Any:
+    """Return a nested value of a table without the null fields that its schema gives to every object."""
+    if isinstance(value, dict):
+        return {name: without_fill(item) for name, item in value.items() if item is not None}
+    return [without_fill(item) for item in value] if isinstance(value, list) else value
+
+
+def _has_struct(kind: Any) -> bool:
+    import pyarrow
+
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return pyarrow.types.is_struct(kind) or any(map(_has_struct, inner))
 
 
 def _read_arrow(given: Any) -> Any:

@@ -9,12 +9,12 @@ import difflib
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parablock.data.readers import COMPRESSIONS, SUFFIXES, read_file, suffix_of
+from parablock.data.readers import COMPRESSIONS, SUFFIXES, NumberedFields, read_file, suffix_of, without_fill
 from parablock.errors import DataError
 from parablock.hub import use_cache_when_offline
 
@@ -52,12 +52,20 @@ class Row:
         return f"{self.source}, line {self.line}"
 
 
-def load_rows(source: str, *, split: str, columns: Mapping[str, str] | None = None) -> list[Row]:
+Check = Callable[[Sequence[Row]], None]
+"""What raises a DataError for the first wrong row of a file."""
+
+
+def load_rows(
+    source: str, *, split: str, columns: Mapping[str, str] | None = None, check: Check = lambda _: None
+) -> list[Row]:
     """Load all rows of one source, in its order; at least one. See `load_files`."""
-    return [row for rows in load_files(source, split=split, columns=columns) for row in rows]
+    return [row for rows in load_files(source, split=split, columns=columns, check=check) for row in rows]
 
 
-def load_files(source: str, *, split: str, columns: Mapping[str, str] | None = None) -> list[list[Row]]:
+def load_files(
+    source: str, *, split: str, columns: Mapping[str, str] | None = None, check: Check = lambda _: None
+) -> list[list[Row]]:
     """Load the rows of each file of one source, in its order; each file has at least one.
 
     Args:
@@ -67,23 +75,37 @@ def load_files(source: str, *, split: str, columns: Mapping[str, str] | None = N
             folder or a pattern come in alphabetical order.
         split: The split of a dataset (`train`, `test`); a local file is one split already.
         columns: Field that a format knows → the column of the source that holds it.
+        check: Called with the rows of each file, or with those before the first that cannot be read. So the first
+            wrong row is the one that is named, whatever is wrong with it.
 
     Raises:
-        DataError: The source is missing, of an unknown suffix, unreadable, broken or empty, or lacks a column.
+        DataError: The source is missing, of an unknown suffix, unreadable, broken or empty, or lacks a column; or
+            what `check` raises.
     """
     if _is_local(source):
-        files = [(name, list(_read(name))) for name in _find_files(source, split)]
-    else:
-        files = [(source, _read_hub(source, split=split))]
-    for name, rows in files:
-        if not rows:
-            raise DataError(f"{name} is empty: it holds no row.", remedy="Give a source with at least one example.")
-    return [[_renamed(row, columns) for row in rows] if columns else rows for _, rows in files]
+        names = _find_files(source, split)
+        return [_checked(name, (Row(f, name, n) for n, f in _read(name)), columns, check) for name in names]
+    return [_checked(source, iter(_read_hub(source, split=split)), columns, check)]
 
 
 def may_be_several(source: str) -> bool:
     """Return whether a source may stand for more than one file: a folder, or a pattern."""
     return _is_local(source) and (_is_pattern(source) or Path(source).expanduser().is_dir())
+
+
+def describe_ignored(source: str, *, split: str) -> list[str]:
+    """Name what stands in a folder and is not read, in a line of text; none for any other source."""
+    path = Path(source).expanduser()
+    if not (_is_local(source) and path.is_dir()):
+        return []
+    read = {Path(name) for name in _find_files(source, split)}
+    path = path / split if (path / _SAVED_SPLITS).exists() else path
+    if (path / _SAVED_SET).exists():  # what `datasets` writes beside its rows
+        return []
+    rest = sorted(child for child in path.iterdir() if child not in read and not child.name.startswith("."))
+    names = [f"{child.name}/" if child.is_dir() else child.name for child in rest]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"not read in {source}: {', '.join(names[:5])}{more}"] if names else []
 
 
 def absolute(source: str) -> str:
@@ -193,9 +215,22 @@ def _check_file(source: str, path: Path) -> None:
         )
 
 
-def _read(name: str) -> Iterator[Row]:
-    for line, fields in read_file(name, Path(name).expanduser()):
-        yield Row(fields, name, line)
+def _read(name: str) -> NumberedFields:
+    return read_file(name, Path(name).expanduser())
+
+
+def _checked(name: str, read: Iterator[Row], columns: Mapping[str, str] | None, check: Check) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        rows.extend(_renamed(row, columns) if columns else row for row in read)
+    except DataError:
+        if rows:
+            check(rows)
+        raise
+    if not rows:
+        raise DataError(f"{name} is empty: it holds no row.", remedy="Give a source with at least one example.")
+    check(rows)
+    return rows
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -230,4 +265,7 @@ def _read_hub(source: str, *, split: str) -> list[Row]:
             cause="The configuration (after the colon) or the split does not exist, or its files are broken.",
             remedy="Name one that does: owner/name:config.",
         ) from error
-    return [Row(dict(value), source, line) for line, value in enumerate(values, start=1)]
+    return [
+        Row({field: without_fill(item) for field, item in value.items()}, source, line)
+        for line, value in enumerate(values, start=1)
+    ]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parablock.data.conversations import Message
+from parablock.data.conversations import SWITCHES, Message, kind_of, read_turns
 from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
+from parablock.data.readers import read_text_file
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
@@ -28,8 +28,9 @@ _ANSWER = "?"
 """Stands where the answer is to come; only what precedes it is used."""
 
 
-_SPELLING = ("role", "content")
 _TURNS = {"messages", "sharegpt"}
+_OF_TURNS = {name for data_format in _TURNS for name in FORMATS[data_format]}
+"""Fields that hold the turns of a whole conversation."""
 
 
 @dataclass(frozen=True)
@@ -129,38 +130,40 @@ def read_prompts(texts: Sequence[str], sources: Sequence[str]) -> list[AskedProm
 
 
 def _read_lines(source: str) -> list[Row]:
-    try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source} cannot be read: {error}", remedy="Give a text file in UTF-8.") from error
+    """Return the lines of a text file; a separator inside a line, such as a form feed, does not end it."""
+    lines = read_text_file(source).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [Row({"prompt": line}, source, n) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _read_prompt(row: Row) -> AskedPrompt:
-    asked, reference = row, None
-    for question, answer in (needed for needed in FORMATS.values() if len(needed) == 2):
-        if row.fields.get(question) is not None:
-            reference = reference or row.fields.get(answer)
-            asked = replace(asked, fields={**asked.fields, answer: _ANSWER})
-    for name in (needed[0] for needed in FORMATS.values() if len(needed) == 1):
-        if isinstance(row.fields.get(name), list):
-            asked, reference = _open_last_turn(row, name)
+    """Read what is asked, as training reads it, and the reference behind it."""
+    fields = {name: value for name, value in row.fields.items() if name not in SWITCHES}  # of training
+    references = []
+    for *question, answer in FORMATS.values():
+        given = row.fields.get(answer)
+        is_turns = isinstance(given, list) if answer == "completion" else answer in _OF_TURNS
+        if fields.get(question[0] if question else answer) is None or answer == "text":
+            continue
+        if is_turns:
+            turns = [_unlearnt(turn) for turn in read_turns(row, answer)]
+            if turns[-1]["role"] == "assistant":
+                references.append(turns.pop()["content"])
+            fields[answer] = [*turns, {"role": "assistant", "content": _ANSWER}]
+        elif isinstance(given, str | None):
+            references.append(given)
+            fields[answer] = _ANSWER
+        else:
+            raise DataError(f"{row.place}: field {answer} is {kind_of(given)}, not text.")
+    asked = replace(row, fields=fields)
     data_format = detect_format([asked])
     if data_format == "text":
         return AskedPrompt(str(row.fields["text"]), row)
-    turns = read_conversation(asked, data_format).turns[:-1]
-    text = turns[-1]["content"] if turns else ""
-    return AskedPrompt(text, asked, None if reference is None else str(reference))
+    turns = list(read_conversation(asked, data_format).turns[:-1])
+    return AskedPrompt(turns[-1]["content"] if turns else "", asked, next(filter(None, references), None))
 
 
-def _open_last_turn(row: Row, name: str) -> tuple[Row, str | None]:
-    """Put the answer that is to come behind the last turn, or in place of an assistant's."""
-    turns, reference = list(row.fields[name]), None
-    role, content = ("from", "value") if turns and isinstance(turns[0], dict) and "from" in turns[0] else _SPELLING
-    if turns and isinstance(turns[-1], dict) and turns[-1].get(role) in ("assistant", "gpt", "model"):
-        reference = turns.pop().get(content)
-    turns.append({role: "assistant", content: _ANSWER})
-    return replace(row, fields={**row.fields, name: turns}), reference
+def _unlearnt(turn: Message) -> Message:
+    return {**{key: value for key, value in turn.items() if key not in SWITCHES}, "train": False}
 
 
 def answer_prompts(

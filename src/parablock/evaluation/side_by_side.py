@@ -8,6 +8,7 @@ from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
+from parablock.data.formats import check_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
@@ -106,7 +107,14 @@ def score_models(
     check_task(task)
     config = config or _read_config(model_or_run_dir)
     is_held_out = rows is not None and config is not None
-    rows = [row for source in sources for row in load_rows(source, split="test")] if rows is None else rows
+    if rows is None:
+        read_as = data_format or (config.data.format if config else "auto")
+
+        def check(found: Sequence[Row]) -> None:
+            if task != INSTRUCTIONS:  # whose rows get their references below
+                check_rows(found[:max_examples], read_as)
+
+        rows = [row for source in sources for row in load_rows(source, split="test", check=check)]
     rows = rows[:max_examples]
     if task == INSTRUCTIONS:
         rows = with_references(rows)

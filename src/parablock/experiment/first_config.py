@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config
 from parablock.config.methods import RATES
+from parablock.data.formats import check_rows
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
 from parablock.errors import ConfigError, ModelError, StorageError
@@ -122,7 +124,7 @@ def write_first_config(
     count = len(files) if by_file else clients or 2
     tokenizer, found, lengths, to_learn = load_tokenizer(model), [], list[int](), 0
     for file in files:
-        rows = load_rows(file, split="train", columns=columns)
+        rows = load_rows(file, split="train", columns=columns, check=partial(check_rows, data_format="auto"))
         tokenized = tokenize_rows(
             rows, tokenizer, data_format="auto", max_length=sys.maxsize, completion_only_loss=True
         )

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from parablock.data.formats import check_rows, formats_by_source
 from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
 from parablock.data.prompts import NothingToLearnError, Tokenized, tokenize_rows
-from parablock.data.sources import Row, absolute, load_files, rows_sha256
+from parablock.data.sources import Row, absolute, describe_ignored, load_files, rows_sha256
 from parablock.errors import ConfigError, DataError
 from parablock.evaluation.scoring import sample_examples
 from parablock.experiment.data_notes import describe_data, describe_skipped, settle_template, warn_of_repeats
@@ -100,6 +101,8 @@ def read_inputs(
             *base.loaded.notes,
             *length_notes,
             *template_notes,
+            *(line for source in config.data.train for line in describe_ignored(source, split="train")),
+            *(line for source in config.data.test for line in describe_ignored(source, split="test")),
             *describe_data(parts, train, test, config.data.partition.field),
             *warn_of_repeats(held_out, _joined(parts)),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
@@ -172,10 +175,7 @@ def read_rows(
 
 def _checked(source: str, split: str, data: DataSection) -> list[list[Row]]:
     """Return the rows of each file of a source; the first row that is wrong, in the file's order, is an error."""
-    files = load_files(source, split=split, columns=data.columns)
-    for rows in files:
-        check_rows(rows, data.format)
-    return files
+    return load_files(source, split=split, columns=data.columns, check=partial(check_rows, data_format=data.format))
 
 
 def _joined(parts: Sequence[Sequence[Row]]) -> tuple[Row, ...]:

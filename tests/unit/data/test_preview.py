@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from parablock.data.preview import Stretch, stretches_of, turns_of
 from parablock.data.sources import Row
-from tiny_runs import Workshop, done, write_rows
+from tiny_runs import Workshop, assert_refused, command, done, write_rows
 from tokens import tokenized
 
 TURNS = [
@@ -53,4 +53,11 @@ def test_the_command_marks_what_is_learnt_and_counts_what_is_not_used(
         assert "not used: field id (2 rows)" in said
     renamed = str(write_rows(tmp_path / "renamed.jsonl", [{"frage": "How many?", "antwort": "Twelve."}]))
     columns = ("--column", "prompt=frage", "--column", "completion=antwort")
+    twice = command("data", renamed, *columns, "--column", "prompt=antwort")
+    assert_refused(twice, "prompt is given 2 times: prompt=frage, prompt=antwort")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "sheet.xlsx").write_bytes(b"")
+    write_rows(folder / "rows.jsonl", rows)
+    assert f"not read in {folder}: sheet.xlsx" in done("data", str(folder), "--rows", "0", *model).stdout
     assert "[[assistant: Twelve.\n]]" in done("data", renamed, *columns).stdout

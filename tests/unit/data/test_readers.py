@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from parablock.data.sources import load_files, load_rows
+from parablock.data.formats import check_rows, formats_by_source
+from parablock.data.sources import describe_ignored, load_files, load_rows
 from parablock.errors import DataError
 from tokens import tokenized
 
@@ -113,7 +116,67 @@ def refused(path: Path, content: bytes, **options: Any) -> str:
 def test_another_encoding_is_named_and_so_is_the_cure(tmp_path: Path, suffix: str, encoding: str):
     said = refused(tmp_path / f"a{suffix}", lines(ROWS).decode().encode(encoding))
     assert f"a{suffix} is in {encoding[:6]}, and not in UTF-8" in said
-    assert f"iconv -f {encoding[:6]} -t UTF-8 a{suffix}" in said
+    assert f"iconv -f {encoding[:6]} -t UTF-8 {tmp_path}/a{suffix} > utf8_a{suffix}" in said
+
+
+def test_a_cure_reads_what_is_compressed_and_any_name(tmp_path: Path):
+    said = refused(tmp_path / "a b.jsonl.gz", gzip.compress(lines(ROWS).decode().encode("UTF-16")))
+    assert f"zcat '{tmp_path}/a b.jsonl.gz' | iconv -f UTF-16 -t UTF-8 > 'utf8_a b.jsonl'" in said
+    said = refused(tmp_path / "a.json.gz", gzip.compress(b'{"my rows": [\n{"text": "one"}\n]}'))
+    assert f"""zcat {tmp_path}/a.json.gz | jq -c '.["my rows"][]' > rows.jsonl""" in said
+
+
+def test_a_list_inside_one_object_is_taken_out(tmp_path: Path):
+    content = b'{"data": [{"prompt": "a", "completion": "b"}]}'
+    said = refused(tmp_path / "a.jsonl", content, check=partial(check_rows, data_format="auto"))
+    assert f"jq -c '.data[]' {tmp_path}/a.jsonl > rows.jsonl" in said
+    assert "jq" not in refused(
+        tmp_path / "b.jsonl", b'{"data": [1]}', check=partial(check_rows, data_format="auto")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"x": 1}\n{"text": \n', "line 2 fits no known format"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n{"x": 1}\n', "line 2: field text is of type int"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n{"x": 1}\n', "line 2 is not JSON"),
+        ("a.json", b'[{"text": "a"},\n{"x": 1},\n{"text": }]', "line 2 fits no known format"),
+        ("a.json", b'[{"text": "a"},\n{"text": },\n{"x": 1}]', "line 2 is not JSON"),
+        ("a.json", b'[{"text": "a"},\n{"x": 1},\n{"text": "\xe9"}]', "line 2 fits no known format"),
+        ("a.json", b'[{"text": "a"}\n{"x": 1}]', "line 2 is not JSON: Expecting ',' delimiter"),
+        ("a.json", b'[{"text": "a"}] and more', "line 1 is not JSON: Extra data"),
+        ("a.csv", b"text,id\na,1\nb\nc\xe9,3\n", "line 3 has 1 cells"),
+        ("a.csv", b"text,id\na,1\nc\xe9,3\nb\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("a.csv", b'text,id\na,1\n"b\nc\xe9",3\n', "line 4: byte 0xe9 is not UTF-8"),
+    ],
+)
+def test_the_first_wrong_row_is_the_one_that_is_named(tmp_path: Path, name: str, content: bytes, says: str):
+    assert f"{name}, {says}" in refused(tmp_path / name, content, check=partial(check_rows, data_format="auto"))
+
+
+def test_rows_of_two_formats_do_not_hide_an_earlier_wrong_row(tmp_path: Path):
+    rows = load_rows(write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": 3}\n{"x": 1}\n', None), split="train")
+    with pytest.raises(DataError, match="line 2: field text is of type int"):
+        formats_by_source(rows, "auto")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".jsonl", '{"text": "a"}\n{"text": "b", "more": {"x": 1, "x": 2}}'),
+        (".json", '[{"text": "a"},\n{"x": 1, "x": 2}]'),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, suffix: str, content: str):
+    assert f"a{suffix}, line 2: an object has the key 'x' twice" in refused(
+        tmp_path / f"a{suffix}", content.encode()
+    )
+    turns = json.dumps({"messages": '[{"role": "user", "content": "a", "content": "b"}]'})
+    check = partial(check_rows, data_format="auto")
+    assert "messages: an object has the key 'content' twice" in refused(
+        tmp_path / "b.jsonl", turns.encode(), check=check
+    )
 
 
 def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
@@ -134,6 +197,38 @@ def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
 )
 def test_a_table_that_is_broken_names_the_line(tmp_path: Path, content: str, says: str):
     assert says in refused(tmp_path / "a.csv", content.encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("prompt;completion;note, if any\na;b;c, d\n", "prompt|completion|note, if any"),
+        ("prompt,completion;\na;b,c\n", "prompt|completion;"),
+        ('"prompt";"completion, all"\na;b\n', "prompt|completion, all"),
+        ("sep=;\nprompt;completion\na;b\n", "prompt|completion"),
+        ('"sep=|"\r\nprompt|completion\r\na|b\r\n', "prompt|completion"),
+        ("prompt;completion\ra;b\rc;d, e, f\r", "prompt|completion"),
+        ("text\none; two\n", "text"),
+    ],
+)
+def test_what_parts_the_cells_is_found(tmp_path: Path, content: str, names: str):
+    rows = load_rows(write(tmp_path / "a.csv", content.encode(), None), split="train")
+    assert "|".join(rows[0].fields) == names
+    assert len({len(row.fields) for row in rows}) == 1
+
+
+def test_objects_of_a_table_have_no_fields_of_other_rows(tmp_path: Path):
+    def calls(*arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"messages": [{"role": "user", "arguments": given, "list": [None, 1]}], "id": None}
+            for given in arguments
+        ]
+
+    rows = calls({"city": "Rom"}, {"x": 1, "y": {"z": 2}})
+    filled = pyarrow.Table.from_pylist(rows)
+    assert filled.to_pylist() != rows
+    pyarrow.parquet.write_table(filled, tmp_path / "a.parquet")
+    assert [row.fields for row in load_rows(str(tmp_path / "a.parquet"), split="train")] == rows
 
 
 def test_lines_of_a_table_are_those_where_rows_begin(tmp_path: Path):
@@ -186,6 +281,8 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path: Path):
         return [(str(Path(rows[0].source).relative_to(tmp_path)), len(rows)) for rows in found]
 
     assert files(tmp_path) == [("a.csv", 1), ("b.jsonl", 2)]
+    assert describe_ignored(str(tmp_path), split="train") == [f"not read in {tmp_path}: README.md, below/"]
+    assert describe_ignored(str(tmp_path / "*.jsonl"), split="train") == []
     assert files(tmp_path / "*.jsonl") == [("b.jsonl", 2)]
     assert files(tmp_path / "**/*.jsonl") == [("b.jsonl", 2), ("below/c.jsonl", 2)]
     with pytest.raises(DataError, match="matches no file"):
