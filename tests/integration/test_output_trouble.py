@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
+from outcomes import Outcome, ended
 from parablock.cli.output import LastingStream, SafeConsole, lasting_output, say
 from parablock.experiment.progress import SILENCE_S
 from tiny_runs import (
@@ -285,6 +287,63 @@ def test_ctrl_c_says_what_it_waits_for_and_twice_names_the_run(
     assert "about" in said.partition("waiting for the end of round")[2][:40]
     assert f"parablock resume {run_dir}" in said
     assert "Traceback" not in said
+
+
+SIGNAL_AT_AN_IMPORT = """
+import importlib.abc, os, signal, sys
+name, number, makes_of_it = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
+
+class Sender(importlib.abc.MetaPathFinder):
+    def find_spec(self, wanted, path, target=None):
+        if wanted == name:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), number)
+                sum(range(1000))
+            except BaseException:
+                if makes_of_it == "itself":
+                    raise
+                raise ImportError("a library has caught it")
+
+sys.meta_path.insert(0, Sender())
+from parablock.__main__ import main
+main()
+"""
+
+
+def signalled_at(name: str, *arguments: str, number: int = signal.SIGINT, makes_of_it: str = "itself") -> Outcome:
+    """Run the command line as a process that gets a signal when it imports a module."""
+    return ended([sys.executable, "-c", SIGNAL_AT_AN_IMPORT, name, str(int(number)), makes_of_it, *arguments])
+
+
+@pytest.mark.parametrize("command_name", ["plan", "run"])
+@pytest.mark.parametrize("name", ["parablock.cli.main", "typer", "parablock.config.load", "torch"])
+@pytest.mark.parametrize("makes_of_it", ["itself", "another error"])
+def test_ctrl_c_while_anything_loads_ends_with_one_line(
+    command_name: str, name: str, makes_of_it: str, workshop: Workshop, tmp_path: Path
+):
+    words = [command_name, str(workshop.config)]
+    words += ["--output-dir", str(tmp_path / "run")] if command_name == "run" else []
+    outcome = signalled_at(name, *words, makes_of_it=makes_of_it)
+    assert outcome.code == 130, outcome
+    (line,) = (outcome.stdout + outcome.stderr).splitlines()
+    assert line.startswith("stopped at once; ") and "nothing is left behind" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_a_script_ignores_ends_nothing(workshop: Workshop):
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SIGNAL_AT_AN_IMPORT}"
+    words = ["parablock.cli.main", str(int(signal.SIGINT)), "itself", "--version"]
+    outcome = ended([sys.executable, "-c", ignoring, *words])
+    assert (outcome.code, outcome.stderr) == (0, "") and outcome.stdout.startswith("parablock ")
+
+
+def test_a_signal_in_an_export_leaves_nothing_half_written(runs: Runs, tmp_path: Path):
+    words = ["export", str(runs()), "--format", "adapter", "--output-dir", str(tmp_path / "new")]
+    outcome = signalled_at("peft", *words, number=signal.SIGTERM)
+    assert (outcome.code, outcome.stdout) == (130, "")
+    assert outcome.stderr == "stopped at once; nothing is left behind\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 MOMENTS = ("start", "load", "scored", "row 1", "row 2", "checkpoint", "row 3", "row 4", "row 5", "row 6", "row 7")

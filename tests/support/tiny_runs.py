@@ -156,7 +156,7 @@ def done(*arguments: str) -> Outcome:
 
 def command_line(arguments: Iterable[str]) -> list[str]:
     """The same command line as a process of its own."""
-    return [sys.executable, "-c", "from parablock.cli.main import main; main()", *arguments]
+    return [sys.executable, "-c", "from parablock.__main__ import main; main()", *arguments]
 
 
 def command_apart(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +73,8 @@ def _root(
         console.print(f"parablock {__version__}", highlight=False)
         raise typer.Exit
     del debug  # read by `main`
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of that of `__main__`
 
 
 @app.command()

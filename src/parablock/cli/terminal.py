@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
 
-from parablock.cli.output import SafeConsole
+from parablock.cli.output import SafeConsole, say
 
 console = SafeConsole()
 INTERRUPTED = 130
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command; `nohup` lets it ignore the last, and a script that puts it behind the first."""
 RESUME = "parablock resume {}"
 SAME_COMMAND = "the same command"
 """How one goes on with the run of a server, whose sites a plain `resume` would not have."""
@@ -42,32 +44,45 @@ def show_progress(directory: Path, again: str = RESUME) -> Iterator[tuple[Any, A
     """
     from parablock.experiment.progress import make_progress
 
-    asked: list[int] = []
+    asked, ended = list[int](), list[int]()
     with make_progress(console=console) as progress:
 
         def on_signal(number: int, frame: object) -> None:
             del frame
             awaited = progress.awaited()
             if asked or not awaited:
+                ended.append(number)
                 raise KeyboardInterrupt
             asked.append(number)
             progress.message(f"stopping at the next round and saving: waiting for {awaited}; Ctrl-C stops at once")
 
-        caught = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which `nohup` has set
-            caught.append(signal.SIGHUP)
-        before = {number: signal.signal(number, on_signal) for number in caught}
-        try:
-            yield progress, lambda: bool(asked)
-        except KeyboardInterrupt:
-            for number in caught:
-                signal.signal(number, signal.SIG_IGN)  # the end is near
-            progress.close()
-            console.print(_after_a_stop(directory, again), highlight=False, soft_wrap=True)
-            _leave(INTERRUPTED)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with _signals_to(on_signal):
+            try:
+                yield progress, lambda: bool(asked)
+            except BaseException:  # what a library makes of the interruption of its import, too
+                if not ended:
+                    raise
+                _ignore_signals()
+                progress.close()
+                console.print(_after_a_stop(directory, again), highlight=False, soft_wrap=True)
+                _leave(INTERRUPTED)
+
+
+@contextmanager
+def _signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Give the signals that end a command to a handler in the block, except those that are ignored."""
+    caught = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def _ignore_signals() -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)  # the end is near
 
 
 def free_directory(parent: Path, name: str) -> Path:
@@ -88,7 +103,7 @@ def _after_a_stop(directory: Path, again: str) -> str:
     return f"stopped at once, before the first checkpoint; begin again with: {again}"
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """End this process now: threads that compute would be cut in the middle of native code while Python ends."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -105,11 +120,36 @@ def table_of(*headings: str) -> Table:
 
 @contextmanager
 def show_work() -> Iterator[Any]:
-    """Show on standard error what a command is at, so that its output can be piped; yield the display."""
+    """Show on standard error what a command is at, so that its output can be piped; yield the display.
+
+    A signal ends the command: what it was writing is taken away, and one line says so. Whatever a library makes of
+    the interruption, such as an `ImportError`, is the interruption; a second signal waits for nothing.
+    """
     from parablock.experiment.progress import make_progress
 
+    asked: list[int] = []
     with make_progress(console=SafeConsole(stderr=True), names_stages=False) as progress:
-        yield progress
+
+        def on_signal(number: int, frame: object) -> None:
+            del frame
+            asked.append(number)
+            if len(asked) > 1:
+                end()
+            raise KeyboardInterrupt
+
+        def end() -> NoReturn:
+            _ignore_signals()
+            progress.close()
+            say("stopped at once; nothing is left behind", err=True)
+            _leave(INTERRUPTED)
+
+        with _signals_to(on_signal):
+            try:
+                yield progress
+            except BaseException:
+                if asked:
+                    end()
+                raise
 
 
 def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:

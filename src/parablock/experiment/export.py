@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,9 @@ from parablock.config.load import load_config
 from parablock.errors import ModelError, StorageError
 from parablock.evaluation.side_by_side import models_of
 from parablock.model.gguf_file import GgufDtype, write_gguf
+from parablock.model.portable import follow_umask
 from parablock.model.pretrained import load_model, quiet_transformers
+from parablock.model.save import model_sha256
 from parablock.model.source import LICENCES
 from parablock.storage.files import write_folder_beside
 from parablock.storage.run_directory import RunDirectory
@@ -78,9 +81,11 @@ def export_run(
     models = {label: name for label, name, _ in models_of(run_dir)}
     if output_dir.exists():
         raise StorageError(f"{output_dir} is there already", remedy="Give a new folder as --output-dir.")
+    tell("reading the tuned model")
+    _check_weights(directory)
     with write_folder_beside(output_dir) as folder:
         if export_format == "hf":
-            shutil.copytree(directory.model, folder, dirs_exist_ok=True)
+            _copy_model(directory.model, folder)
             return []
         if export_format == "gguf":
             return _write_gguf(models["tuned"], folder, directory.path.resolve().name, dtype, tell)
@@ -100,7 +105,53 @@ def export_run(
             return _write_delta(pair, folder)
         config = load_config(directory.config)
         own = config.lora.rank if config.federation.traits.trains == "adapters" else DEFAULT_RANK
-        return _write_adapter(pair, folder, rank or own, tell)
+        return _write_adapter(pair, folder, _rank_of(pair.base, rank, own), tell)
+
+
+def _check_weights(directory: RunDirectory) -> None:
+    """Refuse a model that is not the one that the run has written."""
+    wanted = directory.read_summary().get("model_sha256") if directory.summary.exists() else None
+    if wanted is not None and model_sha256(directory.model) != wanted:
+        raise ModelError(
+            f"the weights in {directory.model} are not those that the run has written: their hash is another one "
+            "than that in summary.json",
+            cause="A file was changed or damaged since.",
+            remedy="Put the files back from a copy, or run it again.",
+        )
+
+
+def _copy_model(model: Path, folder: Path) -> None:
+    """Copy the files of a model that can be read, and compare them with the copies."""
+    load_model(str(model), dtype="float32", device="cpu", init="pretrained", seed=0)
+    for path in sorted(model.iterdir()):
+        shutil.copyfile(path, folder / path.name)
+        if not filecmp.cmp(path, folder / path.name, shallow=False):
+            raise StorageError(
+                f"the copy of {path} is another file",
+                cause="The disk has not kept what was written to it.",
+                remedy="Give an --output-dir on another disk.",
+            )
+
+
+def _rank_of(base: PreTrainedModel, asked: int | None, own: int) -> int:
+    """Return the rank of an adapter: the one that is asked for, or the run's own as far as matrices have one."""
+    most = max(min(module.weight.shape) for module in _matrices_of(base).values())
+    if asked is not None and asked > most:
+        raise ModelError(
+            f"an adapter of rank {asked} is asked for, and no matrix of the model has a rank above {most}",
+            remedy=f"Give a --rank of at most {most}; the whole model is --format hf.",
+        )
+    return asked or min(own, most)
+
+
+def _matrices_of(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the matrices that an adapter can have, by the names of their modules."""
+    head = base.get_output_embeddings()
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
 
 
 def _write_gguf(
@@ -112,17 +163,28 @@ def _write_gguf(
     for licence in LICENCES:
         if licence in loaded.kept_files:
             (folder / licence).write_bytes(loaded.kept_files[licence])
-    _make_readable(folder)
+    follow_umask(folder)
     return [f"matrices in {written}; Transformers reads it back as the same model"]
 
 
 def _write_delta(pair: Pair, folder: Path) -> list[str]:
     """Write the difference of every parameter that changed, in float32."""
     changes = dict(pair.changes())
-    save_file({name: change.contiguous() for name, change in changes.items()}, folder / "delta.safetensors")
+    path = folder / "delta.safetensors"
+    save_file({name: change.contiguous() for name, change in changes.items()}, path)
+    read = load_file(path)
+    different = [
+        name for name, change in changes.items() if name not in read or not torch.equal(read[name], change)
+    ]
+    if different:
+        raise StorageError(
+            f"{path.name} does not read back as it was written: {different[0]} differs",
+            cause="The disk has not kept what was written to it.",
+            remedy="Give an --output-dir on another disk.",
+        )
     facts = {"base_model_name_or_path": pair.base_name, "meaning": "tuned - base, float32"}
     (folder / "delta.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    _make_readable(folder)
+    follow_umask(folder)
     return [f"{len(changes)} of {len(list(pair.base.parameters()))} tensors changed"]
 
 
@@ -135,15 +197,12 @@ def _write_adapter(pair: Pair, folder: Path, rank: int, tell: Callable[[str], No
             "an adapter needs the package peft, which is not installed",
             remedy="Install it: pip install 'parablock[lora]'",
         ) from None
-    matrices = {
-        name: module for name, module in pair.base.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
-    head = pair.base.get_output_embeddings()
+    matrices = _matrices_of(pair.base)
     tensors, modules, others = dict[str, Tensor](), list[str](), list[str]()
     kept, total = 0.0, 0.0
     for name, change in pair.changes():
         module = name.removesuffix(".weight")
-        if module not in matrices or matrices[module] is head:
+        if module not in matrices:
             others.append(name)
             continue
         tell(f"fitting an adapter of rank {rank} to {module}")
@@ -169,7 +228,7 @@ def _write_adapter(pair: Pair, folder: Path, rank: int, tell: Callable[[str], No
     )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-    _make_readable(folder)
+    follow_umask(folder)
     _read_adapter(pair.base, folder, tensors)
     notes = [f"rank {rank} holds {kept / total:.1%} of the squared change of {len(modules)} matrices"]
     if others:
@@ -204,8 +263,3 @@ def _read_adapter(base: PreTrainedModel, folder: Path, tensors: dict[str, Tensor
                 f"peft does not read the adapter back as it was written: {name} differs",
                 remedy="Export the whole model: --format hf",
             )
-
-
-def _make_readable(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.chmod(0o644)

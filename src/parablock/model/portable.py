@@ -50,8 +50,14 @@ def make_portable(folder: Path, kept_files: Mapping[str, bytes], *, dtype: str) 
     _write(folder / "config.json", config)
     if (folder / "tokenizer_config.json").exists():
         _write(folder / "tokenizer_config.json", _tokenizer_fields(folder / "tokenizer_config.json"))
+    follow_umask(folder)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files of a new folder the mode of this umask, where some libraries write for one user alone."""
+    mode = folder.stat().st_mode & 0o666  # as `mkdir` has made it, under this umask
     for path in folder.iterdir():
-        path.chmod(0o644)
+        path.chmod(mode)
 
 
 def _with_fields_of(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,18 +23,33 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if _is_full(error):
             raise StorageError(
                 f"{path} cannot be written: the disk is full",
                 cause="The disk, or this user's share of it, has no room left.",
-                remedy="Free some space; `parablock resume` goes on with a run that has begun, from its "
-                "last checkpoint.",
+                remedy=f"Free some space, or choose another place.{_going_on(path)}",
             ) from None
         raise StorageError(
             f"{path} cannot be written: {error}",
             cause="The folder is missing, read-only, or not a folder, or its file system refuses such a file.",
-            remedy="Choose another --output-dir, or make this one writable.",
+            remedy="Choose another place, or make this one writable.",
         ) from None
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return bool(re.search(r"No space left|\d requested and \d+ written", str(error)))  # safetensors; numpy
+
+
+def _going_on(path: Path) -> str:
+    """Say how a run goes on that has begun in a folder above, and has no model yet."""
+    for folder in (path, *path.parents):
+        if (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir():
+            if not (folder / "model").exists():
+                return f" `parablock resume {folder}` then goes on from the last checkpoint."
+            break
+    return ""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -45,18 +62,35 @@ def write_atomically(path: Path, text: str) -> None:
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` to write a file to; it takes the name `path` when it is whole.
 
-    If it cannot be written, the file that was there before is untouched.
+    If it cannot be written, the file that was there before is untouched. A link stays, and leads to the new file.
+    A pipe or a device gets the content when it is whole, and stays what it is.
     """
-    beside = _beside(path)
+    if _is_written_into(path):
+        with tempfile.TemporaryDirectory() as folder:
+            beside = Path(folder) / path.name
+            yield beside
+            with storage(path), beside.open("rb") as content, path.open("ab") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    target = Path(os.path.realpath(path))
+    beside = _beside(target)
     try:
         with storage(path):
             yield beside
             sync(beside)
-            beside.replace(path)
+            beside.replace(target)
     except BaseException:
         with suppress(OSError):
             beside.unlink()
         raise
+
+
+def _is_written_into(path: Path) -> bool:
+    """Return whether a name is that of a pipe, a device, or an open file of a process, such as /dev/stdout."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return True
+    folder = path.absolute().parent
+    return folder in (Path("/dev"), Path("/dev/fd")) or folder.is_relative_to("/proc")
 
 
 @contextmanager
@@ -76,7 +110,7 @@ def write_folder_beside(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             beside.rename(folder)
             sync(folder.parent)
-    except StorageError:
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from parablock.experiment import export
 from parablock.model.save import model_sha256
 from tiny_runs import Runs, Workshop, assert_refused, command, done, summary_of
 
@@ -100,7 +103,73 @@ def test_a_template_that_the_run_gave_writes_what_it_trained_on(workshop: Worksh
     assert f"{summary_of(run_dir)['final_eval_loss']:.4f}" in scores
 
 
-@pytest.mark.parametrize("export_format", ["hf", "gguf", "adapter", "delta"])
+FORMATS = ["hf", "gguf", "adapter", "delta"]
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_weights_that_the_run_has_not_written_are_not_exported(runs: Runs, tmp_path: Path, export_format: str):
+    run_dir, new = shutil.copytree(runs(), tmp_path / "run"), tmp_path / "new"
+    words = ("export", str(run_dir), "--format", export_format, "--output-dir", str(new))
+    weights = run_dir / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged, says in ((whole[:-100], "cannot be read"), (whole[:-1] + b"\x01", "their hash is another one")):
+        assert damaged != whole
+        weights.write_bytes(damaged)
+        assert_refused(command(*words), says, str(run_dir / "model"))
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    weights.write_bytes(whole)
+    assert command(*words).code == 0 and new.is_dir()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_folder_that_cannot_be_read_is_not_exported(runs: Runs, tmp_path: Path, name: str):
+    run_dir = shutil.copytree(runs(), tmp_path / "run")
+    (run_dir / "model" / name).write_text("{")
+    assert_refused(command("export", str(run_dir), "--output-dir", str(tmp_path / "new")), "cannot be read")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_disk_has_not_kept_is_not_exported(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = ("--output-dir", str(tmp_path / "new"))
+
+    def copy_a_part(source: Path, copy: Path) -> None:
+        copy.write_bytes(source.read_bytes()[:-1])
+
+    def save_others(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(export.shutil, "copyfile", copy_a_part)
+    assert_refused(command("export", str(runs()), *target), "The disk has not kept")
+    monkeypatch.setattr(export, "save_file", save_others)
+    assert_refused(command("export", str(runs()), "--format", "delta", *target), "The disk has not kept")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_no_matrix_has_is_refused(runs: Runs, tmp_path: Path):
+    words = ("export", str(runs()), "--format", "adapter", "--output-dir", str(tmp_path / "new"), "--rank")
+    outcome = command(*words, "100000")
+    assert_refused(outcome, "an adapter of rank 100000 is asked for", "Give a --rank of at most")
+    assert list(tmp_path.iterdir()) == []
+    most = int(outcome.stderr.partition("at most ")[2].partition(";")[0])
+    assert_refused(command(*words, str(most + 1)), f"rank above {most}")
+    assert command(*words, str(most)).code == 0
+
+
+@pytest.mark.parametrize(("mask", "modes"), [(0o077, (0o700, {0o600})), (0o022, (0o755, {0o644}))])
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_who_may_read_an_export_follows_from_the_umask(
+    runs: Runs, tmp_path: Path, export_format: str, mask: int, modes: tuple[int, set[int]]
+):
+    new, run_dir, before = tmp_path / "new", str(runs()), os.umask(mask)
+    try:
+        done("export", run_dir, "--format", export_format, "--output-dir", str(new))
+    finally:
+        os.umask(before)
+    files = {stat.S_IMODE(path.stat().st_mode) for path in new.iterdir()}
+    assert (stat.S_IMODE(new.stat().st_mode), files) == modes
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
     workshop: Workshop, runs: Runs, tmp_path: Path, export_format: str
 ):

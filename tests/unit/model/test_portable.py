@@ -246,9 +246,14 @@ def test_files_and_fields_of_the_base_are_kept(base: Path, tmp_path: Path):
     assert theta == AutoConfig.from_pretrained(base).rope_parameters["rope_theta"] == 500000.0
 
 
-def test_everybody_may_read_the_files(base: Path, tmp_path: Path):
-    exported = export(load(base), tmp_path / "model")
-    assert {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()} == {0o644}
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_those_may_read_the_files_whom_the_umask_lets(base: Path, tmp_path: Path, mask: int, mode: int):
+    model, before = load(base), os.umask(mask)
+    try:
+        exported = export(model, tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()} == {mode}
 
 
 def test_a_template_that_a_run_gave_is_saved(base: Path, tmp_path: Path):
