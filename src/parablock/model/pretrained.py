@@ -33,7 +33,15 @@ from transformers.utils import logging as transformers_logging
 
 from parablock.data.template_limits import bounded_rendering, check_template
 from parablock.errors import ModelError
-from parablock.model.source import check_source, find_source, has_adapter, open_source, read_kept_files
+from parablock.model.source import (
+    check_source,
+    check_tensors,
+    code_refused,
+    find_source,
+    has_adapter,
+    open_source,
+    read_kept_files,
+)
 from parablock.seeding import seed_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,9 +105,10 @@ def load_model(name_or_path: str, *, dtype: str, device: str, init: str, seed: i
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a model alone; see `load_model`."""
+    """Read the tokenizer of a model alone; what cannot be trained is refused, but for its weights."""
     source = find_source(name_or_path)
     with _quiet_source(source) as opened:
+        check_source(source, weights=False)
         return _read_tokenizer(source, opened)
 
 
@@ -161,6 +170,8 @@ def _choose_device(device: str) -> torch.device:
 
 def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "trust_remote_code" in str(error):  # an argument of Transformers, which is always off here
+        return code_refused(source, f"Its {part}")
     if Path(source).is_dir():
         cause = f"A file in the folder is missing or damaged: {reason}"
         remedy = "Copy or download the model again, or give another model.name_or_path."
@@ -253,6 +264,8 @@ def _read_pretrained_model(
         )
     except Exception as error:
         raise _unreadable(source, "weights", error) from error
+    names = {name for name, _ in model.named_parameters()}
+    check_tensors(source, names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names})
     missing = sorted(report["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if missing or mismatched:

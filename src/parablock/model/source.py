@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING
+from transformers.modeling_utils import load_state_dict
 
 from parablock.errors import ModelError
 from parablock.hub import use_cache_when_offline
@@ -31,6 +33,8 @@ KEPT_FILES = (
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Keys of config.json that say how weights were quantised; the last is that of MLX."""
 
 
 def find_source(name_or_path: str) -> str:
@@ -69,22 +73,14 @@ def check_source(source: str, *, weights: bool) -> None:
     if folder.is_dir():
         _check_files(source, folder, weights=weights)
     config = read_json(source, "config.json")
-    quantised = config.get("quantization_config")
-    if isinstance(quantised, dict):
-        raise ModelError(
-            f"The weights of {source} are quantised ({quantised.get('quant_method', 'by an unnamed method')})",
-            cause="Numbers of few bits have no gradients: blocks of them cannot be trained, averaged or sent.",
-            remedy="Take the model that it was made from, in bfloat16 or float32.",
-        )
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _QUANTISED:
+            if isinstance(found := section.get(key), dict):
+                raise _quantised(source, found.get("quant_method", "by an unnamed method"))
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
-            raise ModelError(
-                f"{source} brings code of its own ({', '.join(_code_files(config))}), which is not run here",
-                cause=f"Its type {model_type} is unknown to Transformers {transformers.__version__}, and such code "
-                "could do anything on this machine and on every site.",
-                remedy="Take a model whose architecture is part of Transformers.",
-            )
+            raise code_refused(source, f"Its type {model_type}")
         written = config.get("transformers_version")
         raise ModelError(
             f"The configuration of {source} is of the type {model_type}, which Transformers "
@@ -92,6 +88,37 @@ def check_source(source: str, *, weights: bool) -> None:
             cause=f"It was written by version {written}." if written else "The type is misspelt, or newer.",
             remedy="Install a newer one (pip install -U transformers), or give another model.name_or_path.",
         )
+
+
+def check_tensors(source: str, parameters: Collection[str]) -> None:
+    """Refuse weights of integers or of 8 bits and less, which Transformers would read as if they were the numbers.
+
+    Args:
+        source: A folder, or an id on the hub that was fetched.
+        parameters: Names of the model's parameters; other tensors of integers are masks and positions.
+
+    Raises:
+        ModelError: Some parameter is kept in such numbers.
+    """
+    for name, number in _number_types(source):
+        is_weight = "weight" in name.rpartition(".")[2] or name in parameters
+        is_narrow = number.is_floating_point and number.itemsize < 2
+        if is_narrow or (is_weight and not number.is_floating_point):
+            raise _quantised(source, f"{name} is of type {str(number).removeprefix('torch.')}")
+
+
+def code_refused(source: str, what: str) -> ModelError:
+    """Return the error of a model that needs code of its own; `what` is what Transformers does not know."""
+    maps = [read_json(source, name).get("auto_map") for name in ("config.json", "tokenizer_config.json")]
+    named = [value for each in maps if isinstance(each, dict) for value in each.values()]
+    classes = [name for value in named for name in (value if isinstance(value, list) else [value]) if name]
+    files = sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in classes})
+    return ModelError(
+        f"{source} brings code of its own ({', '.join(files)}), which is not run here",
+        cause=f"{what} is unknown to Transformers {transformers.__version__}, and such code "
+        "could do anything on this machine and on every site.",
+        remedy="Take a model whose architecture is part of Transformers, and its tokenizer too.",
+    )
 
 
 def read_json(source: str, name: str) -> dict[str, Any]:
@@ -149,12 +176,10 @@ def _check_files(source: str, folder: Path, *, weights: bool) -> None:
     gguf = sorted(folder.glob("*.gguf"))
     if gguf and not files:
         raise _gguf(source, gguf[0].name)
-    for path in files if weights else ():
-        with path.open("rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
-        if is_pointer:
+    for path in (*map(folder.joinpath, KEPT_FILES), *folder.glob("*.index.json"), *(files if weights else ())):
+        if path.is_file() and _is_pointer(path):
             raise ModelError(
-                f"{path} is a pointer of Git LFS, and not the weights themselves",
+                f"{path} is a pointer of Git LFS, and not the file itself",
                 cause="The repository was cloned without its large files.",
                 remedy=f"Fetch them: git -C {source} lfs pull",
             )
@@ -168,9 +193,30 @@ def _gguf(source: str, name: str) -> ModelError:
     )
 
 
-def _code_files(config: dict[str, Any]) -> list[str]:
-    names = config["auto_map"].values() if isinstance(config["auto_map"], dict) else []
-    return sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in names})
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def _quantised(source: str, how: str) -> ModelError:
+    return ModelError(
+        f"The weights of {source} are quantised ({how})",
+        cause="Numbers of few bits have no gradients: blocks of them cannot be trained, averaged or sent.",
+        remedy="Take the model that it was made from, in bfloat16 or float32.",
+    )
+
+
+def _number_types(source: str) -> Iterator[tuple[str, torch.dtype]]:
+    """Yield the name and the type of number of each tensor of the weights that Transformers reads."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        parts = read_json(source, f"{whole}.index.json").get("weight_map", {}).values()
+        names = [whole] if _find_file(source, whole) else sorted(set(parts))
+        for name in names:
+            if path := _find_file(source, name):
+                for key, tensor in load_state_dict(path, map_location="meta").items():
+                    yield key, tensor.dtype
+        if names:
+            return
 
 
 def _find_file(source: str, name: str) -> Path | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from parablock.errors import ModelError
 from parablock.model.blocks import partition_blocks
-from parablock.model.pretrained import LoadedModel, load_model, outline_model
+from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer, outline_model
 from parablock.model.save import base_parts, save_model
 
 VOCABULARY = 300
@@ -38,8 +38,38 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def quantise(method: str) -> Callable[[Path], None]:
-    return lambda folder: edit(folder / "config.json", quantization_config={"quant_method": method})
+def quantise(method: str, key: str = "quantization_config") -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", **{key: {"quant_method": method}})
+
+
+def quantise_below(folder: Path) -> None:
+    edit(folder / "config.json", text_config={"quantization_config": {"quant_method": "gptq"}})
+
+
+def keep_as(dtype: torch.dtype, suffix: str = ".safetensors") -> Callable[[Path], None]:
+    """Write the matrices in another type of number, and say nothing of it in config.json."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        kept = {name: (100 * each).to(dtype) if each.dim() == 2 else each for name, each in tensors.items()}
+        if suffix == ".safetensors":
+            return save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").unlink()
+        return torch.save(kept, folder / "pytorch_model.bin")
+
+    return change
+
+
+def keep_in_parts(folder: Path) -> None:
+    keep_as(torch.int8)(folder)
+    part = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(part), part.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def bring_a_tokenizer(folder: Path) -> None:
+    mapped = {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}
+    edit(folder / "tokenizer_config.json", auto_map=mapped, tokenizer_class="MyTokenizer")
 
 
 def bring_code(folder: Path) -> None:
@@ -76,9 +106,9 @@ def be_gguf(folder: Path) -> None:
     (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF\x03" + bytes(64))
 
 
-def point_at_weights(folder: Path) -> None:
+def point_at(name: str) -> Callable[[Path], object]:
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 13709952\n"
-    (folder / "model.safetensors").write_text(text)
+    return lambda folder: (folder / name).write_text(text)
 
 
 def poison(folder: Path) -> None:
@@ -91,11 +121,28 @@ def break_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
 
 
-WRONG: dict[str, tuple[Callable[[Path], None], str, str]] = {
+WRONG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     **{
         f"quantised by {method}": (quantise(method), f"The weights of .* are quantised \\({method}\\)", "made from")
         for method in ("bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "mxfp4")
     },
+    "quantised by an older name": (
+        quantise("compressed-tensors", "compression_config"),
+        "compressed-tensors",
+        "made from",
+    ),
+    "quantised below": (quantise_below, "quantised \\(gptq\\)", "made from"),
+    **{
+        f"{number} and no word of it": (
+            keep_as(getattr(torch, number)),
+            f"quantised \\(.*weight is of type {number}",
+            "made from",
+        )
+        for number in ("int8", "uint8", "float8_e4m3fn")
+    },
+    "int8 in parts": (keep_in_parts, "weight is of type int8", "made from"),
+    "int8 of torch": (keep_as(torch.int8, ".bin"), "weight is of type int8", "made from"),
+    "a tokenizer of its own": (bring_a_tokenizer, r"code of its own \(tokenization_my.py\)", "tokenizer too"),
     "code of its own": (
         bring_code,
         r"brings code of its own \(configuration_my.py, modeling_my.py\)",
@@ -108,7 +155,10 @@ WRONG: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "adapter": (be_an_adapter, r"holds an adapter.*(?s:.*)names ann/base", "merge_and_unload"),
     "GGUF": (be_gguf, r"holds a model for inference \(model-Q4_K_M.gguf\)", "made from"),
-    "pointer": (point_at_weights, r"model.safetensors is a pointer of Git LFS", "lfs pull"),
+    **{
+        f"pointer as {name}": (point_at(name), f"{name} is a pointer of Git LFS", "lfs pull")
+        for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json")
+    },
     "NaN": (poison, r"not finite, the first in model.layers.1.mlp.down_proj.weight", "another checkpoint"),
     "template": (break_template, r"is no template of Jinja: Unexpected end of template.*in line 1", "Correct"),
 }
@@ -126,12 +176,36 @@ def test_what_cannot_be_trained_says_what_it_is_and_what_to_take(folder: Path, c
     assert not (folder / "was here").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_whole_numbers_of_any_width_are_read(folder: Path, dtype: torch.dtype):
+    keep_as(dtype)(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.position_ids"] = torch.arange(8)[None]  # old checkpoints keep such tensors, which are no weights
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "case", ["quantised by gptq", "adapter", "GGUF", "pointer as tokenizer.json", "a tokenizer of its own"]
+)
+def test_a_tokenizer_alone_refuses_the_same(folder: Path, case: str):
+    load_tokenizer(str(folder))
+    change, words, cure = WRONG[case]
+    change(folder)
+    with pytest.raises(ModelError, match=words) as caught:
+        load_tokenizer(str(folder))
+    assert cure in caught.value.remedy
+
+
 def test_an_outline_refuses_the_same_and_needs_no_weights(folder: Path):
-    point_at_weights(folder)
+    point_at("model.safetensors")(folder)
     assert outline_model(str(folder), dtype="float32").num_parameters() > 0
+    assert load_tokenizer(str(folder)).vocab_size > 0
+    point_at("config.json")(shutil.copytree(folder, folder.parent / "pointing"))
     quantise("gptq")(folder)
-    with pytest.raises(ModelError, match="quantised"):
-        outline_model(str(folder), dtype="float32")
+    for refused, words in ((folder, "quantised"), (folder.parent / "pointing", "config.json is a pointer")):
+        with pytest.raises(ModelError, match=words):
+            outline_model(str(refused), dtype="float32")
 
 
 def test_a_file_of_gguf_says_so(folder: Path):
