@@ -23,7 +23,9 @@ that the command line can print them as one block.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class ParaBlockError(Exception):
@@ -44,6 +46,13 @@ class ParaBlockError(Exception):
     def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
         self.what, self.cause, self.remedy = what, cause, remedy
         super().__init__("\n".join(part for part in (what, cause, remedy) if part))
+
+
+def did_you_mean(path: Path) -> str:
+    """Return a question that names what lies beside a path and is spelt almost like it; "" if nothing is."""
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"Did you mean {path.parent / near[0]}?" if near else ""
 
 
 class InputError(ParaBlockError):

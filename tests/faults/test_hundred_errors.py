@@ -202,7 +202,7 @@ eval finished --data many.jsonl --task multiple_choice
 eval finished --data missing.jsonl
   missing.jsonl does not exist | Relative paths start from | Check the path
 eval unfinished --data test.jsonl
-  the run in unfinished has no model yet | It was interrupted, or it failed | parablock resume unfinished
+  the run in unfinished has no model yet | It was killed after round 6. | parablock resume unfinished
 eval model --data test.jsonl --task vibes
   'vibes' | there is no task | Choose one of loss
 eval model --data test.jsonl --task ifeval
@@ -213,10 +213,14 @@ eval model --data plain.jsonl --task exact_match
   plain.jsonl, line 1 | has no prompt to generate from | evaluate the loss instead
 eval model --data choices.jsonl --task multiple_choice
   choices.jsonl, line 1 | not among its choices | Add it to the list
-export folder --output-dir out
-  folder holds no run | | Give the --output-dir of a `parablock run`
+export finishd --output-dir out
+  finishd does not exist | Relative paths start from | Did you mean finished? Give the --output-dir
+generate ./finishd Hi
+  There is no run or model folder ./finishd | That path does not exist | Did you mean finished? Give a run directory
+init rows.jsonl --model ./modle --output new.yaml
+  There is no model folder ./modle | That path does not exist | Did you mean model? Give a folder
 export damaged --output-dir out --format gguf
-  damaged has no model yet | It was interrupted | Finish it with: parablock resume damaged
+  damaged has no model yet | It was killed after round 6. | Finish it with: parablock resume damaged
 export finished --output-dir folder
   folder is there already | | Give a new folder as --output-dir
 export finished --output-dir out --push-to-hub alice
@@ -230,7 +234,7 @@ forget model --client 0
 forget finished --client 4
   --client 4 | the command line | the run has clients 0 to 3
 init rows.jsonl --model model --output run.yaml
-  run.yaml exists | | Give another name with --output
+  run.yaml is there already | | Give another name with --output
 compare run.yaml --output-dir out --methods parablok
   --methods | there is no method parablok | there are parablock
 compare run.yaml --output-dir out --tasks vibes

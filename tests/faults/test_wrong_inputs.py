@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -21,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from broken_inputs import write_broken_files, write_broken_models
+from parablock.cli.terminal import LOADING
 from parablock.config.load import load_config
 from parablock.errors import StorageError
-from parablock.experiment.progress import make_progress
+from parablock.experiment.progress import Progress, make_progress
 from parablock.experiment.run import run
+from parablock.storage.files import lock_folder
 from tiny_runs import (
     Runs,
     Workshop,
@@ -64,6 +67,73 @@ def unfinished(workshop: Workshop) -> Path:
     shutil.rmtree(run_dir / "model")
     (run_dir / "summary.json").unlink()
     return run_dir
+
+
+# -- what is not there, or not yet -----------------------------------------------------------------------------
+
+
+def test_a_run_without_a_model_says_whether_it_is_at_work_and_how_it_ended(unfinished: Path, tmp_path: Path):
+    run_dir = Path(shutil.copytree(unfinished, tmp_path / "run"))
+    name, new = str(run_dir), ("--output-dir", str(tmp_path / "new"))
+    asking = [["eval", name], ["chat", name], ["generate", name, "Hi"], ["export", name, *new]]
+    with lock_folder(run_dir):
+        for line in [*asking, ["report", name], ["resume", name], ["forget", name, "--client", "0"]]:
+            assert_refused(command(*line), f"another process is at work in {run_dir}", "has not ended")
+    for status, how in (("interrupted", "stopped"), ("failed", "failed"), ("", "killed")):
+        text = json.dumps({"status": status, "num_rounds": 6})
+        (run_dir / "summary.json").write_text(text if status else "{")
+        for line in asking:
+            how_far = " of 6" if status else ""
+            cause = f"It was {how} after round 6{how_far}." if how != "failed" else "It failed after round 6 of 6."
+            assert_refused(command(*line), "has no model yet", cause, f"parablock resume {run_dir}")
+
+
+MISSING = {
+    "run {config} --output-dir {unfinished}": "holds a run already",
+    "run {config} --output-dir {new} --set model.name_or_path={model}l": "There is no model folder",
+    "run {config} --output-dir {new} --set data.test={path}/row.jsonl": "Did you mean {path}/rows.jsonl?",
+    "compare {config} --output-dir {unfinished}": "holds a run already",
+    "plan {config} --set model.name_or_path={model}l": "Did you mean {model}?",
+    "resume {unfinished}x": "Did you mean {unfinished}?",
+    "blocks {model}l": "as MODEL.",
+    "init {path}/row.jsonl --model {model} --output {new}": "Did you mean {path}/rows.jsonl?",
+    "init {path}/rows.jsonl --model {model}l --output {new}": "as --model.",
+    "init {path}/rows.jsonl --model {model} --output {config}": "is there already",
+    "export {finished} --output-dir {unfinished}": "is there already",
+    "export {unfinished}x --output-dir {new}": "Did you mean {unfinished}?",
+    "eval {unfinished}x": "Did you mean {unfinished}?",
+    "eval {model} --data {path}/row.jsonl": "Did you mean {path}/rows.jsonl?",
+    "chat {unfinished}x": "Did you mean {unfinished}?",
+    "generate {finished}": "There is no prompt",
+    "generate {unfinished}x Hi": "Did you mean {unfinished}?",
+}
+"""Command lines that name what is not there, or what is there already → a part of what they say."""
+
+
+class Staged(Progress):
+    """A display that keeps the names of its stages."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
+        del total, is_brief, scores
+        self._names.append(name)
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_what_is_not_there_is_said_before_torch_is_loaded(
+    line: str, workshop: Workshop, finished: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stages: list[str] = []
+    monkeypatch.setattr("parablock.experiment.progress.make_progress", lambda **_: Staged(stages))
+    places = {"finished": finished, "unfinished": unfinished, "new": tmp_path / "new", "path": workshop.path}
+    places |= {"config": workshop.config, "model": workshop.model}
+    assert_refused(command(*line.format(**places).split()), MISSING[line].format(**places))
+    assert LOADING not in stages
+    if line.startswith("blocks"):
+        done("blocks", str(workshop.model))
+        assert LOADING in stages
 
 
 # -- configurations -------------------------------------------------------------------------------------------

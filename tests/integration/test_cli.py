@@ -633,7 +633,9 @@ def test_init_writes_a_configuration_that_runs_as_it_stands(workshop: Workshop, 
     assert seen == (80 if not torch.cuda.is_available() else 4096), "rows of a client: minutes of an LLM on a CPU"
     done("run", str(target), "--output-dir", str(tmp_path / "run"))
     assert summary_of(tmp_path / "run")["status"] == "completed"
-    assert_refused(command("init", *files, "--model", str(workshop.model), "--output", str(target)), "exists")
+    assert_refused(
+        command("init", *files, "--model", str(workshop.model), "--output", str(target)), "is there already"
+    )
     assert target.read_text() == text
 
 

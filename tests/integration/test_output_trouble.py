@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outcomes import Outcome, ended
-from parablock.cli.output import LastingStream, SafeConsole, lasting_output, say
+from parablock.cli.output import LastingStream, SafeConsole, lasting_output, say, say_whole
 from parablock.experiment.progress import SILENCE_S
 from tiny_runs import (
     Process,
@@ -178,6 +178,33 @@ def test_no_text_acts_on_a_terminal_and_the_display_s_own_colours_do(
     say(EVIL, err=True)
     assert capsys.readouterr() == (f"{SHOWN}\n", f"{SHOWN}\n")
     assert len(re.findall(ACTING, EVIL)) == 8
+
+
+def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    path = f"runs/{'mine' * 10}/evaluation/loss.jsonl"
+    text = f"8 rounds of 2 clients took 19 min, and the communication none of it; every row: {path} (held out)"
+    speak = [
+        say,
+        lambda text: say(text, err=True),
+        SafeConsole().print,
+        lambda text: SafeConsole().print(Text(text)),
+    ]
+    for one in speak:
+        one(text)
+        assert "".join(capsys.readouterr()) == f"{text}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    for one in speak:
+        one(text)
+        lines = re.sub("\x1b\\[[0-9;]*m", "", "".join(capsys.readouterr())).splitlines()
+        assert " ".join(line.strip() for line in lines) == text
+        assert path in [line.strip() for line in lines]
+        assert max(len(line.rstrip()) for line in lines if path not in line) <= 40
+    say_whole(text)
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_what_libraries_write_may_be_coloured_and_redrawn_and_can_do_nothing_else():

@@ -12,7 +12,7 @@ import typer
 
 from parablock.cli.deploy_keys import keys_app
 from parablock.cli.deploy_start import check, init_app
-from parablock.cli.output import say
+from parablock.cli.output import say, say_whole
 from parablock.cli.terminal import SAME_COMMAND, Overrides, console, print_summary, show_progress
 from parablock.deploy.allocation import keep_memory
 from parablock.errors import ConfigError, InputError
@@ -150,7 +150,7 @@ def status(
 
     now = board.read_status(output_dir)
     if as_json:
-        say(json.dumps(now, indent=1))
+        say_whole(json.dumps(now, indent=1))
     elif not watch:
         console.print(board.status_table(now))
     else:
@@ -235,7 +235,7 @@ def app(
     settings = load_server_config(config, [*(overrides or []), *more], engine="flower")
     folder, num_sites = prepare_app(settings, output_dir)
     say(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
-    say(run_command(folder, {}))
+    say_whole(run_command(folder, {}))
 
 
 def _run_at_sites(config: Path, overrides: list[str] | None, clients: int | None, engine: str) -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from parablock.cli.output import say
+from parablock.cli.output import say, say_whole
 
 keys_app = typer.Typer(
     rich_markup_mode=None,
@@ -41,7 +41,7 @@ def everything(
     if context.invoked_subcommand is not None:
         return
     if sites is None or output_dir is None:
-        say(context.get_help())
+        say_whole(context.get_help())
         raise typer.Exit(2)
     from parablock.deploy.authority import make_all
 

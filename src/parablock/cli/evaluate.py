@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parablock.cli.terminal import LOADING, console, show_work, table_of
+from parablock.cli.terminal import LOADING, check_model, console, show_work, table_of
 
 if TYPE_CHECKING:
     from parablock.evaluation.side_by_side import Score
@@ -54,6 +54,10 @@ def evaluate(
         _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
         return
     with show_work() as progress:
+        from parablock.data.sources import check_places
+
+        check_model(model_or_run_dir)
+        check_places(data or [], split="test")
         progress.stage(LOADING, is_brief=True)
         from parablock.errors import InputError
         from parablock.evaluation.side_by_side import score_models, scores_by_client
@@ -160,6 +164,7 @@ def _evaluate_by_harness(
     model_or_run_dir: str, tasks: str, tasks_dir: Path | None, max_examples: int | None
 ) -> None:
     with show_work() as progress:
+        check_model(model_or_run_dir)
         progress.stage(LOADING, is_brief=True)
         from parablock.evaluation.harness import score_with_harness
 

@@ -45,6 +45,13 @@ def export(
     if public and not push_to_hub:
         raise typer.BadParameter("--public is for --push-to-hub OWNER/NAME")
     with show_work() as progress:
+        from parablock.storage.files import NEW_FOLDER, check_absent
+        from parablock.storage.run_directory import RunDirectory
+
+        run = RunDirectory(run_dir)
+        run.check_holds_run()
+        run.check_has_model()
+        check_absent(output_dir, NEW_FOLDER)
         progress.stage(LOADING, is_brief=True)
         from parablock.experiment.export import export_run
         from parablock.experiment.upload import check_upload, upload_folder

@@ -24,13 +24,14 @@ from parablock.cli.deploy import deploy
 from parablock.cli.evaluate import evaluate
 from parablock.cli.export_run import export
 from parablock.cli.forgetting import forget
-from parablock.cli.output import is_closed_pipe, lasting_output, say
+from parablock.cli.output import is_closed_pipe, lasting_output, say, say_whole
 from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     CONFIGURING,
     LOADING,
     Overrides,
+    check_config,
     console,
     exit_when_interrupted,
     free_directory,
@@ -92,6 +93,7 @@ def run(
         from parablock.config.load import load_config
 
         settings = load_config(config, overrides or [])  # before torch is loaded, so that errors show at once
+        check_config(settings, output_dir)
         progress.stage(LOADING, is_brief=True)
         from parablock.experiment.run import run as run_experiment
 
@@ -110,6 +112,7 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
 
     config = RunDirectory(directory).config
     with show_progress(directory) as (progress, stop):
+        RunDirectory(directory).check_resumable()
         progress.stage(LOADING, is_brief=True)
         match load_config(config).engine.name if config.exists() else "inprocess":
             case "remote":
@@ -145,6 +148,13 @@ def init(
     Example: parablock init site_a.jsonl site_b.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
     """
     with show_work() as progress:
+        from parablock.data.sources import check_places
+        from parablock.model.place import find_source
+        from parablock.storage.files import NEW_NAME, check_absent
+
+        check_absent(output, NEW_NAME)
+        check_places(files, split="train")
+        find_source(model, given_as="--model")
         progress.stage(LOADING, is_brief=True)
         from parablock.experiment.first_config import write_first_config
 
@@ -175,6 +185,9 @@ def blocks(
     Example: parablock blocks Qwen/Qwen3-0.6B --layers-per-block 2
     """
     with show_work() as progress:
+        from parablock.model.place import find_source
+
+        find_source(model, given_as="MODEL")
         progress.stage(LOADING, is_brief=True)
         from parablock.model.blocks import partition_blocks
         from parablock.model.pretrained import outline_model
@@ -238,6 +251,7 @@ def plan(
             )
         else:
             loaded = load_config(config, given_keys)
+        check_config(loaded, None)
         progress.stage(LOADING, is_brief=True)
         from parablock.plan.forecast import make_plan
         from parablock.plan.view import show_plan
@@ -245,7 +259,7 @@ def plan(
         progress.stage("timing real steps" if probe else "reading the model's configuration", is_brief=True)
         made = make_plan(loaded, probe=probe)
     if output_format == "json":
-        say(json.dumps(asdict(made), indent=2))
+        say_whole(json.dumps(asdict(made), indent=2))
         return
     for part in show_plan(made, loaded):
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
@@ -298,6 +312,7 @@ def compare(
         from parablock.config.load import load_config
 
         settings = load_config(config, overrides or [])
+        check_config(settings, output_dir)
         progress.stage(LOADING, is_brief=True)
         from parablock.compare import compare_methods, comparison_table, plan_comparison
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
@@ -50,10 +52,37 @@ _REPLACE = "parablock.similar"
 
 
 class SafeConsole(Console):
-    """A console on which no text acts, whosever it is: it colours and moves by what rich itself adds to a text."""
+    """A console on which no text acts, whosever it is: it colours and moves by what rich itself adds to a text.
+
+    On a terminal, text is broken between words, and no word is, so that a path can be copied; elsewhere its lines
+    stay whole.
+    """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False)  # a path may hold brackets and colons
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, with text wrapped as the class says."""
+        if all(isinstance(one, str | Text) for one in objects):
+            if self.is_terminal:
+                objects = tuple(self._wrapped(one, options.get("highlight")) for one in objects)
+            options["soft_wrap"] = True
+        super().print(*objects, **options)
+
+    def _wrapped(self, text: str | Text, highlight: bool | None) -> Text:
+        """Break the lines of a text before words that do not fit; rich would break a long word."""
+        text = self.render_str(text, highlight=highlight) if isinstance(text, str) else text
+        offsets, begin = list[int](), 0
+        for word in re.finditer(r"\S+", text.plain):
+            begin = max(begin, text.plain.rfind("\n", 0, word.start()) + 1)
+            has_words = text.plain[begin : word.start()].strip()
+            if has_words and cell_len(text.plain[begin : word.end()]) > self.width:
+                begin = word.start()
+                offsets.append(begin)
+        lines = text.divide(offsets)
+        for line in lines[:-1]:
+            line.rstrip()
+        return Text("\n").join(lines)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make the text of a string, with escapes for what rich would leave out."""
@@ -66,8 +95,13 @@ class SafeConsole(Console):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line on standard output or standard error, with escapes for control characters."""
-    print(printable(text), file=sys.stderr if err else sys.stdout)
+    """Print a text for people on standard output or standard error, as a `SafeConsole` does."""
+    SafeConsole(stderr=err).print(text, highlight=False)
+
+
+def say_whole(text: str) -> None:
+    """Print lines that are for programs or to be copied, such as JSON: their control characters become escapes."""
+    sys.stdout.write(f"{printable(text)}\n")
 
 
 class LastingStream:

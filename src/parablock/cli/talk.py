@@ -16,8 +16,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from parablock.cli.output import say
-from parablock.cli.terminal import INTERRUPTED, LOADING, console, show_work
+from parablock.cli.output import say_whole
+from parablock.cli.terminal import INTERRUPTED, LOADING, check_model, console, show_work
 from parablock.printable import printable
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def chat(
     Example: parablock chat runs/t0
     """
     with show_work() as progress:
+        check_model(model_or_run_dir)
         progress.stage(LOADING, is_brief=True)
         from parablock.evaluation.conversation import Dialogue, open_speakers
 
@@ -163,6 +164,13 @@ def generate(
     Example: parablock generate runs/t0 "What is 2 + 2?" --data prompts.jsonl --output answers.jsonl
     """
     with show_work() as progress:
+        from parablock.errors import DataError
+
+        if not prompts and not data:
+            raise DataError(
+                "There is no prompt.", remedy='Give one, such as "What is 2 + 2?", or a file with --data.'
+            )
+        check_model(model_or_run_dir)
         progress.stage(LOADING, is_brief=True)
         from parablock.evaluation.conversation import answer_prompts, labelled, open_speakers, read_prompts
         from parablock.storage.files import write_atomically
@@ -182,7 +190,7 @@ def generate(
         console.print(f"{len(records)} prompts answered: {output}", highlight=False, soft_wrap=True)
     elif output_format == "jsonl":
         for line in lines:
-            say(line)
+            say_whole(line)
     else:
         for record in records:
             for name, text in record.items():

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say
+
+if TYPE_CHECKING:
+    from parablock.config.keys import RunConfig
 
 console = SafeConsole()
 INTERRUPTED = 130
@@ -83,6 +86,31 @@ def _signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def _ignore_signals() -> None:
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)  # the end is near
+
+
+def check_model(model_or_run_dir: str) -> None:
+    """Refuse a run without a model, and a path where nothing is, before anything slow is imported."""
+    from parablock.model.place import find_source
+    from parablock.storage.run_directory import RunDirectory
+
+    directory = RunDirectory(model_or_run_dir)
+    if directory.config.exists():
+        directory.check_has_model()
+    else:
+        find_source(model_or_run_dir, given_as="")
+
+
+def check_config(config: RunConfig, output_dir: Path | None) -> None:
+    """Refuse a used folder, and a model or data files that are not there, before anything slow is imported."""
+    from parablock.data.sources import check_places
+    from parablock.model.place import find_source
+    from parablock.storage.run_directory import RunDirectory
+
+    if output_dir is not None:
+        RunDirectory(output_dir).check_unused()
+    find_source(config.model.name_or_path)
+    for split, sources in (("train", config.data.train), ("test", config.data.test)):
+        check_places(sources, split=split)
 
 
 def free_directory(parent: Path, name: str) -> Path:

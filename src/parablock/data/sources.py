@@ -5,7 +5,6 @@ A row keeps its file and line, so that every later error can name them.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parablock.data.readers import COMPRESSIONS, SUFFIXES, NumberedFields, read_file, suffix_of, without_fill
-from parablock.errors import DataError
+from parablock.errors import DataError, did_you_mean
 from parablock.hub import use_cache_when_offline
 
 _REFUSED_SUFFIXES = {
@@ -128,6 +127,13 @@ def rows_sha256(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def check_places(sources: Iterable[str], *, split: str) -> None:
+    """Refuse local sources that are missing or of an unknown suffix, with a DataError; nothing is read."""
+    for source in sources:
+        if _is_local(source):
+            _find_files(source, split)
+
+
 def repeated_rows(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
     """Return the rows whose fields are all those of a known row."""
     seen = {hashlib.sha256(_canonical(row)).digest() for row in known}
@@ -205,13 +211,10 @@ def _check_file(source: str, path: Path) -> None:
             remedy=_REFUSED_SUFFIXES.get(suffix, "Convert it to one of these."),
         )
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise DataError(
             f"{source} does not exist.",
             cause=f"Relative paths start from {Path.cwd()}.",
-            remedy=f"Check the path.{hint}",
+            remedy=f"Check the path. {did_you_mean(path)}".strip(),
         )
 
 

@@ -223,12 +223,7 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     directory, config = RunDirectory(model_or_run_dir), _read_config(model_or_run_dir)
     if config is None:
         return [("model", model_or_run_dir, "float32")]
-    if not directory.model.is_dir():
-        raise ModelError(
-            f"the run in {directory.path} has no model yet",
-            cause="It was interrupted, or it failed.",
-            remedy=f"Finish it with: parablock resume {directory.path}",
-        )
+    directory.check_has_model()
     own = sorted(directory.model.glob("client_*"))
     if own:
         raise ModelError(

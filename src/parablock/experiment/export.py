@@ -24,7 +24,7 @@ from parablock.model.portable import follow_umask
 from parablock.model.pretrained import load_model, quiet_transformers
 from parablock.model.save import model_sha256
 from parablock.model.source import LICENCES
-from parablock.storage.files import write_folder_beside
+from parablock.storage.files import NEW_FOLDER, check_absent, write_folder_beside
 from parablock.storage.run_directory import RunDirectory
 
 GGUF_NAME = "model.gguf"
@@ -76,11 +76,9 @@ def export_run(
         InputError: The run is not finished, the folder is there, or the model does not fit the format.
     """
     directory = RunDirectory(run_dir)
-    if not directory.config.exists():
-        raise ModelError(f"{run_dir} holds no run", remedy="Give the --output-dir of a `parablock run`.")
+    directory.check_holds_run()
     models = {label: name for label, name, _ in models_of(run_dir)}
-    if output_dir.exists():
-        raise StorageError(f"{output_dir} is there already", remedy="Give a new folder as --output-dir.")
+    check_absent(output_dir, NEW_FOLDER)
     tell("reading the tuned model")
     _check_weights(directory)
     with write_folder_beside(output_dir) as folder:

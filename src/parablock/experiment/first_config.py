@@ -21,12 +21,12 @@ from parablock.config.methods import RATES
 from parablock.data.formats import check_rows
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
-from parablock.errors import ConfigError, ModelError, StorageError
+from parablock.errors import ConfigError, ModelError
 from parablock.experiment.fit_blocks import MIN_BLOCKS, VISITS
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
 from parablock.model.pretrained import load_tokenizer, outline_model
-from parablock.storage.files import storage, write_atomically
+from parablock.storage.files import NEW_NAME, check_absent, storage, write_atomically
 
 Trained = Literal["adapters", "blocks"]
 
@@ -118,8 +118,7 @@ def write_first_config(
             "adapters need the package peft, which is not installed",
             remedy="Install it: pip install 'parablock[lora]', or give --trains blocks.",
         )
-    if path.exists():
-        raise StorageError(f"{path} exists", remedy="Give another name with --output, or remove it.")
+    check_absent(path, NEW_NAME)
     by_file = len(files) > 1 and clients in (None, len(files))
     count = len(files) if by_file else clients or 2
     tokenizer, found, lengths, to_learn = load_tokenizer(model), [], list[int](), 0

@@ -17,7 +17,7 @@ from typing import Any
 from parablock.algorithm.schedule import cohort
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
-from parablock.errors import CheckpointError, ConfigError
+from parablock.errors import ConfigError
 from parablock.experiment.engines import check_in_process
 from parablock.experiment.progress import Progress
 from parablock.experiment.protections import adds_noise
@@ -58,11 +58,8 @@ def replay_without(output_dir: Path | str, client_id: int) -> Replay:
         ConfigError: The run, or its method, cannot be replayed without a client; or there is no such client.
     """
     directory = RunDirectory(output_dir)
-    if not directory.config.exists() or not directory.manifest.exists():
-        raise CheckpointError(
-            f"{directory.path} holds no run: it has no config.yaml and manifest.json",
-            remedy="Give the --output-dir of an earlier `parablock run`.",
-        )
+    directory.check_holds_run()
+    directory.check_idle()
     before = load_config(directory.config)
     check_in_process(before)
     if not 0 <= client_id < before.federation.num_clients:

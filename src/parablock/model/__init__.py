@@ -1,5 +1,6 @@
 """Hugging Face causal language models: loading, blocks, parameters, loss, saving.
 
+place         where a model is: a folder, or an id on the hub
 source        the folder or id of a model: what cannot be trained, what an export keeps
 pretrained    read a model and its tokenizer
 positions     the longest text that a model can read

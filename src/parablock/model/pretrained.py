@@ -33,11 +33,11 @@ from transformers.utils import logging as transformers_logging
 
 from parablock.data.template_limits import bounded_rendering, check_template
 from parablock.errors import ModelError
+from parablock.model.place import find_source
 from parablock.model.source import (
     check_source,
     check_tensors,
     code_refused,
-    find_source,
     has_adapter,
     open_source,
     read_kept_files,

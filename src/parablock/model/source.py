@@ -21,6 +21,7 @@ from transformers.modeling_utils import load_state_dict
 
 from parablock.errors import ModelError
 from parablock.hub import use_cache_when_offline
+from parablock.model.place import gguf_refused
 
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 KEPT_FILES = (
@@ -35,28 +36,6 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json that say how weights were quantised; the last is that of MLX."""
-
-
-def find_source(name_or_path: str) -> str:
-    """Return the source of a model: the path of a folder, or an id on the hub.
-
-    Raises:
-        ModelError: It is a path, and no folder is there.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    is_path = path.is_absolute() or name_or_path[:1] in ".~" or name_or_path.count("/") > 1
-    beside_others = "/" in name_or_path and path.parent.is_dir()
-    if not (is_path or beside_others or path.exists()):
-        return name_or_path
-    if path.suffix == ".gguf" and path.exists():
-        raise _gguf(name_or_path, path.name)
-    raise ModelError(
-        f"There is no model folder {name_or_path}",
-        cause="That path is a file." if path.exists() else "That path does not exist.",
-        remedy="Give a folder that holds config.json, or a Hugging Face id, as model.name_or_path.",
-    )
 
 
 def check_source(source: str, *, weights: bool) -> None:
@@ -175,7 +154,7 @@ def _check_files(source: str, folder: Path, *, weights: bool) -> None:
         )
     gguf = sorted(folder.glob("*.gguf"))
     if gguf and not files:
-        raise _gguf(source, gguf[0].name)
+        raise gguf_refused(source, gguf[0].name)
     for path in (*map(folder.joinpath, KEPT_FILES), *folder.glob("*.index.json"), *(files if weights else ())):
         if path.is_file() and _is_pointer(path):
             raise ModelError(
@@ -183,14 +162,6 @@ def _check_files(source: str, folder: Path, *, weights: bool) -> None:
                 cause="The repository was cloned without its large files.",
                 remedy=f"Fetch them: git -C {source} lfs pull",
             )
-
-
-def _gguf(source: str, name: str) -> ModelError:
-    return ModelError(
-        f"{source} holds a model for inference ({name}), in GGUF",
-        cause="GGUF is what llama.cpp reads; most such files are quantised, and none can be trained here.",
-        remedy="Take the model that it was made from: a folder with config.json and *.safetensors.",
-    )
 
 
 def _is_pointer(path: Path) -> bool:

@@ -80,10 +80,11 @@ def _read_run(path: Path, name: str) -> RunRecord:
             f"{path} holds no run: it has no config.yaml", remedy="Give the --output-dir of a `parablock run`."
         )
     if not has_ended(path):
+        directory.check_idle()
         raise InputError(
             f"the run in {path} has not ended: it has no summary.json",
-            cause="It is still going on, or it was killed.",
-            remedy=f"Wait for it, or go on with it: parablock resume {path}",
+            cause=directory.how_it_ended(),
+            remedy=f"Go on with it: parablock resume {path}",
         )
     try:
         config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))

@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 
 from parablock.errors import StorageError
 
+NEW_FOLDER = "Give a new folder as --output-dir."
+NEW_NAME = "Give another name with --output, or remove it."
+
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
@@ -50,6 +53,12 @@ def _going_on(path: Path) -> str:
                 return f" `parablock resume {folder}` then goes on from the last checkpoint."
             break
     return ""
+
+
+def check_absent(path: Path, remedy: str) -> None:
+    """Refuse a path where something is already, with a `StorageError`."""
+    if path.exists():
+        raise StorageError(f"{path} is there already", remedy=remedy)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -151,7 +160,7 @@ def lock_folder(
         except BlockingIOError:
             raise StorageError(
                 f"another process is at work in {folder}",
-                cause="The run there has not ended; two at once would write into the same files.",
+                cause="The run there has not ended.",
                 remedy=remedy,
             ) from None
         except OSError:

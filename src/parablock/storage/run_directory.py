@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from parablock.errors import CheckpointError, StorageError
-from parablock.storage.files import storage, write_atomically, write_beside
+from parablock.errors import CheckpointError, ModelError, StorageError, did_you_mean
+from parablock.storage.files import lock_folder, storage, write_atomically, write_beside
 from parablock.trace import Span, times_by_client, write_chrome_trace
 
 SECRET_BYTES = 32
@@ -73,13 +73,58 @@ class RunDirectory:
             with suppress(OSError):
                 folder.rmdir()
 
-    def check_resumable(self) -> None:
-        """Refuse a folder without an unfinished run, with a `CheckpointError`."""
+    def check_holds_run(self) -> None:
+        """Refuse a folder that is not there, or holds no run, with a `CheckpointError`."""
+        wanted = "Give the --output-dir of an earlier `parablock run`."
+        if not self.path.exists():
+            raise CheckpointError(
+                f"{self.path} does not exist",
+                cause=f"Relative paths start from {Path.cwd()}.",
+                remedy=f"{did_you_mean(self.path)} {wanted}".strip(),
+            )
         if not self.config.exists() or not self.manifest.exists():
             raise CheckpointError(
-                f"{self.path} holds no run: it has no config.yaml and manifest.json",
-                remedy="Give the --output-dir of an earlier `parablock run`.",
+                f"{self.path} holds no run: it has no config.yaml and manifest.json", remedy=wanted
             )
+
+    def check_idle(self) -> None:
+        """Refuse a run that is still at work, with a `StorageError`."""
+        remedy = f"Wait for its end, or stop it: Ctrl-C saves it, and parablock resume {self.path} goes on."
+        with lock_folder(self.path, remedy=remedy):
+            pass
+
+    def check_has_model(self) -> None:
+        """Refuse a run whose model is not written yet.
+
+        Raises:
+            StorageError: It is still at work.
+            ModelError: It was stopped, it failed, or it was killed.
+        """
+        if self.model.is_dir():
+            return
+        self.check_idle()
+        raise ModelError(
+            f"the run in {self.path} has no model yet",
+            cause=self.how_it_ended(),
+            remedy=f"Finish it with: parablock resume {self.path}",
+        )
+
+    def how_it_ended(self) -> str:
+        """Say how a run ended that is not complete, and after how many rounds."""
+        status, num_rounds = "", None
+        with suppress(OSError, CheckpointError):
+            summary = self.read_summary()
+            status, num_rounds = summary.get("status", ""), summary.get("num_rounds")
+        with suppress(OSError, UnicodeDecodeError):
+            rounds = len(self.metrics.read_text(encoding="utf-8").splitlines())
+            after = f" after round {rounds}" + (f" of {num_rounds}" if num_rounds else "") if rounds else ""
+            after = after or " before its first round was over"
+        how = {"interrupted": "It was stopped", "failed": "It failed"}.get(status, "It was killed")
+        return f"{how}{after}."
+
+    def check_resumable(self) -> None:
+        """Refuse a folder without an unfinished run, with a `CheckpointError`."""
+        self.check_holds_run()
         if self.summary.exists() and self.read_summary().get("status") == "completed":
             raise CheckpointError(
                 f"the run in {self.path} is complete; there is nothing to resume",
