@@ -179,7 +179,9 @@ def test_an_error_of_a_client_reaches_the_server_that_waits_for_another(meet, re
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_a_stop_ends_the_wait_for_a_client_that_is_gone_and_no_other_wait(meet, asked: bool):
+def test_a_stop_ends_the_wait_for_a_client_that_is_gone_and_no_other_wait(
+    meet, asked: bool, request: pytest.FixtureRequest
+):
     def client(client_id: int, mail: Mail) -> None:
         mail.send(mail.receive(), 0)
         mail.receive()
@@ -199,6 +201,10 @@ def test_a_stop_ends_the_wait_for_a_client_that_is_gone_and_no_other_wait(meet, 
         with pytest.raises(StopAsked if stops else StallError, match="client 1" if stops else "the other"):
             transport.receive(2.0, "the other", {1})
         assert not transport.is_there(1)
+        if asked and request.node.stash[NAME] in CONNECTED:  # with a deadline too
+            with pytest.raises(StopAsked, match="client 1"):
+                transport.receive_until(clock.now() + 60.0, {1})
+        assert transport.receive_until(clock.now() + 0.6, {0}) is None, "who is there is waited for"
 
     meet(server, client, patience_s=3.0, asked_to_stop=lambda: asked)
 

@@ -152,6 +152,8 @@ def test_a_site_that_says_what_is_lost_goes_on_until_it_loses_more(tmp_path: Pat
     for lost, refused in (({"run": 3}, False), ({"run": 2}, True), ({"other": 9}, True)):
         error, _ = door.take_part(site(tmp_path, lost_ledgers=lost), shared(), "ab", releases=SUMS)
         assert isinstance(error, LedgerError if refused else DataError), lost
+    said = [entry for entry in verify(tmp_path / "state" / "audit.jsonl").entries if entry.kind == "lost"]
+    assert [entry.facts for entry in said] == [{"run": "run", "through": 3}], "what is stated stands in its log"
     for wrong in ({"run": -1}, {"run": "all"}, ["run"]):
         with pytest.raises(ConfigError, match="lost_ledgers"):
             site(tmp_path, lost_ledgers=wrong)

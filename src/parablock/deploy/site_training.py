@@ -43,6 +43,8 @@ def train(
     lost_through = site.lost_ledgers.get(opening.run, -1)
     releases = releases_of(config, log, opening.run, lost_through=lost_through)
     check_ledger(releases, opening)  # before a row is read, as the policy
+    if lost_through >= 0:
+        log.append("lost", run=opening.run, through=lost_through)
     guard = SitePolicy(site.policy, log, opening.run, config, lost_through=lost_through)
     guard.check_run(opening.base_sha256)
     with trace.clock.working():

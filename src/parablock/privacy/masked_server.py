@@ -270,11 +270,10 @@ class MaskedServer:
     ) -> None:
         """Take messages until these clients have answered or left, or their time is over."""
         deadline_s = self._clock.now() + self._stall_timeout_s
-        while not is_enough() and any(i not in came and i not in self._gone for i in clients):
-            received = self._inner.receive_until(deadline_s) if self._clock.now() < deadline_s else None
-            if received is None:
+        while (missing := [i for i in clients if i not in came and i not in self._gone]) and not is_enough():
+            if self._clock.now() >= deadline_s or not (got := self._inner.receive_until(deadline_s, missing)):
                 return
-            self._take(*received)
+            self._take(*got)
 
     def _take(self, client_id: int, raw: bytes) -> None:
         if (kind := kind_of(raw)) not in SEALING_KINDS:

@@ -126,7 +126,11 @@ class ServerTransport(Protocol):
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
-        """Wait for the next message of any client; None if the clock reaches `deadline_s` first."""
+        """Wait for the next message of any client; None if the clock reaches `deadline_s` first.
+
+        Raises:
+            StopAsked: At real sites, where the run is asked to stop and one of `from_clients` is gone.
+        """
 
 
 class MaskedTransport(ServerTransport, Protocol):

@@ -25,7 +25,7 @@ from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, kind_of, to_bytes
 from parablock.wire.transport import Ledger, Parcel, check_for_stop
 
-LOOK_S = 0.01
+LOOK_S, STOP_LOOK_S = 0.01, 0.5
 RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
@@ -264,9 +264,14 @@ class RemoteTransport:
         self, deadline_s: float, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes] | None:
         """Wait for the next message of any client; None if the clock reaches `deadline_s` first."""
-        del from_clients
-        item = self._inbox.get_until(deadline_s)
-        return None if item is None else self._open(item)
+        awaited = self.places if from_clients is None else from_clients
+        while True:
+            item = self._inbox.get_until(min(deadline_s, self._clock.now() + STOP_LOOK_S))
+            if item is not None:
+                return self._open(item)
+            if self._clock.now() >= deadline_s:
+                return None
+            check_for_stop(self, awaited, self._asked_to_stop)
 
     def close(self, timeout_s: float) -> None:
         """Wait until every client that is there has the last message of the run, and say bye."""
