@@ -30,9 +30,8 @@ from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import SEALING_KINDS, cut, pack_bytes, unpack_bytes
 from parablock.wire.transport import Ledger, Parcel, ServerTransport
 
-MAX_PROOF_BYTES = 16 << 10
-TAG_BYTES = 16
-"""What sealing adds to a letter."""
+MAX_PROOF_BYTES, TAG_BYTES = 16 << 10, 16
+"""Longest signature; what sealing adds to a letter."""
 
 
 class MaskedServer:
@@ -80,6 +79,7 @@ class MaskedServer:
         """For each (round, client): whom its update is masked with."""
         self._commitments: dict[tuple[int, int], list[bytes]] = {}
         self._asked: tuple[int, frozenset[int]] | None = None
+        self._late: set[tuple[int, int]] = set()  # (round, client): asked for shares, and others were enough
         self._revealed: dict[int, list[bytes]] = {}
         self._waiting = deque[tuple[int, bytes]]()
         self.on_refusal: Callable[[int, str, str], None] = lambda *_: None
@@ -113,8 +113,7 @@ class MaskedServer:
         """Wait for the next message outside the protocol; None if the clock reaches `deadline_s` first."""
         self._begin()
         while not self._waiting:
-            received = self._inner.receive_until(deadline_s, from_clients)
-            if received is None:
+            if (received := self._inner.receive_until(deadline_s, from_clients)) is None:
                 return None
             self._take(*received)
         return self._waiting.popleft()
@@ -169,8 +168,7 @@ class MaskedServer:
                 masks.append(masking.own_mask(secret))
                 continue
             for other in pairs[dealer]:  # their pair masks with the client whose update is missing
-                public = self._key(other, t)
-                masks.append(masking.pair_mask(secret, public, t, other, dealer))
+                masks.append(masking.pair_mask(secret, self._key(other, t), t, other, dealer))
         self._revealed = {}
         sum_ = masking.add_masks(np.zeros(size, np.uint32), masks)
         return torch.from_numpy(sum_.view(np.int32))
@@ -186,7 +184,7 @@ class MaskedServer:
         self._wait_for(
             members, self._revealed, lambda: all(len(self._shares_of(i, cohort)) >= threshold for i in dealers)
         )
-        self._asked = None
+        self._asked, self._late = None, self._late | {(t, i) for i in members if i not in self._revealed}
         if len(self._good()) < threshold:
             raise MaskingError(
                 f"{len(self._good())} clients have revealed shares of round {t}, of {threshold} that it takes",
@@ -300,6 +298,8 @@ class MaskedServer:
                 problem = self._take_partners(client_id, message)
             case sealing.Revealed() if self._asked and message.round_index == self._asked[0]:
                 problem = self._take_revealed(client_id, message)
+            case sealing.Revealed() if (message.round_index, client_id) in self._late:
+                self._late, problem = self._late - {(message.round_index, client_id)}, ""
             case _:
                 self.on_refusal(client_id, "duplicate", f"a {type(message).__name__} that nobody waits for")
                 return

@@ -402,6 +402,19 @@ def test_nobody_waits_for_a_client_that_has_said_that_it_leaves(phase: str, says
         assert from_bytes(wires.collector.receive(1.0, "")[1]) == Leave("LEDGER"), "and the run learns why"
 
 
+def test_shares_that_come_when_others_were_enough_are_no_offence_and_once_more_they_are():
+    wires = began(4, {0: (0, 1, 2, 3)})
+    came(wires)
+    wires.collector.masks_of(0, (0, 1, 2, 3), SIZE)
+    (late,) = wires._up  # three of four are enough
+    assert isinstance(from_bytes(late[1]), Revealed)
+    wires.collector.receive_until(0.0)
+    assert wires.refused == []
+    wires._up.append(late)
+    wires.collector.receive_until(0.0)
+    assert [reason for _, reason, _ in wires.refused] == ["duplicate"]
+
+
 @pytest.mark.parametrize("bad", [bytes(32), b"\1" + bytes(31), None], ids=["zero", "low order", "twice"])
 @pytest.mark.parametrize("place", [0, 1], ids=["letters", "masks"])
 def test_a_client_with_a_key_that_is_none_is_left_out_and_ends_nobodys_part(bad: bytes | None, place: int):
