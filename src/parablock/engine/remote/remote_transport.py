@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Condition
@@ -22,7 +23,7 @@ from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError, StallError
 from parablock.storage.release_ledger import ACCOUNT, ASKED, SET, ReleaseLedger
 from parablock.trace import Span, Trace
-from parablock.wire.messages import Leave, kind_of, to_bytes
+from parablock.wire.messages import Leave, from_bytes, kind_of, to_bytes
 from parablock.wire.transport import Ledger, Parcel, check_for_stop
 
 LOOK_S, STOP_LOOK_S = 0.01, 0.5
@@ -121,6 +122,9 @@ class RemoteTransport:
         self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
         self._origin_s = utc_s() - trace.clock.now()
         self._inbox = trace.clock.mailbox()
+        self._void = set[
+            NumberedStream
+        ]()  # of processes that left before the run began, and whose next one is there
         self.has_begun, self._is_over = False, False
         self.places = {client_id: ClientPlace(self._new_stream(client_id)) for client_id in range(num_clients)}
         self.ledger = Ledger()
@@ -151,9 +155,13 @@ class RemoteTransport:
             place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
                 return Reception(0, False, now_s, self._opening_for(hello.client_id), self._is_over), None
+            begins_anew = is_new and place.must_rejoin and not self.has_begun  # nothing it has said was read
             if is_new:
-                place.rejoins, place.has_sent = place.incarnation is not None or place.must_rejoin, False
-            if is_new and place.rejoins:
+                place.rejoins = not begins_anew and (place.incarnation is not None or place.must_rejoin)
+                place.has_sent = False
+            if begins_anew:
+                self._void.add(place.stream)
+            if begins_anew or (is_new and place.rejoins):
                 place.stream.close()
                 place.stream = self._new_stream(hello.client_id)
                 place.room.notify_all()
@@ -192,8 +200,17 @@ class RemoteTransport:
             if place.has_sent and kind == "Join":
                 raise CodecError("it joins once more, without a new process")
             place.has_sent = place.has_sent or kind != "Advertise"  # its keys come first
+            if kind == "Leave" and not self.has_begun:
+                self._tell_early(client_id, delivered.content)
             place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
-            self._inbox.put((client_id, delivered.content))
+            self._inbox.put((client_id, delivered.content, stream))
+
+    def _tell_early(self, client_id: int, message: bytes) -> None:
+        """Tell why a client leaves, while the server takes no messages yet."""
+        with suppress(CodecError):  # the server counts it
+            leave = from_bytes(message)
+            assert isinstance(leave, Leave)
+            self._tell(f"client {client_id} leaves before the run begins: {leave.problem}".removesuffix(": "))
 
     def left(self, client_id: int, stream: NumberedStream) -> None:
         """Note that a site says bye: it takes part again once a new process of it joins."""
@@ -209,7 +226,7 @@ class RemoteTransport:
                 place.is_removed = place.must_rejoin = True
                 place.stream.close()
                 place.room.notify_all()
-                self._inbox.put((client_id, to_bytes(Leave("the operator has removed it"))))
+                self._inbox.put((client_id, to_bytes(Leave("the operator has removed it")), place.stream))
 
     def readmit(self, client_id: int) -> None:
         """Let a removed client join again."""
@@ -219,10 +236,10 @@ class RemoteTransport:
 
     def begin(self) -> frozenset[int]:
         """Begin the run with the clients that are there; return the others, which take part once they join."""
+        self.has_begun = True  # from now on a new process joins
         for place in self.places.values():
             with place.room:
                 place.must_rejoin = place.must_rejoin or not place.stream.has_connection
-        self.has_begun = True
         return frozenset(client_id for client_id, place in self.places.items() if place.must_rejoin)
 
     @property
@@ -251,7 +268,9 @@ class RemoteTransport:
         self.waiting_for = waiting_for
         check = partial(check_for_stop, self, awaited, self._asked_to_stop)
         try:
-            return self._open(self._inbox.get(timeout_s, waiting_for, check))
+            while (opened := self._open(self._inbox.get(timeout_s, waiting_for, check))) is None:
+                pass
+            return opened
         except StallError as stalled:
             gone = [f"client {i}" for i in awaited if not self.is_there(i)]
             raise StallError(
@@ -267,8 +286,8 @@ class RemoteTransport:
         awaited = self.places if from_clients is None else from_clients
         while True:
             item = self._inbox.get_until(min(deadline_s, self._clock.now() + STOP_LOOK_S))
-            if item is not None:
-                return self._open(item)
+            if item is not None and (opened := self._open(item)) is not None:
+                return opened
             if self._clock.now() >= deadline_s:
                 return None
             check_for_stop(self, awaited, self._asked_to_stop)
@@ -306,13 +325,13 @@ class RemoteTransport:
             with place.room:
                 place.room.notify_all()
 
-    def _open(self, item: Any) -> tuple[int, bytes]:
-        client_id, message = item
+    def _open(self, item: Any) -> tuple[int, bytes] | None:
+        client_id, message, stream = item
         place = self.places[client_id]
         with place.room:
             place.waiting_bytes = max(0, place.waiting_bytes - len(message) - MESSAGE_BYTES)
             place.room.notify_all()
-        return client_id, message
+        return None if stream in self._void else (client_id, message)
 
     # ── the record ──────────────────────────────────────────────────────────────────────────────────
 

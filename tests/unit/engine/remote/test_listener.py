@@ -28,6 +28,7 @@ from parablock.engine.refusals import Refusal, Refusals
 from parablock.engine.remote import listener as listener_module
 from parablock.engine.remote import remote_transport
 from parablock.engine.remote.frames import (
+    BYE,
     CONFIRM,
     HEAD,
     MAX_HELLO_BYTES,
@@ -272,6 +273,7 @@ def test_a_client_that_is_not_of_the_run_or_was_removed_is_refused(house: House,
     with Call(house.listener.port, site(made, "site-3"), hello(3)) as call:
         assert "there is no client 3" in call.refusal()[1]
     assert is_let_in(house, made, 1)
+    house.transport.begin()
     house.transport.remove(1)
     with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
         code, words = call.refusal()
@@ -329,6 +331,29 @@ def test_a_process_that_was_replaced_cannot_take_the_streams_of_the_new_one(hous
     with Call(house.listener.port, site(made, "site-0"), hello(0, wanted=57)) as call:
         assert call.welcome().opening == house.opening, "it is to begin anew"
     assert house.transport.places[0].stream is stream and not stream.is_closed
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_site_that_left_before_the_run_begins_comes_back_as_if_it_had_not_been_there(
+    house: House, made: Path, has_begun: bool
+):
+    """Its operator has mended what kept it out; in a masked run its keys are those of the new process alone."""
+    leave = to_bytes(Leave("LEDGER"))
+    with inside(house, made) as old:
+        for number, content in enumerate((b"keys", leave)):
+            old.out.put(HEAD.pack(PART, number, 0, len(content), 1.0) + content)
+        old.out.put(HEAD.pack(BYE, 0, 0, 0, 0.0))
+        until(lambda: house.transport.places[0].must_rejoin)
+    assert "client 0 leaves before the run begins: LEDGER" in house.told
+    if has_begun:
+        house.transport.begin()
+    with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="new")) as new:
+        assert new.welcome().rejoins is has_begun
+        new.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"new")
+        until(lambda: house.transport.places[0].stream.wanted == 1)
+        found = list(iter(lambda: house.transport.receive_until(house.clock.now() + 0.2), None))
+        assert found == [(0, content) for content in ((b"keys", leave, b"new") if has_begun else (b"new",))]
+        assert house.transport.is_there(0)
 
 
 def test_what_an_old_process_sent_does_not_arrive_after_the_new_one(house: House, made: Path, monkeypatch):
