@@ -274,6 +274,8 @@ def test_a_full_disk_says_so_with_the_run_directory_and_what_to_do(
     full_after: Callable[[int], None], tmp_path: Path
 ):
     full_after(4 * SIZE + 1000)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()  # it is that of a run that has begun
     fold = new_fold(folder=tmp_path)
     for k, cut in enumerate(CUTS):
         assert fold.take(0, update(0, k, pack(deltas()[0][cut], "float32"))) is None
