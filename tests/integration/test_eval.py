@@ -221,3 +221,26 @@ def test_instructions_are_checked_by_rules(workshop: Workshop, tmp_path: Path):
     (own,) = score_models(str(workshop.model), [data[1]], task="ifeval", max_new_tokens=6, max_examples=1)
     assert own.count == len(own.followed) == 1 and own.predictions == (first["base"],)
     assert "instruction_accuracy" not in done("eval", str(tmp_path / "run")).stdout
+
+
+def test_rows_that_are_not_scored_and_prompts_that_are_cut_are_told_of(workshop: Workshop, tmp_path: Path):
+    long = {"prompt": "word " * 600, "completion": "#### 1", "note": "x"}
+    file = write_rows(tmp_path / "rows.jsonl", [sum_row(1, 1), long, sum_row(2, 2)])
+    words, folder = ("eval", str(workshop.model), "--data", str(file), "--output-dir", str(tmp_path / "scores")), {}
+    said = {}
+    for task in ("loss", "exact_match"):
+        outcome = done(*words, "--task", task, "--max-new-tokens", "2")
+        said[task] = " ".join(outcome.stdout.split())
+        folder[task] = json.loads((tmp_path / "scores" / f"{task}.json").read_text())
+    assert "not scored: " in said["loss"] and f"{file}, line 2: the prompt alone fills max_length" in said["loss"]
+    assert [entry["row"] for entry in folder["loss"]["rows_left_out"]] == [f"{file}, line 2"]
+    assert folder["loss"]["scores"][0]["examples"] == 2
+    assert "not scored" not in said["exact_match"] and folder["exact_match"]["rows_left_out"] == []
+    assert folder["exact_match"]["scores"][0]["examples"] == 3
+    assert "model: 1 of 3 prompts are longer than the" in said["exact_match"]
+    assert f"cut off; the first is {file}, line 2" in folder["exact_match"]["scores"][0]["prompts_cut"]
+    for task in folder:
+        assert "not used: field note (1 row)" in said[task]
+    write_rows(file, [sum_row(1, 1)])
+    outcome = done(*words, "--task", "exact_match", "--max-new-tokens", "2")
+    assert "cut off" not in outcome.stdout and "not used" not in outcome.stdout

@@ -201,6 +201,49 @@ def test_without_a_template_a_model_is_asked_as_its_rows_were_written(
     assert record["base"] == greedy(model, "Question: 5 plus 1?\nAnswer:", 6)
 
 
+def test_a_prompt_that_loses_its_beginning_is_told_of(tuned: Path, monkeypatch: pytest.MonkeyPatch):
+    long, short = "word " * 600, "2 plus 2?"
+    outcome = done("generate", str(tuned), long, short, *SHORT)
+    assert outcome.stderr.count("1 of 2 prompts are longer than the") == 2
+    for words in ("base: ", "tuned: ", "beside an answer of 6: the beginning, with a system prompt", "is cut off"):
+        assert words in outcome.stderr
+    assert "cut off" not in done("generate", str(tuned), short, *SHORT).stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{short}\n/new\n{long}\n"))
+    outcome = done("chat", str(tuned), "--only", "tuned", *SHORT)
+    assert outcome.stderr.count("note: the prompt is longer than the") == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{short}\n"))
+    assert "cut off" not in done("chat", str(tuned), *SHORT).stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_not_utf_8_is_named_and_not_asked(tuned: Path, encoding: str, monkeypatch: pytest.MonkeyPatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"2 plus 2?\ncaf\xe9\n"), encoding=encoding)
+    monkeypatch.setattr("sys.stdin", lines)
+    outcome = command("chat", str(tuned), "--only", "tuned", *SHORT)
+    assert outcome.code == 2 and "Traceback" not in outcome.stderr
+    assert "line 2 of standard input is not in UTF-8: 'caf\\udce9'" in outcome.stderr
+    assert "iconv" in outcome.stderr and len(outcome.stdout.splitlines()) >= 1
+    not_text = os.fsdecode(b"caf\xe9")
+    assert_refused(command("generate", str(tuned), "a", not_text), "prompt 2 is not in UTF-8")
+    for words in (("generate", str(tuned), "a"), ("chat", str(tuned))):
+        assert_refused(command(*words, "--system", not_text), "--system is not in UTF-8")
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+@pytest.mark.parametrize("temperature", ["nan", "inf", "1e-300"])
+def test_a_temperature_that_draws_nothing_is_refused(name: str, temperature: str):
+    outcome = command(name, "no-model", "--temperature", temperature)
+    assert outcome.code == 2 and "draws no token" in " ".join(outcome.stderr.replace("│", "").split())
+
+
+def test_answers_that_cannot_be_written_are_told_of_without_an_option_that_is_not_there(
+    tuned: Path, tmp_path: Path
+):
+    outcome = command("generate", str(tuned / "model"), "Hi", *SHORT, "--output", str(tmp_path / "no" / "file"))
+    assert_refused(outcome, "cannot be written", "Choose another place")
+    assert "--output-dir" not in outcome.stderr
+
+
 def test_lines_of_standard_input_are_turns(tuned: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("2 plus 2?\n\n/new\n2 plus 2?\n"))
     said = [line for line in done("chat", str(tuned), *SHORT).stdout.splitlines() if line]

@@ -96,6 +96,8 @@ def evaluate(
     num_trained = None if trained is None else count_trained_on(scored, trained)
     clients = scores_by_client(scores, owners) if per_client else []
     _show(scores, task, samples, is_held_out=rows is not None)
+    for line in _left_out(scores):
+        console.print(line, highlight=False, soft_wrap=True)
     if clients:
         _show_clients(clients, task)
     if num_trained:
@@ -106,7 +108,13 @@ def evaluate(
         console.print(text, highlight=False, soft_wrap=True)
     folder = output_dir or (Path(model_or_run_dir) / "evaluation" if of_run else None)
     if folder is not None:
-        facts = {"rows_trained_on": num_trained, "data": data or "held-out rows of the run"}
+        skipped = scores[-1].tokenized.skipped if scores[-1].tokenized else ()
+        left_out = [{"row": entry.row.place, "reason": entry.reason} for entry in skipped]
+        facts = {
+            "rows_trained_on": num_trained,
+            "data": data or "held-out rows of the run",
+            "rows_left_out": left_out,
+        }
         _write(folder, task, scores, facts | ({"clients": clients} if clients else {}))
 
 
@@ -128,6 +136,17 @@ def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) ->
             console.print(line, markup=False)
 
 
+def _left_out(scores: list[Score]) -> list[str]:
+    """Say which rows, and what of rows and prompts, the scores do not count."""
+    from parablock.experiment.data_notes import describe_skipped, describe_unused
+
+    read = scores[-1].tokenized
+    assert read is not None
+    cut = [f"{score.label}: {score.cut}" for score in scores if score.cut]
+    number = [f"warning: {len(read.skipped)} rows are not scored"] if len(read.skipped) > 1 else []
+    return [*number, *describe_skipped([read], "not scored"), *describe_unused([read]), *cut]
+
+
 def _show_clients(clients: list[dict[str, Any]], task: str) -> None:
     labels = [key for key in clients[0] if key not in ("client", "examples")]
     table = table_of("client", "examples", *(f"{task}, {label}" for label in labels))
@@ -147,6 +166,7 @@ def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) 
         "scores": [
             {"label": score.label, "model": score.name_or_path, "value": score.value, "examples": score.count}
             | ({} if score.instruction_accuracy is None else {"instruction_accuracy": score.instruction_accuracy})
+            | ({"prompts_cut": score.cut} if score.cut else {})
             for score in scores
         ],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from parablock.cli.output import say_whole
+from parablock.cli.output import say, say_whole
 from parablock.cli.terminal import INTERRUPTED, LOADING, check_model, console, show_work
+from parablock.errors import DataError
 from parablock.printable import printable
 
 if TYPE_CHECKING:
@@ -27,7 +29,20 @@ Model = Annotated[str, typer.Argument(help="A run directory, or a Hugging Face f
 Only = Annotated[Literal["base", "tuned"] | None, typer.Option(help="One model of a run; default: both.")]
 System = Annotated[str, typer.Option(help="A system prompt, for models whose template has a place for it.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token; above 0: tokens are drawn.")]
+LEAST_TEMPERATURE = 1e-4
+"""What is divided by less than this does not stay finite."""
+
+
+def _drawable(temperature: float) -> float:
+    if temperature and not LEAST_TEMPERATURE <= temperature < math.inf:  # nan neither
+        raise typer.BadParameter(f"{temperature} draws no token; give 0, or {LEAST_TEMPERATURE} or more")
+    return temperature
+
+
+Temperature = Annotated[
+    float,
+    typer.Option(min=0, callback=_drawable, help="0: the likeliest token; above 0: tokens are drawn."),
+]
 Seed = Annotated[int, typer.Option(help="Answers that are drawn follow from it.")]
 HELP = "/new begins anew, /quit or Ctrl-D ends; Ctrl-C cuts an answer short"
 
@@ -51,9 +66,13 @@ def chat(
         progress.stage(LOADING, is_brief=True)
         from parablock.evaluation.conversation import Dialogue, open_speakers
 
+        _legible(system, "--system")
         speakers = open_speakers(model_or_run_dir, only=only, tell=progress.stage)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        conversations = [Dialogue(speaker, system=system, **settings) for speaker in speakers]
+        notes: dict[str, None] = {}
+        conversations = [
+            Dialogue(speaker, system=system, on_cut=notes.setdefault, **settings) for speaker in speakers
+        ]
     if sys.stdin.isatty():
         console.print(HELP, style="dim", highlight=False)
         if not all(speaker.has_memory for speaker in speakers):
@@ -65,18 +84,27 @@ def chat(
                 conversation.forget()
         elif text:
             _answer(conversations, text)
+        for note in notes:
+            say(f"note: {note}", err=True)
+        notes.clear()
 
 
 def _turns() -> Iterator[str]:
     """Yield what the user says: lines with a prompt on a terminal, else the lines of standard input."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        encoding = sys.stdin.encoding or "utf-8"
+        for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), 1):
+            text = line.decode(encoding, "surrogateescape") if isinstance(line, bytes) else line
+            yield _legible(text.strip(), f"line {number} of standard input")
         return
     import readline  # noqa: F401  the input line can be edited, and earlier ones come back
 
     while True:
         try:
-            text = input("> ").strip()  # shown by readline, which so knows where the line begins
+            text = _legible(input("> ").strip(), "the line")  # shown by readline, which so knows where it begins
+        except (UnicodeDecodeError, DataError):
+            say("That is not UTF-8, as this terminal is said to write; nothing was asked.", err=True)
+            continue
         except EOFError:
             console.print()
             return
@@ -86,6 +114,17 @@ def _turns() -> Iterator[str]:
         if text in ("/quit", "/exit"):
             return
         yield text
+
+
+def _legible(text: str, what: str) -> str:
+    """Return a text unless it has bytes that are none in its encoding, which Python keeps as surrogates."""
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise DataError(
+            f"{what} is not in UTF-8: {text!r}",
+            cause="It is of another encoding, such as Latin-1 or UTF-16.",
+            remedy="Convert it first, such as with: iconv -f latin1 -t utf-8",
+        )
+    return text
 
 
 def _answer(conversations: list[Dialogue], text: str) -> None:
@@ -175,13 +214,21 @@ def generate(
         from parablock.evaluation.conversation import answer_prompts, labelled, open_speakers, read_prompts
         from parablock.storage.files import write_atomically
 
-        asked = read_prompts(prompts or [], data or [])
+        given = [_legible(text, f"prompt {number}") for number, text in enumerate(prompts or [], 1)]
+        asked = read_prompts(given, data or [])
+        _legible(system, "--system")
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         answers: dict[str, list[str]] = {}
         for speaker in open_speakers(model_or_run_dir, only=only, tell=progress.stage):
             progress.stage(f"{speaker.label} answers", len(asked))
             answers[speaker.label] = answer_prompts(
-                speaker, asked, system=system, batch_size=batch_size, on_done=progress.done, **settings
+                speaker,
+                asked,
+                system=system,
+                batch_size=batch_size,
+                on_done=progress.done,
+                on_cut=lambda told, label=speaker.label: progress.message(f"note: {label}: {told}"),
+                **settings,
             )
     records = list(labelled(asked, answers))
     lines = [json.dumps(record, ensure_ascii=False) for record in records]

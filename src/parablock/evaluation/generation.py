@@ -133,12 +133,14 @@ def generate_completions(
     seed: int = 0,
     hear: Callable[[str], None] | None = None,
     on_done: Callable[[int], None] = lambda _: None,
+    on_cut: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Answer the prompts of examples, until the turn ends.
 
     The model's own generation settings (sampling, penalties, forced tokens) have no effect. A prompt that is too
-    long for the model's context loses its beginning, so that `max_new_tokens` fit. `batch_size` prompts are
-    answered at once, padded on the left. The answers are without prompts and special tokens.
+    long for the model's context loses its beginning, so that `max_new_tokens` fit; `describe_cut` says so.
+    `batch_size` prompts are answered at once, padded on the left. The answers are without prompts and special
+    tokens.
 
     Args:
         model: The model.
@@ -150,18 +152,15 @@ def generate_completions(
         seed: What is drawn follows from it.
         hear: Gets the text of the only prompt's answer piece by piece, as it comes; None: nobody listens.
         on_done: Called with the number of prompts that are answered.
+        on_cut: Called with what `describe_cut` says of them, if it says something.
 
     Raises:
         DataError: An example has no prompt, or the context has no room for a prompt and an answer.
     """
-    limit = context_length(model)
-    room = None if limit is None else limit - max_new_tokens
-    if room is not None and room < 1:
-        raise DataError(
-            f"An answer of {max_new_tokens} tokens leaves no room for a prompt in a context of {limit} tokens.",
-            remedy="Ask for shorter answers (max_new_tokens).",
-        )
+    room = _room(model, max_new_tokens)
     prompts = [_prompt(example, room) for example in examples]
+    if told := describe_cut(model, examples, max_new_tokens):
+        on_cut(told)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
     with evaluation_mode(model), _settings(model, tokenizer, max_new_tokens, temperature), _drawing(model, seed):
@@ -171,6 +170,32 @@ def generate_completions(
             answers.update(zip(chosen, _generate_batch(model, tokenizer, batch, hear), strict=True))
             on_done(len(answers))
     return [answers[index] for index in range(len(examples))]
+
+
+def describe_cut(model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> str:
+    """Say which prompts lose their beginning, as the context does not hold them and an answer; "" if none does."""
+    room = _room(model, max_new_tokens)
+    long = [example for example in examples if room is not None and len(example.prompt_ids) > room]
+    if not long:
+        return ""
+    who = "the prompt is" if len(examples) == 1 else f"{len(long)} of {len(examples)} prompts are"
+    where = "" if len(examples) == 1 else f"; the first is {long[0].row.place}"
+    return (
+        f"{who} longer than the {room} tokens that a context of {context_length(model)} leaves beside an answer of "
+        f"{max_new_tokens}: the beginning, with a system prompt if there is one, is cut off{where}"
+    )
+
+
+def _room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+    """Return the longest prompt that the context holds beside an answer; None without a limit."""
+    limit = context_length(model)
+    room = None if limit is None else limit - max_new_tokens
+    if room is not None and room < 1:
+        raise DataError(
+            f"An answer of {max_new_tokens} tokens leaves no room for a prompt in a context of {limit} tokens.",
+            remedy="Ask for shorter answers (max_new_tokens).",
+        )
+    return room
 
 
 def _prompt(example: Example, room: int | None) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from parablock.data.prompts import Example, Tokenized, tokenize_rows
 from parablock.data.sources import Row, load_rows
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
-from parablock.evaluation.generation import answers_match, rouge_l, score_answers
+from parablock.evaluation.generation import answers_match, describe_cut, rouge_l, score_answers
 from parablock.evaluation.instructions import IDS_FIELD, score_instructions, with_references
 from parablock.evaluation.scoring import Sample, context_length, evaluate_losses, sample_examples
 from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
@@ -39,6 +40,8 @@ class Score:
         values: The score of each example.
         predictions: What the model said, for each example; empty for a loss.
         followed: Whether each instruction of each example is followed, in the order of its row; of `ifeval` alone.
+        tokenized: The rows as the model has read them, with those that could not be scored.
+        cut: What `describe_cut` says of the prompts.
     """
 
     label: str
@@ -50,6 +53,8 @@ class Score:
     values: tuple[float, ...] = ()
     predictions: tuple[str, ...] = ()
     followed: tuple[tuple[bool, ...], ...] = ()
+    tokenized: Tokenized | None = None
+    cut: str = ""
 
     @property
     def instruction_accuracy(self) -> float | None:
@@ -83,7 +88,8 @@ def score_models(
 ) -> list[Score]:
     """Score a model, or both models of a finished run, on rows.
 
-    Rows of instructions are never cut, whatever the run's `max_length`: nothing of them is learnt.
+    Where a model answers, rows are never cut, whatever the run's `max_length`: nothing of them is learnt. A prompt
+    that the context does not hold loses its beginning, and a score says so.
 
     Args:
         model_or_run_dir: A Hugging Face folder or id, or a run directory.
@@ -118,6 +124,7 @@ def score_models(
     rows = rows[:max_examples]
     if task == INSTRUCTIONS:
         rows = with_references(rows)
+    answers = task == INSTRUCTIONS or task in JUDGES
     models = models_of(model_or_run_dir)
     tokenizer = load_tokenizer(tokenizer_of or models[-1][1])  # whose template the rows of training had
     scores = []
@@ -129,7 +136,7 @@ def score_models(
             rows,
             tokenizer,
             data_format=data_format or (config.data.format if config else "auto"),
-            max_length=_longest(loaded) if config is None or task == INSTRUCTIONS else config.data.max_length,
+            max_length=sys.maxsize if answers else config.data.max_length if config else _longest(loaded),
             completion_only_loss=config.train.completion_only_loss if config else True,
             date=config.data.date if config else None,
         )
@@ -138,10 +145,10 @@ def score_models(
             drawn = sample_examples(tokenized.examples, config.evaluation.max_examples, config.seed)
             tokenized = replace(tokenized, examples=drawn)
         count = None if task == "multiple_choice" else len(tokenized.examples)
-        left_out = f"; {len(tokenized.skipped)} rows are skipped" if tokenized.skipped else ""
-        left_out += f": {tokenized.skipped[0].reason}" if tokenized.skipped else ""
-        stage(f"{label}: {task} of {name_or_path} on {len(tokenized.examples)} examples{left_out}", count)
-        scores.append(_score(label, loaded, tokenized, task, max_new_tokens, on_done))
+        stage(f"{label}: {task} of {name_or_path} on {len(tokenized.examples)} examples", count)
+        cut = describe_cut(loaded.model, tokenized.examples, max_new_tokens) if answers else ""
+        score = _score(label, loaded, tokenized, task, max_new_tokens, on_done)
+        scores.append(replace(score, tokenized=tokenized, cut=cut))
     return scores
 
 

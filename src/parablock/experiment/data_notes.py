@@ -59,11 +59,11 @@ def describe_data(
     ]
 
 
-def describe_skipped(parts: Sequence[Tokenized]) -> list[str]:
+def describe_skipped(parts: Sequence[Tokenized], what: str = "not trained on") -> list[str]:
     """Name the first rows that are left out, each with the reason, and the number of the others."""
     skipped = [entry for part in parts for entry in part.skipped]
     more = [f"… and {len(skipped) - 5} more"] if len(skipped) > 5 else []
-    return [*(f"not trained on: {entry.row.place}: {entry.reason}" for entry in skipped[:5]), *more]
+    return [*(f"{what}: {entry.row.place}: {entry.reason}" for entry in skipped[:5]), *more]
 
 
 def describe_unused(parts: Sequence[Tokenized], field: str | None = None) -> list[str]:

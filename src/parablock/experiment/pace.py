@@ -11,6 +11,9 @@ from parablock.report.units import format_duration
 BURST_S = 0.5
 """Rounds that are told within so many seconds may have been told together."""
 
+SHORT_S = 0.1
+"""A wait below this is not worth a figure, which would be of rounds whose time is made up."""
+
 
 class Pace:
     """The time that the remaining rounds will take, at the mean pace of this session.
@@ -110,7 +113,8 @@ class Pace:
         done = self.rounds_done()
         seconds, within = self._seconds_a_round(done), done - self.committed
         text = f"the end of round {min(self.committed + 1, self.num_rounds)}"
-        return text if seconds is None else f"{text}, about {format_duration(max(0.0, 1 - within) * seconds)}"
+        left_s = 0.0 if seconds is None else max(0.0, 1 - within) * seconds
+        return text if left_s < SHORT_S else f"{text}, about {format_duration(left_s)}"
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from parablock.errors import InputError
 from parablock.storage.run_directory import Row, RunDirectory
@@ -16,6 +17,65 @@ from parablock.trace import Span, read_chrome_trace
 
 REAL = ("remote", "flower")
 """The engines whose links are real."""
+
+
+class _Summary(BaseModel):
+    status: str
+    method: str
+    clock: str
+    delay: Any
+    num_clients: int
+    num_blocks: int
+    num_rounds: int
+    rounds_done: int
+    initial_eval_loss: float
+    final_eval_loss: float | None
+    wall_time_s: float
+    elapsed_s: float
+    sequential_s: float
+    overlap_fraction: float
+    uplink_bytes: int
+    downlink_bytes: int
+    bytes_per_client_round: float
+    peak_memory_bytes: int
+    model_sha256: str | None
+
+
+class _Round(BaseModel):
+    round_index: int
+    block_index: int | None
+    participants: list[int]
+    round_s: float
+    uplink_bytes: int
+    downlink_bytes: int
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    rho: float | None = None
+    delta_norm: float | None = None
+    participant_losses: list[float | None] = []
+
+
+class _Answer(BaseModel):
+    prompt: str
+    reference: str = ""
+    base: str = ""
+    tuned: str = ""
+
+
+class _Manifest(BaseModel):
+    blocks: list[dict[str, Any]] = []
+    clients: list[dict[str, Any]] = []
+    packages: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+
+
+_FORMS = {
+    "summary.json": TypeAdapter(_Summary),
+    "metrics.jsonl": TypeAdapter(list[_Round]),
+    "answers.json": TypeAdapter(list[_Answer]),
+    "manifest.json": TypeAdapter(_Manifest),
+}
+"""What a report needs of each file; others of its fields are not looked at."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +150,16 @@ def _read_run(path: Path, name: str) -> RunRecord:
         config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("config.yaml does not hold sections")
+        lines = directory.metrics.read_text(encoding="utf-8").splitlines()
         return RunRecord(
             name=name,
             path=path,
-            summary=directory.read_summary(),
-            manifest=directory.read_manifest(),
+            summary=_checked("summary.json", directory.read_summary()),
+            manifest=_checked("manifest.json", directory.read_manifest()),
             config=config,
-            rows=tuple(json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()),
+            rows=tuple(_checked("metrics.jsonl", [json.loads(line) for line in lines])),
             spans=tuple(read_chrome_trace(directory.trace)),
-            answers=tuple(directory.read_answers()),
+            answers=tuple(_checked("answers.json", directory.read_answers())),
         )
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise InputError(
@@ -106,6 +167,17 @@ def _read_run(path: Path, name: str) -> RunRecord:
             cause="A file is missing or damaged.",
             remedy="Put the file back; `parablock resume` writes them anew where a checkpoint is left.",
         ) from None
+
+
+def _checked(file: str, content: Any) -> Any:
+    """Return the content of a file of a run, which has what a report needs."""
+    try:
+        _FORMS[file].validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{file}{f', {place}' if place else ''}: {first['msg']}") from None
+    return content
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:

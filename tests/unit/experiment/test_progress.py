@@ -137,6 +137,15 @@ def test_what_a_stop_waits_for_is_the_rest_of_the_round():
     assert progress.awaited() == "the end of round 2, about 30 s"  # a round in 30 s, and none of this one
 
 
+def test_a_stop_that_waits_for_no_time_names_none():
+    clock = SteppedClock()
+    progress = PlainProgress(console=file_console(), now_s=clock)
+    progress.start(48, 1, 0)
+    clock.now = 0.01  # as with a virtual clock
+    progress.round_done(row(0))
+    assert progress.awaited() == "the end of round 2"
+
+
 def test_a_cohort_that_is_a_part_of_the_clients_makes_a_round():
     clock = SteppedClock()
     progress = LiveProgress(console=file_console(force_terminal=True, _environ={}), now_s=clock)
