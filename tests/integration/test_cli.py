@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock import __version__
 from parablock.config.load import known_keys, load_config
+from parablock.errors import ConfigError
 from parablock.experiment.first_config import write_first_config
+from parablock.experiment.inputs import read_inputs
 from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,
@@ -678,6 +680,29 @@ def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path)
     assert written["federation"]["num_clients"] == 3
     assert written["data"]["partition"] == {"scheme": "iid"}
     assert written["data"]["max_length"] == 32  # the rows have 31 tokens and fewer
+
+
+def test_init_quotes_names_that_are_values_of_yaml(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    names = ["no", "0x10", "010", "1e5", "null", "a b", "a, b]", "a\x85b", "-", 'say "a"']
+    for name in names:
+        Path(name).symlink_to(workshop.model)
+        target = tmp_path / f"{names.index(name)}.yaml"
+        write_first_config(name, [str(workshop.client_file(0))], target)
+        assert load_config(target).model.name_or_path == name
+        assert yaml.safe_load(target.read_text())["model"]["name_or_path"] == name
+
+
+def test_init_refuses_more_clients_than_the_rows_are_enough_for(workshop: Workshop, tmp_path: Path):
+    target, file = tmp_path / "one.yaml", str(workshop.client_file(0))  # of eight rows
+    for clients in (5, 10**8):
+        with pytest.raises(ConfigError, match=f"8 rows are too few for {clients} clients.*fewer --clients"):
+            write_first_config(str(workshop.model), [file], target, clients=clients)
+        assert not target.exists()
+    write_first_config(str(workshop.model), [file], target, clients=4)
+    read_inputs(load_config(target))
 
 
 def test_init_takes_the_columns_of_a_table(workshop: Workshop, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
@@ -93,7 +94,7 @@ def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
 def read_tree(path: Path) -> dict[str, Any]:
     """Read a YAML file of sections; raise a ConfigError if that fails."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -113,8 +114,25 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterab
             yield from known_keys(field.annotation, f"{prefix}{name}.")
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML that refuses a repeated key, whose first value would be ignored."""
+def read_yaml(text: str) -> Any:
+    """Read YAML as configurations are read: numbers are decimal, and only true and false are truth values.
+
+    PyYAML reads YAML 1.1, in which `1:30` is 90, `010` is 8, and `no` and `off` are false. Here `1:30`, `0x10` and
+    `no` are text, and `010` is refused. All else is read as PyYAML reads it, so that what it writes comes back.
+
+    Raises:
+        Exception: One of `NOT_YAML`.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with plain numbers, which refuses a repeated key, whose first value would be ignored."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML's classes have it
+        first: [(tag, pattern) for tag, pattern in each if tag.rpartition(":")[2] not in ("bool", "int", "float")]
+        for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -126,6 +144,25 @@ class _OnceLoader(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep=deep)
 
+    def refuse_octal(self, node: yaml.ScalarNode) -> Any:
+        raise yaml.constructor.ConstructorError(
+            problem=f"{node.value} begins with 0, by which some programs read an octal number: write it without "
+            "that 0, or in quotes where it is a name",
+            problem_mark=node.start_mark,
+        )
+
+
+_YAML = "tag:yaml.org,2002:"
+for _tag, _pattern, _first in (
+    (f"{_YAML}bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    (f"{_YAML}int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    (f"{_YAML}float", r"[-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?", "-+0123456789"),
+    (f"{_YAML}float", r"\.[0-9][0-9_]*([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("!octal", r"[-+]?0[0-7_]+", "-+0"),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(f"({_pattern})$"), list(_first))
+_Loader.add_constructor("!octal", _Loader.refuse_octal)
+
 
 def _apply(tree: dict[str, Any], override: str) -> str:
     """Put one override into the tree; return the problem, empty without one."""
@@ -134,7 +171,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     if not equals or not key:
         return f"{override!r} is not key=value, such as train.num_local_steps=4"
     try:
-        value = yaml.load(text, Loader=_OnceLoader)
+        value = read_yaml(text)
     except NOT_YAML as error:
         return f"{key}: {text!r:.200} is not YAML: {_yaml_problem(error)}"
     *sections, name = key.split(".")

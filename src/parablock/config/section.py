@@ -17,9 +17,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_and_no_word(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `true` as a number, where pydantic would read 1, and YAML's `on` and `no` as words."""
+        """Refuse `true` as a number, where pydantic would read 1, and as a word."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"must not be {str(value).lower()}; a word such as on, off, yes, no needs quotes")
+            raise ValueError(f"must not be {str(value).lower()}; as a word it needs quotes")
         return value
 
 

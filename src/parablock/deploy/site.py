@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import NOT_YAML, parse_config, read_tree, validate
+from parablock.config.load import NOT_YAML, parse_config, read_tree, read_yaml, validate
 from parablock.config.section import Section
 from parablock.deploy.policy import Policy
 from parablock.errors import ConfigError
@@ -128,7 +128,7 @@ def configuration_at(site: SiteConfig, shared: str) -> RunConfig:
 def _read_shared(shared: str) -> dict[str, Any]:
     """Read what the server says, in which no file of this site is named."""
     try:
-        tree = yaml.safe_load(shared)
+        tree = read_yaml(shared)
     except NOT_YAML as error:
         raise ConfigError([f"it is not YAML: {' '.join(str(error).split()):.200}"], source=FROM_SERVER) from None
     if not isinstance(tree, dict) or not all(

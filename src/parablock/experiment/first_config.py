@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import parse_config
+from parablock.config.load import parse_config, read_yaml
 from parablock.config.methods import RATES
 from parablock.data.formats import check_rows
 from parablock.data.prompts import tokenize_rows
@@ -121,12 +120,13 @@ def write_first_config(
     check_absent(path, NEW_NAME)
     by_file = len(files) > 1 and clients in (None, len(files))
     count = len(files) if by_file else clients or 2
-    tokenizer, found, lengths, to_learn = load_tokenizer(model), [], list[int](), 0
+    tokenizer, found, lengths, num_rows, to_learn = load_tokenizer(model), [], list[int](), 0, 0
     for file in files:
         rows = load_rows(file, split="train", columns=columns, check=partial(check_rows, data_format="auto"))
         tokenized = tokenize_rows(
             rows, tokenizer, data_format="auto", max_length=sys.maxsize, completion_only_loss=True
         )
+        num_rows += len(rows)
         lengths += [len(example.input_ids) for example in tokenized.examples]
         to_learn += sum(example.num_target_tokens for example in tokenized.examples)
         found.append(f"{file}: {len(rows)} rows, {tokenized.summary()}")
@@ -134,6 +134,12 @@ def write_first_config(
             raise ConfigError(
                 [f"{file} has one row; a client needs one to train on and one to score"], source="init"
             )
+    if not by_file and num_rows < 2 * count:
+        problem = (
+            f"{num_rows} rows are too few for {count} clients, each of which needs one to train on and one to "
+            "score; give fewer --clients, or more rows"
+        )
+        raise ConfigError([problem], source="init")
     outline = outline_model(model, dtype="float32")
     _, layers = find_layers(outline, None)
     found.append(f"{model}: {outline.num_parameters():,} parameters, {len(layers)} layers")
@@ -156,7 +162,7 @@ def write_first_config(
             model=_quoted(model),
             files=f"[{', '.join(map(_quoted, files))}]",
             max_length=max_length,
-            columns=f"\n  columns: {json.dumps(dict(columns), ensure_ascii=False)}" if columns else "",
+            columns=f"\n  columns: {_in_quotes(dict(columns))}" if columns else "",
             length_note=f"tokens; your longest row has {max(lengths):,}"
             + (f", and {cut} of {len(lengths)} rows are cut at the end" if cut else ""),
             scheme="by_file" if by_file else "iid",
@@ -169,7 +175,7 @@ def write_first_config(
             learning_rate=RATES[trains],
             every=rounds // 4,
         )
-        return text, parse_config(yaml.safe_load(text), source=str(path))
+        return text, parse_config(read_yaml(text), source=str(path))
 
     if trains is None:
         trains, why = _suited(outline, configure("adapters")[1], to_learn)
@@ -194,13 +200,17 @@ def _suited(outline: PreTrainedModel, config: RunConfig, to_learn: int) -> tuple
 
 
 def _quoted(name: str) -> str:
-    """Return a name as YAML reads it, quoted where it has to be."""
+    """Return a name as YAML reads it, quoted where it has to be, or where some reader takes it for a value."""
     plain = name.replace("/", "").replace(".", "").replace("-", "").replace("_", "")
-    return (
-        name
-        if plain.isascii() and plain.isalnum() and not plain.isdigit()
-        else json.dumps(name, ensure_ascii=False)
+    is_text = plain.isascii() and plain.isalnum() and not name[0].isdigit() and yaml.safe_load(name) == name
+    return name if is_text else _in_quotes(name)
+
+
+def _in_quotes(value: object) -> str:
+    written: str = yaml.safe_dump(
+        value, default_style='"', default_flow_style=True, allow_unicode=True, width=sys.maxsize
     )
+    return written.strip()
 
 
 def _positions(config: object) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from parablock.config.load import read_yaml
 from parablock.errors import InputError
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
@@ -147,7 +148,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
             remedy=f"Go on with it: parablock resume {path}",
         )
     try:
-        config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+        config = read_yaml(directory.config.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("config.yaml does not hold sections")
         lines = directory.metrics.read_text(encoding="utf-8").splitlines()

@@ -163,6 +163,49 @@ def test_a_set_that_cannot_be_is_an_error_that_names_it(override: str, said: str
 
 
 @pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("8", 8),
+        ("+8", 8),
+        ("1_000", 1000),
+        ("010", None),
+        ("0x10", None),
+        ("0b11", None),
+        ("1:30", None),
+        ("yes", None),
+    ],
+)
+def test_a_number_is_decimal_or_refused_with_its_value(written: str, value: int | None, tmp_path: Path):
+    path = write(tmp_path / "run.yaml", f"{MINIMAL}federation:\n  num_rounds: {written}\n")
+    for file, overrides in (
+        (path, []),
+        (write(tmp_path / "a.yaml", MINIMAL), [f"federation.num_rounds={written}"]),
+    ):
+        if value is not None:
+            assert load_config(file, overrides).federation.num_rounds == value
+            continue
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, overrides)
+        assert written in str(caught.value)
+        assert "num_rounds" in str(caught.value) or "line 4, column 15" in str(caught.value)
+
+
+def test_what_is_no_decimal_number_and_not_true_or_false_is_text(tmp_path: Path):
+    names = ["no", "on", "0x10", "1:30", "08", "1e5", "null and void"]
+    path = write(tmp_path / "run.yaml", f"model: {{name_or_path: no}}\ndata: {{train: [{', '.join(names)}]}}\n")
+    config = load_config(path)
+    assert (config.model.name_or_path, list(config.data.train)) == ("no", names)
+    again = write(tmp_path / "again.yaml", config.to_yaml())
+    assert load_config(again) == config
+    assert yaml.safe_load(again.read_text())["data"]["train"] == names  # another program reads the same
+    rates = {"1e-4": 1e-4, "1.5e-4": 1.5e-4, "1.0e-05": 1e-5, ".5": 0.5}
+    for text, rate in rates.items():
+        assert load_config(path, [f"train.learning_rate={text}"]).train.learning_rate == rate
+    assert not load_config(path, ["train.completion_only_loss=no"]).train.completion_only_loss
+    assert load_config(path, ["engine.num_threads=~"]).engine.num_threads is None
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("model: [", "is not YAML"),
