@@ -149,11 +149,17 @@ def test_a_record_of_updates_or_means_is_one_too_and_what_was_asked_for_is_given
 
 
 def test_a_site_that_says_what_is_lost_goes_on_until_it_loses_more(tmp_path: Path, door: Door):
-    for lost, refused in (({"run": 3}, False), ({"run": 2}, True), ({"other": 9}, True)):
+    for lost, refused in (({"run": 2}, True), ({"other": 9}, True), ({"run": 3}, False), ({}, False)):
         error, _ = door.take_part(site(tmp_path, lost_ledgers=lost), shared(), "ab", releases=SUMS)
         assert isinstance(error, LedgerError if refused else DataError), lost
     said = [entry for entry in verify(tmp_path / "state" / "audit.jsonl").entries if entry.kind == "lost"]
-    assert [entry.facts for entry in said] == [{"run": "run", "through": 3}], "what is stated stands in its log"
+    assert [(entry.facts["run"], entry.facts["through"]) for entry in said] == [("run", 3)], (
+        "it stands in its log, once"
+    )
+    log = AuditLog(tmp_path / "state" / "audit.jsonl")
+    ledger, other = (ReleaseLedger(log, run) for run in ("run", "other"))
+    assert [ledger.may_release(t, "anew") for t in (3, 4)] == [False, True], "also when the line has been taken out"
+    assert other.may_release(3, "anew")
     for wrong in ({"run": -1}, {"run": "all"}, ["run"]):
         with pytest.raises(ConfigError, match="lost_ledgers"):
             site(tmp_path, lost_ledgers=wrong)
@@ -184,6 +190,20 @@ def test_rounds_that_are_lost_count_for_the_sites_own_epsilon(tmp_path: Path):
         for t in range(6, 10):
             guard.begin_round(t, 0, 8, 100)
 
+    def check_next(bound: float, *, is_recorded: bool) -> None:
+        """Ten rounds of a run, of which all are lost, and a run of ten rounds after it."""
+        log = AuditLog(tmp_path / f"{bound}-{is_recorded}.jsonl")
+        policy = Policy.model_validate({**OPEN_POLICY, "max_epsilon": bound})
+        guard = SitePolicy(policy, log, "lost", config, lost_through=10**18)
+        for _ in range(2 * is_recorded):
+            guard.record_lost()
+        SitePolicy(policy, log, "next", config).check_run("ab")
+
+    twenty = epsilon_of(Counter({4.0: 20}), 1e-5)
+    check_next(1.001 * twenty, is_recorded=True)
+    check_next(0.999 * twenty, is_recorded=False)  # the hole that was
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        check_next(0.999 * twenty, is_recorded=True)
     check(1.001 * ten, 5, 0)
     check(1.001 * ten, 10**18, 0)  # whatever a server says, a run has no more rounds than it has
     check(1.001 * fourteen, 5, 4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from parablock.errors import ConfigError, LedgerError, PolicyError, TrainingErro
 from parablock.experiment.protections import counted_noise
 from parablock.privacy.protection import effective_multiplier
 from parablock.storage.audit_log import AuditEntry, AuditLog
-from parablock.storage.release_ledger import RELEASE, ReleaseLedger
+from parablock.storage.release_ledger import LOST, RELEASE, ReleaseLedger
 from parablock.training.trainer import Trained, Trainer
 
 LOGGER = logging.getLogger("parablock")
@@ -45,8 +46,17 @@ class SitePolicy:
         # what a site counts on alone hides its update as local noise does
         is_alone = config.privacy.mode == "local" or policy.noise == "own"
         self._multiplier = effective_multiplier(noise, is_local=is_alone)
-        lost = range(min(lost_through + 1, config.federation.num_rounds))
-        self._rounds = {**{(run, t): self._multiplier for t in lost}, **_rounds_of(log.entries())}
+        lost = min(lost_through, config.federation.num_rounds - 1)  # a run has no more rounds than it has
+        self._lost = {"run": run, "through": lost, "noise_multiplier": self._multiplier}
+        self._entries = log.entries()
+        self._rounds = {**_lost_rounds(self._lost), **_rounds_of(self._entries)}
+
+    def record_lost(self) -> None:
+        """Record what a lost log may have held, unless it stands there: it counts for every run from now on."""
+        if self._lost["through"] >= 0 and all(
+            entry.facts != self._lost for entry in self._entries if entry.kind == LOST
+        ):
+            self._log.append(LOST, **self._lost)
 
     def check_run(self, base_sha256: str) -> None:
         """Check what the run asks for; `base_sha256` is the base model that the server names.
@@ -140,10 +150,11 @@ def check_ledger(releases: ReleaseLedger, opening: Opening) -> None:
         f"the ledger of this site ends with {f'round {own}' if own >= 0 else 'nothing'} in run {opening.run}, "
         f"and the server has its update of round {opening.released}",
         cause="The state_dir was lost, or put back from an older copy. What the site would send of these rounds "
-        "would be other updates, under other noise, which no ε counts.",
-        remedy=f"Put back the newest state_dir. If it is lost for good, write `lost_ledgers: {lost}` into the "
-        "site's file: it then takes part in later rounds alone, and all up to that one count as released. Lower "
-        "`policy.max_epsilon` by what the site has spent in other runs.",
+        "would be other updates, under other noise, which no ε counts. If it was not lost, the server is wrong.",
+        remedy="Put back the newest state_dir; if nothing was lost, ask the server's operator, and write nothing. "
+        f"If it is lost for good, write `lost_ledgers: {lost}` into the site's file: it then takes part in later "
+        "rounds alone, and all up to that one count as released, for good. Lower `policy.max_epsilon` by what the "
+        "site has spent in other runs.",
     )
 
 
@@ -190,8 +201,15 @@ def epsilon_of(releases: Counter[float], delta: float) -> float:
     return composed_epsilon(releases, delta)
 
 
+def _lost_rounds(facts: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    return {(facts["run"], t): facts["noise_multiplier"] for t in range(facts["through"] + 1)}
+
+
 def _rounds_of(entries: Sequence[AuditEntry]) -> dict[tuple[str, int], float]:
-    """Return the rounds that a log remembers: (run, round) → effective noise multiplier, the least of them."""
+    """Return the rounds that a log remembers: (run, round) → effective noise multiplier, the least of them.
+
+    A round that is lost has that of its run, where the log has no line of its own.
+    """
     rounds: dict[tuple[str, int], float] = {}
     for entry in entries:
         if entry.kind == ROUND:
@@ -200,4 +218,7 @@ def _rounds_of(entries: Sequence[AuditEntry]) -> dict[tuple[str, int], float]:
                 entry.facts["noise_multiplier"],
             )
             rounds[place] = min(float(multiplier), rounds.get(place, float(multiplier)))
+    for entry in entries:
+        if entry.kind == LOST:
+            rounds = _lost_rounds(entry.facts) | rounds
     return rounds

@@ -43,9 +43,8 @@ def train(
     lost_through = site.lost_ledgers.get(opening.run, -1)
     releases = releases_of(config, log, opening.run, lost_through=lost_through)
     check_ledger(releases, opening)  # before a row is read, as the policy
-    if lost_through >= 0:
-        log.append("lost", run=opening.run, through=lost_through)
     guard = SitePolicy(site.policy, log, opening.run, config, lost_through=lost_through)
+    guard.record_lost()
     guard.check_run(opening.base_sha256)
     with trace.clock.working():
         job = read_inputs(
@@ -61,7 +60,7 @@ def train(
     guard.check_rows(len(job.train[site.client_id]))
     model = make_method_model(job, (site.client_id,))
     (trainer,) = model.trainers
-    store = SiteStore(site.state_dir / opening.run)
+    store = SiteStore(site.state_dir / "runs" / opening.run)  # whatever a server calls its run
     store.free_finished()
     secret = _noise_key(store.folder) if adds_noise(config) else None
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))

@@ -4,6 +4,7 @@
 |---|---|---|
 | release | a client | the hash of its update of a round |
 | reveal | a client | the set of clients for whose masked sum of a round it gives shares |
+| lost | a client | the last round of which it may have released something that its ledger has lost |
 | set | the server | the same set, before it asks for shares |
 | asked | the server | the clients whose noisy updates of a round may come |
 | account | the server | the clients of an update or a noisy mean that it has got or gives away, and its hash |
@@ -23,7 +24,7 @@ from parablock.errors import CheckpointError
 from parablock.storage.audit_log import START, AuditLog
 from parablock.wire.quantize import Vector
 
-RELEASE, REVEAL, SET, ASKED, ACCOUNT = "release", "reveal", "set", "asked", "account"
+RELEASE, REVEAL, LOST, SET, ASKED, ACCOUNT = "release", "reveal", "lost", "set", "asked", "account"
 
 
 class ReleaseLedger:
@@ -35,7 +36,7 @@ class ReleaseLedger:
         is_strict: Whether a round has one update only; where updates are neither noisy nor masked, a server that
             goes back to a checkpoint may get another one.
         lost_through: The last round of which a lost ledger may have held something: of that round and those before,
-            a client releases nothing that is not on record; −1: none was lost.
+            a client releases nothing that is not on record; −1: none was lost. What the log says counts too.
 
     Raises:
         StorageError: The log has been damaged.
@@ -49,6 +50,8 @@ class ReleaseLedger:
         self._of: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
         for entry in log.entries() if log else ():
             facts = dict(entry.facts)
+            if entry.kind == LOST and facts["run"] == run:
+                self.lost_through = max(self.lost_through, facts["through"])
             if facts.pop("run", "") == run and isinstance(t := facts.pop("round", None), int):
                 self._of[entry.kind, t].append(facts)
         self._before = {t: [i for facts in asked for i in facts["clients"]] for t, asked in self._asked()}

@@ -182,6 +182,26 @@ def test_a_site_whose_certificate_ends_waits_and_goes_on_with_the_renewed_one(
     listener.close()
 
 
+def test_whatever_ends_the_connection_reaches_who_waits_for_a_message(keys: Path):
+    def without_memory(_: bytes) -> bytes:
+        raise MemoryError("too large")
+
+    listener = listen("127.0.0.1:0", keys / "server", 1, print)
+    transport = RemoteTransport(Opening("run", "s", "", ""), 1, 64, 1 << 20, Trace(RealClock()))
+    listener.open(transport)
+    site = site_of(listener.port, keys, print)
+    opening = site.ask().opening
+    assert opening is not None
+    trace = Trace(RealClock())
+    with closing(SiteChannel(site, opening, "incarnation", trace, lease_s=60.0, decode=without_memory)) as channel:
+        channel.open()
+        transport.send(0, Parcel(b"a message", 0))
+        with pytest.raises(MemoryError, match="too large"):
+            channel.receive()
+        transport.leave()
+    listener.close()
+
+
 def test_what_keeps_a_site_from_its_server_is_told_in_words(keys: Path, tmp_path: Path):
     make_all(tmp_path / "others", 1, ["127.0.0.1"])
     ours, theirs = load_credentials(keys / "site-0"), load_credentials(tmp_path / "others" / "site-0")

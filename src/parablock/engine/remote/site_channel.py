@@ -200,7 +200,7 @@ class SiteChannel:
         self.stream = NumberedStream(self._server_s, psutil.virtual_memory().total)
         self._interceptor: Interceptor | None = None
         self._intercepting = Lock()
-        self._ended: Exception | None = None
+        self._ended: BaseException | None = None
         self._failed: BaseException | None = None
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._heard_s = trace.clock.now()
@@ -217,7 +217,7 @@ class SiteChannel:
         self._thread = start_thread(self._clock, self._keep_connected, "connection")
         while (item := self._attached.get_until(self._clock.now() + 1.0)) is None:
             pass
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         self._worker = start_thread(self._clock, self._do_work, "outgoing")
         return bool(item)
@@ -334,7 +334,7 @@ class SiteChannel:
                     self._carry(welcome, numbers, call)
             except ConnectionError as problem:
                 self._caller.say(f"the connection is down, and is made again: {problem}")
-            except (ParaBlockError, SessionOver, EOFError) as error:
+            except BaseException as error:  # whatever it is, the compute thread has to hear of it
                 ended = SessionOver() if isinstance(error, EOFError) else error
                 self._ended = ended
                 (self._attached if is_first else self._inbox).put(ended)
