@@ -47,7 +47,7 @@ class SitePolicy:
         is_alone = config.privacy.mode == "local" or policy.noise == "own"
         self._multiplier = effective_multiplier(noise, is_local=is_alone)
         lost = min(lost_through, config.federation.num_rounds - 1)  # a run has no more rounds than it has
-        self._lost = {"run": run, "through": lost, "noise_multiplier": self._multiplier}
+        self._lost: dict[str, Any] = {"run": run, "through": lost, "noise_multiplier": self._multiplier}
         self._entries = log.entries()
         self._rounds = {**_lost_rounds(self._lost), **_rounds_of(self._entries)}
 

@@ -133,7 +133,7 @@ def _copy_model(model: Path, folder: Path) -> None:
 
 def _rank_of(base: PreTrainedModel, asked: int | None, own: int) -> int:
     """Return the rank of an adapter: the one that is asked for, or the run's own as far as matrices have one."""
-    most = max(min(module.weight.shape) for module in _matrices_of(base).values())
+    most = max(min(module.get_parameter("weight").shape) for module in _matrices_of(base).values())
     if asked is not None and asked > most:
         raise ModelError(
             f"an adapter of rank {asked} is asked for, and no matrix of the model has a rank above {most}",

@@ -70,7 +70,7 @@ class _Manifest(BaseModel):
     machine: dict[str, Any] = {}
 
 
-_FORMS = {
+_FORMS: dict[str, TypeAdapter[Any]] = {
     "summary.json": TypeAdapter(_Summary),
     "metrics.jsonl": TypeAdapter(list[_Round]),
     "answers.json": TypeAdapter(list[_Answer]),
