@@ -155,14 +155,14 @@ def compare_methods(
         scored = {"initial_scores": base, "final_scores": asked([str(model) for model in models])}
         summaries.append({"name": planned.name, **summary, **scored, "predicted_memory_bytes": num_bytes})
     write_atomically(output_dir / "compare.json", json.dumps(summaries, indent=2) + "\n")
-    write_atomically(output_dir / "compare.md", comparison_table(summaries) + "\n")
+    write_atomically(output_dir / "compare.md", to_markdown(comparison_table(summaries)) + "\n")
     write_atomically(output_dir / "compare.svg", curves_svg(read_runs([entry.path for entry in directories])))
     write_report([output_dir])
     return summaries
 
 
-def comparison_table(summaries: Sequence[Summary]) -> str:
-    """Write the comparison as a Markdown table; the base model's scores come first.
+def comparison_table(summaries: Sequence[Summary]) -> Table:
+    """Make the table of a comparison; the base model's scores come first.
 
     Where there are several seeds, the means and standard deviations of each method come last.
     """
@@ -176,8 +176,8 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
         for summary in summaries:
             groups.setdefault(summary["name"].rpartition("-seed")[0], []).append(summary)
         rows += [_results(f"{name}, {len(group)} seeds", group, tasks) for name, group in groups.items()]
-    spent = ("seconds", "one after the other", "hidden", "MB up", "MB down", "MB of memory, predicted")
-    return to_markdown(Table(("run", "final eval loss", *tasks, *spent), tuple(rows)))
+    spent = ("time, s", "sequential, s", "hidden", "MB up", "MB down", "MB of memory, predicted")
+    return Table(("run", "final eval loss", *tasks, *spent), tuple(rows))
 
 
 def _results(label: str, group: Sequence[Summary], tasks: Sequence[str]) -> tuple[str, ...]:

@@ -741,6 +741,9 @@ def test_a_run_leaves_the_answers_of_both_models(workshop: Workshop, tmp_path: P
     again = [json.loads(line) for line in done(*arguments).stdout.splitlines()]
     for record, generated in zip(records, again, strict=True):
         assert (record["base"], record["tuned"]) == (generated["base"], generated["tuned"])
+        assert (
+            record.get("base_cut_at") in (None, 48) and "base_cut_at" in records[0]
+        )  # the base model knows no end
     assert workshop.run(tmp_path / "none", "evaluation.num_answers=0").code == 0
     assert not (tmp_path / "none" / "answers.json").exists()
     assert sha(tmp_path / "none") == sha(done_again(workshop, tmp_path / "with", "evaluation.num_answers=2"))

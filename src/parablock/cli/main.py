@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich import box
 from rich.text import Text
 
 from parablock import __version__
@@ -196,11 +195,8 @@ def blocks(
 
         progress.stage(f"reading the configuration of {model}", is_brief=True)
         outline = outline_model(model, dtype="float32")
-    table = table_of("block", "layers", "parameters", *FORMATS)
+    table = table_of("block", "layers", "parameters", *FORMATS, num_words=2, narrow=True)
     table.caption = "the last columns: bytes of an update, by wire.format"
-    table.box, table.padding = box.SIMPLE, (0, 0, 0, 1)  # 80 columns hold it
-    for column in table.columns[2:]:
-        column.justify = "right"
     partition = partition_blocks(
         outline,
         layers_per_block=layers_per_block,
@@ -318,7 +314,11 @@ def compare(
 
         runs = plan_comparison(settings, methods.split(","), seeds, particular or [], delays)
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
-    console.print(comparison_table(summaries), markup=False, highlight=False, soft_wrap=True)
+    compared = comparison_table(summaries)
+    table = table_of(*compared.header, narrow=True)
+    for row in compared.rows:
+        table.add_row(*row)
+    console.print(table)
     console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
 
 

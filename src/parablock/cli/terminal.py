@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from rich import box
 from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say
@@ -138,11 +139,16 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def table_of(*headings: str) -> Table:
-    """Make a table that wraps long numbers and paths, instead of cutting them."""
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+def table_of(*headings: str, num_words: int = 1, narrow: bool = False) -> Table:
+    """Make a table that wraps long numbers and paths, instead of cutting them.
+
+    A `narrow` one has many columns of figures behind the first `num_words`, and fits into 80 columns.
+    """
+    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1)) if narrow else Table()
+    for n, heading in enumerate(headings):
+        justify: Literal["left", "right"] = "right" if narrow and n >= num_words else "left"
+        widest = max((len(word) for word in heading.split()), default=0)  # no heading is broken in a word
+        table.add_column(heading, overflow="fold", justify=justify, min_width=widest)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from parablock.evaluation.scoring import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 48
-"""Longest answer, in tokens."""
+SHORTEST_LIMIT, LONGEST_LIMIT = 48, 192
+"""The tokens of an answer are limited to a quarter more than the longest reference has, within these bounds."""
 
 MAX_OPENING = 32
 """Most tokens of a plain text that a model is to go on with."""
@@ -35,13 +35,26 @@ def choose_prompts(examples: Sequence[Example], count: int) -> tuple[Example, ..
     return tuple(chosen.values())
 
 
-def answer_examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> list[str]:
-    """Answer prompts by greedy search, in `MAX_NEW_TOKENS` tokens, or half of the context of a small model."""
+def most_tokens(model: PreTrainedModel, examples: Sequence[Example]) -> int:
+    """Return the most tokens of an answer: as the references need, or half of the context of a small model."""
+    wanted = max((example.num_target_tokens * 5 // 4 for example in examples), default=0)
+    length = min(LONGEST_LIMIT, max(SHORTEST_LIMIT, wanted))
     limit = context_length(model)
-    length = MAX_NEW_TOKENS if limit is None else max(1, min(MAX_NEW_TOKENS, limit // 2))
-    return generate_completions(model, tokenizer, examples, max_new_tokens=length)
+    return length if limit is None else max(1, min(length, limit // 2))
+
+
+def answer_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    on_token: Callable[[int], None] | None = None,
+) -> list[tuple[str, int | None]]:
+    """Answer prompts by greedy search; return each answer, and the tokens at which it was cut, if it was."""
+    length, cut = most_tokens(model, examples), set[int]()
+    answers = generate_completions(
+        model, tokenizer, examples, max_new_tokens=length, on_token=on_token, on_endless=cut.add
+    )
+    return [(answer, length if n in cut else None) for n, answer in enumerate(answers)]
 
 
 def describe_prompts(

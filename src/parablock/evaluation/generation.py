@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import cache
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,6 +135,8 @@ def generate_completions(
     hear: Callable[[str], None] | None = None,
     on_done: Callable[[int], None] = lambda _: None,
     on_cut: Callable[[str], None] = lambda _: None,
+    on_token: Callable[[int], None] | None = None,
+    on_endless: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Answer the prompts of examples, until the turn ends.
 
@@ -153,6 +156,8 @@ def generate_completions(
         hear: Gets the text of the only prompt's answer piece by piece, as it comes; None: nobody listens.
         on_done: Called with the number of prompts that are answered.
         on_cut: Called with what `describe_cut` says of them, if it says something.
+        on_token: Called with the number of tokens that the answers of a batch have so far.
+        on_endless: Called with the place of each answer that has no end: it was cut at `max_new_tokens`.
 
     Raises:
         DataError: An example has no prompt, or the context has no room for a prompt and an answer.
@@ -167,7 +172,10 @@ def generate_completions(
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             batch = [prompts[index] for index in chosen]
-            answers.update(zip(chosen, _generate_batch(model, tokenizer, batch, hear), strict=True))
+            texts, cut = _generate_batch(model, tokenizer, batch, hear, on_token)
+            answers.update(zip(chosen, texts, strict=True))
+            for index in compress(chosen, cut):
+                on_endless(index)
             on_done(len(answers))
     return [answers[index] for index in range(len(examples))]
 
@@ -212,8 +220,19 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[int, ...]],
     hear: Callable[[str], None] | None,
-) -> list[str]:
-    from transformers import TextStreamer  # slow to import
+    on_token: Callable[[int], None] | None,
+) -> tuple[list[str], list[bool]]:
+    """Return the answers of a batch, and which of them have no end."""
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer  # slow to import
+
+    class Teller(StoppingCriteria):  # type: ignore[misc]
+        """Tells of each token, and stops nothing."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+            del scores
+            if on_token is not None:
+                on_token(input_ids.shape[1] - longest)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     longest = max(map(len, prompts))
     pad = (tokenizer.pad_token_id,)
@@ -227,9 +246,11 @@ def _generate_batch(
         input_ids=torch.tensor(input_ids, device=model.device),
         attention_mask=torch.tensor(attention_mask, device=model.device),
         streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([Teller()]),
     )
     answers: list[str] = tokenizer.batch_decode(output_ids[:, longest:], skip_special_tokens=True)
-    return answers
+    stops = set(find_stop_token_ids(tokenizer))
+    return answers, [stops.isdisjoint(said) for said in output_ids[:, longest:].tolist()]
 
 
 @contextmanager

@@ -44,11 +44,14 @@ def foresee(inputs: RunInputs, scoring_s: float) -> str:
         sending_s = _exchange_s(inputs)
         round_s = max(computing_s, sending_s) if config.federation.delay else computing_s + sending_s
     every = config.evaluation.every_rounds
-    scorings = num_rounds // every if every else 1
+    scorings = -(-num_rounds // (every or num_rounds))  # the last round is scored in any case
     total_s = num_rounds * round_s + scorings * scoring_s
+    rounds = (
+        f"{num_rounds} rounds with {scorings} scorings" if scorings > 1 else f"{num_rounds} rounds with a scoring"
+    )
     return (
-        f"a round takes at least {format_duration(round_s)} here, {num_rounds} rounds at least "
-        f"{format_duration(total_s)} (by the speed of scoring, which training seldom reaches)"
+        f"a round takes about {format_duration(round_s)} here, and {rounds} of {format_duration(scoring_s)} about "
+        f"{format_duration(total_s)} (by the speed of scoring the base model)"
     )
 
 

@@ -159,7 +159,7 @@ class _Run:
         if state is None and (outlook := foresee(self.inputs, time.perf_counter() - before)):
             progress.message(outlook)
         if state is None and config.evaluation.num_answers:
-            progress.stage("the base model answers test prompts", is_brief=True)
+            progress.stage("the base model answers test prompts, tokens", model.most_answer_tokens(), is_brief=True)
             directory.write_answers("base", model.answer())
         cohort = cohort_size(config.federation.model_dump())
         progress.start(
@@ -211,7 +211,8 @@ class _Run:
         self.progress.stage("", scores=True)
         recorder.record_last(result.last_traffic, eval_loss)
         if self.inputs.config.evaluation.num_answers:
-            self.progress.stage("the tuned model answers test prompts", is_brief=True)
+            text = "the tuned model answers test prompts, tokens"
+            self.progress.stage(text, model.most_answer_tokens(), is_brief=True)
             self.directory.write_answers("tuned", model.answer())
         self.progress.stage("writing the tuned model", is_brief=True)
         return recorder.write_summary(

@@ -18,7 +18,7 @@ from parablock.algorithm.aggregate import Kinds
 from parablock.config.keys import RunConfig
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.engine.update_form import UpdateForm
-from parablock.evaluation.answers import answer_examples, choose_prompts, describe_prompts
+from parablock.evaluation.answers import answer_examples, choose_prompts, describe_prompts, most_tokens
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.model.adapters import merge_adapters
 from parablock.model.blocks import Block
@@ -34,7 +34,7 @@ class Watch:
 
     Attributes:
         on_step: See `OnStep`.
-        on_scored: (number of test examples that are scored).
+        on_scored: (number of test examples that are scored, or of tokens that answers have).
     """
 
     on_step: OnStep = lambda *_: None
@@ -127,19 +127,28 @@ class MethodModel:
         merge_adapters(self._replica.model)
         return self._loss()
 
+    def most_answer_tokens(self) -> int:
+        """Return the most tokens that an answer may have."""
+        return most_tokens(self._replica.model, self._prompts())
+
     def answer(self) -> list[dict[str, Any]]:
         """Answer a few test prompts with the model that was scored last.
 
         Returns:
-            For each prompt: prompt, reference, answer.
+            For each prompt: prompt, reference, answer, and cut_at, where it was cut (tokens); None if it ended.
         """
-        tokenizer = self._inputs.loaded.tokenizer
-        examples = choose_prompts(self._inputs.test, self._config.evaluation.num_answers)
+        tokenizer, examples = self._inputs.loaded.tokenizer, self._prompts()
         if not examples:
             return []
-        answers = answer_examples(self._replica.model, tokenizer, examples)
+        answers = answer_examples(self._replica.model, tokenizer, examples, self._watch.on_scored)
         described = describe_prompts(examples, tokenizer, self._config.data.format)
-        return [{**facts, "answer": answer} for facts, answer in zip(described, answers, strict=True)]
+        return [
+            {**facts, "answer": answer, "cut_at": cut_at}
+            for facts, (answer, cut_at) in zip(described, answers, strict=True)
+        ]
+
+    def _prompts(self) -> tuple[Example, ...]:
+        return choose_prompts(self._inputs.test, self._config.evaluation.num_answers)
 
     def export(self, directory: Path) -> str:
         """Write the final model, and return its `model_sha256`."""

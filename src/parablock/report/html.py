@@ -22,7 +22,7 @@ from parablock.printable import as_html
 from parablock.report import tables
 from parablock.report.figures import Figure, blocks_figure, client_losses_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
-from parablock.report.reading import RunRecord
+from parablock.report.reading import RunRecord, answer_of
 from parablock.report.tables import Table
 
 MOST_CHARACTERS = 600
@@ -115,7 +115,7 @@ def _answers(run: RunRecord) -> list[str]:
     cards = "".join(
         f"<article><h3>{_clipped(record['prompt'])}</h3><dl>"
         + "".join(
-            f'<div class="{label}"><dt>{title}</dt><dd>{_clipped(record[label])}</dd></div>'
+            f'<div class="{label}"><dt>{title}</dt><dd>{_clipped(answer_of(record, label))}</dd></div>'
             for label, title in (("base", "base model"), ("tuned", "tuned model"), ("reference", "reference"))
             if label in record
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class RunRecord:
         config: `config.yaml` as plain values.
         rows: `metrics.jsonl`, one row for each committed round.
         spans: `trace.json`, without waiting.
-        answers: `answers.json`: prompt, reference, and the answers `base` and `tuned`.
+        answers: `answers.json`: prompt, reference, the answers `base` and `tuned`, and where each was cut.
     """
 
     name: str
@@ -101,7 +101,7 @@ class RunRecord:
     config: dict[str, Any]
     rows: tuple[Row, ...]
     spans: tuple[Span, ...]
-    answers: tuple[dict[str, str], ...] = ()
+    answers: tuple[dict[str, Any], ...] = ()
 
     @property
     def has_link(self) -> bool:
@@ -122,6 +122,12 @@ def read_runs(paths: Sequence[Path]) -> tuple[RunRecord, ...]:
     """
     names = _distinct_names([path.resolve() for path in paths])
     return tuple(_read_run(path, name) for path, name in zip(paths, names, strict=True))
+
+
+def answer_of(record: Mapping[str, Any], label: str) -> str:
+    """Return a text of a record of `answers.json`; of an answer that was cut it says so."""
+    cut_at = record.get(f"{label}_cut_at")
+    return f"{record[label].rstrip()} … (cut at {cut_at} tokens)" if cut_at else str(record[label])
 
 
 def is_run(path: Path) -> bool:

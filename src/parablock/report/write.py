@@ -10,7 +10,7 @@ from parablock.errors import InputError
 from parablock.printable import as_markdown
 from parablock.report import tables
 from parablock.report.html import render_html
-from parablock.report.reading import RunRecord, has_ended, is_run, read_runs
+from parablock.report.reading import RunRecord, answer_of, has_ended, is_run, read_runs
 from parablock.report.tables import Table
 from parablock.storage.files import write_atomically
 
@@ -62,7 +62,11 @@ def _compared(folder: Path) -> list[str]:
 def _answers(run: RunRecord) -> list[str]:
     labels = {"prompt": "prompt", "base": "base model", "tuned": "tuned model", "reference": "reference"}
     parts = [
-        "\n".join(f"- {title}: {as_markdown(record[label])}" for label, title in labels.items() if label in record)
+        "\n".join(
+            f"- {title}: {as_markdown(answer_of(record, label))}"
+            for label, title in labels.items()
+            if label in record
+        )
         for record in run.answers
     ]
     return ["## What it says", *parts] if parts else []

@@ -171,13 +171,14 @@ class RunDirectory:
         records = self.read_answers() or [dict.fromkeys(("prompt", "reference"), "") for _ in answers]
         for record, given in zip(records, answers, strict=False):
             record |= {"prompt": given["prompt"], "reference": given["reference"], label: given["answer"]}
+            record |= {f"{label}_cut_at": given["cut_at"]} if given["cut_at"] else {}
         if records:
             write_atomically(self.answers, json.dumps(records, indent=2, ensure_ascii=False) + "\n")
 
-    def read_answers(self) -> list[dict[str, str]]:
+    def read_answers(self) -> list[dict[str, Any]]:
         """Read `answers.json`; empty if there is none, as of an earlier release."""
         try:
-            content: list[dict[str, str]] = json.loads(self.answers.read_text(encoding="utf-8"))
+            content: list[dict[str, Any]] = json.loads(self.answers.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         return content

@@ -89,7 +89,13 @@ def test_padding_on_the_left_does_not_move_learned_positions(family, tiny_tokeni
 def test_an_answer_ends_with_the_turn_and_shows_no_special_token(taught_model, tiny_tokenizer, examples):
     answers = generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=64)
     assert answers == ANSWERS[:4]
-    cut = generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=2)
+    where, told = list[int](), list[int]()
+    tell = {"on_endless": where.append, "on_token": told.append}
+    cut = generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=2, **tell)
+    assert (sorted(where), told) == ([0, 1, 2, 3], [1, 2])
+    where.clear()
+    assert generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=64, **tell) == answers
+    assert where == []
     assert all(short != whole and whole.startswith(short) for short, whole in zip(cut, answers, strict=True))
 
 

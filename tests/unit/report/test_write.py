@@ -101,6 +101,14 @@ def test_no_text_of_others_is_markup_or_acts_in_a_report(tmp_path: Path):
     assert "- tuned model: a # b" in tables.splitlines()
 
 
+def test_an_answer_that_was_cut_says_so_in_the_report(tmp_path: Path):
+    run, record = make_run(tmp_path / "run"), {"prompt": "a", "reference": "b", "base": "It is", "tuned": "It is"}
+    (run / "answers.json").write_text(json.dumps([{**record, "base_cut_at": 48}]))
+    page = write_report([run])
+    for text in (page.read_text(), page.with_suffix(".md").read_text()):
+        assert text.count("It is … (cut at 48 tokens)") == 1 and text.count("It is") == 2
+
+
 def test_the_page_allows_its_own_scripts_and_nothing_else(tmp_path: Path):
     page = write_report([make_run(tmp_path / "run")]).read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
