@@ -26,7 +26,7 @@ def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, t
         *("compare", str(workshop.config), "--output-dir", str(directory)),
         *("--methods", "parablock,fl_bcd,fedavg", "--seeds", "0,1"),
     ).stdout.partition("run ")[2]
-    assert "sequential" in shown and "|" not in shown
+    assert "hidden" in shown and "│" not in shown and "|" not in shown
     assert max(map(len, shown.splitlines()[:-1])) <= 80  # but for the line of paths
     summaries = json.loads((directory / "compare.json").read_text())
     assert [summary["name"] for summary in summaries] == [

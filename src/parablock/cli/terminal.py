@@ -144,11 +144,10 @@ def table_of(*headings: str, num_words: int = 1, narrow: bool = False) -> Table:
 
     A `narrow` one has many columns of figures behind the first `num_words`, and fits into 80 columns.
     """
-    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1)) if narrow else Table()
+    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), show_edge=False) if narrow else Table()
     for n, heading in enumerate(headings):
         justify: Literal["left", "right"] = "right" if narrow and n >= num_words else "left"
-        widest = max((len(word) for word in heading.split()), default=0)  # no heading is broken in a word
-        table.add_column(heading, overflow="fold", justify=justify, min_width=widest)
+        table.add_column(heading, overflow="fold", justify=justify)
     return table
 
 
