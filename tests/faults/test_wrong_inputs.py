@@ -93,6 +93,8 @@ MISSING = {
     "run {config} --output-dir {new} --set model.name_or_path={model}l": "There is no model folder",
     "run {config} --output-dir {new} --set data.test={path}/row.jsonl": "Did you mean {path}/rows.jsonl?",
     "compare {config} --output-dir {unfinished}": "holds a run already",
+    "plan {config}l": "Did you mean {config}?",
+    "plan {unfinished}": "it is a folder; give the path of a YAML file, such as {unfinished}/config.yaml",
     "plan {config} --set model.name_or_path={model}l": "Did you mean {model}?",
     "resume {unfinished}x": "Did you mean {unfinished}?",
     "blocks {model}l": "as MODEL.",

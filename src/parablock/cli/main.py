@@ -45,6 +45,7 @@ app = typer.Typer(
     name="parablock",
     help="Federated fine-tuning of LLMs over slow links: one block at a time, communication under computation.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does so
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

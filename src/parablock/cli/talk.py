@@ -82,6 +82,8 @@ def chat(
         if text == "/new":
             for conversation in conversations:
                 conversation.forget()
+        elif text.startswith("/") and " " not in text and text.count("/") == 1:
+            console.print(HELP, style="dim", highlight=False)
         elif text:
             _answer(conversations, text)
         for note in notes:

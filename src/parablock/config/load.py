@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS, OWNERS
 from parablock.config.section import FaultSection
-from parablock.errors import ConfigError
+from parablock.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -96,7 +96,12 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError([f"there is no file {path}; give the path of a YAML file"], source=str(path)) from None
+        near = f"{did_you_mean(path)} Give" if did_you_mean(path) else "give"
+        text = f"there is no file {path}; {near} the path of a YAML file"
+        raise ConfigError([text], source=str(path)) from None
+    except IsADirectoryError:
+        inside = f", such as {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
+        raise ConfigError([f"it is a folder; give the path of a YAML file{inside}"], source=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
     except NOT_YAML as error:
