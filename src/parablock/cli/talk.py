@@ -236,7 +236,9 @@ def generate(
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     if output is not None:
         write_atomically(output, "".join(f"{line}\n" for line in lines))
-        console.print(f"{len(records)} prompts answered: {output}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{len(records)} prompt{'s' * (len(records) != 1)} answered: {output}", highlight=False, soft_wrap=True
+        )
     elif output_format == "jsonl":
         for line in lines:
             say_whole(line)

@@ -103,7 +103,12 @@ def export_run(
             return _write_delta(pair, folder)
         config = load_config(directory.config)
         own = config.lora.rank if config.federation.traits.trains == "adapters" else DEFAULT_RANK
-        return _write_adapter(pair, folder, _rank_of(pair.base, rank, own), tell)
+        notes = _write_adapter(pair, folder, _rank_of(pair.base, rank, own), tell)
+        if all(torch.equal(value, value.bfloat16().float()) for value in tuned.parameters()):
+            notes.append(
+                "the model is written in bfloat16, and its rounding is a part of the change that no rank holds"
+            )
+        return notes
 
 
 def _check_weights(directory: RunDirectory) -> None:

@@ -30,12 +30,19 @@ def test_an_adapter_of_a_run_with_adapters_is_its_model(workshop: Workshop, runs
     run_dir = runs("federation.method=fedit", "federation.delay=0", "lora.rank=4")
     said = done("export", str(run_dir), "--format", "adapter", "--output-dir", str(tmp_path / "adapter"))
     assert "rank 4 holds 100.0% of the squared change of" in said.stdout
+    assert "bfloat16" not in said.stdout
     base = AutoModelForCausalLM.from_pretrained(workshop.model)
     tuned = logits(AutoModelForCausalLM.from_pretrained(run_dir / "model"))
     assert not torch.allclose(logits(base), tuned, atol=1e-3)
     with warnings.catch_warnings(action="ignore"):
         adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert torch.allclose(logits(adapted), tuned, atol=1e-5)
+
+
+def test_an_adapter_of_a_rounded_model_says_that_it_is_rounded(runs: Runs, tmp_path: Path):
+    run_dir = runs("federation.method=fedit", "federation.delay=0", "lora.rank=4", "model.dtype=bfloat16")
+    said = done("export", str(run_dir), "--format", "adapter", "--output-dir", str(tmp_path / "adapter"))
+    assert "the model is written in bfloat16, and its rounding is a part of the change" in said.stdout
 
 
 def test_an_adapter_of_a_run_of_blocks_says_what_it_leaves_out(runs: Runs, tmp_path: Path):
