@@ -14,6 +14,7 @@ from typing import Any
 
 from parablock.data.readers import RepeatedKeyError, parse_json
 from parablock.data.sources import Row
+from parablock.data.switches import SWITCHES, check_names, is_off
 from parablock.errors import DataError
 
 Message = dict[str, Any]
@@ -26,9 +27,6 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython"),
 }
 """Role → its names in data."""
-
-SWITCHES = ("weight", "train", "loss")
-"""Fields of a turn that say whether it is learnt: 1 or true, 0 or false."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a turn with what the assistant thought before it answered; templates differ in the name."""
@@ -46,11 +44,15 @@ class Conversation:
         turns: In the spelling of chat templates; `content` is always text.
         learnt: For each turn, whether the loss counts it.
         tools: The functions that the assistant may call, as JSON schemas; empty without any.
+        off: The field by which the row says that nothing of it is learnt, as `weight: 0`; empty without one.
+        unused: What the row has and no turn has, in words.
     """
 
     turns: tuple[Message, ...]
     learnt: tuple[bool, ...]
     tools: tuple[Any, ...] = ()
+    off: str = ""
+    unused: tuple[str, ...] = ()
 
     @property
     def begins_with_the_assistant(self) -> bool:
@@ -73,17 +75,20 @@ def converse(
     Raises:
         DataError: A turn says that it is learnt and cannot be, or `tools` is no list.
     """
+    off, unused = is_off(row), ()
     may = learnt or [True] * len(turns)
     flags = [
-        _is_learnt(row, number, turn) and allowed
+        _is_learnt(row, number, turn, allowed=allowed) and not off
         for number, (turn, allowed) in enumerate(zip(turns, may, strict=True))
     ]
     bare = [{key: value for key, value in turn.items() if key not in SWITCHES} for turn in turns]
     if system and turns[0]["role"] != "system":
         bare, flags = [{"role": "system", "content": system}, *bare], [False, *flags]
+    elif system and system != turns[0]["content"]:
+        unused = ("field system, beside a system turn of the row",)
     if bare[0]["role"] == "assistant":  # nothing comes before it
         flags[0] = False
-    return Conversation(tuple(bare), tuple(flags), tuple(_read_tools(row, tools)))
+    return Conversation(tuple(bare), tuple(flags), tuple(_read_tools(row, tools)), off, unused)
 
 
 def read_turns(row: Row, name: str) -> list[Message]:
@@ -139,11 +144,23 @@ def _read_turn(row: Row, name: str, number: int, turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{row.place}: {where} is {kind_of(turn)}, not an object.", remedy=_EXAMPLE)
     present = {key: value for key, value in turn.items() if value is not None}  # tables fill up with null
-    role, content = (_spelt(present, part) for part in ("role", "content"))
-    if content is None and role is not None and present.get("tool_calls"):
+    check_names(row, where, present)
+    if call := present.pop("function_call", None):  # the older name of the only call
+        if present.get("tool_calls"):
+            raise DataError(
+                f"{row.place}: {where} has both tool_calls and function_call.", remedy="Leave function_call out."
+            )
+        present["tool_calls"] = [{"type": "function", "function": call}] if isinstance(call, dict) else call
+    role, content = (_spelt(row, where, present, part) for part in ("role", "content"))
+    if content is None and (present.get("tool_calls") or any(present.get(name) for name in REASONING)):
         content = ""
     if not isinstance(role, str) or content is None:
-        raise DataError(f"{row.place}: {where} has no role and content that are text.", remedy=_EXAMPLE)
+        missing = [name for name, value in (("role", role), ("content", content)) if not isinstance(value, str)]
+        raise DataError(
+            f"{row.place}: {where} has no {' and '.join(missing)}; it has the fields "
+            f"{', '.join(present) or '(none)'}.",
+            remedy=_EXAMPLE,
+        )
     if role.lower() not in _ROLE_OF:
         raise DataError(
             f"{row.place}: {where} has the unknown role {role!r}.",
@@ -157,7 +174,7 @@ def _read_turn(row: Row, name: str, number: int, turn: Any) -> Message:
         rest |= dict.fromkeys(REASONING, check_text(row, f"the reasoning of {where}", thought))
     if "tool_calls" in rest:
         rest["tool_calls"] = _read_calls(row, where, rest["tool_calls"])
-    return {"role": _ROLE_OF[role.lower()], "content": _read_content(row, where, content), **rest}
+    return {"role": _ROLE_OF[role.lower()], "content": _read_content(row, where, content, rest), **rest}
 
 
 def _read_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
@@ -177,12 +194,19 @@ def _read_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
     return read
 
 
-def _spelt(turn: Message, part: str) -> Any:
-    return next((turn[name] for name in _SPELLINGS[part] if name in turn), None)
+def _spelt(row: Row, where: str, turn: Message, part: str) -> Any:
+    given = {name: turn[name] for name in _SPELLINGS[part] if name in turn}
+    found = list(given.values())
+    if len(found) > 1 and found[0] != found[1]:
+        raise DataError(
+            f"{row.place}: {where} has both {' and '.join(given)}, and they differ.",
+            remedy=f"Leave one out: {' and '.join(given)} are two names of the same.",
+        )
+    return found[0] if found else None
 
 
-def _read_content(row: Row, where: str, content: Any) -> str:
-    """Return content as one text: a text, or a list of parts that are text."""
+def _read_content(row: Row, where: str, content: Any, rest: Message) -> str:
+    """Return content as one text: a text, or a list of parts that are text; other fields of parts go to `rest`."""
     parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
@@ -196,11 +220,21 @@ def _read_content(row: Row, where: str, content: Any) -> str:
                 cause="Models here read text; images, audio and other parts cannot be learnt from.",
                 remedy=_EXAMPLE,
             )
+        if isinstance(part, dict):
+            more = {key: value for key, value in part.items() if key not in ("type", "text") and value is not None}
+            if switches := [key for key in more if key in SWITCHES]:
+                raise DataError(
+                    f"{row.place}: a part of the content of {where} has {switches[0]} {more[switches[0]]!r}.",
+                    cause="Turns are learnt whole or not at all.",
+                    remedy=f"Give {switches[0]} to the turn, or make several turns of it.",
+                )
+            check_names(row, f"a part of the content of {where}", more)
+            rest |= {key: value for key, value in more.items() if key not in rest}
         texts.append(text)
     return check_text(row, where, "".join(texts))
 
 
-def _is_learnt(row: Row, index: int, turn: Message) -> bool:
+def _is_learnt(row: Row, index: int, turn: Message, *, allowed: bool) -> bool:
     is_assistant = turn["role"] == "assistant"
     given = {key: turn[key] for key in SWITCHES if key in turn}
     for key, value in given.items():
@@ -215,7 +249,14 @@ def _is_learnt(row: Row, index: int, turn: Message) -> bool:
                 cause="Only turns of the assistant are learnt one by one.",
                 remedy=f"Leave out {key}; for a loss over everything set train.completion_only_loss: false.",
             )
-    return is_assistant and all(given.values())
+        if value and not allowed:
+            raise DataError(
+                f"{row.place}: turn {index + 1} of the assistant is to be learnt ({key}: {value!r}), and is in "
+                "the prompt.",
+                cause="Of a prompt and its completion, the completion alone is learnt.",
+                remedy=f"Leave {key} out, or write prompt and completion as one list of messages.",
+            )
+    return is_assistant and allowed and all(given.values())
 
 
 def _read_tools(row: Row, tools: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
 from parablock.data.readers import rows_out_of
 from parablock.data.sources import Row
+from parablock.data.switches import SWITCHES, is_off
 from parablock.errors import DataError
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -107,6 +108,7 @@ def check_rows(rows: Sequence[Row], data_format: str) -> None:
                 detect_format(source_rows)
             if name == "text":
                 read_text(row)
+                is_off(row)
             else:
                 read_conversation(row, name)
 
@@ -145,7 +147,7 @@ def read_text(row: Row) -> str:
 
 def unused_fields(row: Row, data_format: str) -> list[str]:
     """Return the fields of a row that its format does not read."""
-    used = {*FORMATS[data_format], *_optional(data_format)}
+    used = {*FORMATS[data_format], *_optional(data_format), *SWITCHES}
     return [name for name, value in row.fields.items() if name not in used and value is not None]
 
 

@@ -11,6 +11,7 @@ from parablock.data.conversations import Message
 from parablock.data.formats import formats_by_source, read_conversation, read_text
 from parablock.data.prompts import IGNORED_LABEL, Example
 from parablock.data.sources import Row
+from parablock.data.switches import is_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def turns_of(rows: Sequence[Row], data_format: str) -> list[list[Stretch]]:
 
 def _turns(row: Row, data_format: str) -> list[Stretch]:
     if data_format == "text":
-        return [Stretch(read_text(row), True)]
+        return [Stretch(read_text(row), not is_off(row))]
     conversation = read_conversation(row, data_format)
     return [
         Stretch(f"{turn['role']}: {_said(turn)}\n", is_learnt)

@@ -196,7 +196,7 @@ def _encode_each(groups: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizer
     """Tokenize all texts of all groups in one call, without adding special tokens."""
     flat = [text for group in groups for text in group]
     if not flat:
-        return []
+        return [[] for _ in groups]
     # verbose=False: no warning about texts longer than the model's context, which are cut later
     ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
     return [[next(ids) for _ in group] for group in groups]

@@ -19,7 +19,9 @@ from jinja2 import TemplateError
 from parablock.data.conversations import REASONING, Conversation, Message, check_text
 from parablock.data.formats import read_conversation, read_text
 from parablock.data.sources import Row
+from parablock.data.switches import is_off
 from parablock.data.template_limits import bounded_rendering, check_template
+from parablock.data.unwritten import Unwritten
 from parablock.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -140,7 +142,14 @@ class _Template:
         elif date is not None and DATE_CALL in str(tokenizer.chat_template):
             self._options["chat_template"] = _with_day(_source_of(tokenizer), datetime.fromisoformat(date))
         check_template(self._options.get("chat_template") or _source_of(tokenizer))
+        self.unwritten = Unwritten(self._try)
         self.closing = tuple({token.content for token in tokenizer.added_tokens_decoder.values()} | {self.eos})
+
+    def _try(self, turns: list[Message], tools: tuple[Any, ...]) -> str | None:
+        try:
+            return self.apply(Row({}, "a row", 1), turns, tools, generate=False)
+        except DataError:
+            return None
 
     def apply(self, row: Row, turns: list[Message], tools: tuple[Any, ...], *, generate: bool) -> str:
         """Render turns, with the opening of the assistant's answer if it is to `generate`."""
@@ -187,15 +196,20 @@ def _opens_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _render_text(row: Row, opening: str, eos: str) -> Rendering:
     text = read_text(row)
+    if off := is_off(row):
+        return Rendering((), "", f"the row says so ({off})")
     return _join_pieces([Piece(opening, False), Piece(text + eos, bool(text.strip()))], text)
 
 
 def _render(row: Row, conversation: Conversation, template: _Template) -> Rendering:
     turns, tools = list(conversation.turns), conversation.tools
+    if conversation.off:
+        return Rendering((), "", f"the row says so ({conversation.off})")
     learnt = [
         index
         for index, turn in enumerate(turns)
-        if conversation.learnt[index] and (turn["content"].strip() or turn.get("tool_calls"))
+        if conversation.learnt[index]
+        and (turn["content"].strip() or turn.get("tool_calls") or turn.get(REASONING[0]))
     ]
     try:
         whole = check_text(row, "the conversation", template.apply(row, turns, tools, generate=False))
@@ -203,11 +217,14 @@ def _render(row: Row, conversation: Conversation, template: _Template) -> Render
         if learnt:
             raise
         return Rendering((), "", f"{_why_nothing(conversation)}, and the chat template refuses it")
+    silent, unwritten = template.unwritten.find(row, conversation, whole)
     pieces, completion, at = [], "", 0
     for index in learnt:
+        if index in silent and not (turns[index]["content"].strip() or turns[index].get("tool_calls")):
+            continue
         before = template.apply(row, turns[:index], tools, generate=True)
         if not whole.startswith(before):
-            raise _uncuttable(row, index)
+            raise _opened_otherwise(row, conversation, index, before, whole, template) or _uncuttable(row, index)
         if index == len(turns) - 1:
             end = len(whole)
         else:
@@ -219,8 +236,10 @@ def _render(row: Row, conversation: Conversation, template: _Template) -> Render
         completion, at = turns[index]["content"] or whole[len(before) : end].strip(), end
     if at and at == len(whole) and not whole.rstrip().endswith(template.closing):
         pieces.append(Piece(template.eos, True))
-    unused = _unused(row, conversation, whole, template)
-    return _join_pieces([*pieces, Piece(whole[at:], False)], completion, _why_nothing(conversation), unused)
+    unused = [*conversation.unused, *unwritten]
+    if conversation.begins_with_the_assistant:
+        unused.append("the assistant's opening turn, which answers nothing and is not learnt")
+    return _join_pieces([*pieces, Piece(whole[at:], False)], completion, _why_nothing(conversation), tuple(unused))
 
 
 def _why_nothing(conversation: Conversation) -> str:
@@ -229,42 +248,6 @@ def _why_nothing(conversation: Conversation) -> str:
     if any(turn["role"] == "assistant" for turn in conversation.turns):
         return "no turn of the assistant is to be learnt"
     return "no turn is the assistant's"
-
-
-def _unused(row: Row, conversation: Conversation, whole: str, template: _Template) -> tuple[str, ...]:
-    """List what the template leaves out: its text is the same without it.
-
-    Raises:
-        DataError: It leaves out tool calls, which are what an assistant turn says.
-    """
-    turns, unused = list(conversation.turns), []
-    extras = dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content", *REASONING[1:]))
-    for name in extras:
-        group = REASONING if name == REASONING[0] else (name,)
-        bare = [{key: value for key, value in turn.items() if key not in group} for turn in turns]
-        if not _is_same(row, bare, conversation.tools, whole, template):
-            continue
-        if name == "tool_calls" and any(turn.get(name) for turn in turns):
-            number = next(n for n, turn in enumerate(turns, start=1) if turn.get(name))
-            raise DataError(
-                f"{row.place}: turn {number} calls a tool (tool_calls), and the model's chat template does not "
-                "write tool calls, so a call could not be learnt.",
-                remedy="Take a model whose chat template has tools, or write the call into content.",
-            )
-        what = "reasoning" if name == REASONING[0] else name
-        unused.append(f"{what} of turns, which the chat template does not write")
-    if conversation.tools and _is_same(row, turns, (), whole, template):
-        unused.append("tools, which the chat template does not write")
-    if conversation.begins_with_the_assistant:
-        unused.append("the assistant's opening turn, which answers nothing and is not learnt")
-    return tuple(unused)
-
-
-def _is_same(row: Row, turns: list[Message], tools: tuple[Any, ...], whole: str, template: _Template) -> bool:
-    try:
-        return template.apply(row, turns, tools, generate=False) == whole
-    except DataError:
-        return False  # the template needs it
 
 
 def _turn_end(whole: str, before: str, until: str, content: str, eos: str) -> int:
@@ -279,6 +262,35 @@ def _turn_end(whole: str, before: str, until: str, content: str, eos: str) -> in
         if candidate and whole.startswith(candidate, len(before)):
             return len(before) + len(candidate)
     return -1
+
+
+def _opened_otherwise(
+    row: Row, conversation: Conversation, index: int, before: str, whole: str, template: _Template
+) -> DataError | None:
+    """Return the error where a turn does not begin as the template opens an answer; None where it does."""
+
+    def rendered(*turns: Message) -> str:
+        return template.apply(row, list(turns), conversation.tools, generate=False)
+
+    *earlier, turn = conversation.turns[: index + 1]
+    if not whole.startswith(rendered(*earlier)):
+        return None
+    same = next(
+        (at for at, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(whole)
+    )
+    opening = before[same:]
+    ended = f"{opening}…{opening.strip().replace('<', '</', 1)}"
+    helps = rendered(*earlier, {**turn, "content": ended + turn["content"]}).startswith(before)
+    begin = (
+        f"Begin the content of the turn with {opening!r}, and end its reasoning there as the model does. Or take"
+    )
+    return DataError(
+        f"{row.place}: the chat template opens an answer that is to be generated with {opening!r}, and turn "
+        f"{index + 1} does not begin so: another beginning would be learnt than the model is given.",
+        cause="The generation prompt of the template begins with reasoning, and the turn has none.",
+        remedy=f"{begin if helps else 'Take'} a model whose chat template opens no reasoning, or take {opening!r} out "
+        "of the end of its chat template.",
+    )
 
 
 def _uncuttable(row: Row, index: int) -> DataError:

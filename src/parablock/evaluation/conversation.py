@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from parablock.data.conversations import SWITCHES, Message, kind_of, read_turns
+from parablock.data.conversations import Message, kind_of, read_turns
 from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
 from parablock.data.readers import read_text_file
 from parablock.data.sources import Row, load_rows
+from parablock.data.switches import SWITCHES
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
 from parablock.evaluation.side_by_side import day_of, models_of

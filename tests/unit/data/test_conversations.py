@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parablock.data.formats import read_conversation
+from parablock.data.formats import check_rows, read_conversation
 from parablock.data.sources import Row
 from parablock.errors import DataError
 
@@ -60,7 +60,30 @@ def test_a_turn_that_is_not_to_be_learnt_is_read_and_not_learnt(switch: dict[str
         ([USER, {**ANSWER, "weight": 0.5}], "turn 2 has weight 0.5; a turn is learnt (1, true) or not (0, false)"),
         ([{**USER, "train": True}, ANSWER], "turn 1 of the user is to be learnt (train: True)"),
         ([USER, {"role": "narrator", "content": "x"}], "turn 2 of messages has the unknown role 'narrator'"),
-        ([USER, {"role": "assistant", "content": None}], "turn 2 of messages has no role and content"),
+        (
+            [USER, {"role": "assistant", "content": None}],
+            "turn 2 of messages has no content; it has the fields role",
+        ),
+        ([USER, {"text": "a"}], "turn 2 of messages has no role and content; it has the fields text"),
+        ([USER, {**ANSWER, "Weight": 0}], "turn 2 of messages has Weight 0, with which other programs say"),
+        ([USER, {**ANSWER, "mask": True}], "turn 2 of messages has mask True"),
+        ([USER, {**ANSWER, "train_detail": []}], "turn 2 of messages has train_detail []"),
+        ([USER, {**ANSWER, "label": False}], "turn 2 of messages has label False"),
+        ([{**USER, "value": "Or this?"}, ANSWER], "turn 1 of messages has both content and value, and they differ"),
+        ([{**USER, "from": "gpt"}, ANSWER], "turn 1 of messages has both role and from, and they differ"),
+        (
+            [USER, {**ANSWER, "content": [{"type": "text", "text": "Ten.", "weight": 0}]}],
+            "a part of the content of turn 2 of messages has weight 0",
+        ),
+        (
+            [USER, {**ANSWER, "content": [{"text": "Ten.", "mask": 1}]}],
+            "a part of the content of turn 2 of messages has mask",
+        ),
+        (
+            [USER, {**ANSWER, "tool_calls": [CALL], "function_call": CALL["function"], "content": ""}],
+            "has both tool_calls and function_call",
+        ),
+        ([USER, {**ANSWER, "function_call": "f()"}], "tool_calls of turn 2 of messages is of type str"),
         ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "its content is a part of type 'image'"),
         ([USER, {**ANSWER, "tool_calls": "f()"}], "tool_calls of turn 2 of messages is of type str"),
         ([{"role": "user", "content": "a \ud83d"}, ANSWER], "turn 1 of messages holds \\ud83d at character 3"),
@@ -83,10 +106,71 @@ def test_tools_are_a_list_or_its_json_and_arguments_are_an_object():
     assert "field tools is of type dict, not a list" in said([USER, ANSWER], tools={"name": "f"})
 
 
+def test_the_older_spelling_of_a_call_is_a_call():
+    older = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    newer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL["function"]}]}
+    assert conversation([USER, older]) == conversation([USER, newer])
+    assert conversation([USER, older]) != conversation([USER, ANSWER])
+
+
+def test_a_turn_may_hold_reasoning_alone():
+    assert conversation([USER, {"role": "assistant", "content": None, "thinking": "Hm."}]).turns[1]["content"] == ""
+
+
+def test_a_part_of_content_keeps_what_else_it_has():
+    parts = [{"type": "text", "text": "How many?", "cache_control": {"type": "ephemeral"}, "image": None}]
+    assert conversation([{"role": "user", "content": parts}, ANSWER]).turns[0] == {
+        **USER,
+        "cache_control": {"type": "ephemeral"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "off"),
+    [
+        ({"weight": 0}, "weight: 0"),
+        ({"train": False}, "train: False"),
+        ({"loss": "false", "weight": "1"}, "loss: false"),
+        ({"weight": 1, "train": "True", "loss": None}, ""),
+        ({"weight": "", "label": True}, ""),
+    ],
+)
+def test_a_row_says_whether_it_is_learnt(fields: dict[str, Any], off: str):
+    read = conversation([USER, ANSWER], **fields)
+    assert (read.off, read.learnt) == (off, (False, not off))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"weight": 0.5}, "the row has weight 0.5; a row is learnt (1, true) or not (0, false)"),
+        ({"train": "maybe"}, "the row has train 'maybe'"),
+        ({"label": False}, "the row has label False, with which other programs say what is learnt"),
+        ({"Weight": 0}, "the row has Weight 0"),
+        ({"loss_mask": [0, 1]}, "the row has loss_mask [0, 1]"),
+    ],
+)
+def test_a_row_that_says_it_otherwise_is_refused(fields: dict[str, Any], words: str):
+    assert words in said([USER, ANSWER], **fields)
+    with pytest.raises(DataError) as caught:
+        check_rows([Row({"text": "a", **fields}, "set.jsonl", 3)], "auto")
+    assert words in str(caught.value)
+
+
+def test_a_turn_of_a_prompt_cannot_be_learnt():
+    row = Row({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]}, "set.jsonl", 3)
+    with pytest.raises(
+        DataError, match=r"turn 2 of the assistant is to be learnt \(weight: 1\), and is in the prompt"
+    ):
+        read_conversation(row, "prompt_completion")
+
+
 def test_a_system_field_comes_first_unless_a_turn_does():
     assert conversation([USER, ANSWER], system="Be brief.").turns[0] == {"role": "system", "content": "Be brief."}
     own = [{"role": "system", "content": "Mine."}, USER, ANSWER]
     assert conversation(own, system="Be brief.").turns == conversation(own).turns
+    assert conversation(own, system="Be brief.").unused == ("field system, beside a system turn of the row",)
+    assert conversation(own, system="Mine.").unused == conversation(own, system="").unused == ()
 
 
 def test_an_opening_turn_of_the_assistant_is_read_and_not_learnt():

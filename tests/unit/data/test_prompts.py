@@ -156,7 +156,7 @@ def test_a_set_format_settles_what_auto_cannot(tiny_tokenizer: Tokenizer):
         ("messages", {"text": "t"}, "has no value in field messages"),
         ("messages", {"messages": "hello"}, "messages is of type str, not a list"),
         ("messages", {"messages": []}, "messages is an empty list"),
-        ("messages", {"messages": [CONVERSATION[1], {"role": "assistant"}]}, "turn 2 of messages has no role and"),
+        ("messages", {"messages": [CONVERSATION[1], {"role": "assistant"}]}, "turn 2 of messages has no "),
         ("messages", {"messages": [CONVERSATION[1], "Yes."]}, "turn 2 of messages is of type str, not an object"),
         (
             "messages",
@@ -369,7 +369,7 @@ def test_a_template_that_frames_only_the_last_turn_can_be_cut(with_template: Any
     "template",
     [
         "{{ messages | length }} turns{% for m in messages %}{{ m.content }}{% endfor %}" + OPENER,
-        "{% for m in messages %}{{ m.role }} {{ m.content if loop.last else m.content[:3] }}{% endfor %}",
+        "{% for m in messages %}{{ m.role }} {{ m.content if loop.last else '> ' + m.content }}{% endfor %}",
     ],
 )
 def test_a_template_whose_prefix_is_no_prefix_is_an_error(with_template: Any, template: str):

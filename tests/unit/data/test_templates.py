@@ -46,11 +46,11 @@ def test_a_call_of_a_tool_is_learnt_where_the_template_writes_it(tiny_tokenizer:
     result = one([USER, CALLING, RESULT, ANSWER], tokenizer, tools=[{"name": "f"}])
     assert learnt(result, tokenizer) == '<call>f({"a": 1})</call><|im_end|>\nTwelve.<|im_end|>\n'
     assert tokenizer.decode(result.examples[0].input_ids).startswith('[{"name": "f"}]<|im_start|>user')
-    assert dict(result.unused) == {"tool_call_id of turns, which the chat template does not write": 1}
+    assert dict(result.unused) == {"tool_call_id of tool turns, which the chat template does not write": 1}
 
 
 def test_a_call_that_the_template_does_not_write_is_refused(tiny_tokenizer: Tokenizer):
-    with pytest.raises(DataError, match=r"set.jsonl, line 3: turn 2 calls a tool .* does not write tool calls"):
+    with pytest.raises(DataError, match=r"set.jsonl, line 3: turn 2 calls a tool .* does not write call 1 of it"):
         one([USER, CALLING, RESULT, ANSWER], tiny_tokenizer)
 
 
@@ -72,9 +72,137 @@ def test_what_is_not_used_is_counted_by_name(tiny_tokenizer: Tokenizer):
     assert dict(result.unused) == {
         "field id": 1,
         "field text": 1,
-        "name of turns, which the chat template does not write": 1,
+        "name of user turns, which the chat template does not write": 1,
         "tools, which the chat template does not write": 1,
     }
+
+
+def said_by(turns: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
+    with pytest.raises(DataError) as caught:
+        one(turns, tokenizer)
+    assert "set.jsonl, line 3" in str(caught.value)
+    return f"{caught.value} {caught.value.remedy}"
+
+
+NO_OTHER_ROLES = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_turns_that_the_template_does_not_write_are_counted_by_role(tiny_tokenizer: Tokenizer):
+    turns = [{"role": "system", "content": "a"}, USER, {**ANSWER, "content": "a"}, RESULT, ANSWER]
+    left_out = one(turns, with_template(tiny_tokenizer, NO_OTHER_ROLES))
+    assert [name for name in left_out.unused if "_id" not in name] == [
+        "system turns, which the chat template does not write",
+        "tool turns, which the chat template does not write",
+    ]
+    written = one(turns, with_template(tiny_tokenizer, WITH_TOOLS))
+    assert [name for name in written.unused if "_id" not in name] == []
+
+
+def test_what_stands_in_a_row_by_chance_is_not_taken_for_a_turn(tiny_tokenizer: Tokenizer):
+    rows = [
+        Row({"messages": [{"role": "system", "content": text}, USER, ANSWER]}, "set.jsonl", 1)
+        for text in ("Twelve.", "How many?", "Be brief.")
+    ]
+    result = tokenized(rows, with_template(tiny_tokenizer, NO_OTHER_ROLES), max_length=512)
+    assert dict(result.unused) == {"system turns, which the chat template does not write": 3}
+
+
+ONE_CALL = WITH_TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+CALLS_ALONE = WITH_TOOLS.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}")
+NO_ARGUMENTS = WITH_TOOLS.replace("{{ c.function.arguments | tojson }}", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "words"),
+    [
+        (ONE_CALL, {**CALLING, "tool_calls": CALLING["tool_calls"] * 2}, "does not write call 2 of it ('f')"),
+        (NO_ARGUMENTS, CALLING, "does not write call 1 of it ('f')"),
+        (
+            CALLS_ALONE,
+            {**CALLING, "content": "I look."},
+            "does not write the content of it as it stands ('I look.')",
+        ),
+        (
+            WITH_TOOLS.replace("m.content", "m.content | replace('not ', '')"),
+            {**ANSWER, "content": "It is not 12."},
+            "does not write a part of the content of it as it stands ('It is not 12.')",
+        ),
+    ],
+)
+def test_a_learnt_turn_of_which_the_template_drops_a_part_is_refused(
+    tiny_tokenizer: Tokenizer, template: str, turn: dict[str, Any], words: str
+):
+    assert words in said_by([USER, turn], with_template(tiny_tokenizer, template))
+    whole = learnt(one([USER, turn], with_template(tiny_tokenizer, WITH_TOOLS)), tiny_tokenizer)
+    assert turn["content"] in whole
+    assert whole.count("<call>f(") == len(turn.get("tool_calls", ()))
+
+
+def test_a_turn_that_is_not_learnt_may_be_written_in_part(tiny_tokenizer: Tokenizer):
+    turns = [USER, {**CALLING, "content": "I look.", "weight": 0}, ANSWER]
+    result = one(turns, with_template(tiny_tokenizer, CALLS_ALONE))
+    assert dict(result.unused) == {"the content of assistant turns, which the chat template does not write": 1}
+
+
+LAST_REASONING = WITH_TOOLS.replace(
+    "{% if m.reasoning_content %}", "{% if loop.last and m.reasoning_content %}"
+).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}")
+
+
+def test_reasoning_that_only_some_turns_keep_is_counted(tiny_tokenizer: Tokenizer):
+    tokenizer = with_template(tiny_tokenizer, LAST_REASONING)
+    turns = [USER, {**ANSWER, "thinking": "One."}, USER, {**ANSWER, "thinking": "Two."}]
+    assert dict(one(turns, tokenizer).unused) == {"reasoning of turns, which the chat template does not write": 1}
+    assert not one(turns[2:], tokenizer).unused
+    inside = one([USER, {**ANSWER, "content": "<think>Hm.</think>Twelve."}], tokenizer)
+    assert dict(inside.unused) == {"reasoning in the content of turns, which the chat template takes out": 1}
+    assert learnt(inside, tokenizer) == "Twelve.<|im_end|>\n"
+
+
+def test_a_turn_of_reasoning_alone_is_learnt_where_it_is_written(tiny_tokenizer: Tokenizer):
+    turns = [USER, {"role": "assistant", "content": None, "reasoning": "Hm."}]
+    result = one(turns, with_template(tiny_tokenizer, WITH_TOOLS))
+    assert learnt(result, tiny_tokenizer) == "<think>Hm.</think><|im_end|>\n"
+    left_out = one([*turns, USER, ANSWER], tiny_tokenizer)
+    assert learnt(left_out, tiny_tokenizer) == "Twelve.<|im_end|>\n"
+    assert dict(left_out.unused) == {"reasoning of turns, which the chat template does not write": 1}
+
+
+@pytest.mark.parametrize(
+    ("keeps", "cure"), [(True, "Begin the content of the turn with '<think>"), (False, "Take a model")]
+)
+def test_a_generation_prompt_that_begins_with_reasoning_is_the_cause_that_is_named(
+    tiny_tokenizer: Tokenizer, keeps: bool, cure: str
+):
+    opens = WITH_TOOLS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    written = opens if keeps else opens.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}")
+    tokenizer = with_template(tiny_tokenizer, written)
+    words = said_by([USER, ANSWER], tokenizer)
+    assert "opens an answer that is to be generated with '<think>\\n', and turn 2 does not begin so" in words
+    assert cure in words
+    if keeps:
+        cured = {**ANSWER, "content": "<think>\nHm.</think>Twelve."}
+        assert learnt(one([USER, cured], tokenizer), tokenizer) == "Hm.</think>Twelve.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("completion_only_loss", [True, False])
+def test_a_row_that_says_so_trains_nothing_and_is_counted(tiny_tokenizer: Tokenizer, completion_only_loss: bool):
+    rows = [
+        Row({"messages": [USER, ANSWER], "weight": weight}, "set.jsonl", line)
+        for line, weight in enumerate((0, 1), 1)
+    ]
+    texts = [
+        Row({"text": "Twelve.", "train": train}, "texts.jsonl", line) for line, train in enumerate(("0", ""), 1)
+    ]
+    result = tokenized([*rows, *texts], tiny_tokenizer, completion_only_loss=completion_only_loss)
+    assert [example.row.place for example in result.examples] == ["set.jsonl, line 2", "texts.jsonl, line 2"]
+    assert [item.reason for item in result.skipped] == ["the row says so (weight: 0)", "the row says so (train: 0)"]
+    assert not result.unused
+    with pytest.raises(DataError, match="None of 1 rows has anything to train on: 1 because the row says so"):
+        tokenized(rows[:1], tiny_tokenizer)
 
 
 def test_a_turn_of_weight_zero_stands_in_the_prompt(tiny_tokenizer: Tokenizer):

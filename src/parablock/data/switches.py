@@ -1,0 +1,67 @@
+"""Fields by which a row or a turn says whether it is learnt, and those that say it to other programs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from parablock.data.sources import Row
+from parablock.errors import DataError
+
+SWITCHES = ("weight", "train", "loss")
+"""Fields of a row or a turn: 1 or true, 0 or false."""
+
+_OF_OTHER_PROGRAMS = {
+    *("loss_mask", "loss_scale", "loss_weight", "mask", "masked", "sample_weight"),
+    *("train_detail", "trainable", "training", "training_detail"),
+}
+_IN_TABLES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+
+
+def check_names(row: Row, where: str, fields: Mapping[str, Any]) -> None:
+    """Refuse a field that says to other programs what is learnt, since leaving it out would change what is learnt.
+
+    Args:
+        row: The row, for messages.
+        where: What has the fields, in words.
+        fields: Those of the row, of a turn or of a part of its content.
+
+    Raises:
+        DataError: There is one.
+    """
+    for name, value in fields.items():
+        plain = name.lower()
+        is_rejected = plain == "label" and value is False  # as KTO marks a bad answer
+        is_misspelt = plain in SWITCHES and name not in SWITCHES
+        if value is not None and (plain in _OF_OTHER_PROGRAMS or is_misspelt or is_rejected):
+            raise DataError(
+                f"{row.place}: {where} has {name} {value!r}, with which other programs say what is learnt; "
+                "ParaBlock does not read it, and would learn all.",
+                cause="Rows and turns are learnt whole or not at all, as weight, train or loss say.",
+                remedy=f"Write weight: 0 where nothing is to be learnt, and leave {name} out, or rename it where "
+                "it means something else.",
+            )
+
+
+def is_off(row: Row) -> str:
+    """Return the field by which a row says that nothing of it is learnt, as `weight: 0`; empty if there is none.
+
+    Raises:
+        DataError: A field says neither yes nor no, or is read by other programs alone.
+    """
+    check_names(row, "the row", row.fields)
+    off = ""
+    for name in SWITCHES:
+        given = row.fields.get(name)
+        value = _IN_TABLES.get(given.strip().lower(), given) if isinstance(given, str) else given
+        if given is None or given == "":
+            continue
+        if value not in (0, 1):  # so is a boolean
+            raise DataError(
+                f"{row.place}: the row has {name} {given!r}; a row is learnt (1, true) or not (0, false).",
+                cause="Rows have no shares; a row counts more often where it stands more often.",
+                remedy=f"Give 0 or 1, or rename {name} where it means something else.",
+            )
+        if not value:
+            off = off or f"{name}: {given}"
+    return off
