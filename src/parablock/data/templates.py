@@ -288,8 +288,8 @@ def _opened_otherwise(
         f"{row.place}: the chat template opens an answer that is to be generated with {opening!r}, and turn "
         f"{index + 1} does not begin so: another beginning would be learnt than the model is given.",
         cause="The generation prompt of the template begins with reasoning, and the turn has none.",
-        remedy=f"{begin if helps else 'Take'} a model whose chat template opens no reasoning, or take {opening!r} out "
-        "of the end of its chat template.",
+        remedy=f"{begin if helps else 'Take'} a model whose chat template opens no reasoning, or take {opening!r} "
+        "out of the end of its chat template.",
     )
 
 

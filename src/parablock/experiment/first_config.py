@@ -21,6 +21,7 @@ from parablock.data.formats import check_rows
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
 from parablock.errors import ConfigError, ModelError
+from parablock.experiment.data_notes import describe_unused
 from parablock.experiment.fit_blocks import MIN_BLOCKS, VISITS
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
@@ -130,6 +131,7 @@ def write_first_config(
         lengths += [len(example.input_ids) for example in tokenized.examples]
         to_learn += sum(example.num_target_tokens for example in tokenized.examples)
         found.append(f"{file}: {len(rows)} rows, {tokenized.summary()}")
+        found += describe_unused([tokenized])
         if by_file and len(rows) < 2:
             raise ConfigError(
                 [f"{file} has one row; a client needs one to train on and one to score"], source="init"
