@@ -672,6 +672,16 @@ def test_init_has_blocks_where_the_package_of_adapters_is_missing(
     assert not (tmp_path / "two.yaml").exists()
 
 
+def test_init_says_what_of_the_rows_is_not_used(workshop: Workshop, tmp_path: Path):
+    def said(name: str, **more: int) -> list[str]:
+        rows = [{"prompt": "a", "completion": "b", **more}, {"prompt": "c", "completion": "d"}]
+        file = str(write_rows(tmp_path / f"{name}.jsonl", rows))
+        return write_first_config(str(workshop.model), [file], tmp_path / f"{name}.yaml", trains="blocks")
+
+    assert "not used: field score (1 row)" in said("more", score=1)
+    assert not [line for line in said("plain") if "not used" in line]
+
+
 def test_init_deals_the_rows_of_one_file_out(workshop: Workshop, tmp_path: Path):
     target = tmp_path / "one.yaml"
     file = str(workshop.client_file(0))
