@@ -75,7 +75,7 @@ def converse(
     Raises:
         DataError: A turn says that it is learnt and cannot be, or `tools` is no list.
     """
-    off, unused = is_off(row), ()
+    off, unused = is_off(row), list[str]()
     may = learnt or [True] * len(turns)
     flags = [
         _is_learnt(row, number, turn, allowed=allowed) and not off
@@ -85,10 +85,10 @@ def converse(
     if system and turns[0]["role"] != "system":
         bare, flags = [{"role": "system", "content": system}, *bare], [False, *flags]
     elif system and system != turns[0]["content"]:
-        unused = ("field system, beside a system turn of the row",)
+        unused.append("field system, beside a system turn of the row")
     if bare[0]["role"] == "assistant":  # nothing comes before it
         flags[0] = False
-    return Conversation(tuple(bare), tuple(flags), tuple(_read_tools(row, tools)), off, unused)
+    return Conversation(tuple(bare), tuple(flags), tuple(_read_tools(row, tools)), off, tuple(unused))
 
 
 def read_turns(row: Row, name: str) -> list[Message]:
