@@ -71,13 +71,14 @@ def blocks_never_visited(
     `importance` visits every block before it returns to any, so no measurements are needed.
     """
     history: list[int] = []
-    unmeasured = [inf] * num_blocks
-    for _ in range(num_rounds):
+    missing, unmeasured = set(range(num_blocks)), [inf] * num_blocks
+    while missing and len(history) < num_rounds:
         block = next_block(
             schedule, history, num_blocks=num_blocks, delay=delay, seed=seed, squared_delta=unmeasured
         )
         history.append(block)
-    return tuple(sorted(set(range(num_blocks)) - set(history)))
+        missing.discard(block)
+    return tuple(sorted(missing))
 
 
 def cohort(round_index: int, *, num_clients: int, participation: float, seed: int) -> tuple[int, ...]:

@@ -340,17 +340,27 @@ def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
 
     try:
         is_plain = path.suffix.lower() not in COMPRESSIONS
-        given = path if is_plain else pyarrow.BufferReader(_decompressed(path))
-        if suffix == ".parquet":
-            table = pyarrow.parquet.read_table(given)
-        else:
-            table = _read_arrow(str(given) if is_plain else given)
-        rows = table.to_pylist()
-        if any(_has_struct(column.type) for column in table.schema):
-            rows = [{name: without_fill(value) for name, value in row.items()} for row in rows]
+        given = str(path) if is_plain else pyarrow.BufferReader(_decompressed(path))
+        table = pyarrow.parquet.read_table(given) if suffix == ".parquet" else _read_arrow(given)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _unreadable(source, error) from error
+    try:
+        rows = table.to_pylist()
+    except Exception as error:  # of any class: days beyond 9999, unknown time zones, text that is no UTF-8
+        raise _not_held(source, table, error) from error
+    if any(_has_struct(column.type) for column in table.schema):
+        rows = [{name: without_fill(value) for name, value in row.items()} for row in rows]
     return iter(enumerate(rows, start=1))
+
+
+def _not_held(source: str, table: Any, error: Exception) -> DataError:
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            column.to_pylist()
+        except Exception as cause:
+            said = f"{source} has a value that cannot be read in column {name!r}, of type {column.type}: {cause}"
+            return DataError(said, remedy="Take the column out, or write it as text, and export it again.")
+    return _unreadable(source, error)
 
 
 def without_fill(value: Any) -> Any:

@@ -39,6 +39,8 @@ from parablock.plan.traffic import Sizes, Stacked, total_bytes
 from parablock.wire.quantize import payload_bytes, payload_format
 from parablock.wire.transport import Link
 
+MAX_CLIENT_ROUNDS = 100_000
+"""Rounds times clients that a plan follows one by one, several times over: about a quarter of a minute."""
 SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
 ASSUMPTIONS = (
     "the link is as configured, the same for every client; aggregation, evaluation and checkpoints take no time",
@@ -201,6 +203,14 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     if not config.federation.traits.gathers:  # the walk follows rounds in which a cohort sends
         names = ", ".join(name for name, method in METHODS.items() if method.gathers)
         raise ConfigError([f"federation.method: plans are made for {names}, not for {config.federation.method}"])
+    rounds, clients = config.federation.num_rounds, config.federation.num_clients
+    if rounds * clients > MAX_CLIENT_ROUNDS:
+        problem = (
+            f"federation.num_rounds: {rounds} rounds of {clients} clients (federation.num_clients) are more than "
+            f"{MAX_CLIENT_ROUNDS:,} rounds of a client, which a plan follows one by one; plan fewer rounds or "
+            "clients, say with --set, and multiply: a round takes the same"
+        )
+        raise ConfigError([problem])
     scenario = Scenario(config, probe=probe)
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format

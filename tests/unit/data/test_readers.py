@@ -325,3 +325,25 @@ def test_what_is_cached_beside_a_saved_dataset_is_not_read(tmp_path: Path):
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path):
     said = refused(tmp_path / "a.jsonl", lines(ROWS), columns={"prompt": "frage"})
     assert "a.jsonl, line 1 has no column 'frage', which data.columns names; it has prompt, completion" in said
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([2**40], pyarrow.timestamp("s")),
+        pyarrow.array([2**62], pyarrow.duration("s")),
+        pyarrow.array([1], pyarrow.timestamp("ns", tz="Mars/Base")),
+        pyarrow.Array.from_buffers(
+            pyarrow.string(), 1, [None, pyarrow.py_buffer(bytes(4) + b"\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+        ),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_value_of_a_table_that_cannot_be_held_is_named_by_its_column(tmp_path: Path, column: Any):
+    content = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": column})
+    pyarrow.parquet.write_table(content, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=f"a.parquet .* in column 'when', of type {column.type!s:.6}") as caught:
+        load_rows(str(tmp_path / "a.parquet"), split="train")
+    assert "Take the column out" in caught.value.remedy
+    pyarrow.parquet.write_table(content.drop_columns("when"), tmp_path / "a.parquet")
+    assert load_rows(str(tmp_path / "a.parquet"), split="train")[0].fields == {"prompt": "a", "completion": "b"}

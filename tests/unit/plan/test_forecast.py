@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, LlamaConfig
 
+from parablock.algorithm.schedule import SCHEDULES, blocks_never_visited
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, ModelError
@@ -324,3 +325,17 @@ def test_a_plan_tells_the_epsilon_that_the_run_will_have(workshop: Workshop, mon
     assert not any("ε" in line for line in plan_of(workshop).assumptions)
     monkeypatch.setattr("parablock.experiment.protections.EXTRA", ("no_such_module",))
     assert any("needs no_such_module; install it" in line for line in plan_of(workshop, *noise).assumptions)
+
+
+@pytest.mark.parametrize(("rounds", "clients"), [(10**21, 4), (4, 10**8), (50_001, 2)])
+def test_a_plan_of_more_rounds_than_it_can_follow_is_refused_at_once(outlined: Path, rounds: int, clients: int):
+    config = large_config(outlined, federation={"num_rounds": rounds, "num_clients": clients})
+    with pytest.raises(ConfigError, match=f"{rounds} rounds of {clients} clients .*more than 100,000"):
+        make_plan(config)
+
+
+def test_blocks_are_looked_for_no_longer_than_until_each_was_visited():
+    places = {"num_blocks": 5, "delay": 1, "seed": 0}
+    for schedule in SCHEDULES:
+        assert blocks_never_visited(schedule, num_rounds=10**21, **places) == ()
+        assert len(blocks_never_visited(schedule, num_rounds=3, **places)) >= 2
