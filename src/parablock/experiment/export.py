@@ -147,7 +147,7 @@ def _rank_of(base: PreTrainedModel, asked: int | None, own: int) -> int:
     return asked or min(own, most)
 
 
-def _matrices_of(base: PreTrainedModel) -> dict[str, nn.Module]:
+def _matrices_of(base: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """Return the matrices that an adapter can have, by the names of their modules."""
     head = base.get_output_embeddings()
     return {
