@@ -120,7 +120,7 @@ run run.yaml --output-dir out --set blocks.layers_per_block=auto --set train.num
 {READ}=surrogate.jsonl
   surrogate.jsonl, line 3: field prompt holds \\ud83d | cut in the middle of an emoji | take that half out
 {READ}=tools.jsonl
-  tools.jsonl, line 2: turn 2 calls a tool | chat template does not write tool calls | whose chat template has tools
+  tools.jsonl, line 2: turn 2 calls a tool | chat template does not write call 1 of it | Take a model whose
 {READ}=weight.jsonl
   weight.jsonl, line 2: turn 2 has weight 0.5 | a turn is learnt (1, true) or not | Give 0 or 1
 {READ}=narrator.jsonl
@@ -168,7 +168,7 @@ data surrogate.jsonl
 {READ}=number_for_text.jsonl
   number_for_text.jsonl, line 2 | field completion is of type int, not text | as a string
 {READ}=turns.jsonl
-  turns.jsonl, line 1 | turn 1 of messages has no role and content | such as {{"role": "user"
+  turns.jsonl, line 1 | turn 1 of messages has no content | such as {{"role": "user"
 {READ}=rows.jsonl --set data.format=gsm8k
   rows.jsonl, line 1 | no value in field question | gsm8k: question, answer
 {READ}=rows.jsonl --set data.max_length=8

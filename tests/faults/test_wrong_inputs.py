@@ -169,7 +169,7 @@ def test_an_output_folder_that_is_a_file_is_refused(place: str, workshop: Worksh
 
 def test_a_folder_in_a_place_where_none_can_be_made_is_refused(workshop: Workshop):
     assert_refused(
-        workshop.run(Path("/proc/parablock/out")), "/proc/parablock/out cannot be written", "--output-dir"
+        workshop.run(Path("/proc/parablock/out")), "/proc/parablock/out cannot be written", "Choose another place"
     )
 
 
@@ -248,7 +248,7 @@ def test_a_write_that_fails_in_mid_run_leaves_the_last_good_checkpoint_to_go_on_
     keep, run_dir = "train.optimizer_state=keep", tmp_path / "out"
     with longest_file(256_000):
         outcome = workshop.run(run_dir, keep)
-    assert_refused(outcome, "round-000004", "cannot be written", "--output-dir")
+    assert_refused(outcome, "round-000004", "cannot be written", "Choose another place")
     assert summary_of(run_dir)["status"] == "failed"
     assert_goes_on(run_dir, runs, ["round-000002"], keep)
 
@@ -290,7 +290,7 @@ def test_a_run_whose_report_cannot_be_written_is_complete_all_the_same(
 ):
     run_dir = tmp_path / "out"
     with longest_file(400_000):
-        assert_refused(workshop.run(run_dir), "report.html cannot be written", "--output-dir")
+        assert_refused(workshop.run(run_dir), "report.html cannot be written", "Choose another place")
     assert summary_of(run_dir) == {**summary_of(run_dir), "status": "completed"}
     assert summary_of(run_dir)["model_sha256"] == summary_of(runs())["model_sha256"]
     assert half_written(run_dir) == []
@@ -302,7 +302,7 @@ def test_a_run_that_cannot_write_its_first_files_leaves_nothing(
 ):
     run_dir = tmp_path / "new" / "out"
     with longest_file(limit_bytes):
-        assert_refused(workshop.run(run_dir), str(run_dir), "cannot be written", "--output-dir")
+        assert_refused(workshop.run(run_dir), str(run_dir), "cannot be written", "Choose another place")
     assert list(tmp_path.iterdir()) == []
 
 

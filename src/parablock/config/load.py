@@ -96,8 +96,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = f"{did_you_mean(path)} Give" if did_you_mean(path) else "give"
-        text = f"there is no file {path}; {near} the path of a YAML file"
+        text = f"there is no file {path}; give the path of a YAML file. {did_you_mean(path)}".removesuffix(". ")
         raise ConfigError([text], source=str(path)) from None
     except IsADirectoryError:
         inside = f", such as {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
