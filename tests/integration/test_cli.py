@@ -674,7 +674,7 @@ def test_init_has_blocks_where_the_package_of_adapters_is_missing(
 
 def test_init_says_what_of_the_rows_is_not_used(workshop: Workshop, tmp_path: Path):
     def said(name: str, **more: int) -> list[str]:
-        rows = [{"prompt": "a", "completion": "b", **more}, {"prompt": "c", "completion": "d"}]
+        rows = [{"prompt": "a", "completion": "b", **more}, *[{"prompt": "c", "completion": "d"}] * 3]
         file = str(write_rows(tmp_path / f"{name}.jsonl", rows))
         return write_first_config(str(workshop.model), [file], tmp_path / f"{name}.yaml", trains="blocks")
 
