@@ -129,7 +129,7 @@ def noise_under(keys: Mapping[int, bytes]) -> Iterator[None]:
 
 def noise_keys(state: Path) -> dict[int, bytes]:
     """Read the keys that sites have made, whose folders lie in this one by client number."""
-    return {int(path.parts[-3]): path.read_bytes() for path in state.glob("*/*/noise_key")}
+    return {int(path.parts[-4]): path.read_bytes() for path in state.glob("*/runs/*/noise_key")}
 
 
 def command(*arguments: str) -> Outcome:

@@ -248,7 +248,8 @@ def plan(
             )
         else:
             loaded = load_config(config, given_keys)
-        check_config(loaded, None)
+        if loaded.data.train:  # else the rows of both splits are at the sites
+            check_config(loaded, None)
         progress.stage(LOADING, is_brief=True)
         from parablock.plan.forecast import make_plan
         from parablock.plan.view import show_plan
