@@ -188,7 +188,7 @@ def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_else
     speak = [
         say,
         lambda text: say(text, err=True),
-        SafeConsole().print,
+        lambda text: SafeConsole().print(text),  # its width is that of when it is made
         lambda text: SafeConsole().print(Text(text)),
     ]
     for one in speak:
