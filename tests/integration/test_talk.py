@@ -131,6 +131,11 @@ def test_a_system_prompt_changes_what_the_model_sees(tuned: Path, workshop: Work
         ({"prompt": [USER]}, "q", None),
         ({"instruction": "q", "input": "more"}, "q\n\nmore", None),
         ({"question": "q", "answer": "ref"}, "q", "ref"),
+        ({"question": "q", "answer": 42}, "q", "42"),
+        ({"messages": [USER, ANSWER], "input": "x", "output": {"y": 1}}, "q", "ref"),
+        ({"prompt": "q", "completion": "ref", "label": False, "training": "x"}, "q", "ref"),
+        ({"prompt": [USER, {**ANSWER, "content": "a", "weight": 1}, USER], "completion": "ref"}, "q", "ref"),
+        ({"messages": json.dumps([USER, {**ANSWER, "mask": 1}])}, "q", "ref"),
     ],
 )
 def test_a_row_asks_its_last_question_and_never_shows_the_answer(

@@ -33,6 +33,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _SPELLINGS = {"role": ("role", "from"), "content": ("content", "value")}
+_OF_TURNS = {*_SPELLINGS["role"], *_SPELLINGS["content"], "tool_calls", "function_call", *REASONING}
+"""What a turn says, and no part of its content."""
 _EXAMPLE = 'Each turn is an object such as {"role": "user", "content": "Hello"}.'
 
 
@@ -150,12 +152,22 @@ def _read_turn(row: Row, name: str, number: int, turn: Any) -> Message:
             raise DataError(
                 f"{row.place}: {where} has both tool_calls and function_call.", remedy="Leave function_call out."
             )
-        present["tool_calls"] = [{"type": "function", "function": call}] if isinstance(call, dict) else call
+        with suppress(RepeatedKeyError):  # refused as the text that it is
+            call = _parsed(call) if isinstance(call, str) else call
+        if not isinstance(call, dict):
+            raise DataError(
+                f"{row.place}: function_call of {where} is {kind_of(call)}, not a call.",
+                remedy='A call is an object such as {"name": "f", "arguments": {}}.',
+            )
+        present["tool_calls"] = [{"type": "function", "function": call}]
+    is_name = "from" in present and bool(_known(present.get("role"))) and not _known(present["from"])
+    speaker = {"from": present.pop("from")} if is_name else {}
     role, content = (_spelt(row, where, present, part) for part in ("role", "content"))
     if content is None and (present.get("tool_calls") or any(present.get(name) for name in REASONING)):
         content = ""
     if not isinstance(role, str) or content is None:
-        missing = [name for name, value in (("role", role), ("content", content)) if not isinstance(value, str)]
+        given = {"role": isinstance(role, str), "content": content is not None}
+        missing = [name for name, is_given in given.items() if not is_given]
         raise DataError(
             f"{row.place}: {where} has no {' and '.join(missing)}; it has the fields "
             f"{', '.join(present) or '(none)'}.",
@@ -168,7 +180,7 @@ def _read_turn(row: Row, name: str, number: int, turn: Any) -> Message:
             remedy="Rename the role, or leave the turn out.",
         )
     spelt = {part for parts in _SPELLINGS.values() for part in parts}
-    rest = {key: value for key, value in present.items() if key not in spelt}
+    rest = {key: value for key, value in present.items() if key not in spelt} | speaker
     thought = next((rest[key] for key in REASONING if isinstance(rest.get(key), str)), None)
     if thought is not None:  # under every name, whichever the template reads
         rest |= dict.fromkeys(REASONING, check_text(row, f"the reasoning of {where}", thought))
@@ -194,10 +206,16 @@ def _read_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
     return read
 
 
+def _known(name: Any) -> str:
+    """Return the role that a name is one of; empty if it is none."""
+    return _ROLE_OF.get(name.lower(), "") if isinstance(name, str) else ""
+
+
 def _spelt(row: Row, where: str, turn: Message, part: str) -> Any:
     given = {name: turn[name] for name in _SPELLINGS[part] if name in turn}
     found = list(given.values())
-    if len(found) > 1 and found[0] != found[1]:
+    meant = [_known(value) or value if part == "role" else value for value in found]
+    if len(meant) > 1 and meant[0] != meant[1]:
         raise DataError(
             f"{row.place}: {where} has both {' and '.join(given)}, and they differ.",
             remedy=f"Leave one out: {' and '.join(given)} are two names of the same.",
@@ -229,6 +247,12 @@ def _read_content(row: Row, where: str, content: Any, rest: Message) -> str:
                     remedy=f"Give {switches[0]} to the turn, or make several turns of it.",
                 )
             check_names(row, f"a part of the content of {where}", more)
+            if taken := [key for key in more if key in _OF_TURNS]:
+                raise DataError(
+                    f"{row.place}: a part of the content of {where} has {taken[0]} {more[taken[0]]!r}.",
+                    cause="Who speaks, what is said, thought and called is said by the turn.",
+                    remedy=f"Give {taken[0]} to the turn, or leave it out of the part.",
+                )
             rest |= {key: value for key, value in more.items() if key not in rest}
         texts.append(text)
     return check_text(row, where, "".join(texts))

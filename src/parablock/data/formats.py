@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
-from parablock.data.readers import rows_out_of
+from parablock.data.readers import rows_out_of, suffix_of
 from parablock.data.sources import Row
 from parablock.data.switches import SWITCHES, is_off
 from parablock.errors import DataError
@@ -194,12 +195,20 @@ def _format_of(row: Row) -> str:
     if len(fits) != 1:
         problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
         objects = [n for n, v in row.fields.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        within = f" {rows_out_of(row.source, objects[0])}" if objects and not fits else ""
+        within = f" {_list_inside(row, objects[0])}" if objects and not fits else ""
         raise DataError(
             f"{row.place} {problem}: it has the fields {_fields(row)}.",
             remedy=f"{_list_formats()} Or set data.format, or name its columns in data.columns.{within}",
         )
     return fits[0]
+
+
+def _list_inside(row: Row, name: str) -> str:
+    """Return the advice for a list of objects in an unknown field: it is the turns, or the rows."""
+    if not {"role", "from"}.isdisjoint(row.fields[name][0]):
+        return f"For the turns in {name!r}: data.columns: {{messages: {name}}}"
+    is_json = suffix_of(Path(row.source)) in (".json", ".jsonl", ".ndjson")
+    return rows_out_of(row.source, name) if is_json else ""
 
 
 def _read_side(row: Row, name: str, data_format: str, role: str) -> list[Message]:

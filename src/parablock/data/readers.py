@@ -13,7 +13,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,9 @@ _LINES_REMEDY = (
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 _TOLD_DELIMITER = re.compile(r'"?sep=(.)"?[\r\n]+', re.IGNORECASE)
 """The first line that Excel writes and reads, for what parts the cells."""
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
+_HEADING, _QUOTED = re.compile(r'\s*(?:"[^"]*"|[^"\r\n])*'), re.compile(r'"[^"]*"')
+_MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32")
+_MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16")
 """Byte order marks of other encodings, longer ones first."""
 
 
@@ -148,14 +146,14 @@ def _read_lines(source: str, raw: bytes) -> NumberedFields:
 
 
 def _read_array(source: str, raw: bytes) -> NumberedFields:
-    wrong, end = None, 0
+    wrong, end, raw = None, 0, raw.removeprefix(codecs.BOM_UTF8)
     try:
         json.loads(raw)  # where that is valid, the rest only finds the lines
     except (ValueError, RecursionError) as error:  # named after the rows before it
         wrong, end = _not_json(source, 1, error), getattr(error, "pos", 0)
         if isinstance(error, UnicodeDecodeError):
             raw, end = raw[: error.start], len(raw)
-    text, decoder = raw.decode("utf-8-sig", errors="ignore"), json.JSONDecoder(object_pairs_hook=_once)
+    text, decoder = raw.decode(errors="surrogatepass"), json.JSONDecoder(object_pairs_hook=_once)
     at = text.index("[") + 1
     line = 1 + text.count("\n", 0, at)
     while True:
@@ -183,9 +181,8 @@ def _read_array(source: str, raw: bytes) -> NumberedFields:
 
 def _check_not_spread(source: str, start: bytes) -> None:
     """Refuse a file that is one JSON object over several lines, such as {"data": [...]}."""
-    first = start.partition(b"\n")[0]
     try:
-        json.loads(first)
+        json.loads(start.partition(b"\n")[0])
         return
     except (ValueError, RecursionError):
         pass
@@ -258,8 +255,8 @@ def _read_csv(source: str, raw: bytes, suffix: str) -> NumberedFields:
     """Yield the rows below the heading; every value is text."""
     text, undecodable = _decode(source, raw)
     told = _TOLD_DELIMITER.match(text)
-    delimiter = told[1] if told else "\t" if suffix == ".tsv" else _delimiter_of(text)
     csv.field_size_limit(sys.maxsize)
+    delimiter = told[1] if told else "\t" if suffix == ".tsv" else _delimiter_of(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     if told:
         next(reader)
@@ -306,17 +303,18 @@ def _check_heading(source: str, line: int, cells: list[str]) -> list[str]:
 
 
 def _delimiter_of(text: str) -> str:
-    """Return what parts the cells: that which gives the first two lines the same number of cells, and the most."""
+    """Return what parts the cells: the only one in the heading, or what gives most rows as many cells as that."""
+    heading = _HEADING.match(text)[0]  # type: ignore[index]  # matches the empty string too
+    found = [each for each in ",;\t" if each in _QUOTED.sub("", heading)]
 
-    def fit(delimiter: str) -> tuple[bool, int]:
-        try:
+    def fit(delimiter: str) -> tuple[int, int]:
+        lengths = []
+        with suppress(csv.Error):
             rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            lengths = [len(cells) for cells in islice(filter(None, rows), 2)]
-        except csv.Error:
-            return False, 0
-        return (len(set(lengths)) == 1 < lengths[0], lengths[0]) if lengths else (False, 0)
+            lengths += (len(cells) for cells in islice(filter(None, rows), 20))
+        return (lengths.count(lengths[0]), lengths[0]) if lengths and 1 < lengths[0] in lengths[1:] else (0, 0)
 
-    return max(",;\t", key=fit)
+    return found[0] if len(found) == 1 else max(",;\t", key=fit)
 
 
 def _decode(source: str, raw: bytes) -> tuple[str, DataError | None]:
@@ -348,9 +346,7 @@ def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
         rows = table.to_pylist()
     except Exception as error:  # of any class: days beyond 9999, unknown time zones, text that is no UTF-8
         raise _not_held(source, table, error) from error
-    if any(_has_struct(column.type) for column in table.schema):
-        rows = [{name: without_fill(value) for name, value in row.items()} for row in rows]
-    return iter(enumerate(rows, start=1))
+    return iter(enumerate(map(remover_of_fill(table.schema), rows), start=1))
 
 
 def _not_held(source: str, table: Any, error: Exception) -> DataError:
@@ -363,11 +359,16 @@ def _not_held(source: str, table: Any, error: Exception) -> DataError:
     return _unreadable(source, error)
 
 
-def without_fill(value: Any) -> Any:
-    """Return a nested value of a table without the null fields that its schema gives to every object."""
+def remover_of_fill(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return what takes out of a row the null fields that the schema of its table gives to every object."""
+    nested = [column.name for column in schema if _has_struct(column.type)]
+    return lambda row: row | {name: _without_fill(row[name]) for name in nested}
+
+
+def _without_fill(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_fill(item) for name, item in value.items() if item is not None}
-    return [without_fill(item) for item in value] if isinstance(value, list) else value
+        return {name: _without_fill(item) for name, item in value.items() if item is not None}
+    return [_without_fill(item) for item in value] if isinstance(value, list) else value
 
 
 def _has_struct(kind: Any) -> bool:

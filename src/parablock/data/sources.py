@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parablock.data.readers import COMPRESSIONS, SUFFIXES, NumberedFields, read_file, suffix_of, without_fill
+from parablock.data.readers import COMPRESSIONS, SUFFIXES, NumberedFields, read_file, remover_of_fill, suffix_of
 from parablock.errors import DataError, did_you_mean
 from parablock.hub import use_cache_when_offline
 
@@ -268,7 +268,5 @@ def _read_hub(source: str, *, split: str) -> list[Row]:
             cause="The configuration (after the colon) or the split does not exist, or its files are broken.",
             remedy="Name one that does: owner/name:config.",
         ) from error
-    return [
-        Row({field: without_fill(item) for field, item in value.items()}, source, line)
-        for line, value in enumerate(values, start=1)
-    ]
+    without_fill = remover_of_fill(values.features.arrow_schema)
+    return [Row(without_fill(value), source, line) for line, value in enumerate(values, start=1)]

@@ -15,6 +15,8 @@ _OF_OTHER_PROGRAMS = {
     *("loss_mask", "loss_scale", "loss_weight", "mask", "masked", "sample_weight"),
     *("train_detail", "trainable", "training", "training_detail"),
 }
+_NO_OPS = {"masked": False, "trainable": True, "training": True}
+"""Fields of other programs → the value with which they say what holds anyway."""
 _IN_TABLES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
@@ -32,8 +34,9 @@ def check_names(row: Row, where: str, fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         plain = name.lower()
         is_rejected = plain == "label" and value is False  # as KTO marks a bad answer
+        says_nothing = value is None or value != value or value is _NO_OPS.get(plain)  # NaN is none
         is_misspelt = plain in SWITCHES and name not in SWITCHES
-        if value is not None and (plain in _OF_OTHER_PROGRAMS or is_misspelt or is_rejected):
+        if not says_nothing and (plain in _OF_OTHER_PROGRAMS or is_misspelt or is_rejected):
             raise DataError(
                 f"{row.place}: {where} has {name} {value!r}, with which other programs say what is learnt; "
                 "ParaBlock does not read it, and would learn all.",
@@ -43,18 +46,24 @@ def check_names(row: Row, where: str, fields: Mapping[str, Any]) -> None:
             )
 
 
+def is_switch(name: str) -> bool:
+    """Return whether a field says what is learnt, here or in another program."""
+    return name.lower() in {*SWITCHES, *_OF_OTHER_PROGRAMS, "label"}
+
+
 def is_off(row: Row) -> str:
     """Return the field by which a row says that nothing of it is learnt, as `weight: 0`; empty if there is none.
 
     Raises:
         DataError: A field says neither yes nor no, or is read by other programs alone.
     """
-    check_names(row, "the row", row.fields)
+    is_judged = row.fields.keys() >= {"prompt", "completion"}  # else a label is a class
+    check_names(row, "the row", {k: value for k, value in row.fields.items() if is_judged or k.lower() != "label"})
     off = ""
     for name in SWITCHES:
         given = row.fields.get(name)
         value = _IN_TABLES.get(given.strip().lower(), given) if isinstance(given, str) else given
-        if given is None or given == "":
+        if given is None or given == "" or given != given:  # NaN
             continue
         if value not in (0, 1):  # so is a boolean
             raise DataError(

@@ -209,7 +209,7 @@ def _render(row: Row, conversation: Conversation, template: _Template) -> Render
         index
         for index, turn in enumerate(turns)
         if conversation.learnt[index]
-        and (turn["content"].strip() or turn.get("tool_calls") or turn.get(REASONING[0]))
+        and (turn["content"].strip() or turn.get("tool_calls") or str(turn.get(REASONING[0]) or "").strip())
     ]
     try:
         whole = check_text(row, "the conversation", template.apply(row, turns, tools, generate=False))

@@ -23,6 +23,8 @@ Part = tuple[int, str]
 
 _PLAIN = {"role", "content", "tool_calls", *REASONING}
 _BEGIN, _END = "<think>", "</think>"
+_RESULT = ("<tool_response>", "</tool_response>")
+"""Around what a tool returned, in a turn of the user; templates take such a turn for no new question."""
 _CERTAIN = 20
 """A text of so many characters does not stand in a rendering by chance."""
 
@@ -43,7 +45,7 @@ class Unwritten:
             whole: Their rendering.
 
         Raises:
-            DataError: It is the call of a tool, or of a turn that is to be learnt a part that is no reasoning.
+            DataError: It is a part, other than reasoning, of a turn that is to be learnt.
         """
         shape = _shape_of(conversation)
         if shape not in self._seen:
@@ -64,8 +66,10 @@ class Unwritten:
                 silent.add(index)
                 found["reasoning of turns, which the chat template does not write"] = None
             for number, call in enumerate(turn.get("tool_calls") or (), start=1):
-                if (index, str(number)) in missing:
+                if (index, str(number)) in missing and conversation.learnt[index]:
                     raise _refused_call(row, index, number, call)
+                if (index, str(number)) in missing:
+                    found[f"calls of {role} turns, which the chat template does not write"] = None
         for name in map(_name_of, conversation.tools):
             if name and name not in whole and _NO_TOOLS not in found:
                 found["some of the tools, which the chat template does not write"] = None
@@ -115,12 +119,18 @@ def _shape_of(conversation: Conversation) -> Any:
         (
             turn["role"],
             not turn["content"].strip(),
+            _frame_of(turn["content"]),
             bool(_thought(turn).strip()),
             tuple(_kind(call.get("arguments")) if isinstance(call, dict) else "" for call in _calls(turn)),
             frozenset((key, bool(turn[key])) for key in turn.keys() - _PLAIN),
         )
         for turn in conversation.turns
     )
+
+
+def _frame_of(content: str) -> tuple[str, str]:
+    """Return the frame of a text by which templates tell what it is; twice nothing without one."""
+    return _RESULT if content.startswith(_RESULT[0]) and content.endswith(_RESULT[1]) else ("", "")
 
 
 def _kind(arguments: Any) -> str:
@@ -140,7 +150,8 @@ def _marked(conversation: Conversation) -> tuple[list[Message], dict[str, Part]]
     for index, turn in enumerate(conversation.turns):
         changed = dict(turn)
         if turn["content"].strip():
-            changed["content"] = mark(index, "content")
+            begin, end = _frame_of(turn["content"])
+            changed["content"] = begin + mark(index, "content") + end
         if _thought(turn).strip():
             changed |= dict.fromkeys(REASONING, mark(index, "reasoning"))
         if turn.get("tool_calls"):

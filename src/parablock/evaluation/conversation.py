@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from parablock.data.conversations import Message, kind_of, read_turns
 from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
-from parablock.data.readers import read_text_file
+from parablock.data.readers import parse_json, read_text_file
 from parablock.data.sources import Row, load_rows
-from parablock.data.switches import SWITCHES
+from parablock.data.switches import is_switch
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
 from parablock.evaluation.side_by_side import day_of, models_of
@@ -138,33 +139,44 @@ def _read_lines(source: str) -> list[Row]:
 
 def _read_prompt(row: Row) -> AskedPrompt:
     """Read what is asked, as training reads it, and the reference behind it."""
-    fields = {name: value for name, value in row.fields.items() if name not in SWITCHES}  # of training
-    references = []
+    fields = {name: _of_asking(name, value) for name, value in row.fields.items() if not is_switch(name)}
+    answered = dict(fields)
     for *question, answer in FORMATS.values():
-        given = row.fields.get(answer)
-        is_turns = isinstance(given, list) if answer == "completion" else answer in _OF_TURNS
-        if fields.get(question[0] if question else answer) is None or answer == "text":
-            continue
-        if is_turns:
-            turns = [_unlearnt(turn) for turn in read_turns(row, answer)]
-            if turns[-1]["role"] == "assistant":
-                references.append(turns.pop()["content"])
-            fields[answer] = [*turns, {"role": "assistant", "content": _ANSWER}]
-        elif isinstance(given, str | None):
-            references.append(given)
-            fields[answer] = _ANSWER
-        else:
-            raise DataError(f"{row.place}: field {answer} is {kind_of(given)}, not text.")
-    asked = replace(row, fields=fields)
-    data_format = detect_format([asked])
+        if question and fields.get(question[0]) is not None and fields.get(answer) is None:
+            answered[answer] = _ANSWER
+    data_format = detect_format([replace(row, fields=answered)])
     if data_format == "text":
         return AskedPrompt(str(row.fields["text"]), row)
+    *_, answer = FORMATS[data_format]
+    given, reference = fields.get(answer), None
+    if isinstance(given, list) if answer == "completion" else answer in _OF_TURNS:
+        turns = [{**turn, "train": False} for turn in read_turns(replace(row, fields=fields), answer)]
+        if turns[-1]["role"] == "assistant":
+            reference = turns.pop()["content"]
+        fields[answer] = [*turns, {"role": "assistant", "content": _ANSWER}]
+    elif given is None or (isinstance(given, str | int | float) and not isinstance(given, bool)):
+        reference, fields[answer] = None if given is None else str(given), _ANSWER
+    else:
+        raise DataError(f"{row.place}: field {answer} is {kind_of(given)}, not text.")
+    asked = replace(row, fields=fields)
     turns = list(read_conversation(asked, data_format).turns[:-1])
-    return AskedPrompt(turns[-1]["content"] if turns else "", asked, next(filter(None, references), None))
+    return AskedPrompt(turns[-1]["content"] if turns else "", asked, reference or None)
 
 
-def _unlearnt(turn: Message) -> Message:
-    return {**{key: value for key, value in turn.items() if key not in SWITCHES}, "train": False}
+def _of_asking(name: str, value: Any) -> Any:
+    """Return the value of a field without what only training asks of turns and of parts of their content."""
+    if name in _OF_TURNS and isinstance(value, str):
+        with suppress(ValueError, RecursionError):  # the reader of turns says what is wrong
+            value = parse_json(value)
+    if isinstance(value, list):
+        return [_of_asking("", each) for each in value]
+    if isinstance(value, dict):
+        return {
+            key: _of_asking("", each) if key in ("content", "value") else each
+            for key, each in value.items()
+            if not is_switch(key)
+        }
+    return value
 
 
 def answer_prompts(

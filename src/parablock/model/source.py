@@ -80,7 +80,9 @@ def check_tensors(source: str, parameters: Collection[str]) -> None:
         ModelError: Some parameter is kept in such numbers.
     """
     for name, number in _number_types(source):
-        is_weight = "weight" in name.rpartition(".")[2] or name in parameters
+        last = name.rpartition(".")[2]
+        is_named = (last.startswith("weight") or last.endswith("weight")) and number != torch.bool
+        is_weight = is_named or name in parameters
         is_narrow = number.is_floating_point and number.itemsize < 2
         if is_narrow or (is_weight and not number.is_floating_point):
             raise _quantised(source, f"{name} is of type {str(number).removeprefix('torch.')}")
@@ -91,9 +93,9 @@ def code_refused(source: str, what: str) -> ModelError:
     maps = [read_json(source, name).get("auto_map") for name in ("config.json", "tokenizer_config.json")]
     named = [value for each in maps if isinstance(each, dict) for value in each.values()]
     classes = [name for value in named for name in (value if isinstance(value, list) else [value]) if name]
-    files = sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in classes})
+    files = ", ".join(sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in classes}))
     return ModelError(
-        f"{source} brings code of its own ({', '.join(files)}), which is not run here",
+        f"{source} brings code of its own{f' ({files})' if files else ''}, which is not run here",
         cause=f"{what} is unknown to Transformers {transformers.__version__}, and such code "
         "could do anything on this machine and on every site.",
         remedy="Take a model whose architecture is part of Transformers, and its tokenizer too.",
@@ -184,8 +186,11 @@ def _number_types(source: str) -> Iterator[tuple[str, torch.dtype]]:
         names = [whole] if _find_file(source, whole) else sorted(set(parts))
         for name in names:
             if path := _find_file(source, name):
-                for key, tensor in load_state_dict(path, map_location="meta").items():
-                    yield key, tensor.dtype
+                try:
+                    tensors = load_state_dict(path, map_location="meta")
+                except ValueError as error:  # a type of number that Transformers does not know
+                    raise _quantised(source, str(error)) from error
+                yield from ((key, each.dtype) for key, each in tensors.items() if isinstance(each, torch.Tensor))
         if names:
             return
 

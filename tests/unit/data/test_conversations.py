@@ -37,6 +37,7 @@ def said(turns: Any, **fields: Any) -> str:
             ANSWER,
         ],
         [{**USER, "tool_calls": None, "weight": None}, ANSWER],
+        [{**USER, "from": "human", "value": USER["content"]}, ANSWER],
         json.dumps([USER, ANSWER]),
     ],
 )
@@ -75,6 +76,14 @@ def test_a_turn_that_is_not_to_be_learnt_is_read_and_not_learnt(switch: dict[str
             [USER, {**ANSWER, "content": [{"type": "text", "text": "Ten.", "weight": 0}]}],
             "a part of the content of turn 2 of messages has weight 0",
         ),
+        *(
+            (
+                [USER, {**ANSWER, "content": [{"type": "text", "text": "Ten.", name: "tool"}]}],
+                f"a part of the content of turn 2 of messages has {name} 'tool'",
+            )
+            for name in ("role", "from", "content", "value", "tool_calls", "function_call", "thinking")
+        ),
+        ([USER, {"content": [{"text": "Ten."}]}], "turn 2 of messages has no role; it has the fields content"),
         (
             [USER, {**ANSWER, "content": [{"text": "Ten.", "mask": 1}]}],
             "a part of the content of turn 2 of messages has mask",
@@ -83,7 +92,7 @@ def test_a_turn_that_is_not_to_be_learnt_is_read_and_not_learnt(switch: dict[str
             [USER, {**ANSWER, "tool_calls": [CALL], "function_call": CALL["function"], "content": ""}],
             "has both tool_calls and function_call",
         ),
-        ([USER, {**ANSWER, "function_call": "f()"}], "tool_calls of turn 2 of messages is of type str"),
+        ([USER, {**ANSWER, "function_call": "f()"}], "function_call of turn 2 of messages is of type str"),
         ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "its content is a part of type 'image'"),
         ([USER, {**ANSWER, "tool_calls": "f()"}], "tool_calls of turn 2 of messages is of type str"),
         ([{"role": "user", "content": "a \ud83d"}, ANSWER], "turn 1 of messages holds \\ud83d at character 3"),
@@ -110,6 +119,8 @@ def test_the_older_spelling_of_a_call_is_a_call():
     older = {"role": "assistant", "content": None, "function_call": CALL["function"]}
     newer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL["function"]}]}
     assert conversation([USER, older]) == conversation([USER, newer])
+    older["function_call"] = json.dumps(CALL["function"])
+    assert conversation([USER, older]) == conversation([USER, newer])
     assert conversation([USER, older]) != conversation([USER, ANSWER])
 
 
@@ -133,6 +144,8 @@ def test_a_part_of_content_keeps_what_else_it_has():
         ({"loss": "false", "weight": "1"}, "loss: false"),
         ({"weight": 1, "train": "True", "loss": None}, ""),
         ({"weight": "", "label": True}, ""),
+        ({"weight": float("nan"), "loss_mask": float("nan")}, ""),
+        ({"label": False, "masked": False, "training": True}, ""),
     ],
 )
 def test_a_row_says_whether_it_is_learnt(fields: dict[str, Any], off: str):
@@ -145,7 +158,9 @@ def test_a_row_says_whether_it_is_learnt(fields: dict[str, Any], off: str):
     [
         ({"weight": 0.5}, "the row has weight 0.5; a row is learnt (1, true) or not (0, false)"),
         ({"train": "maybe"}, "the row has train 'maybe'"),
-        ({"label": False}, "the row has label False, with which other programs say what is learnt"),
+        ({"masked": True}, "the row has masked True, with which other programs say what is learnt"),
+        ({"training": False}, "the row has training False"),
+        ({"mask": False}, "the row has mask False"),
         ({"Weight": 0}, "the row has Weight 0"),
         ({"loss_mask": [0, 1]}, "the row has loss_mask [0, 1]"),
     ],
@@ -183,3 +198,14 @@ def test_an_opening_turn_of_the_assistant_is_read_and_not_learnt():
 def test_a_prompt_of_turns_is_not_learnt_and_its_completion_is():
     row = Row({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, "set.jsonl", 1)
     assert read_conversation(row, "prompt_completion").learnt == (False, False, False, True)
+
+
+def test_an_answer_that_was_judged_bad_is_refused_and_a_class_is_not():
+    judged = {"prompt": "a", "completion": "b", "label": False}
+    with pytest.raises(DataError, match="the row has label False, with which other programs say"):
+        check_rows([Row(judged, "set.jsonl", 3)], "auto")
+    check_rows([Row({"text": "a", "label": False}, "set.jsonl", 3)], "auto")
+
+
+def test_a_speaker_beside_a_role_is_a_field_like_others():
+    assert conversation([{**USER, "from": "alice"}, ANSWER]).turns[0] == {**USER, "from": "alice"}

@@ -18,6 +18,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from parablock.data.formats import check_rows, formats_by_source
+from parablock.data.readers import remover_of_fill
 from parablock.data.sources import describe_ignored, load_files, load_rows
 from parablock.errors import DataError
 from tokens import tokenized
@@ -130,6 +131,12 @@ def test_a_list_inside_one_object_is_taken_out(tmp_path: Path):
     content = b'{"data": [{"prompt": "a", "completion": "b"}]}'
     said = refused(tmp_path / "a.jsonl", content, check=partial(check_rows, data_format="auto"))
     assert f"jq -c '.data[]' {tmp_path}/a.jsonl > rows.jsonl" in said
+    turns = b'{"conversation": [{"role": "user", "content": "a"}]}'
+    said = refused(tmp_path / "c.jsonl", turns, check=partial(check_rows, data_format="auto"))
+    assert "jq" not in said
+    assert "For the turns in 'conversation': data.columns: {messages: conversation}" in said
+    rows = columnar([{"data": [{"prompt": "a"}]}], pyarrow.parquet.write_table)
+    assert "jq" not in refused(tmp_path / "d.parquet", rows, check=partial(check_rows, data_format="auto"))
     assert "jq" not in refused(
         tmp_path / "b.jsonl", b'{"data": [1]}', check=partial(check_rows, data_format="auto")
     )
@@ -179,6 +186,16 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, suffix: str, content
     )
 
 
+def test_bytes_that_are_half_a_pair_are_named_and_not_dropped(tmp_path: Path):
+    check = partial(check_rows, data_format="auto")
+    content = b'[{"text": "a \xed\xa0\xbd\xed\xb8\x80"}]'
+    for mark in (b"", b"\xef\xbb\xbf"):
+        said = refused(tmp_path / "a.json", mark + content, check=check)
+        assert "line 1: field text holds \\ud83d at character 3" in said
+        said = refused(tmp_path / "a.json", mark + '[{"text": "é'.encode() + b'\xff"}]', check=check)
+        assert "line 1 is not JSON: byte 0xff at position 12" in said
+
+
 def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
     said = refused(tmp_path / "a.csv", "prompt,completion\na,b\ncafé,c\n".encode("cp1252"))
     assert "a.csv, line 3: byte 0xe9 is not UTF-8" in said
@@ -190,6 +207,9 @@ def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
     [
         ("prompt,completion\na,b\nc\n", "line 3 has 1 cells, and the heading names 2 columns (prompt, completion)"),
         ("prompt,completion\na,b,c\n", "line 2 has 3 cells"),
+        ('prompt;completion\n"a"b;c\n', "line 2 is not CSV: ';' expected"),
+        ("prompt;completion\na,b\n", "line 2 has 1 cells, and the heading names 2 columns (prompt, completion)"),
+        ("prompt,completion,note;x\nonly;b\na,b,c\nd,e,f\n", "line 2 has 1 cells, and the heading names 3"),
         ("prompt,prompt\na,b\n", "line 1: the heading has an empty name or one that stands twice"),
         ('prompt,completion\na,b\n"c,d\n', "line 3 is not CSV: unexpected end of data"),
         ("prompt,completion\n", "is empty: it holds no row"),
@@ -209,6 +229,8 @@ def test_a_table_that_is_broken_names_the_line(tmp_path: Path, content: str, say
         ('"sep=|"\r\nprompt|completion\r\na|b\r\n', "prompt|completion"),
         ("prompt;completion\ra;b\rc;d, e, f\r", "prompt|completion"),
         ("text\none; two\n", "text"),
+        ('prompt;completion;"note, if any"\na, b;c;d\n', "prompt|completion|note, if any"),
+        (f"prompt;completion;note, x\n{'a b ' * 40_000};c;d\n", "prompt|completion|note, x"),
     ],
 )
 def test_what_parts_the_cells_is_found(tmp_path: Path, content: str, names: str):
@@ -347,3 +369,13 @@ def test_a_value_of_a_table_that_cannot_be_held_is_named_by_its_column(tmp_path:
     assert "Take the column out" in caught.value.remedy
     pyarrow.parquet.write_table(content.drop_columns("when"), tmp_path / "a.parquet")
     assert load_rows(str(tmp_path / "a.parquet"), split="train")[0].fields == {"prompt": "a", "completion": "b"}
+
+
+def test_only_columns_with_objects_are_searched_for_what_the_schema_fills_in():
+    schema = pyarrow.schema(
+        {"numbers": pyarrow.list_(pyarrow.int64()), "a": pyarrow.struct({"x": pyarrow.int64()})}
+    )
+    numbers = [1, 2]
+    row = remover_of_fill(schema)({"numbers": numbers, "a": {"x": None}})
+    assert row == {"numbers": [1, 2], "a": {}}
+    assert row["numbers"] is numbers

@@ -145,6 +145,9 @@ def test_a_turn_that_is_not_learnt_may_be_written_in_part(tiny_tokenizer: Tokeni
     turns = [USER, {**CALLING, "content": "I look.", "weight": 0}, ANSWER]
     result = one(turns, with_template(tiny_tokenizer, CALLS_ALONE))
     assert dict(result.unused) == {"the content of assistant turns, which the chat template does not write": 1}
+    silent = one(turns, with_template(tiny_tokenizer, NO_ARGUMENTS))
+    assert learnt(silent, tiny_tokenizer) == "Twelve.<|im_end|>\n"
+    assert dict(silent.unused) == {"calls of assistant turns, which the chat template does not write": 1}
 
 
 LAST_REASONING = WITH_TOOLS.replace(
@@ -160,6 +163,27 @@ def test_reasoning_that_only_some_turns_keep_is_counted(tiny_tokenizer: Tokenize
     inside = one([USER, {**ANSWER, "content": "<think>Hm.</think>Twelve."}], tokenizer)
     assert dict(inside.unused) == {"reasoning in the content of turns, which the chat template takes out": 1}
     assert learnt(inside, tokenizer) == "Twelve.<|im_end|>\n"
+
+
+def test_reasoning_is_kept_where_a_result_of_a_tool_is_told_by_its_text(tiny_tokenizer: Tokenizer):
+    asks = "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' and not "
+    asks += "(m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}"
+    asks += "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    since = "{% if loop.index0 > ns.last and m.reasoning_content %}"
+    template = asks + WITH_TOOLS.replace("{% if m.reasoning_content %}", since)
+    tokenizer = with_template(tiny_tokenizer, template)
+    thought = {"role": "assistant", "content": "", "reasoning": "Look it up."}
+    plain = one([USER, thought, {**USER, "content": "5"}, ANSWER], tokenizer)
+    assert learnt(plain, tokenizer) == "Twelve.<|im_end|>\n"
+    assert dict(plain.unused) == {"reasoning of turns, which the chat template does not write": 1}
+    result = one([USER, thought, {**USER, "content": "<tool_response>5</tool_response>"}, ANSWER], tokenizer)
+    assert learnt(result, tokenizer) == "<think>Look it up.</think><|im_end|>\nTwelve.<|im_end|>\n"
+    assert not result.unused
+
+
+def test_reasoning_of_white_space_alone_is_nothing_to_learn(tiny_tokenizer: Tokenizer):
+    turns = [USER, {"role": "assistant", "content": "", "reasoning": " \n"}, USER, ANSWER]
+    assert learnt(one(turns, tiny_tokenizer), tiny_tokenizer) == "Twelve.<|im_end|>\n"
 
 
 def test_a_turn_of_reasoning_alone_is_learnt_where_it_is_written(tiny_tokenizer: Tokenizer):

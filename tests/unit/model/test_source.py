@@ -19,6 +19,7 @@ from parablock.errors import ModelError
 from parablock.model.blocks import partition_blocks
 from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer, outline_model
 from parablock.model.save import base_parts, save_model
+from parablock.model.source import check_tensors, code_refused
 
 VOCABULARY = 300
 
@@ -174,6 +175,28 @@ def test_what_cannot_be_trained_says_what_it_is_and_what_to_take(folder: Path, c
     assert str(folder) in str(caught.value)
     assert cure in caught.value.remedy
     assert not (folder / "was here").exists()
+
+
+@pytest.mark.parametrize("number", [torch.float8_e8m0fnu, torch.complex64], ids=str)
+def test_numbers_that_transformers_does_not_read_are_refused_as_such(folder: Path, number: torch.dtype):
+    tensors = load_file(folder / "model.safetensors") | {"scales": torch.ones(2).to(number)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="quantised"):
+        check_tensors(str(folder), ())
+
+
+def test_what_is_no_weight_is_no_number_to_check(folder: Path):
+    tensors = load_file(folder / "model.safetensors") | {"model.loss_weights_mask": torch.ones(2, dtype=torch.bool)}
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors | {"epoch": 3}, folder / "pytorch_model.bin")
+    check_tensors(str(folder), ())
+    torch.save(tensors | {"model.qweight": torch.ones(2, dtype=torch.int32)}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="model.qweight is of type int32"):
+        check_tensors(str(folder), ())
+
+
+def test_code_without_a_map_is_named_without_empty_brackets(folder: Path):
+    assert "brings code of its own, which" in str(code_refused(str(folder), "Its type x"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

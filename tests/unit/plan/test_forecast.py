@@ -339,3 +339,14 @@ def test_blocks_are_looked_for_no_longer_than_until_each_was_visited():
     for schedule in SCHEDULES:
         assert blocks_never_visited(schedule, num_rounds=10**21, **places) == ()
         assert len(blocks_never_visited(schedule, num_rounds=3, **places)) >= 2
+
+
+def test_clients_that_no_round_asks_do_not_count_against_the_limit(outlined: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(forecast, "MAX_CLIENT_ROUNDS", 20)
+    few, many = (
+        large_config(outlined, federation={"num_rounds": 4, "num_clients": 8, "participation": share})
+        for share in (0.25, 0.5)
+    )
+    assert make_plan(few).num_blocks
+    with pytest.raises(ConfigError, match="4 rounds of 8 clients .* 4 asked in each, are more than 20"):
+        make_plan(many)
