@@ -8,7 +8,7 @@ from html import escape
 _ACTS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
 """C0 without tab and line feed, DEL, C1, and what turns the direction of writing (Boucher and Anderson, 2021)."""
 
-_ACTING = re.compile(f"[{_ACTS}]")
+_ACTING = re.compile(rf"(?!\r\n)[{_ACTS}]")
 _OF_DISPLAYS = re.compile(rf"\x1b\[\??[0-9;]*[A-DGHJKhlm]|\r|([{_ACTS}])")
 
 _MARKS = re.compile(r"[\\<\[`|]")
@@ -17,7 +17,7 @@ _MARKS = re.compile(r"[\\<\[`|]")
 def printable(text: str) -> str:
     r"""Return a text with its control characters as escapes, such as `\u001b`; tabs and line ends stay.
 
-    The escapes are those of JSON, so that a line of JSON keeps its value.
+    So do the line ends of Windows. The escapes are those of JSON, so that a line of JSON keeps its value.
     """
     return _ACTING.sub(lambda found: _escaped(found[0]), text)
 

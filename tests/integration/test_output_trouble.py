@@ -19,8 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from outcomes import Outcome, ended
+from parablock.cli import terminal
 from parablock.cli.output import LastingStream, SafeConsole, lasting_output, say, say_whole
 from parablock.experiment.progress import SILENCE_S
+from parablock.printable import printable
 from tiny_runs import (
     Process,
     Runs,
@@ -180,6 +182,10 @@ def test_no_text_acts_on_a_terminal_and_the_display_s_own_colours_do(
     assert len(re.findall(ACTING, EVIL)) == 8
 
 
+def test_line_ends_of_windows_stay_and_a_return_to_the_begin_of_a_line_does_not():
+    assert printable("a\r\nb\rc\r") == "a\r\nb\\u000dc\\u000d"
+
+
 def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_elsewhere(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -334,6 +340,7 @@ class Sender(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Sender())
 from parablock.__main__ import main
+from parablock.printable import printable
 main()
 """
 
@@ -356,6 +363,16 @@ def test_ctrl_c_while_anything_loads_ends_with_one_line(
     (line,) = (outcome.stdout + outcome.stderr).splitlines()
     assert line.startswith("stopped at once; ") and "nothing is left behind" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("made", [(), ("checkpoints",), ("checkpoints", "checkpoints/round-000001")])
+def test_a_stop_is_told_of_whatever_a_run_has_begun(tmp_path: Path, made: tuple[str, ...]):
+    (tmp_path / "config.yaml").touch()
+    for name in made:
+        (tmp_path / name).mkdir()
+    where = "go on from the last checkpoint" if len(made) == 2 else "before the first checkpoint"
+    said = terminal._after_a_stop(tmp_path, terminal.RESUME)
+    assert where in said and said.endswith(f"parablock resume {tmp_path}")
 
 
 def test_a_signal_that_a_script_ignores_ends_nothing(workshop: Workshop):

@@ -250,8 +250,9 @@ def test_answers_that_cannot_be_written_are_told_of_without_an_option_that_is_no
 
 
 def test_lines_of_standard_input_are_turns(tuned: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n"))
-    assert done("chat", str(tuned), *SHORT).stdout.strip() == talk.HELP  # no model is asked that
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/quit\n2 plus 2?\n"))
+    outcome = done("chat", str(tuned), *SHORT)  # no model is asked that
+    assert outcome.stdout == "" and outcome.stderr.count(f"/help is no command: {talk.HELP}") == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("2 plus 2?\n\n/new\n2 plus 2?\n"))
     said = [line for line in done("chat", str(tuned), *SHORT).stdout.splitlines() if line]
     assert [line.partition(":")[0] for line in said] == ["base", "tuned"] * 2

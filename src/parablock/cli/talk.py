@@ -44,6 +44,7 @@ Temperature = Annotated[
     typer.Option(min=0, callback=_drawable, help="0: the likeliest token; above 0: tokens are drawn."),
 ]
 Seed = Annotated[int, typer.Option(help="Answers that are drawn follow from it.")]
+QUITTING = ("/quit", "/exit")
 HELP = "/new begins anew, /quit or Ctrl-D ends; Ctrl-C cuts an answer short"
 
 
@@ -73,7 +74,8 @@ def chat(
         conversations = [
             Dialogue(speaker, system=system, on_cut=notes.setdefault, **settings) for speaker in speakers
         ]
-    if sys.stdin.isatty():
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         console.print(HELP, style="dim", highlight=False)
         if not all(speaker.has_memory for speaker in speakers):
             text = "the model has learnt single prompts: it does not see earlier turns"
@@ -83,7 +85,10 @@ def chat(
             for conversation in conversations:
                 conversation.forget()
         elif text.startswith("/") and " " not in text and text.count("/") == 1:
-            console.print(HELP, style="dim", highlight=False)
+            if is_terminal:
+                console.print(HELP, style="dim", highlight=False)
+            else:
+                say(f"{text} is no command: {HELP}", err=True)  # it is no answer
         elif text:
             _answer(conversations, text)
         for note in notes:
@@ -97,7 +102,10 @@ def _turns() -> Iterator[str]:
         encoding = sys.stdin.encoding or "utf-8"
         for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), 1):
             text = line.decode(encoding, "surrogateescape") if isinstance(line, bytes) else line
-            yield _legible(text.strip(), f"line {number} of standard input")
+            text = _legible(text.strip(), f"line {number} of standard input")
+            if text in QUITTING:
+                return
+            yield text
         return
     import readline  # noqa: F401  the input line can be edited, and earlier ones come back
 
@@ -113,7 +121,7 @@ def _turns() -> Iterator[str]:
         except KeyboardInterrupt:
             console.print()
             raise typer.Exit(INTERRUPTED) from None
-        if text in ("/quit", "/exit"):
+        if text in QUITTING:
             return
         yield text
 

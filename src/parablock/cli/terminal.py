@@ -127,7 +127,7 @@ def _after_a_stop(directory: Path, again: str) -> str:
             return _after_a_stop(begun[0], again)
         return "stopped at once; nothing was begun, and nothing is left behind"
     again = again.format(directory)
-    if any((directory / "checkpoints").iterdir()):
+    if any((directory / "checkpoints").glob("*")):
         return f"stopped at once; go on from the last checkpoint with: {again}"
     return f"stopped at once, before the first checkpoint; begin again with: {again}"
 

@@ -81,7 +81,7 @@ def export_run(
     check_absent(output_dir, NEW_FOLDER)
     tell("reading the tuned model")
     _check_weights(directory)
-    with write_folder_beside(output_dir) as folder:
+    with write_folder_beside(output_dir, replaces=False) as folder:
         if export_format == "hf":
             _copy_model(directory.model, folder)
             return []
@@ -126,9 +126,13 @@ def _check_weights(directory: RunDirectory) -> None:
 def _copy_model(model: Path, folder: Path) -> None:
     """Copy the files of a model that can be read, and compare them with the copies."""
     load_model(str(model), dtype="float32", device="cpu", init="pretrained", seed=0)
-    for path in sorted(model.iterdir()):
-        shutil.copyfile(path, folder / path.name)
-        if not filecmp.cmp(path, folder / path.name, shallow=False):
+    for path in sorted(model.rglob("*")):  # a folder comes before what is in it
+        copy = folder / path.relative_to(model)
+        if path.is_dir():
+            copy.mkdir()
+            continue
+        shutil.copyfile(path, copy)
+        if not filecmp.cmp(path, copy, shallow=False):
             raise StorageError(
                 f"the copy of {path} is another file",
                 cause="The disk has not kept what was written to it.",

@@ -56,8 +56,9 @@ def make_portable(folder: Path, kept_files: Mapping[str, bytes], *, dtype: str) 
 def follow_umask(folder: Path) -> None:
     """Give the files of a new folder the mode of this umask, where some libraries write for one user alone."""
     mode = folder.stat().st_mode & 0o666  # as `mkdir` has made it, under this umask
-    for path in folder.iterdir():
-        path.chmod(mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _with_fields_of(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from parablock.printable import as_html
 from parablock.report import tables
 from parablock.report.figures import Figure, blocks_figure, client_losses_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
-from parablock.report.reading import RunRecord, answer_of
+from parablock.report.reading import RunRecord, cut_note
 from parablock.report.tables import Table
 
 MOST_CHARACTERS = 600
@@ -115,7 +115,8 @@ def _answers(run: RunRecord) -> list[str]:
     cards = "".join(
         f"<article><h3>{_clipped(record['prompt'])}</h3><dl>"
         + "".join(
-            f'<div class="{label}"><dt>{title}</dt><dd>{_clipped(answer_of(record, label))}</dd></div>'
+            f'<div class="{label}"><dt>{title}</dt>'
+            f"<dd>{_clipped(record[label], cut_note(record, label))}</dd></div>"
             for label, title in (("base", "base model"), ("tuned", "tuned model"), ("reference", "reference"))
             if label in record
         )
@@ -126,10 +127,11 @@ def _answers(run: RunRecord) -> list[str]:
     return [_section("What it says", note, f'<div class="answers">{cards}</div>')]
 
 
-def _clipped(text: str) -> str:
+def _clipped(text: str, note: str = "") -> str:
+    """Return the begin of a text for the page; a `note` on its end always stands behind it."""
     shown = text.strip()
-    if len(shown) > MOST_CHARACTERS:
-        shown = shown[:MOST_CHARACTERS].rstrip() + " …"
+    if len(shown) > MOST_CHARACTERS or note:
+        shown = f"{shown[:MOST_CHARACTERS].rstrip()} … {note}".rstrip()
     return as_html(shown) or "<i>nothing</i>"
 
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from parablock.config.load import read_yaml
+from parablock.config.methods import METHODS
 from parablock.errors import InputError
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
@@ -20,9 +21,15 @@ REAL = ("remote", "flower")
 """The engines whose links are real."""
 
 
+def _known(method: str) -> str:
+    if method not in METHODS:
+        raise ValueError(f"{method} is no method of this release, which has {', '.join(METHODS)}")
+    return method
+
+
 class _Summary(BaseModel):
     status: str
-    method: str
+    method: Annotated[str, AfterValidator(_known)]
     clock: str
     delay: Any
     num_clients: int
@@ -63,8 +70,14 @@ class _Answer(BaseModel):
     tuned: str = ""
 
 
+class _Block(BaseModel):
+    index: int
+    name: Any
+    parameters: int
+
+
 class _Manifest(BaseModel):
-    blocks: list[dict[str, Any]] = []
+    blocks: list[_Block] = []
     clients: list[dict[str, Any]] = []
     packages: dict[str, Any] = {}
     machine: dict[str, Any] = {}
@@ -126,8 +139,14 @@ def read_runs(paths: Sequence[Path]) -> tuple[RunRecord, ...]:
 
 def answer_of(record: Mapping[str, Any], label: str) -> str:
     """Return a text of a record of `answers.json`; of an answer that was cut it says so."""
+    note = cut_note(record, label)
+    return f"{record[label].rstrip()} … {note}" if note else str(record[label])
+
+
+def cut_note(record: Mapping[str, Any], label: str) -> str:
+    """Say at how many tokens an answer was cut; "" if it was not."""
     cut_at = record.get(f"{label}_cut_at")
-    return f"{record[label].rstrip()} … (cut at {cut_at} tokens)" if cut_at else str(record[label])
+    return f"(cut at {cut_at} tokens)" if cut_at else ""
 
 
 def is_run(path: Path) -> bool:
@@ -157,6 +176,9 @@ def _read_run(path: Path, name: str) -> RunRecord:
         config = read_yaml(directory.config.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("config.yaml does not hold sections")
+        for section in ("link", "engine"):
+            if not isinstance(config.get(section, {}), dict):
+                raise ValueError(f"config.yaml, {section}: it does not hold settings")
         lines = directory.metrics.read_text(encoding="utf-8").splitlines()
         return RunRecord(
             name=name,
@@ -168,7 +190,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
             spans=tuple(read_chrome_trace(directory.trace)),
             answers=tuple(_checked("answers.json", directory.read_answers())),
         )
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(
             f"the run in {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}",
             cause="A file is missing or damaged.",

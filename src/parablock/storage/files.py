@@ -57,7 +57,9 @@ def _going_on(path: Path) -> str:
 
 def check_absent(path: Path, remedy: str) -> None:
     """Refuse a path where something is already, with a `StorageError`."""
-    if path.exists():
+    with storage(path):
+        is_there = path.exists()
+    if is_there:
         raise StorageError(f"{path} is there already", remedy=remedy)
 
 
@@ -74,11 +76,13 @@ def write_beside(path: Path) -> Iterator[Path]:
     If it cannot be written, the file that was there before is untouched. A link stays, and leads to the new file.
     A pipe or a device gets the content when it is whole, and stays what it is.
     """
-    if _is_written_into(path):
-        with tempfile.TemporaryDirectory() as folder:
+    with storage(path):
+        is_written_into = _is_written_into(path)
+    if is_written_into:
+        with storage(path), tempfile.TemporaryDirectory() as folder:
             beside = Path(folder) / path.name
             yield beside
-            with storage(path), beside.open("rb") as content, path.open("ab") as stream:
+            with beside.open("rb") as content, path.open("ab") as stream:
                 shutil.copyfileobj(content, stream)
         return
     target = Path(os.path.realpath(path))
@@ -103,10 +107,11 @@ def _is_written_into(path: Path) -> bool:
 
 
 @contextmanager
-def write_folder_beside(folder: Path) -> Iterator[Path]:
+def write_folder_beside(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside `folder` to write files to; it takes the name `folder` when it is whole.
 
-    If it cannot be written, nothing half-written is left.
+    If it cannot be written, nothing half-written is left. Unless it `replaces` what is there, a `folder` that was
+    made meanwhile stays, and is a `StorageError`.
     """
     beside = _beside(folder)
     try:
@@ -114,9 +119,12 @@ def write_folder_beside(folder: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
-            for path in beside.iterdir():
+            for path in beside.rglob("*"):
                 sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
+            if replaces:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                check_absent(folder, NEW_FOLDER)
             beside.rename(folder)
             sync(folder.parent)
     except BaseException:

@@ -162,6 +162,15 @@ def test_a_rank_that_no_matrix_has_is_refused(runs: Runs, tmp_path: Path):
     assert command(*words, str(most)).code == 0
 
 
+def test_a_model_with_a_folder_in_it_is_exported_whole(runs: Runs, tmp_path: Path):
+    run_dir = shutil.copytree(runs(), tmp_path / "run")
+    inside = Path("additional_chat_templates", "tool_use.jinja")
+    (run_dir / "model" / inside).parent.mkdir()
+    (run_dir / "model" / inside).write_text("{{ messages }}")
+    done("export", str(run_dir), "--output-dir", str(tmp_path / "new"))
+    assert (tmp_path / "new" / inside).read_text() == "{{ messages }}"
+
+
 @pytest.mark.parametrize(("mask", "modes"), [(0o077, (0o700, {0o600})), (0o022, (0o755, {0o644}))])
 @pytest.mark.parametrize("export_format", FORMATS)
 def test_who_may_read_an_export_follows_from_the_umask(

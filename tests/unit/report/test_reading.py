@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,10 @@ def test_runs_are_told_apart_by_the_shortest_ends_of_their_paths(tmp_path: Path)
         ("answers.json", '{"a": 1}', "answers.json: Input should be a valid list"),
         ("answers.json", '[{"prompt": 1}]', "answers.json, 0.prompt: Input should be a valid string"),
         ("manifest.json", '{"clients": 1}', "manifest.json, clients: Input should be a valid list"),
+        ("manifest.json", '{"blocks": [{}]}', "manifest.json, blocks.0.index: Field required"),
+        ("trace.json", "[]", "cannot be read: TypeError"),
+        ("trace.json", '{"traceEvents": [3]}', "cannot be read: TypeError"),
+        ("config.yaml", "link: 3", "config.yaml, link: it does not hold settings"),
         ("config.yaml", "a: [", "ParserError"),
         ("config.yaml", "word", "config.yaml does not hold sections"),
     ],
@@ -45,6 +50,15 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_is_written(tmp_path, fi
         write_report([run])
     assert raised.value.remedy
     assert not list(run.glob("report.*"))
+
+
+def test_a_run_of_a_method_that_this_release_does_not_have_is_refused(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    assert read_runs([run])
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"method": "newer"}))
+    with pytest.raises(InputError, match=r"summary.json, method: .*newer is no method of this release"):
+        read_runs([run])
 
 
 def test_a_folder_without_runs_and_one_that_is_not_there_are_refused(tmp_path: Path):

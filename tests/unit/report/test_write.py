@@ -107,6 +107,8 @@ def test_an_answer_that_was_cut_says_so_in_the_report(tmp_path: Path):
     page = write_report([run])
     for text in (page.read_text(), page.with_suffix(".md").read_text()):
         assert text.count("It is … (cut at 48 tokens)") == 1 and text.count("It is") == 2
+    (run / "answers.json").write_text(json.dumps([{**record, "base": "word " * 300, "base_cut_at": 48}]))
+    assert write_report([run]).read_text().count("word … (cut at 48 tokens)") == 1  # of a long one, too
 
 
 def test_the_page_allows_its_own_scripts_and_nothing_else(tmp_path: Path):

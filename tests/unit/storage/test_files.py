@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parablock.errors import ModelError, StorageError
-from parablock.storage.files import storage, write_atomically, write_folder_beside
+from parablock.storage.files import check_absent, storage, write_atomically, write_folder_beside
 from tiny_runs import longest_file
 
 
@@ -73,3 +73,24 @@ def test_a_full_disk_is_named_whichever_library_meets_it_and_a_run_is_told_how_i
     with pytest.raises(StorageError, match="is a directory") as other, storage(tmp_path):
         raise IsADirectoryError("it is a directory")
     assert "the disk is full" not in other.value.what and "--output-dir" not in other.value.remedy
+
+
+def test_a_name_that_no_file_can_have_is_an_error_of_storage(tmp_path: Path):
+    for write in (lambda path: write_atomically(path, "x"), lambda path: check_absent(path, "Choose another.")):
+        with pytest.raises(StorageError, match="File name too long"):
+            write(tmp_path / ("x" * 300))
+    check_absent(tmp_path / "x", "Choose another.")
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_folder_that_somebody_makes_meanwhile_stays_unless_it_is_to_be_replaced(tmp_path: Path, replaces: bool):
+    folder, raised = tmp_path / "folder", None
+    try:
+        with write_folder_beside(folder, replaces=replaces) as beside:
+            (beside / "ours").touch()
+            folder.mkdir()
+            (folder / "theirs").touch()
+    except StorageError as error:
+        raised = error
+    assert [path.name for path in folder.iterdir()] == (["ours"] if replaces else ["theirs"])
+    assert (raised is None) == replaces and [path.name for path in tmp_path.iterdir()] == ["folder"]
