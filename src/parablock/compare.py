@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,7 @@ def compare_methods(
         if summary["status"] != "completed":
             raise StoppedByUserError(
                 f"the comparison stopped in {planned.name}; {len(summaries)} of {len(runs)} runs are complete",
-                remedy=f"Finish that run with: parablock resume {directory.path}",
+                remedy=f"Finish that run with: parablock resume {shlex.quote(str(directory.path))}",
             )
         models = sorted(directory.model.glob("client_*")) or [directory.model]
         asked = partial(

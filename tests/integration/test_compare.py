@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,7 +12,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from parablock.compare import compare_methods, plan_comparison
+from parablock.cli import terminal
+from parablock.compare import compare_methods, comparison_table, plan_comparison
 from parablock.config.load import load_config
 from parablock.errors import DataError, StoppedByUserError
 from parablock.evaluation import generation
@@ -20,15 +22,24 @@ from parablock.experiment.progress import Progress
 from tiny_runs import Workshop, after, assert_refused, command, done, metrics_of, sum_row, summary_of, write_rows
 
 
-def test_methods_are_compared_in_one_table_with_the_base_model_first(workshop, tmp_path):
+def test_methods_are_compared_in_one_table_with_the_base_model_first(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     directory = tmp_path / "compared"
     shown = done(
         *("compare", str(workshop.config), "--output-dir", str(directory)),
         *("--methods", "parablock,fl_bcd,fedavg", "--seeds", "0,1"),
     ).stdout.partition("run ")[2]
-    assert "hidden" in shown and "│" not in shown and "|" not in shown
-    assert max(map(len, shown.splitlines()[:-1])) <= 80  # but for the line of paths
+    assert (directory / "compare.md").read_text() in shown
     summaries = json.loads((directory / "compare.json").read_text())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(terminal, "console", terminal.SafeConsole())
+    terminal.print_figures(comparison_table(summaries))
+    on_a_terminal = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "hidden" in on_a_terminal and "│" not in on_a_terminal and "|" not in on_a_terminal
+    assert max(map(len, on_a_terminal.splitlines())) <= 80
     assert [summary["name"] for summary in summaries] == [
         f"{method}-seed{seed}" for seed in (0, 1) for method in ("parablock", "fl_bcd", "fedavg")
     ]

@@ -211,6 +211,11 @@ def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_else
         assert max(len(line.rstrip()) for line in lines if path not in line) <= 40
     say_whole(text)
     assert capsys.readouterr().out == f"{text}\n"
+    resume = f"parablock resume {'mine' * 10} --debug"
+    say(f"it has no model yet; finish it with: {resume}\nor not")
+    assert capsys.readouterr().out.splitlines()[-2:] == [resume, "or not"]
+    SafeConsole().print_as_it_is(text)  # what a model says
+    assert re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out) == f"{text}\n"
 
 
 def test_what_libraries_write_may_be_coloured_and_redrawn_and_can_do_nothing_else():
@@ -340,7 +345,6 @@ class Sender(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Sender())
 from parablock.__main__ import main
-from parablock.printable import printable
 main()
 """
 
@@ -375,6 +379,21 @@ def test_a_stop_is_told_of_whatever_a_run_has_begun(tmp_path: Path, made: tuple[
     assert where in said and said.endswith(f"parablock resume {tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("parablock.experiment.forget", ["forget", "run", "--client", "0"]),
+        ("parablock.config.load", ["deploy", "server", "run.yaml", "--output-dir", "run"]),
+        ("parablock.deploy.site", ["deploy", "client", "site.yaml", "--server", "127.0.0.1:1"]),
+        ("parablock.deploy.site_check", ["deploy", "check", "site.yaml", "--server", "127.0.0.1:1"]),
+    ],
+)
+def test_ctrl_c_while_a_command_for_sites_loads_ends_with_one_line(name: str, words: list[str]):
+    outcome = signalled_at(name, *words, makes_of_it="another error")
+    assert (outcome.code, outcome.stdout) == (130, ""), outcome
+    assert outcome.stderr == "stopped at once; nothing half-written is left here\n"
+
+
 def test_a_signal_that_a_script_ignores_ends_nothing(workshop: Workshop):
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SIGNAL_AT_AN_IMPORT}"
     words = ["parablock.cli.main", str(int(signal.SIGINT)), "itself", "--version"]
@@ -386,7 +405,7 @@ def test_a_signal_in_an_export_leaves_nothing_half_written(runs: Runs, tmp_path:
     words = ["export", str(runs()), "--format", "adapter", "--output-dir", str(tmp_path / "new")]
     outcome = signalled_at("peft", *words, number=signal.SIGTERM)
     assert (outcome.code, outcome.stdout) == (130, "")
-    assert outcome.stderr == "stopped at once; nothing is left behind\n"
+    assert outcome.stderr == "stopped at once; nothing half-written is left here\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,15 @@ import typer
 from parablock.cli.deploy_keys import keys_app
 from parablock.cli.deploy_start import check, init_app
 from parablock.cli.output import say, say_whole
-from parablock.cli.terminal import SAME_COMMAND, Overrides, console, print_summary, show_progress
+from parablock.cli.terminal import (
+    LOADING,
+    SAME_COMMAND,
+    Overrides,
+    console,
+    print_summary,
+    show_progress,
+    show_work,
+)
 from parablock.deploy.allocation import keep_memory
 from parablock.errors import ConfigError, InputError
 
@@ -56,12 +64,14 @@ def server(
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
     keep_memory()
-    from parablock.config.load import load_server_config
-    from parablock.deploy.direct_server import serve_run
-    from parablock.deploy.door import check_keys
+    with show_work() as work:
+        work.stage(LOADING, is_brief=True)
+        from parablock.config.load import load_server_config
+        from parablock.deploy.direct_server import serve_run
+        from parablock.deploy.door import check_keys
 
-    check_keys(keys, insecure=insecure)
-    settings = load_server_config(config, overrides or [])
+        check_keys(keys, insecure=insecure)
+        settings = load_server_config(config, overrides or [])
     if metrics_port is not None:
         from parablock.deploy.metrics_endpoint import serve_metrics
 
@@ -94,12 +104,15 @@ def client(
     """
     keep_memory()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at import; a server that ends is no news here
-    from parablock.deploy.door import check_keys
-    from parablock.deploy.site import load_site
-    from parablock.deploy.site_service import start_site
+    with show_work() as work:
+        work.stage(LOADING, is_brief=True)
+        from parablock.deploy.door import check_keys
+        from parablock.deploy.site import load_site
+        from parablock.deploy.site_service import start_site
 
-    check_keys(keys, insecure=insecure)
-    start_site(load_site(site), server, keys, once=once)
+        check_keys(keys, insecure=insecure)
+        loaded = load_site(site)
+    start_site(loaded, server, keys, once=once)
 
 
 @deploy.command()
@@ -227,13 +240,15 @@ def app(
 
     Example: parablock deploy app configs/t0.yaml --clients 2 --output-dir runs/federated
     """
-    from parablock.config.load import load_server_config
-    from parablock.deploy.one_machine import prepare_app
-    from parablock.deploy.processes import run_command
+    with show_work() as work:
+        work.stage(LOADING, is_brief=True)
+        from parablock.config.load import load_server_config
+        from parablock.deploy.one_machine import prepare_app
+        from parablock.deploy.processes import run_command
 
-    more = [] if clients is None else [f"federation.num_clients={clients}"]
-    settings = load_server_config(config, [*(overrides or []), *more], engine="flower")
-    folder, num_sites = prepare_app(settings, output_dir)
+        more = [] if clients is None else [f"federation.num_clients={clients}"]
+        settings = load_server_config(config, [*(overrides or []), *more], engine="flower")
+        folder, num_sites = prepare_app(settings, output_dir)
     say(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
     say_whole(run_command(folder, {}))
 

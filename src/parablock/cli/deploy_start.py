@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from parablock.cli.output import say
-from parablock.cli.terminal import console
+from parablock.cli.terminal import LOADING, console, show_work
+
+if TYPE_CHECKING:
+    from parablock.deploy.site_check import Checked
 
 init_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Write the files that an operator starts with."
@@ -77,18 +80,25 @@ def check(
 
     Example: parablock deploy check site.yaml --server fl.example.org:8000 --keys keys
     """
-    from parablock.deploy.door import check_keys
-    from parablock.deploy.site_check import check_site
-
-    check_keys(keys, insecure=insecure)
     is_good = True
-    for one in check_site(site, server, keys, run):
+    for one in _found(site, server, keys, run, insecure=insecure):
         is_good = is_good and one.is_good
         console.print(f"{'✓' if one.is_good else '✗'} {one.found}", highlight=False, soft_wrap=True)
         if one.remedy:
             console.print(f"  {one.remedy}", highlight=False, soft_wrap=True)
     if not is_good:
         raise typer.Exit(2)
+
+
+def _found(site: Path, server: str, keys: Path | None, run: Path | None, *, insecure: bool) -> Iterator[Checked]:
+    """Yield what is found, as it is found."""
+    with show_work() as work:
+        work.stage(LOADING, is_brief=True)
+        from parablock.deploy.door import check_keys
+        from parablock.deploy.site_check import check_site
+
+        check_keys(keys, insecure=insecure)
+    yield from check_site(site, server, keys, run)
 
 
 def _write(directory: Path, files: dict[str, str], sources: Sequence[str]) -> None:

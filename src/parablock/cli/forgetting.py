@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parablock.cli.terminal import console, print_summary, show_progress
+from parablock.cli.terminal import LOADING, console, print_summary, show_progress, show_work
 from parablock.report.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -28,11 +28,14 @@ def forget(
 
     Example: parablock forget runs/t0 --client 2 --yes
     """
-    from parablock.experiment.forget import forget as forget_client
-    from parablock.experiment.forget import replay_without
+    with show_work() as work:
+        work.stage(LOADING, is_brief=True)
+        from parablock.experiment.forget import forget as forget_client
+        from parablock.experiment.forget import replay_without
 
+        replay = replay_without(directory, client_id)
     new_dir = output_dir or directory.resolve().with_name(f"{directory.resolve().name}-without-{client_id}")
-    for line in _described(replay_without(directory, client_id), client_id, new_dir):
+    for line in _described(replay, client_id, new_dir):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not yes:
         console.print("Nothing has been done. Do it with --yes.", highlight=False)

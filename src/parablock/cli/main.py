@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import shlex
 import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +25,7 @@ from parablock.cli.deploy import deploy
 from parablock.cli.evaluate import evaluate
 from parablock.cli.export_run import export
 from parablock.cli.forgetting import forget
-from parablock.cli.output import is_closed_pipe, lasting_output, say, say_whole
+from parablock.cli.output import SafeConsole, is_closed_pipe, lasting_output, say, say_whole
 from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
@@ -34,6 +36,7 @@ from parablock.cli.terminal import (
     console,
     exit_when_interrupted,
     free_directory,
+    print_figures,
     print_summary,
     show_progress,
     show_work,
@@ -164,7 +167,7 @@ def init(
     for line in found:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
-    console.print(f"next: parablock plan {output}", highlight=False, soft_wrap=True)
+    console.print(f"next: parablock plan {shlex.quote(str(output))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -316,11 +319,7 @@ def compare(
 
         runs = plan_comparison(settings, methods.split(","), seeds, particular or [], delays)
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
-    compared = comparison_table(summaries)
-    table = table_of(*compared.header, narrow=True)
-    for row in compared.rows:
-        table.add_row(*row)
-    console.print(table)
+    print_figures(comparison_table(summaries))
     console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
 
 
@@ -373,7 +372,8 @@ def main() -> None:
             app()
         except ParaBlockError as error:
             if "--debug" in sys.argv:
-                raise
+                SafeConsole(stderr=True).print_as_it_is("".join(traceback.format_exception(error)).rstrip())
+                sys.exit(error.exit_code)
             lines = [f"error: {error.what}", error.cause, error.remedy]
             say("\n".join(line for line in lines if line), err=True)
             sys.exit(error.exit_code)

@@ -49,13 +49,15 @@ SIMILAR = {
     "’": "'",
 }
 _REPLACE = "parablock.similar"
+_WORD = re.compile(r"\b(?:parablock|pip|jq|flwr) [a-z-].*|\S+")
+"""A command to the end of its line, or a word."""
 
 
 class SafeConsole(Console):
     """A console on which no text acts, whosever it is: it colours and moves by what rich itself adds to a text.
 
-    On a terminal, text is broken between words, and no word is, so that a path can be copied; elsewhere its lines
-    stay whole.
+    On a terminal, text is broken between words, and no word and no command is, so that both can be copied;
+    elsewhere its lines stay whole.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -69,11 +71,15 @@ class SafeConsole(Console):
             options["soft_wrap"] = True
         super().print(*objects, **options)
 
+    def print_as_it_is(self, text: str | Text) -> None:
+        """Print what a model or a row says: its lines are its own."""
+        super().print(text, soft_wrap=True, highlight=False)
+
     def _wrapped(self, text: str | Text, highlight: bool | None) -> Text:
         """Break the lines of a text before words that do not fit; rich would break a long word."""
         text = self.render_str(text, highlight=highlight) if isinstance(text, str) else text
         offsets, begin = list[int](), 0
-        for word in re.finditer(r"\S+", text.plain):
+        for word in _WORD.finditer(text.plain):
             begin = max(begin, text.plain.rfind("\n", 0, word.start()) + 1)
             has_words = text.plain[begin : word.start()].strip()
             if has_words and cell_len(text.plain[begin : word.end()]) > self.width:

@@ -108,7 +108,7 @@ def _show(stretches: Sequence[Stretch]) -> None:
             text.append(f"[[{shown}]]")
         else:
             text.append(shown, style="bold green" if stretch.is_learnt else "")
-    console.print(text, soft_wrap=True, highlight=False)
+    console.print_as_it_is(text)
 
 
 def _say(line: str) -> None:

@@ -163,7 +163,7 @@ def _shown(answers: dict[str, str]) -> Iterator[None]:
         yield
         for label, answer in answers.items():
             said = printable(answer.strip())
-            console.print(Text(f"{label}: {said}" if len(answers) > 1 else said), soft_wrap=True)
+            console.print_as_it_is(f"{label}: {said}" if len(answers) > 1 else said)
 
 
 class _Columns:
@@ -244,14 +244,12 @@ def generate(
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     if output is not None:
         write_atomically(output, "".join(f"{line}\n" for line in lines))
-        console.print(
-            f"{len(records)} prompt{'s' * (len(records) != 1)} answered: {output}", highlight=False, soft_wrap=True
-        )
+        say(f"{len(records)} prompt{'s' * (len(records) != 1)} answered: {output}", err=True)
     elif output_format == "jsonl":
         for line in lines:
             say_whole(line)
     else:
         for record in records:
             for name, text in record.items():
-                console.print(Text.assemble((f"{name}: ", "bold"), printable(text)), soft_wrap=True)
+                console.print_as_it_is(Text.assemble((f"{name}: ", "bold"), printable(text)))
             console.print()

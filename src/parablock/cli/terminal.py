@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from parablock.cli.output import SafeConsole, say
+from parablock.cli.output import SafeConsole, say, say_whole
 
 if TYPE_CHECKING:
     from parablock.config.keys import RunConfig
+    from parablock.report.tables import Table as Figures
 
 console = SafeConsole()
 INTERRUPTED = 130
@@ -58,7 +60,7 @@ def show_progress(directory: Path, again: str = RESUME) -> Iterator[tuple[Any, A
                 ended.append(number)
                 raise KeyboardInterrupt
             asked.append(number)
-            progress.message(f"stopping at the next round and saving: waiting for {awaited}; Ctrl-C stops at once")
+            progress.message(f"{awaited}; Ctrl-C stops at once")
 
         with _signals_to(on_signal):
             try:
@@ -126,7 +128,7 @@ def _after_a_stop(directory: Path, again: str) -> str:
         if begun:  # a run of a comparison
             return _after_a_stop(begun[0], again)
         return "stopped at once; nothing was begun, and nothing is left behind"
-    again = again.format(directory)
+    again = again.format(shlex.quote(str(directory)))
     if any((directory / "checkpoints").glob("*")):
         return f"stopped at once; go on from the last checkpoint with: {again}"
     return f"stopped at once, before the first checkpoint; begin again with: {again}"
@@ -151,6 +153,19 @@ def table_of(*headings: str, num_words: int = 1, narrow: bool = False) -> Table:
     return table
 
 
+def print_figures(figures: Figures) -> None:
+    """Print a table of figures: fitted to a terminal, and as Markdown with whole lines elsewhere."""
+    from parablock.report.tables import to_markdown
+
+    if not console.is_terminal:
+        say_whole(to_markdown(figures))
+        return
+    table = table_of(*figures.header, narrow=True)
+    for row in figures.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 @contextmanager
 def show_work() -> Iterator[Any]:
     """Show on standard error what a command is at, so that its output can be piped; yield the display.
@@ -167,13 +182,13 @@ def show_work() -> Iterator[Any]:
             del frame
             asked.append(number)
             if len(asked) > 1:
-                end()
+                end("stopped at once")
             raise KeyboardInterrupt
 
-        def end() -> NoReturn:
+        def end(words: str) -> NoReturn:
             _ignore_signals()
             progress.close()
-            say("stopped at once; nothing is left behind", err=True)
+            say(words, err=True)
             _leave(INTERRUPTED)
 
         with _signals_to(on_signal):
@@ -181,7 +196,7 @@ def show_work() -> Iterator[Any]:
                 yield progress
             except BaseException:
                 if asked:
-                    end()
+                    end("stopped at once; nothing half-written is left here")
                 raise
 
 
@@ -198,12 +213,12 @@ def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME)
         f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
     )
     if not any((directory / "model").glob("client_*")):
-        console.print(f"talk to it: parablock chat {directory}", highlight=False, soft_wrap=True)
+        console.print(f"talk to it: parablock chat {shlex.quote(str(directory))}", highlight=False, soft_wrap=True)
 
 
 def exit_when_interrupted(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        remedy = f"stopped and saved; go on with: {again.format(directory)}"
+        remedy = f"stopped and saved; go on with: {again.format(shlex.quote(str(directory)))}"
         console.print(remedy, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)

@@ -7,6 +7,7 @@ DIR/deployment/  keys, the sites' files and state, the log of every process
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,7 +136,8 @@ class LocalSites:
                 raise ParaBlockError(
                     f"the process of site {client_id} ended; its log ends with:\n{end}",
                     cause=f"The whole log is {self.log(client_id)}.",
-                    remedy=f"Go on from the last checkpoint: parablock resume {self.folder.parent}",
+                    remedy="Go on from the last checkpoint: "
+                    f"parablock resume {shlex.quote(str(self.folder.parent))}",
                 )
 
     def __enter__(self) -> LocalSites:

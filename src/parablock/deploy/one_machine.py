@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -349,5 +350,5 @@ def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
     return ParaBlockError(
         f"{what}; its log ends with:\n{last_lines(log, 10)}",
         cause=f"The whole log is {log}.",
-        remedy=f"Go on from the last checkpoint: parablock resume {output_dir}",
+        remedy=f"Go on from the last checkpoint: parablock resume {shlex.quote(str(output_dir))}",
     )

@@ -20,6 +20,9 @@ from parablock.seeding import seed_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BATCH_SIZE = 16
+"""The prompts that are answered at once."""
+
 ANSWER_MARK = "####"
 """The mark before the final answer in GSM8K and similar data."""
 
@@ -33,7 +36,7 @@ def score_answers(
     *,
     judge: Callable[[str, str], float] | None = None,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     num_samples: int = 3,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> TaskResult:
@@ -129,7 +132,7 @@ def generate_completions(
     examples: Sequence[Example],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     temperature: float = 0.0,
     seed: int = 0,
     hear: Callable[[str], None] | None = None,
@@ -156,7 +159,8 @@ def generate_completions(
         hear: Gets the text of the only prompt's answer piece by piece, as it comes; None: nobody listens.
         on_done: Called with the number of prompts that are answered.
         on_cut: Called with what `describe_cut` says of them, if it says something.
-        on_token: Called with the number of tokens that the answers of a batch have so far.
+        on_token: Called with the number of tokens that the answers of a batch have so far, and `max_new_tokens` for
+            each batch before it.
         on_endless: Called with the place of each answer that has no end: it was cut at `max_new_tokens`.
 
     Raises:
@@ -172,7 +176,10 @@ def generate_completions(
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             batch = [prompts[index] for index in chosen]
-            texts, cut = _generate_batch(model, tokenizer, batch, hear, on_token)
+            begun = at // batch_size * max_new_tokens
+            texts, cut = _generate_batch(
+                model, tokenizer, batch, hear, on_token and (lambda count, begun=begun: on_token(begun + count))
+            )
             answers.update(zip(chosen, texts, strict=True))
             for index in compress(chosen, cut):
                 on_endless(index)

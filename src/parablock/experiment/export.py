@@ -21,7 +21,7 @@ from parablock.errors import ModelError, StorageError
 from parablock.evaluation.side_by_side import models_of
 from parablock.model.gguf_file import GgufDtype, write_gguf
 from parablock.model.portable import follow_umask
-from parablock.model.pretrained import load_model, quiet_transformers
+from parablock.model.pretrained import load_model, load_tokenizer, outline_model, quiet_transformers
 from parablock.model.save import model_sha256
 from parablock.model.source import LICENCES
 from parablock.storage.files import NEW_FOLDER, check_absent, write_folder_beside
@@ -80,9 +80,13 @@ def export_run(
     models = {label: name for label, name, _ in models_of(run_dir)}
     check_absent(output_dir, NEW_FOLDER)
     tell("reading the tuned model")
-    _check_weights(directory)
+    is_as_written = _check_weights(directory)
     with write_folder_beside(output_dir, replaces=False) as folder:
         if export_format == "hf":
+            if not is_as_written:  # nothing says what the weights were: they can be read at least
+                load_model(str(directory.model), dtype="float32", device="cpu", init="pretrained", seed=0)
+            outline_model(str(directory.model), dtype="float32")
+            load_tokenizer(str(directory.model))
             _copy_model(directory.model, folder)
             return []
         if export_format == "gguf":
@@ -111,8 +115,8 @@ def export_run(
         return notes
 
 
-def _check_weights(directory: RunDirectory) -> None:
-    """Refuse a model that is not the one that the run has written."""
+def _check_weights(directory: RunDirectory) -> bool:
+    """Refuse a model that is not the one that the run has written; return whether it is known to be."""
     wanted = directory.read_summary().get("model_sha256") if directory.summary.exists() else None
     if wanted is not None and model_sha256(directory.model) != wanted:
         raise ModelError(
@@ -121,11 +125,11 @@ def _check_weights(directory: RunDirectory) -> None:
             cause="A file was changed or damaged since.",
             remedy="Put the files back from a copy, or run it again.",
         )
+    return wanted is not None
 
 
 def _copy_model(model: Path, folder: Path) -> None:
-    """Copy the files of a model that can be read, and compare them with the copies."""
-    load_model(str(model), dtype="float32", device="cpu", init="pretrained", seed=0)
+    """Copy the files of a model, and compare them with the copies."""
     for path in sorted(model.rglob("*")):  # a folder comes before what is in it
         copy = folder / path.relative_to(model)
         if path.is_dir():

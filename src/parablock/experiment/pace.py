@@ -109,10 +109,13 @@ class Pace:
         return f"{number}/{num_steps}" if num_steps else ""
 
     def awaited(self) -> str:
-        """Say which round is not over, and how long it may take."""
+        """Say what a run that is asked to stop does first: it ends a round, or itself."""
+        if self._end_s < math.inf:
+            return "the rounds are over: the model is being scored and written"
         done = self.rounds_done()
         seconds, within = self._seconds_a_round(done), done - self.committed
-        text = f"the end of round {min(self.committed + 1, self.num_rounds)}"
+        number = min(self.committed + 1, self.num_rounds)
+        text = f"stopping at the next round and saving: waiting for the end of round {number}"
         left_s = 0.0 if seconds is None else max(0.0, 1 - within) * seconds
         return text if left_s < SHORT_S else f"{text}, about {format_duration(left_s)}"
 

@@ -88,7 +88,7 @@ class Progress:
         """Report that a client has taken local step `number` of `num_steps` of its round."""
 
     def awaited(self) -> str:
-        """Say what a run that is asked to stop waits for, and for how long; "" where no round has begun."""
+        """Say what a run that is asked to stop does first; "" where no round has begun."""
         return ""
 
     def begins(self, client_id: int | None, activity: str) -> None:
@@ -175,7 +175,7 @@ class _Paced(Progress):
         self._pace.step(client_id, number, num_steps)
 
     def awaited(self) -> str:
-        """Say which round is not over, and how long it may take."""
+        """Say what a run that is asked to stop does first; "" where no round has begun."""
         return self._pace.awaited() if self._pace is not _NO_PACE else ""
 
 

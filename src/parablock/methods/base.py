@@ -19,6 +19,7 @@ from parablock.config.keys import RunConfig
 from parablock.data.prompts import Example, find_stop_token_ids
 from parablock.engine.update_form import UpdateForm
 from parablock.evaluation.answers import answer_examples, choose_prompts, describe_prompts, most_tokens
+from parablock.evaluation.generation import BATCH_SIZE
 from parablock.evaluation.scoring import evaluate_loss
 from parablock.model.adapters import merge_adapters
 from parablock.model.blocks import Block
@@ -128,8 +129,9 @@ class MethodModel:
         return self._loss()
 
     def most_answer_tokens(self) -> int:
-        """Return the most tokens that an answer may have."""
-        return most_tokens(self._replica.model, self._prompts())
+        """Return the most tokens, one behind the other, that the batches of answers may have."""
+        prompts = self._prompts()
+        return most_tokens(self._replica.model, prompts) * -(-len(prompts) // BATCH_SIZE)
 
     def answer(self) -> list[dict[str, Any]]:
         """Answer a few test prompts with the model that was scored last.

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 
@@ -204,7 +205,7 @@ def _table(table: Table, links: Mapping[str, str] | None = None) -> str:
 
 
 def _cell(text: str, links: Mapping[str, str]) -> str:
-    return f'<a href="{as_html(links[text])}">{as_html(text)}</a>' if text in links else as_html(text)
+    return f'<a href="{as_html(quote(links[text]))}">{as_html(text)}</a>' if text in links else as_html(text)
 
 
 def _fold(title: str, content: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
         raise InputError(
             f"the run in {path} has not ended: it has no summary.json",
             cause=directory.how_it_ended(),
-            remedy=f"Go on with it: parablock resume {path}",
+            remedy=f"Go on with it: parablock resume {shlex.quote(str(path))}",
         )
     try:
         config = read_yaml(directory.config.read_text(encoding="utf-8"))

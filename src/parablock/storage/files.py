@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def _going_on(path: Path) -> str:
     for folder in (path, *path.parents):
         if (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir():
             if not (folder / "model").exists():
-                return f" `parablock resume {folder}` then goes on from the last checkpoint."
+                return f" `parablock resume {shlex.quote(str(folder))}` then goes on from the last checkpoint."
             break
     return ""
 
@@ -90,6 +91,8 @@ def write_beside(path: Path) -> Iterator[Path]:
     try:
         with storage(path):
             yield beside
+            if target.is_file():
+                shutil.copymode(target, beside)  # who may read it does not change
             sync(beside)
             beside.replace(target)
     except BaseException:

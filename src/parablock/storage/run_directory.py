@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +48,7 @@ class RunDirectory:
             raise StorageError(
                 f"{self.path} holds a run already",
                 cause="A run never writes over another one.",
-                remedy=f"Choose another --output-dir, or go on with it: parablock resume {self.path}",
+                remedy=f"Choose another --output-dir, or go on with it: {self._resume()}",
             )
 
     def create(self, config_yaml: str, manifest: dict[str, Any]) -> None:
@@ -73,6 +74,9 @@ class RunDirectory:
             with suppress(OSError):
                 folder.rmdir()
 
+    def _resume(self) -> str:
+        return f"parablock resume {shlex.quote(str(self.path))}"
+
     def check_holds_run(self) -> None:
         """Refuse a folder that is not there, or holds no run, with a `CheckpointError`."""
         wanted = "Give the --output-dir of an earlier `parablock run`."
@@ -89,7 +93,7 @@ class RunDirectory:
 
     def check_idle(self) -> None:
         """Refuse a run that is still at work, with a `StorageError`."""
-        remedy = f"Wait for its end, or stop it: Ctrl-C saves it, and parablock resume {self.path} goes on."
+        remedy = f"Wait for its end, or stop it: Ctrl-C saves it, and it goes on with: {self._resume()}"
         with lock_folder(self.path, remedy=remedy):
             pass
 
@@ -106,7 +110,7 @@ class RunDirectory:
         raise ModelError(
             f"the run in {self.path} has no model yet",
             cause=self.how_it_ended(),
-            remedy=f"Finish it with: parablock resume {self.path}",
+            remedy=f"Finish it with: {self._resume()}",
         )
 
     def how_it_ended(self) -> str:

@@ -93,6 +93,9 @@ def test_an_answer_ends_with_the_turn_and_shows_no_special_token(taught_model, t
     tell = {"on_endless": where.append, "on_token": told.append}
     cut = generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=2, **tell)
     assert (sorted(where), told) == ([0, 1, 2, 3], [1, 2])
+    told.clear()
+    generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=2, batch_size=3, **tell)
+    assert told == [1, 2, 3, 4]  # of two batches
     where.clear()
     assert generate_completions(taught_model, tiny_tokenizer, examples[:4], max_new_tokens=64, **tell) == answers
     assert where == []

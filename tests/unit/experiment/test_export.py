@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -160,6 +161,21 @@ def test_a_rank_that_no_matrix_has_is_refused(runs: Runs, tmp_path: Path):
     most = int(outcome.stderr.partition("at most ")[2].partition(";")[0])
     assert_refused(command(*words, str(most + 1)), f"rank above {most}")
     assert command(*words, str(most)).code == 0
+
+
+def test_a_model_that_is_the_one_written_is_copied_without_being_loaded(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded = []
+    monkeypatch.setattr(export, "load_model", lambda *arguments, **_: loaded.append(arguments))
+    run_dir = shutil.copytree(runs(), tmp_path / "run")
+    done("export", str(run_dir), "--output-dir", str(tmp_path / "new"))
+    assert not loaded
+    summary = json.loads((run_dir / "summary.json").read_text())
+    del summary["model_sha256"]
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    done("export", str(run_dir), "--output-dir", str(tmp_path / "unsure"))
+    assert loaded
 
 
 def test_a_model_with_a_folder_in_it_is_exported_whole(runs: Runs, tmp_path: Path):

@@ -123,18 +123,25 @@ def test_a_log_says_how_far_a_long_stage_or_round_is_and_is_silent_otherwise():
     ]
 
 
+STOPPING = "stopping at the next round and saving: waiting for "
+
+
 def test_what_a_stop_waits_for_is_the_rest_of_the_round():
     clock = SteppedClock()
     progress = PlainProgress(console=file_console(), now_s=clock)
     assert progress.awaited() == ""
     progress.start(48, 1, 0)
-    assert progress.awaited() == "the end of round 1"
+    assert progress.awaited() == f"{STOPPING}the end of round 1"
     clock.now = 30.0
     for number in (1, 2):
         progress.step(0, number, 8)
-    assert progress.awaited() == "the end of round 1, about 90 s"  # a quarter took 30 s
+    assert progress.awaited() == f"{STOPPING}the end of round 1, about 90 s"  # a quarter took 30 s
     progress.round_done(row(0))
-    assert progress.awaited() == "the end of round 2, about 30 s"  # a round in 30 s, and none of this one
+    assert (
+        progress.awaited() == f"{STOPPING}the end of round 2, about 30 s"
+    )  # a round in 30 s, and none of this one
+    progress.rounds_over()
+    assert progress.awaited() == "the rounds are over: the model is being scored and written"
 
 
 def test_a_stop_that_waits_for_no_time_names_none():
@@ -143,7 +150,7 @@ def test_a_stop_that_waits_for_no_time_names_none():
     progress.start(48, 1, 0)
     clock.now = 0.01  # as with a virtual clock
     progress.round_done(row(0))
-    assert progress.awaited() == "the end of round 2"
+    assert progress.awaited() == f"{STOPPING}the end of round 2"
 
 
 def test_a_cohort_that_is_a_part_of_the_clients_makes_a_round():

@@ -75,6 +75,21 @@ def test_a_full_disk_is_named_whichever_library_meets_it_and_a_run_is_told_how_i
     assert "the disk is full" not in other.value.what and "--output-dir" not in other.value.remedy
 
 
+def test_who_may_read_a_file_stays_when_it_is_written_anew(tmp_path: Path):
+    path = tmp_path / "file"
+    write_atomically(path, "one")
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    path.chmod(0o640)
+    write_atomically(path, "two")
+    assert path.read_text() == "two" and path.stat().st_mode & 0o777 == 0o640
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_a_name_that_no_file_can_have_is_an_error_of_storage(tmp_path: Path):
     for write in (lambda path: write_atomically(path, "x"), lambda path: check_absent(path, "Choose another.")):
         with pytest.raises(StorageError, match="File name too long"):
