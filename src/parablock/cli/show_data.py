@@ -50,11 +50,11 @@ def data(
             else _turns(files, rows, data_format)
         )
         lines += [(line, None) for line in ignored]
+    _say(f"learnt is what is {'green' if console.is_terminal else 'between [[ and ]]'}")
     for title, stretches in lines:
         _say(title)
         if stretches is not None:
             _show(stretches)
-    _say(f"learnt is what is {'green' if console.is_terminal else 'between [[ and ]]'}")
 
 
 Shown = tuple[str, "Sequence[Stretch] | None"]

@@ -93,12 +93,11 @@ class Tokenized:
         total = sum(len(example.input_ids) for example in self.examples)
         targets = sum(example.num_target_tokens for example in self.examples)
         truncated = sum(example.is_truncated for example in self.examples)
-        reasons = f" ({_reasons(self.skipped)})" if self.skipped else ""
         name = "mixed formats" if self.data_format == "auto" else self.data_format
-        return (
-            f"{name}: {len(self.examples)} examples, {total} tokens ({targets} with loss), "
-            f"{truncated} truncated, {len(self.skipped)} skipped{reasons}"
-        )
+        counts = [f"{len(self.examples)} examples", f"{total} tokens ({targets} with loss)"]
+        counts += [f"{truncated} truncated"] if truncated else []
+        counts += [f"{len(self.skipped)} skipped ({_reasons(self.skipped)})"] if self.skipped else []
+        return f"{name}: {', '.join(counts)}"
 
 
 def tokenize_rows(

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from parablock.data.template_limits import bounded_rendering, check_template
-from parablock.errors import ModelError
+from parablock.errors import ModelError, did_you_mean
 from parablock.model.place import find_source
 from parablock.model.source import (
     check_source,
@@ -178,6 +178,7 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     else:
         cause = f"There is no folder {source} here, and the Hugging Face hub did not serve that id: {reason}"
         remedy = "Check the spelling, the network, and for a gated model the login; or give a local folder."
+        remedy = f"{did_you_mean(Path(source))} {remedy}".strip()
     return ModelError(f"The {part} of {source} cannot be read", cause=cause, remedy=remedy)
 
 

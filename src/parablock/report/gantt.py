@@ -19,7 +19,8 @@ _ROWS = {"computing": (-0.19, 0.34), "uploading": (0.09, 0.16), "downloading": (
 
 
 def gantt_figure(spans: Sequence[Span]) -> Figure:
-    """Draw when each client computed, sent and received, and which transfers its computation hid.
+    """Draw when each client computed, sent and received, which transfers its computation hid, and when the server
+    scored the model, which holds up everybody.
 
     Only the first `MAX_CLIENTS` clients are drawn, and the rounds that fit into `MAX_BARS` bars; `num_clients` and
     `num_rounds` of the figure say how many. It opens with the first `FIRST_ROUNDS` rounds in view; `views` holds
@@ -34,6 +35,11 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
         [(p.span, p.start_s, p.duration_s) for p in pieces if p.is_hidden is kind and _round(p.span) < num_rounds]
         for kind in (True, False)
     )
+    scoring = [
+        (span, span.start_s, span.duration_s)
+        for span in spans
+        if span.activity == "evaluating" and _round(span) < num_rounds
+    ]
     clients = sorted({span.client_id for span in own if span.client_id is not None})
     first = {"first rounds": _extent(computing, FIRST_ROUNDS)} if num_rounds > FIRST_ROUNDS else {}
     views = {**first, "all rounds": _extent(own, num_rounds)}
@@ -53,6 +59,7 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
     }
     return {
         "data": [
+            *([_scoring(scoring, clients)] if scoring else []),
             _bars("computing", "var(--computing)", computed),
             _bars("hidden", "var(--hidden)", hidden),
             _bars("not hidden", "var(--exposed)", exposed),
@@ -81,6 +88,18 @@ def _bars(name: str, color: str, pieces: Sequence[tuple[Span, float, float]]) ->
         ],
         "marker": {"color": color, "line": {"width": 0}},
         "hovertemplate": f"%{{customdata}}<br>%{{base:.2f}} – %{{x:.2f}} s, {name}<extra></extra>",
+    }
+
+
+def _scoring(pieces: Sequence[tuple[Span, float, float]], clients: Sequence[int]) -> Figure:
+    """Draw the scorings as bars behind all clients."""
+    first, last = min(clients, default=0), max(clients, default=0)
+    return _bars("scoring the model", "var(--grid)", []) | {
+        "base": [tidy(start_s) for _, start_s, _ in pieces],
+        "x": [tidy(duration_s) for _, _, duration_s in pieces],
+        "y": [(first + last) / 2] * len(pieces),
+        "width": [last - first + 0.9] * len(pieces),
+        "customdata": [f"scoring the model after round {_round(span) + 1}" for span, _, _ in pieces],
     }
 
 

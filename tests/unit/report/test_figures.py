@@ -75,6 +75,15 @@ def test_the_hidden_part_of_a_transfer_has_another_colour_than_the_rest():
     assert bars["computing"]["customdata"] == ["client 0 computing, round 1, block 5"]
 
 
+def test_a_scoring_stands_behind_all_clients_and_nothing_does_without_one():
+    two = [Span(1, "compute", "computing", 0.0, 9.0, {"round_index": 0, "block_index": 5})]
+    scored = [Span(None, "server", "evaluating", 14.0, 3.0, {"round_index": 0})]
+    bar = by_name(gantt_figure([*small_trace(), *two, *scored]))["scoring the model"]
+    assert (bar["base"], bar["x"], bar["y"], bar["width"]) == ([14], [3], [0.5], [1.9])
+    assert bar["customdata"] == ["scoring the model after round 1"]
+    assert "scoring the model" not in by_name(gantt_figure([*small_trace(), *two]))
+
+
 def test_chunks_that_follow_each_other_at_once_are_one_bar():
     def chunk(start_s: float, round_index: int = 0, activity: str = "uploading") -> Span:
         facts = {"round_index": round_index, "payload_bytes": 1_000_000}
