@@ -191,7 +191,7 @@ def test_what_is_no_weight_is_no_number_to_check(folder: Path):
     torch.save(tensors | {"epoch": 3}, folder / "pytorch_model.bin")
     check_tensors(str(folder), ())
     torch.save(tensors | {"model.qweight": torch.ones(2, dtype=torch.int32)}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="model.qweight is of type int32"):
+    with pytest.raises(ModelError, match=r"model.qweight is of type int32"):
         check_tensors(str(folder), ())
 
 

@@ -15,6 +15,7 @@ from parablock.algorithm.schedule import SCHEDULES, blocks_never_visited
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, ModelError
+from parablock.plan import forecast
 from parablock.plan.forecast import Scenario, make_plan
 from parablock.privacy.accounting import Accountant
 from parablock.training.flops import Tokens
@@ -348,5 +349,5 @@ def test_clients_that_no_round_asks_do_not_count_against_the_limit(outlined: Pat
         for share in (0.25, 0.5)
     )
     assert make_plan(few).num_blocks
-    with pytest.raises(ConfigError, match="4 rounds of 8 clients .* 4 asked in each, are more than 20"):
+    with pytest.raises(ConfigError, match=r"4 rounds of 8 clients .* 4 asked in each, are more than 20"):
         make_plan(many)
