@@ -214,6 +214,9 @@ def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_else
     resume = f"parablock resume {'mine' * 10} --debug"
     say(f"it has no model yet; finish it with: {resume}\nor not")
     assert capsys.readouterr().out.splitlines()[-2:] == [resume, "or not"]
+    quoted = f"see `{resume}`"
+    say(quoted)
+    assert capsys.readouterr().out.splitlines() == ["see", f"`{resume}`"]
     SafeConsole().print_as_it_is(text)  # what a model says
     assert re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out) == f"{text}\n"
 
@@ -365,18 +368,23 @@ def test_ctrl_c_while_anything_loads_ends_with_one_line(
     outcome = signalled_at(name, *words, makes_of_it=makes_of_it)
     assert outcome.code == 130, outcome
     (line,) = (outcome.stdout + outcome.stderr).splitlines()
-    assert line.startswith("stopped at once; ") and "nothing is left behind" in line
+    assert line.startswith("stopped at once; nothing ") and " is left " in line
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("made", [(), ("checkpoints",), ("checkpoints", "checkpoints/round-000001")])
 def test_a_stop_is_told_of_whatever_a_run_has_begun(tmp_path: Path, made: tuple[str, ...]):
-    (tmp_path / "config.yaml").touch()
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "config.yaml").touch()
     for name in made:
-        (tmp_path / name).mkdir()
+        (run / name).mkdir()
     where = "go on from the last checkpoint" if len(made) == 2 else "before the first checkpoint"
-    said = terminal._after_a_stop(tmp_path, terminal.RESUME)
-    assert where in said and said.endswith(f"parablock resume {tmp_path}")
+    said = terminal._after_a_stop(run, terminal.RESUME)
+    assert where in said and said.endswith(f"parablock resume '{run}'")
+    (run / "summary.json").write_text('{"status": "completed"}')
+    said = terminal._after_a_stop(run, terminal.RESUME)
+    assert "is complete" in said and "resume" not in said
 
 
 @pytest.mark.parametrize(
@@ -385,13 +393,21 @@ def test_a_stop_is_told_of_whatever_a_run_has_begun(tmp_path: Path, made: tuple[
         ("parablock.experiment.forget", ["forget", "run", "--client", "0"]),
         ("parablock.config.load", ["deploy", "server", "run.yaml", "--output-dir", "run"]),
         ("parablock.deploy.site", ["deploy", "client", "site.yaml", "--server", "127.0.0.1:1"]),
-        ("parablock.deploy.site_check", ["deploy", "check", "site.yaml", "--server", "127.0.0.1:1"]),
+        ("transformers", ["deploy", "check", "site.yaml", "--server", "127.0.0.1:1", "--insecure"]),
+        ("parablock.config.load", ["deploy", "app", "run.yaml", "--output-dir", "run"]),
+        ("parablock.storage.run_directory", ["resume", "run"]),
     ],
 )
 def test_ctrl_c_while_a_command_for_sites_loads_ends_with_one_line(name: str, words: list[str]):
     outcome = signalled_at(name, *words, makes_of_it="another error")
-    assert (outcome.code, outcome.stdout) == (130, ""), outcome
-    assert outcome.stderr == "stopped at once; nothing half-written is left here\n"
+    assert outcome.code == 130, outcome
+    (line,) = (outcome.stdout + outcome.stderr).splitlines()
+    assert line.startswith("stopped at once; ")
+
+
+def test_ctrl_c_in_a_command_that_shows_no_progress_ends_with_the_code_of_a_stop():
+    outcome = signalled_at("parablock.deploy.status", "deploy", "status", "run")
+    assert (outcome.code, outcome.stdout, "Traceback" in outcome.stderr) == (130, "", False), outcome
 
 
 def test_a_signal_that_a_script_ignores_ends_nothing(workshop: Workshop):

@@ -72,10 +72,10 @@ def server(
 
         check_keys(keys, insecure=insecure)
         settings = load_server_config(config, overrides or [])
-    if metrics_port is not None:
-        from parablock.deploy.metrics_endpoint import serve_metrics
+        if metrics_port is not None:
+            from parablock.deploy.metrics_endpoint import serve_metrics
 
-        serve_metrics(output_dir, metrics_port)
+            serve_metrics(output_dir, metrics_port)
     with show_progress(output_dir, SAME_COMMAND) as (progress, stop):
         summary = serve_run(
             settings,
@@ -248,14 +248,16 @@ def app(
 
         more = [] if clients is None else [f"federation.num_clients={clients}"]
         settings = load_server_config(config, [*(overrides or []), *more], engine="flower")
-        folder, num_sites = prepare_app(settings, output_dir)
+    folder, num_sites = prepare_app(settings, output_dir)
     say(f"For a federation of {num_sites} sites, with the name of its connection behind it:")
     say_whole(run_command(folder, {}))
 
 
 def _run_at_sites(config: Path, overrides: list[str] | None, clients: int | None, engine: str) -> RunConfig:
     """Load a run for an engine of real sites; `clients` replaces the configured number of clients."""
-    from parablock.config.load import at_sites, load_config
+    with show_work() as work:
+        work.stage(LOADING, is_brief=True)
+        from parablock.config.load import at_sites, load_config
 
-    more = [] if clients is None else [f"federation.num_clients={clients}"]
-    return load_config(config, [*(overrides or []), *more, *at_sites(engine)])
+        more = [] if clients is None else [f"federation.num_clients={clients}"]
+        return load_config(config, [*(overrides or []), *more, *at_sites(engine)])

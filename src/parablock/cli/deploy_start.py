@@ -96,6 +96,7 @@ def _found(site: Path, server: str, keys: Path | None, run: Path | None, *, inse
         work.stage(LOADING, is_brief=True)
         from parablock.deploy.door import check_keys
         from parablock.deploy.site_check import check_site
+        from parablock.experiment import inputs  # noqa: F401  the look at its rows and model needs Transformers
 
         check_keys(keys, insecure=insecure)
     yield from check_site(site, server, keys, run)

@@ -133,7 +133,7 @@ def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) ->
         for answer in score.samples[:samples]:
             wanted = "is asked for" if score.followed else "is right"
             line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} {wanted}"
-            console.print(line, markup=False)
+            console.print_as_it_is(line)
 
 
 def _left_out(scores: list[Score]) -> list[str]:

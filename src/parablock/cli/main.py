@@ -30,6 +30,7 @@ from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     CONFIGURING,
+    INTERRUPTED,
     LOADING,
     Overrides,
     check_config,
@@ -110,11 +111,11 @@ def resume(directory: Annotated[Path, typer.Argument(help="The --output-dir of a
 
     Example: parablock resume runs/t0
     """
-    from parablock.config.load import load_config
-    from parablock.storage.run_directory import RunDirectory
-
-    config = RunDirectory(directory).config
     with show_progress(directory) as (progress, stop):
+        from parablock.config.load import load_config
+        from parablock.storage.run_directory import RunDirectory
+
+        config = RunDirectory(directory).config
         RunDirectory(directory).check_resumable()
         progress.stage(LOADING, is_brief=True)
         match load_config(config).engine.name if config.exists() else "inprocess":
@@ -338,7 +339,7 @@ def demo(
 
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print_as_it_is(line)
     exit_when_interrupted(outcome.summary, directory)
 
 
@@ -379,6 +380,8 @@ def main() -> None:
             sys.exit(error.exit_code)
         except SystemExit as leaving:
             output.flush()
+            if isinstance(leaving.__context__, typer.Abort):  # Ctrl-C where nothing was to be saved
+                leaving.code = INTERRUPTED
             if output.failure is not None and not is_closed_pipe(output.failure):
                 leaving.code = _tell_of_lost_output(output.failure, leaving.code)
             raise

@@ -49,7 +49,8 @@ SIMILAR = {
     "’": "'",
 }
 _REPLACE = "parablock.similar"
-_WORD = re.compile(r"\b(?:parablock|pip|jq|flwr) [a-z-].*|\S+")
+_PROGRAMS = "parablock|pip|jq|flwr|iconv|zcat|bzcat|zstdcat|git -C|sudo|chmod|hf"
+_WORD = re.compile(rf"[`'\"(\[]?\b(?:{_PROGRAMS}) [A-Za-z0-9-].*|\S+")
 """A command to the end of its line, or a word."""
 
 
@@ -73,7 +74,10 @@ class SafeConsole(Console):
 
     def print_as_it_is(self, text: str | Text) -> None:
         """Print what a model or a row says: its lines are its own."""
-        super().print(text, soft_wrap=True, highlight=False)
+        if self.is_terminal:
+            super().print(text, soft_wrap=True, highlight=False)
+        else:  # rich would make spaces of tabs
+            self.file.write(f"{printable(str(text))}\n")
 
     def _wrapped(self, text: str | Text, highlight: bool | None) -> Text:
         """Break the lines of a text before words that do not fit; rich would break a long word."""

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say, say_whole
+from parablock.errors import ParaBlockError
 
 if TYPE_CHECKING:
     from parablock.config.keys import RunConfig
@@ -128,7 +129,13 @@ def _after_a_stop(directory: Path, again: str) -> str:
         if begun:  # a run of a comparison
             return _after_a_stop(begun[0], again)
         return "stopped at once; nothing was begun, and nothing is left behind"
-    again = again.format(shlex.quote(str(directory)))
+    quoted = shlex.quote(str(directory))
+    with suppress(OSError, ParaBlockError):
+        from parablock.storage.run_directory import RunDirectory
+
+        if RunDirectory(directory).read_summary().get("status") == "completed":
+            return f"stopped at once; the run is complete; look at it with: parablock eval {quoted}"
+    again = again.format(quoted)
     if any((directory / "checkpoints").glob("*")):
         return f"stopped at once; go on from the last checkpoint with: {again}"
     return f"stopped at once, before the first checkpoint; begin again with: {again}"

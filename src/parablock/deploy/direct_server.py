@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,7 +180,7 @@ def stop_or_pause(
         nonlocal is_paused
         while control.is_paused and not (asked_to_stop() or control.is_stopping):
             if not is_paused:
-                tell(f"paused; go on with: parablock deploy pause {output_dir} --off")
+                tell(f"paused; go on with: parablock deploy pause {shlex.quote(str(output_dir))} --off")
             is_paused = True
             clock.sleep(PAUSE_S)
         is_paused = False

@@ -248,7 +248,7 @@ def prepare_app(config: RunConfig, output_dir: Path) -> tuple[Path, int]:
     """
     RunDirectory(output_dir).check_unused()
     output_dir = output_dir.absolute()
-    config_file(output_dir).parent.mkdir(parents=True)
+    config_file(output_dir).parent.mkdir(parents=True, exist_ok=True)
     config_file(output_dir).write_text(config.to_yaml(), encoding="utf-8")
     return write_app(output_dir / "deployment" / "app", output_dir), config.federation.num_clients
 
@@ -323,21 +323,23 @@ def watch(
 def _rows(deployment: Deployment, progress: Progress) -> Callable[[], int]:
     """Return a function that shows the rounds that are new, and returns the number of all rounds so far."""
     directory = RunDirectory(deployment.output_dir)
-    shown, started = 0, False
+    shown, num_rounds = 0, 0
 
     def look() -> int:
-        nonlocal shown, started
+        nonlocal shown, num_rounds
         if not directory.metrics.exists():
             return 0
         text = directory.metrics.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
-        if not started:
+        if not num_rounds:
             federation = load_config(config_file(deployment.output_dir)).federation
-            progress.start(federation.num_rounds, federation.num_clients, len(lines))
-            shown, started = len(lines), True
+            shown, num_rounds = len(lines), federation.num_rounds
+            progress.start(num_rounds, federation.num_clients, shown)
         for line in lines[shown:]:
             progress.round_done(json.loads(line))
         shown = max(shown, len(lines))
+        if shown == num_rounds:
+            progress.rounds_over()
         return shown
 
     progress.message(

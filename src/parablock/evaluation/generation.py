@@ -176,15 +176,17 @@ def generate_completions(
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             batch = [prompts[index] for index in chosen]
-            begun = at // batch_size * max_new_tokens
-            texts, cut = _generate_batch(
-                model, tokenizer, batch, hear, on_token and (lambda count, begun=begun: on_token(begun + count))
-            )
+            tell = None if on_token is None else _after(at // batch_size * max_new_tokens, on_token)
+            texts, cut = _generate_batch(model, tokenizer, batch, hear, tell)
             answers.update(zip(chosen, texts, strict=True))
             for index in compress(chosen, cut):
                 on_endless(index)
             on_done(len(answers))
     return [answers[index] for index in range(len(examples))]
+
+
+def _after(begun: int, on_token: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda count: on_token(begun + count)
 
 
 def describe_cut(model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,11 +131,10 @@ def _check_weights(directory: RunDirectory) -> bool:
 
 def _copy_model(model: Path, folder: Path) -> None:
     """Copy the files of a model, and compare them with the copies."""
-    for path in sorted(model.rglob("*")):  # a folder comes before what is in it
+    paths = [Path(place, name) for place, _, names in os.walk(model, followlinks=True) for name in sorted(names)]
+    for path in paths:
         copy = folder / path.relative_to(model)
-        if path.is_dir():
-            copy.mkdir()
-            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         if not filecmp.cmp(path, copy, shallow=False):
             raise StorageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from parablock.errors import StorageError
@@ -71,6 +72,6 @@ def upload_folder(folder: Path, repository: str, *, private: bool) -> str:
         raise StorageError(
             f"the hub did not take {folder} as {repository}: {said}",
             cause="The key may not write there, or the connection broke.",
-            remedy=f"The folder is whole. Check the key, then: hf upload {repository} {folder}",
+            remedy=f"The folder is whole. Check the key, then: hf upload {repository} {shlex.quote(str(folder))}",
         ) from None  # a traceback would show the key
     return str(address)

@@ -7,6 +7,7 @@ adapter without its model, GGUF, pointers of Git LFS, an architecture that is ne
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -162,7 +163,7 @@ def _check_files(source: str, folder: Path, *, weights: bool) -> None:
             raise ModelError(
                 f"{path} is a pointer of Git LFS, and not the file itself",
                 cause="The repository was cloned without its large files.",
-                remedy=f"Fetch them: git -C {source} lfs pull",
+                remedy=f"Fetch them: git -C {shlex.quote(source)} lfs pull",
             )
 
 

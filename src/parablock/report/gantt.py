@@ -20,7 +20,7 @@ _ROWS = {"computing": (-0.19, 0.34), "uploading": (0.09, 0.16), "downloading": (
 
 def gantt_figure(spans: Sequence[Span]) -> Figure:
     """Draw when each client computed, sent and received, which transfers its computation hid, and when the server
-    scored the model, which holds up everybody.
+    scored the model between rounds, which holds up everybody.
 
     Only the first `MAX_CLIENTS` clients are drawn, and the rounds that fit into `MAX_BARS` bars; `num_clients` and
     `num_rounds` of the figure say how many. It opens with the first `FIRST_ROUNDS` rounds in view; `views` holds
@@ -38,7 +38,7 @@ def gantt_figure(spans: Sequence[Span]) -> Figure:
     scoring = [
         (span, span.start_s, span.duration_s)
         for span in spans
-        if span.activity == "evaluating" and _round(span) < num_rounds
+        if span.activity == "evaluating" and span.duration_s > 0 and _round(span) < num_rounds
     ]
     clients = sorted({span.client_id for span in own if span.client_id is not None})
     first = {"first rounds": _extent(computing, FIRST_ROUNDS)} if num_rounds > FIRST_ROUNDS else {}

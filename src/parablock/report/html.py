@@ -205,7 +205,11 @@ def _table(table: Table, links: Mapping[str, str] | None = None) -> str:
 
 
 def _cell(text: str, links: Mapping[str, str]) -> str:
-    return f'<a href="{as_html(quote(links[text]))}">{as_html(text)}</a>' if text in links else as_html(text)
+    return (
+        f'<a href="{as_html(quote(os.fsencode(links[text])))}">{as_html(text)}</a>'
+        if text in links
+        else as_html(text)
+    )
 
 
 def _fold(title: str, content: str) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,9 +92,10 @@ def write_beside(path: Path) -> Iterator[Path]:
     try:
         with storage(path):
             yield beside
-            if target.is_file():
-                shutil.copymode(target, beside)  # who may read it does not change
             sync(beside)
+            if target.is_file():
+                with suppress(OSError):  # who else may read it does not change, where files have modes
+                    beside.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
             beside.replace(target)
     except BaseException:
         with suppress(OSError):

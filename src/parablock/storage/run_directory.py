@@ -132,7 +132,7 @@ class RunDirectory:
         if self.summary.exists() and self.read_summary().get("status") == "completed":
             raise CheckpointError(
                 f"the run in {self.path} is complete; there is nothing to resume",
-                remedy=f"Look at it with: parablock eval {self.path}",
+                remedy=f"Look at it with: parablock eval {shlex.quote(str(self.path))}",
             )
 
     def append(self, row: Row) -> None:

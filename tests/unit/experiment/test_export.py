@@ -183,8 +183,10 @@ def test_a_model_with_a_folder_in_it_is_exported_whole(runs: Runs, tmp_path: Pat
     inside = Path("additional_chat_templates", "tool_use.jinja")
     (run_dir / "model" / inside).parent.mkdir()
     (run_dir / "model" / inside).write_text("{{ messages }}")
+    (run_dir / "model" / "linked").symlink_to(run_dir / "model" / inside.parent)
     done("export", str(run_dir), "--output-dir", str(tmp_path / "new"))
-    assert (tmp_path / "new" / inside).read_text() == "{{ messages }}"
+    for place in (inside, Path("linked", inside.name)):
+        assert (tmp_path / "new" / place).read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize(("mask", "modes"), [(0o077, (0o700, {0o600})), (0o022, (0o755, {0o644}))])
