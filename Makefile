@@ -9,6 +9,8 @@ OLD_FLOWER := .venv-flower
 OLDEST_FLOWER = $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Two files of tests at a time: those that start processes mostly wait. The long ones come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Tests start many processes: they find the package compiled.
+unexport PYTHONDONTWRITEBYTECODE
 # On a terminal pip shows what it loads, and its bars; in a log it says what goes wrong.
 PIP := $(BIN)/python -m pip install $(shell test -t 2 || echo --quiet --quiet) --disable-pip-version-check
 
