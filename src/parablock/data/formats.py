@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
 from parablock.data.readers import rows_out_of, suffix_of
 from parablock.data.sources import Row
@@ -194,21 +196,22 @@ def _format_of(row: Row) -> str:
             fits = [name for name in fits if name != weak]
     if len(fits) != 1:
         problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
-        objects = [n for n, v in row.fields.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        within = f" {_list_inside(row, objects[0])}" if objects and not fits else ""
-        raise DataError(
-            f"{row.place} {problem}: it has the fields {_fields(row)}.",
-            remedy=f"{_list_formats()} Or set data.format, or name its columns in data.columns.{within}",
-        )
+        within = "" if fits else _list_inside(row)
+        remedy = f"{_list_formats()} Or set data.format, or name its columns in data.columns. {within}"
+        raise DataError(f"{row.place} {problem}: it has the fields {_fields(row)}.", remedy=remedy.rstrip())
     return fits[0]
 
 
-def _list_inside(row: Row, name: str) -> str:
-    """Return the advice for a list of objects in an unknown field: it is the turns, or the rows."""
-    if not {"role", "from"}.isdisjoint(row.fields[name][0]):
-        return f"For the turns in {name!r}: data.columns: {{messages: {name}}}"
+def _list_inside(row: Row) -> str:
+    """Return the advice for a list of objects in an unknown field: it is the turns, or the rows; "" without one."""
+    lists = {name: value for name, value in row.fields.items() if isinstance(value, list) and name not in COLUMNS}
+    objects = {name: value[0] for name, value in lists.items() if value and isinstance(value[0], dict)}
+    for name, first in objects.items():
+        if not {"role", "from"}.isdisjoint(first):
+            columns = yaml.safe_dump({"messages": name}, default_flow_style=True, allow_unicode=True, width=1000)
+            return f"For the turns in {name!r}: data.columns: {columns.strip()}"
     is_json = suffix_of(Path(row.source)) in (".json", ".jsonl", ".ndjson")
-    return rows_out_of(row.source, name) if is_json else ""
+    return rows_out_of(row.source, next(iter(objects))) if objects and is_json else ""
 
 
 def _read_side(row: Row, name: str, data_format: str, role: str) -> list[Message]:

@@ -181,18 +181,14 @@ def _read_array(source: str, raw: bytes) -> NumberedFields:
 
 def _check_not_spread(source: str, start: bytes) -> None:
     """Refuse a file that is one JSON object over several lines, such as {"data": [...]}."""
-    try:
+    with suppress(ValueError, RecursionError):
         json.loads(start.partition(b"\n")[0])
         return
-    except (ValueError, RecursionError):
-        pass
-    try:
+    whole = None
+    with suppress(ValueError, RecursionError):  # the reader of lines says what is wrong
         whole = json.loads(start)
-    except (ValueError, RecursionError):
-        return  # the reader of lines says what is wrong
     if isinstance(whole, dict):
-        lists = [name for name, value in whole.items() if isinstance(value, list)]
-        name = lists[0] if lists else "rows"
+        name = next((name for name, value in whole.items() if isinstance(value, list)), "rows")
         raise DataError(
             f"{source} is one JSON object over several lines, with the fields {', '.join(whole)}.",
             remedy=f"{_LINES_REMEDY} {rows_out_of(source, name)}",
@@ -244,10 +240,8 @@ def _not_json(source: str, line: int, error: Exception) -> DataError:
 
 def _fields(source: str, line: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(
-            f"{source}, line {line} holds a value of type {type(value).__name__}, not an object.",
-            remedy=_LINES_REMEDY,
-        )
+        said = f"{source}, line {line} holds a value of type {type(value).__name__}, not an object."
+        raise DataError(said, remedy=_LINES_REMEDY)
     return value
 
 
@@ -303,18 +297,23 @@ def _check_heading(source: str, line: int, cells: list[str]) -> list[str]:
 
 
 def _delimiter_of(text: str) -> str:
-    """Return what parts the cells: the only one in the heading, or what gives most rows as many cells as that."""
+    """Return what parts the cells: what the heading has and most rows fit; a comma if all rows are one cell."""
     heading = _HEADING.match(text)[0]  # type: ignore[index]  # matches the empty string too
     found = [each for each in ",;\t" if each in _QUOTED.sub("", heading)]
+    if found in ([], [","]):
+        return ","
 
-    def fit(delimiter: str) -> tuple[int, int]:
-        lengths = []
+    def lengths(delimiter: str) -> list[int]:
+        counted: list[int] = []
         with suppress(csv.Error):
             rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            lengths += (len(cells) for cells in islice(filter(None, rows), 20))
-        return (lengths.count(lengths[0]), lengths[0]) if lengths and 1 < lengths[0] in lengths[1:] else (0, 0)
+            counted += (len(cells) for cells in islice(filter(None, rows), 20))
+        return counted or [0]
 
-    return found[0] if len(found) == 1 else max(",;\t", key=fit)
+    best = max(found, key=lambda each: ((cells := lengths(each))[1:].count(cells[0]), cells[0]))
+    named, *others = lengths(best)
+    is_one_column = named not in others and len(alone := lengths(",")) > 1 == max(alone)
+    return "," if is_one_column else best
 
 
 def _decode(source: str, raw: bytes) -> tuple[str, DataError | None]:

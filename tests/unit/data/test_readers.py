@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+import yaml
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from parablock.data.formats import check_rows, formats_by_source
@@ -136,10 +137,26 @@ def test_a_list_inside_one_object_is_taken_out(tmp_path: Path):
     assert "jq" not in said
     assert "For the turns in 'conversation': data.columns: {messages: conversation}" in said
     rows = columnar([{"data": [{"prompt": "a"}]}], pyarrow.parquet.write_table)
-    assert "jq" not in refused(tmp_path / "d.parquet", rows, check=partial(check_rows, data_format="auto"))
+    said = refused(tmp_path / "d.parquet", rows, check=partial(check_rows, data_format="auto"))
+    assert "jq" not in said
+    assert said == said.rstrip()
     assert "jq" not in refused(
         tmp_path / "b.jsonl", b'{"data": [1]}', check=partial(check_rows, data_format="auto")
     )
+
+
+@pytest.mark.parametrize("name", ["my turns", "null", "a: b", "Gespräch"])
+def test_the_turns_are_found_beside_other_lists_and_named_as_yaml_reads_them(tmp_path: Path, name: str):
+    fields = {"tools": [{"name": "f"}], "meta": [{"id": 1}], name: [{"role": "user", "content": "a"}]}
+    said = refused(tmp_path / "a.jsonl", lines([fields]), check=partial(check_rows, data_format="auto"))
+    assert "jq" not in said
+    advice = said.partition(f"For the turns in {name!r}: ")[2]
+    assert yaml.safe_load(advice) == {"data.columns": {"messages": name}}
+    del fields[name]
+    said = refused(tmp_path / "a.jsonl", lines([fields]), check=partial(check_rows, data_format="auto"))
+    assert "jq -c '.meta[]'" in said
+    del fields["meta"]
+    assert "jq" not in refused(tmp_path / "a.jsonl", lines([fields]), check=partial(check_rows, data_format="auto"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +210,7 @@ def test_bytes_that_are_half_a_pair_are_named_and_not_dropped(tmp_path: Path):
         said = refused(tmp_path / "a.json", mark + content, check=check)
         assert "line 1: field text holds \\ud83d at character 3" in said
         said = refused(tmp_path / "a.json", mark + '[{"text": "é'.encode() + b'\xff"}]', check=check)
-        assert "line 1 is not JSON: byte 0xff at position 12" in said
+        assert "line 1 is not JSON: byte 0xff at position 13" in said
 
 
 def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
@@ -210,6 +227,8 @@ def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
         ('prompt;completion\n"a"b;c\n', "line 2 is not CSV: ';' expected"),
         ("prompt;completion\na,b\n", "line 2 has 1 cells, and the heading names 2 columns (prompt, completion)"),
         ("prompt,completion,note;x\nonly;b\na,b,c\nd,e,f\n", "line 2 has 1 cells, and the heading names 3"),
+        ("prompt;completion;note, x\na;b\n", "line 2 has 2 cells, and the heading names 3 columns (prompt, comp"),
+        ("prompt;completion\na;b\nc\nd\n", "line 3 has 1 cells, and the heading names 2 columns"),
         ("prompt,prompt\na,b\n", "line 1: the heading has an empty name or one that stands twice"),
         ('prompt,completion\na,b\n"c,d\n', "line 3 is not CSV: unexpected end of data"),
         ("prompt,completion\n", "is empty: it holds no row"),
@@ -231,6 +250,10 @@ def test_a_table_that_is_broken_names_the_line(tmp_path: Path, content: str, say
         ("text\none; two\n", "text"),
         ('prompt;completion;"note, if any"\na, b;c;d\n', "prompt|completion|note, if any"),
         (f"prompt;completion;note, x\n{'a b ' * 40_000};c;d\n", "prompt|completion|note, x"),
+        ("question; in full\nHow many?\nAnd why?\n", "question; in full"),
+        ('question; in full\n"How many, and why?"\n', "question; in full"),
+        ("text\t\none\n", "text"),
+        ("prompt;completion\na\tb;c\n", "prompt|completion"),
     ],
 )
 def test_what_parts_the_cells_is_found(tmp_path: Path, content: str, names: str):
