@@ -14,7 +14,7 @@ from typing import Any
 
 from parablock.data.readers import RepeatedKeyError, parse_json
 from parablock.data.sources import Row
-from parablock.data.switches import SWITCHES, check_names, is_off
+from parablock.data.switches import SWITCHES, check_names, is_nothing, is_off
 from parablock.errors import DataError
 
 Message = dict[str, Any]
@@ -145,7 +145,7 @@ def _read_turn(row: Row, name: str, number: int, turn: Any) -> Message:
     where = f"turn {number} of {name}"
     if not isinstance(turn, dict):
         raise DataError(f"{row.place}: {where} is {kind_of(turn)}, not an object.", remedy=_EXAMPLE)
-    present = {key: value for key, value in turn.items() if value is not None}  # tables fill up with null
+    present = {key: value for key, value in turn.items() if not is_nothing(value)}  # tables fill up with it
     check_names(row, where, present)
     if call := present.pop("function_call", None):  # the older name of the only call
         if present.get("tool_calls"):
@@ -239,7 +239,12 @@ def _read_content(row: Row, where: str, content: Any, rest: Message) -> str:
                 remedy=_EXAMPLE,
             )
         if isinstance(part, dict):
-            more = {key: value for key, value in part.items() if key not in ("type", "text") and value is not None}
+            given = {key: value for key, value in part.items() if key not in ("type", "text")}
+            more = {  # a schema of several kinds of parts gives each the fields of all, perhaps empty
+                key: value
+                for key, value in given.items()
+                if not (is_nothing(value) or (key in _OF_TURNS and value in ("", [], {})))
+            }
             if switches := [key for key in more if key in SWITCHES]:
                 raise DataError(
                     f"{row.place}: a part of the content of {where} has {switches[0]} {more[switches[0]]!r}.",

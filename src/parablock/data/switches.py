@@ -17,7 +17,17 @@ _OF_OTHER_PROGRAMS = {
 }
 _NO_OPS = {"masked": False, "trainable": True, "training": True}
 """Fields of other programs → the value with which they say what holds anyway."""
-_IN_TABLES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+_IN_TABLES = {"0": 0, "0.0": 0, "false": False, "1": 1, "1.0": 1, "true": True}
+"""Text of a cell → what it says."""
+
+
+def is_nothing(value: Any) -> bool:
+    """Return whether a value stands for none: null, or NaN, as pandas writes null among numbers."""
+    return bool(value is None or value != value)
+
+
+def _told(value: Any) -> Any:
+    return _IN_TABLES.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def check_names(row: Row, where: str, fields: Mapping[str, Any]) -> None:
@@ -32,9 +42,10 @@ def check_names(row: Row, where: str, fields: Mapping[str, Any]) -> None:
         DataError: There is one.
     """
     for name, value in fields.items():
-        plain = name.lower()
-        is_rejected = plain == "label" and value is False  # as KTO marks a bad answer
-        says_nothing = value is None or value != value or value is _NO_OPS.get(plain)  # NaN is none
+        plain, told = name.lower(), _told(value)
+        is_rejected = plain == "label" and told is False  # as KTO marks a bad answer
+        is_no_op = plain in _NO_OPS and told == _NO_OPS[plain]
+        says_nothing = is_nothing(value) or value == "" or is_no_op
         is_misspelt = plain in SWITCHES and name not in SWITCHES
         if not says_nothing and (plain in _OF_OTHER_PROGRAMS or is_misspelt or is_rejected):
             raise DataError(
@@ -62,9 +73,9 @@ def is_off(row: Row) -> str:
     off = ""
     for name in SWITCHES:
         given = row.fields.get(name)
-        value = _IN_TABLES.get(given.strip().lower(), given) if isinstance(given, str) else given
-        if given is None or given == "" or given != given:  # NaN
+        if is_nothing(given) or given == "":
             continue
+        value = _told(given)
         if value not in (0, 1):  # so is a boolean
             raise DataError(
                 f"{row.place}: the row has {name} {given!r}; a row is learnt (1, true) or not (0, false).",

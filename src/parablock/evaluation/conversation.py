@@ -16,7 +16,7 @@ from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
 from parablock.data.readers import parse_json, read_text_file
 from parablock.data.sources import Row, load_rows
-from parablock.data.switches import is_switch
+from parablock.data.switches import is_nothing, is_switch
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
 from parablock.evaluation.side_by_side import day_of, models_of
@@ -139,7 +139,8 @@ def _read_lines(source: str) -> list[Row]:
 
 def _read_prompt(row: Row) -> AskedPrompt:
     """Read what is asked, as training reads it, and the reference behind it."""
-    fields = {name: _of_asking(name, value) for name, value in row.fields.items() if not is_switch(name)}
+    told = {name: value for name, value in row.fields.items() if not (is_switch(name) or is_nothing(value))}
+    fields = {name: _of_asking(name, value) for name, value in told.items()}
     answered = dict(fields)
     for *question, answer in FORMATS.values():
         if question and fields.get(question[0]) is not None and fields.get(answer) is None:
@@ -155,7 +156,8 @@ def _read_prompt(row: Row) -> AskedPrompt:
             reference = turns.pop()["content"]
         fields[answer] = [*turns, {"role": "assistant", "content": _ANSWER}]
     elif given is None or (isinstance(given, str | int | float) and not isinstance(given, bool)):
-        reference, fields[answer] = None if given is None else str(given), _ANSWER
+        is_whole = isinstance(given, float) and given.is_integer()  # among nulls, pandas makes 42 a 42.0
+        reference, fields[answer] = None if given is None else str(int(given) if is_whole else given), _ANSWER
     else:
         raise DataError(f"{row.place}: field {answer} is {kind_of(given)}, not text.")
     asked = replace(row, fields=fields)

@@ -12,6 +12,7 @@ from parablock.data.sources import Row
 from parablock.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Twelve."}
+NAN, EMPTY = float("nan"), {"tool_calls": [], "thinking": "", "function_call": {}, "role": None}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Ulm"}'}}
 
 
@@ -37,6 +38,8 @@ def said(turns: Any, **fields: Any) -> str:
             ANSWER,
         ],
         [{**USER, "tool_calls": None, "weight": None}, ANSWER],
+        [{**USER, "weight": NAN, "mask": NAN}, {**ANSWER, "train": NAN}],
+        [{**USER, "content": [{"type": "text", "text": USER["content"], **EMPTY, "weight": NAN}]}, ANSWER],
         [{**USER, "from": "human", "value": USER["content"]}, ANSWER],
         json.dumps([USER, ANSWER]),
     ],
@@ -146,6 +149,7 @@ def test_a_part_of_content_keeps_what_else_it_has():
         ({"weight": "", "label": True}, ""),
         ({"weight": float("nan"), "loss_mask": float("nan")}, ""),
         ({"label": False, "masked": False, "training": True}, ""),
+        ({"masked": "False", "training": "true", "trainable": "1", "mask": ""}, ""),
     ],
 )
 def test_a_row_says_whether_it_is_learnt(fields: dict[str, Any], off: str):
@@ -160,6 +164,8 @@ def test_a_row_says_whether_it_is_learnt(fields: dict[str, Any], off: str):
         ({"train": "maybe"}, "the row has train 'maybe'"),
         ({"masked": True}, "the row has masked True, with which other programs say what is learnt"),
         ({"training": False}, "the row has training False"),
+        ({"training": "false"}, "the row has training 'false'"),
+        ({"masked": "1"}, "the row has masked '1'"),
         ({"mask": False}, "the row has mask False"),
         ({"Weight": 0}, "the row has Weight 0"),
         ({"loss_mask": [0, 1]}, "the row has loss_mask [0, 1]"),
@@ -201,9 +207,11 @@ def test_a_prompt_of_turns_is_not_learnt_and_its_completion_is():
 
 
 def test_an_answer_that_was_judged_bad_is_refused_and_a_class_is_not():
-    judged = {"prompt": "a", "completion": "b", "label": False}
-    with pytest.raises(DataError, match="the row has label False, with which other programs say"):
-        check_rows([Row(judged, "set.jsonl", 3)], "auto")
+    for label in (False, "False"):  # the latter of a table
+        judged = {"prompt": "a", "completion": "b", "label": label}
+        with pytest.raises(DataError, match=f"the row has label {label!r}, with which other programs say"):
+            check_rows([Row(judged, "set.jsonl", 3)], "auto")
+    check_rows([Row({**judged, "label": "0"}, "set.csv", 3)], "auto")
     check_rows([Row({"text": "a", "label": False}, "set.jsonl", 3)], "auto")
 
 
