@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -48,9 +49,14 @@ class ParaBlockError(Exception):
         super().__init__("\n".join(part for part in (what, cause, remedy) if part))
 
 
-def did_you_mean(path: Path) -> str:
-    """Return a question that names what lies beside a path and is spelt almost like it; "" if nothing is."""
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+def did_you_mean(path: Path, *, among: str = "*") -> str:
+    """Return a question that names what lies beside a path and is spelt almost like it; "" if nothing is.
+
+    `among` is a pattern for what counts: `*/a.txt` leaves the folders that hold such a file.
+    """
+    siblings = set[str]()
+    with suppress(OSError):  # a folder that may not be read, or is gone, must not hide the error that is told
+        siblings |= {found.relative_to(path.parent).parts[0] for found in path.parent.glob(among)}
     near = difflib.get_close_matches(path.name, siblings, n=1)
     return f"Did you mean {path.parent / near[0]}?" if near else ""
 

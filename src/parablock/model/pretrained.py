@@ -178,7 +178,7 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     else:
         cause = f"There is no folder {source} here, and the Hugging Face hub did not serve that id: {reason}"
         remedy = "Check the spelling, the network, and for a gated model the login; or give a local folder."
-        remedy = f"{did_you_mean(Path(source))} {remedy}".strip()
+        remedy = f"{did_you_mean(Path(source), among='*/config.json')} {remedy}".strip()
     return ModelError(f"The {part} of {source} cannot be read", cause=cause, remedy=remedy)
 
 

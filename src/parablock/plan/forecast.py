@@ -205,11 +205,13 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         raise ConfigError([f"federation.method: plans are made for {names}, not for {config.federation.method}"])
     rounds, clients = config.federation.num_rounds, config.federation.num_clients
     cohort = cohort_size(config.federation.model_dump())
-    if rounds * cohort + clients > MAX_CLIENT_ROUNDS:
+    followed = rounds * cohort + clients
+    if followed > MAX_CLIENT_ROUNDS:
         problem = (
             f"federation.num_rounds: {rounds} rounds of {clients} clients (federation.num_clients), {cohort} asked "
-            f"in each, are more than {MAX_CLIENT_ROUNDS:,} rounds of a client, which a plan follows one by "
-            "one; plan fewer rounds or clients, say with --set, and multiply: a round takes the same"
+            f"in each, are with one more for the speed of each client {followed:,} rounds of a client, more than "
+            f"{MAX_CLIENT_ROUNDS:,}, which a plan follows one by one; plan fewer rounds or clients, say with "
+            "--set, and multiply: a round takes the same"
         )
         raise ConfigError([problem])
     scenario = Scenario(config, probe=probe)

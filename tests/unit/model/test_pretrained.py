@@ -27,7 +27,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from parablock.errors import ModelError, StorageError
+from parablock.errors import ModelError, StorageError, did_you_mean
 from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
 from parablock.model.pretrained import LoadedModel, load_model, outline_model, quiet_transformers
@@ -251,6 +251,28 @@ def test_an_id_that_the_hub_does_not_serve_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the hub's own offline mode
     with pytest.raises(ModelError, match=r"(?s)nobody/no-such-model cannot be read.*hub did not serve"):
         load("nobody/no-such-model")
+
+
+def test_a_near_name_is_that_of_a_model_and_a_folder_that_cannot_be_read_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def said() -> str:
+        with pytest.raises(ModelError, match="tiny-lama cannot be read") as caught:
+            load("tiny-lama")
+        return caught.value.remedy
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-lama.yaml").touch()
+    (tmp_path / "tiny-lamb").mkdir()
+    assert "Did you mean" not in said()
+    (tmp_path / "tiny-llama").mkdir()
+    (tmp_path / "tiny-llama" / "config.json").touch()
+    assert "Did you mean tiny-llama?" in said()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert did_you_mean(Path("tiny-lama")) == did_you_mean(Path("tiny-lama"), among="*/config.json") == ""
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────
