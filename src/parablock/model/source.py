@@ -94,9 +94,9 @@ def code_refused(source: str, what: str) -> ModelError:
     maps = [read_json(source, name).get("auto_map") for name in ("config.json", "tokenizer_config.json")]
     named = [value for each in maps if isinstance(each, dict) for value in each.values()]
     classes = [name for value in named for name in (value if isinstance(value, list) else [value]) if name]
-    files = ", ".join(sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in classes}))
+    files = sorted({f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in classes})
     return ModelError(
-        f"{source} brings code of its own{f' ({files})' if files else ''}, which is not run here",
+        f"{source} brings code of its own ({', '.join(files) or 'not named'}), which is not run here",
         cause=f"{what} is unknown to Transformers {transformers.__version__}, and such code "
         "could do anything on this machine and on every site.",
         remedy="Take a model whose architecture is part of Transformers, and its tokenizer too.",

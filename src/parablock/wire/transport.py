@@ -18,6 +18,9 @@ from torch import Tensor
 
 from parablock.clock import Clock
 
+MESSAGE_BYTES = 1 << 10
+"""What a message that waits costs beside its bytes, so that many empty ones are many bytes too."""
+
 
 @dataclass(frozen=True)
 class Parcel:

@@ -24,15 +24,13 @@ from parablock.errors import CodecError, StallError
 from parablock.storage.release_ledger import ACCOUNT, ASKED, SET, ReleaseLedger
 from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, from_bytes, kind_of, to_bytes
-from parablock.wire.transport import Ledger, Parcel, check_for_stop
+from parablock.wire.transport import MESSAGE_BYTES, Ledger, Parcel, check_for_stop
 
 LOOK_S, STOP_LOOK_S = 0.01, 0.5
 RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
 """Bytes of a site's messages that wait for the server at most, beside the newest."""
-MESSAGE_BYTES = 1 << 10
-"""What a message that waits costs beside its bytes, so that many empty ones are many bytes too."""
 SPANS_KEPT = 10_000
 """How much of a site's record is kept between two rounds of it."""
 CLOCKS_APART_S = 60.0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any, NoReturn
 
 import grpc
@@ -35,7 +35,7 @@ from parablock.errors import CodecError, InputError, ParaBlockError, StallError
 from parablock.privacy.identities import Identity
 from parablock.trace import Trace
 from parablock.wire.messages import Leave, Message, from_bytes, to_bytes
-from parablock.wire.transport import Parcel
+from parablock.wire.transport import MESSAGE_BYTES, Parcel
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two calls."""
@@ -43,6 +43,8 @@ FIRST_ANSWER_S = 10.0
 """How long a server may take to answer which session there is; one that shuts down may never answer."""
 NOTE_ROWS = 2000
 """Spans in a record at most, well below the length of a note."""
+PART_OF_MEMORY = 16
+"""What waits for the compute thread takes a 16th of this machine's memory at most, beside the newest message."""
 PARTING_S = 5.0
 """How long a site that leaves waits for its last word to arrive."""
 
@@ -197,6 +199,8 @@ class SiteChannel:
         self._trace, self._clock, self._lease_s = trace, trace.clock, lease_s
         self._origin_s = utc_s() - trace.clock.now()  # seconds since 1970 by the server's clock, at zero of ours
         self._inbox, self._attached = trace.clock.mailbox(), trace.clock.mailbox()
+        self._room, self._waiting_bytes, self._takes = Condition(), 0, True
+        self._most_waiting_bytes = psutil.virtual_memory().total // PART_OF_MEMORY
         self.stream = NumberedStream(self._server_s, psutil.virtual_memory().total)
         self._interceptor: Interceptor | None = None
         self._intercepting = Lock()
@@ -243,6 +247,9 @@ class SiteChannel:
         """Leave the session: say so, if the run goes on, and end the connection."""
         self._work.put(None)
         self._worker.join()
+        with self._room:
+            self._takes = False  # nobody receives any more
+            self._room.notify_all()
         if self._ended is None:
             if self._leaves:
                 self.stream.put(to_bytes(Leave(self._problem)), 0)
@@ -281,7 +288,11 @@ class SiteChannel:
                 if isinstance(item, BaseException):
                     raise item
                 if item is not None:
-                    message: bytes | Message = item
+                    message: bytes | Message
+                    num_bytes, message = item
+                    with self._room:
+                        self._waiting_bytes -= num_bytes
+                        self._room.notify_all()
                     return message
                 if not self.stream.has_connection and self._clock.now() - self._heard_s > self._lease_s:
                     raise StallError(
@@ -386,8 +397,14 @@ class SiteChannel:
             if answers is not None:
                 self._put(answers)
                 return
+        num_bytes = len(delivered.content) + MESSAGE_BYTES
+        with self._room:  # what waits for room is not confirmed, and the server keeps it
+            self._room.wait_for(lambda: self._waiting_bytes <= self._most_waiting_bytes or not self._takes)
+            if not self._takes:
+                return
+            self._waiting_bytes += num_bytes
         try:
-            self._inbox.put(self._decode(delivered.content))
+            self._inbox.put((num_bytes, self._decode(delivered.content)))
         except CodecError as error:  # the connection is none the worse for it
             self._inbox.put(error)
 

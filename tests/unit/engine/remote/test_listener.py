@@ -52,7 +52,7 @@ from parablock.training.trainer import Trained
 from parablock.wire.codec import encode
 from parablock.wire.messages import Join, Leave, Skip, to_bytes
 from parablock.wire.quantize import Encoding
-from parablock.wire.transport import Parcel
+from parablock.wire.transport import MESSAGE_BYTES, Parcel
 from remote_runs import BLOCKS, Town
 from toy import ToyTrainer, initial
 
@@ -474,7 +474,7 @@ def test_a_transfer_lasts_no_longer_than_the_run(house: House, made: Path, sent_
 def test_a_site_that_floods_a_busy_server_is_stopped(house: House, made: Path, monkeypatch, size: int):
     monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1 << 20)
     place, content = house.transport.places[0], b"x" * size
-    limit = (1 << 20) // (size + remote_transport.MESSAGE_BYTES) + 2
+    limit = (1 << 20) // (size + MESSAGE_BYTES) + 2
     with inside(house, made) as call, inside(house, made, 1) as other:
         for number in range(limit + 60):
             call.out.put(HEAD.pack(PART, number, 0, size, 1.0) + content)
