@@ -102,7 +102,9 @@ def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
     many = [Wanted(0.1 if is_small else 5.0, sites=n, rounds=12, **loopback) for n in (FAST_SITES, SLOW_SITES)]
     return {
         EMPTY: [few],
-        EXCHANGE: [Wanted(10.0 if is_small else MEGABYTES)],
+        EXCHANGE: [
+            Wanted(10.0) if is_small else Wanted(MEGABYTES, rounds=3 * ROUNDS)
+        ],  # a busy host moves the median
         BALANCED: [balanced, replace(balanced, delay=1, rounds=balanced.rounds + 3)],
         HOSPITAL: [Wanted(4.0 if is_small else 40.0, rounds=4, up_mbps=30.0, down_mbps=30.0)],
         SLOW: slow,
