@@ -200,6 +200,8 @@ def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_else
     for one in speak:
         one(text)
         assert "".join(capsys.readouterr()) == f"{text}\n"
+    SafeConsole().print_as_it_is("a\tb")
+    assert capsys.readouterr().out == "a\tb\n"
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")

@@ -30,7 +30,6 @@ from parablock.cli.show_data import columns_of, data
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     CONFIGURING,
-    INTERRUPTED,
     LOADING,
     Overrides,
     check_config,
@@ -380,8 +379,6 @@ def main() -> None:
             sys.exit(error.exit_code)
         except SystemExit as leaving:
             output.flush()
-            if isinstance(leaving.__context__, typer.Abort):  # Ctrl-C where nothing was to be saved
-                leaving.code = INTERRUPTED
             if output.failure is not None and not is_closed_pipe(output.failure):
                 leaving.code = _tell_of_lost_output(output.failure, leaving.code)
             raise

@@ -35,6 +35,7 @@ _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _SPELLINGS = {"role": ("role", "from"), "content": ("content", "value")}
 _OF_TURNS = {*_SPELLINGS["role"], *_SPELLINGS["content"], "tool_calls", "function_call", *REASONING}
 """What a turn says, and no part of its content."""
+_MAY_BE_EMPTY = {*_OF_TURNS, *SWITCHES}
 _EXAMPLE = 'Each turn is an object such as {"role": "user", "content": "Hello"}.'
 
 
@@ -145,7 +146,9 @@ def _read_turn(row: Row, name: str, number: int, turn: Any) -> Message:
     where = f"turn {number} of {name}"
     if not isinstance(turn, dict):
         raise DataError(f"{row.place}: {where} is {kind_of(turn)}, not an object.", remedy=_EXAMPLE)
-    present = {key: value for key, value in turn.items() if not is_nothing(value)}  # tables fill up with it
+    present = {  # tables fill up with nothing, and cells of switches with empty text
+        key: value for key, value in turn.items() if not (is_nothing(value) or (key in SWITCHES and value == ""))
+    }
     check_names(row, where, present)
     if call := present.pop("function_call", None):  # the older name of the only call
         if present.get("tool_calls"):
@@ -243,7 +246,7 @@ def _read_content(row: Row, where: str, content: Any, rest: Message) -> str:
             more = {  # a schema of several kinds of parts gives each the fields of all, perhaps empty
                 key: value
                 for key, value in given.items()
-                if not (is_nothing(value) or (key in _OF_TURNS and value in ("", [], {})))
+                if not (is_nothing(value) or (key in _MAY_BE_EMPTY and value in ("", [], {})))
             }
             if switches := [key for key in more if key in SWITCHES]:
                 raise DataError(

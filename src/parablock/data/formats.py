@@ -22,7 +22,7 @@ import yaml
 from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
 from parablock.data.readers import rows_out_of, suffix_of
 from parablock.data.sources import Row
-from parablock.data.switches import SWITCHES, is_off
+from parablock.data.switches import SWITCHES, is_nothing, is_off
 from parablock.errors import DataError
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -122,7 +122,7 @@ def read_conversation(row: Row, data_format: str) -> Conversation:
     Raises:
         DataError: A field is missing or is not what the format has there.
     """
-    system = _read_text_field(row, "system", data_format) if row.fields.get("system") is not None else ""
+    system = _read_text_field(row, "system", data_format) if not is_nothing(row.fields.get("system")) else ""
     tools = row.fields.get("tools") if "tools" in _optional(data_format) else None
     if data_format in ("messages", "sharegpt"):
         (name,) = FORMATS[data_format]
@@ -140,7 +140,7 @@ def read_conversation(row: Row, data_format: str) -> Conversation:
 
 def _read_alpaca_input(row: Row) -> str:
     """Return the optional context of an Alpaca row; empty if there is none."""
-    return _read_text_field(row, "input", "alpaca") if row.fields.get("input") is not None else ""
+    return _read_text_field(row, "input", "alpaca") if not is_nothing(row.fields.get("input")) else ""
 
 
 def read_text(row: Row) -> str:
@@ -151,7 +151,7 @@ def read_text(row: Row) -> str:
 def unused_fields(row: Row, data_format: str) -> list[str]:
     """Return the fields of a row that its format does not read."""
     used = {*FORMATS[data_format], *_optional(data_format), *SWITCHES}
-    return [name for name, value in row.fields.items() if name not in used and value is not None]
+    return [name for name, value in row.fields.items() if name not in used and not is_nothing(value)]
 
 
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
@@ -189,7 +189,7 @@ def _runs(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _format_of(row: Row) -> str:
-    present = {name for name, value in row.fields.items() if value is not None}
+    present = {name for name, value in row.fields.items() if not is_nothing(value)}
     fits = [name for name, needed in FORMATS.items() if present.issuperset(needed)]
     for weak in _WEAK:
         if len(fits) > 1:

@@ -312,7 +312,7 @@ def _delimiter_of(text: str) -> str:
 
     best = max(found, key=lambda each: ((cells := lengths(each))[1:].count(cells[0]), cells[0]))
     named, *others = lengths(best)
-    is_one_column = named not in others and len(alone := lengths(",")) > 1 == max(alone)
+    is_one_column = set(others) == {1} and max(lengths(",")) == 1 < named
     return "," if is_one_column else best
 
 

@@ -131,8 +131,7 @@ def _check_weights(directory: RunDirectory) -> bool:
 
 def _copy_model(model: Path, folder: Path) -> None:
     """Copy the files of a model, and compare them with the copies."""
-    paths = [Path(place, name) for place, _, names in os.walk(model, followlinks=True) for name in sorted(names)]
-    for path in paths:
+    for path in _files_of(model):
         copy = folder / path.relative_to(model)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -142,6 +141,22 @@ def _copy_model(model: Path, folder: Path) -> None:
                 cause="The disk has not kept what was written to it.",
                 remedy="Give an --output-dir on another disk.",
             )
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, those of linked folders too, but of none that leads back.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        above = Path(place).resolve()
+        folders[:] = [name for name in folders if not above.is_relative_to(Path(place, name).resolve())]
+        yield from (Path(place, name) for name in sorted(names))
 
 
 def _rank_of(base: PreTrainedModel, asked: int | None, own: int) -> int:

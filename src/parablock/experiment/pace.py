@@ -72,7 +72,7 @@ class Pace:
 
     def end(self) -> None:
         """Stop the time of the rounds, which are over."""
-        self._end_s = self._now_s()
+        self._end_s = min(self._end_s, self._now_s())
 
     def remaining(self) -> str:
         """Estimate the remaining time at this moment; "" if nothing is done yet."""

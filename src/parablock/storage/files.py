@@ -88,14 +88,18 @@ def write_beside(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(content, stream)
         return
     target = Path(os.path.realpath(path))
-    beside = _beside(target)
+    beside, mode = _beside(target), None
     try:
         with storage(path):
+            if target.is_file():  # who else may read it does not change, where files have modes
+                mode = stat.S_IMODE(target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR
+                beside.unlink(missing_ok=True)
+                os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, mode & ~(stat.S_IRWXG | stat.S_IRWXO)))
             yield beside
             sync(beside)
-            if target.is_file():
-                with suppress(OSError):  # who else may read it does not change, where files have modes
-                    beside.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
+            if mode is not None:
+                with suppress(OSError):
+                    beside.chmod(mode)
             beside.replace(target)
     except BaseException:
         with suppress(OSError):

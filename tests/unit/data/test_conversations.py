@@ -39,6 +39,7 @@ def said(turns: Any, **fields: Any) -> str:
         ],
         [{**USER, "tool_calls": None, "weight": None}, ANSWER],
         [{**USER, "weight": NAN, "mask": NAN}, {**ANSWER, "train": NAN}],
+        [{**USER, "weight": ""}, {**ANSWER, "train": "", "loss": ""}],
         [{**USER, "content": [{"type": "text", "text": USER["content"], **EMPTY, "weight": NAN}]}, ANSWER],
         [{**USER, "from": "human", "value": USER["content"]}, ANSWER],
         json.dumps([USER, ANSWER]),

@@ -228,6 +228,7 @@ def test_a_table_in_windows_1252_names_the_line(tmp_path: Path):
         ("prompt;completion\na,b\n", "line 2 has 1 cells, and the heading names 2 columns (prompt, completion)"),
         ("prompt,completion,note;x\nonly;b\na,b,c\nd,e,f\n", "line 2 has 1 cells, and the heading names 3"),
         ("prompt;completion;note, x\na;b\n", "line 2 has 2 cells, and the heading names 3 columns (prompt, comp"),
+        ("prompt;completion\na;b;\nc;d;\n", "line 2 has 3 cells, and the heading names 2 columns"),
         ("prompt;completion\na;b\nc\nd\n", "line 3 has 1 cells, and the heading names 2 columns"),
         ("prompt,prompt\na,b\n", "line 1: the heading has an empty name or one that stands twice"),
         ('prompt,completion\na,b\n"c,d\n', "line 3 is not CSV: unexpected end of data"),

@@ -22,7 +22,7 @@ from parablock.deploy.certificates import key_and_end, now
 from parablock.deploy.door import NO_CERTIFICATE, check_keys, diagnose, host_and_port, listen, server_of
 from parablock.deploy.site_identity import CertificateIdentity
 from parablock.deploy.strangers import PAUSE_S
-from parablock.engine.remote import site_channel
+from parablock.engine.remote import site_inbox
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Listener
@@ -208,29 +208,37 @@ def test_a_server_that_floods_a_busy_site_keeps_what_has_no_room(
     keys: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ):
     most = 1 << 16
-    monkeypatch.setattr(site_channel, "PART_OF_MEMORY", psutil.virtual_memory().total // most)
+    monkeypatch.setattr(site_inbox, "PART_OF_MEMORY", psutil.virtual_memory().total // most)
     listener = listen("127.0.0.1:0", keys / "server", 1, print)
     transport = RemoteTransport(Opening("run", "s", "", ""), 1, 64, 1 << 20, Trace(RealClock()))
     listener.open(transport)
-    site = site_of(listener.port, keys, print)
+    proxy = CuttableProxy(listener.port, 1e9)
+    site = site_of(proxy.port, keys, print)
     opening = site.ask().opening
     assert opening is not None
-    limit = most // (size + MESSAGE_BYTES) + 2
+    limit = most // (2 * size + MESSAGE_BYTES) + 2
     sent = [number.to_bytes(2, "big") * size for number in range(limit + 60)]
     with closing(SiteChannel(site, opening, "i", Trace(RealClock()), lease_s=60.0, decode=bytes)) as channel:
         channel.open()
         for message in sent:
             transport.send(0, Parcel(message, 0))
-        until(lambda: channel._waiting_bytes > most)
+        until(lambda: channel.inbox.waiting_bytes > most)
         time.sleep(0.1)
-        assert channel._inbox._items.qsize() <= limit
-        assert transport.places[0].stream.waiting_bytes >= 59 * size, "what is not taken is not confirmed"
+        assert channel.inbox._items._items.qsize() <= limit
+        assert transport.places[0].stream.waiting_bytes >= 58 * 2 * size, "what is not taken is not confirmed"
+        proxy.cut(0.0)
+        until(lambda: not transport.is_there(0))
+        until(lambda: transport.is_there(0))  # whether or not there is room
+        time.sleep(0.1)
+        assert channel.inbox._items._items.qsize() <= limit + 1
         assert [channel.receive() for _ in sent] == sent
         until(lambda: transport.places[0].stream.waiting_bytes == 0)
         for message in sent:
             transport.send(0, Parcel(message, 0))
-        until(lambda: channel._waiting_bytes > most)  # and the site can close while something waits for room
+        until(lambda: channel.inbox.waiting_bytes > most)  # and the site can close while something waits for room
+    assert not channel._thread.is_alive()
     transport.leave()
+    proxy.close()
     listener.close()
 
 

@@ -184,6 +184,7 @@ def test_a_model_with_a_folder_in_it_is_exported_whole(runs: Runs, tmp_path: Pat
     (run_dir / "model" / inside).parent.mkdir()
     (run_dir / "model" / inside).write_text("{{ messages }}")
     (run_dir / "model" / "linked").symlink_to(run_dir / "model" / inside.parent)
+    (run_dir / "model" / inside.parent / "back").symlink_to(run_dir / "model")
     done("export", str(run_dir), "--output-dir", str(tmp_path / "new"))
     for place in (inside, Path("linked", inside.name)):
         assert (tmp_path / "new" / place).read_text() == "{{ messages }}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parablock.errors import ModelError, StorageError
-from parablock.storage.files import check_absent, storage, write_atomically, write_folder_beside
+from parablock.storage.files import check_absent, storage, write_atomically, write_beside, write_folder_beside
 from tiny_runs import longest_file
 
 
@@ -79,9 +79,12 @@ def test_who_may_read_a_file_stays_when_it_is_written_anew(tmp_path: Path):
     path = tmp_path / "file"
     write_atomically(path, "one")
     assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
-    path.chmod(0o640)
-    write_atomically(path, "two")
-    assert path.read_text() == "two" and path.stat().st_mode & 0o777 == 0o640
+    for mode, new in ((0o640, 0o640), (0o600, 0o600), (0o444, 0o644)):  # which its owner can go on with
+        path.chmod(mode)
+        with write_beside(path) as beside:
+            beside.write_text("two")
+            assert beside.stat().st_mode & 0o077 == 0, "nobody else reads it before it is whole"
+        assert path.read_text() == "two" and path.stat().st_mode & 0o777 == new
 
 
 def current_umask() -> int:

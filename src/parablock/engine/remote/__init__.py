@@ -6,6 +6,7 @@ grpc_options      settings of gRPC at both ends
 listener          the server's port: who may enter
 remote_transport  the server's end of the transport, with a place for each client
 site_channel      a site's end: it calls, takes part, and calls again after every cut
+site_inbox        what the compute thread of a site has not taken yet, within bounds
 site_client       the client of a site: it goes on from its disk after any death
 remote_engine     the engine: the server of a run with sites that come and go
 """

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Condition, Lock
+from threading import Lock
 from typing import Any, NoReturn
 
 import grpc
@@ -31,11 +31,12 @@ from parablock.engine.remote.frames import (
 )
 from parablock.engine.remote.grpc_options import METHOD, SITE_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
+from parablock.engine.remote.site_inbox import SiteInbox
 from parablock.errors import CodecError, InputError, ParaBlockError, StallError
 from parablock.privacy.identities import Identity
 from parablock.trace import Trace
 from parablock.wire.messages import Leave, Message, from_bytes, to_bytes
-from parablock.wire.transport import MESSAGE_BYTES, Parcel
+from parablock.wire.transport import Parcel
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two calls."""
@@ -43,8 +44,6 @@ FIRST_ANSWER_S = 10.0
 """How long a server may take to answer which session there is; one that shuts down may never answer."""
 NOTE_ROWS = 2000
 """Spans in a record at most, well below the length of a note."""
-PART_OF_MEMORY = 16
-"""What waits for the compute thread takes a 16th of this machine's memory at most, beside the newest message."""
 PARTING_S = 5.0
 """How long a site that leaves waits for its last word to arrive."""
 
@@ -129,7 +128,7 @@ class SiteCaller:
     @contextmanager
     def call(
         self, hello: Callable[[], Hello], frames: Iterator[bytes], timeout_s: float | None = None
-    ) -> Iterator[tuple[Reception, Iterator[bytes]]]:
+    ) -> Iterator[tuple[Reception, Any]]:
         """Make one call; yield the server's greeting and the call, whose items are the server's frames.
 
         Raises:
@@ -198,9 +197,7 @@ class SiteChannel:
         self._caller, self.opening, self._incarnation, self._decode = caller, opening, incarnation, decode
         self._trace, self._clock, self._lease_s = trace, trace.clock, lease_s
         self._origin_s = utc_s() - trace.clock.now()  # seconds since 1970 by the server's clock, at zero of ours
-        self._inbox, self._attached = trace.clock.mailbox(), trace.clock.mailbox()
-        self._room, self._waiting_bytes, self._takes = Condition(), 0, True
-        self._most_waiting_bytes = psutil.virtual_memory().total // PART_OF_MEMORY
+        self.inbox, self._attached = SiteInbox(trace.clock), trace.clock.mailbox()
         self.stream = NumberedStream(self._server_s, psutil.virtual_memory().total)
         self._interceptor: Interceptor | None = None
         self._intercepting = Lock()
@@ -247,9 +244,7 @@ class SiteChannel:
         """Leave the session: say so, if the run goes on, and end the connection."""
         self._work.put(None)
         self._worker.join()
-        with self._room:
-            self._takes = False  # nobody receives any more
-            self._room.notify_all()
+        self.inbox.close()
         if self._ended is None:
             if self._leaves:
                 self.stream.put(to_bytes(Leave(self._problem)), 0)
@@ -284,15 +279,8 @@ class SiteChannel:
         """
         with self._trace.span(self._caller.client_id, "compute", "waiting"):
             while True:
-                item = self._inbox.get_until(self._clock.now() + 1.0)
-                if isinstance(item, BaseException):
-                    raise item
-                if item is not None:
-                    message: bytes | Message
-                    num_bytes, message = item
-                    with self._room:
-                        self._waiting_bytes -= num_bytes
-                        self._room.notify_all()
+                message: bytes | Message | None = self.inbox.take_until(self._clock.now() + 1.0)
+                if message is not None:
                     return message
                 if not self.stream.has_connection and self._clock.now() - self._heard_s > self._lease_s:
                     raise StallError(
@@ -307,7 +295,7 @@ class SiteChannel:
                 work()
             except BaseException as error:
                 self._failed = error
-                self._inbox.put(error)
+                self.inbox.fail(error)
                 return
 
     def _send(self, parcel: Parcel) -> None:
@@ -348,7 +336,10 @@ class SiteChannel:
             except BaseException as error:  # whatever it is, the compute thread has to hear of it
                 ended = SessionOver() if isinstance(error, EOFError) else error
                 self._ended = ended
-                (self._attached if is_first else self._inbox).put(ended)
+                if is_first:
+                    self._attached.put(ended)
+                else:
+                    self.inbox.fail(ended)
                 self.stream.close()
                 return
             if not self.stream.is_closed:
@@ -356,7 +347,7 @@ class SiteChannel:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     @contextmanager
-    def _connection(self) -> Iterator[tuple[Reception, SimpleQueue[int | None], Iterator[bytes]]]:
+    def _connection(self) -> Iterator[tuple[Reception, SimpleQueue[int | None], Any]]:
         """Make one call, whose frames wait for the number of its connection."""
         numbers: SimpleQueue[int | None] = SimpleQueue()
         asked_s = utc_s()
@@ -377,7 +368,7 @@ class SiteChannel:
         finally:
             numbers.put(None)
 
-    def _carry(self, welcome: Reception, numbers: SimpleQueue[int | None], call: Iterator[bytes]) -> None:
+    def _carry(self, welcome: Reception, numbers: SimpleQueue[int | None], call: Any) -> None:
         try:
             connection = self.stream.attach(welcome.wanted)
         except CodecError:  # another process of this site has taken its place
@@ -387,6 +378,8 @@ class SiteChannel:
             for frame in call:
                 self._heard_s = self._clock.now()
                 self.stream.take(frame, connection, self._take)
+                if self.inbox.await_room(call.is_active):
+                    self._heard_s = self._clock.now()
         finally:
             self.stream.detach(connection)
 
@@ -397,16 +390,10 @@ class SiteChannel:
             if answers is not None:
                 self._put(answers)
                 return
-        num_bytes = len(delivered.content) + MESSAGE_BYTES
-        with self._room:  # what waits for room is not confirmed, and the server keeps it
-            self._room.wait_for(lambda: self._waiting_bytes <= self._most_waiting_bytes or not self._takes)
-            if not self._takes:
-                return
-            self._waiting_bytes += num_bytes
         try:
-            self._inbox.put((num_bytes, self._decode(delivered.content)))
+            self.inbox.put(self._decode(delivered.content), len(delivered.content))
         except CodecError as error:  # the connection is none the worse for it
-            self._inbox.put(error)
+            self.inbox.fail(error)
 
     def _server_s(self) -> float:
         return self._origin_s + self._clock.now()
