@@ -212,7 +212,7 @@ def test_a_conversation_is_rendered_by_the_chat_template_or_else_with_plain_head
         assert example.completion == completion
 
 
-@pytest.mark.parametrize("missing", [{}, {"input": ""}, {"input": None}])
+@pytest.mark.parametrize("missing", [{}, {"input": ""}, {"input": None}, {"input": float("nan")}])
 def test_alpaca_without_input_leaves_no_trace_of_it(
     plain_tokenizer: Tokenizer, tiny_tokenizer: Tokenizer, missing: dict[str, Any]
 ):
