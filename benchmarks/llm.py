@@ -104,6 +104,11 @@ def llm_methods(options: Options) -> None:
     compare(options, math.inf)
 
 
+def llm_more(options: Options) -> None:
+    """Compare more methods, ranks and forms of updates, and a delay that nothing corrects, on one seed of them."""
+    compare(options, math.inf)
+
+
 def llm_t0(options: Options) -> None:
     """Compare methods and delays on T0, a family a client, with the losses on GSM8K and on a text as above."""
     compare(options, math.inf)
@@ -295,10 +300,16 @@ def llm_methods_section(found: Found) -> Found:
     return section(found["options"]["benchmark"], found, *parts, device=results["device"], **facts)
 
 
-llm_t0_section = llm_methods_section
+llm_more_section = llm_t0_section = llm_methods_section
 TRIED = [*kit.ABOUT["llm_search"]["tried"]]
 WAYS = [*kit.ABOUT["llm_methods"]["ways"]]
-BENCHMARKS = benchmarks(globals(), llm_search={"only": TRIED}, llm_methods={"only": WAYS}, llm_t0={"only": WAYS})
+BENCHMARKS = benchmarks(
+    globals(),
+    llm_search={"only": TRIED},
+    llm_methods={"only": WAYS},
+    llm_more={"only": WAYS},
+    llm_t0={"only": WAYS},
+)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
