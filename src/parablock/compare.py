@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from parablock.experiment.recorder import Summary
 from parablock.experiment.run import run
 from parablock.plan.forecast import Scenario
 from parablock.plan.memory import WAYS, memory_per_client
+from parablock.printable import as_argument
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
 from parablock.report.tables import Table, spread, to_markdown
@@ -142,7 +142,7 @@ def compare_methods(
         if summary["status"] != "completed":
             raise StoppedByUserError(
                 f"the comparison stopped in {planned.name}; {len(summaries)} of {len(runs)} runs are complete",
-                remedy=f"Finish that run with: parablock resume {shlex.quote(str(directory.path))}",
+                remedy=f"Finish that run with: parablock resume {as_argument(directory.path)}",
             )
         models = sorted(directory.model.glob("client_*")) or [directory.model]
         asked = partial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from html import escape
 
 _ACTS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
@@ -12,6 +13,12 @@ _ACTING = re.compile(rf"(?!\r\n)[{_ACTS}]")
 _OF_DISPLAYS = re.compile(rf"\x1b\[\??[0-9;]*[A-DGHJKhlm]|\r|([{_ACTS}])")
 
 _MARKS = re.compile(r"[\\<\[`|]")
+
+
+def as_argument(path: object) -> str:
+    """Return a path as a shell takes it for a word of a command, and the command for a path."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def printable(text: str) -> str:

@@ -638,6 +638,10 @@ def test_init_writes_a_configuration_that_runs_as_it_stands(workshop: Workshop, 
     assert_refused(
         command("init", *files, "--model", str(workshop.model), "--output", str(target)), "is there already"
     )
+    broken = str(tmp_path / "new\nline.yaml")
+    assert_refused(
+        command("init", *files, "--model", str(workshop.model), "--output", broken), "has a line break or another"
+    )
     assert target.read_text() == text
 
 

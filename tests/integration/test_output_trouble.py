@@ -22,7 +22,7 @@ from outcomes import Outcome, ended
 from parablock.cli import terminal
 from parablock.cli.output import LastingStream, SafeConsole, lasting_output, say, say_whole
 from parablock.experiment.progress import SILENCE_S
-from parablock.printable import printable
+from parablock.printable import as_argument, printable
 from tiny_runs import (
     Process,
     Runs,
@@ -384,6 +384,7 @@ def test_a_stop_is_told_of_whatever_a_run_has_begun(tmp_path: Path, made: tuple[
     where = "go on from the last checkpoint" if len(made) == 2 else "before the first checkpoint"
     said = terminal._after_a_stop(run, terminal.RESUME)
     assert where in said and said.endswith(f"parablock resume '{run}'")
+    assert [as_argument(path) for path in ("-r", "a b", "runs/a")] == ["./-r", "'a b'", "runs/a"]
     (run / "summary.json").write_text('{"status": "completed"}')
     said = terminal._after_a_stop(run, terminal.RESUME)
     assert "is complete" in said and "resume" not in said

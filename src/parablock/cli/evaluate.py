@@ -60,7 +60,7 @@ def evaluate(
         check_places(data or [], split="test")
         progress.stage(LOADING, is_brief=True)
         from parablock.errors import InputError
-        from parablock.evaluation.side_by_side import score_models, scores_by_client
+        from parablock.evaluation.side_by_side import changed_weights, score_models, scores_by_client
         from parablock.experiment.held_out import count_trained_on, is_run, rows_of_run
 
         of_run = is_run(model_or_run_dir)
@@ -81,6 +81,8 @@ def evaluate(
             )
         if per_client and max_examples:
             raise typer.BadParameter("--per-client scores the rows of every client; leave --max-examples out")
+        progress.stage("comparing the weights with the record of the run", is_brief=True)
+        changed = changed_weights(model_or_run_dir)
         scores = score_models(
             model_or_run_dir,
             data or [],
@@ -100,6 +102,8 @@ def evaluate(
         console.print(line, highlight=False, soft_wrap=True)
     if clients:
         _show_clients(clients, task)
+    if changed:
+        console.print(f"warning: {changed}", highlight=False, soft_wrap=True)
     if num_trained:
         text = f"warning: {num_trained} of {len(scored)} rows were trained on: their scores say nothing of new rows"
         console.print(text, highlight=False, soft_wrap=True)
@@ -114,6 +118,7 @@ def evaluate(
             "rows_trained_on": num_trained,
             "data": data or "held-out rows of the run",
             "rows_left_out": left_out,
+            "weights_changed": bool(changed),
         }
         _write(folder, task, scores, facts | ({"clients": clients} if clients else {}))
 

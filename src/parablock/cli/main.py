@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-import shlex
 import signal
 import sys
 import traceback
@@ -43,6 +42,7 @@ from parablock.cli.terminal import (
     table_of,
 )
 from parablock.errors import ConfigError, ParaBlockError
+from parablock.printable import as_argument
 
 app = typer.Typer(
     name="parablock",
@@ -167,7 +167,7 @@ def init(
     for line in found:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
-    console.print(f"next: parablock plan {shlex.quote(str(output))}", highlight=False, soft_wrap=True)
+    console.print(f"next: parablock plan {as_argument(output)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

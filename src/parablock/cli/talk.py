@@ -24,6 +24,7 @@ from parablock.printable import printable
 
 if TYPE_CHECKING:
     from parablock.evaluation.conversation import Dialogue
+    from parablock.experiment.progress import Progress
 
 Model = Annotated[str, typer.Argument(help="A run directory, or a Hugging Face folder or id.")]
 Only = Annotated[Literal["base", "tuned"] | None, typer.Option(help="One model of a run; default: both.")]
@@ -68,6 +69,7 @@ def chat(
         from parablock.evaluation.conversation import Dialogue, open_speakers
 
         _legible(system, "--system")
+        _warn_of_changes(model_or_run_dir, progress)
         speakers = open_speakers(model_or_run_dir, only=only, tell=progress.stage)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         notes: dict[str, None] = {}
@@ -94,6 +96,14 @@ def chat(
         for note in notes:
             say(f"note: {note}", err=True)
         notes.clear()
+
+
+def _warn_of_changes(model_or_run_dir: str, progress: Progress) -> None:
+    from parablock.evaluation.side_by_side import changed_weights
+
+    progress.stage("comparing the weights with the record of the run", is_brief=True)
+    if changed := changed_weights(model_or_run_dir):
+        progress.message(f"warning: {changed}")
 
 
 def _turns() -> Iterator[str]:
@@ -228,6 +238,7 @@ def generate(
         asked = read_prompts(given, data or [])
         _legible(system, "--system")
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        _warn_of_changes(model_or_run_dir, progress)
         answers: dict[str, list[str]] = {}
         for speaker in open_speakers(model_or_run_dir, only=only, tell=progress.stage):
             progress.stage(f"{speaker.label} answers", len(asked))

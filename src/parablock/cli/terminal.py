@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say, say_whole
 from parablock.errors import ParaBlockError
+from parablock.printable import as_argument
 
 if TYPE_CHECKING:
     from parablock.config.keys import RunConfig
@@ -129,7 +129,7 @@ def _after_a_stop(directory: Path, again: str) -> str:
         if begun:  # a run of a comparison
             return _after_a_stop(begun[0], again)
         return "stopped at once; nothing was begun, and nothing is left behind"
-    quoted = shlex.quote(str(directory))
+    quoted = as_argument(directory)
     with suppress(OSError, ParaBlockError):
         from parablock.storage.run_directory import RunDirectory
 
@@ -220,12 +220,12 @@ def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME)
         f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
     )
     if not any((directory / "model").glob("client_*")):
-        console.print(f"talk to it: parablock chat {shlex.quote(str(directory))}", highlight=False, soft_wrap=True)
+        console.print(f"talk to it: parablock chat {as_argument(directory)}", highlight=False, soft_wrap=True)
 
 
 def exit_when_interrupted(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        remedy = f"stopped and saved; go on with: {again.format(shlex.quote(str(directory)))}"
+        remedy = f"stopped and saved; go on with: {again.format(as_argument(directory))}"
         console.print(remedy, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)

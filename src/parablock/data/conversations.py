@@ -209,6 +209,11 @@ def _read_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
     return read
 
 
+def says_something(turn: Message) -> bool:
+    """Return whether a turn has anything that can be learnt: text, a call or reasoning that is not empty."""
+    return bool(turn["content"].strip() or turn.get("tool_calls") or str(turn.get(REASONING[0]) or "").strip())
+
+
 def _known(name: Any) -> str:
     """Return the role that a name is one of; empty if it is none."""
     return _ROLE_OF.get(name.lower(), "") if isinstance(name, str) else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from parablock.data.conversations import Message
+from parablock.data.conversations import Message, says_something
 from parablock.data.formats import formats_by_source, read_conversation, read_text
 from parablock.data.prompts import IGNORED_LABEL, Example
 from parablock.data.sources import Row
@@ -45,7 +45,7 @@ def _turns(row: Row, data_format: str) -> list[Stretch]:
         return [Stretch(read_text(row), not is_off(row))]
     conversation = read_conversation(row, data_format)
     return [
-        Stretch(f"{turn['role']}: {_said(turn)}\n", is_learnt)
+        Stretch(f"{turn['role']}: {_said(turn)}\n", is_learnt and says_something(turn))
         for turn, is_learnt in zip(conversation.turns, conversation.learnt, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from parablock.data.conversations import REASONING, Conversation, Message, check_text
+from parablock.data.conversations import Conversation, Message, check_text, says_something
 from parablock.data.formats import read_conversation, read_text
 from parablock.data.sources import Row
 from parablock.data.switches import is_off
@@ -205,12 +205,7 @@ def _render(row: Row, conversation: Conversation, template: _Template) -> Render
     turns, tools = list(conversation.turns), conversation.tools
     if conversation.off:
         return Rendering((), "", f"the row says so ({conversation.off})")
-    learnt = [
-        index
-        for index, turn in enumerate(turns)
-        if conversation.learnt[index]
-        and (turn["content"].strip() or turn.get("tool_calls") or str(turn.get(REASONING[0]) or "").strip())
-    ]
+    learnt = [index for index, turn in enumerate(turns) if conversation.learnt[index] and says_something(turn)]
     try:
         whole = check_text(row, "the conversation", template.apply(row, turns, tools, generate=False))
     except DataError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from parablock.errors import InputError, StorageError
+from parablock.printable import as_argument
 
 try:
     from cryptography import x509
@@ -93,7 +93,7 @@ def load_credentials(folder: Path) -> Credentials:
                 raise InputError(
                     f"{folder} has {role}.key, and no {name}",
                     cause="The authority has not signed the request yet, or its answer is not installed.",
-                    remedy=f"With the answer: parablock deploy keys install {shlex.quote(str(folder))} CERTIFICATE",
+                    remedy=f"With the answer: parablock deploy keys install {as_argument(folder)} CERTIFICATE",
                 )
     return check_credentials(folder / f"{role}.key", folder / f"{role}.pem", folder / "authority.pem")
 
@@ -103,7 +103,7 @@ def check_credentials(key_file: Path, certificate_file: Path, authority_file: Pa
     role, key_pem = key_file.stem, read_private(key_file)
     key = parse_key(key_pem, key_file)
     certificate, authority = read_certificate(certificate_file), read_certificate(authority_file)
-    again = f"In this folder: parablock deploy keys request {shlex.quote(str(key_file.parent))} --name NAME"
+    again = f"In this folder: parablock deploy keys request {as_argument(key_file.parent)} --name NAME"
     if certificate.public_key() != key.public_key():
         raise InputError(
             f"{certificate_file} is not for the key {key_file}",
@@ -194,7 +194,7 @@ def role_of(folder: Path) -> str:
     raise InputError(
         f"{folder} holds neither server.key nor site.key",
         cause="It is another folder, or no key has been made in it yet.",
-        remedy=f"Make one: parablock deploy keys request {shlex.quote(str(folder))} --name NAME",
+        remedy=f"Make one: parablock deploy keys request {as_argument(folder)} --name NAME",
     )
 
 
@@ -223,13 +223,13 @@ def read_private(path: Path) -> bytes:
             raise StorageError(
                 f"{path} belongs to user {status.st_uid}, and this process is user {os.geteuid()}",
                 cause="Whoever owns a private key can use it.",
-                remedy=f"sudo chown {os.geteuid()} {shlex.quote(str(path))}; chmod 600 {shlex.quote(str(path))}",
+                remedy=f"sudo chown {os.geteuid()} {as_argument(path)}; chmod 600 {as_argument(path)}",
             )
         if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise StorageError(
                 f"{path} has the mode {stat.S_IMODE(status.st_mode):04o}: other users of this machine have access",
                 cause="It was copied or unpacked without its mode.",
-                remedy=f"chmod 600 {shlex.quote(str(path))}; where others may have read it, replace it.",
+                remedy=f"chmod 600 {as_argument(path)}; where others may have read it, replace it.",
             )
         return file.read()
 

@@ -7,7 +7,6 @@ DIR/deployment/  keys, the sites' files and state, the log of every process
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from parablock.deploy.policy import OPEN_POLICY
 from parablock.deploy.variables import site_file_of
 from parablock.errors import CheckpointError, InputError, ParaBlockError
 from parablock.experiment.progress import Progress
+from parablock.printable import as_argument
 from parablock.storage.files import last_lines, lock_folder, storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
 
@@ -136,8 +136,7 @@ class LocalSites:
                 raise ParaBlockError(
                     f"the process of site {client_id} ended; its log ends with:\n{end}",
                     cause=f"The whole log is {self.log(client_id)}.",
-                    remedy="Go on from the last checkpoint: "
-                    f"parablock resume {shlex.quote(str(self.folder.parent))}",
+                    remedy=f"Go on from the last checkpoint: parablock resume {as_argument(self.folder.parent)}",
                 )
 
     def __enter__(self) -> LocalSites:

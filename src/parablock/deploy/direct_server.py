@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import masking_of
 from parablock.experiment.run import resume, run
 from parablock.methods.base import RunInputs
+from parablock.printable import as_argument
 from parablock.storage.files import write_atomically
 from parablock.storage.run_directory import RunDirectory
 
@@ -180,7 +180,7 @@ def stop_or_pause(
         nonlocal is_paused
         while control.is_paused and not (asked_to_stop() or control.is_stopping):
             if not is_paused:
-                tell(f"paused; go on with: parablock deploy pause {shlex.quote(str(output_dir))} --off")
+                tell(f"paused; go on with: parablock deploy pause {as_argument(output_dir)} --off")
             is_paused = True
             clock.sleep(PAUSE_S)
         is_paused = False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -48,6 +47,7 @@ from parablock.deploy.variables import (
 )
 from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.experiment.progress import LoggedProgress, Progress
+from parablock.printable import as_argument
 from parablock.storage.files import last_lines, lock_folder
 from parablock.storage.run_directory import RunDirectory
 
@@ -352,5 +352,5 @@ def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
     return ParaBlockError(
         f"{what}; its log ends with:\n{last_lines(log, 10)}",
         cause=f"The whole log is {log}.",
-        remedy=f"Go on from the last checkpoint: parablock resume {shlex.quote(str(output_dir))}",
+        remedy=f"Go on from the last checkpoint: parablock resume {as_argument(output_dir)}",
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shlex
 import shutil
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from parablock import __version__
 from parablock.deploy.variables import DATA_PORT_KEY, NODES_KEY, OUTPUT_KEY
 from parablock.errors import InputError, ParaBlockError
+from parablock.printable import as_argument
 from parablock.storage.files import last_lines
 
 CONNECTION = "parablock"
@@ -91,7 +91,7 @@ def make_flower_keys(folder: Path, num_sites: int, hosts: Sequence[str]) -> None
 def run_command(app: Path, more: Mapping[str, str]) -> str:
     """Return the line by which a user starts a run, to go on with the name of a connection or with options."""
     variables = (f"{name}={value}" for name, value in {**NO_TELEMETRY, **more}.items())
-    return " ".join([*variables, "flwr", "run", shlex.quote(str(app))])
+    return " ".join([*variables, "flwr", "run", as_argument(app)])
 
 
 def superlink_command(files: ServerFiles) -> list[str]:

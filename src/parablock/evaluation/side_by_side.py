@@ -18,6 +18,7 @@ from parablock.evaluation.generation import answers_match, describe_cut, rouge_l
 from parablock.evaluation.instructions import IDS_FIELD, score_instructions, with_references
 from parablock.evaluation.scoring import Sample, context_length, evaluate_losses, sample_examples
 from parablock.model.pretrained import LoadedModel, load_model, load_tokenizer
+from parablock.model.save import model_sha256
 from parablock.storage.run_directory import RunDirectory
 
 JUDGES: dict[str, Callable[[str, str], float]] = {"exact_match": answers_match, "rouge_l": rouge_l}
@@ -242,6 +243,21 @@ def models_of(model_or_run_dir: str) -> list[tuple[str, str, str]]:
     if base.init == "random":
         return [("tuned", str(directory.model), base.dtype)]
     return [("base", base.name_or_path, base.dtype), ("tuned", str(directory.model), base.dtype)]
+
+
+def changed_weights(model_or_run_dir: str) -> str | None:
+    """Say that the weights of a run are not those that it has written; "" if they are, None if nothing tells."""
+    directory = RunDirectory(model_or_run_dir)
+    there = directory.config.exists() and directory.summary.exists()
+    wanted = directory.read_summary().get("model_sha256") if there else None
+    if wanted is None or not any(directory.model.glob("*.safetensors")):
+        return None
+    if model_sha256(directory.model) == wanted:
+        return ""
+    return (
+        f"the weights in {directory.model} are not those that the run has written: their hash is another one "
+        "than that in summary.json"
+    )
 
 
 def day_of(model_or_run_dir: str) -> str | None:

@@ -19,11 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from parablock.config.load import load_config
 from parablock.errors import ModelError, StorageError
-from parablock.evaluation.side_by_side import models_of
+from parablock.evaluation.side_by_side import changed_weights, models_of
 from parablock.model.gguf_file import GgufDtype, write_gguf
 from parablock.model.portable import follow_umask
 from parablock.model.pretrained import load_model, load_tokenizer, outline_model, quiet_transformers
-from parablock.model.save import model_sha256
 from parablock.model.source import LICENCES
 from parablock.storage.files import NEW_FOLDER, check_absent, write_folder_beside
 from parablock.storage.run_directory import RunDirectory
@@ -81,7 +80,7 @@ def export_run(
     models = {label: name for label, name, _ in models_of(run_dir)}
     check_absent(output_dir, NEW_FOLDER)
     tell("reading the tuned model")
-    is_as_written = _check_weights(directory)
+    is_as_written = _check_weights(str(run_dir))
     with write_folder_beside(output_dir, replaces=False) as folder:
         if export_format == "hf":
             if not is_as_written:  # nothing says what the weights were: they can be read at least
@@ -116,17 +115,15 @@ def export_run(
         return notes
 
 
-def _check_weights(directory: RunDirectory) -> bool:
+def _check_weights(run_dir: str) -> bool:
     """Refuse a model that is not the one that the run has written; return whether it is known to be."""
-    wanted = directory.read_summary().get("model_sha256") if directory.summary.exists() else None
-    if wanted is not None and model_sha256(directory.model) != wanted:
+    if said := changed_weights(run_dir):
         raise ModelError(
-            f"the weights in {directory.model} are not those that the run has written: their hash is another one "
-            "than that in summary.json",
+            said,
             cause="A file was changed or damaged since.",
             remedy="Put the files back from a copy, or run it again.",
         )
-    return wanted is not None
+    return said is not None
 
 
 def _copy_model(model: Path, folder: Path) -> None:

@@ -20,12 +20,13 @@ from parablock.config.methods import RATES
 from parablock.data.formats import check_rows
 from parablock.data.prompts import tokenize_rows
 from parablock.data.sources import load_rows
-from parablock.errors import ConfigError, ModelError
+from parablock.errors import ConfigError, ModelError, StorageError
 from parablock.experiment.data_notes import describe_unused
 from parablock.experiment.fit_blocks import MIN_BLOCKS, VISITS
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
 from parablock.model.pretrained import load_tokenizer, outline_model
+from parablock.printable import as_argument
 from parablock.storage.files import NEW_NAME, check_absent, storage, write_atomically
 
 Trained = Literal["adapters", "blocks"]
@@ -119,6 +120,11 @@ def write_first_config(
             remedy="Install it: pip install 'parablock[lora]', or give --trains blocks.",
         )
     check_absent(path, NEW_NAME)
+    if not str(path).isprintable():
+        raise StorageError(
+            f"the path {str(path)!r} has a line break or another character that no line of the file can hold",
+            remedy="Give another --output.",
+        )
     by_file = len(files) > 1 and clients in (None, len(files))
     count = len(files) if by_file else clients or 2
     tokenizer, found, lengths, num_rows, to_learn = load_tokenizer(model), [], list[int](), 0, 0
@@ -160,7 +166,7 @@ def write_first_config(
             "blocks": BLOCKS.substitute(layers_per_block=size, layers=len(layers), visits=visits),
         }
         text = FIRST_CONFIG.substitute(
-            path=path,
+            path=as_argument(path),
             model=_quoted(model),
             files=f"[{', '.join(map(_quoted, files))}]",
             max_length=max_length,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from pathlib import Path
 
 from parablock.errors import StorageError
 from parablock.hub import is_reachable
+from parablock.printable import as_argument
 
 TOKEN_VARIABLE = "HF_TOKEN"
 """Where the key of an upload is read from, and from nowhere else."""
@@ -72,6 +72,6 @@ def upload_folder(folder: Path, repository: str, *, private: bool) -> str:
         raise StorageError(
             f"the hub did not take {folder} as {repository}: {said}",
             cause="The key may not write there, or the connection broke.",
-            remedy=f"The folder is whole. Check the key, then: hf upload {repository} {shlex.quote(str(folder))}",
+            remedy=f"The folder is whole. Check the key, then: hf upload {repository} {as_argument(folder)}",
         ) from None  # a traceback would show the key
     return str(address)

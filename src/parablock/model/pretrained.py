@@ -172,6 +172,12 @@ def _unreadable(source: str, part: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if "trust_remote_code" in str(error):  # an argument of Transformers, which is always off here
         return code_refused(source, f"Its {part}")
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        return ModelError(
+            f"{source} has no config.json",
+            cause="It is no folder of a model, or the file is lost.",
+            remedy="Put it back, such as from the base model or a copy, or give the folder of a model.",
+        )
     if Path(source).is_dir():
         cause = f"A file in the folder is missing or damaged: {reason}"
         remedy = "Copy or download the model again, or give another model.name_or_path."

@@ -7,7 +7,6 @@ adapter without its model, GGUF, pointers of Git LFS, an architecture that is ne
 from __future__ import annotations
 
 import json
-import shlex
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,6 +22,7 @@ from transformers.modeling_utils import load_state_dict
 from parablock.errors import ModelError
 from parablock.hub import use_cache_when_offline
 from parablock.model.place import gguf_refused
+from parablock.printable import as_argument
 
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 KEPT_FILES = (
@@ -163,7 +163,7 @@ def _check_files(source: str, folder: Path, *, weights: bool) -> None:
             raise ModelError(
                 f"{path} is a pointer of Git LFS, and not the file itself",
                 cause="The repository was cloned without its large files.",
-                remedy=f"Fetch them: git -C {shlex.quote(source)} lfs pull",
+                remedy=f"Fetch them: git -C {as_argument(source)} lfs pull",
             )
 
 

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -19,7 +18,7 @@ from urllib.parse import quote
 import yaml
 
 from parablock import __version__
-from parablock.printable import as_html
+from parablock.printable import as_argument, as_html
 from parablock.report import tables
 from parablock.report.figures import Figure, blocks_figure, client_losses_figure, clients_figure, loss_figure
 from parablock.report.gantt import gantt_figure
@@ -143,7 +142,7 @@ def _use(run: RunRecord) -> list[str]:
     folder = run.path.resolve()
     several = sorted((folder / "model").glob("client_*"))  # of clients that keep their own
     model = several[0] if several else folder / "model"
-    talk = f"parablock chat {shlex.quote(str(model if several else folder))}"
+    talk = f"parablock chat {as_argument(model if several else folder)}"
     code = (
         "from transformers import pipeline\n\n"
         f"tuned = pipeline('text-generation', {str(model)!r})\n"

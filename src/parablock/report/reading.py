@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 from parablock.config.load import read_yaml
 from parablock.config.methods import METHODS
 from parablock.errors import InputError
+from parablock.printable import as_argument
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
 
@@ -171,7 +171,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
         raise InputError(
             f"the run in {path} has not ended: it has no summary.json",
             cause=directory.how_it_ended(),
-            remedy=f"Go on with it: parablock resume {shlex.quote(str(path))}",
+            remedy=f"Go on with it: parablock resume {as_argument(path)}",
         )
     try:
         config = read_yaml(directory.config.read_text(encoding="utf-8"))

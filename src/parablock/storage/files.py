@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import re
-import shlex
 import shutil
 import stat
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from parablock.errors import StorageError
+from parablock.printable import as_argument
 
 NEW_FOLDER = "Give a new folder as --output-dir."
 NEW_NAME = "Give another name with --output, or remove it."
@@ -52,7 +52,7 @@ def _going_on(path: Path) -> str:
     for folder in (path, *path.parents):
         if (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir():
             if not (folder / "model").exists():
-                return f" `parablock resume {shlex.quote(str(folder))}` then goes on from the last checkpoint."
+                return f" `parablock resume {as_argument(folder)}` then goes on from the last checkpoint."
             break
     return ""
 

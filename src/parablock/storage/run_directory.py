@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from parablock.errors import CheckpointError, ModelError, StorageError, did_you_mean
+from parablock.printable import as_argument
 from parablock.storage.files import lock_folder, storage, write_atomically, write_beside
 from parablock.trace import Span, times_by_client, write_chrome_trace
 
@@ -75,7 +75,7 @@ class RunDirectory:
                 folder.rmdir()
 
     def _resume(self) -> str:
-        return f"parablock resume {shlex.quote(str(self.path))}"
+        return f"parablock resume {as_argument(self.path)}"
 
     def check_holds_run(self) -> None:
         """Refuse a folder that is not there, or holds no run, with a `CheckpointError`."""
@@ -132,7 +132,7 @@ class RunDirectory:
         if self.summary.exists() and self.read_summary().get("status") == "completed":
             raise CheckpointError(
                 f"the run in {self.path} is complete; there is nothing to resume",
-                remedy=f"Look at it with: parablock eval {shlex.quote(str(self.path))}",
+                remedy=f"Look at it with: parablock eval {as_argument(self.path)}",
             )
 
     def append(self, row: Row) -> None:

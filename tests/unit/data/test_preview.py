@@ -37,6 +37,13 @@ def test_turns_are_marked_without_a_model():
     assert turns_of([Row({"text": "a"}, "set.jsonl", 1)], "auto") == [[Stretch("a", True)]]
 
 
+def test_an_answer_without_text_is_not_learnt():
+    for content, is_learnt in (("", False), (" ", False), ("4", True)):
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": content}]
+        ((_, answer),) = turns_of([Row({"messages": turns}, "a.jsonl", 1)], "auto")
+        assert answer.is_learnt == is_learnt
+
+
 @pytest.mark.parametrize("with_model", [False, True])
 def test_the_command_marks_what_is_learnt_and_counts_what_is_not_used(
     workshop: Workshop, tmp_path: Path, with_model: bool

@@ -124,8 +124,16 @@ def test_weights_that_the_run_has_not_written_are_not_exported(runs: Runs, tmp_p
         assert damaged != whole
         weights.write_bytes(damaged)
         assert_refused(command(*words), says, str(run_dir / "model"))
+        if export_format == "hf" and "hash" in says:
+            for reading in (("eval",), ("generate", "2 plus 2?", "--max-new-tokens", "1"), ("chat",)):
+                told = command(reading[0], str(run_dir), *reading[1:])
+                assert "warning: the weights in" in told.stdout + told.stderr
+            assert json.loads((run_dir / "evaluation" / "loss.json").read_text())["weights_changed"]
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
     weights.write_bytes(whole)
+    if export_format == "hf":
+        assert "warning: the weights" not in done("eval", str(run_dir)).stdout
+        assert not json.loads((run_dir / "evaluation" / "loss.json").read_text())["weights_changed"]
     assert command(*words).code == 0 and new.is_dir()
 
 

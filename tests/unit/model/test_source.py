@@ -196,7 +196,7 @@ def test_what_is_no_weight_is_no_number_to_check(folder: Path):
 
 
 def test_code_without_a_map_is_named_without_empty_brackets(folder: Path):
-    assert "brings code of its own, which" in str(code_refused(str(folder), "Its type x"))
+    assert "brings code of its own (not named), which" in str(code_refused(str(folder), "Its type x"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
