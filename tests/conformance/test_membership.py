@@ -83,7 +83,7 @@ def move(tmp_path: Path, delay: int, encoding: Encoding):
         if t == ROUNDS - 2:
             for client_id in REMOVED:  # its operator stops it, who waits to be let in again
                 town.channels[client_id].stream.close()
-                town.channels[client_id]._inbox.put(Leaves())
+                town.channels[client_id].inbox.fail(Leaves())
             wait_for(lambda: town.is_away >= REMOVED)
 
     for client_id in set(range(8)) - JOIN:

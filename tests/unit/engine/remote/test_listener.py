@@ -289,7 +289,13 @@ def test_a_greeting_that_never_comes_keeps_nobody_out(house: House, made: Path):
     silent = [Call(house.listener.port, site(made, "site-0")) for _ in range(10)]
     until(lambda: house.num_threads > 0)
     assert is_let_in(house, made, 1)
-    assert is_let_in(house, made, 0), "the newest call of a site wins"
+
+    def wins() -> bool:
+        with suppress(grpc.RpcError):  # a silent call that came later still
+            return is_let_in(house, made, 0)
+        return False
+
+    until(wins)  # the newest call of a site
     for call in silent:
         call.__exit__()
     assert house.num_threads <= 4 * 3 + 8
