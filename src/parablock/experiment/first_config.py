@@ -201,7 +201,7 @@ def _suited(outline: PreTrainedModel, config: RunConfig, to_learn: int) -> tuple
         return "blocks", "adapters need the package peft (pip install 'parablock[lora]'): blocks are configured"
     (adapters,) = trained_blocks(outline, config)
     held = BITS_HELD * adapters.num_parameters // BITS_OF_A_TOKEN
-    told = f"{to_learn:,} tokens to learn, of about {held:,} that adapters of rank {config.lora.rank} can hold"
+    told = f"{to_learn:,} tokens to learn; adapters of rank {config.lora.rank} can hold about {held:,} tokens"
     if to_learn <= held:
         return "adapters", f"{told}: adapters are configured"
     return "blocks", f"{told}: blocks of all parameters are configured"
