@@ -148,6 +148,18 @@ def test_training_data_that_changed_leave_open_what_was_trained_on(workshop: Wor
     assert scores(outcome.stdout)["tuned"][0] == pytest.approx(summary_of(run_dir)["final_eval_loss"], abs=1e-4)
 
 
+def test_weights_that_were_rounded_after_the_run_had_scored_them_are_told_of(workshop: Workshop, tmp_path: Path):
+    rounded = "note: the run scored before its weights were rounded to bfloat16"
+    base = tmp_path / "base"
+    shutil.copytree(workshop.model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert workshop.run(tmp_path / "rounded", f"model.name_or_path={base}").code == 0
+    assert workshop.run(tmp_path / "exact").code == 0
+    assert rounded in done("eval", str(tmp_path / "rounded")).stdout
+    assert rounded not in done("eval", str(tmp_path / "exact")).stdout
+
+
 def test_the_held_out_rows_of_each_client_are_scored_by_themselves(workshop: Workshop, tmp_path: Path):
     run_dir = tmp_path / "run"
     assert workshop.run(run_dir, "data.test=[]", "data.test_fraction=0.25").code == 0

@@ -60,7 +60,12 @@ def evaluate(
         check_places(data or [], split="test")
         progress.stage(LOADING, is_brief=True)
         from parablock.errors import InputError
-        from parablock.evaluation.side_by_side import changed_weights, score_models, scores_by_client
+        from parablock.evaluation.side_by_side import (
+            changed_weights,
+            rounded_after,
+            score_models,
+            scores_by_client,
+        )
         from parablock.experiment.held_out import count_trained_on, is_run, rows_of_run
 
         of_run = is_run(model_or_run_dir)
@@ -102,6 +107,11 @@ def evaluate(
         console.print(line, highlight=False, soft_wrap=True)
     if clients:
         _show_clients(clients, task)
+    if task == "loss" and not data and (rounded := rounded_after(model_or_run_dir)):
+        text = (
+            f"note: the run scored before its weights were rounded to {rounded}, so its own loss differs a little"
+        )
+        console.print(text, highlight=False, soft_wrap=True)
     if changed:
         console.print(f"warning: {changed}", highlight=False, soft_wrap=True)
     if num_trained:

@@ -76,7 +76,12 @@ def _tokens(
     progress.stage(LOADING, is_brief=True)
     from parablock.data.preview import stretches_of
     from parablock.data.prompts import tokenize_rows
-    from parablock.experiment.data_notes import describe_skipped, describe_unused, settle_template
+    from parablock.experiment.data_notes import (
+        describe_skipped,
+        describe_unused,
+        settle_template,
+        warn_of_empty_cells,
+    )
     from parablock.model.pretrained import load_tokenizer
 
     progress.stage("loading the tokenizer", is_brief=True)
@@ -95,7 +100,8 @@ def _tokens(
             cut = ", cut at the end" if example.is_truncated else ""
             yield f"{example.row.place}: {counts}{cut}", stretches_of(example, tokenizer)
         yield f"{file[0].source}: {tokenized.summary()}", None
-        for line in (*describe_skipped([tokenized]), *describe_unused([tokenized])):
+        notes = (*describe_skipped([tokenized]), *describe_unused([tokenized]), *warn_of_empty_cells([tokenized]))
+        for line in notes:
             yield line, None
 
 

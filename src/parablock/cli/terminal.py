@@ -71,7 +71,7 @@ def show_progress(directory: Path, again: str = RESUME) -> Iterator[tuple[Any, A
                     raise
                 _ignore_signals()
                 progress.close()
-                console.print(_after_a_stop(directory, again), highlight=False, soft_wrap=True)
+                _say_stop(_after_a_stop(directory, again))
                 _leave(INTERRUPTED)
 
 
@@ -139,6 +139,10 @@ def _after_a_stop(directory: Path, again: str) -> str:
     if any((directory / "checkpoints").glob("*")):
         return f"stopped at once; go on from the last checkpoint with: {again}"
     return f"stopped at once, before the first checkpoint; begin again with: {again}"
+
+
+def _say_stop(line: str) -> None:
+    SafeConsole(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def _leave(code: int) -> NoReturn:
@@ -226,6 +230,5 @@ def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME)
 def exit_when_interrupted(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        remedy = f"stopped and saved; go on with: {again.format(as_argument(directory))}"
-        console.print(remedy, highlight=False, soft_wrap=True)
+        _say_stop(f"stopped and saved; go on with: {again.format(as_argument(directory))}")
         raise typer.Exit(INTERRUPTED)

@@ -230,3 +230,12 @@ def _hint(key: str, root: type[BaseModel]) -> str:
 def at_sites(engine: str) -> list[str]:
     """Return the overrides that run a configuration at real sites, in real time, whatever it was made for."""
     return [f"engine.name={engine}", "engine.clock=real", "engine.step_time_s=null"]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a configuration by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -258,6 +259,16 @@ def changed_weights(model_or_run_dir: str) -> str | None:
         f"the weights in {directory.model} are not those that the run has written: their hash is another one "
         "than that in summary.json"
     )
+
+
+def rounded_after(model_or_run_dir: str) -> str | None:
+    """Return the precision to which a run rounded its weights after its own scores; None if it did not."""
+    config = _read_config(model_or_run_dir)
+    written = RunDirectory(model_or_run_dir).model / "config.json"
+    if config is None or not written.exists():
+        return None
+    precision = json.loads(written.read_text(encoding="utf-8")).get("dtype")
+    return precision if precision not in (None, config.model.dtype) else None
 
 
 def day_of(model_or_run_dir: str) -> str | None:

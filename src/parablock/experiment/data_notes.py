@@ -15,6 +15,9 @@ from parablock.data.sources import Row, repeated_rows
 from parablock.data.templates import DATE_CALL, plain_template
 from parablock.evaluation.choices import CHOICES_FIELD, GROUP_FIELD
 
+EMPTY_CELLS = ("NaN", "nan", "NA", "<NA>", "#N/A", "NULL")
+"""How pandas, R, spreadsheets and SQL write a cell without a value into a text file."""
+
 
 def settle_template(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], data_format: str, day: str | None = None
@@ -56,6 +59,7 @@ def describe_data(
         f"test: {test.summary()}",
         *describe_skipped(train),
         *describe_unused([*train, test], field),
+        *warn_of_empty_cells([*train, test]),
     ]
 
 
@@ -73,6 +77,22 @@ def describe_unused(parts: Sequence[Tokenized], field: str | None = None) -> lis
         del unused[f"field {name}"]
     counts = [f"{what} ({count} row{'s' * (count != 1)})" for what, count in unused.most_common()]
     return [f"not used: {'; '.join(counts)}"] if counts else []
+
+
+def warn_of_empty_cells(parts: Sequence[Tokenized]) -> list[str]:
+    """Warn of words that other software writes for a cell with nothing in it, and that are learnt as words here."""
+    found = Counter(
+        (name, value.strip())
+        for part in parts
+        for example in part.examples
+        for name, value in example.row.fields.items()
+        if isinstance(value, str) and value.strip() in EMPTY_CELLS
+    )
+    return [
+        f"warning: {name} is {word!r} in {count} row{'s' * (count != 1)}, which is learnt as that word; "
+        "if nothing is meant, leave the cell empty"
+        for (name, word), count in found.most_common()
+    ]
 
 
 def warn_of_repeats(held_out: Sequence[Row], train: Sequence[Row]) -> list[str]:

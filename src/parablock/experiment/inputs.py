@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parablock import __version__
 from parablock.config.data_section import DataSection
 from parablock.config.keys import ModelSection, RunConfig, TrainSection
+from parablock.config.load import flatten
 from parablock.data.formats import check_rows, formats_by_source
 from parablock.data.histogram import count_examples
 from parablock.data.partition import partition_rows
@@ -65,7 +66,7 @@ def read_inputs(
         all_rows_of: At a site with rows of its own, the client that has all of them; nothing is held out there.
         check_base: Called with the base model, before anything is made of it.
     """
-    config = _resolve(config)
+    given, config = config, _resolve(config)
     torch.set_num_threads(config.engine.num_threads or 1)
     tell(f"reading {len(config.data.train) + len(config.data.test)} data sources")
     parts, held_out, _ = read_rows(
@@ -117,6 +118,7 @@ def read_inputs(
             "blocks": [{"index": b.index, "name": b.name, "parameters": b.num_parameters} for b in blocks],
             "clients": count_examples([part.examples for part in train], field=config.data.partition.field),
             "seed": config.seed,
+            "chosen_settings": _chosen(given, config),
             **_environment(),
         },
     )
@@ -136,6 +138,13 @@ def _resolve(config: RunConfig) -> RunConfig:
             ),
         }
     )
+
+
+def _chosen(given: RunConfig, config: RunConfig) -> list[str]:
+    """Return the keys that were left open, and that this run has filled in."""
+    before = flatten(given.model_dump(mode="json"))
+    after = flatten(config.model_dump(mode="json"))
+    return [key for key, value in after.items() if before.get(key) in (None, "auto") and value != before.get(key)]
 
 
 def _absolute(source: str) -> str:
@@ -276,7 +285,8 @@ def _tokenize_parts(
 def describe_model(base: BaseModel, model: ModelSection, blocks: Sequence[Block]) -> list[str]:
     """Describe the model in one line."""
     size = f"{base.num_parameters:,} parameters in {model.dtype}"
-    return [f"{base.loaded.name_or_path}: {size}, {len(blocks)} block{'s' * (len(blocks) != 1)}"]
+    trained = f", {len(blocks)} blocks" if len(blocks) > 1 else ""
+    return [f"{base.loaded.name_or_path}: {size}{trained}"]
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

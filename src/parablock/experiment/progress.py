@@ -69,6 +69,7 @@ class Progress:
         *,
         scored_every: int | None = None,
         earlier: Sequence[Mapping[str, Any]] = (),
+        num_blocks: int | None = None,
     ) -> None:
         """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0.
 
@@ -79,6 +80,7 @@ class Progress:
             cohort: The number of clients that train in a round; None: all.
             scored_every: Rounds between scorings, 0 for the last round alone; None: not known.
             earlier: The rows of the rounds that are done, as far as they are known.
+            num_blocks: The number of blocks; of 1, which is all that is trained, nothing is said. None: not known.
         """
 
     def rounds_over(self) -> None:
@@ -133,6 +135,7 @@ class _Paced(Progress):
 
     def __init__(self, console: Console, now_s: Callable[[], float]) -> None:
         self._console, self._now_s, self._pace, self._stages = console, now_s, _NO_PACE, Stages(now_s)
+        self._has_blocks = True
 
     def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
         """Show a stage, with the time that it takes."""
@@ -152,9 +155,11 @@ class _Paced(Progress):
         *,
         scored_every: int | None = None,
         earlier: Sequence[Mapping[str, Any]] = (),
+        num_blocks: int | None = None,
     ) -> None:
         """Begin the rounds."""
         del earlier
+        self._has_blocks = num_blocks != 1
         self._stages.begin("")
         self._pace = Pace(
             now_s=self._now_s,
@@ -230,7 +235,11 @@ class PlainProgress(_Paced):
         pace.rounds_done(num_done)
         at_an_end = num_done in (pace.first_round + 1, pace.num_rounds)
         if at_an_end or num_done % self._stride == 0 or row.get("eval_loss") is not None:
-            self.message("  ".join([*_describe(row, num_rounds=pace.num_rounds), pace.remaining()]))
+            self.message(
+                "  ".join(
+                    [*_describe(row, num_rounds=pace.num_rounds, has_blocks=self._has_blocks), pace.remaining()]
+                )
+            )
 
     def message(self, text: str) -> None:
         """Write a line that belongs to no round."""
@@ -238,11 +247,11 @@ class PlainProgress(_Paced):
         self._console.print(Text(printable(text)), soft_wrap=True)
 
 
-def _describe(row: Mapping[str, Any], *, num_rounds: int) -> list[str]:
+def _describe(row: Mapping[str, Any], *, num_rounds: int, has_blocks: bool) -> list[str]:
     """List the facts of one round, as far as its row has them."""
     width = len(str(num_rounds))
     facts = [f"round {row['round_index'] + 1:>{width}}/{num_rounds}"]
-    if (block_index := row.get("block_index")) is not None:
+    if has_blocks and (block_index := row.get("block_index")) is not None:
         facts.append(f"block {block_index}")
     facts += [
         f"{word} {loss:.3f}"
@@ -380,7 +389,8 @@ class LiveProgress(_Paced):
 
     def _draw_facts(self) -> Table:
         facts = Table.grid(padding=(0, 2))
-        facts.add_row("block", self._block)
+        if self._has_blocks:
+            facts.add_row("block", self._block)
         for name, losses in (("train loss", self._train_losses), ("eval loss", self._eval_losses)):
             values = list(losses)
             curve = sparkline(values, ascii_only=self._ascii_only)

@@ -169,6 +169,7 @@ class _Run:
             cohort,
             scored_every=config.evaluation.every_rounds,
             earlier=recorder.rows,
+            num_blocks=len(self.inputs.blocks),
         )
         faults = faults_of(config, state.progress["faults"] if state else ())
         hooks = Hooks(recorder.on_commit, recorder.on_checkpoint, self.asked_to_stop, progress.message)

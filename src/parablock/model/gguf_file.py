@@ -6,6 +6,8 @@ before it gets its name.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,7 +167,7 @@ def _compare(path: Path, model: PreTrainedModel) -> None:
         ModelError: It is another model.
     """
     try:
-        with quiet_transformers():
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # without a bar of its own
             again = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
             )

@@ -67,21 +67,18 @@ def _comparison(runs: Sequence[RunRecord], figures: dict[str, Figure], folder: P
 
 def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
     summary = run.summary
+    has_blocks = summary["num_blocks"] > 1  # one is all that is trained
     subtitle = (
         f"{summary['method']}, delay {summary['delay']} · {summary['num_clients']} clients · "
-        f"{summary['num_blocks']} block{'s' * (summary['num_blocks'] != 1)} · "
-        f"{summary['rounds_done']} of {summary['num_rounds']} rounds · {summary['status']}"
+        + f"{summary['num_blocks']} blocks · " * has_blocks
+        + f"{summary['rounds_done']} of {summary['num_rounds']} rounds · {summary['status']}"
     )
-    figures["loss"], figures["blocks"] = loss_figure([run]), blocks_figure(run)
+    figures["loss"] = loss_figure([run])
     figures["gantt"] = gantt = gantt_figure(run.spans)
     clients = _table(tables.clients_table(run))
     if run.manifest.get("clients"):
         figures["clients"] = clients_figure(run)
         clients = _figure("clients", "Examples of each client") + clients
-    blocks = _figure("blocks", "Norms and visits of the blocks") + _fold("Table", _table(tables.blocks_table(run)))
-    blocks_note = (
-        "How far each visit moved its block, and how often each was visited. Lines and bars share colours."
-    )
     clients_note = "How the loss of each client fell, what it trained on, and how it spent its time."
     configuration = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
     settings = _table(tables.settings_table(run)) + _fold("config.yaml", f"<pre>{as_html(configuration)}</pre>")
@@ -102,10 +99,17 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
         _section("Loss", loss_note, _figure("loss", "Loss")),
         _section("What each client did when", _about_gantt(run, gantt), _figure("gantt", timeline)),
         _section("Clients", clients_note, clients),
-        _section("Blocks", blocks_note, blocks),
+        *(_blocks(run, figures) if has_blocks else []),
         _section("Settings other than the defaults", "", settings),
         _section("Environment", "", _table(tables.environment_table(run))),
     ]
+
+
+def _blocks(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
+    figures["blocks"] = blocks_figure(run)
+    chart = _figure("blocks", "Norms and visits of the blocks") + _fold("Table", _table(tables.blocks_table(run)))
+    note = "How far each visit moved its block, and how often each was visited. Lines and bars share colours."
+    return [_section("Blocks", note, chart)]
 
 
 def _answers(run: RunRecord) -> list[str]:

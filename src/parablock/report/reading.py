@@ -82,6 +82,7 @@ class _Manifest(BaseModel):
     clients: list[dict[str, Any]] = []
     packages: dict[str, Any] = {}
     machine: dict[str, Any] = {}
+    chosen_settings: list[str] = []
 
 
 _FORMS: dict[str, TypeAdapter[Any]] = {

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from parablock.config.keys import RunConfig
+from parablock.config.load import flatten
 from parablock.config.methods import METHODS
 from parablock.printable import as_markdown
 from parablock.report.reading import RunRecord
@@ -157,10 +158,15 @@ def blocks_table(run: RunRecord) -> Table:
 
 
 def settings_table(run: RunRecord) -> Table:
-    """Show the settings that differ from their defaults."""
+    """Show the settings that differ from their defaults; what the run has chosen itself is told apart."""
+    chosen = run.manifest.get("chosen_settings", ())
     defaults = _default_settings()
     own = flatten(run.config)
-    rows = [(key, short(value)) for key, value in own.items() if key not in defaults or value != defaults[key]]
+    rows = [
+        (key, short(value) + " (chosen by the run)" * (key in chosen))
+        for key, value in own.items()
+        if key not in defaults or value != defaults[key]
+    ]
     return Table(("setting", "value"), tuple(rows), num_words=2)
 
 
@@ -265,15 +271,6 @@ def to_markdown(table: Table) -> str:
         return f"| {' | '.join(padded)} |"
 
     return "\n".join(map(lay_out, (lines[0], rule, *lines[1:])))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a configuration by their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        leaves.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return leaves
 
 
 def _default_settings() -> dict[str, Any]:

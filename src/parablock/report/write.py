@@ -85,7 +85,9 @@ def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> st
         facts = tables.headline(detailed)
         parts += [f"# {as_markdown(detailed.name)}", *_answers(detailed), as_markdown(tables.sentence(detailed))]
         parts += ["\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in facts)]
-        parts += ["## Clients", tables.clients_table(detailed), "## Blocks", tables.blocks_table(detailed)]
+        parts += ["## Clients", tables.clients_table(detailed)]
+        if detailed.summary["num_blocks"] > 1:
+            parts += ["## Blocks", tables.blocks_table(detailed)]
         parts += ["## Settings other than the defaults", tables.settings_table(detailed)]
         parts += ["## Environment", tables.environment_table(detailed)]
     texts = (part if isinstance(part, str) else tables.to_markdown(part) for part in parts)

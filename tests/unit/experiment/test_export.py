@@ -66,8 +66,9 @@ def test_a_difference_and_the_base_are_the_model(workshop: Workshop, runs: Runs,
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gguf_file_is_the_model(runs: Runs, tmp_path: Path, dtype: str):
     target = ("--output-dir", str(tmp_path / "gguf"))
-    said = done("export", str(runs()), "--format", "gguf", "--dtype", dtype, *target).stdout
-    assert f"matrices in {dtype}" in said
+    outcome = done("export", str(runs()), "--format", "gguf", "--dtype", dtype, *target)
+    assert f"matrices in {dtype}" in outcome.stdout
+    assert "it/s" not in outcome.stderr and "onverting" not in outcome.stderr  # the bar of Transformers
     tuned = AutoModelForCausalLM.from_pretrained(runs() / "model")
     for parameter in tuned.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype) if parameter.ndim > 1 else torch.float32).float()

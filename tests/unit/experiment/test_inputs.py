@@ -114,6 +114,33 @@ def test_fields_and_rows_that_are_not_used_are_said_with_their_number(workshop: 
     ]
 
 
+@pytest.mark.parametrize(("word", "is_told"), [("NaN", True), ("NA", True), ("None", False), ("12", False)])
+def test_a_word_for_an_empty_cell_is_told_of(workshop: Workshop, tmp_path: Path, word: str, is_told: bool):
+    rows = [sum_row(90, k) for k in range(10)]
+    rows[3]["completion"] = rows[4]["completion"] = word
+    file = write_rows(tmp_path / "cells.jsonl", rows)
+    changes = [f"data.train={file}", "data.partition.scheme=iid", "federation.num_clients=2"]
+    told = [
+        note for note in read_inputs(load_config(workshop.config, changes)).notes if "leave the cell empty" in note
+    ]
+    assert (
+        told
+        == [
+            f"warning: completion is {word!r} in 2 rows, which is learnt as that word; if nothing is meant, "
+            "leave the cell empty"
+        ]
+        * is_told
+    )
+
+
+def test_settings_that_the_run_has_chosen_are_known(workshop: Workshop):
+    open_ones = ["engine.num_threads=null", "blocks.layers_per_block=auto"]
+    chosen = read_inputs(load_config(workshop.config, open_ones)).manifest["chosen_settings"]
+    assert chosen == ["blocks.layers_per_block", "engine.num_threads"]
+    given = ["engine.num_threads=1", "blocks.layers_per_block=1"]
+    assert read_inputs(load_config(workshop.config, given)).manifest["chosen_settings"] == []
+
+
 def test_a_model_without_a_template_gets_one_that_is_stated(workshop: Workshop):
     template = (workshop.model / "chat_template.jinja").read_text()
     try:

@@ -85,6 +85,19 @@ def test_every_evaluation_is_shown_even_where_lines_are_thinned():
     assert evaluated == ["round  333", "round  778"]
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_block_is_named_where_there_is_more_than_one(num_blocks: int):
+    console = file_console()
+    progress = PlainProgress(console=console)
+    progress.start(4, 2, 0, num_blocks=num_blocks)
+    progress.round_done(row(0))
+    live = LiveProgress(console=console)
+    live.start(4, 2, 0, num_blocks=num_blocks)
+    live.close()
+    console.print(live)
+    assert sum("block" in line for line in lines_of(console)) == (3 if num_blocks > 1 else 0), lines_of(console)
+
+
 def test_the_eta_after_a_resume_is_paced_by_the_rounds_of_this_session_alone():
     console, clock = file_console(), SteppedClock()
     progress = PlainProgress(console=console, now_s=clock)

@@ -118,6 +118,13 @@ def test_only_settings_that_are_not_the_default_are_listed(tmp_path: Path):
     assert many["data.train"].endswith("… 9 in all")
 
 
+def test_what_the_run_has_chosen_is_told_from_what_was_given(tmp_path: Path):
+    run = a_run(tmp_path, engine={"num_threads": 3})
+    assert dict(settings_table(run).rows)["engine.num_threads"] == "3"
+    chosen = replace(run, manifest={**run.manifest, "chosen_settings": ["engine.num_threads"]})
+    assert dict(settings_table(chosen).rows)["engine.num_threads"] == "3 (chosen by the run)"
+
+
 def test_a_comparison_shows_results_and_the_settings_that_differ(tmp_path: Path):
     runs = read_runs([make_run(tmp_path / "over"), make_run(tmp_path / "serial", delay=0)])
     table = comparison_table(runs)

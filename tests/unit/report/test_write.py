@@ -17,9 +17,18 @@ def test_a_report_on_one_run_has_its_details_and_no_comparison(tmp_path: Path):
     run = make_run(tmp_path / "run")
     page = write_report([run])
     assert page == run / "report.html"
-    assert list(figures_in(page.read_text())) == ["loss", "blocks", "gantt", "clients", "client_losses"]
+    assert list(figures_in(page.read_text())) == ["loss", "gantt", "clients", "client_losses", "blocks"]
     tables = (run / "report.md").read_text()
     assert tables.startswith("# run\n") and "## Clients" in tables and "Comparison" not in tables
+
+
+def test_a_run_without_blocks_has_no_chart_of_them(tmp_path: Path):
+    run = make_run(tmp_path / "run", num_blocks=1)
+    page = write_report([run])
+    assert "blocks" not in figures_in(page.read_text()) and "1 block" not in page.read_text()
+    assert "## Blocks" not in (run / "report.md").read_text()
+    other = write_report([make_run(tmp_path / "other", num_blocks=2)])
+    assert "2 blocks" in other.read_text() and "## Blocks" in (tmp_path / "other" / "report.md").read_text()
 
 
 def test_further_runs_are_compared_with_the_first_and_keep_their_own_reports(tmp_path: Path):
@@ -29,7 +38,7 @@ def test_further_runs_are_compared_with_the_first_and_keep_their_own_reports(tmp
     page = write_report([first, second])
     assert page == first / "report.html" and (second / "report.html").read_bytes() == before
     assert list(figures_in(page.read_text())) == [
-        *("compared", "loss", "blocks", "gantt", "clients", "client_losses")
+        *("compared", "loss", "gantt", "clients", "client_losses", "blocks")
     ]
     assert '<a href="../b/report.html">b</a>' in page.read_text()
     for text in ((first / "report.md").read_text(), page.read_text()):
