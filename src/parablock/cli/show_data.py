@@ -100,7 +100,7 @@ def _tokens(
             cut = ", cut at the end" if example.is_truncated else ""
             yield f"{example.row.place}: {counts}{cut}", stretches_of(example, tokenizer)
         yield f"{file[0].source}: {tokenized.summary()}", None
-        notes = (*describe_skipped([tokenized]), *describe_unused([tokenized]), *warn_of_empty_cells([tokenized]))
+        notes = [*describe_skipped([tokenized]), *describe_unused([tokenized]), *warn_of_empty_cells([tokenized])]
         for line in notes:
             yield line, None
 
