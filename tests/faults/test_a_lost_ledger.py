@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +19,9 @@ import remote_runs
 from doors import Door
 from dotted import nested
 from engines import QUIET, server_plan
+from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.parablock import ServerState
+from parablock.algorithm.robust import Rule
 from parablock.clock import RealClock
 from parablock.config.load import parse_config
 from parablock.deploy import site_training
@@ -25,12 +29,15 @@ from parablock.deploy.guarded_trainer import SitePolicy, epsilon_of
 from parablock.deploy.policy import OPEN_POLICY, Policy
 from parablock.deploy.site import SiteConfig, load_site, shared_config
 from parablock.deploy.site_check import check_site
+from parablock.engine.plans import Hooks
+from parablock.engine.remote import remote_engine
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.remote_transport import RemoteTransport
-from parablock.engine.update_form import Differences
+from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import ConfigError, DataError, LedgerError, PolicyError
 from parablock.privacy.keystream import Keystream, derive
 from parablock.privacy.protection import Protection
+from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.audit_log import AuditLog, verify
 from parablock.storage.checkpoint import load_newest, save_checkpoint
 from parablock.storage.release_ledger import ACCOUNT, ASKED, RELEASE, REVEAL, SET, ReleaseLedger
@@ -109,6 +116,75 @@ def test_a_site_that_has_lost_what_it_released_refuses_in_words_and_tells_a_code
     assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
 
 
+FORM = FixedPointWords(FixedPointGrid(2.0, 3), Rule(clip_norm=2.0))
+
+
+@pytest.mark.parametrize("is_masked", [True, False], ids=["masked", "local noise"])
+@pytest.mark.parametrize(
+    ("fewest", "gives_up"),
+    [(2, True), (3, True), (2, False)],
+    ids=["two are enough", "all are needed, so it waits", "it waits, the hole that was"],
+)
+def test_a_session_begins_without_a_site_that_has_lost_its_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_masked: bool, fewest: int, gives_up: bool
+):
+    """Client 1 refuses at the start; the server names it, says what its operator does, and goes on with enough."""
+    waits = fewest == 3 or not gives_up
+    if not gives_up:
+        monkeypatch.setattr(RemoteTransport, "given_up", {})
+    monkeypatch.setattr(remote_engine, "REMIND_S", 0.1)
+    plan = server_plan(3, 6, 1, FORM if is_masked else Differences(Encoding("float32")), min_updates=fewest)
+    masking = SecureAggregation(3, 6, 1.0, 0, 600.0) if is_masked else None  # nobody waits so long for its keys
+    town = remote_runs.Town(
+        tmp_path, plan, [3, 1, 2], masking=masking, protection_of=lambda _: Protection(2.0), keeps_releases=True
+    )
+    town.releases[-1].record(SET if is_masked else ACCOUNT, 0, clients=(0, 1, 2))
+    for client_id in (0, 2):
+        town.releases[client_id].record(RELEASE, 0, sha256="of a session before")
+    counted, said = list[list[int]](), list[str]()
+    hooks = Hooks(
+        lambda state, updates, _: counted.append([update.client_id for update in updates]),
+        lambda _: None,
+        asked_to_stop=lambda: waits and any("waiting for clients 1" in line for line in said if town.refused),
+        on_event=said.append,
+    )
+
+    def come_when_it_has_refused() -> None:
+        while not town.refused:
+            time.sleep(0.01)
+        for client_id in (0, 2):
+            town.start(client_id)
+
+    town.start(1)
+    others = threading.Thread(target=come_when_it_has_refused)
+    others.start()
+    finished = town.serve(hooks).finished
+    others.join()
+    town.end()
+    assert [line for line in said if "client 1 has lost its ledger" in line and "`lost_ledgers`" in line]
+    without = "the run begins without client 1: it has lost its ledger" in said
+    assert [finished, without] == [not waits] * 2
+    # of the first round another update has been released
+    assert counted == ([] if waits else [[], *[[0, 2]] * 5])
+
+
+def test_a_session_begins_without_a_site_that_was_removed(tmp_path: Path):
+    said, masking = list[str](), SecureAggregation(3, 3, 1.0, 0, 600.0)
+    town = remote_runs.Town(
+        tmp_path,
+        server_plan(3, 3, 1, FORM, min_updates=2),
+        [3, 1, 2],
+        masking=masking,
+        protection_of=lambda _: Protection(2.0),
+    )
+    for client_id in (0, 2):
+        town.start(client_id)
+    hooks = replace(QUIET, on_event=said.append)
+    assert town.serve(hooks, on_open=lambda transport: transport.remove(1)).finished
+    town.end()
+    assert "the run begins without client 1: the server's operator has removed it" in said
+
+
 def test_a_check_finds_a_lost_ledger_before_the_site_is_started(tmp_path: Path, door: Door):
     for releases, said in ((SUMS, True), (None, False)):
         opening = Opening("run", "checked", shared(), "ab")
@@ -132,6 +208,36 @@ def test_a_ledger_that_is_whole_lets_a_site_go_on_and_an_older_copy_does_not(tmp
     assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
     ledger.record(RELEASE, 7, sha256="c")  # on its way when the server died
     assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
+
+
+def test_a_ledger_that_differs_in_the_middle_is_refused_by_round_and_by_what_stands_there(
+    tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+):
+    of_mode = {"privacy.mode": "local", "privacy.secure_aggregation": "none"}
+    told, record = shared_config(parse_config(nested({**RUN, **of_mode}))), ReleaseLedger()
+    for t in range(40):
+        record.record(ACCOUNT, t, clients=(1,), sha256=f"update {t}", whole=True)
+
+    def refusal(name: str, **others: str | None) -> Exception:
+        one = site(tmp_path, state_dir=name)
+        ledger = ReleaseLedger(AuditLog(one.audit_log), "run")
+        for t in range(40):
+            if (hash_ := others.get(f"of_{t}", f"update {t}")) is not None:
+                ledger.record(RELEASE, t, sha256=hash_)
+        return door.take_part(one, told, "ab", releases=record)[0]
+
+    assert isinstance(refusal("same"), DataError)
+    error = refusal("one is not there", of_17=None)
+    assert isinstance(error, LedgerError) and "lacks round 17 in run run" in error.what
+    error = refusal("two are not there", of_17=None, of_3=None)
+    assert isinstance(error, LedgerError) and "lacks round 3 and 1 others in run run" in error.what
+    error = refusal("one is another", of_35="another")
+    assert isinstance(error, LedgerError) and "differ in rounds 32 to 63 of run run" in error.what
+    assert 'lost_ledgers: {"run": 39}' in error.remedy
+    # the hole that was: the last round alone
+    last = lambda ledger, history: ([t for t in (history.last,) if t > ledger.last_release], [])  # noqa: E731
+    monkeypatch.setattr(ReleaseLedger, "compare", last)
+    assert isinstance(refusal("unseen", of_17=None, of_35="another"), DataError)
 
 
 @pytest.mark.parametrize("mode", ["local", "central"])

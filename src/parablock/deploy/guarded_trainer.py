@@ -17,7 +17,7 @@ from parablock.errors import ConfigError, LedgerError, PolicyError, TrainingErro
 from parablock.experiment.protections import counted_noise
 from parablock.privacy.protection import effective_multiplier
 from parablock.storage.audit_log import AuditEntry, AuditLog
-from parablock.storage.release_ledger import LOST, RELEASE, ReleaseLedger
+from parablock.storage.release_ledger import LOST, ReleaseLedger
 from parablock.training.trainer import Trained, Trainer
 
 LOGGER = logging.getLogger("parablock")
@@ -137,20 +137,31 @@ class SitePolicy:
 
 
 def check_ledger(releases: ReleaseLedger, opening: Opening) -> None:
-    """Check that a site's ledger holds the last of its updates that the server has on record.
+    """Check that a site's ledger holds all of its updates that the server has on record, as the server has them.
 
     Raises:
         LedgerError: It does not, and the site's file does not say that it is lost.
     """
-    own = max(releases.last_round(RELEASE), releases.lost_through)
-    if own >= opening.released:
+    lacking, differing = releases.compare(opening.history)
+    if not lacking and not differing:
         return
-    lost = json.dumps({opening.run: max(opening.released, opening.asked)})
+    own, last, run = releases.last_release, opening.history.last, opening.run
+    if own < last:
+        what = (
+            f"the ledger of this site ends with {f'round {own}' if own >= 0 else 'nothing'} in run {run}, "
+            f"and the server has its update of round {last}"
+        )
+    elif lacking:
+        which = f"round {lacking[0]}" + (f" and {len(lacking) - 1} others" if lacking[1:] else "")
+        what = f"the ledger of this site lacks {which} in run {run}, of which the server has its updates"
+    else:
+        first, until = differing[0]
+        what = f"the ledger of this site and the server's differ in rounds {first} to {until} of run {run}"
+    lost = json.dumps({run: max(last, opening.asked)})
     raise LedgerError(
-        f"the ledger of this site ends with {f'round {own}' if own >= 0 else 'nothing'} in run {opening.run}, "
-        f"and the server has its update of round {opening.released}",
-        cause="The state_dir was lost, or put back from an older copy. What the site would send of these rounds "
-        "would be other updates, under other noise, which no ε counts. If it was not lost, the server is wrong.",
+        what,
+        cause="The state_dir was lost, or put back from an older or another copy. What the site would send of "
+        "these rounds would be other updates, under other noise. If it was not lost, the server is wrong.",
         remedy="Put back the newest state_dir; if nothing was lost, ask the server's operator, and write nothing. "
         f"If it is lost for good, write `lost_ledgers: {lost}` into the site's file: it then takes part in later "
         "rounds alone, and all up to that one count as released, for good. Lower `policy.max_epsilon` by what the "

@@ -101,8 +101,8 @@ def _mask(
         return
     if rejoins:
         raise ParaBlockError(
-            "this site ended while updates were masked, and its secrets with it",
-            cause="Secrets are in memory alone.",
+            "updates are masked, and this site has no secrets of this session",
+            cause="They are made when it begins, and are in memory alone: the site ended since, or was not there.",
             remedy="The run goes on without this site; it takes part again once the server starts the run again.",
         )
     first_open = 0 if opening.restored < 0 else max(0, opening.restored - config.federation.delay)

@@ -6,6 +6,8 @@ set again, or is void: two sums of one round over different sets would differ by
 
 from __future__ import annotations
 
+from typing import Any
+
 from parablock.engine.participation import Participation
 from parablock.engine.refusals import Refusal, Refusals
 from parablock.engine.round_fold import RoundFold
@@ -75,13 +77,19 @@ class Releasing:
 
     def count_update(self, fold: RoundFold, client_id: int) -> None:
         """Count an update that hides behind noise of its client alone, or the part of it that has come."""
-        self._count(client_id, fold.round_index, fold.hash_of(client_id))
+        self._count(client_id, fold.round_index, fold.release_of(client_id))
+
+    def forget(self, fold: RoundFold, client_id: int) -> None:
+        """Drop what has come of an update that a client does not know any more; it counts, and the next one too."""
+        self.count_update(fold, client_id)
+        fold.forget(client_id)
 
     def count_late(self, client_id: int, update: Update) -> None:
         """Count an update that came when its round had ended."""
         if not self._ledger.has_account_of(client_id, update.round_index):
-            self._count(client_id, update.round_index, fingerprint([update.delta]))
+            whole = {"whole": True} if update.num_chunks == 1 else {}
+            self._count(client_id, update.round_index, {"sha256": fingerprint([update.delta]), **whole})
 
-    def _count(self, client_id: int, round_index: int, sha256: str) -> None:
-        if self._account == "updates" and sha256:
-            self._ledger.record(ACCOUNT, round_index, clients=(client_id,), sha256=sha256)
+    def _count(self, client_id: int, round_index: int, release: dict[str, Any]) -> None:
+        if self._account == "updates" and release:
+            self._ledger.record(ACCOUNT, round_index, clients=(client_id,), **release)

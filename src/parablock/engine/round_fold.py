@@ -14,6 +14,7 @@ from hashlib import sha256
 from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median_high
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from parablock.engine.refusals import Refusal
 from parablock.engine.update_form import UpdateForm
 from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
 from parablock.errors import CodecError, TrainingError
-from parablock.storage.release_ledger import fingerprint
+from parablock.storage.release_ledger import RunningHash, fingerprint
 from parablock.wire.messages import Update
 from parablock.wire.quantize import Encoding, Vector, pack
 from parablock.wire.transport import MaskedTransport
@@ -81,6 +82,7 @@ class RoundFold:
         self._hashes: dict[int, dict[int, str]] | None = (
             {client_id: {} for client_id in asked} if is_accounted else None
         )
+        self._running = {client_id: RunningHash() for client_id in asked}
         self._squared_norms: dict[int, float] = dict.fromkeys(asked, 0.0)
         self._first: dict[int, Update] = {}
         self._noise: np.random.Generator | None = None
@@ -146,6 +148,13 @@ class RoundFold:
         came = [f"{i}:{k}:{hash_}" for i in clients for k, hash_ in sorted(hashes.get(i, {}).items())]
         return sha256("\n".join(came).encode()).hexdigest() if came else ""
 
+    def release_of(self, client_id: int) -> dict[str, Any]:
+        """Return the hash of what has come of a client's update, and whether that is all; empty as `hash_of`."""
+        running, hash_ = self._running[client_id], self.hash_of(client_id)
+        if hash_ and running.num_chunks == len(self._cuts):
+            return {"sha256": running.hex, "whole": True}
+        return {"sha256": hash_} if hash_ else {}
+
     def take(self, client_id: int, update: Update) -> Refusal | None:
         """Take a chunk, or return why not.
 
@@ -163,6 +172,7 @@ class RoundFold:
         self._store.put(client_id, update.chunk_index, update.delta)
         if self._hashes is not None:
             self._hashes[client_id][update.chunk_index] = fingerprint([update.delta])
+            self._running[client_id].take(update.chunk_index, update.delta)
         self._came[client_id][update.chunk_index] = update.delta.raw.numel()
         self._squared_norms[client_id] += squared_norm
         self._first.setdefault(client_id, replace(update, delta=_NOTHING))
@@ -201,8 +211,11 @@ class RoundFold:
         return None
 
     def forget(self, client_id: int) -> None:
-        """Drop the chunks of a client that will send others; the hashes of those that came stay, with the last."""
+        """Drop the chunks of a client that will send others."""
         self._begin_again_without(client_id)
+        self._running[client_id] = RunningHash()
+        if self._hashes is not None:
+            self._hashes[client_id] = {}
         self._came[client_id] = {}
         self._came = dict(sorted(self._came.items()))
         self._squared_norms[client_id] = 0.0

@@ -392,7 +392,7 @@ class Server:
                 self._participation.answered(client_id, t, self._trace.clock.now())
                 self._take_out(client_id, fold, Refusal("lost", "its restart"))
                 continue
-            fold.forget(client_id)
+            self._releasing.forget(fold, client_id)
             self._retract_if_begun_again(fold)
             self._ask(client_id, t, news)
 

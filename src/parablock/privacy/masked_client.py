@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,10 +34,13 @@ from parablock.wire.transport import Parcel
 
 
 class Fixed(Protocol):
-    """What a client or the server has to keep beyond its own life: see `ReleaseLedger.fix`."""
+    """What a client or the server has to keep beyond its own life: see `ReleaseLedger`."""
 
     def fix(self, kind: str, round_index: int, clients: tuple[int, ...]) -> tuple[int, ...]:
         """Record the set of a round, unless one is there; return the one that holds."""
+
+    def record(self, kind: str, round_index: int, **facts: Any) -> None:
+        """Record what is released, unless it is there."""
 
 
 class MaskedClient:

@@ -161,6 +161,7 @@ class MaskedServer:
         pairs = {i: [j for j in chosen if i not in self._partners[t, j].left_out] for i in members}
         dealers = [dealer for dealer in members if pairs[dealer]]
         self._reveal(t, chosen, members, dealers)
+        self._fixed.record("shares", t, clients=tuple(sorted(self._good())), of=chosen)
         masks: list[Mask] = []
         for dealer in dealers:
             secret = self._secret_of(t, dealer, cohort, is_seed=dealer in chosen)

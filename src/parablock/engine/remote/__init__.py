@@ -4,6 +4,7 @@ frames            greetings and frames: what crosses a connection, and its limit
 numbered_stream   two ordered streams of messages that outlive connections
 grpc_options      settings of gRPC at both ends
 listener          the server's port: who may enter
+site_spans        a site's record of its computation, read strictly
 remote_transport  the server's end of the transport, with a place for each client
 site_channel      a site's end: it calls, takes part, and calls again after every cut
 site_inbox        what the compute thread of a site has not taken yet, within bounds

@@ -30,6 +30,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from parablock import __version__
 from parablock.errors import CodecError
+from parablock.storage.release_history import History
 
 PROTOCOL = 1
 """Version of the greetings and frames."""
@@ -87,8 +88,7 @@ class Opening:
         base_parts: Hashes of what it consists of, so that a site can say what differs.
         restored: The round of the checkpoint that the session goes on from; -1: from the base model.
         sessions: Earlier session → the first of its rounds that do not count any more.
-        released: The last round of which the server has an update of this site on record, where noise or masks hide
-            updates; -1: of none.
+        history: What the server has on record of this site, where noise or masks hide updates.
         asked: The last round whose noisy update the server may have got from this site.
     """
 
@@ -101,7 +101,7 @@ class Opening:
     restored: int = -1
     base_parts: dict[_Word, _Word] = field(default_factory=dict)
     sessions: dict[_Word, _Count] = field(default_factory=dict)
-    released: int = -1
+    history: History = History()  # noqa: RUF009  (it is frozen)
     asked: int = -1
 
     @property

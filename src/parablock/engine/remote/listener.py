@@ -75,6 +75,9 @@ class Session(Protocol):
             CodecError: It cannot come over this stream.
         """
 
+    def begins(self, client_id: int, stream: NumberedStream, first_part: bytes, round_index: int) -> None:
+        """Note that a message begins to come, before it is taken."""
+
     def left(self, client_id: int, stream: NumberedStream) -> None:
         """Note that a site says bye."""
 
@@ -204,11 +207,12 @@ class Listener(grpc.GenericRpcHandler):
         connection: int,
     ) -> None:
         why = "the connection ended"
+        deliver, begins = (partial(how, client_id, stream) for how in (session.deliver, session.begins))
         try:
             for frame in incoming:
                 if not stream.is_present(connection):
                     return
-                if stream.take(frame, connection, partial(session.deliver, client_id, stream)):
+                if stream.take(frame, connection, deliver, begins):
                     session.moved(client_id)
         except EOFError:
             session.left(client_id, stream)

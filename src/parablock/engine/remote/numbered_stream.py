@@ -175,12 +175,18 @@ class NumberedStream:
         while (frame := self._next_frame(connection)) is not None:
             yield frame
 
-    def take(self, frame: bytes, connection: int, deliver: Callable[[Delivered], None]) -> bool:
+    def take(
+        self,
+        frame: bytes,
+        connection: int,
+        deliver: Callable[[Delivered], None],
+        begins: Callable[[bytes, int], None] = lambda *_: None,
+    ) -> bool:
         """Take a frame that came over a connection, or nothing, if it is not the present one any more.
 
         Return whether it moves messages on: a record does not, nor does what has been confirmed before.
         `deliver` gets the message that the frame completes. It may wait: the frames of a later connection wait too,
-        so that messages stay in order.
+        so that messages stay in order. `begins` gets the first part of a message and its round, before it is taken.
 
         Raises:
             CodecError: It is no frame, is not the next one, or does not fit the message that it is a part of.
@@ -188,11 +194,11 @@ class NumberedStream:
         """
         with self._taking:
             before = self._moves
-            if self.is_present(connection) and (whole := self._take(frame, connection)) is not None:
+            if self.is_present(connection) and (whole := self._take(frame, connection, begins)) is not None:
                 deliver(whole)
             return self._moves > before
 
-    def _take(self, frame: bytes, connection: int) -> Delivered | None:
+    def _take(self, frame: bytes, connection: int, begins: Callable[[bytes, int], None]) -> Delivered | None:
         if len(frame) < HEAD.size or len(frame) > HEAD.size + PART_BYTES:
             raise CodecError(f"a frame of {len(frame)} bytes")
         kind, number, round_index, size, sent_s = HEAD.unpack_from(frame)
@@ -212,9 +218,9 @@ class NumberedStream:
             raise EOFError
         if kind not in (PART, NOTE):
             raise CodecError(f"a frame of kind {kind}")
-        return self._take_part(_Message(kind, frame[HEAD.size :], round_index, size, number, sent_s))
+        return self._take_part(_Message(kind, frame[HEAD.size :], round_index, size, number, sent_s), begins)
 
-    def _take_part(self, part: _Message) -> Delivered | None:
+    def _take_part(self, part: _Message, begins: Callable[[bytes, int], None]) -> Delivered | None:
         if part.first < self._wanted:
             return None  # it came over an earlier connection too
         if part.first > self._wanted:
@@ -231,6 +237,8 @@ class NumberedStream:
                 f"part {part.first} has {len(part.content)} bytes of a message of {part.size}, "
                 f"not {expected} of one of {coming.size}"
             )
+        if part.kind == PART and self._coming is None:
+            begins(part.content, part.round_index)
         self._come.append(part.content)
         self._coming = coming
         whole = None

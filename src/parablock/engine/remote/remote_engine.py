@@ -9,7 +9,7 @@ from typing import Any
 
 from parablock.algorithm.parablock import ServerState, initial_server
 from parablock.engine.contract import EngineInput, EngineResult, make_checkpoint, make_server
-from parablock.engine.plans import ServerPlan
+from parablock.engine.plans import Hooks, ServerPlan
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_transport import RemoteTransport
@@ -45,9 +45,10 @@ def run_remote(
 ) -> EngineResult:
     """Run all rounds, or those that a checkpoint has left, with sites that connect to the listener.
 
-    The run begins once `num_sites` sites are there, and begins again from the server's checkpoint whatever sites
-    have kept. A round that lacks updates waits for sites to come back, and says so. `on_open` gets the transport as
-    soon as sites may connect. The clock is real, and the input has no trainers.
+    The run begins once `num_sites` sites are there, or enough of those that have not lost their ledger and were not
+    removed. It begins again from the server's checkpoint whatever sites have kept. A round that lacks updates waits
+    for sites to come back, and says so. `on_open` gets the transport as soon as sites may connect. The clock is
+    real, and the input has no trainers.
 
     Raises:
         ParaBlockError: The error of the server; no site's trouble is one.
@@ -84,10 +85,12 @@ def run_remote(
     listener.open(transport)
     on_open(transport)
     try:
-        if not _gather(transport, num_sites, hooks.asked_to_stop, hooks.on_event):
+        if not _gather(transport, num_sites, given.server.min_updates, hooks):
             state = initial_server(params) if given.resumed is None else given.resumed.server
             return EngineResult(state, (), False, Traffic())
         identity, context = listener.identity, opening.context
+        for client_id, why in transport.given_up.items():
+            hooks.on_event(f"the run begins without client {client_id}: {why}")
         absent = transport.begin()
         server = make_server(given, params, transport, on_mark, absent, identity=identity, context=context)
         del params  # the server keeps what it needs
@@ -122,17 +125,24 @@ def _longest_update(plan: ServerPlan, block_sizes: list[int]) -> int:
     return max(LEAST_MESSAGE_BYTES, max(sizes) + (1 << 20))
 
 
-def _gather(
-    transport: RemoteTransport, num_sites: int, asked_to_stop: Callable[[], bool], tell: Callable[[str], None]
-) -> bool:
-    """Wait until enough sites are there; return False if the user stops the run before."""
+def _gather(transport: RemoteTransport, num_sites: int, fewest: int, hooks: Hooks) -> bool:
+    """Wait until enough sites are there; return False if the user stops the run before.
+
+    Sites that are given up are not waited for, as long as `fewest` others are there.
+    """
     remind_s = transport.clock.now()
-    while len(there := transport.there) < num_sites:
-        if asked_to_stop():
+    while len(there := transport.there) < _awaited(transport, num_sites, fewest):
+        if hooks.asked_to_stop():
             return False
         if transport.clock.now() >= remind_s:
             missing = [str(client_id) for client_id in transport.places if client_id not in there]
-            tell(f"{len(there)} of {num_sites} sites are there; waiting for clients {', '.join(missing)}")
+            hooks.on_event(f"{len(there)} of {num_sites} sites are there; waiting for clients {', '.join(missing)}")
             remind_s += REMIND_S
         transport.clock.sleep(LOOK_S)
     return True
+
+
+def _awaited(transport: RemoteTransport, num_sites: int, fewest: int) -> int:
+    """Return how many sites have to be there."""
+    left = len(transport.places) - len(transport.given_up)
+    return min(num_sites, left) if left >= fewest else num_sites

@@ -6,22 +6,21 @@ them. A reader waits while too many bytes of its site wait, so that gRPC lets th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Condition
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import Any
 
 from parablock.clock import Clock
 from parablock.engine.remote.frames import Hello, Opening, Reception, utc_s
 from parablock.engine.remote.listener import NotAdmitted
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
-from parablock.errors import CodecError, StallError
-from parablock.storage.release_ledger import ACCOUNT, ASKED, SET, ReleaseLedger
+from parablock.engine.remote.site_spans import SPANS_KEPT, spans_of
+from parablock.errors import CodecError, LedgerError, StallError
+from parablock.storage.release_history import History
+from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, from_bytes, kind_of, to_bytes
 from parablock.wire.transport import MESSAGE_BYTES, Ledger, Parcel, check_for_stop
@@ -31,18 +30,6 @@ RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
 """Bytes of a site's messages that wait for the server at most, beside the newest."""
-SPANS_KEPT = 10_000
-"""How much of a site's record is kept between two rounds of it."""
-CLOCKS_APART_S = 60.0
-"""How far a site's spans may lie outside of the run."""
-_Seconds = Annotated[float, Field(allow_inf_nan=False)]
-_Row = tuple[
-    Literal["computing", "waiting"],
-    _Seconds,
-    Annotated[_Seconds, Field(ge=0)],
-    dict[Literal["round_index", "block_index"], Annotated[int, Field(ge=0, lt=1 << 31)]],
-]
-_ROWS: TypeAdapter[list[_Row]] = TypeAdapter(Annotated[list[_Row], Field(max_length=SPANS_KEPT)])
 
 
 @dataclass
@@ -56,6 +43,8 @@ class ClientPlace:
         has_sent: Whether the process has sent a message, its keys aside.
         must_rejoin: Whether it does not take part, until a new process joins.
         is_removed: Whether the operator has removed it.
+        told: What it was told last of its own history; None: nothing.
+        lacks_ledger: Whether the process has left because its ledger is lost.
         is_garbled: Whether it has sent a record that cannot be read.
         knows_end: Whether it knows that the session has ended.
         since_s: Since when it is connected, or is not; seconds since 1970.
@@ -75,6 +64,8 @@ class ClientPlace:
     has_sent: bool = False
     must_rejoin: bool = False
     is_removed: bool = False
+    told: History | None = None
+    lacks_ledger: bool = False
     is_garbled: bool = False
     knows_end: bool = False
     since_s: float = 0.0
@@ -150,13 +141,15 @@ class RemoteTransport:
             is_new = hello.incarnation != place.incarnation
             fits = hello.wanted == 0 if is_new else not place.must_rejoin  # a process that was replaced begins anew
             in_session = hello.session == self.opening.session and fits
+            if is_new and place.told not in (None, self._releases.history_of(hello.client_id)):
+                in_session = False  # what came last of an earlier process of it, it has to know
             place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
                 return Reception(0, False, now_s, self._opening_for(hello.client_id), self._is_over), None
             begins_anew = is_new and place.must_rejoin and not self.has_begun  # nothing it has said was read
             if is_new:
                 place.rejoins = not begins_anew and (place.incarnation is not None or place.must_rejoin)
-                place.has_sent = False
+                place.has_sent = place.lacks_ledger = False
             if begins_anew:
                 self._void.add(place.stream)
             if begins_anew or (is_new and place.rejoins):
@@ -168,14 +161,19 @@ class RemoteTransport:
             return Reception(place.stream.wanted, place.rejoins, now_s), place.stream
 
     def _opening_for(self, client_id: int) -> Opening:
-        released = self._releases.last_round(ACCOUNT, SET, client_id=client_id)
-        asked = self._releases.last_round(ASKED, client_id=client_id)
-        return replace(self.opening, released=released, asked=asked)
+        self.places[client_id].told = history = self._releases.history_of(client_id)
+        return replace(self.opening, history=history, asked=self._releases.last_asked(client_id))
 
     def moved(self, client_id: int) -> None:
         """Note that something has come which the run waits for."""
         del client_id
         self._clock.progress()
+
+    def begins(self, client_id: int, stream: NumberedStream, first_part: bytes, round_index: int) -> None:
+        """Record that an update begins to come, before it is taken; of a stream that is closed nothing is taken."""
+        with self.places[client_id].room:
+            if kind_of(first_part) == "Update" and not stream.is_closed:
+                self._releases.begins(client_id, round_index)
 
     def deliver(self, client_id: int, stream: NumberedStream, delivered: Delivered) -> None:
         """Take a message of a stream; waits while too many wait already.
@@ -198,17 +196,25 @@ class RemoteTransport:
             if place.has_sent and kind == "Join":
                 raise CodecError("it joins once more, without a new process")
             place.has_sent = place.has_sent or kind != "Advertise"  # its keys come first
-            if kind == "Leave" and not self.has_begun:
-                self._tell_early(client_id, delivered.content)
+            if kind == "Leave":
+                self._hear(client_id, delivered.content)
             place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
             self._inbox.put((client_id, delivered.content, stream))
 
-    def _tell_early(self, client_id: int, message: bytes) -> None:
-        """Tell why a client leaves, while the server takes no messages yet."""
+    def _hear(self, client_id: int, message: bytes) -> None:
+        """Tell why a client leaves, where the server that takes its messages does not, or not enough."""
         with suppress(CodecError):  # the server counts it
             leave = from_bytes(message)
             assert isinstance(leave, Leave)
-            self._tell(f"client {client_id} leaves before the run begins: {leave.problem}".removesuffix(": "))
+            if not self.has_begun:
+                self._tell(f"client {client_id} leaves before the run begins: {leave.problem}".removesuffix(": "))
+            if leave.problem == LedgerError.told and not self.places[client_id].lacks_ledger:
+                self.places[client_id].lacks_ledger = True
+                self._tell(
+                    f"client {client_id} has lost its ledger: its operator puts back the newest state_dir, or "
+                    "writes into its file the line `lost_ledgers` that its log names, and starts it again; with "
+                    "masks it takes part once this server is started again too"
+                )
 
     def left(self, client_id: int, stream: NumberedStream) -> None:
         """Note that a site says bye: it takes part again once a new process of it joins."""
@@ -231,6 +237,13 @@ class RemoteTransport:
         self.places[client_id].is_removed = False
 
     # ── the server's thread ─────────────────────────────────────────────────────────────────────────
+
+    @property
+    def given_up(self) -> dict[int, str]:
+        """The clients that no start of the run waits for, with the reason."""
+        places = self.places.items()
+        lost = {i: "it has lost its ledger" for i, place in places if place.lacks_ledger and place.must_rejoin}
+        return lost | {i: "the server's operator has removed it" for i, place in places if place.is_removed}
 
     def begin(self) -> frozenset[int]:
         """Begin the run with the clients that are there; return the others, which take part once they join."""
@@ -361,23 +374,10 @@ class RemoteTransport:
         self._keep(client_id, Span(client_id, "communication", activity, start_s, end_s - begin_s, facts))
 
     def _record_spans(self, client_id: int, note: bytes) -> None:
-        place, first_s, last_s = self.places[client_id], -CLOCKS_APART_S, self._clock.now() + CLOCKS_APART_S
+        place, now_s = self.places[client_id], self._clock.now()
         try:
-            rows = _ROWS.validate_python([tuple(row) for row in json.loads(note)])
-            spans = [
-                Span(
-                    client_id,
-                    "compute",
-                    activity,
-                    start_s - self._origin_s,
-                    duration_s,
-                    {str(name): value for name, value in facts.items()},
-                )
-                for activity, start_s, duration_s, facts in rows
-            ]
-            if not all(first_s <= span.start_s <= span.start_s + span.duration_s <= last_s for span in spans):
-                raise ValueError
-        except (ValidationError, ValueError, TypeError, RecursionError):
+            spans = spans_of(client_id, note, self._origin_s, now_s)
+        except ValueError:
             if not place.is_garbled:
                 self._tell(f"client {client_id} sends records that cannot be read; they are left out")
             place.is_garbled = True
