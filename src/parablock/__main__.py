@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; until a command begins, Ctrl-C ends the process, as nothing is begun."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is of what a shell script has put behind
-        signal.signal(signal.SIGINT, _leave)
+    """Run the command line; until a command begins, Ctrl-C and its like end the process, as nothing is begun."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is of what a shell script has put behind
+            signal.signal(number, _leave)
+    _open_what_is_closed()
     from parablock.cli.main import main as command_line
 
     command_line()
+
+
+def _open_what_is_closed() -> None:
+    """Lead standard streams that the caller has closed nowhere, so that no other file gets their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2: the first number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _leave(number: int, frame: object) -> None:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, overridden, parse_config, tree_of_method
 from parablock.config.methods import METHODS
-from parablock.errors import ConfigError, StoppedByUserError
+from parablock.errors import ConfigError, StoppedByUserError, StorageError
 from parablock.evaluation.side_by_side import check_task, score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.recorder import Summary
-from parablock.experiment.run import run
+from parablock.experiment.run import resume, run
 from parablock.plan.forecast import Scenario
 from parablock.plan.memory import WAYS, memory_per_client
-from parablock.printable import as_argument
 from parablock.report.curves import curves_svg
 from parablock.report.reading import read_runs
 from parablock.report.tables import Table, spread, to_markdown
@@ -27,6 +27,8 @@ from parablock.report.write import write_report
 from parablock.storage.files import storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
 
+PLAN_NAME = "comparison.json"
+"""The file that says what is compared: the name of each run, and its configuration."""
 SCORED_TASKS = ("exact_match", "rouge_l", "multiple_choice")
 
 
@@ -118,31 +120,28 @@ def compare_methods(
 
     Args:
         runs: The runs that `plan_comparison` made.
-        output_dir: A folder that holds no run.
+        output_dir: A folder that holds no run, or what an earlier start of this comparison has left; it goes on.
         progress: As in `run`.
         tasks: Some of `SCORED_TASKS`; they are scored on the test rows of the configuration.
         asked_to_stop: As in `run`.
 
     Raises:
         InputError: There is no such task, no file of test rows to score it on, or it lacks a package.
-        StorageError: The folder holds something already, or cannot be written.
+        StorageError: The folder holds a run or another comparison, or cannot be written.
         ParaBlockError: A run failed, or was stopped (`StoppedByUserError`); the finished ones stay.
     """
     _check_tasks(tasks, runs[0].config)
     directories = [RunDirectory(output_dir / planned.name) for planned in runs]
-    for directory in (RunDirectory(output_dir), *directories):  # a run's own folder has a report already
-        directory.check_unused()
     memory = [predicted_memory_bytes(planned.config) for planned in runs]
-    with storage(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
+    _begin(runs, output_dir)
     summaries, base = list[Summary](), dict[str, float]()
     for planned, directory, num_bytes in zip(runs, directories, memory, strict=True):
         progress.message(f"── {planned.name} ──")
-        summary = run(planned.config, directory.path, progress=progress, asked_to_stop=asked_to_stop)
+        summary = _summary_of(planned, directory, progress, asked_to_stop)
         if summary["status"] != "completed":
             raise StoppedByUserError(
                 f"the comparison stopped in {planned.name}; {len(summaries)} of {len(runs)} runs are complete",
-                remedy=f"Finish that run with: parablock resume {as_argument(directory.path)}",
+                remedy="Go on with the same command.",
             )
         models = sorted(directory.model.glob("client_*")) or [directory.model]
         asked = partial(
@@ -160,6 +159,43 @@ def compare_methods(
     write_atomically(output_dir / "compare.svg", curves_svg(read_runs([entry.path for entry in directories])))
     write_report([output_dir])
     return summaries
+
+
+def _begin(runs: Sequence[PlannedRun], output_dir: Path) -> None:
+    """Write down what is compared, or see that it is what an earlier start has written down."""
+    plan = {planned.name: planned.config.model_dump(mode="json") for planned in runs}
+    written = output_dir / PLAN_NAME
+    if written.exists():
+        with storage(written):
+            if written.read_text(encoding="utf-8") == _as_text(plan):
+                return
+        raise StorageError(
+            f"{output_dir} holds another comparison",
+            cause=f"{PLAN_NAME} says other settings than those that are given now.",
+            remedy="Choose another --output-dir; the same settings go on where it was stopped.",
+        )
+    # a run's own folder has a report already
+    for directory in (RunDirectory(output_dir), *(RunDirectory(output_dir / planned.name) for planned in runs)):
+        directory.check_unused()
+    with storage(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(written, _as_text(plan))
+
+
+def _as_text(plan: dict[str, Any]) -> str:
+    return json.dumps(plan, indent=2) + "\n"
+
+
+def _summary_of(
+    planned: PlannedRun, directory: RunDirectory, progress: Progress, asked_to_stop: Callable[[], bool]
+) -> Summary:
+    """Do one run of a comparison, as far as it is not done."""
+    if not directory.config.exists():
+        return run(planned.config, directory.path, progress=progress, asked_to_stop=asked_to_stop)
+    if directory.summary.exists() and directory.read_summary().get("status") == "completed":
+        progress.message("is complete")
+        return directory.read_summary()
+    return resume(directory.path, progress=progress, asked_to_stop=asked_to_stop)
 
 
 def comparison_table(summaries: Sequence[Summary]) -> Table:

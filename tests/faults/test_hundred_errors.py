@@ -188,7 +188,7 @@ data surrogate.jsonl
 run run.yaml --output-dir out --set federation.num_rounds=3
   federation.num_rounds: 3 rounds | would never train block | give at least 4 rounds
 run run.yaml --output-dir rows.jsonl/out
-  rows.jsonl/out cannot be a folder | rows.jsonl is a file | Give a folder as --output-dir
+  rows.jsonl/out cannot be a folder | rows.jsonl is a file | Give another --output-dir
 run run.yaml --output-dir finished
   finished holds a run already | A run never writes over another one | parablock resume finished
 compare run.yaml --output-dir out --methods parablock,parablock

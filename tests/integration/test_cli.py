@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parablock import __version__
 from parablock.config.load import known_keys, load_config
 from parablock.errors import ConfigError
+from parablock.evaluation import side_by_side
+from parablock.experiment import run as experiment_run
 from parablock.experiment.first_config import write_first_config
 from parablock.experiment.inputs import read_inputs
 from parablock.model.save import model_sha256
@@ -833,3 +835,38 @@ def test_the_exported_model_stops_by_itself_where_training_ended_a_turn(workshop
     assert set(stops) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     base = AutoModelForCausalLM.from_pretrained(workshop.model)
     assert base.generation_config.eos_token_id != stops
+
+
+@pytest.mark.parametrize(
+    ("words", "of"),
+    [
+        (("run", "config.yaml", "--output-dir", ""), "of --output-dir "),
+        (("run", "config.yaml", "--output-dir="), "of --output-dir "),
+        (("data", ""), ""),
+        (("generate", "runs/a", "Hi", "--output", ""), "of --output "),
+    ],
+)
+def test_an_empty_word_is_no_folder(words: tuple[str, ...], of: str):
+    assert_refused(command(*words), f"the value {of}is empty; a variable of the shell may not be set")
+
+
+def test_a_text_may_be_empty(finished: Path):
+    done("generate", str(finished), "2 plus 2?", "--max-new-tokens", "2", "--system", "")
+
+
+def test_a_disk_without_room_for_the_model_is_told_of_at_the_start(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(experiment_run, "free_bytes", lambda folder: 1000)
+    full = workshop.run(tmp_path / "full", "federation.num_rounds=4")
+    assert "1.0 kB free, and the model alone takes about" in full.stdout
+    monkeypatch.undo()
+    assert "the model alone takes" not in workshop.run(tmp_path / "wide", "federation.num_rounds=4").stdout
+
+
+def test_scores_that_cannot_be_written_are_refused_before_anything_is_scored(
+    finished: Path, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(side_by_side, "score_models", lambda *_, **__: pytest.fail("it scores"))
+    place = ("--output-dir", str(workshop.test_file / "scores"))
+    assert_refused(command("eval", str(finished), *place), "cannot be a folder", "Give another --output-dir")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import count
 from pathlib import Path
 from statistics import mean, stdev
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ import yaml
 from parablock.cli import terminal
 from parablock.compare import compare_methods, comparison_table, plan_comparison
 from parablock.config.load import load_config
-from parablock.errors import DataError, StoppedByUserError
+from parablock.errors import DataError, StoppedByUserError, StorageError
 from parablock.evaluation import generation
 from parablock.evaluation.side_by_side import check_task, score_models
 from parablock.experiment.progress import Progress
@@ -188,7 +189,29 @@ def test_a_comparison_that_is_stopped_says_how_to_go_on(workshop, tmp_path):
     with pytest.raises(StoppedByUserError, match="stopped in parablock; 0 of 2 runs are complete") as stopped:
         compare_methods(runs, tmp_path / "compared", progress=Progress(), asked_to_stop=after(2))
     assert stopped.value.exit_code == 130
-    assert f"parablock resume {tmp_path / 'compared' / 'parablock'}" in stopped.value.remedy
+    assert "the same command" in stopped.value.remedy
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(workshop, tmp_path):
+    config = load_config(workshop.config)
+    runs = plan_comparison(config, ["fl_bcd", "parablock", "fedavg"])
+    folder = tmp_path / "compared"
+    calls = count()
+    with pytest.raises(StoppedByUserError, match="stopped in parablock; 1 of 3 runs are complete"):
+        stop = config.federation.num_rounds + 3  # in the second run
+        compare_methods(runs, folder, progress=Progress(), asked_to_stop=lambda: next(calls) >= stop)
+    first = (folder / "fl_bcd" / "summary.json").read_bytes()
+    others = plan_comparison(config, ["fl_bcd", "parablock"])
+    with pytest.raises(StorageError, match="holds another comparison"):
+        compare_methods(others, folder, progress=Progress())
+    summaries = compare_methods(runs, folder, progress=Progress())
+    assert (folder / "fl_bcd" / "summary.json").read_bytes() == first
+    undisturbed = compare_methods(runs, tmp_path / "undisturbed", progress=Progress())
+    shas = [summary["model_sha256"] for summary in summaries]
+    assert shas == [summary["model_sha256"] for summary in undisturbed] and len(set(shas)) == 3
+    assert [summary["name"] for summary in json.loads((folder / "compare.json").read_text())] == [
+        planned.name for planned in runs
+    ]
 
 
 def test_a_comparison_does_not_write_over_the_report_of_a_run(workshop, tmp_path):

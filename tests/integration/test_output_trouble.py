@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -374,6 +375,21 @@ def test_ctrl_c_while_anything_loads_ends_with_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_while_the_program_loads_end_with_the_same_line(number: int, workshop: Workshop):
+    outcome = signalled_at("typer", "plan", str(workshop.config), number=number)
+    assert (outcome.code, outcome.stdout) == (130, "") and outcome.stderr.startswith("stopped at once; nothing was")
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-", "<&-"])
+def test_a_run_whose_streams_are_closed_writes_its_files(workshop: Workshop, tmp_path: Path, closed: str):
+    words = command_line(workshop.arguments(tmp_path / "run", "federation.num_rounds=4"))
+    ended = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words], check=False, timeout=120)
+    assert ended.returncode == 0
+    assert summary_of(tmp_path / "run")["status"] == "completed"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("made", [(), ("checkpoints",), ("checkpoints", "checkpoints/round-000001")])
 def test_a_stop_is_told_of_whatever_a_run_has_begun(tmp_path: Path, made: tuple[str, ...]):
     run = tmp_path / "my run"
@@ -486,4 +502,5 @@ def test_ctrl_c_twice_names_the_run_that_was_under_way(name: str, runs: Runs, wo
         process.wait_until(lambda: "stopping at the next round" in (tmp_path / "log").read_text())
         process.send(signal.SIGINT)
         assert process.wait() == 130
-    assert f"with: parablock resume {begun}\n" in (tmp_path / "log").read_text()
+    goes_on = "the same command" if name == "compare" else f"parablock resume {begun}"
+    assert f"with: {goes_on}\n" in (tmp_path / "log").read_text()

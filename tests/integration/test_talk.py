@@ -252,6 +252,26 @@ def test_answers_that_cannot_be_written_are_told_of_without_an_option_that_is_no
     assert "--output-dir" not in outcome.stderr
 
 
+@pytest.mark.parametrize("place", ["no/file", ""])
+def test_a_file_for_answers_is_looked_at_before_anything_is_loaded(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    monkeypatch.setattr(talk, "_warn_of_changes", lambda *_: pytest.fail("it goes on"))
+    outcome = command("generate", str(tuned / "model"), "Hi", *SHORT, "--output", str(tmp_path / place))
+    assert_refused(outcome, "cannot be written: it is a folder" if not place else "there is no folder")
+
+
+def test_ctrl_c_ends_a_chat_that_reads_a_file(tuned: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dialogue, "ask", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 plus 2?\n3 plus 3?\n"))
+    outcome = command("chat", str(tuned), *SHORT)
+    assert (outcome.code, outcome.stdout) == (130, "")
+    assert outcome.stderr.splitlines()[-1] == "stopped at once; the last line has no answer"
+
+
 def test_lines_of_standard_input_are_turns(tuned: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/quit\n2 plus 2?\n"))
     outcome = done("chat", str(tuned), *SHORT)  # no model is asked that

@@ -58,6 +58,7 @@ def evaluate(
 
         check_model(model_or_run_dir)
         check_places(data or [], split="test")
+        folder = _folder_of(model_or_run_dir, output_dir)
         progress.stage(LOADING, is_brief=True)
         from parablock.errors import InputError
         from parablock.evaluation.side_by_side import (
@@ -120,7 +121,6 @@ def evaluate(
     elif of_run and num_trained is None:
         text = "note: whether rows were trained on is not known: the data of the run are not here as they were"
         console.print(text, highlight=False, soft_wrap=True)
-    folder = output_dir or (Path(model_or_run_dir) / "evaluation" if of_run else None)
     if folder is not None:
         skipped = scores[-1].tokenized.skipped if scores[-1].tokenized else ()
         left_out = [{"row": entry.row.place, "reason": entry.reason} for entry in skipped]
@@ -131,6 +131,18 @@ def evaluate(
             "weights_changed": bool(changed),
         }
         _write(folder, task, scores, facts | ({"clients": clients} if clients else {}))
+
+
+def _folder_of(model_or_run_dir: str, output_dir: Path | None) -> Path | None:
+    """Return where the scores are written, which is possible; None: nowhere."""
+    from parablock.storage.files import check_writable
+    from parablock.storage.run_directory import RunDirectory
+
+    if output_dir is None and not RunDirectory(model_or_run_dir).config.exists():
+        return None
+    folder = output_dir or Path(model_or_run_dir) / "evaluation"
+    check_writable(folder)
+    return folder
 
 
 def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     CONFIGURING,
     LOADING,
+    SAME_COMMAND,
     Overrides,
     check_config,
     console,
@@ -37,9 +37,11 @@ from parablock.cli.terminal import (
     free_directory,
     print_figures,
     print_summary,
+    refuse_empty_words,
     show_progress,
     show_work,
     table_of,
+    usual_signals,
 )
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.printable import as_argument
@@ -77,8 +79,7 @@ def _root(
         console.print(f"parablock {__version__}", highlight=False)
         raise typer.Exit
     del debug  # read by `main`
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of that of `__main__`
+    usual_signals()
 
 
 @app.command()
@@ -305,10 +306,12 @@ def compare(
 ) -> None:
     """Run several methods on the same data, seed and link, and put them side by side.
 
+    A comparison that was stopped goes on with the same command.
+
     Example: parablock compare configs/t0.yaml --methods parablock,fl_bcd,fedavg --output-dir runs/compared
     """
     scored = [task.strip() for task in tasks.split(",") if task.strip()]
-    with show_progress(output_dir) as (progress, stop):
+    with show_progress(output_dir, SAME_COMMAND) as (progress, stop):
         progress.stage(CONFIGURING, is_brief=True)
         from parablock.config.load import load_config
 
@@ -369,6 +372,7 @@ def main() -> None:
     atexit.register(gc.freeze)  # the end of Python need not look all of torch through for cycles, for seconds
     with lasting_output() as output:
         try:
+            refuse_empty_words(sys.argv[1:])
             app()
         except ParaBlockError as error:
             if "--debug" in sys.argv:

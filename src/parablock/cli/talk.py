@@ -140,7 +140,7 @@ def _legible(text: str, what: str) -> str:
     """Return a text unless it has bytes that are none in its encoding, which Python keeps as surrogates."""
     if any("\udc80" <= character <= "\udcff" for character in text):
         raise DataError(
-            f"{what} is not in UTF-8: {text!r}",
+            f"{what} is not in UTF-8: {text[:80]!r}",
             cause="It is of another encoding, such as Latin-1 or UTF-16.",
             remedy="Convert it first, such as with: iconv -f latin1 -t utf-8",
         )
@@ -160,6 +160,9 @@ def _answer(conversations: list[Dialogue], text: str) -> None:
                 label = conversation.speaker.label
                 answers[label] = conversation.ask(text, partial(hear, label))
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():  # nobody is there to ask something else
+            say("stopped at once; the last line has no answer", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         console.print("(cut short; the turn is forgotten)", style="dim")
 
 
@@ -230,9 +233,12 @@ def generate(
                 "There is no prompt.", remedy='Give one, such as "What is 2 + 2?", or a file with --data.'
             )
         check_model(model_or_run_dir)
+        from parablock.storage.files import check_writable_file, write_atomically
+
+        if output is not None:
+            check_writable_file(output, "--output")
         progress.stage(LOADING, is_brief=True)
         from parablock.evaluation.conversation import answer_prompts, labelled, open_speakers, read_prompts
-        from parablock.storage.files import write_atomically
 
         given = [_legible(text, f"prompt {number}") for number, text in enumerate(prompts or [], 1)]
         asked = read_prompts(given, data or [])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say, say_whole
-from parablock.errors import ParaBlockError
+from parablock.errors import ConfigError, ParaBlockError
 from parablock.printable import as_argument
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ INTERRUPTED = 130
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command; `nohup` lets it ignore the last, and a script that puts it behind the first."""
 RESUME = "parablock resume {}"
+MAY_BE_EMPTY = {"--system", "--seeds", "--delays", "--tasks", "--harness"}
+"""Options whose empty value says the same as none."""
 SAME_COMMAND = "the same command"
 """How one goes on with the run of a server, whose sites a plain `resume` would not have."""
 CONFIGURING = "reading the configuration"
@@ -87,9 +89,29 @@ def _signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
+def usual_signals() -> None:
+    """Take back what `__main__` does with signals, as a command begins; those that are ignored stay so."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def _ignore_signals() -> None:
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)  # the end is near
+
+
+def refuse_empty_words(words: Sequence[str]) -> None:
+    """Refuse an argument or a value that is empty, which as a path would be this folder; a text may be empty."""
+    for before, word in pairwise(["", *words]):
+        name, equals, value = word.partition("=")
+        if (word == "" and before not in MAY_BE_EMPTY) or (
+            name.startswith("--") and equals and not value and name not in MAY_BE_EMPTY
+        ):
+            of = f"of {name or before} " if (name or before).startswith("--") else ""
+            raise ConfigError(
+                [f"the value {of}is empty; a variable of the shell may not be set"], source="the command line"
+            )
 
 
 def check_model(model_or_run_dir: str) -> None:
@@ -125,9 +147,8 @@ def free_directory(parent: Path, name: str) -> Path:
 
 def _after_a_stop(directory: Path, again: str) -> str:
     if not (directory / "config.yaml").exists():
-        begun = [path.parent for path in directory.glob("*/config.yaml") if not (path.parent / "model").exists()]
-        if begun:  # a run of a comparison
-            return _after_a_stop(begun[0], again)
+        if (directory / "comparison.json").exists():
+            return f"stopped at once; the comparison goes on with: {again}"
         return "stopped at once; nothing was begun, and nothing is left behind"
     quoted = as_argument(directory)
     with suppress(OSError, ParaBlockError):

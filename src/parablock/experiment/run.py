@@ -31,9 +31,10 @@ from parablock.experiment.recorder import Recorder, Summary
 from parablock.experiment.trackers import check_trackers
 from parablock.methods.base import MethodModel, RunInputs, Watch
 from parablock.methods.choose import make_method_model
+from parablock.report.units import format_bytes
 from parablock.report.write import write_report
 from parablock.storage.checkpoint import RunState, load_newest
-from parablock.storage.files import lock_folder
+from parablock.storage.files import free_bytes, lock_folder
 from parablock.storage.run_directory import RunDirectory
 
 UNCHANGED_ON_RESUME = {
@@ -75,6 +76,8 @@ def run(
     directory = RunDirectory(output_dir)
     directory.check_unused()
     inputs = _checked_inputs(config, progress)
+    if note := _warn_of_little_room(directory, inputs):
+        progress.message(note)
     directory.create(inputs.config.to_yaml(), inputs.manifest)
     with lock_folder(directory.path):
         if adds_noise(config):
@@ -115,6 +118,18 @@ def _checked_inputs(config: RunConfig, progress: Progress) -> RunInputs:
     check_trackers(config.report_to)
     check_privacy_extra(config)
     return read_inputs(config, progress.stage)
+
+
+def _warn_of_little_room(directory: RunDirectory, inputs: RunInputs) -> str:
+    """Say that the disk cannot hold the model and a checkpoint, which is about as large; "" if it can."""
+    model = sum(p.numel() * p.element_size() for p in inputs.loaded.model.parameters())
+    free = free_bytes(directory.path)
+    if free >= 2 * model:
+        return ""
+    return (
+        f"warning: the disk of {directory.path} has {format_bytes(free)} free, and the model alone takes about "
+        f"{format_bytes(model)}, a checkpoint as much; make room, or the end of the run may not be written"
+    )
 
 
 def _check_unchanged(directory: RunDirectory, manifest: Mapping[str, Any]) -> None:

@@ -84,7 +84,8 @@ def save_model(
         raise StorageError(
             f"The model cannot be written to {directory}: {error}",
             cause="The disk is full or read-only, or the path is not a folder.",
-            remedy="Free some space or give another output directory; no incomplete files were left there.",
+            remedy="Free some space, or choose another place; no incomplete files were left there. A run goes on "
+            "from its last checkpoint with `parablock resume`.",
         ) from error
     finally:
         model.generation_config = kept

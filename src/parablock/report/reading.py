@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from parablock.config.load import read_yaml
 from parablock.config.methods import METHODS
-from parablock.errors import InputError
+from parablock.errors import InputError, ParaBlockError
 from parablock.printable import as_argument
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
@@ -182,22 +183,42 @@ def _read_run(path: Path, name: str) -> RunRecord:
             if not isinstance(config.get(section, {}), dict):
                 raise ValueError(f"config.yaml, {section}: it does not hold settings")
         lines = directory.metrics.read_text(encoding="utf-8").splitlines()
+        rows = tuple(_checked("metrics.jsonl", [json.loads(line) for line in lines]))
+        summary = _checked("summary.json", directory.read_summary())
+        if len(lines) < summary["rounds_done"]:
+            raise ValueError(f"metrics.jsonl has {len(lines)} rounds, and {summary['rounds_done']} are done")
         return RunRecord(
             name=name,
             path=path,
-            summary=_checked("summary.json", directory.read_summary()),
+            summary=summary,
             manifest=_checked("manifest.json", directory.read_manifest()),
             config=config,
-            rows=tuple(_checked("metrics.jsonl", [json.loads(line) for line in lines])),
+            rows=rows,
             spans=tuple(read_chrome_trace(directory.trace)),
-            answers=tuple(_checked("answers.json", directory.read_answers())),
+            answers=tuple(_checked("answers.json", _answers(directory))),
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(
             f"the run in {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}",
             cause="A file is missing or damaged.",
-            remedy="Put the file back; `parablock resume` writes them anew where a checkpoint is left.",
+            remedy=f"Put a copy of the file back{_or_resume(directory)}.",
         ) from None
+
+
+def _answers(directory: RunDirectory) -> Any:
+    text = directory.answers.read_text(encoding="utf-8") if directory.answers.exists() else "[]"
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"answers.json: {error}") from None
+
+
+def _or_resume(directory: RunDirectory) -> str:
+    """Say how the files are written anew, which a run that is complete does not do."""
+    with suppress(ParaBlockError):
+        if directory.read_summary().get("status") == "completed":
+            return ""
+    return f", or let the run write it anew: parablock resume {as_argument(directory.path)}"
 
 
 def _checked(file: str, content: Any) -> Any:

@@ -38,7 +38,7 @@ def write_report(directories: Sequence[Path | str]) -> Path:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    if is_run(folder):
+    if is_run(folder) or (folder / "summary.json").exists():  # a run that has lost its config.yaml is told so
         return [folder]
     inside = sorted(path for path in folder.iterdir() if has_ended(path)) if folder.is_dir() else []
     order = {name: n for n, name in enumerate(_compared(folder))}

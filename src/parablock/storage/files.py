@@ -57,6 +57,37 @@ def _going_on(path: Path) -> str:
     return ""
 
 
+def check_writable(folder: Path, option: str = "--output-dir") -> None:
+    """Refuse a folder in which nothing can be written, or that cannot be made, with a `StorageError`."""
+    with storage(folder):
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise StorageError(f"{folder} cannot be a folder: {above} is a file", remedy=f"Give another {option}.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"{folder} cannot be written: {above} is read-only for this user",
+            remedy=f"Give another {option}, or make this one writable.",
+        )
+
+
+def check_writable_file(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, with a `StorageError`; its folder is not made."""
+    with storage(path):
+        is_written_into = _is_written_into(path)
+    if is_written_into:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise StorageError(f"{path} cannot be written: {what}", remedy=f"Choose another place for {option}.")
+    check_writable(path.parent, option)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the room on the disk of a folder, which need not be there yet."""
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(above).free
+
+
 def check_absent(path: Path, remedy: str) -> None:
     """Refuse a path where something is already, with a `StorageError`."""
     with storage(path):

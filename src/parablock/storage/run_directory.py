@@ -11,7 +11,7 @@ from typing import Any
 
 from parablock.errors import CheckpointError, ModelError, StorageError, did_you_mean
 from parablock.printable import as_argument
-from parablock.storage.files import lock_folder, storage, write_atomically, write_beside
+from parablock.storage.files import check_writable, lock_folder, storage, write_atomically, write_beside
 from parablock.trace import Span, times_by_client, write_chrome_trace
 
 SECRET_BYTES = 32
@@ -33,17 +33,7 @@ class RunDirectory:
 
     def check_unused(self) -> None:
         """Refuse a folder that holds a run already or cannot be made, with a `StorageError`."""
-        with storage(self.path):
-            above = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-        if not above.is_dir():
-            raise StorageError(
-                f"{self.path} cannot be a folder: {above} is a file", remedy="Give a folder as --output-dir."
-            )
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise StorageError(
-                f"{self.path} cannot be written: {above} is read-only for this user",
-                remedy="Choose another --output-dir, or make this one writable.",
-            )
+        check_writable(self.path)
         if self.config.exists():
             raise StorageError(
                 f"{self.path} holds a run already",

@@ -24,8 +24,10 @@ def test_runs_are_told_apart_by_the_shortest_ends_of_their_paths(tmp_path: Path)
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.yaml", None, "holds no run"),
+        ("config.yaml", None, "it has no config.yaml"),
         ("summary.json", None, "has not ended"),
+        ("metrics.jsonl", "", "metrics.jsonl has 0 rounds, and 12 are done"),
+        ("answers.json", '[{"prompt": "a', "answers.json: Unterminated string"),
         ("trace.json", None, "trace.json"),
         ("trace.json", "{", "JSONDecodeError"),
         ("metrics.jsonl", '{"round_index": 0', "JSONDecodeError"),
@@ -50,6 +52,15 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_is_written(tmp_path, fi
         write_report([run])
     assert raised.value.remedy
     assert not list(run.glob("report.*"))
+
+
+@pytest.mark.parametrize(("status", "can_resume"), [("completed", False), ("interrupted", True)])
+def test_a_lost_file_is_made_anew_by_a_run_that_is_not_complete(tmp_path: Path, status: str, can_resume: bool):
+    run = make_run(tmp_path / "run", status=status)
+    (run / "trace.json").unlink()
+    with pytest.raises(InputError, match="trace") as raised:
+        read_runs([run])
+    assert ("parablock resume" in raised.value.remedy) == can_resume and "copy" in raised.value.remedy
 
 
 def test_a_run_of_a_method_that_this_release_does_not_have_is_refused(tmp_path: Path):
