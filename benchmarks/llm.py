@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ import torch
 from _record import Bar, Found, Options, benchmarks, grouped, main, record, section, spread, table
 
 from parablock.config.keys import RunConfig
-from parablock.evaluation.side_by_side import score_models
+from parablock.evaluation.side_by_side import score_models, score_records
 from parablock.experiment.inputs import read_inputs
 from parablock.model.params import Replica
 from parablock.plan.forecast import make_plan
@@ -298,6 +299,88 @@ def llm_methods_section(found: Found) -> Found:
         "steps": steps,
     }
     return section(found["options"]["benchmark"], found, *parts, device=results["device"], **facts)
+
+
+# -- what the answers are worth: right numbers, and rules that are followed
+def llm_answers(options: Options) -> None:
+    """Tune on GSM8K as above, and score answers of the base model and of the tuned ones: numbers, and rules."""
+    model, asked = material_of(options).model, questions(options)
+    found: list[Found] = [{"way": "base model"} | answers_of(model, asked, options, f"base-{kit.digest(model)}")]
+    for way in options.only:
+        run = run_of(options, way, kit.ABOUT["llm_methods"]["ways"][way])
+        found[0]["loss"] = base = run.summary["initial_eval_loss"]
+        told = run.told("method", "delay", "num_rounds") | {"way": way, "loss": run.loss}
+        found.append(told | answers_of(str(run.directory.model), asked, options, run.name))
+        bars = [Bar(f"GSM8K: loss of {row['way']} / base model", row["loss"] / base, 0.9) for row in found[1:]]
+        record(options, found, bars, run.config)  # the rest may not be reached
+
+
+def questions(options: Options) -> dict[str, Path]:
+    """Write what the models are asked: held-out rows, and for short texts that keep a rule each; task → file."""
+    said, tests = kit.ABOUT["llm_answers"], material_of(options).test
+    held_out = [line for path in tests for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rules: list[Found] = [
+        {"prompt": said["request"].format(topic=topic, ask=rule["ask"]), "instruction_id_list": [rule["id"]]}
+        | {"kwargs": [rule.get("kwargs", {})]}
+        for topic, rule in product(said["topics"][: options.topics], said["rules"])
+    ]
+    texts = {"exact_match": held_out[: options.answers], "ifeval": [json.dumps(rule) for rule in rules]}
+    files = {}
+    for task, lines in texts.items():
+        text = "".join(f"{line}\n" for line in lines)
+        files[task] = Path(options.work_dir).resolve() / "material" / f"{task}-{kit.digest(text)}.jsonl"
+        files[task].write_text(text, encoding="utf-8")
+    return files
+
+
+def answers_of(model: str, asked: Mapping[str, Path], options: Options, name: str) -> Found:
+    """Return by score which answers of a model are right, as letters 1 and 0; answers are kept, as losses are."""
+    right: Found = {}
+    for task, path in asked.items():
+        kept = Path(options.work_dir) / f"{name}-{path.stem}-{options.new_tokens}.json"
+        if not kept.exists():
+            scores = score_models(model, [str(path)], task=task, max_new_tokens=options.new_tokens)
+            kept.write_text(json.dumps(score_records(scores), indent=1), encoding="utf-8")
+        rows = json.loads(kept.read_text(encoding="utf-8"))
+        right[task] = "".join(f"{row['model_score']:.0f}" for row in rows)
+        if task == "exact_match":
+            right["last_number"] = "".join(f"{last(row['model']) == last(row['reference']):d}" for row in rows)
+    return right
+
+
+def last(text: str) -> float | None:
+    """Return the last number of an answer, wherever it stands."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share by Wilson's score."""
+    middle, half = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
+    return (middle - half) / (count + z * z), (middle + half) / (count + z * z)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the p of pairs that part so: McNemar's test, exact and two-sided."""
+    tail = sum(math.comb(gained + lost, fewer) for fewer in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))
+
+
+def llm_answers_section(found: Found) -> Found:
+    rows, (base, *_) = [], found["results"]
+    for (score, name), row in product(kit.ABOUT["llm_answers"]["scores"].items(), found["results"]):
+        right, count = row[score].count("1"), len(row[score])
+        low, high = wilson(right, count)
+        cells = [name, row["way"], f"{row['loss']:.4f}", f"{right} of {count}", f"{right / count:.1%}"]
+        cells.append(f"{low:.1%} to {high:.1%}")
+        gained, lost = (
+            list(zip(row[score], base[score], strict=True)).count(pair) for pair in (("1", "0"), ("0", "1"))
+        )
+        rows.append(
+            cells + ([f"+{gained} −{lost}", f"{mcnemar(gained, lost):.2g}"] if row is not base else ["", ""])
+        )
+    said = kit.ABOUT["llm_answers"]
+    return section("llm_answers", found, table(said["head"], rows), num_rules=len(said["rules"]))
 
 
 llm_more_section = llm_t0_section = llm_methods_section

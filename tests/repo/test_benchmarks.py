@@ -321,6 +321,31 @@ def test_methods_on_a_model_are_compared_and_what_they_forget_is_told(
     assert record["bars"][0]["name"] == "GSM8K: final loss, parablock / fl_bcd"
 
 
+def test_answers_are_counted_beside_those_of_the_base_model(
+    benchmark: Any, load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    base, tuned = benchmark("llm", "llm_answers", "--smoke")["results"]
+    assert [len(base[score]) for score in ("exact_match", "last_number", "ifeval")] == [4, 4, 22]
+    assert tuned["loss"] < base["loss"] and set(base["exact_match"]) == {"0"}, "a generated model knows nothing"
+    (kept,) = tmp_path.glob("runs/fedit*-exact_match-*.json")
+    rows = json.loads(kept.read_text())
+    for row in rows[1:]:
+        row |= {"model": row["reference"].replace("####", "it is"), "model_score": 0.0}
+    rows[2]["model_score"] = 1.0
+    kept.write_text(json.dumps(rows))
+    record = benchmark("llm", "llm_answers", "--smoke")
+    assert record["results"][0] == base
+    assert (record["results"][1]["exact_match"], record["results"][1]["last_number"]) == ("0010", "0111")
+    exact, number, rules = record["section"]["parts"][1]["rows"][1::2]
+    assert (exact[3], exact[-2:]) == ("1 of 4", ["+1 −0", "1"])
+    assert (number[3], number[-2:]) == ("3 of 4", ["+3 −0", "0.25"])
+    assert rules[0] == "rules"
+    llm = load("llm")
+    assert llm.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert (llm.mcnemar(1, 9), llm.mcnemar(3, 3)) == (pytest.approx(22 / 1024), 1)
+    assert (llm.last("1,250 less 9.5 is 1,240.50."), llm.last("5 − -3"), llm.last("none")) == (1240.5, -3, None)
+
+
 def test_the_device_runs_what_its_minutes_allow(benchmark: Any) -> None:
     record = benchmark("device", "device", "--smoke")
     assert [(row["way"], row["seed"]) for row in record["results"]["runs"]] == [
