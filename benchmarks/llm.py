@@ -32,6 +32,7 @@ from parablock.config.keys import RunConfig
 from parablock.evaluation.side_by_side import score_models, score_records
 from parablock.experiment.inputs import read_inputs
 from parablock.model.params import Replica
+from parablock.model.pretrained import load_tokenizer
 from parablock.plan.forecast import make_plan
 from parablock.training.trainer import LocalTrainer, local_arguments
 
@@ -324,9 +325,8 @@ def questions(options: Options) -> dict[str, Path]:
         | {"kwargs": [rule.get("kwargs", {})]}
         for topic, rule in product(said["topics"][: options.topics], said["rules"])
     ]
-    texts = {"exact_match": held_out[: options.answers], "ifeval": [json.dumps(rule) for rule in rules]}
     files = {}
-    for task, lines in texts.items():
+    for task, lines in {"exact_match": held_out[: options.answers], "ifeval": map(json.dumps, rules)}.items():
         text = "".join(f"{line}\n" for line in lines)
         files[task] = Path(options.work_dir).resolve() / "material" / f"{task}-{kit.digest(text)}.jsonl"
         files[task].write_text(text, encoding="utf-8")
@@ -337,13 +337,16 @@ def answers_of(model: str, asked: Mapping[str, Path], options: Options, name: st
     """Return by score which answers of a model are right, as letters 1 and 0; answers are kept, as losses are."""
     right: Found = {}
     for task, path in asked.items():
-        kept = Path(options.work_dir) / f"{name}-{path.stem}-{options.new_tokens}.json"
+        limit = options.new_tokens if task == "exact_match" else options.rule_tokens
+        kept = Path(options.work_dir) / f"{name}-{path.stem}-{limit}.json"
         if not kept.exists():
-            scores = score_models(model, [str(path)], task=task, max_new_tokens=options.new_tokens)
+            scores = score_models(model, [str(path)], task=task, max_new_tokens=limit)
             kept.write_text(json.dumps(score_records(scores), indent=1), encoding="utf-8")
         rows = json.loads(kept.read_text(encoding="utf-8"))
         right[task] = "".join(f"{row['model_score']:.0f}" for row in rows)
         if task == "exact_match":
+            tokenize = load_tokenizer(model).tokenize
+            right["endless"] = sum(len(tokenize(row["model"])) >= limit for row in rows)
             right["last_number"] = "".join(f"{last(row['model']) == last(row['reference']):d}" for row in rows)
     return right
 
@@ -367,20 +370,17 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def llm_answers_section(found: Found) -> Found:
-    rows, (base, *_) = [], found["results"]
-    for (score, name), row in product(kit.ABOUT["llm_answers"]["scores"].items(), found["results"]):
+    said, rows, (base, *_) = kit.ABOUT["llm_answers"], [], found["results"]
+    for (score, name), row in product(said["scores"].items(), found["results"]):
         right, count = row[score].count("1"), len(row[score])
-        low, high = wilson(right, count)
         cells = [name, row["way"], f"{row['loss']:.4f}", f"{right} of {count}", f"{right / count:.1%}"]
-        cells.append(f"{low:.1%} to {high:.1%}")
-        gained, lost = (
-            list(zip(row[score], base[score], strict=True)).count(pair) for pair in (("1", "0"), ("0", "1"))
-        )
-        rows.append(
-            cells + ([f"+{gained} −{lost}", f"{mcnemar(gained, lost):.2g}"] if row is not base else ["", ""])
-        )
-    said = kit.ABOUT["llm_answers"]
-    return section("llm_answers", found, table(said["head"], rows), num_rules=len(said["rules"]))
+        cells.append("{:.1%} to {:.1%}".format(*wilson(right, count)))
+        pairs = list(zip(row[score], base[score], strict=True))
+        gained, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
+        cells += [f"+{gained} −{lost}", f"{mcnemar(gained, lost):.2g}"] if row is not base else ["", ""]
+        rows.append(cells)
+    endless = ", ".join(f"{row['endless']} of {row['way']}" for row in found["results"])
+    return section("llm_answers", found, table(said["head"], rows), num_rules=len(said["rules"]), endless=endless)
 
 
 llm_more_section = llm_t0_section = llm_methods_section
