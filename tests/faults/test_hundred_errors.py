@@ -57,7 +57,7 @@ plan minimal.yaml
 plan run.yaml --set train.lerning_rate=1
   train.lerning_rate | unknown key | did you mean `train.learning_rate`?
 plan run.yaml --set train.learning_rate=fast
-  train.learning_rate | given: 'fast' | should be a valid number
+  train.learning_rate | given: 'fast' | it must be a number
 plan run.yaml --upload-mbps 0
   link.upload_mbps | given: 0.0 | should be greater than 0
 plan run.yaml --set seed

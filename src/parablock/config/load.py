@@ -101,8 +101,11 @@ def read_tree(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         inside = f", such as {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
         raise ConfigError([f"it is a folder; give the path of a YAML file{inside}"], source=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"it cannot be read: {error}"], source=str(path)) from None
+    except UnicodeDecodeError:
+        text = "it is not in UTF-8; convert it first, such as with: iconv -f utf-16 -t utf-8 (or -f latin1)"
+        raise ConfigError([text], source=str(path)) from None
+    except OSError as error:
+        raise ConfigError([f"it cannot be read: {error.strerror or error}"], source=str(path)) from None
     except NOT_YAML as error:
         raise ConfigError([f"it is not YAML: {_yaml_problem(error)}"], source=str(path)) from None
     if not isinstance(tree, dict):
@@ -200,15 +203,35 @@ def _yaml_problem(error: BaseException) -> str:
 def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     """Return the key path of a problem, and its text."""
     path = [str(part) for part in item["loc"] if part != "int" and not str(part).startswith("literal[")]
-    key = ".".join(path) or "the whole"
+    if path and path[-1].isdecimal():  # an item of a list
+        path[-2:] = [f"{path[-2]}, entry {int(path[-1]) + 1}"] if len(path) > 1 else path
+    key = ".".join(path) or "the settings together"
     if item["type"] == "extra_forbidden":
         return key, f"unknown key{_hint(key, root)}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return key, "required and not given"
     if isinstance(item["input"], str | int | float | bool) and repr(item["input"]) not in message:
         message += f" (given: {item['input']!r})"
     return key, message
+
+
+_IN_WORDS = {
+    "model_type": "it must be a section of settings, such as {key: value}",
+    "model_attributes_type": "it must be a section of settings, such as {key: value}",
+    "dict_type": "it must be a section of settings, such as {key: value}",
+    "tuple_type": "it must be a list, such as [one, two]",
+    "list_type": "it must be a list, such as [one, two]",
+    "int_type": "it must be a whole number",
+    "int_parsing": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number",
+    "float_parsing": "it must be a number",
+    "bool_type": "it must be true or false",
+    "bool_parsing": "it must be true or false",
+    "string_type": "it must be text",
+}
+"""Types of pydantic's errors, which speak of Python's types, in words of YAML."""
 
 
 def _hint(key: str, root: type[BaseModel]) -> str:
