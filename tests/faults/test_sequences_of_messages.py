@@ -11,6 +11,7 @@ import pytest
 
 from message_sequences import PLAYS
 from parablock.engine.client import Client
+from parablock.engine.downlink import Downlink
 from parablock.privacy.masked_client import MaskedClient
 from parablock.privacy.masked_server import MaskedServer
 from parablock.seeding import generator_for
@@ -41,6 +42,7 @@ def test_no_sequence_of_messages_leaks_or_ends_a_run(end: str):
         ("a masked client", (MaskedClient, "_forbidden", lambda *_: ""), "leak: "),
         ("a client", (Client, "_unfit", lambda *_: ""), ""),
         ("the masked server", (MaskedServer, "_take_keys", believing), ""),
+        ("the server", (Downlink, "misfit", lambda *_: ""), "foreign: "),
     ],
 )
 def test_without_its_check_an_end_leaks_or_ends_the_run(
