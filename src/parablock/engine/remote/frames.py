@@ -11,7 +11,7 @@ Then each side sends frames at any time:
     0       1      kind: PART, CONFIRM or BYE
     1       8      number: of the part; or of the part that its receiver wants next; little endian, as all below
     9       4      round that the message's bytes count for
-    13      8      length of the whole message
+    13      8      length of the whole message; or, of a CONFIRM, bytes a second at which parts come to its sender
     21      8      seconds since 1970 by the server's clock when the message's first part left, as a double
     29      …      a part of the message, PART_BYTES at most; only the last part of a message is shorter
 

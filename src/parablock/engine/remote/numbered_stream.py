@@ -2,7 +2,7 @@
 
 A message is cut into parts, which are numbered from 0 in each direction. The receiver confirms every part; the
 sender keeps a message until all of it is confirmed. After a cut both sides go on from the parts that are wanted
-next, so that what was on its way is all that is sent twice.
+next, so that what was on its way is all that is sent twice; a `_Window` bounds it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from threading import Condition, Lock
 
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
@@ -17,6 +18,12 @@ from parablock.errors import CodecError
 
 LOOK_S = 5.0
 """How often a waiting thread looks whether its connection is still the present one."""
+LEAST_AHEAD_BYTES = PART_BYTES + (64 << 10)
+"""How much may be on its way, whatever the link, when a part leaves: one part, and some that are short."""
+AHEAD_S = 3.0
+"""How long a link may take from a part to its confirmation without the sender having to wait for it."""
+PACE_S = 10.0
+"""How long the pace of a link is remembered."""
 
 
 @dataclass
@@ -54,6 +61,58 @@ class Delivered:
     arrived_s: float
 
 
+class _Pace:
+    """How fast a link carries parts, as its receiver sees it: one part behind another, the fastest of late.
+
+    The sender cannot tell: confirmations may wait for seconds behind what goes the other way.
+    """
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._came_s = inf
+        self._seen = deque[tuple[float, float]]()  # when, and bytes a second
+
+    def note(self, num_bytes: int) -> None:
+        """Note that a part has come."""
+        before_s, self._came_s = self._came_s, self._now_s()
+        if num_bytes == PART_BYTES and self._came_s > before_s:
+            self._seen.append((self._came_s, num_bytes / (self._came_s - before_s)))
+
+    def bytes_per_s(self) -> int:
+        """Return the pace; 0: unknown."""
+        now_s = self._now_s()
+        while self._seen and not 0 <= now_s - self._seen[0][0] <= PACE_S:  # clocks may be set back
+            self._seen.popleft()
+        return int(max((pace for _, pace in self._seen), default=0.0))
+
+
+class _Window:
+    """What is on its way over a connection, and whether one more part may leave.
+
+    A part leaves while no more is on its way than the link carries in `AHEAD_S` seconds, or than
+    `LEAST_AHEAD_BYTES`. So a link whose round trip is shorter is not held up, at any speed, and a cut loses no more
+    than that and one part. The buffers of gRPC and of TCP alone hold several MiB before a slow link.
+    """
+
+    def __init__(self) -> None:
+        self._ahead = deque[tuple[int, int]]()  # number and bytes of each part
+        self._ahead_bytes, self._bytes_per_s = 0, 0
+
+    def send(self, number: int, num_bytes: int) -> None:
+        self._ahead.append((number, num_bytes))
+        self._ahead_bytes += num_bytes
+
+    def confirm(self, number: int, bytes_per_s: int) -> None:
+        """Note which part the other side wants next, and the pace at which parts come to it."""
+        self._bytes_per_s = bytes_per_s
+        while self._ahead and self._ahead[0][0] < number:
+            self._ahead_bytes -= self._ahead.popleft()[1]
+
+    @property
+    def is_open(self) -> bool:
+        return self._ahead_bytes <= max(LEAST_AHEAD_BYTES, AHEAD_S * self._bytes_per_s)
+
+
 class NumberedStream:
     """One side of the two streams.
 
@@ -76,6 +135,7 @@ class NumberedStream:
         self._sending = 0  # the place in `_out` of the message at the cursor
         self._wanted, self._confirmed = 0, 0
         self._other_has, self._moves = 0, 0
+        self._window, self._pace = _Window(), _Pace(now_s)
         self._coming: _Message | None = None
         self._come = list[bytes]()
         self._connection, self._has_connection = 0, False
@@ -148,6 +208,7 @@ class NumberedStream:
                 )
             done = self._confirm(other_wants)
             self._cursor, self._sending = other_wants, 0
+            self._window, self._pace = _Window(), _Pace(self._now_s)
             self._confirmed = self._wanted
             self._connection = connection = self._connection + 1
             self._has_connection, self._bye_said = True, False
@@ -210,6 +271,7 @@ class NumberedStream:
                     raise CodecError(f"part {number} is confirmed; {self._cursor} have been sent")
                 if number > self._other_has:
                     self._other_has, self._moves = number, self._moves + 1
+                self._window.confirm(number, size)
                 done = self._confirm(number)
             for message in done:
                 self._on_confirmed(message)
@@ -249,6 +311,7 @@ class NumberedStream:
             self._coming, self._come = None, []
         with self._changed:
             self._wanted += 1
+            self._pace.note(len(part.content))
             self._moves += part.kind == PART
             self._changed.notify_all()
         return whole
@@ -269,8 +332,8 @@ class NumberedStream:
                     return None
                 if self._confirmed < self._wanted:
                     self._confirmed = self._wanted
-                    return HEAD.pack(CONFIRM, self._confirmed, 0, 0, 0.0)
-                if self._cursor < self._next_out:
+                    return HEAD.pack(CONFIRM, self._confirmed, 0, self._pace.bytes_per_s(), 0.0)
+                if self._cursor < self._next_out and self._window.is_open:
                     return self._cut_next()
                 if self._says_bye and not self._out and not self._bye_said:
                     self._bye_said = True
@@ -290,6 +353,7 @@ class NumberedStream:
         if self._cursor < self._furthest:
             self.sent_again_bytes += len(content)
         head = HEAD.pack(message.kind, self._cursor, message.round_index, message.size, message.began_s)
+        self._window.send(self._cursor, len(head) + len(content))
         self._cursor += 1
         self._furthest = max(self._furthest, self._cursor)
         return b"".join((head, content))

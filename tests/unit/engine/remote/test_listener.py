@@ -528,7 +528,7 @@ def test_a_site_that_never_reads_does_not_slow_the_others(house: House, made: Pa
         while read < 40:
             frame = next(fast.call)
             read += frame[0] == PART
-        fast.out.put(HEAD.pack(CONFIRM, 40, 0, 0, 0.0))
+            fast.out.put(HEAD.pack(CONFIRM, read, 0, 0, 0.0))
         until(lambda: house.transport.places[1].stream.waiting_bytes == 0)
         waiting = list(house.transport.places[0].stream._out)
         assert len(waiting) == 40 and all(each.content is content for each in waiting), "the same bytes for all"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import tracemalloc
 from collections import deque
-from collections.abc import Iterator
-from itertools import permutations
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+from itertools import count, permutations
+from math import inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parablock.engine.remote import numbered_stream
-from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART
+from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError
 
@@ -29,9 +31,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 class End:
     """A side, what it got, and what it knows to have arrived."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT, now_s: Callable[[], float] = lambda: 1.0) -> None:
         self.got, self.confirmed = list[Delivered](), list[Delivered]()
-        self.stream = NumberedStream(lambda: 1.0, limit, self.confirmed.append)
+        self.stream = NumberedStream(now_s, limit, self.confirmed.append)
         self.connection = 0
 
     def attach(self, other_wants: int) -> None:
@@ -43,7 +45,8 @@ class End:
     def ready(self) -> bytes | None:
         """The next frame, if there is one at once."""
         stream = self.stream
-        if stream._confirmed < stream._wanted or stream._cursor < stream._next_out:
+        has_part = stream._cursor < stream._next_out and stream._window.is_open
+        if stream._confirmed < stream._wanted or has_part:
             return stream._next_frame(self.connection)
         return None
 
@@ -368,6 +371,89 @@ def test_sent_again_is_counted_in_bytes():
     exchange(one, other)
     assert one.stream.sent_again_bytes == 10
     assert other.contents == [b"abcdefghij"]
+
+
+MEGABIT = 1e6 / 8
+CHUNKS = [bytes(4 * PART_BYTES + 141)] * 6
+"""Messages as those of `wire.chunk_bytes`: four parts, and a short one."""
+
+
+def carried(mbps: float, round_trip_s: float, cut_s: float = inf, back_s: float = 0.0) -> tuple[float, int]:
+    """Carry `CHUNKS` over a line; return its seconds over those of the bytes alone, and what was sent again.
+
+    The line takes all frames at once, as the buffers before a real one take many. A cut loses all that is on it.
+    Confirmations wait for `back_s` behind other things.
+    """
+    now_s, free_s, order, events = 0.0, 0.0, count(), list[tuple[float, int, End, bytes]]()
+    one, other = End(1 << 30, lambda: now_s), End(1 << 30, lambda: now_s)
+    join(one, other)
+    for chunk in CHUNKS:
+        one.stream.put(chunk, 0)
+    while True:
+        for frame in one.drain():
+            free_s = max(now_s, free_s) + len(frame) / (mbps * MEGABIT)
+            heappush(events, (free_s + round_trip_s / 2, next(order), other, frame))
+        for frame in other.drain():
+            heappush(events, (now_s + back_s + round_trip_s / 2, next(order), one, frame))
+        if not events:
+            break
+        now_s, _, end, frame = heappop(events)
+        if now_s < cut_s:
+            end.take(frame)
+        else:
+            free_s, cut_s = now_s, inf
+            events.clear()
+            join(one, other)
+    assert other.contents == CHUNKS
+    return now_s / (sum(map(len, CHUNKS)) / (mbps * MEGABIT)), one.stream.sent_again_bytes
+
+
+@pytest.fixture
+def parts_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbered_stream, "PART_BYTES", PART_BYTES)
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+@pytest.mark.parametrize("cut_s", [0.0, 1.0, 4.5, 10.0, 11.1, 29.0, 40.0])
+def test_what_a_cut_of_a_slow_line_loses_is_what_it_carries_in_three_seconds_and_one_part(cut_s: float):
+    again = carried(4.0, 0.05, cut_s)[1]
+    assert 0 < again <= 3 * 4.0 * MEGABIT + PART_BYTES < 2.5 * (1 << 20)
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+def test_without_that_bound_a_cut_loses_what_the_buffers_before_the_line_hold(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numbered_stream, "LEAST_AHEAD_BYTES", 1 << 30)
+    assert carried(4.0, 0.05, 4.5)[1] > 20 * PART_BYTES
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+@pytest.mark.parametrize(
+    ("mbps", "round_trip_s"), [(4.0, 0.05), (4.0, 1.0), (30.0, 0.3), (30.0, 1.0), (200.0, 0.01), (200.0, 0.4)]
+)
+def test_the_bound_holds_a_line_up_for_a_round_trip_at_most(mbps: float, round_trip_s: float):
+    wires, again = carried(mbps, round_trip_s)
+    wire_s = sum(map(len, CHUNKS)) / (mbps * MEGABIT)
+    assert (wires - 1) * wire_s <= 2.1 * round_trip_s + 0.01 * wire_s and again == 0
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+def test_a_fast_line_waits_once_where_confirmations_wait_behind_what_goes_the_other_way(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As behind a link that is slow in one direction: the sender would take late confirmations for a slow line."""
+    assert carried(200.0, 0.01, back_s=4.5)[0] < 11.0
+    monkeypatch.setattr(numbered_stream, "AHEAD_S", 0.0)
+    assert carried(200.0, 0.01, back_s=4.5)[0] > 40.0
+
+
+def test_a_pace_that_nobody_could_have_harms_nothing():
+    one, other = pair()
+    one.stream.put(b"abcde", 0)
+    for frame in one.drain():
+        other.take(frame)
+    one.take(HEAD.pack(CONFIRM, 1, 0, (1 << 64) - 1, float("nan")))
+    one.take(HEAD.pack(CONFIRM, 2, 0, 0, float("inf")))
+    assert [each.content for each in one.confirmed] == [b"abcde"]
 
 
 def lines(stream: NumberedStream, connection: int) -> Iterator[bytes]:
