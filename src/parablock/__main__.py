@@ -19,6 +19,10 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as it is of what a shell script has put behind
             signal.signal(number, _leave)
     _open_what_is_closed()
+    if sys.argv[1:2] == ["deploy"] and sys.argv[2:3] in (["client"], ["server"]):
+        from parablock.deploy.allocation import keep_memory
+
+        keep_memory()  # which begins this process again: here before all of that has to be loaded twice
     from parablock.cli.main import main as command_line
 
     command_line()

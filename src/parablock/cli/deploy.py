@@ -22,7 +22,7 @@ from parablock.cli.terminal import (
     show_progress,
     show_work,
 )
-from parablock.deploy.allocation import keep_memory
+from parablock.deploy.allocation import keep_memory, libraries_load
 from parablock.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def server(
     Example: parablock deploy server run.yaml --keys keys/server --output-dir runs/first
     """
     keep_memory()
-    with show_work() as work:
+    with libraries_load(), show_work() as work:
         work.stage(LOADING, is_brief=True)
         from parablock.config.load import load_server_config
         from parablock.deploy.direct_server import serve_run
@@ -104,7 +104,7 @@ def client(
     """
     keep_memory()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at import; a server that ends is no news here
-    with show_work() as work:
+    with libraries_load(), show_work() as work:
         work.stage(LOADING, is_brief=True)
         from parablock.deploy.door import check_keys
         from parablock.deploy.site import load_site

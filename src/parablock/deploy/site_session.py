@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import secrets
+import sys
 from contextlib import closing
 from hashlib import sha256
 
 from parablock.clock import RealClock
+from parablock.deploy.allocation import libraries_load
 from parablock.deploy.site import SiteConfig
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
@@ -49,9 +50,7 @@ def take_part(site: SiteConfig, caller: SiteCaller, opening: Opening) -> None:
 
 
 def load_libraries() -> None:
-    """Load what trains. None of it is garbage, so nobody looks for some meanwhile: a sixth of the time."""
-    gc.disable()
-    try:
-        import parablock.deploy.site_training  # noqa: F401
-    finally:
-        gc.enable()
+    """Load what trains, unless it is there."""
+    if "parablock.deploy.site_training" not in sys.modules:
+        with libraries_load():
+            import parablock.deploy.site_training  # noqa: F401
