@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from parablock.evaluation import side_by_side
 from parablock.experiment import run as experiment_run
 from parablock.experiment.first_config import write_first_config
 from parablock.experiment.inputs import read_inputs
+from parablock.methods.base import MethodModel
 from parablock.model.save import model_sha256
 from tiny_runs import (
     NUM_CLIENTS,
@@ -870,3 +872,34 @@ def test_scores_that_cannot_be_written_are_refused_before_anything_is_scored(
     monkeypatch.setattr(side_by_side, "score_models", lambda *_, **__: pytest.fail("it scores"))
     place = ("--output-dir", str(workshop.test_file / "scores"))
     assert_refused(command("eval", str(finished), *place), "cannot be a folder", "Give another --output-dir")
+
+
+def test_the_time_of_the_rounds_has_no_part_of_what_the_base_model_did_before(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    answer, waited = MethodModel.answer, []
+
+    def slow(model: MethodModel) -> list[dict[str, Any]]:
+        time.sleep(1.5)
+        waited.append(1)
+        return answer(model)
+
+    monkeypatch.setattr(MethodModel, "answer", slow)
+    run_dir = tmp_path / "run"
+    workshop.run(run_dir, "engine={clock: real, num_threads: 1}", "evaluation.num_answers=1")
+    spans = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
+    first_s = min(span["ts"] for span in spans if span["ph"] == "X") / 1e6
+    assert len(waited) == 2 and first_s < 1.5
+    summary = summary_of(run_dir)
+    assert summary["wall_time_s"] < summary["elapsed_s"] - 3
+
+
+def test_a_run_says_how_often_each_example_is_learnt_from(workshop: Workshop, tmp_path: Path):
+    said = " ".join(workshop.run(tmp_path / "run").stdout.split())
+    (line,) = re.findall(r"a client learns from ([0-9,]+) examples, (\S+) times those that it has", said)
+    config = load_config(tmp_path / "run" / "config.yaml")
+    seen = config.federation.num_rounds * config.train.num_local_steps * config.train.per_device_train_batch_size
+    assert int(line[0].replace(",", "")) == seen
+    clients = json.loads((tmp_path / "run" / "manifest.json").read_text())["clients"]
+    mean = sum(entry["examples"] for entry in clients) / len(clients)
+    assert float(line[1]) == pytest.approx(seen / mean, rel=0.06)

@@ -51,7 +51,7 @@ def templated(text: str) -> str:
 
 def test_both_models_answer_as_they_do_by_hand(tuned: Path, workshop: Workshop):
     (record,) = answered(done("generate", str(tuned), "2 plus 2?", "--format", "jsonl", *SHORT).stdout)
-    assert record == {
+    assert {name: record[name] for name in ("prompt", "base", "tuned")} == {
         "prompt": "2 plus 2?",
         "base": greedy(workshop.model, templated("2 plus 2?"), 6),
         "tuned": greedy(tuned / "model", templated("2 plus 2?"), 6),
@@ -250,6 +250,17 @@ def test_answers_that_cannot_be_written_are_told_of_without_an_option_that_is_no
     outcome = command("generate", str(tuned / "model"), "Hi", *SHORT, "--output", str(tmp_path / "no" / "file"))
     assert_refused(outcome, "cannot be written", "Choose another place")
     assert "--output-dir" not in outcome.stderr
+
+
+def test_answers_that_were_cut_say_so(tuned: Path):
+    long = ("--max-new-tokens", "200", "--only", "tuned")
+    (record,) = answered(done("generate", str(tuned), "2 plus 2?", "--format", "jsonl", *long).stdout)
+    assert "tuned_cut_at" not in record  # it ended
+    short = ("--max-new-tokens", "1")
+    (record,) = answered(done("generate", str(tuned), "2 plus 2?", "--format", "jsonl", *short).stdout)
+    assert record["base_cut_at"] == 1
+    said = done("generate", str(tuned), "2 plus 2?", *short).stdout
+    assert "… (cut at 1 tokens)" in said and "cut_at" not in said
 
 
 @pytest.mark.parametrize("place", ["no/file", ""])

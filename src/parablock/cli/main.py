@@ -256,14 +256,14 @@ def plan(
             check_config(loaded, None)
         progress.stage(LOADING, is_brief=True)
         from parablock.plan.forecast import make_plan
-        from parablock.plan.view import show_plan
+        from parablock.plan.view import next_step, show_plan
 
         progress.stage("timing real steps" if probe else "reading the model's configuration", is_brief=True)
         made = make_plan(loaded, probe=probe)
     if output_format == "json":
         say_whole(json.dumps(asdict(made), indent=2))
         return
-    for part in show_plan(made, loaded):
+    for part in (*show_plan(made, loaded), next_step(made, loaded, config)):
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 

@@ -221,7 +221,8 @@ def generate(
 ) -> None:
     """Answer prompts with the base model and the tuned one of a run, or with any model.
 
-    A line of JSON has the prompt, the answer of each model (base, tuned or model), and the reference of the row.
+    A line of JSON has the prompt, the answer of each model (base, tuned or model), where --max-new-tokens cut it
+    (base_cut_at and so on), and the reference of the row.
 
     Example: parablock generate runs/t0 "What is 2 + 2?" --data prompts.jsonl --output answers.jsonl
     """
@@ -246,18 +247,21 @@ def generate(
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         _warn_of_changes(model_or_run_dir, progress)
         answers: dict[str, list[str]] = {}
+        cut: dict[str, dict[int, int]] = {}
         for speaker in open_speakers(model_or_run_dir, only=only, tell=progress.stage):
             progress.stage(f"{speaker.label} answers", len(asked))
+            ends = cut[speaker.label] = {}
             answers[speaker.label] = answer_prompts(
                 speaker,
                 asked,
                 system=system,
                 batch_size=batch_size,
                 on_done=progress.done,
+                on_endless=lambda place, ends=ends: ends.update({place: max_new_tokens}),
                 on_cut=lambda told, label=speaker.label: progress.message(f"note: {label}: {told}"),
                 **settings,
             )
-    records = list(labelled(asked, answers))
+    records = list(labelled(asked, answers, cut))
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     if output is not None:
         write_atomically(output, "".join(f"{line}\n" for line in lines))
@@ -268,5 +272,8 @@ def generate(
     else:
         for record in records:
             for name, text in record.items():
-                console.print_as_it_is(Text.assemble((f"{name}: ", "bold"), printable(text)))
+                if isinstance(text, str):
+                    at = record.get(f"{name}_cut_at")
+                    said = f"{text.rstrip()} … (cut at {at} tokens)" if at else text
+                    console.print_as_it_is(Text.assemble((f"{name}: ", "bold"), printable(said)))
             console.print()

@@ -288,8 +288,17 @@ class Dialogue:
         return answer
 
 
-def labelled(prompts: Sequence[AskedPrompt], answers: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
-    """Yield a record for each prompt: the prompt, the answer of each model by its label, and the reference."""
+def labelled(
+    prompts: Sequence[AskedPrompt], answers: Mapping[str, Sequence[str]], cut: Mapping[str, Mapping[int, int]]
+) -> Iterator[dict[str, Any]]:
+    """Yield a record for each prompt: the prompt, the answer of each model by its label, and the reference.
+
+    `cut` has, for each label, the places of the answers that were cut, and at how many tokens: `LABEL_cut_at`.
+    """
     for n, prompt in enumerate(prompts):
-        known = {} if prompt.reference is None else {"reference": prompt.reference}
-        yield {"prompt": prompt.text, **{label: given[n] for label, given in answers.items()}, **known}
+        record: dict[str, Any] = {"prompt": prompt.text}
+        for label, given in answers.items():
+            record[label] = given[n]
+            if n in cut[label]:
+                record[f"{label}_cut_at"] = cut[label][n]
+        yield record if prompt.reference is None else {**record, "reference": prompt.reference}

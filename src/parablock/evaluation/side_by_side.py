@@ -147,7 +147,7 @@ def score_models(
             drawn = sample_examples(tokenized.examples, config.evaluation.max_examples, config.seed)
             tokenized = replace(tokenized, examples=drawn)
         count = None if task == "multiple_choice" else len(tokenized.examples)
-        stage(f"{label}: {task} of {name_or_path} on {len(tokenized.examples)} examples", count)
+        stage(f"{label}: {task} on {len(tokenized.examples)} examples", count)
         cut = describe_cut(loaded.model, tokenized.examples, max_new_tokens) if answers else ""
         score = _score(label, loaded, tokenized, task, max_new_tokens, on_done)
         scores.append(replace(score, tokenized=tokenized, cut=cut))

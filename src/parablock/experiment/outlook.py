@@ -19,12 +19,13 @@ MAX_CLIENTS = 16
 """Clients whose first batches are counted; more of them are taken to be like these."""
 
 
-def foresee(inputs: RunInputs, scoring_s: float) -> str:
+def foresee(inputs: RunInputs, scoring_s: float, answering_s: float) -> str:
     """Say in a sentence how long a round and the whole run will take; "" where the configuration leaves it open.
 
     Args:
         inputs: The run.
         scoring_s: The seconds that scoring the test examples took.
+        answering_s: The seconds in which the base model has answered test prompts, as the tuned one will.
     """
     config = inputs.config
     steps, clients = config.train.num_local_steps, [part for part in inputs.train if part]
@@ -45,13 +46,17 @@ def foresee(inputs: RunInputs, scoring_s: float) -> str:
         round_s = max(computing_s, sending_s) if config.federation.delay else computing_s + sending_s
     every = config.evaluation.every_rounds
     scorings = -(-num_rounds // (every or num_rounds))  # the last round is scored in any case
-    total_s = num_rounds * round_s + scorings * scoring_s
+    total_s = num_rounds * round_s + scorings * scoring_s + answering_s
     rounds = (
         f"{num_rounds} rounds with {scorings} scorings" if scorings > 1 else f"{num_rounds} rounds with a scoring"
     )
+    seen = steps * config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    seen = round(seen * num_rounds * cohort / config.federation.num_clients)
+    epochs = seen / fmean(len(part) for part in clients)
     return (
         f"a round takes about {format_duration(round_s)} here, and {rounds} of {format_duration(scoring_s)} about "
-        f"{format_duration(total_s)} (by the speed of scoring the base model)"
+        f"{format_duration(total_s)} (by the speed of scoring the base model); "
+        f"a client learns from {seen:,} examples, {epochs:.2g} times those that it has"
     )
 
 

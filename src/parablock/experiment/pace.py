@@ -30,6 +30,7 @@ class Pace:
         cohort: Those that train in a round; None: all.
         stages: What is done outside the rounds, such as scoring.
         scored_every: Rounds between scorings, 0 for the last round alone; None: not known.
+        delay: Rounds that begin before an earlier one is over.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Pace:
         cohort: int | None,
         stages: Stages,
         scored_every: int | None = None,
+        delay: int = 0,
     ) -> None:
-        self.num_rounds, self.first_round = num_rounds, first_round
+        self.num_rounds, self.first_round, self._delay = num_rounds, first_round, delay
         self._now_s, self._start_s, self._end_s = now_s, now_s(), math.inf
         self._stages, self._scored_every = stages, scored_every
         self._cohort = cohort or num_clients
@@ -115,6 +117,8 @@ class Pace:
         done = self.rounds_done()
         seconds, within = self._seconds_a_round(done), done - self.committed
         number = min(self.committed + 1, self.num_rounds)
+        if self.committed + self._delay + 1 >= self.num_rounds:
+            return "the last round has begun: the run ends with it, and its model is scored and written"
         text = f"stopping at the next round and saving: waiting for the end of round {number}"
         left_s = 0.0 if seconds is None else max(0.0, 1 - within) * seconds
         return text if left_s < SHORT_S else f"{text}, about {format_duration(left_s)}"

@@ -70,6 +70,7 @@ class Progress:
         scored_every: int | None = None,
         earlier: Sequence[Mapping[str, Any]] = (),
         num_blocks: int | None = None,
+        delay: int = 0,
     ) -> None:
         """Begin the display of the rounds `first_round` to `num_rounds` − 1; a resumed run begins later than 0.
 
@@ -81,6 +82,7 @@ class Progress:
             scored_every: Rounds between scorings, 0 for the last round alone; None: not known.
             earlier: The rows of the rounds that are done, as far as they are known.
             num_blocks: The number of blocks; of 1, which is all that is trained, nothing is said. None: not known.
+            delay: Rounds that begin before an earlier one is over.
         """
 
     def rounds_over(self) -> None:
@@ -153,9 +155,9 @@ class _Paced(Progress):
         first_round: int,
         cohort: int | None = None,
         *,
-        scored_every: int | None = None,
         earlier: Sequence[Mapping[str, Any]] = (),
         num_blocks: int | None = None,
+        **more: Any,
     ) -> None:
         """Begin the rounds."""
         del earlier
@@ -168,7 +170,7 @@ class _Paced(Progress):
             num_clients=num_clients,
             cohort=cohort,
             stages=self._stages,
-            scored_every=scored_every,
+            **more,
         )
 
     def rounds_over(self) -> None:
@@ -235,11 +237,8 @@ class PlainProgress(_Paced):
         pace.rounds_done(num_done)
         at_an_end = num_done in (pace.first_round + 1, pace.num_rounds)
         if at_an_end or num_done % self._stride == 0 or row.get("eval_loss") is not None:
-            self.message(
-                "  ".join(
-                    [*_describe(row, num_rounds=pace.num_rounds, has_blocks=self._has_blocks), pace.remaining()]
-                )
-            )
+            facts = _describe(row, num_rounds=pace.num_rounds, has_blocks=self._has_blocks)
+            self.message("  ".join([*facts, pace.remaining()]))
 
     def message(self, text: str) -> None:
         """Write a line that belongs to no round."""
@@ -383,9 +382,10 @@ class LiveProgress(_Paced):
 
     def _move_bar(self) -> None:
         pace = self._pace
-        done = pace.rounds_done()
         times = "  ".join(text for text in (pace.elapsed(), pace.remaining()) if text)
-        self._bar.update(self._task, completed=done, at=f"{pace.committed}/{pace.num_rounds}", times=times)
+        self._bar.update(
+            self._task, completed=pace.rounds_done(), at=f"{pace.committed}/{pace.num_rounds}", times=times
+        )
 
     def _draw_facts(self) -> Table:
         facts = Table.grid(padding=(0, 2))

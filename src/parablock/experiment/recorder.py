@@ -41,7 +41,7 @@ class Recorder:
         progress: Shows the records while the run goes on.
         model: The model, which is scored between rounds.
         began: When this process began with the run, by `time.perf_counter`.
-        state: The checkpoint that the run goes on from; None at the start, when the base model is scored.
+        start: The checkpoint that the run goes on from; at its start, the loss of the base model.
         releases: What ε is made of.
 
     Attributes:
@@ -58,7 +58,7 @@ class Recorder:
         model: MethodModel,
         *,
         began: float,
-        state: RunState | None,
+        start: RunState | float,
         releases: ReleaseLedger,
     ) -> None:
         self._releases = releases
@@ -66,18 +66,16 @@ class Recorder:
         self._began, self._elapsed_before, self._last_commit_s, start_s = began, 0.0, 0.0, 0.0
         self.unsaved: StorageError | None = None
         self.troubles: dict[str, Any] = {}
-        if state is None:
-            self._rows = directory.rows_before(0)
-            self._initial_eval_loss = model.evaluate(model.params)
-            _check_finite(self._initial_eval_loss, config)
-            progress.message(f"base model: eval loss {self._initial_eval_loss:.4f}")
+        state = start if isinstance(start, RunState) else None
+        if not isinstance(start, RunState):
+            self._rows, self._initial_eval_loss = directory.rows_before(0), start
         else:
-            self._rows = directory.rows_before(state.server.committed + 1)
-            stored = state.progress
+            self._rows = directory.rows_before(start.server.committed + 1)
+            stored = start.progress
             self._initial_eval_loss, start_s = stored["initial_eval_loss"], stored["clock_s"]
             self._elapsed_before, self._last_commit_s = stored["elapsed_s"], stored["last_commit_s"]
             done = f"{len(self._rows)} of {config.federation.num_rounds} rounds are done"
-            progress.message(f"resuming from the checkpoint round-{state.round_index:06d}: {done}")
+            progress.message(f"resuming from the checkpoint round-{start.round_index:06d}: {done}")
         first_step, values = len(self._rows) + 1 if state else 0, config.model_dump(mode="json")
         self._trackers = open_trackers(config.report_to, directory.path, first_step=first_step, config=values)
         if state is None:
@@ -188,7 +186,8 @@ class Recorder:
         return self._elapsed_before + time.perf_counter() - self._began
 
 
-def _check_finite(loss: float, config: RunConfig) -> None:
+def check_finite(loss: float, config: RunConfig) -> None:
+    """Refuse a base model whose loss is not finite, with a `TrainingError`."""
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss of the base model on the test rows is {loss}, before any training",

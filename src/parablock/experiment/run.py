@@ -27,7 +27,7 @@ from parablock.experiment.inputs import read_inputs
 from parablock.experiment.outlook import foresee
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, releases_of
-from parablock.experiment.recorder import Recorder, Summary
+from parablock.experiment.recorder import Recorder, Summary, check_finite
 from parablock.experiment.trackers import check_trackers
 from parablock.methods.base import MethodModel, RunInputs, Watch
 from parablock.methods.choose import make_method_model
@@ -165,17 +165,9 @@ class _Run:
             progress.message(note)
         watch = Watch(progress.step, progress.done)
         model = make_method_model(self.inputs, None if self.engine.is_local else (), watch)
-        if state is None:
-            text = f"scoring the base model on {model.num_scored} test examples"
-            progress.stage(text, model.num_scored, scores=True)
-        before = time.perf_counter()
-        recorder = Recorder(config, directory, progress, model, began=self.began, state=state, releases=releases)
-        progress.stage("", scores=True)
-        if state is None and (outlook := foresee(self.inputs, time.perf_counter() - before)):
-            progress.message(outlook)
-        if state is None and config.evaluation.num_answers:
-            progress.stage("the base model answers test prompts, tokens", model.most_answer_tokens(), is_brief=True)
-            directory.write_answers("base", model.answer())
+        progress.stage("")
+        start = self._look_at_base(model) if state is None else state  # no part of the time of the rounds
+        recorder = Recorder(config, directory, progress, model, began=self.began, start=start, releases=releases)
         cohort = cohort_size(config.federation.model_dump())
         progress.start(
             config.federation.num_rounds,
@@ -185,6 +177,7 @@ class _Run:
             scored_every=config.evaluation.every_rounds,
             earlier=recorder.rows,
             num_blocks=len(self.inputs.blocks),
+            delay=config.federation.delay,
         )
         faults = faults_of(config, state.progress["faults"] if state else ())
         hooks = Hooks(recorder.on_commit, recorder.on_checkpoint, self.asked_to_stop, progress.message)
@@ -214,6 +207,24 @@ class _Run:
         progress.stage("writing the report", is_brief=True)
         write_report([directory.path])
         return summary
+
+    def _look_at_base(self, model: MethodModel) -> float:
+        """Score the base model, let it answer, and say how long the run will take; return its loss."""
+        progress, began_s = self.progress, time.perf_counter()
+        text = f"scoring the base model on {model.num_scored} test examples"
+        progress.stage(text, model.num_scored, scores=True)
+        loss = model.evaluate(model.params)
+        progress.stage("", scores=True)
+        check_finite(loss, self.inputs.config)
+        progress.message(f"base model: eval loss {loss:.4f}")
+        scored_s = time.perf_counter()
+        if self.inputs.config.evaluation.num_answers:
+            progress.stage("the base model answers test prompts, tokens", model.most_answer_tokens(), is_brief=True)
+            self.directory.write_answers("base", model.answer())
+            progress.stage("")
+        if outlook := foresee(self.inputs, scored_s - began_s, time.perf_counter() - scored_s):
+            progress.message(outlook)
+        return loss
 
     def _finish(self, result: EngineResult, recorder: Recorder, model: MethodModel) -> Summary:
         if recorder.unsaved is not None:  # in a stopping run no message is left to carry the error

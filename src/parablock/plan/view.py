@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,6 +14,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS
 from parablock.plan.forecast import Plan
 from parablock.plan.memory import adapter_rank
+from parablock.printable import as_argument
 from parablock.report.units import format_bytes, format_duration
 
 MEMORY_ROWS = {"block": "blocks", "lora": "LoRA, r = {}", "full": "all at once"}
@@ -57,6 +59,14 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         )
     for assumption in plan.assumptions:
         yield f"Note: {assumption}."
+
+
+def next_step(plan: Plan, config: RunConfig, path: Path) -> str:
+    """Say once more what the run takes, below all tables, and which command starts it."""
+    return (
+        f"{config.federation.num_rounds} rounds: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.\n"
+        f"next: parablock run {as_argument(path)} --output-dir runs/mine"
+    )
 
 
 def _blocks(plan: Plan, config: RunConfig) -> Table:

@@ -25,7 +25,7 @@ from parablock.report.gantt import gantt_figure
 from parablock.report.reading import RunRecord, cut_note
 from parablock.report.tables import Table
 
-MOST_CHARACTERS = 600
+MOST_CHARACTERS = 3000
 """Longest text of a prompt or an answer on the page; `answers.json` has all of it."""
 
 SCRIPTS = ("plotly-basic.min.js", "report.js")
@@ -134,8 +134,10 @@ def _answers(run: RunRecord) -> list[str]:
 def _clipped(text: str, note: str = "") -> str:
     """Return the begin of a text for the page; a `note` on its end always stands behind it."""
     shown = text.strip()
-    if len(shown) > MOST_CHARACTERS or note:
-        shown = f"{shown[:MOST_CHARACTERS].rstrip()} … {note}".rstrip()
+    if len(shown) > MOST_CHARACTERS:
+        note = f"(cut here; {len(shown):,} characters in answers.json)"
+    if note:
+        shown = f"{shown[:MOST_CHARACTERS].rstrip()} … {note}"
     return as_html(shown) or "<i>nothing</i>"
 
 

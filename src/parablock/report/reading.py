@@ -19,6 +19,8 @@ from parablock.printable import as_argument
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
 
+LEAST_COMMUNICATION = 0.02
+"""The share of the time of all rounds below which nobody waits for real sites' links."""
 REAL = ("remote", "flower")
 """The engines whose links are real."""
 
@@ -121,8 +123,12 @@ class RunRecord:
 
     @property
     def has_link(self) -> bool:
-        """Whether communication takes time: over a link of the configuration, or to real sites."""
-        return any(self.config.get("link", {}).values()) or self.config.get("engine", {}).get("name") in REAL
+        """Whether communication takes time that counts: over a link of the configuration, or to real sites."""
+        if any(self.config.get("link", {}).values()):
+            return True
+        is_real = self.config.get("engine", {}).get("name") in REAL
+        sent_s = sum(row.get("communication_s", 0.0) for row in self.rows)
+        return is_real and sent_s >= LEAST_COMMUNICATION * self.summary["wall_time_s"]
 
     def block_name(self, block_index: int) -> str:
         """Return the name of a block, which says its layers."""
@@ -185,7 +191,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
         lines = directory.metrics.read_text(encoding="utf-8").splitlines()
         rows = tuple(_checked("metrics.jsonl", [json.loads(line) for line in lines]))
         summary = _checked("summary.json", directory.read_summary())
-        if len(lines) < summary["rounds_done"]:
+        if summary["status"] == "completed" and len(lines) < summary["rounds_done"]:
             raise ValueError(f"metrics.jsonl has {len(lines)} rounds, and {summary['rounds_done']} are done")
         return RunRecord(
             name=name,

@@ -396,3 +396,12 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_value():
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([1.0, float("nan"), 2.0]) == "▁█"
     assert sparkline([float("inf")]) == sparkline([]) == ""
+
+
+def test_a_stop_in_the_last_round_says_that_the_run_ends():
+    progress = PlainProgress(console=file_console())
+    progress.start(4, 2, 0, delay=1)
+    progress.round_done(row(0))
+    assert progress.awaited().startswith("stopping at the next round and saving: waiting for the end of round 2")
+    progress.round_done(row(1))  # the third and the fourth are under way
+    assert progress.awaited().startswith("the last round has begun: the run ends with it")
