@@ -180,7 +180,7 @@ def kill_sites(options: Options) -> None:
         load = os.getloadavg()[0]
         with RealSites(folder / f"run-{len(runs)}", config, options.bytes_per_s) as town:
             runs.append(disturbed(town, draw, options, options.kills - num_kills(runs)) | {"load": load})
-            note_returns(town, runs[-1]["kills"])
+            note_returns(town, runs[-1]["kills"], options.outage_s)
         bars, kills = bars_of_kills(runs, options.kills, expected, other)
         if back := [kill["back_s"] for kill in kills if kill.get("alone")]:
             name = "seconds from the start of a killed site until it has trained, without the loading of its model"
@@ -307,15 +307,22 @@ def disturbed(town: RealSites | RealFederation, draw: np.random.Generator, optio
     return {"kills": kills, "seconds": time.time() - began_s, "model_sha256": sha256(town.output_dir)}
 
 
-def note_returns(town: RealSites, kills: list[Found]) -> None:
-    """Add to the kills of sites how long each took to be back."""
+def note_returns(town: RealSites, kills: list[Found], outage_s: float) -> None:
+    """Add to the kills of sites how long each took to be back, and whether it could: its network may be cut."""
     for kill in kills:
         if kill["part"] == "site":
-            kill.update(back_after(town.lines_of(kill["site"]), kill["at_s"], [other["at_s"] for other in kills]))
+            cut = [each["part"] == "network" and each["site"] == kill["site"] for each in kills]
+            others = [
+                (each["at_s"], each["at_s"] + outage_s * is_cut) for each, is_cut in zip(kills, cut, strict=True)
+            ]
+            kill.update(back_after(town.lines_of(kill["site"]), kill["at_s"], others))
 
 
-def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list[float]) -> Found:
-    """Return how long a site took to train again after a start, and how long of it to load its model."""
+def back_after(lines: list[tuple[float, str]], start_s: float, disturbed: list[tuple[float, float]]) -> Found:
+    """Return how long a site took to train again after a start, and how long of it to load its model.
+
+    It was alone where nothing else was disturbed from then on; what was is told with when it began and ended.
+    """
     told = [(at_s, said) for at_s, said in lines if at_s >= start_s]
     trained = [at_s for at_s, said in told if "trained" in said]
     if not trained:  # the run ended before
@@ -324,7 +331,7 @@ def back_after(lines: list[tuple[float, str]], start_s: float, disturbed_s: list
         max(at_s for at_s, said in told if what in said and at_s <= trained[0])
         for what in ("reads its rows", "the model is there")
     )
-    alone = not any(start_s < at_s <= trained[0] for at_s in disturbed_s)
+    alone = not any(start_s < end_s and at_s <= trained[0] for at_s, end_s in disturbed)
     load_s = loaded - asked
     return {"back_s": trained[0] - start_s - load_s, "load_s": load_s, "asked_s": asked - start_s, "alone": alone}
 
