@@ -70,20 +70,23 @@ class _Pace:
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
         self._came_s = inf
-        self._seen = deque[tuple[float, float]]()  # when, and bytes a second
+        self._seen = deque[tuple[float, float]]()  # when, and bytes a second: each faster than all later ones
 
     def note(self, num_bytes: int) -> None:
         """Note that a part has come."""
         before_s, self._came_s = self._came_s, self._now_s()
         if num_bytes == PART_BYTES and self._came_s > before_s:
-            self._seen.append((self._came_s, num_bytes / (self._came_s - before_s)))
+            pace = num_bytes / (self._came_s - before_s)
+            while self._seen and self._seen[-1][1] <= pace:
+                self._seen.pop()
+            self._seen.append((self._came_s, pace))
 
     def bytes_per_s(self) -> int:
         """Return the pace; 0: unknown."""
         now_s = self._now_s()
         while self._seen and not 0 <= now_s - self._seen[0][0] <= PACE_S:  # clocks may be set back
             self._seen.popleft()
-        return int(max((pace for _, pace in self._seen), default=0.0))
+        return int(self._seen[0][1]) if self._seen else 0
 
 
 class _Window:
