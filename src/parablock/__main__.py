@@ -32,7 +32,9 @@ def _open_what_is_closed() -> None:
     """Lead standard streams that the caller has closed nowhere, so that no other file gets their number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2: the first number that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)  # nor shall a file of a program that this one starts
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 def _leave(number: int, frame: object) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import load_config, overridden, parse_config, tree_of_method
+from parablock.config.load import flatten, load_config, overridden, parse_config, tree_of_method
 from parablock.config.methods import METHODS
 from parablock.errors import ConfigError, StoppedByUserError, StorageError
 from parablock.evaluation.side_by_side import check_task, score_models
@@ -164,26 +166,59 @@ def compare_methods(
 def _begin(runs: Sequence[PlannedRun], output_dir: Path) -> None:
     """Write down what is compared, or see that it is what an earlier start has written down."""
     plan = {planned.name: planned.config.model_dump(mode="json") for planned in runs}
+    config = runs[0].config
+    places = dict.fromkeys((config.model.name_or_path, *config.data.train, *config.data.test))
+    sources = {place: _sha256(place) for place in places}
     written = output_dir / PLAN_NAME
     if written.exists():
         with storage(written):
-            if written.read_text(encoding="utf-8") == _as_text(plan):
-                return
-        raise StorageError(
-            f"{output_dir} holds another comparison",
-            cause=f"{PLAN_NAME} says other settings than those that are given now.",
-            remedy="Choose another --output-dir; the same settings go on where it was stopped.",
-        )
+            before = _read(written.read_bytes())
+        begun = [name for name in before["runs"] if RunDirectory(output_dir / name).config.exists()]
+        if begun and before["runs"] != plan:
+            raise StorageError(
+                f"{output_dir} holds another comparison, of which {', '.join(begun)} has begun",
+                cause=f"{PLAN_NAME} says other settings than those that are given now.",
+                remedy="Choose another --output-dir; the same settings go on where it was stopped.",
+            )
+        changed = [place for place, digest in sources.items() if before["sources"].get(place) != digest]
+        if begun and changed:
+            raise StorageError(
+                f"{changed[0]} is not what it was when the comparison in {output_dir} began",
+                cause="Its runs would be of different data or models.",
+                remedy="Put back what changed, or choose another --output-dir.",
+            )
+        if begun:
+            return
     # a run's own folder has a report already
     for directory in (RunDirectory(output_dir), *(RunDirectory(output_dir / planned.name) for planned in runs)):
         directory.check_unused()
     with storage(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(written, _as_text(plan))
+    write_atomically(written, json.dumps({"runs": plan, "sources": sources}, indent=2) + "\n")
 
 
-def _as_text(plan: dict[str, Any]) -> str:
-    return json.dumps(plan, indent=2) + "\n"
+def _read(content: bytes) -> dict[str, Any]:
+    """Return what a file says of its comparison; nothing of one that is damaged."""
+    try:
+        found = json.loads(content)
+        return {"runs": dict(found["runs"]), "sources": dict(found["sources"])}
+    except (ValueError, LookupError, TypeError):
+        return {"runs": {}, "sources": {}}
+
+
+def _sha256(place: str) -> str:
+    """Hash the files of a path or a pattern; "" of what is not on this machine."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    else:
+        found = [path] if path.exists() else list(map(Path, glob(str(path), recursive=True)))  # noqa: PTH207
+    files = sorted(file for file in found if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with storage(file), file.open("rb") as content:
+            digest.update(f"{file}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest() if files else ""
 
 
 def _summary_of(
@@ -192,6 +227,15 @@ def _summary_of(
     """Do one run of a comparison, as far as it is not done."""
     if not directory.config.exists():
         return run(planned.config, directory.path, progress=progress, asked_to_stop=asked_to_stop)
+    before, after = (
+        flatten(config.model_dump(mode="json")) for config in (planned.config, load_config(directory.config))
+    )
+    open_or_path = (None, "auto", planned.config.model.name_or_path, before["data.train"], before["data.test"])
+    if others := [key for key in after if after[key] != before[key] and before[key] not in open_or_path]:
+        raise StorageError(
+            f"the run in {directory.path} is not that of this comparison: {', '.join(others)} differ",
+            remedy="Move it away, or choose another --output-dir.",
+        )
     if directory.summary.exists() and directory.read_summary().get("status") == "completed":
         progress.message("is complete")
         return directory.read_summary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from itertools import count
 from pathlib import Path
@@ -202,8 +203,19 @@ def test_a_stopped_comparison_goes_on_where_it_was(workshop, tmp_path):
         compare_methods(runs, folder, progress=Progress(), asked_to_stop=lambda: next(calls) >= stop)
     first = (folder / "fl_bcd" / "summary.json").read_bytes()
     others = plan_comparison(config, ["fl_bcd", "parablock"])
-    with pytest.raises(StorageError, match="holds another comparison"):
+    with pytest.raises(StorageError, match="holds another comparison, of which fl_bcd, parablock has begun"):
         compare_methods(others, folder, progress=Progress())
+    file = Path(config.data.train[0])
+    rows = file.read_bytes()
+    file.write_bytes(rows + rows.splitlines(keepends=True)[0])
+    with pytest.raises(StorageError, match=f"{file.name} is not what it was when the comparison"):
+        compare_methods(runs, folder, progress=Progress())
+    file.write_bytes(rows)
+    written = (folder / "fl_bcd" / "config.yaml").read_text()
+    (folder / "fl_bcd" / "config.yaml").write_text(written.replace("seed: 0", "seed: 7"))
+    with pytest.raises(StorageError, match="is not that of this comparison: seed differ"):
+        compare_methods(runs, folder, progress=Progress())
+    (folder / "fl_bcd" / "config.yaml").write_text(written)
     summaries = compare_methods(runs, folder, progress=Progress())
     assert (folder / "fl_bcd" / "summary.json").read_bytes() == first
     undisturbed = compare_methods(runs, tmp_path / "undisturbed", progress=Progress())
@@ -212,6 +224,19 @@ def test_a_stopped_comparison_goes_on_where_it_was(workshop, tmp_path):
     assert [summary["name"] for summary in json.loads((folder / "compare.json").read_text())] == [
         planned.name for planned in runs
     ]
+
+
+@pytest.mark.parametrize("left", [b"\xff", b"[]", None])
+def test_a_comparison_of_which_nothing_has_begun_is_planned_anew(workshop, tmp_path, left):
+    folder, config = tmp_path / "compared", load_config(workshop.config)
+    with pytest.raises(StoppedByUserError):
+        stop = after(0)
+        compare_methods(plan_comparison(config, ["fl_bcd"]), folder, progress=Progress(), asked_to_stop=stop)
+    shutil.rmtree(folder / "fl_bcd")
+    if left is not None:
+        (folder / "comparison.json").write_bytes(left)
+    (summary,) = compare_methods(plan_comparison(config, ["fedavg"]), folder, progress=Progress())
+    assert summary["method"] == "fedavg"
 
 
 def test_a_comparison_does_not_write_over_the_report_of_a_run(workshop, tmp_path):

@@ -78,10 +78,9 @@ def run(
     inputs = _checked_inputs(config, progress)
     if note := _warn_of_little_room(directory, inputs):
         progress.message(note)
-    directory.create(inputs.config.to_yaml(), inputs.manifest)
+    secret = new_secret() if adds_noise(config) else None
+    directory.create(inputs.config.to_yaml(), inputs.manifest, secret)
     with lock_folder(directory.path):
-        if adds_noise(config):
-            directory.write_secret(new_secret())
         engine = connect(inputs) if connect else InProcess()
         return _Run(inputs, directory, progress, asked_to_stop, engine, began).execute(None)
 

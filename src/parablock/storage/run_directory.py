@@ -41,8 +41,8 @@ class RunDirectory:
                 remedy=f"Choose another --output-dir, or go on with it: {self._resume()}",
             )
 
-    def create(self, config_yaml: str, manifest: dict[str, Any]) -> None:
-        """Make the folder with its configuration and manifest; see `check_unused`."""
+    def create(self, config_yaml: str, manifest: dict[str, Any], secret: bytes | None = None) -> None:
+        """Make the folder with its manifest, a key of noise, and last its configuration; see `check_unused`."""
         self.check_unused()
         made = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
         try:
@@ -50,6 +50,8 @@ class RunDirectory:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self.metrics.write_text("", encoding="utf-8")
             write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
+            if secret is not None:
+                self.write_secret(secret)
             write_atomically(self.config, config_yaml)
         except StorageError:
             self._unmake(made)
@@ -57,7 +59,7 @@ class RunDirectory:
 
     def _unmake(self, folders: Sequence[Path]) -> None:
         """Remove the files and folders that `create` has made; folders that were there before stay."""
-        for path in (self.config, self.manifest, self.metrics):
+        for path in (self.config, self.manifest, self.metrics, self.secret):
             with suppress(OSError):
                 path.unlink()
         for folder in (self.checkpoints, *folders):
