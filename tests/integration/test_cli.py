@@ -782,9 +782,10 @@ def test_eval_generates_answers(finished: Path, workshop: Workshop):
     arguments = ("eval", str(finished), "--data", str(workshop.test_file), "--task", "exact_match")
     outcome = done(*arguments, "--max-new-tokens", "4")
     assert set(scores(outcome.stdout)) == {"base", "tuned"}
-    assert outcome.stdout.count("where '#### 0' is right") == 2
+    assert outcome.stdout.count("  right would be:\n    #### 0\n") == 2
+    assert outcome.stdout.endswith(f"talk to it: parablock chat {finished}\n")
     silent = command(*arguments, "--max-new-tokens", "4", "--samples", "0")
-    assert "is right" not in silent.stdout
+    assert "would be:" not in silent.stdout
 
 
 def test_eval_chooses_between_choices(finished: Path, choices_file: Path):

@@ -121,7 +121,7 @@ def test_a_model_of_sharegpt_rows_is_asked_like_any_other(workshop: Workshop, tm
     changes = [files_of(tmp_path, said), "data.test=[]", "federation.num_rounds=4"]
     assert workshop.run(tmp_path / "run", *changes).code == 0
     asked_once = ("generate", str(tmp_path / "run"), "1?", "--format", "jsonl", "--max-new-tokens", "3")
-    assert set(json.loads(done(*asked_once).stdout)) == {"prompt", "base", "tuned"}
+    assert set(json.loads(done(*asked_once).stdout)) >= {"prompt", "base", "tuned"}
 
 
 def test_a_forgotten_client_has_not_been_trained_on(workshop: Workshop, tmp_path: Path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parablock.cli.terminal import LOADING, check_model, console, show_work, table_of
+from parablock.printable import as_argument, printable
 
 if TYPE_CHECKING:
     from parablock.evaluation.side_by_side import Score
@@ -131,6 +133,8 @@ def evaluate(
             "weights_changed": bool(changed),
         }
         _write(folder, task, scores, facts | ({"clients": clients} if clients else {}))
+    if of_run:
+        console.print(f"talk to it: parablock chat {as_argument(model_or_run_dir)}", highlight=False)
 
 
 def _folder_of(model_or_run_dir: str, output_dir: Path | None) -> Path | None:
@@ -158,9 +162,11 @@ def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) ->
             console.print(line, highlight=False)
     for score in scores:
         for answer in score.samples[:samples]:
-            wanted = "is asked for" if score.followed else "is right"
-            line = f"{score.label} answers {answer.prediction!r} where {answer.reference!r} {wanted}"
-            console.print_as_it_is(line)
+            wanted = "asked for" if score.followed else "right"
+            console.print_as_it_is(
+                f"{score.label} answers:\n{indent(printable(answer.prediction.strip()), '    ')}"
+            )
+            console.print_as_it_is(f"  {wanted} would be:\n{indent(printable(answer.reference.strip()), '    ')}")
 
 
 def _left_out(scores: list[Score]) -> list[str]:

@@ -109,9 +109,9 @@ def export_run(
         own = config.lora.rank if config.federation.traits.trains == "adapters" else DEFAULT_RANK
         notes = _write_adapter(pair, folder, _rank_of(pair.base, rank, own), tell)
         if all(torch.equal(value, value.bfloat16().float()) for value in tuned.parameters()):
-            notes.append(
-                "the model is written in bfloat16, and its rounding is a part of the change that no rank holds"
-            )
+            note = "the model is written in bfloat16, and its rounding is a part of the change that no rank holds"
+            is_new = config.model.dtype == "float32" and config.federation.traits.trains == "adapters"
+            notes.append(note + "; the adapters that were trained had it neither" * is_new)
         return notes
 
 
