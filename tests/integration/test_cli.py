@@ -442,15 +442,22 @@ def test_the_blocks_are_as_asked(override: str, names: list[str], runs: Runs):
     assert {row["block_index"] for row in metrics_of(run_dir)} == set(range(len(names)))
 
 
-def test_blocks_are_as_large_as_the_link_lets_them_be_and_the_number_is_written_down(runs: Runs):
-    def blocks(mbps: float | str, rounds: int = 32) -> dict[str, Any]:
-        run_dir = runs(
+def test_blocks_are_as_large_as_the_link_lets_them_be_and_the_number_is_written_down(
+    runs: Runs, workshop: Workshop
+):
+    def settings(mbps: float | str, rounds: int = 32) -> list[str]:
+        return [
             "blocks={split: attention_mlp, layers_per_block: auto}",
             f"link={{upload_mbps: {mbps}, download_mbps: {mbps}}}",
             f"federation.num_rounds={rounds}",
-        )
-        return yaml.safe_load((run_dir / "config.yaml").read_text())["blocks"]
+        ]
 
+    def blocks(mbps: float | str, rounds: int = 32) -> dict[str, Any]:
+        chosen = read_inputs(load_config(workshop.config, settings(mbps, rounds))).config
+        return chosen.model_dump()["blocks"]
+
+    written = yaml.safe_load((runs(*settings(5, 8)) / "config.yaml").read_text())["blocks"]
+    assert written["layers_per_block"] == blocks(5, 8)["layers_per_block"]
     # two steps of 50 ms; the MLPs of two layers are 50 kB: 80 ms up and down at 10 Mbit/s, 160 ms at 5
     assert blocks(10)["layers_per_block"] == 2
     assert blocks(5)["layers_per_block"] == 1

@@ -26,6 +26,7 @@ SHORT = (
     "train.per_device_train_batch_size=2",
     "data.max_length=128",
     "evaluation.max_examples=4",
+    "evaluation.num_answers=0",
     "engine.num_threads=1",
 )
 
