@@ -24,8 +24,11 @@ that the command line can print them as one block.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from contextlib import suppress
+import errno
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -57,7 +60,7 @@ def did_you_mean(path: Path, *, among: str = "*") -> str:
     siblings = set[str]()
     with suppress(OSError):  # a folder that may not be read, or is gone, must not hide the error that is told
         siblings |= {found.relative_to(path.parent).parts[0] for found in path.parent.glob(among)}
-    near = difflib.get_close_matches(path.name, siblings, n=1)
+    near = difflib.get_close_matches(path.name, siblings - {path.name}, n=1)  # its own name is that of a dead link
     return f"Did you mean {path.parent / near[0]}?" if near else ""
 
 
@@ -80,6 +83,51 @@ class ConfigError(InputError):
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{source} has {count}:\n{lines}")
+
+
+@contextmanager
+def reading(source: str | Path, kind: type[InputError]) -> Iterator[None]:
+    """Turn what the system refuses in the block into an error of a kind; see `unread`."""
+    try:
+        yield
+    except OSError as error:
+        raise unread(source, error, kind) from error
+
+
+def unread(source: str | Path, error: OSError, kind: type[InputError] = InputError) -> InputError:
+    """Return the error of something that the system does not let be read, with the system's own reason.
+
+    Args:
+        source: What the user has named.
+        error: What the system has raised; its file is `source`, or in it.
+        kind: The class of the error.
+    """
+    what = f"{source} cannot be read: {error.strerror or error}"
+    if not isinstance(error, PermissionError):
+        return kind(what, remedy="Check the disk or the share that it is on, or give a copy.")
+    path = Path(error.filename if isinstance(error.filename, str) else source)
+    closed = next((folder for folder in reversed(path.parents) if not os.access(folder, os.X_OK)), path)
+    right = "enter the folder" if closed != path or path.is_dir() else "read the file"
+    return kind(
+        f"{source} cannot be read: {error.strerror}",
+        cause=f"This user may not {right} {closed}.",
+        remedy=f"Allow it (chmod u+rX {shlex.quote(str(closed))}), or ask its owner to.",
+    )
+
+
+def check_enterable(source: str | Path, folder: Path, kind: type[InputError]) -> None:
+    """Refuse a folder that this user may not list or enter, where libraries would find it empty."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise unread(source, PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)), kind)
+
+
+def as_own_error(error: ParaBlockError | PermissionError) -> ParaBlockError:
+    """Return an error to tell the user; a PermissionError of anything but reading is raised again."""
+    if isinstance(error, ParaBlockError):
+        return error
+    if not isinstance(error.filename, str) or os.access(error.filename, os.R_OK):
+        raise error
+    return unread(error.filename, error)
 
 
 class DataError(InputError):

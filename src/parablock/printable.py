@@ -21,6 +21,11 @@ def as_argument(path: object) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number and what is counted, such as `1 row` and `2 rows`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def printable(text: str) -> str:
     r"""Return a text with its control characters as escapes, such as `\u001b`; tabs and line ends stay.
 

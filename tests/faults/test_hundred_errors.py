@@ -94,7 +94,7 @@ run run.yaml --output-dir out {IID} --set data.train=row.jsonl
 run run.yaml --output-dir out {IID} --set data.train=rows.xlsx
   rows.xlsx | has the suffix '.xlsx', which cannot be read | Save the sheet as CSV
 run run.yaml --output-dir out {IID} --set data.train=rows.csv
-  rows.csv, line 3 has 1 cells | the row is cut | export the table again
+  rows.csv, line 3 has 1 cell | the row is cut | export the table again
 run run.yaml --output-dir out {IID} --set data.train=./*.parquets
   ./*.parquets matches no file | Relative patterns start from | Check the pattern
 run run.yaml --output-dir out {IID} --set data.train=broken.jsonl

@@ -730,6 +730,17 @@ def test_init_refuses_more_clients_than_the_rows_are_enough_for(workshop: Worksh
     read_inputs(load_config(target))
 
 
+def test_init_refuses_a_file_twice(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(workshop.path)
+    files = [str(workshop.client_file(k).relative_to(workshop.path)) for k in range(2)]
+    (tmp_path / "link.jsonl").symlink_to(workshop.client_file(0))
+    target = str(tmp_path / "one.yaml")
+    for again in (files[0], f"./{files[0]}", str(workshop.client_file(0)), str(tmp_path / "link.jsonl")):
+        refused = command("init", files[0], files[1], again, "--model", "model", "--output", target)
+        assert_refused(refused, "the same file twice", files[0])
+    done("init", *files, "--model", "model", "--output", target)
+
+
 def test_init_takes_the_columns_of_a_table(workshop: Workshop, tmp_path: Path):
     table, target = tmp_path / "rows.csv", tmp_path / "one.yaml"
     table.write_text("question,reply\n" + "".join(f"{n} + 1 =,{n + 1}\n" for n in range(8)))

@@ -242,7 +242,7 @@ def test_a_run_over_the_transport_gives_the_bits_of_any_other(done: Done, folder
 @pytest.mark.slow
 def test_rows_of_the_data_format_are_read(done: Done) -> None:
     run_printed, messages = done.printed[DATA]
-    assert "metamath: 1 examples" in run_printed
+    assert "metamath: 1 example," in run_printed
     assert summary_of(done.folder / "runs/metamath")["status"] == "completed"
     assert json.loads(messages)["messages"][1] == {"role": "assistant", "content": "Lima"}
 

@@ -43,7 +43,7 @@ from parablock.cli.terminal import (
     table_of,
     usual_signals,
 )
-from parablock.errors import ConfigError, ParaBlockError
+from parablock.errors import ConfigError, ParaBlockError, as_own_error
 from parablock.printable import as_argument
 
 app = typer.Typer(
@@ -374,9 +374,10 @@ def main() -> None:
         try:
             refuse_empty_words(sys.argv[1:])
             app()
-        except ParaBlockError as error:
+        except (ParaBlockError, PermissionError) as raised:
+            error = as_own_error(raised)
             if "--debug" in sys.argv:
-                SafeConsole(stderr=True).print_as_it_is("".join(traceback.format_exception(error)).rstrip())
+                SafeConsole(stderr=True).print_as_it_is("".join(traceback.format_exception(raised)).rstrip())
                 sys.exit(error.exit_code)
             lines = [f"error: {error.what}", error.cause, error.remedy]
             say("\n".join(line for line in lines if line), err=True)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from parablock.cli.terminal import LOADING, console, show_work
 from parablock.errors import ConfigError
-from parablock.printable import printable
+from parablock.printable import counted, printable
 
 if TYPE_CHECKING:
     from parablock.data.preview import Stretch
@@ -62,26 +62,24 @@ Shown = tuple[str, "Sequence[Stretch] | None"]
 
 
 def _turns(files: list[list[Row]], rows: int, data_format: str) -> Iterator[Shown]:
-    from parablock.data.preview import turns_of
+    from parablock.data.preview import notes_without_a_model, turns_of
 
     for file in files:
         for row, turns in zip(file[:rows], turns_of(file[:rows], data_format), strict=True):
             yield row.place, turns
-        yield f"{file[0].source}: {len(file)} rows", None
+        yield f"{file[0].source}: {counted(len(file), 'row')}", None
+        for line in notes_without_a_model(file, data_format):
+            yield line, None
 
 
 def _tokens(
     files: list[list[Row]], model: str, rows: int, data_format: str, max_length: int, progress: Progress
 ) -> Iterator[Shown]:
     progress.stage(LOADING, is_brief=True)
+    from parablock.data.formats import warn_of_empty_cells
     from parablock.data.preview import stretches_of
     from parablock.data.prompts import tokenize_rows
-    from parablock.experiment.data_notes import (
-        describe_skipped,
-        describe_unused,
-        settle_template,
-        warn_of_empty_cells,
-    )
+    from parablock.experiment.data_notes import describe_skipped, describe_unused, settle_template
     from parablock.model.pretrained import load_tokenizer
 
     progress.stage("loading the tokenizer", is_brief=True)
@@ -100,7 +98,9 @@ def _tokens(
             cut = ", cut at the end" if example.is_truncated else ""
             yield f"{example.row.place}: {counts}{cut}", stretches_of(example, tokenizer)
         yield f"{file[0].source}: {tokenized.summary()}", None
-        notes = [*describe_skipped([tokenized]), *describe_unused([tokenized]), *warn_of_empty_cells([tokenized])]
+        examples = [example.row for example in tokenized.examples]
+        notes = [*describe_skipped([tokenized]), *describe_unused([tokenized])]
+        notes += warn_of_empty_cells(examples, data_format)
         for line in notes:
             yield line, None
 
@@ -123,11 +123,17 @@ def _say(line: str) -> None:
 
 def columns_of(columns: list[str] | None) -> dict[str, str]:
     """Return what `--column field=column` says, as a mapping; a ConfigError names what is wrong."""
+    from parablock.data.formats import check_columns
+
     pairs = [_pair(column) for column in columns or []]
     names = [name for name, _ in pairs]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         given = ", ".join(f"{name}={value}" for name, value in pairs if name == twice[0])
         raise ConfigError([f"{twice[0]} is given {names.count(twice[0])} times: {given}"], source="--column")
+    try:
+        check_columns(dict(pairs))
+    except ValueError as error:
+        raise ConfigError([str(error)], source="--column") from None
     return dict(pairs)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from parablock.config.section import Section, default_of
-from parablock.data.formats import COLUMNS
+from parablock.data.formats import check_columns
 
 
 def one_or_many(value: Any) -> Any:
@@ -70,9 +70,7 @@ class DataSection(Section):
     @field_validator("columns")
     @classmethod
     def _known_fields(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if name not in COLUMNS:
-                raise ValueError(f"no format has a field {name!r}; known are {', '.join(COLUMNS)}")
+        check_columns(value)
         return value
 
     @model_validator(mode="after")

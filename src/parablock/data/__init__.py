@@ -1,5 +1,6 @@
 """Data, from files to batches; no file here knows the model, the algorithm or the wire.
 
+file_kinds  what a file is by its first bytes, and what makes one of it that can be read
 readers     files of every kind, plain or compressed
 sources     rows from files, folders, patterns or a hub dataset
 conversations  turns in one spelling, and which are learnt

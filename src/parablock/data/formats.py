@@ -13,17 +13,20 @@ A row of all formats but `text` is a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from parablock.data.conversations import Conversation, Message, check_text, converse, kind_of, read_turns
-from parablock.data.readers import rows_out_of, suffix_of
+from parablock.data.file_kinds import rows_out_of, suffix_of
 from parablock.data.sources import Row
 from parablock.data.switches import SWITCHES, is_nothing, is_off
 from parablock.errors import DataError
+from parablock.printable import counted
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -47,6 +50,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 
 COLUMNS = tuple(dict.fromkeys(name for table in (FORMATS, OPTIONAL) for names in table.values() for name in names))
 """All fields that some format reads."""
+
+EMPTY_CELLS = ("NaN", "nan", "NA", "<NA>", "#N/A", "NULL")
+"""How pandas, R, spreadsheets and SQL write a cell without a value into a text file."""
 
 _WEAK = ("text", "input_output")
 """Formats that do not count beside another one, in this order."""
@@ -99,6 +105,20 @@ def check_format(data_format: str) -> None:
     """Raise a DataError unless there is such a format, or it is `auto`."""
     if data_format not in ("auto", *FORMATS):
         raise DataError(f"Unknown format {data_format!r}.", remedy=f"Known are auto, {', '.join(FORMATS)}.")
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse columns of a field that no format has, and one column for two fields, with a ValueError."""
+    for name in columns:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"no format has a field {name!r}{meant}; known are {', '.join(COLUMNS)}")
+    for column in columns.values():
+        if len(same := [name for name, value in columns.items() if value == column]) > 1:
+            raise ValueError(
+                f"the fields {' and '.join(same)} are both column {column!r}; each needs one of its own"
+            )
 
 
 def check_rows(rows: Sequence[Row], data_format: str) -> None:
@@ -154,6 +174,22 @@ def unused_fields(row: Row, data_format: str) -> list[str]:
     return [name for name, value in row.fields.items() if name not in used and not is_nothing(value)]
 
 
+def warn_of_empty_cells(rows: Sequence[Row], data_format: str) -> list[str]:
+    """Warn of words that other software writes for a cell with nothing in it, and that are learnt as words here."""
+    format_of = formats_by_source(rows, data_format)
+    found = Counter(
+        (name, value.strip())
+        for row in rows
+        for name in (*FORMATS[format_of[row.source]], *_optional(format_of[row.source]))
+        if isinstance(value := row.fields.get(name), str) and value.strip() in EMPTY_CELLS
+    )
+    return [
+        f"warning: {name} is {word!r} in {counted(count, 'row')}, which is learnt as that word; "
+        "if nothing is meant, leave the cell empty"
+        for (name, word), count in found.most_common()
+    ]
+
+
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:
     """Return a copy of a row with another completion (in turns: another last assistant turn).
 
@@ -196,10 +232,32 @@ def _format_of(row: Row) -> str:
             fits = [name for name in fits if name != weak]
     if len(fits) != 1:
         problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
-        within = "" if fits else _list_inside(row)
+        within = "" if fits else f"{_other_spelling(row)}{_list_inside(row)}"
         remedy = f"{_list_formats()} Or set data.format, or name its columns in data.columns. {within}"
-        raise DataError(f"{row.place} {problem}: it has the fields {_fields(row)}.", remedy=remedy.rstrip())
+        raise DataError(
+            f"{row.place} {problem}: it has the fields {_fields(row)}.", cause=_nulls(row), remedy=remedy.rstrip()
+        )
     return fits[0]
+
+
+def _nulls(row: Row) -> str:
+    """Say which fields of some format have no value; "" if none."""
+    nulls = [name for name, value in row.fields.items() if name in COLUMNS and is_nothing(value)]
+    if not nulls:
+        return ""
+    return f"A field that is null or NaN counts as none: give {', '.join(nulls)} a text, or leave the row out."
+
+
+def _other_spelling(row: Row) -> str:
+    """Return the advice for fields that are spelt almost as those of a format; "" without one."""
+    plain = {name.strip().lower(): name for name in row.fields if name not in COLUMNS}
+    same = {name: plain[name] for name in COLUMNS if name in plain and name not in row.fields}
+    if same:
+        columns = yaml.safe_dump(same, default_flow_style=True, allow_unicode=True, width=1000).strip()
+        return f"Capitals and blanks count: data.columns: {columns} "
+    pairs = [(name, difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.75)) for name in plain.values()]
+    near = [f"{found[0]} for {name!r}" for name, found in pairs if found and found[0] not in row.fields]
+    return f"Did you mean {', '.join(near)}? " if near else ""
 
 
 def _list_inside(row: Row) -> str:
@@ -239,7 +297,11 @@ def _missing(row: Row, name: str, data_format: str) -> DataError:
 
 
 def _fields(row: Row) -> str:
-    return ", ".join(row.fields) or "(none)"
+    named = (
+        f"{name} ({'null' if value is None else 'NaN'})" if is_nothing(value) else name
+        for name, value in row.fields.items()
+    )
+    return ", ".join(named) or "(none)"
 
 
 def _list_formats() -> str:

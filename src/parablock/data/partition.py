@@ -12,6 +12,7 @@ import numpy as np
 
 from parablock.data.sources import Row
 from parablock.errors import DataError
+from parablock.printable import counted
 from parablock.seeding import generator_for, seed_for
 
 SCHEMES = ("iid", "dirichlet", "by_field", "by_file")
@@ -49,7 +50,7 @@ def partition_rows(
     rows = [row for source in rows_per_source for row in source]
     if num_clients < 1 or len(rows) < num_clients:
         raise DataError(
-            f"{len(rows)} rows cannot be split over {num_clients} clients.",
+            f"{counted(len(rows), 'row')} cannot be split over {counted(num_clients, 'client')}.",
             remedy="Every client needs at least one row: lower federation.num_clients or add data.",
         )
     if scheme == "iid":
@@ -113,8 +114,8 @@ def _split_by_field(rows: Sequence[Row], num_clients: int, field: str) -> Partit
     if len(values) != num_clients:
         shown = ", ".join(repr(value) for value in values[:10]) + (", …" if len(values) > 10 else "")
         raise DataError(
-            f"by_field gives one value of {field!r} to each client, but there are {len(values)} values and "
-            f"{num_clients} clients: {shown}.",
+            f"by_field gives one value of {field!r} to each client, but there are "
+            f"{counted(len(values), 'value')} and {counted(num_clients, 'client')}: {shown}.",
             remedy=f"Set federation.num_clients: {len(values)}, or choose another field.",
         )
     parts: list[list[Row]] = [[] for _ in values]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from parablock.data.conversations import Message, says_something
-from parablock.data.formats import formats_by_source, read_conversation, read_text
+from parablock.data.formats import (
+    formats_by_source,
+    read_conversation,
+    read_text,
+    unused_fields,
+    warn_of_empty_cells,
+)
 from parablock.data.prompts import IGNORED_LABEL, Example
 from parablock.data.sources import Row
 from parablock.data.switches import is_off
+from parablock.printable import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +46,15 @@ def turns_of(rows: Sequence[Row], data_format: str) -> list[list[Stretch]]:
     """Return the turns of rows as they are without a model; a text is one stretch."""
     format_of = formats_by_source(rows, data_format)
     return [_turns(row, format_of[row.source]) for row in rows]
+
+
+def notes_without_a_model(rows: Sequence[Row], data_format: str) -> list[str]:
+    """Say which fields no format reads, and which words may stand for an empty cell, in lines of text."""
+    format_of = formats_by_source(rows, data_format)
+    unused = Counter(name for row in rows for name in unused_fields(row, format_of[row.source]))
+    counts = [f"field {name} ({counted(count, 'row')})" for name, count in unused.most_common()]
+    said = [f"not used: {'; '.join(counts)}"] if counts else []
+    return said + warn_of_empty_cells(rows, data_format)
 
 
 def _turns(row: Row, data_format: str) -> list[Stretch]:

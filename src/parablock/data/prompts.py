@@ -17,6 +17,7 @@ from parablock.data.formats import check_format, detect_format, formats_by_sourc
 from parablock.data.sources import Row
 from parablock.data.templates import Rendering, find_stop_token_ids, make_renderer
 from parablock.errors import DataError
+from parablock.printable import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ class Tokenized:
         targets = sum(example.num_target_tokens for example in self.examples)
         truncated = sum(example.is_truncated for example in self.examples)
         name = "mixed formats" if self.data_format == "auto" else self.data_format
-        counts = [f"{len(self.examples)} examples", f"{total} tokens ({targets} with loss)"]
+        counts = [counted(len(self.examples), "example"), f"{counted(total, 'token')} ({targets} with loss)"]
         counts += [f"{truncated} truncated"] if truncated else []
         counts += [f"{len(self.skipped)} skipped ({_reasons(self.skipped)})"] if self.skipped else []
         return f"{name}: {', '.join(counts)}"
@@ -143,7 +144,7 @@ def tokenize_rows(
             skipped.append(Skipped(row, rendering.nothing))
     if not examples:
         raise NothingToLearnError(
-            f"None of {len(rows)} rows has anything to train on: {_reasons(skipped)}.",
+            f"None of {counted(len(rows), 'row')} has anything to train on: {_reasons(skipped)}.",
             remedy="Raise data.max_length, or give rows with completions.",
         )
     return Tokenized(tuple(examples), tuple(skipped), formats.pop() if len(formats) == 1 else "auto", unused)

@@ -1,7 +1,6 @@
 """Readers of data files: JSON lines, a JSON array, CSV, TSV, Parquet and Arrow, as they are or compressed.
 
-A reader yields the fields of each row with its line, so that every later error can name it. Text is UTF-8, with or
-without a byte order mark; a file in another encoding is named as what it is.
+A reader yields the fields of each row with its line, so that every later error can name it.
 """
 
 from __future__ import annotations
@@ -11,22 +10,26 @@ import csv
 import io
 import json
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from parablock.data.file_kinds import (
+    COMPRESSIONS,
+    cannot_be_read,
+    check_is_text,
+    decode_text,
+    refuse_kind,
+    rows_out_of,
+    suffix_of,
+)
 from parablock.errors import DataError
+from parablock.printable import counted
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-"""Suffix behind another one → the codec of it."""
-
-_UNPACK = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}
-
 NumberedFields = Iterator[tuple[int, dict[str, Any]]]
 """For each row its line, or its position in a table, from 1; and its fields."""
 
@@ -37,18 +40,9 @@ _LINES_REMEDY = (
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 _TOLD_DELIMITER = re.compile(r'"?sep=(.)"?[\r\n]+', re.IGNORECASE)
 """The first line that Excel writes and reads, for what parts the cells."""
+_NAMELESS = "Unnamed: 0"
+"""What pandas calls the column of row labels that it and R write first, without a name."""
 _HEADING, _QUOTED = re.compile(r'\s*(?:"[^"]*"|[^"\r\n])*'), re.compile(r'"[^"]*"')
-_MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32")
-_MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16")
-"""Byte order marks of other encodings, longer ones first."""
-
-
-def suffix_of(path: Path) -> str:
-    """Return the suffix that says what a file holds, without that of a compression; in small letters."""
-    name = path.name.lower()
-    for ending in COMPRESSIONS:
-        name = name.removesuffix(ending)
-    return Path(name).suffix
 
 
 def read_file(source: str, path: Path) -> NumberedFields:
@@ -65,7 +59,7 @@ def read_file(source: str, path: Path) -> NumberedFields:
     if suffix in (".parquet", ".arrow", ".feather"):
         return _read_table(source, path, suffix)
     raw = _read_bytes(source, path)
-    _check_encoding(source, path, raw)
+    check_is_text(source, path, raw)
     if suffix in (".csv", ".tsv"):
         return _read_csv(source, raw, suffix)
     if suffix == ".json":
@@ -84,8 +78,8 @@ def read_text_file(source: str) -> str:
     """
     path = Path(source).expanduser()
     raw = _read_bytes(source, path)
-    _check_encoding(source, path, raw)
-    text, error = _decode(source, raw)
+    check_is_text(source, path, raw)
+    text, error = decode_text(source, raw)
     if error:
         raise error
     return text
@@ -97,7 +91,7 @@ def _read_bytes(source: str, path: Path) -> bytes:
             return path.read_bytes()
         return _decompressed(path)
     except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(source, error) from error
+        raise cannot_be_read(source, error) from error
 
 
 def _decompressed(path: Path) -> bytes:
@@ -107,36 +101,6 @@ def _decompressed(path: Path) -> bytes:
     with pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix.lower()]) as stream:
         content: bytes = stream.read()
     return content
-
-
-def _check_encoding(source: str, path: Path, raw: bytes) -> None:
-    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "")
-    if not encoding and b"\0" in raw[:4]:
-        encoding = "UTF-16"
-    if encoding:
-        raise DataError(
-            f"{source} is in {encoding}, and not in UTF-8.",
-            cause=f"Its first bytes are {raw[:4].hex(' ')}; spreadsheets and PowerShell write such files.",
-            remedy=f"Convert it: {_piped(source, f'iconv -f {encoding} -t UTF-8')} > {_new_name(path)}",
-        )
-
-
-def rows_out_of(source: str, name: str) -> str:
-    """Return the advice that takes the list of one field of an object out of a file."""
-    path = shlex.quote(f".[{json.dumps(name, ensure_ascii=False)}][]" if not name.isidentifier() else f".{name}[]")
-    return f"For the list in {name!r}: {_piped(source, f'jq -c {path}')} > rows.jsonl"
-
-
-def _piped(source: str, command: str) -> str:
-    """Return the command line that gives a file's text to a command, whatever compresses the file."""
-    unpack = _UNPACK.get(Path(source).suffix.lower())
-    name = shlex.quote(source)
-    return f"{unpack} {name} | {command}" if unpack else f"{command} {name}"
-
-
-def _new_name(path: Path) -> str:
-    plain = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSIONS else path.name
-    return shlex.quote(f"utf8_{plain}")
 
 
 def _read_lines(source: str, raw: bytes) -> NumberedFields:
@@ -247,7 +211,7 @@ def _fields(source: str, line: int, value: Any) -> dict[str, Any]:
 
 def _read_csv(source: str, raw: bytes, suffix: str) -> NumberedFields:
     """Yield the rows below the heading; every value is text."""
-    text, undecodable = _decode(source, raw)
+    text, undecodable = decode_text(source, raw)
     told = _TOLD_DELIMITER.match(text)
     csv.field_size_limit(sys.maxsize)
     delimiter = told[1] if told else "\t" if suffix == ".tsv" else _delimiter_of(text)
@@ -277,8 +241,8 @@ def _read_csv(source: str, raw: bytes, suffix: str) -> NumberedFields:
             names = _check_heading(source, line, cells)
         elif len(cells) != len(names):
             raise DataError(
-                f"{source}, line {line} has {len(cells)} cells, and the heading names {len(names)} columns "
-                f"({', '.join(names)}).",
+                f"{source}, line {line} has {counted(len(cells), 'cell')}, and the heading names "
+                f"{counted(len(names), 'column')} ({', '.join(names)}).",
                 cause=f"A cell holds {delimiter!r} without quotes, or the row is cut.",
                 remedy="Put the cell in quotes, or export the table again.",
             )
@@ -287,13 +251,29 @@ def _read_csv(source: str, raw: bytes, suffix: str) -> NumberedFields:
 
 
 def _check_heading(source: str, line: int, cells: list[str]) -> list[str]:
+    """Return the names of the columns; the first may have none, as the row labels of pandas and R."""
     names = [cell.strip() for cell in cells]
-    if "" in names or len(set(names)) < len(names):
+    if len(names) > 1 and not names[0] and _NAMELESS not in names:
+        names[0] = _NAMELESS
+    where = f"{source}, line {line}: the heading "
+    if "" in names:
         raise DataError(
-            f"{source}, line {line}: the heading has an empty name or one that stands twice: {', '.join(names)}.",
-            remedy="The first line of a table names its columns, each by its own name.",
+            f"{where}has no name for column {names.index('') + 1} of {len(names)}: {', '.join(names)}.",
+            remedy="The first line of a table names its columns. Name that one, or take it out; row labels are not "
+            "written with index=False in pandas, and with row.names=FALSE in R.",
         )
+    check_once(where, names)
     return names
+
+
+def check_once(where: str, names: Sequence[str]) -> None:
+    """Refuse names of columns of which one stands twice, with a `DataError` that begins with `where`."""
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(
+            f"{where}has the column {twice[0]!r} {names.count(twice[0])} times: {', '.join(names)}.",
+            cause="Only one of them could be used, and which one is not said.",
+            remedy="Rename one, or take it out.",
+        )
 
 
 def _delimiter_of(text: str) -> str:
@@ -316,31 +296,21 @@ def _delimiter_of(text: str) -> str:
     return "," if is_one_column else best
 
 
-def _decode(source: str, raw: bytes) -> tuple[str, DataError | None]:
-    """Return a text and no error, or what comes before the first line that is not UTF-8, and the error for it."""
-    try:
-        return raw.decode("utf-8-sig"), None
-    except UnicodeDecodeError as error:
-        found = error
-    line = raw.count(b"\n", 0, found.start) + 1
-    before = raw[: raw.rfind(b"\n", 0, found.start) + 1].decode("utf-8-sig")
-    return before, DataError(
-        f"{source}, line {line}: byte 0x{raw[found.start]:02x} is not UTF-8.",
-        cause="The file is in another encoding, such as Windows-1252.",
-        remedy=f"Convert it: {_piped(source, 'iconv -f WINDOWS-1252 -t UTF-8')} > {_new_name(Path(source))}",
-    )
-
-
 def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
     import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    is_plain = path.suffix.lower() not in COMPRESSIONS
     try:
-        is_plain = path.suffix.lower() not in COMPRESSIONS
+        with path.open("rb") as file:  # the system's own words, where it refuses
+            begins = file.read(16)
         given = str(path) if is_plain else pyarrow.BufferReader(_decompressed(path))
-        table = pyarrow.parquet.read_table(given) if suffix == ".parquet" else _read_arrow(given)
+        table = _read_parquet(source, given) if suffix == ".parquet" else _read_arrow(given)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise _unreadable(source, error) from error
+        if is_plain:
+            refuse_kind(source, path, begins)
+        raise cannot_be_read(source, error) from error
+    check_once(f"{source} ", table.column_names)
     try:
         rows = table.to_pylist()
     except Exception as error:  # of any class: days beyond 9999, unknown time zones, text that is no UTF-8
@@ -355,7 +325,7 @@ def _not_held(source: str, table: Any, error: Exception) -> DataError:
         except Exception as cause:
             said = f"{source} has a value that cannot be read in column {name!r}, of type {column.type}: {cause}"
             return DataError(said, remedy="Take the column out, or write it as text, and export it again.")
-    return _unreadable(source, error)
+    return cannot_be_read(source, error)
 
 
 def remover_of_fill(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -377,6 +347,13 @@ def _has_struct(kind: Any) -> bool:
     return pyarrow.types.is_struct(kind) or any(map(_has_struct, inner))
 
 
+def _read_parquet(source: str, given: Any) -> Any:
+    import pyarrow.parquet
+
+    check_once(f"{source} ", pyarrow.parquet.read_schema(given).names)
+    return pyarrow.parquet.read_table(given)
+
+
 def _read_arrow(given: Any) -> Any:
     """Read an Arrow file, or the stream that `datasets` saves under the same suffix."""
     import pyarrow
@@ -388,12 +365,3 @@ def _read_arrow(given: Any) -> Any:
         if not isinstance(given, str):
             stream.seek(0)
         return pyarrow.ipc.open_stream(stream).read_all()
-
-
-def _unreadable(source: str, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return DataError(
-        f"{source} cannot be read: {reason}",
-        cause="The file is damaged, is of another kind than its suffix says, or may not be read by this user.",
-        remedy="Fetch or export it again, or check its permissions.",
-    )

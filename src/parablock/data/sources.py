@@ -5,6 +5,7 @@ A row keeps its file and line, so that every later error can name them.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import json
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parablock.data.readers import COMPRESSIONS, SUFFIXES, NumberedFields, read_file, remover_of_fill, suffix_of
-from parablock.errors import DataError, did_you_mean
+from parablock.data.file_kinds import COMPRESSIONS, suffix_of
+from parablock.data.readers import SUFFIXES, NumberedFields, read_file, remover_of_fill
+from parablock.errors import DataError, check_enterable, did_you_mean, reading
 from parablock.hub import use_cache_when_offline
 
 _REFUSED_SUFFIXES = {
@@ -81,7 +83,7 @@ def load_files(
         DataError: The source is missing, of an unknown suffix, unreadable, broken or empty, or lacks a column; or
             what `check` raises.
     """
-    if _is_local(source):
+    if is_local(source):
         names = _find_files(source, split)
         return [_checked(name, (Row(f, name, n) for n, f in _read(name)), columns, check) for name in names]
     return [_checked(source, iter(_read_hub(source, split=split)), columns, check)]
@@ -89,13 +91,14 @@ def load_files(
 
 def may_be_several(source: str) -> bool:
     """Return whether a source may stand for more than one file: a folder, or a pattern."""
-    return _is_local(source) and (_is_pattern(source) or Path(source).expanduser().is_dir())
+    with reading(source, DataError):
+        return is_local(source) and (_is_pattern(source) or Path(source).expanduser().is_dir())
 
 
 def describe_ignored(source: str, *, split: str) -> list[str]:
     """Name what stands in a folder and is not read, in a line of text; none for any other source."""
     path = Path(source).expanduser()
-    if not (_is_local(source) and path.is_dir()):
+    if not (is_local(source) and path.is_dir()):
         return []
     read = {Path(name) for name in _find_files(source, split)}
     path = path / split if (path / _SAVED_SPLITS).exists() else path
@@ -110,8 +113,9 @@ def describe_ignored(source: str, *, split: str) -> list[str]:
 def absolute(source: str) -> str:
     """Return the full path of files or folders that are here, and any other name as it is."""
     path = Path(source).expanduser()
-    if path.exists():
-        return str(path.resolve())
+    with reading(source, DataError):
+        if path.exists():
+            return str(path.resolve())
     here = str(Path.cwd() / path)
     return here if _is_pattern(source) and glob.glob(here, recursive=True) else source  # noqa: PTH207
 
@@ -130,7 +134,7 @@ def rows_sha256(rows: Iterable[Row]) -> str:
 def check_places(sources: Iterable[str], *, split: str) -> None:
     """Refuse local sources that are missing or of an unknown suffix, with a DataError; nothing is read."""
     for source in sources:
-        if _is_local(source):
+        if is_local(source):
             _find_files(source, split)
 
 
@@ -144,13 +148,15 @@ def _canonical(row: Row) -> bytes:
     return json.dumps(row.fields, sort_keys=True, default=repr).encode()
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
+    """Return whether a source is of files here, and no name of the hub."""
     path = Path(source).expanduser()
     suffixes = (*SUFFIXES, *_REFUSED_SUFFIXES, *COMPRESSIONS)
     is_written_as_path = (
         source.startswith((".", "/", "~")) or path.suffix.lower() in suffixes or _is_pattern(source)
     )
-    return is_written_as_path or path.exists()
+    with reading(source, DataError):
+        return is_written_as_path or path.exists() or path.is_symlink()
 
 
 def _is_pattern(source: str) -> bool:
@@ -159,8 +165,15 @@ def _is_pattern(source: str) -> bool:
 
 def _find_files(source: str, split: str) -> list[str]:
     """Return the files of a local source."""
-    path = Path(source).expanduser()
+    with reading(source, DataError):
+        return _files_of(source, Path(source).expanduser(), split)
+
+
+def _files_of(source: str, path: Path, split: str) -> list[str]:
     if _is_pattern(source):
+        fixed = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+        if fixed.is_dir():  # else `glob` would find nothing in it
+            check_enterable(source, fixed, DataError)
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # takes absolute patterns too
         found = sorted(name for name in names if _is_data(Path(name)))
         if found:
@@ -181,6 +194,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _files_of_folder(source: str, path: Path, split: str) -> list[str]:
+    check_enterable(source, path, DataError)
     if (path / _SAVED_SPLITS).exists():
         if not (path / split).is_dir():
             splits = sorted(child.name for child in path.iterdir() if child.is_dir())
@@ -206,9 +220,17 @@ def _check_file(source: str, path: Path) -> None:
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise DataError(
-            f"{source} has the suffix {suffix or 'of no known file'!r}, which cannot be read.",
+            f"{source} has the suffix {suffix!r}, which cannot be read."
+            if suffix
+            else f"{source} has no suffix, by which files are told apart.",
             cause=f"Supported are {', '.join(SUFFIXES)}, or the name of a dataset on the hub.",
             remedy=_REFUSED_SUFFIXES.get(suffix, "Convert it to one of these."),
+        )
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{source} is a link to {path.readlink()}, and nothing is there.",
+            cause="The file was moved or removed, its disk is not mounted, or the link leads back to itself.",
+            remedy="Make the link anew, or name the file itself.",
         )
     if not path.exists():
         raise DataError(
@@ -242,11 +264,16 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
         raise DataError(
             f"{row.place} has no column {missing[0]!r}, which data.columns names; it has "
             f"{', '.join(row.fields) or '(none)'}.",
-            remedy="Correct data.columns, or the file.",
+            remedy=f"Correct data.columns, or the file.{_near(missing[0], row.fields)}",
         )
     taken = set(columns.values()) | set(columns)
     rest = {name: value for name, value in row.fields.items() if name not in taken}
     return Row({name: row.fields[column] for name, column in columns.items()} | rest, row.source, row.line)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _read_hub(source: str, *, split: str) -> list[Row]:

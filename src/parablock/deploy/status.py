@@ -21,7 +21,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from parablock.clock import RealClock
-from parablock.errors import InputError
+from parablock.errors import InputError, unread
 from parablock.report.units import format_bytes, format_duration
 from parablock.storage.files import write_atomically
 from parablock.trace import Trace
@@ -195,6 +195,8 @@ def read_status(output_dir: Path) -> dict[str, Any]:
     path = output_dir / "deployment" / "status.json"
     try:
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise unread(path, error) from None
     except (OSError, ValueError):
         raise InputError(
             f"no server has shown its sites in {output_dir}",

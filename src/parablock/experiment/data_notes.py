@@ -8,15 +8,13 @@ from datetime import date
 
 from transformers import PreTrainedTokenizerBase
 
-from parablock.data.formats import formats_by_source
+from parablock.config.data_section import DataSection
+from parablock.data.formats import formats_by_source, warn_of_empty_cells
 from parablock.data.histogram import partition_histogram
 from parablock.data.prompts import Tokenized
 from parablock.data.sources import Row, repeated_rows
 from parablock.data.templates import DATE_CALL, plain_template
 from parablock.evaluation.choices import CHOICES_FIELD, GROUP_FIELD
-
-EMPTY_CELLS = ("NaN", "nan", "NA", "<NA>", "#N/A", "NULL")
-"""How pandas, R, spreadsheets and SQL write a cell without a value into a text file."""
 
 
 def settle_template(
@@ -41,7 +39,7 @@ def settle_template(
 
 
 def describe_data(
-    parts: Sequence[Sequence[Row]], train: Sequence[Tokenized], test: Tokenized, field: str | None
+    parts: Sequence[Sequence[Row]], train: Sequence[Tokenized], test: Tokenized, data: DataSection
 ) -> list[str]:
     """Describe the training data of each client, and the rows that are left out, in lines of text.
 
@@ -49,17 +47,19 @@ def describe_data(
         parts: The training rows of each client.
         train: The same, tokenized.
         test: The test rows, tokenized.
-        field: The field of the partition; None without one.
+        data: The section of the configuration.
     """
     if not any(parts):
         return [f"{len(parts)} clients, with rows of their own", f"test: {test.summary()}"]
+    field = data.partition.field
+    examples = [example.row for part in (*train, test) for example in part.examples]
     return [
         *partition_histogram(parts, field=field),
         *(f"client {i}: {part.summary()}" for i, part in enumerate(train) if len(train) <= 20 or part.skipped),
         f"test: {test.summary()}",
         *describe_skipped(train),
         *describe_unused([*train, test], field),
-        *warn_of_empty_cells([*train, test]),
+        *warn_of_empty_cells(examples, data.format),
     ]
 
 
@@ -77,22 +77,6 @@ def describe_unused(parts: Sequence[Tokenized], field: str | None = None) -> lis
         del unused[f"field {name}"]
     counts = [f"{what} ({count} row{'s' * (count != 1)})" for what, count in unused.most_common()]
     return [f"not used: {'; '.join(counts)}"] if counts else []
-
-
-def warn_of_empty_cells(parts: Sequence[Tokenized]) -> list[str]:
-    """Warn of words that other software writes for a cell with nothing in it, and that are learnt as words here."""
-    found = Counter(
-        (name, value.strip())
-        for part in parts
-        for example in part.examples
-        for name, value in example.row.fields.items()
-        if isinstance(value, str) and value.strip() in EMPTY_CELLS
-    )
-    return [
-        f"warning: {name} is {word!r} in {count} row{'s' * (count != 1)}, which is learnt as that word; "
-        "if nothing is meant, leave the cell empty"
-        for (name, word), count in found.most_common()
-    ]
 
 
 def warn_of_repeats(held_out: Sequence[Row], train: Sequence[Row]) -> list[str]:

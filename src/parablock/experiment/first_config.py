@@ -19,14 +19,14 @@ from parablock.config.load import parse_config, read_yaml
 from parablock.config.methods import RATES
 from parablock.data.formats import check_rows
 from parablock.data.prompts import tokenize_rows
-from parablock.data.sources import load_rows
+from parablock.data.sources import absolute, load_rows
 from parablock.errors import ConfigError, ModelError, StorageError
 from parablock.experiment.data_notes import describe_unused
 from parablock.experiment.fit_blocks import MIN_BLOCKS, VISITS
 from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
 from parablock.model.pretrained import load_tokenizer, outline_model
-from parablock.printable import as_argument
+from parablock.printable import as_argument, counted
 from parablock.storage.files import NEW_NAME, check_absent, storage, write_atomically
 
 Trained = Literal["adapters", "blocks"]
@@ -112,7 +112,8 @@ def write_first_config(
         columns: Fields of a format → columns of the files, as `data.columns`.
 
     Raises:
-        InputError: The model or a file cannot be read, `path` exists, or adapters lack their package.
+        InputError: The model or a file cannot be read or is named twice, `path` exists, or adapters lack their
+            package.
     """
     if trains == "adapters" and find_spec("peft") is None:
         raise ModelError(
@@ -120,6 +121,7 @@ def write_first_config(
             remedy="Install it: pip install 'parablock[lora]', or give --trains blocks.",
         )
     check_absent(path, NEW_NAME)
+    _check_distinct(files)
     if not str(path).isprintable():
         raise StorageError(
             f"the path {str(path)!r} has a line break or another character that no line of the file can hold",
@@ -136,7 +138,7 @@ def write_first_config(
         num_rows += len(rows)
         lengths += [len(example.input_ids) for example in tokenized.examples]
         to_learn += sum(example.num_target_tokens for example in tokenized.examples)
-        found.append(f"{file}: {len(rows)} rows, {tokenized.summary()}")
+        found.append(f"{file}: {counted(len(rows), 'row')}, {tokenized.summary()}")
         found += describe_unused([tokenized])
         if by_file and len(rows) < 2:
             raise ConfigError(
@@ -144,8 +146,8 @@ def write_first_config(
             )
     if not by_file and num_rows < 2 * count:
         problem = (
-            f"{num_rows} rows are too few for {count} clients, each of which needs one to train on and one to "
-            "score; give fewer --clients, or more rows"
+            f"{counted(num_rows, 'row')} {'is' if num_rows == 1 else 'are'} too few for {count} clients, each of "
+            "which needs one to train on and one to score; give fewer --clients, or more rows"
         )
         raise ConfigError([problem], source="init")
     outline = outline_model(model, dtype="float32")
@@ -193,6 +195,20 @@ def write_first_config(
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     return found
+
+
+def _check_distinct(files: Sequence[str]) -> None:
+    """Refuse a file that is named twice: what one client holds out, the other would train on."""
+    known: dict[str, str] = {}
+    for file in files:
+        place = absolute(file)
+        if place in known:
+            both = file if known[place] == file else f"{known[place]} and {file}"
+            problem = (
+                f"{both}: the same file twice, and a client of each; name it once (--clients deals its rows out)"
+            )
+            raise ConfigError([problem], source="init")
+        known[place] = file
 
 
 def _suited(outline: PreTrainedModel, config: RunConfig, to_learn: int) -> tuple[Trained, str]:

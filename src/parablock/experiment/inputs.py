@@ -29,7 +29,7 @@ from parablock.evaluation.scoring import sample_examples
 from parablock.experiment.data_notes import describe_data, describe_skipped, settle_template, warn_of_repeats
 from parablock.experiment.fit_blocks import fit_blocks, never_visited
 from parablock.methods.base import RunInputs
-from parablock.methods.trained_blocks import trained_blocks
+from parablock.methods.trained_blocks import check_adapters, trained_blocks
 from parablock.model.blocks import Block
 from parablock.model.positions import check_length
 from parablock.model.pretrained import LoadedModel, load_model
@@ -77,6 +77,7 @@ def read_inputs(
         all_rows_of=all_rows_of,
     )
     tell(f"loading {config.model.name_or_path}")
+    check_adapters(config)
     base = load_base(config.model, seed=config.seed)
     check_base(base)
     is_auto = config.blocks.layers_per_block == "auto"
@@ -104,7 +105,7 @@ def read_inputs(
             *template_notes,
             *(line for source in config.data.train for line in describe_ignored(source, split="train")),
             *(line for source in config.data.test for line in describe_ignored(source, split="test")),
-            *describe_data(parts, train, test, config.data.partition.field),
+            *describe_data(parts, train, test, config.data),
             *warn_of_repeats(held_out, _joined(parts)),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),

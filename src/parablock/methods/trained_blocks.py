@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.model.adapters import adapter_block, add_adapters
+from parablock.model.adapters import adapter_block, add_adapters, check_rank
 from parablock.model.blocks import Block, partition_blocks, whole_model
+from parablock.model.pretrained import outline_model
 
 
 def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
@@ -22,6 +23,17 @@ def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ..
             return whole_model(model, config.blocks.layers_path)
         case "adapters":
             return _adapter_blocks(model, config)
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Refuse adapters that the model cannot have, with a `ModelError`, before its weights are read."""
+    if config.federation.traits.trains == "adapters":
+        check_rank(
+            outline_model(config.model.name_or_path, dtype=config.model.dtype),
+            rank=config.lora.rank,
+            target_modules=config.lora.target_modules,
+            layers_path=config.blocks.layers_path,
+        )
 
 
 def layer_blocks(

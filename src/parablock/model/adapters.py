@@ -38,7 +38,7 @@ def add_adapters(
     are last parts of module names, such as `q_proj`; without any, every matrix of the layers gets an adapter.
 
     Raises:
-        ModelError: `peft` is not installed, or the model has no module of such a name.
+        ModelError: `peft` is not installed, or as `check_rank`.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -47,8 +47,7 @@ def add_adapters(
             "LoRA needs the package peft, which is not installed",
             remedy="Install it: pip install 'parablock[lora]'",
         ) from None
-    path, _ = find_layers(model, layers_path)
-    names = _find_targets(model, path, target_modules)
+    names = check_rank(model, rank=rank, target_modules=target_modules, layers_path=layers_path)
     with torch.random.fork_rng(devices=[]):  # the draws of peft are replaced below
         inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"), model
@@ -56,6 +55,27 @@ def add_adapters(
     for index, (_, layer) in enumerate(adapted_layers(model)):
         layer.lora_A[ADAPTER].weight.data.copy_(draw_a(layer.lora_A[ADAPTER].weight, seed, index))
         layer.lora_B[ADAPTER].weight.data.zero_()
+
+
+def check_rank(
+    model: PreTrainedModel, *, rank: int, target_modules: Sequence[str] = (), layers_path: str | None = None
+) -> list[str]:
+    """Return the names of the matrices that get adapters; the model may be an outline, and nothing is allocated.
+
+    Raises:
+        ModelError: The model has no module of such a name, or `rank` is above that of every matrix, which is at
+            most its smaller side: more columns of B and rows of A could not change what the product can be.
+    """
+    path, _ = find_layers(model, layers_path)
+    names = _find_targets(model, path, target_modules)
+    most = max(min(model.get_parameter(f"{name}.weight").shape) for name in names)
+    if rank > most:
+        raise ModelError(
+            f"lora.rank is {rank}, and no matrix that gets an adapter has a rank above {most}",
+            cause="A matrix has at most the rank of its smaller side; more of it is sent for nothing.",
+            remedy=f"Set lora.rank to at most {most}; 8 to 64 is usual.",
+        )
+    return names
 
 
 def draw_a(like: Tensor, seed: int, *indices: int) -> Tensor:

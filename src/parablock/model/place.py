@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parablock.errors import ModelError, did_you_mean
+from parablock.errors import ModelError, check_enterable, did_you_mean, reading
 
 
 def find_source(name_or_path: str, *, given_as: str = "model.name_or_path") -> str:
@@ -15,10 +15,16 @@ def find_source(name_or_path: str, *, given_as: str = "model.name_or_path") -> s
         given_as: The key or option that it was given as; "" for an argument, which may also be a run.
 
     Raises:
-        ModelError: It is a path, and no folder is there.
+        ModelError: It is a path, and no folder is there that this user may read.
     """
+    with reading(name_or_path, ModelError):
+        return _find_source(name_or_path, given_as)
+
+
+def _find_source(name_or_path: str, given_as: str) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        check_enterable(name_or_path, path, ModelError)
         return str(path)
     is_path = path.is_absolute() or name_or_path[:1] in ".~" or name_or_path.count("/") > 1
     beside_others = "/" in name_or_path and path.parent.is_dir()

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from parablock.errors import ModelError, StorageError
+from parablock.errors import ModelError, StorageError, reading
 from parablock.model.portable import base_dtype, make_portable
 from parablock.model.pretrained import quiet_transformers
 
@@ -178,13 +178,19 @@ def model_sha256(directory: Path | str) -> str:
     try:
         files = {}
         for path in sorted(directory.glob("*.safetensors")):
+            with reading(path, ModelError):  # in the system's words; those of the library would be others
+                path.open("rb").close()
             with safe_open(path, framework="pt") as tensors:
                 files.update(dict.fromkeys(tensors.keys(), path))
         for name in sorted(files):
             with safe_open(files[name], framework="pt") as tensors:
                 _hash_tensor(digest, name, tensors.get_tensor(name))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"The weights in {directory} cannot be read: {error}") from error
+        raise ModelError(
+            f"The weights in {directory} cannot be read: {error}",
+            cause="A file was cut or changed, or is no file of safetensors.",
+            remedy="Put back a copy of it.",
+        ) from error
     if not files:
         raise ModelError(f"There are no *.safetensors in {directory}", remedy="Give the folder of a saved model.")
     return digest.hexdigest()

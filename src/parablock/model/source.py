@@ -19,7 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING
 from transformers.modeling_utils import load_state_dict
 
-from parablock.errors import ModelError
+from parablock.errors import ModelError, reading
 from parablock.hub import use_cache_when_offline
 from parablock.model.place import gguf_refused
 from parablock.printable import as_argument
@@ -168,7 +168,7 @@ def _check_files(source: str, folder: Path, *, weights: bool) -> None:
 
 
 def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
+    with reading(path, ModelError), path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from parablock.algorithm.aggregate import Rho
 from parablock.algorithm.parablock import Commit, ServerState
-from parablock.errors import CheckpointError
+from parablock.errors import CheckpointError, unread
 from parablock.storage.files import write_folder_beside
 from parablock.trace import Span
 
@@ -103,12 +103,14 @@ def load_newest(directory: Path) -> tuple[RunState | None, list[str]]:
         The state, and why newer checkpoints were passed over. The state is None if none was ever finished.
 
     Raises:
-        CheckpointError: All checkpoints are damaged.
+        CheckpointError: All checkpoints are damaged, or one may not be read by this user.
     """
     passed_over: list[str] = []
     for place in _checkpoints(directory):
         try:
             return _read(place), passed_over
+        except PermissionError as error:  # it is sound, and an older one would not be where the run is
+            raise unread(place, error, CheckpointError) from None
         except DAMAGE as error:
             passed_over.append(f"{place.name}: {error}")
     if passed_over:

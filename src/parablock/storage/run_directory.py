@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from parablock.errors import CheckpointError, ModelError, StorageError, did_you_mean
+from parablock.errors import CheckpointError, ModelError, StorageError, did_you_mean, unread
 from parablock.printable import as_argument
 from parablock.storage.files import check_writable, lock_folder, storage, write_atomically, write_beside
 from parablock.trace import Span, times_by_client, write_chrome_trace
@@ -196,6 +196,8 @@ class RunDirectory:
             if len(key) != SECRET_BYTES:
                 raise ValueError(f"it has {len(key)} bytes, not {SECRET_BYTES}")
             return key
+        except PermissionError as error:
+            raise unread(self.secret, error, CheckpointError) from None
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.secret} cannot be read: {error}",
@@ -217,6 +219,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
+    except PermissionError as error:
+        raise unread(path, error, CheckpointError) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}",

@@ -425,9 +425,7 @@ def test_a_row_whose_labels_are_all_masked_is_skipped_with_a_reason(tiny_tokeniz
 def test_one_more_token_than_the_prompt_is_enough_and_the_prompt_is_not(tiny_tokenizer: Tokenizer):
     prompt_length = len(one(FORMAT_ROWS["gsm8k"], tiny_tokenizer).prompt_ids)
     assert one(FORMAT_ROWS["gsm8k"], tiny_tokenizer, max_length=prompt_length + 1).num_target_tokens == 1
-    with pytest.raises(
-        DataError, match="None of 1 rows has anything to train on: 1 because the prompt alone fills"
-    ):
+    with pytest.raises(DataError, match="None of 1 row has anything to train on: 1 because the prompt alone fills"):
         one(FORMAT_ROWS["gsm8k"], tiny_tokenizer, max_length=prompt_length)
 
 

@@ -225,7 +225,7 @@ def test_a_row_that_says_so_trains_nothing_and_is_counted(tiny_tokenizer: Tokeni
     assert [example.row.place for example in result.examples] == ["set.jsonl, line 2", "texts.jsonl, line 2"]
     assert [item.reason for item in result.skipped] == ["the row says so (weight: 0)", "the row says so (train: 0)"]
     assert not result.unused
-    with pytest.raises(DataError, match="None of 1 rows has anything to train on: 1 because the row says so"):
+    with pytest.raises(DataError, match="None of 1 row has anything to train on: 1 because the row says so"):
         tokenized(rows[:1], tiny_tokenizer)
 
 
