@@ -49,6 +49,7 @@ CASES = {
     "export summary --output-dir out": ("summary/summary.json " + DENIED, "may not read the file", "chmod"),
     "eval tuned": ("tuned/model/model.safetensors " + DENIED, "may not read the file", "chmod"),
     "export tuned --output-dir out": ("tuned/model/model.safetensors " + DENIED, "may not read the file", "chmod"),
+    "report rounds": ("rounds " + DENIED, "may not read the file rounds/metrics.jsonl", "chmod u+rX"),
     "resume checkpoint": (
         "checkpoint/checkpoints/round-000004 " + DENIED,
         "may not read the file checkpoint/checkpoints/",
@@ -65,7 +66,7 @@ def outcomes(workshop: Workshop) -> dict[str, Outcome]:
     path = workshop.path
     made = path / "whole"
     assert workshop.run(made).code == 0
-    for name in ("run", "summary", "tuned", "checkpoint"):
+    for name in ("run", "summary", "tuned", "rounds", "checkpoint"):
         shutil.copytree(made, path / name)
     shutil.rmtree(path / "checkpoint" / "model")
     (path / "checkpoint" / "summary.json").unlink()
@@ -80,7 +81,7 @@ def outcomes(workshop: Workshop) -> dict[str, Outcome]:
     closed = [
         *("folder", "file/rows.jsonl", "table/rows.parquet", "settings/config.json", "weights/model.safetensors"),
         *("kept", "run", "summary/summary.json", "tuned/model/model.safetensors"),
-        "checkpoint/checkpoints/round-000004/state.json",
+        *("rounds/metrics.jsonl", "checkpoint/checkpoints/round-000004/state.json"),
     ]
     before = {name: (path / name).stat().st_mode for name in closed}
     for name in closed:

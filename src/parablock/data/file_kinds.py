@@ -11,7 +11,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from parablock.errors import DataError, unread
+from parablock.errors import DataError, InputError, unread
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 """Suffix behind another one → the codec of it."""
@@ -130,12 +130,10 @@ def decode_text(source: str, raw: bytes) -> tuple[str, DataError | None]:
     )
 
 
-def cannot_be_read(source: str, error: Exception) -> DataError:
+def cannot_be_read(source: str, error: Exception) -> InputError:
     """Return the error of a file that a reader refuses, with its reason; the system's, where it is the system."""
     if isinstance(error, PermissionError):
-        found = unread(source, error, DataError)
-        assert isinstance(found, DataError)
-        return found
+        return unread(source, error, DataError)
     return DataError(
         f"{source} cannot be read: {getattr(error, 'strerror', None) or error}",
         cause="The file is damaged, or is of another kind than its suffix says.",

@@ -26,7 +26,7 @@ from parablock.data.file_kinds import (
     rows_out_of,
     suffix_of,
 )
-from parablock.errors import DataError
+from parablock.errors import DataError, InputError
 from parablock.printable import counted
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -298,9 +298,8 @@ def _delimiter_of(text: str) -> str:
 
 def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
     import pyarrow
-    import pyarrow.parquet  # type: ignore[import-untyped]
 
-    is_plain = path.suffix.lower() not in COMPRESSIONS
+    is_plain, begins = path.suffix.lower() not in COMPRESSIONS, b""
     try:
         with path.open("rb") as file:  # the system's own words, where it refuses
             begins = file.read(16)
@@ -318,7 +317,7 @@ def _read_table(source: str, path: Path, suffix: str) -> NumberedFields:
     return iter(enumerate(map(remover_of_fill(table.schema), rows), start=1))
 
 
-def _not_held(source: str, table: Any, error: Exception) -> DataError:
+def _not_held(source: str, table: Any, error: Exception) -> InputError:
     for name, column in zip(table.column_names, table.columns, strict=True):
         try:
             column.to_pylist()
@@ -348,7 +347,7 @@ def _has_struct(kind: Any) -> bool:
 
 
 def _read_parquet(source: str, given: Any) -> Any:
-    import pyarrow.parquet
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     check_once(f"{source} ", pyarrow.parquet.read_schema(given).names)
     return pyarrow.parquet.read_table(given)

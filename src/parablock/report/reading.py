@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from parablock.config.load import read_yaml
 from parablock.config.methods import METHODS
-from parablock.errors import InputError, ParaBlockError
+from parablock.errors import InputError, ParaBlockError, unread
 from parablock.printable import as_argument
 from parablock.storage.run_directory import Row, RunDirectory
 from parablock.trace import Span, read_chrome_trace
@@ -203,6 +203,8 @@ def _read_run(path: Path, name: str) -> RunRecord:
             spans=tuple(read_chrome_trace(directory.trace)),
             answers=tuple(_checked("answers.json", _answers(directory))),
         )
+    except PermissionError as error:
+        raise unread(path, error) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(
             f"the run in {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}",
