@@ -109,8 +109,12 @@ def test_columns_are_of_known_fields_and_days_are_days(tmp_path: Path):
     config = load_config(write(tmp_path / "config.yaml", text))
     assert (config.data.columns, config.data.date) == ({"prompt": "frage"}, "2024-02-29")
     assert load_config(write(tmp_path / "again.yaml", config.to_yaml())) == config
-    with pytest.raises(ConfigError, match="no format has a field 'promt'; known are messages, "):
+    with pytest.raises(
+        ConfigError, match=r"no format has a field 'promt' \(did you mean prompt\?\); known are messages, "
+    ):
         parsed(data__columns={"promt": "frage"})
+    with pytest.raises(ConfigError, match="prompt and completion are both column 'frage'"):
+        parsed(data__columns={"prompt": "frage", "completion": "frage"})
     with pytest.raises(ConfigError, match="must be a day such as 2025-01-31, not"):
         parsed(data__date="29.2.2024")
 
