@@ -44,7 +44,7 @@ CASES = {
     ),
     "eval run": ("run/config.yaml " + DENIED, "may not enter the folder run.", "chmod u+rX run)"),
     "export run --output-dir out": ("run/config.yaml " + DENIED, "may not enter the folder run.", "chmod"),
-    "resume run": ("Directory 'run' is not readable", "", ""),
+    "resume run": ("'run' is not readable", "", ""),
     "eval summary": ("summary/summary.json " + DENIED, "may not read the file summary/summary.json", "chmod"),
     "export summary --output-dir out": ("summary/summary.json " + DENIED, "may not read the file", "chmod"),
     "eval tuned": ("tuned/model/model.safetensors " + DENIED, "may not read the file", "chmod"),
