@@ -19,7 +19,7 @@ from parablock.engine.pipeline import thread_pool
 from parablock.engine.remote.frames import Hello, Reception, greeting_from_bytes, greeting_to_bytes
 from parablock.engine.remote.grpc_options import METHOD, SERVER_OPTIONS
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
-from parablock.errors import CodecError, InputError
+from parablock.errors import CodecError, InputError, ParaBlockError
 from parablock.privacy.identities import Identity
 
 QUIET_S, MOST_REFUSALS = 60.0, 1000
@@ -80,6 +80,9 @@ class Session(Protocol):
 
     def left(self, client_id: int, stream: NumberedStream) -> None:
         """Note that a site says bye."""
+
+    def fail(self, error: ParaBlockError) -> None:
+        """End the run with an error of the server's own, such as that its disk is full."""
 
 
 class Listener(grpc.GenericRpcHandler):
@@ -178,10 +181,10 @@ class Listener(grpc.GenericRpcHandler):
             connection = stream.attach(hello.wanted)
         except CodecError as problem:
             self._refuse(caller, context, str(problem).replace("\n", " "), is_temporary=True)
-        ended = partial(self._detach, hello.client_id, stream, connection, "the connection ended")
+        ended = partial(self._detach, hello.client_id, session, stream, connection, "the connection ended")
         context.add_callback(ended)
         self.certificates[hello.client_id] = caller.certificate
-        self.tell(f"client {hello.client_id} is connected, from {caller.address}")
+        self._tell_of_site(session, f"client {hello.client_id} is connected, from {caller.address}")
         self._pool.submit(self._read, hello.client_id, incoming, session, stream, connection)
         yield from stream.frames(connection)
 
@@ -220,14 +223,23 @@ class Listener(grpc.GenericRpcHandler):
         except CodecError as problem:
             why = f"refused: {problem.what}"
             self.refused += 1
+        except ParaBlockError as error:  # it is the server's own
+            session.fail(error)
+            why = "the server fails"
         except Exception as cut:  # gRPC's iterator raises a bare Exception when a call is cut
             why = f"the connection was cut {cut}".strip()
         finally:
-            self._detach(client_id, stream, connection, why)
+            self._detach(client_id, session, stream, connection, why)
 
-    def _detach(self, client_id: int, stream: NumberedStream, connection: int, why: str) -> None:
+    def _detach(self, client_id: int, session: Session, stream: NumberedStream, connection: int, why: str) -> None:
         if stream.detach(connection):
-            self.tell(f"client {client_id} is not connected any more: {why}")
+            self._tell_of_site(session, f"client {client_id} is not connected any more: {why}")
+
+    def _tell_of_site(self, session: Session, line: str) -> None:
+        try:
+            self.tell(line)
+        except ParaBlockError as error:  # what is told is recorded too
+            session.fail(error)
 
     def _refuse(self, caller: Caller, context: grpc.ServicerContext, why: str, *, is_temporary: bool) -> None:
         if not is_temporary:

@@ -132,6 +132,8 @@ def _gather(transport: RemoteTransport, num_sites: int, fewest: int, hooks: Hook
     """
     remind_s = transport.clock.now()
     while len(there := transport.there) < _awaited(transport, num_sites, fewest):
+        if transport.failure is not None:
+            raise transport.failure
         if hooks.asked_to_stop():
             return False
         if transport.clock.now() >= remind_s:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from threading import Condition
 from typing import Any
 
 from parablock.clock import Clock
+from parablock.engine.remote.client_place import ClientPlace
 from parablock.engine.remote.frames import Hello, Opening, Reception, utc_s
 from parablock.engine.remote.listener import NotAdmitted
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.engine.remote.site_spans import SPANS_KEPT, spans_of
-from parablock.errors import CodecError, LedgerError, StallError
-from parablock.storage.release_history import History
+from parablock.errors import CodecError, LedgerError, ParaBlockError, StallError
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, from_bytes, kind_of, to_bytes
@@ -30,54 +29,6 @@ RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
 """Bytes of a site's messages that wait for the server at most, beside the newest."""
-
-
-@dataclass
-class ClientPlace:
-    """A client's place in the session.
-
-    Attributes:
-        stream: The streams between it and the server.
-        incarnation: The word of the process that takes part; None: none has yet.
-        rejoins: Whether an earlier process took part.
-        has_sent: Whether the process has sent a message, its keys aside.
-        must_rejoin: Whether it does not take part, until a new process joins.
-        is_removed: Whether the operator has removed it.
-        told: What it was told last of its own history; None: nothing.
-        lacks_ledger: Whether the process has left because its ledger is lost.
-        is_garbled: Whether it has sent a record that cannot be read.
-        knows_end: Whether it knows that the session has ended.
-        since_s: Since when it is connected, or is not; seconds since 1970.
-        up_bytes: Bytes of its messages so far.
-        down_bytes: Bytes of messages to it that it has confirmed.
-        last_round: The newest round that it has sent something of.
-        asked_round: The newest round that it has been sent something of.
-        waiting_bytes: Bytes of its messages that wait for the server.
-        spans_left: How many more spans of it are kept until its next round.
-        up_free_s: When its last upload ended.
-        down_free_s: When its last download ended.
-    """
-
-    stream: NumberedStream
-    incarnation: str | None = None
-    rejoins: bool = False
-    has_sent: bool = False
-    must_rejoin: bool = False
-    is_removed: bool = False
-    told: History | None = None
-    lacks_ledger: bool = False
-    is_garbled: bool = False
-    knows_end: bool = False
-    since_s: float = 0.0
-    up_bytes: int = 0
-    down_bytes: int = 0
-    last_round: int = -1
-    waiting_bytes: int = 0
-    asked_round: int = -1
-    spans_left: int = SPANS_KEPT
-    up_free_s: float = 0.0
-    down_free_s: float = 0.0
-    room: Condition = field(default_factory=Condition)
 
 
 class RemoteTransport:
@@ -92,6 +43,9 @@ class RemoteTransport:
         asked_to_stop: Whether the user wants the run to stop.
         tell: Gets a line for the log.
         releases: What the server has on record of its sites.
+
+    Attributes:
+        failure: The error with which the server's thread ends the run as soon as it looks; None: there is none.
     """
 
     def __init__(
@@ -111,10 +65,9 @@ class RemoteTransport:
         self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
         self._origin_s = utc_s() - trace.clock.now()
         self._inbox = trace.clock.mailbox()
-        self._void = set[
-            NumberedStream
-        ]()  # of processes that left before the run began, and whose next one is there
+        self._void = set[NumberedStream]()  # of processes that left before the run began, and came again
         self.has_begun, self._is_over = False, False
+        self.failure: ParaBlockError | None = None
         self.places = {client_id: ClientPlace(self._new_stream(client_id)) for client_id in range(num_clients)}
         self.ledger = Ledger()
         self.waiting_for = ""
@@ -146,6 +99,8 @@ class RemoteTransport:
             place.knows_end = place.knows_end or self._is_over
             if self._is_over or not in_session:
                 return Reception(0, False, now_s, self._opening_for(hello.client_id), self._is_over), None
+            if self.failure is not None:
+                raise NotAdmitted("the server is about to end, by an error of its own", is_temporary=True)
             begins_anew = is_new and place.must_rejoin and not self.has_begun  # nothing it has said was read
             if is_new:
                 place.rejoins = not begins_anew and (place.incarnation is not None or place.must_rejoin)
@@ -221,6 +176,11 @@ class RemoteTransport:
         place = self.places[client_id]
         if place.stream is stream:
             place.must_rejoin, place.since_s = True, utc_s()
+
+    def fail(self, error: ParaBlockError) -> None:
+        """Let the server's thread end the run with an error that is no site's."""
+        self.failure = error
+        self._inbox.put(error)
 
     def remove(self, client_id: int) -> None:
         """Remove a client from the run; those who ask get no answer any more."""
@@ -318,7 +278,7 @@ class RemoteTransport:
             if self._clock.now() - moved_s > patience_s:
                 self._tell(f"the end of the run did not reach {', '.join(f'client {i}' for i in waits)}")
                 break
-            self._clock.sleep(LOOK_S)
+            self._drop_late()
         self.leave()
 
     def leave(self) -> None:
@@ -330,13 +290,22 @@ class RemoteTransport:
                 place.knows_end = place.stream.has_connection and place.stream.say_bye(LOOK_S)
             if self._clock.now() > give_up_s:
                 break
-            self._clock.sleep(LOOK_S)
+            with suppress(ParaBlockError):  # the run has an end, or an error, by now
+                self._drop_late()
         for place in self.places.values():
             place.stream.close()
             with place.room:
                 place.room.notify_all()
 
+    def _drop_late(self) -> None:
+        """Let a moment pass, and drop what comes: confirmations come behind what a full inbox keeps waiting."""
+        until_s = self._clock.now() + LOOK_S
+        while (late := self._inbox.get_until(until_s)) is not None:
+            self._open(late)
+
     def _open(self, item: Any) -> tuple[int, bytes] | None:
+        if isinstance(item, BaseException):
+            raise item
         client_id, message, stream = item
         place = self.places[client_id]
         with place.room:

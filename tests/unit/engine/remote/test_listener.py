@@ -45,8 +45,9 @@ from parablock.engine.remote.grpc_options import METHOD
 from parablock.engine.remote.listener import MOST_UNNAMED, Caller
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences
-from parablock.errors import CodecError
+from parablock.errors import CodecError, StorageError
 from parablock.storage.audit_log import AuditLog
+from parablock.storage.release_ledger import ASKED, BEGUN, ReleaseLedger
 from parablock.trace import Trace
 from parablock.training.trainer import Trained
 from parablock.wire.codec import encode
@@ -533,6 +534,98 @@ def test_a_site_that_never_reads_does_not_slow_the_others(house: House, made: Pa
         waiting = list(house.transport.places[0].stream._out)
         assert len(waiting) == 40 and all(each.content is content for each in waiting), "the same bytes for all"
         assert stalled.call.is_active()
+
+
+# ── the server's own troubles ───────────────────────────────────────────────────────────────────────
+
+
+FULL = StorageError("the disk is full", remedy="Free some space.")
+
+
+class FullLog(AuditLog):
+    """A log on a disk with room for everything but that an update begins to come."""
+
+    def append(self, kind: str, **facts: object) -> str:
+        if kind == BEGUN:
+            raise FULL
+        return super().append(kind, **facts)
+
+
+@pytest.mark.parametrize("make_log", [FullLog, AuditLog])
+def test_a_full_disk_of_the_server_ends_its_run_and_is_no_cut(
+    house: House, made: Path, tmp_path: Path, make_log: type[AuditLog]
+):
+    """What begins to come is recorded in the thread that reads."""
+    transport, update = house.transport, encode({"kind": "Update"})
+    transport._releases = ReleaseLedger(make_log(tmp_path / "audit.jsonl"))
+    transport._releases.record(ASKED, 3, clients=(0,))
+    with inside(house, made) as call:
+        call.out.put(HEAD.pack(PART, 0, 3, len(update), 1.0) + update)
+        if make_log is AuditLog:
+            assert transport.receive(5, "an update") == (0, update)
+            return
+        with pytest.raises(StorageError, match="the disk is full"):
+            transport.receive(5, "an update")
+        until(lambda: not transport.is_there(0))
+    assert house.told[-1] == "client 0 is not connected any more: the server fails" and not house.refusals
+    for _ in range(3):
+        with Call(house.listener.port, site(made, "site-0"), hello(0)) as call:
+            code, words = call.refusal()
+        assert code == grpc.StatusCode.FAILED_PRECONDITION and "error of its own" in words
+    transport._is_over = True
+    with Call(house.listener.port, site(made, "site-0"), hello(0)) as call:
+        assert call.welcome().is_over, "then it learns that the session has ended"
+
+
+def test_a_line_of_the_door_that_cannot_be_recorded_ends_the_run(house: House, made: Path):
+    def tell(line: str) -> None:
+        if "not connected any more" in line:
+            raise FULL
+
+    house.listener.tell = tell
+    with inside(house, made):
+        assert house.transport.receive_until(house.clock.now() + 0.1) is None, "its coming was recorded"
+    with pytest.raises(StorageError, match="the disk is full"):
+        house.transport.receive(5, "a message")
+
+
+def test_an_error_of_the_servers_own_ends_its_wait_for_sites_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote_transport, "RETURN_S", 0.1)
+    looks = iter(range(20))
+    hooks = replace(QUIET, asked_to_stop=lambda: next(looks, None) is None)
+    town = Town(tmp_path, server_plan(2, 3, 1), [1, 2])
+    assert not town.serve(hooks).finished
+    looks = iter(range(20))
+    with pytest.raises(StorageError, match="the disk is full"):
+        town.serve(hooks, on_open=lambda transport: transport.fail(FULL))
+
+
+@pytest.mark.parametrize("confirms", [True, False])
+def test_the_end_of_a_run_reaches_a_site_whose_late_updates_nobody_takes(
+    house: House, made: Path, monkeypatch: pytest.MonkeyPatch, confirms: bool
+):
+    monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1)
+    content = bytes(1 << 20)
+    with inside(house, made) as call:
+        for number in range(3):
+            call.out.put(HEAD.pack(PART, number, 0, 1, 1.0) + b"a")
+        until(lambda: house.transport.places[0].stream.wanted == 2)
+        for _ in range(4):
+            house.transport.send(0, Parcel(content, 8))
+        closing_ = threading.Thread(target=house.transport.close, args=(0.5,))
+        closing_.start()
+        kinds = list[int]()
+        for frame in call.call:
+            kinds.append(frame[0])
+            if frame[0] == PART and confirms:
+                call.out.put(HEAD.pack(CONFIRM, kinds.count(PART), 0, 0, 0.0))
+        closing_.join(10)
+        assert not closing_.is_alive()
+    unreached = [line for line in house.told if "the end of the run did not reach client 0" in line]
+    if confirms:
+        assert kinds.count(PART) == 4 and kinds[-1] == BYE and not unreached
+    else:
+        assert kinds.count(PART) == 2 and BYE not in kinds and unreached
 
 
 # ── a run with a hostile site ───────────────────────────────────────────────────────────────────────
