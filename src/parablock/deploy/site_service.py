@@ -94,6 +94,7 @@ def serve(site: SiteConfig, server: ServerEnd, *, once: bool = False) -> None:
                 LOGGER.error("this site leaves the run: %s", error)
                 LOGGER.error("It takes part again in the next session, or once it is started again.")
                 finished = opening.session
+            gc.unfreeze()  # where libraries were loaded within the session, it is among what stays with them
             gc.collect()
 
 
