@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf
+from itertools import islice
 from threading import Condition, Lock
 
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
@@ -24,6 +24,10 @@ AHEAD_S = 3.0
 """How long a link may take from a part to its confirmation without the sender having to wait for it."""
 PACE_S = 10.0
 """How long the pace of a link is remembered."""
+STRETCH_S = 0.2
+"""How long a stretch is by which the pace of a link is known."""
+MOST_AHEAD_BYTES = 64 << 20
+"""How much may be on its way, whatever the pace, when a part leaves."""
 
 
 @dataclass
@@ -62,24 +66,35 @@ class Delivered:
 
 
 class _Pace:
-    """How fast a link carries parts, as its receiver sees it: one part behind another, the fastest of late.
+    """How fast a link carries parts, as its receiver sees it: in the best stretch of late, of `STRETCH_S` at least.
 
-    The sender cannot tell: confirmations may wait for seconds behind what goes the other way.
+    What lay ready while the receiver was busy comes at once, and says little: a shorter stretch counts as one of
+    that length. The sender cannot tell: confirmations may wait for seconds behind what goes the other way.
     """
 
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
-        self._came_s = inf
+        self._bytes = 0
+        self._came = deque[
+            tuple[float, int]
+        ]()  # when, and bytes until then: a part, and all in the stretch after it
         self._seen = deque[tuple[float, float]]()  # when, and bytes a second: each faster than all later ones
 
     def note(self, num_bytes: int) -> None:
         """Note that a part has come."""
-        before_s, self._came_s = self._came_s, self._now_s()
-        if num_bytes == PART_BYTES and self._came_s > before_s:
-            pace = num_bytes / (self._came_s - before_s)
-            while self._seen and self._seen[-1][1] <= pace:
-                self._seen.pop()
-            self._seen.append((self._came_s, pace))
+        now_s = self._now_s()
+        if self._came and now_s < self._came[-1][0]:  # clocks may be set back
+            self._came.clear()
+        self._bytes += num_bytes
+        self._came.append((now_s, self._bytes))
+        while len(self._came) > 1 and now_s - self._came[1][0] >= STRETCH_S:
+            self._came.popleft()
+        pace = max(
+            (self._bytes - before) / max(STRETCH_S, now_s - then_s) for then_s, before in islice(self._came, 2)
+        )
+        while self._seen and self._seen[-1][1] <= pace:
+            self._seen.pop()
+        self._seen.append((now_s, pace))
 
     def bytes_per_s(self) -> int:
         """Return the pace; 0: unknown."""
@@ -92,9 +107,10 @@ class _Pace:
 class _Window:
     """What is on its way over a connection, and whether one more part may leave.
 
-    A part leaves while no more is on its way than the link carries in `AHEAD_S` seconds, or than
-    `LEAST_AHEAD_BYTES`. So a link whose round trip is shorter is not held up, at any speed, and a cut loses no more
-    than that and one part. The buffers of gRPC and of TCP alone hold several MiB before a slow link.
+    A part leaves while no more is on its way than the link carries in `AHEAD_S` seconds, but `LEAST_AHEAD_BYTES` at
+    least and `MOST_AHEAD_BYTES` at most. So a link whose round trip is shorter is not held up, up to 170 Mbit/s at
+    any such round trip, and a cut loses no more than that and one part. The buffers of gRPC and of TCP alone hold
+    several MiB before a slow link.
     """
 
     def __init__(self) -> None:
@@ -113,7 +129,7 @@ class _Window:
 
     @property
     def is_open(self) -> bool:
-        return self._ahead_bytes <= max(LEAST_AHEAD_BYTES, AHEAD_S * self._bytes_per_s)
+        return self._ahead_bytes <= min(MOST_AHEAD_BYTES, max(LEAST_AHEAD_BYTES, AHEAD_S * self._bytes_per_s))
 
 
 class NumberedStream:

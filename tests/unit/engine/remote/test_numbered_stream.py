@@ -378,8 +378,10 @@ CHUNKS = [bytes(4 * PART_BYTES + 141)] * 6
 """Messages as those of `wire.chunk_bytes`: four parts, and a short one."""
 
 
-def carried(mbps: float, round_trip_s: float, cut_s: float = inf, back_s: float = 0.0) -> tuple[float, int]:
-    """Carry `CHUNKS` over a line; return its seconds over those of the bytes alone, and what was sent again.
+def carried(
+    mbps: float, round_trip_s: float, cut_s: float = inf, back_s: float = 0.0, messages: list[bytes] = CHUNKS
+) -> tuple[float, int]:
+    """Carry messages over a line; return its seconds over those of the bytes alone, and what was sent again.
 
     The line takes all frames at once, as the buffers before a real one take many. A cut loses all that is on it.
     Confirmations wait for `back_s` behind other things.
@@ -387,8 +389,8 @@ def carried(mbps: float, round_trip_s: float, cut_s: float = inf, back_s: float 
     now_s, free_s, order, events = 0.0, 0.0, count(), list[tuple[float, int, End, bytes]]()
     one, other = End(1 << 30, lambda: now_s), End(1 << 30, lambda: now_s)
     join(one, other)
-    for chunk in CHUNKS:
-        one.stream.put(chunk, 0)
+    for message in messages:
+        one.stream.put(message, 0)
     while True:
         for frame in one.drain():
             free_s = max(now_s, free_s) + len(frame) / (mbps * MEGABIT)
@@ -404,8 +406,8 @@ def carried(mbps: float, round_trip_s: float, cut_s: float = inf, back_s: float 
             free_s, cut_s = now_s, inf
             events.clear()
             join(one, other)
-    assert other.contents == CHUNKS
-    return now_s / (sum(map(len, CHUNKS)) / (mbps * MEGABIT)), one.stream.sent_again_bytes
+    assert other.contents == messages
+    return now_s / (sum(map(len, messages)) / (mbps * MEGABIT)), one.stream.sent_again_bytes
 
 
 @pytest.fixture
@@ -437,13 +439,52 @@ def test_the_bound_holds_a_line_up_for_a_round_trip_at_most(mbps: float, round_t
 
 
 @pytest.mark.usefixtures("parts_of_full_length")
-def test_a_fast_line_waits_once_where_confirmations_wait_behind_what_goes_the_other_way(
+def test_messages_that_are_shorter_than_a_part_have_a_pace_too(monkeypatch: pytest.MonkeyPatch):
+    short = [bytes(PART_BYTES // 4)] * 96
+    wire_s, round_trip_s = 24 * PART_BYTES / (200 * MEGABIT), 0.2
+    assert (carried(200.0, round_trip_s, messages=short)[0] - 1) * wire_s <= 2.1 * round_trip_s
+    monkeypatch.setattr(numbered_stream._Pace, "bytes_per_s", lambda _: 0)
+    assert (carried(200.0, round_trip_s, messages=short)[0] - 1) * wire_s > 10 * round_trip_s
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+def test_a_fast_line_waits_once_or_twice_where_confirmations_wait_behind_what_goes_the_other_way(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """As behind a link that is slow in one direction: the sender would take late confirmations for a slow line."""
-    assert carried(200.0, 0.01, back_s=4.5)[0] < 11.0
+    assert carried(200.0, 0.01, back_s=0.6)[0] < 2.3
+    assert carried(200.0, 0.01, back_s=4.5)[0] < 16.0
     monkeypatch.setattr(numbered_stream, "AHEAD_S", 0.0)
     assert carried(200.0, 0.01, back_s=4.5)[0] > 40.0
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+@pytest.mark.parametrize(("stretch_s", "fits"), [(numbered_stream.STRETCH_S, True), (1e-9, False)])
+def test_parts_that_lay_ready_while_the_reader_was_busy_are_no_fast_line(
+    monkeypatch: pytest.MonkeyPatch, stretch_s: float, fits: bool
+):
+    monkeypatch.setattr(numbered_stream, "STRETCH_S", stretch_s)
+    times = count()
+    one, other = End(1 << 30), End(1 << 30, lambda: next(times) / 1e6)
+    join(one, other)
+    one.stream.put(CHUNKS[0], 0)
+    for frame in one.drain():
+        other.take(frame)
+    pace = HEAD.unpack(other.drain()[-1])[3]
+    assert (0 < pace <= PART_BYTES / 0.2) is fits
+
+
+@pytest.mark.usefixtures("parts_of_full_length")
+@pytest.mark.parametrize("most_bytes", [numbered_stream.MOST_AHEAD_BYTES, 1 << 62])
+def test_no_pace_lets_more_than_64_mib_and_a_part_be_on_their_way(monkeypatch: pytest.MonkeyPatch, most_bytes: int):
+    monkeypatch.setattr(numbered_stream, "MOST_AHEAD_BYTES", most_bytes)
+    one, _ = pair()
+    for _ in range(20):
+        one.stream.put(CHUNKS[0], 0)
+    ahead = sum(map(len, one.drain()[1:]))
+    one.take(HEAD.pack(CONFIRM, 1, 0, 1 << 60, 0.0))
+    ahead += sum(map(len, one.drain()))
+    assert (ahead > 79 << 20) if most_bytes > 64 << 20 else (64 << 20 < ahead < (65 << 20) + 4096)
 
 
 def test_a_pace_that_nobody_could_have_harms_nothing():
