@@ -7,8 +7,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,20 @@ from parablock.deploy.site import SiteConfig, load_site, shared_config
 from parablock.deploy.site_check import check_site
 from parablock.engine.plans import Hooks
 from parablock.engine.remote import remote_engine
-from parablock.engine.remote.frames import Opening
+from parablock.engine.remote.frames import HEAD, PART, Hello, Opening
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import ConfigError, DataError, LedgerError, PolicyError
 from parablock.privacy.keystream import Keystream, derive
+from parablock.privacy.masked_server import MaskedServer
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
 from parablock.storage.audit_log import AuditLog, verify
 from parablock.storage.checkpoint import load_newest, save_checkpoint
-from parablock.storage.release_ledger import ACCOUNT, ASKED, RELEASE, REVEAL, SET, ReleaseLedger
+from parablock.storage.release_ledger import ACCOUNT, ASKED, RELEASE, REVEAL, SET, SHARES, ReleaseLedger
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
-from parablock.wire.messages import Update
+from parablock.wire.messages import Leave, Update, to_bytes
 from parablock.wire.quantize import Encoding
 
 RUN = {
@@ -240,6 +243,38 @@ def test_a_ledger_that_differs_in_the_middle_is_refused_by_round_and_by_what_sta
     assert isinstance(refusal("unseen", of_17=None, of_35="another"), DataError)
 
 
+@pytest.mark.parametrize("is_masked", [True, False], ids=["masked", "local noise"])
+def test_no_server_learns_from_a_ledger_whether_it_has_guessed_a_masked_update(
+    tmp_path: Path, door: Door, is_masked: bool
+):
+    """It says that it knows the update of a round, whose sum it has asked for or not; only one guess is right.
+
+    It may also say that the run is another, without masks.
+    """
+    without = {"privacy.mode": "local", "privacy.secure_aggregation": "none"}
+    one, plain = site(tmp_path), shared_config(parse_config(nested({**RUN, **without})))
+    ledger = ReleaseLedger(AuditLog(one.audit_log), "run", is_masked=is_masked)
+    for t in (1, 2):
+        ledger.record(RELEASE, t, sha256=f"update {t}")
+    if is_masked:
+        ledger.record(REVEAL, 2, clients=(0, 1))
+
+    def answer(told: str, t: int, guess: str) -> tuple[type[Exception], str, str]:
+        record = ReleaseLedger()
+        record.record(ACCOUNT, t, clients=(1,), sha256=guess, whole=True)
+        error, leave = door.take_part(one, told, "ab", releases=record)
+        return type(error), str(error), leave.problem
+
+    for told, t in product((shared(), plain) if is_masked else (plain,), (1, 2)):
+        right, wrong = answer(told, t, f"update {t}"), answer(told, t, "another")
+        assert [right[0], wrong[0]] == [LedgerError if is_masked else DataError, LedgerError]
+        assert (right == wrong) is is_masked
+    if is_masked:  # what an honest server knows
+        honest = on_record((SET, 2, (0, 1)))
+        honest.record(SHARES, 2, clients=(0, 1), of=(0, 1))
+        assert isinstance(door.take_part(one, shared(), "ab", releases=honest)[0], DataError)
+
+
 @pytest.mark.parametrize("mode", ["local", "central"])
 def test_a_record_of_updates_or_means_is_one_too_and_what_was_asked_for_is_given_up(
     tmp_path: Path, door: Door, mode: str
@@ -317,6 +352,44 @@ def test_rounds_that_are_lost_count_for_the_sites_own_epsilon(tmp_path: Path):
         check(0.999 * fourteen, 5, 4)
 
 
+@pytest.mark.parametrize("named", [(100.0, 0.8), (0.8, 100.0)], ids=["more noise first", "less noise first"])
+def test_rounds_that_are_lost_count_with_the_least_noise_that_was_named(tmp_path: Path, named: tuple[float, ...]):
+    """Two sessions of a run whose ten rounds are lost, and a run of ten rounds under the usual noise after it."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    spent = epsilon_of(Counter({0.8: 10, 4.0: 10}), 1e-5)
+
+    def guard(bound: float, run: str, multiplier: float, lost_through: int = -1) -> SitePolicy:
+        config = parse_config(nested({**RUN, "federation.num_rounds": 10, "privacy.noise_multiplier": multiplier}))
+        policy = Policy.model_validate({**OPEN_POLICY, "max_epsilon": bound})
+        return SitePolicy(policy, log, run, config, lost_through=lost_through)
+
+    for multiplier in named:
+        guard(1.0, "lost", multiplier, 9).record_lost()
+    guard(1.001 * spent, "next", 4.0).check_run("ab")
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        guard(0.999 * spent, "next", 4.0).check_run("ab")
+    ten = epsilon_of(Counter({0.8: 10}), 1e-5)
+    guard(1.001 * ten, "lost", 100.0, 9).check_run("ab")
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        guard(0.999 * ten, "lost", 100.0, 9).check_run("ab")
+
+
+@pytest.mark.parametrize("problem", [LedgerError.told, "its operator stops it"])
+def test_nobody_waits_for_a_site_that_is_cut_once_it_has_told_of_its_lost_ledger(problem: str):
+    """Its bye never comes. A site that leaves for another reason is waited for, and so is its next process."""
+    transport = RemoteTransport(Opening("run", "s", "", ""), 3, 9, 1 << 20, Trace(RealClock()))
+    _, stream = transport.welcome(Hello(1, "s", "first", 0, 0.0))
+    connection, leave = stream.attach(0), to_bytes(Leave(problem))
+    assert stream.take(
+        HEAD.pack(PART, 0, 0, len(leave), 0.0) + leave, connection, partial(transport.deliver, 1, stream)
+    )
+    assert transport.given_up == {}, "its bye may come"
+    stream.detach(connection)
+    assert [*transport.given_up] == ([1] if problem == LedgerError.told else [])
+    transport.welcome(Hello(1, "s", "second", 0, 0.0))
+    assert transport.given_up == {}
+
+
 def noise_of(key: bytes, client_id: int) -> Protection:
     return Protection(1.0, 0.5, lambda t, content: Keystream(derive(key, client_id, t, content)).normals)
 
@@ -367,3 +440,39 @@ def test_a_run_that_goes_back_goes_on_without_a_site_that_has_lost_its_ledger(
     else:
         assert {4, 5} <= set(twice) and town.refused == []
         assert before.recorded(RELEASE, 5) != town.releases[1].recorded(RELEASE, 5), "another update, other noise"
+
+
+def test_masked_sites_go_on_through_restarts_whoever_was_the_first_to_give_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The server dies in round 5 twice, and takes rounds from 4 on again; other sites give their shares first."""
+    first, deaths, wait = ((0, 1), (0, 2), (1, 2)), list[bool](), MaskedServer._wait_for
+    monkeypatch.setattr(
+        MaskedServer, "_wait_for", lambda server, clients, came, _=None: wait(server, clients, came)
+    )
+    record = ReleaseLedger.record
+
+    def record_first(ledger: ReleaseLedger, kind: str, t: int, **facts: Any) -> None:
+        record(ledger, kind, t, **(facts | {"clients": first[len(deaths)]} if kind == SHARES else facts))
+
+    monkeypatch.setattr(ReleaseLedger, "record", record_first)
+    masking = SecureAggregation(3, 8, 1.0, 0, 20.0)
+    plan = server_plan(3, 8, 1, FORM, checkpoint_every=4)
+    town = remote_runs.Town(tmp_path, plan, [3, 1, 2], masking=masking, protection_of=lambda _: Protection(2.0))
+
+    def on_commit(state: ServerState, *_: object) -> None:
+        if state.committed == 5 and len(deaths) < 2:
+            deaths.append(True)
+            raise remote_runs.Died
+
+    hooks = replace(QUIET, on_commit=on_commit)
+    hooks = replace(hooks, on_checkpoint=lambda state: save_checkpoint(tmp_path / "checkpoints", state, keep=2))
+    for client_id in range(3):
+        town.start(client_id)
+    for is_last in (False, False, True):
+        state = load_newest(tmp_path / "checkpoints")[0] if deaths else None
+        with nullcontext() if is_last else suppress(remote_runs.Died):
+            assert town.serve(hooks, state).finished
+    town.end()
+    assert town.refused == [] and len(deaths) == 2
+    assert len(town.releases[-1].recorded(SHARES, 5)) > 1, "several lines of one round, as intended"

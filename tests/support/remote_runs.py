@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import Empty
 
@@ -67,7 +68,7 @@ class Town:
         self.transport: RemoteTransport | None = None
         self.port = 0
         self.threads = dict[int, threading.Thread]()
-        self.releases = defaultdict[int, ReleaseLedger](ReleaseLedger)
+        self.releases = defaultdict[int, ReleaseLedger](partial(ReleaseLedger, is_masked=masking is not None))
         """What each site has released, and the server (−1), over all sessions."""
 
     def start(self, client_id: int) -> None:

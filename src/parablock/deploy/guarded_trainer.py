@@ -49,7 +49,7 @@ class SitePolicy:
         lost = min(lost_through, config.federation.num_rounds - 1)  # a run has no more rounds than it has
         self._lost: dict[str, Any] = {"run": run, "through": lost, "noise_multiplier": self._multiplier}
         self._entries = log.entries()
-        self._rounds = {**_lost_rounds(self._lost), **_rounds_of(self._entries)}
+        self._rounds = _rounds_of(self._entries, self._lost)
 
     def record_lost(self) -> None:
         """Record what a lost log may have held, unless it stands there: it counts for every run from now on."""
@@ -139,6 +139,9 @@ class SitePolicy:
 def check_ledger(releases: ReleaseLedger, opening: Opening) -> None:
     """Check that a site's ledger holds all of its updates that the server has on record, as the server has them.
 
+    Of rounds that are lost nothing is compared. What a line says is from the next multiple of `SPAN` rounds on; before
+    that, only whether it is there.
+
     Raises:
         LedgerError: It does not, and the site's file does not say that it is lost.
     """
@@ -212,24 +215,15 @@ def epsilon_of(releases: Counter[float], delta: float) -> float:
     return composed_epsilon(releases, delta)
 
 
-def _lost_rounds(facts: Mapping[str, Any]) -> dict[tuple[str, int], float]:
-    return {(facts["run"], t): facts["noise_multiplier"] for t in range(facts["through"] + 1)}
+def _rounds_of(entries: Sequence[AuditEntry], lost: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    """Return the rounds that a log remembers, and those that are lost: (run, round) → effective noise multiplier.
 
-
-def _rounds_of(entries: Sequence[AuditEntry]) -> dict[tuple[str, int], float]:
-    """Return the rounds that a log remembers: (run, round) → effective noise multiplier, the least of them.
-
-    A round that is lost has that of its run, where the log has no line of its own.
+    It is the least of all lines of a round: what a lost log held is what one of them says, and nobody knows which.
     """
     rounds: dict[tuple[str, int], float] = {}
-    for entry in entries:
-        if entry.kind == ROUND:
-            place, multiplier = (
-                (str(entry.facts["run"]), int(entry.facts["round"])),
-                entry.facts["noise_multiplier"],
-            )
-            rounds[place] = min(float(multiplier), rounds.get(place, float(multiplier)))
-    for entry in entries:
-        if entry.kind == LOST:
-            rounds = _lost_rounds(entry.facts) | rounds
+    for facts in (*(entry.facts for entry in entries if entry.kind in (ROUND, LOST)), lost):
+        of_rounds = range(facts["through"] + 1) if "through" in facts else [int(facts["round"])]
+        multiplier = float(facts["noise_multiplier"])
+        for place in ((str(facts["run"]), t) for t in of_rounds):
+            rounds[place] = min(multiplier, rounds.get(place, multiplier))
     return rounds

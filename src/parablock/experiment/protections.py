@@ -155,8 +155,9 @@ def protections(config: RunConfig, secret: bytes | None) -> Callable[[int], Prot
 
 def releases_of(config: RunConfig, log: AuditLog | None, run: str = "", *, lost_through: int = -1) -> ReleaseLedger:
     """Return the ledger of what a client or the server releases; strict where noise or masks hide updates."""
-    is_private = adds_noise(config) or config.privacy.secure_aggregation == "masked"
-    return ReleaseLedger(log, run, is_strict=is_private, lost_through=lost_through)
+    is_masked = config.privacy.secure_aggregation == "masked"
+    is_strict = adds_noise(config) or is_masked
+    return ReleaseLedger(log, run, is_strict=is_strict, is_masked=is_masked, lost_through=lost_through)
 
 
 def privacy_spent(config: RunConfig, releases: ReleaseLedger, through: int | None = None) -> dict[str, Any]:

@@ -47,21 +47,24 @@ class History:
     def differing(self, lines: Mapping[int, Mapping[str, Any]], after: int) -> list[tuple[int, int]]:
         """Return the spans of rounds, first and last, in which a client's own lines are not those here.
 
-        Spans that begin at round `after` or before are not compared.
+        A line after round `after` that is known here and is not there differs, whatever the sum. Sums of spans that
+        begin at that round or before are not compared.
         """
-        own = HistoryIndex()
+        own, missing = HistoryIndex(), set[int]()
         for t in _bits(self.known):
             if t in lines:
                 own.add_line(t, lines[t])
+            elif t > after:
+                missing.add(t // SPAN * SPAN)
         size = 2 * SUM_BYTES
         length = max(len(self.sums), len(own.history.sums))
         here, there = self.sums.ljust(length, "0"), own.history.sums.ljust(length, "0")
         spans = (k // size * SPAN for k in range(0, length, size) if here[k : k + size] != there[k : k + size])
-        return [(first, first + SPAN - 1) for first in spans if first > after]
+        return [(first, first + SPAN - 1) for first in sorted(missing.union(s for s in spans if s > after))]
 
 
 class HistoryIndex:
-    """The history of one client as it grows: each line is taken in once, in any order."""
+    """The history of one client as it grows: of each round the first line is taken in, in any order of rounds."""
 
     def __init__(self) -> None:
         self._last, self._rounds, self._known, self._sums = -1, bytearray(), bytearray(), bytearray()
@@ -89,12 +92,13 @@ class HistoryIndex:
 
 
 def _set(bits: bytearray, t: int) -> bool:
-    """Set the bit of a round; return whether there is one."""
+    """Set the bit of a round, if it is one that is compared; return whether it was not set before."""
     if not 0 <= t < MOST_ROUNDS:
         return False
     bits.extend(bytes(max(0, t // 8 + 1 - len(bits))))
+    is_new = not bits[t // 8] >> t % 8 & 1
     bits[t // 8] |= 1 << t % 8
-    return True
+    return is_new
 
 
 def _bits(bits: str) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 | kind | by | a line says |
 |---|---|---|
-| release | a client | the hash of its update of a round |
+| release | a client | the hash of its update of a round, and whether it leaves masked |
 | reveal | a client | the set of clients for whose masked sum of a round it gives shares |
 | lost | a client | the last round of which it may have released something that its ledger has lost |
 | set | the server | the same set, before it asks for shares |
@@ -44,6 +44,7 @@ class ReleaseLedger:
         run: Tells runs of one log apart, and clients of one process; empty: the log has no other.
         is_strict: Whether a round has one update only; where updates are neither noisy nor masked, a server that
             goes back to a checkpoint may get another one.
+        is_masked: Whether updates leave masked.
         lost_through: The last round of which a lost ledger may have held something: of that round and those before,
             a client releases nothing that is not on record; −1: none was lost. What the log says counts too.
 
@@ -52,10 +53,16 @@ class ReleaseLedger:
     """
 
     def __init__(
-        self, log: AuditLog | None = None, run: str = "", *, is_strict: bool = True, lost_through: int = -1
+        self,
+        log: AuditLog | None = None,
+        run: str = "",
+        *,
+        is_strict: bool = True,
+        is_masked: bool = False,
+        lost_through: int = -1,
     ) -> None:
         self._log, self._run, self.is_strict = log, {"run": run} if run else {}, is_strict
-        self.lost_through = lost_through
+        self.is_masked, self.lost_through = is_masked, lost_through
         self._of: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
         self._histories = defaultdict[int, HistoryIndex](HistoryIndex)
         self._last_asked: dict[int, int] = {}
@@ -72,6 +79,8 @@ class ReleaseLedger:
     def record(self, kind: str, round_index: int, **facts: Any) -> None:
         """Write what is released to the disk, unless it is there; a tuple becomes a list."""
         facts = {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        if kind == RELEASE and self.is_masked:
+            facts["masked"] = True
         with _RECORDING:
             if facts in self._of.get((kind, round_index), ()):
                 return
@@ -130,13 +139,15 @@ class ReleaseLedger:
         """Compare this client's ledger with what a server has on record; of rounds that are lost nothing.
 
         Return the rounds of which the server has something and this ledger has no update, and the spans of rounds,
-        first and last, in which its lines are not those that the server knows.
+        first and last, in which its lines are not those that the server knows. The hash of a masked update is none
+        that it can know, whatever it says that this run is: an answer would tell it whether a guess is right.
         """
         updates, sums = (
             {t: facts[0] for (of, t), facts in self._of.items() if of == kind} for kind in (RELEASE, REVEAL)
         )
+        known = {t: facts for t, facts in updates.items() if not facts.get("masked")} | sums
         lost = max(-1, self.lost_through)
-        return history.lacking(updates, lost), history.differing({**updates, **sums}, lost)
+        return history.lacking(updates, lost), history.differing(known, lost)
 
     @property
     def last_release(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,13 +15,14 @@ from parablock.engine.remote.frames import (
     greeting_to_bytes,
 )
 from parablock.errors import CodecError
+from parablock.storage.audit_log import AuditLog
 from parablock.storage.release_history import MOST_ROUNDS, SPAN, History
 from parablock.storage.release_ledger import ACCOUNT, BEGUN, RELEASE, REVEAL, SET, SHARES, ReleaseLedger
 
 
 def both(rounds: list[int], *, is_masked: bool) -> tuple[ReleaseLedger, ReleaseLedger]:
     """The ledgers of a server and of client 1 after a run; the server's has its lines in another order."""
-    server, site = ReleaseLedger(), ReleaseLedger()
+    server, site = ReleaseLedger(), ReleaseLedger(is_masked=is_masked)
     for t in rounds:
         site.record(RELEASE, t, sha256=f"update {t}")
         if is_masked:
@@ -36,7 +38,7 @@ def both(rounds: list[int], *, is_masked: bool) -> tuple[ReleaseLedger, ReleaseL
 
 def changed(ledger: ReleaseLedger, place: int, *, kind: str, to: dict | None) -> ReleaseLedger:
     """The same ledger with one line of a kind that is another one, or is not there."""
-    other = ReleaseLedger(lost_through=ledger.lost_through)
+    other = ReleaseLedger(is_masked=ledger.is_masked, lost_through=ledger.lost_through)
     for (of, t), lines in ledger._of.items():
         if (of, t) != (kind, place):
             other.record(of, t, **lines[0])
@@ -63,6 +65,36 @@ def test_one_line_that_differs_anywhere_is_found_and_two_equal_ledgers_agree(is_
         lacking, differing = changed(site, t, kind=RELEASE, to=None).compare(history)
         assert lacking == [t] and (is_masked or differing == [span]), f"round {t} is not there"
     assert History() == server.history_of(2000), "who has nothing on record"
+
+
+def test_a_line_that_is_known_and_not_there_differs_after_what_is_lost():
+    """Of the span in which a loss ends, what a line says is not compared; that it is there is."""
+    server, site = both([*range(40)], is_masked=True)
+    lost = ReleaseLedger(is_masked=True, lost_through=3)
+    for t in range(4, 40):
+        lost.record(RELEASE, t, sha256=f"update {t}")
+        lost.record(REVEAL, t, clients=(0, 1, t))
+    history = server.history_of(1)
+    assert site.compare(history) == lost.compare(history) == ([], [])
+    assert changed(lost, 5, kind=REVEAL, to=None).compare(history) == ([], [(0, 31)])
+    assert changed(lost, 5, kind=REVEAL, to={"clients": [0, 1]}).compare(history) == ([], []), "the price of sums"
+    assert changed(site, 5, kind=REVEAL, to={"clients": [0, 1]}).compare(history) == ([], [(0, 31)])
+
+
+def test_who_gives_shares_in_several_sessions_has_one_line_of_the_round(tmp_path: Path):
+    """Who answers first differs from session to session, so that the server's log has several lines."""
+    site = ReleaseLedger(is_masked=True)
+    site.record(RELEASE, 0, sha256="the update")
+    site.record(REVEAL, 0, clients=(0, 1, 2))
+    for answered in ((0, 1), (0, 2), (0, 1, 2)):
+        server = ReleaseLedger(AuditLog(tmp_path / "audit.jsonl"))
+        server.record(SET, 0, clients=(0, 1, 2))
+        server.record(SHARES, 0, clients=answered, of=(0, 1, 2))
+        for ledger in (server, ReleaseLedger(AuditLog(tmp_path / "audit.jsonl"))):
+            assert site.compare(ledger.history_of(0)) == ([], [])
+            other = changed(site, 0, kind=REVEAL, to={"clients": [0, 1]})
+            assert other.compare(ledger.history_of(0)) == ([], [(0, SPAN - 1)])
+    assert len(server.recorded(SHARES, 0)) == 3
 
 
 def test_of_what_is_lost_nothing_is_compared_and_of_all_else_it_is():

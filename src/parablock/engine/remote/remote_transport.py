@@ -202,7 +202,7 @@ class RemoteTransport:
     def given_up(self) -> dict[int, str]:
         """The clients that no start of the run waits for, with the reason."""
         places = self.places.items()
-        lost = {i: "it has lost its ledger" for i, place in places if place.lacks_ledger and place.must_rejoin}
+        lost = {i: "it has lost its ledger" for i, place in places if place.lacks_ledger and not self.is_there(i)}
         return lost | {i: "the server's operator has removed it" for i, place in places if place.is_removed}
 
     def begin(self) -> frozenset[int]:
