@@ -260,8 +260,8 @@ def test_no_server_learns_from_a_ledger_whether_it_has_guessed_a_masked_update(
         ledger.record(REVEAL, 2, clients=(0, 1))
 
     def answer(told: str, t: int, guess: str) -> tuple[type[Exception], str, str]:
-        record = ReleaseLedger()
-        record.record(ACCOUNT, t, clients=(1,), sha256=guess, whole=True)
+        record = on_record((ACCOUNT, t, (1,)))
+        record._histories[1].add_line(t, {"sha256": guess, **({"masked": True} if is_masked else {})})
         error, leave = door.take_part(one, told, "ab", releases=record)
         return type(error), str(error), leave.problem
 

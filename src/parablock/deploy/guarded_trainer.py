@@ -139,8 +139,8 @@ class SitePolicy:
 def check_ledger(releases: ReleaseLedger, opening: Opening) -> None:
     """Check that a site's ledger holds all of its updates that the server has on record, as the server has them.
 
-    Of rounds that are lost nothing is compared. What a line says is from the next multiple of `SPAN` rounds on; before
-    that, only whether it is there.
+    Of rounds that are lost nothing is compared. Of those after them it is whether a line is there, and what it says
+    from the next multiple of `SPAN` rounds on.
 
     Raises:
         LedgerError: It does not, and the site's file does not say that it is lost.
