@@ -6,10 +6,12 @@ before it gets its name.
 
 from __future__ import annotations
 
-import contextlib
-import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -159,6 +161,34 @@ def _as_stored(tensor: Tensor, written: str, config: PreTrainedConfig, architect
     return tensor.contiguous()
 
 
+_IS_SILENT: ContextVar[bool] = ContextVar("is_silent", default=False)
+"""Whether what is written to standard error is dropped; each thread has its own."""
+
+
+class _UnlessSilent:
+    """A stream that drops what a silent thread writes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text) if _IS_SILENT.get() else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def silent_here() -> Iterator[None]:
+    """Drop what this thread writes to standard error: the bar of Transformers has no switch, and ours goes on."""
+    before = _IS_SILENT.set(True)
+    try:
+        with redirect_stderr(cast(TextIO, _UnlessSilent(sys.stderr))):
+            yield
+    finally:
+        _IS_SILENT.reset(before)
+
+
 @torch.no_grad()
 def _compare(path: Path, model: PreTrainedModel) -> None:
     """Read a written file as Transformers does, and compare every weight, and the logits of a text.
@@ -167,7 +197,7 @@ def _compare(path: Path, model: PreTrainedModel) -> None:
         ModelError: It is another model.
     """
     try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # without a bar of its own
+        with quiet_transformers(), silent_here():
             again = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
             )

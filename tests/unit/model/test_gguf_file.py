@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from transformers import (
 
 from parablock.errors import ModelError
 from parablock.model import gguf_file
-from parablock.model.gguf_file import write_gguf
+from parablock.model.gguf_file import silent_here, write_gguf
 from parablock.model.pretrained import LoadedModel
 
 ENDS = {"vocab_size": 304, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -210,3 +213,15 @@ def test_how_a_text_is_cut_has_the_name_that_others_know(name: str, tmp_path: Pa
 def test_a_tokenizer_that_others_would_read_as_another_is_refused(name: str, tmp_path: Path):
     with pytest.raises(ModelError, match=r"The tokenizer of this model .* is not written as GGUF here"):
         write_gguf(made(FAMILIES["llama"], cut_by(UNKNOWN[name])), tmp_path / "model.gguf", name="mine")
+
+
+def test_what_is_silent_for_this_thread_is_not_for_the_display_of_another(monkeypatch: pytest.MonkeyPatch):
+    there = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", there)
+    with silent_here():
+        sys.stderr.write("the bar of a library")
+        drawing = threading.Thread(target=lambda: sys.stderr.write("the picture of the export"))
+        drawing.start()
+        drawing.join()
+    sys.stderr.write(", and this")
+    assert there.getvalue() == "the picture of the export, and this"
