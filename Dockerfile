@@ -4,8 +4,8 @@
 #   docker run --rm -v "$PWD:/data" parablock run config.yaml --output-dir runs/mine
 #
 # For CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126, and --gpus all when it runs.
-# `make base` pins the base image: it writes the digest that the tag has now behind it, here.
-ARG BASE=python:3.12-slim
+# The base image is pinned by its digest (linux/amd64 and arm64); `make base` writes the one that the tag has now.
+ARG BASE=python:3.11-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
 
 FROM ${BASE} AS build
 WORKDIR /source

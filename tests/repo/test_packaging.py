@@ -284,7 +284,8 @@ def test_the_dockerfile_installs_the_same_torch_as_make_and_leaves_root():
     (torch,) = re.findall(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert f" {torch}\n" in recipe
     assert re.findall(r"^USER (\S+)$", recipe, flags=re.MULTILINE)[-1] not in ("root", "0")
-    assert re.findall(r"^ARG BASE=python:([\d.]+)-slim", recipe, flags=re.MULTILINE) == ["3.12"]
+    pinned = r"^ARG BASE=python:([\d.]+)-slim-bookworm@sha256:[0-9a-f]{64}$"
+    assert re.findall(pinned, recipe, flags=re.MULTILINE) == ["3.11"]
     assert re.findall(r"^FROM (\S+)", recipe, flags=re.MULTILINE) == ["${BASE}"] * 2
 
 
@@ -297,10 +298,10 @@ def test_the_base_image_is_pinned_by_the_digest_that_its_tag_has(tmp_path: Path)
     environment = {**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
     for digest in ("ab" * 32, "cd" * 32):  # of the second day too, when one is there
         answer = f'case "$1" in image) echo python@sha256:{digest};; esac'
-        docker.write_text(f'#!/bin/sh\n{answer}\nfor word; do :; done; [ "$word" = python:3.12-slim ]\n')
+        docker.write_text(f'#!/bin/sh\n{answer}\nfor word; do :; done; [ "$word" = python:3.11-slim-bookworm ]\n')
         docker.chmod(0o755)
         printed = call("make", "--silent", "base", folder=tmp_path, environment=environment)
-        assert printed == f"ARG BASE=python:3.12-slim@sha256:{digest}\n"
+        assert printed == f"ARG BASE=python:3.11-slim-bookworm@sha256:{digest}\n"
         assert printed in (tmp_path / "Dockerfile").read_text()
     docker.write_text("#!/bin/sh\nexit 1\n")
     assert ended(["make", "base"], tmp_path, environment).code != 0
