@@ -23,7 +23,7 @@ from parablock.experiment.run import resume, run
 from parablock.plan.forecast import Scenario
 from parablock.plan.memory import WAYS, memory_per_client
 from parablock.report.curves import curves_svg
-from parablock.report.reading import read_runs
+from parablock.report.reading import LEAST_COMMUNICATION, read_runs
 from parablock.report.tables import Table, spread, to_markdown
 from parablock.report.write import write_report
 from parablock.storage.files import storage, write_atomically
@@ -272,7 +272,9 @@ def _results(label: str, group: Sequence[Summary], tasks: Sequence[str]) -> tupl
         f"{mean('wall_time_s'):.1f}",
         f"{mean('sequential_s'):.1f}",
         # where next to nothing is sent, a share of it says nothing
-        f"{mean('overlap_fraction'):.0%}" if mean("communication_s") >= 0.02 * mean("wall_time_s") else "–",
+        f"{mean('overlap_fraction'):.0%}"
+        if mean("communication_s") >= LEAST_COMMUNICATION * mean("wall_time_s")
+        else "–",
         *(f"{mean(key) / 1e6:.1f}" for key in ("uplink_bytes", "downlink_bytes", "predicted_memory_bytes")),
     )
 

@@ -34,6 +34,13 @@ def test_methods_are_compared_in_one_table_with_the_base_model_first(
     ).stdout
     assert (directory / "compare.md").read_text() in shown
     summaries = json.loads((directory / "compare.json").read_text())
+    for seconds, hidden in (
+        (0.0, ["–"] * 9),
+        (1e6, [f"{summary['overlap_fraction']:.0%}" for summary in summaries]),
+    ):
+        figures = comparison_table([{**summary, "communication_s": seconds} for summary in summaries])
+        shown_as = [row[figures.header.index("hidden")] for row in figures.rows[1:]]
+        assert shown_as[: len(hidden)] == hidden, "where nothing is sent, a share of it says nothing"
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
