@@ -26,7 +26,7 @@ from parablock.clock import RealClock
 from parablock.engine.client import Client
 from parablock.engine.contract import EngineResult
 from parablock.engine.plans import Hooks, ServerPlan
-from parablock.engine.remote.remote_transport import SPANS_KEPT
+from parablock.engine.remote.remote_transport import SPANS_KEPT, RemoteTransport
 from parablock.engine.update_form import Differences, FixedPointWords, SparseDifferences
 from parablock.privacy.protection import Protection
 from parablock.privacy.secure_aggregation import SecureAggregation
@@ -34,6 +34,7 @@ from parablock.storage.checkpoint import RunState, load_newest, save_checkpoint
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.site_store import SiteStore
 from parablock.trace import Trace
+from parablock.wire.messages import kind_of
 from parablock.wire.quantize import Encoding
 from remote_runs import BLOCKS, Died, Town
 from toy import ToyTrainer, initial
@@ -344,12 +345,22 @@ def test_a_masked_site_that_dies_has_lost_its_secrets_and_the_others_go_on(tmp_p
 def test_a_masked_run_whose_server_dies_goes_on_with_new_masks_to_the_same_end(
     tmp_path: Path, loses: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    newest = SiteStore.newest
+    newest, deliver = SiteStore.newest, RemoteTransport.deliver
+    shared, has_shared = list[int](), threading.Event()
+
+    def watched(transport: RemoteTransport, client_id: int, stream, delivered) -> None:
+        deliver(transport, client_id, stream, delivered)
+        if dead and client_id == 1 and kind_of(delivered.content) == "Shares":
+            has_shared.set()
 
     def newest_or_lost(store: SiteStore, sessions):
-        return (None, []) if loses and dead and store.folder.name == "1" else newest(store, sessions)
+        if not (loses and dead and store.folder.name == "1"):
+            return newest(store, sessions)
+        shared.append(has_shared.wait(20))  # as a large model is read, its keys and shares go ahead
+        return None, []
 
     monkeypatch.setattr(SiteStore, "newest", newest_or_lost)
+    monkeypatch.setattr(RemoteTransport, "deliver", watched)
     masking = SecureAggregation(len(EXAMPLES), ROUNDS, 1.0, 0, 20.0)
     protection_of = lambda _: Protection(2.0)  # noqa: E731
     method = replace(on_the_grid(1), checkpoint_every=2)
@@ -376,6 +387,7 @@ def test_a_masked_run_whose_server_dies_goes_on_with_new_masks_to_the_same_end(
     town.end()
     plain = in_process(on_the_grid(1), protection_of=protection_of)
     assert result.finished and len(counted) == ROUNDS
+    assert shared == [True] * loses
     assert counted[ROUNDS - 1] == list(range(len(EXAMPLES))), "who has lost its state takes part again"
     assert same(result.server.params, plain.server.params) or loses
 

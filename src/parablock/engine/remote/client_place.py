@@ -18,7 +18,7 @@ class ClientPlace:
         stream: The streams between it and the server.
         incarnation: The word of the process that takes part; None: none has yet.
         rejoins: Whether an earlier process took part.
-        has_sent: Whether the process has sent a message, its keys aside.
+        has_sent: Whether the process has sent a message, those of secure aggregation aside.
         must_rejoin: Whether it does not take part, until a new process joins.
         is_removed: Whether the operator has removed it.
         told: What it was told last of its own history; None: nothing.

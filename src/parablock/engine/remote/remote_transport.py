@@ -22,6 +22,7 @@ from parablock.errors import CodecError, LedgerError, ParaBlockError, StallError
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.trace import Span, Trace
 from parablock.wire.messages import Leave, from_bytes, kind_of, to_bytes
+from parablock.wire.sealing import SEALING_KINDS
 from parablock.wire.transport import MESSAGE_BYTES, Ledger, Parcel, check_for_stop
 
 LOOK_S, STOP_LOOK_S = 0.01, 0.5
@@ -150,7 +151,7 @@ class RemoteTransport:
             kind = kind_of(delivered.content)
             if place.has_sent and kind == "Join":
                 raise CodecError("it joins once more, without a new process")
-            place.has_sent = place.has_sent or kind != "Advertise"  # its keys come first
+            place.has_sent = place.has_sent or kind not in SEALING_KINDS  # keys and shares go ahead of it
             if kind == "Leave":
                 self._hear(client_id, delivered.content)
             place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
