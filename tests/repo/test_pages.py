@@ -264,7 +264,7 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path):
 PROMISE = re.compile(
     r"\b(never|nobody|nothing|none|cannot|always|only|once|alone|void|named|found|fixed|hides?|counts?|refuse[sd]?)\b"
 )
-PROMISES = {"privacy.md": 60, "security.md": 19, "data-protection.md": 12}
+PROMISES = {"privacy.md": 60, "security.md": 20, "data-protection.md": 12}
 """How many sentences of a page promise something, when its table was last held against them."""
 
 

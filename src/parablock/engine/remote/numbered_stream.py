@@ -15,6 +15,7 @@ from threading import Condition, Lock
 
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
 from parablock.errors import CodecError
+from parablock.wire.transport import MESSAGE_BYTES
 
 LOOK_S = 5.0
 """How often a waiting thread looks whether its connection is still the present one."""
@@ -159,6 +160,7 @@ class NumberedStream:
         self._come = list[bytes]()
         self._connection, self._has_connection = 0, False
         self._says_bye, self._bye_said = False, False
+        self._holds, self.held_bytes = False, 0
         self.is_closed = False
         self.sent_again_bytes = 0
 
@@ -193,6 +195,16 @@ class NumberedStream:
             self._connection += 1
             self._has_connection = False
             self._changed.notify_all()
+
+    def hold(self, holds: bool) -> None:
+        """Confirm nothing more, so that the other side soon has to wait, or go on confirming.
+
+        What comes meanwhile counts in `held_bytes`. What this side sends does not wait.
+        """
+        with self._changed:
+            if self._holds != holds:
+                self._holds, self.held_bytes = holds, 0
+                self._changed.notify_all()
 
     @property
     def has_connection(self) -> bool:
@@ -330,6 +342,7 @@ class NumberedStream:
             self._coming, self._come = None, []
         with self._changed:
             self._wanted += 1
+            self.held_bytes += self._holds * (MESSAGE_BYTES + len(part.content))
             self._pace.note(len(part.content))
             self._moves += part.kind == PART
             self._changed.notify_all()
@@ -349,7 +362,7 @@ class NumberedStream:
             while True:
                 if self._connection != connection:
                     return None
-                if self._confirmed < self._wanted:
+                if self._confirmed < self._wanted and not self._holds:
                     self._confirmed = self._wanted
                     return HEAD.pack(CONFIRM, self._confirmed, 0, self._pace.bytes_per_s(), 0.0)
                 if self._cursor < self._next_out and self._window.is_open:

@@ -1,7 +1,7 @@
 """The server's end of the transport to real sites: a stream for each, and what is known of them.
 
 It is the session behind the `Listener`. Readers of the connections deliver messages; the server's thread takes
-them. A reader waits while too many bytes of its site wait, so that gRPC lets that site wait too.
+them. While too many bytes of a site wait, nothing more is confirmed to it, so that it stops; messages to it go on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from parablock.clock import Clock
 from parablock.engine.remote.client_place import ClientPlace
-from parablock.engine.remote.frames import Hello, Opening, Reception, utc_s
+from parablock.engine.remote.frames import PART_BYTES, Hello, Opening, Reception, utc_s
 from parablock.engine.remote.listener import NotAdmitted
-from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
+from parablock.engine.remote.numbered_stream import MOST_AHEAD_BYTES, Delivered, NumberedStream
 from parablock.engine.remote.site_spans import SPANS_KEPT, spans_of
 from parablock.errors import CodecError, LedgerError, ParaBlockError, StallError
 from parablock.storage.release_ledger import ReleaseLedger
@@ -29,7 +29,9 @@ LOOK_S, STOP_LOOK_S = 0.01, 0.5
 RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
-"""Bytes of a site's messages that wait for the server at most, beside the newest."""
+"""Bytes of a site's messages that wait for the server, beside the newest, before nothing more is confirmed."""
+HELD_BYTES = MOST_AHEAD_BYTES + 2 * PART_BYTES
+"""Bytes that may come after that; the reader of a site that sends more waits, and with it what goes down."""
 
 
 class RemoteTransport:
@@ -145,7 +147,7 @@ class RemoteTransport:
         place.up_bytes += len(delivered.content)
         place.last_round = max(place.last_round, self._round_of(delivered))
         with place.room:
-            place.room.wait_for(lambda: place.waiting_bytes <= WAITING_BYTES or stream.is_closed)
+            place.room.wait_for(lambda: stream.held_bytes <= HELD_BYTES or stream.is_closed)
             if stream.is_closed:
                 return  # the site has been removed, or another process of it has joined
             kind = kind_of(delivered.content)
@@ -155,6 +157,7 @@ class RemoteTransport:
             if kind == "Leave":
                 self._hear(client_id, delivered.content)
             place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
+            stream.hold(place.waiting_bytes > WAITING_BYTES)
             self._inbox.put((client_id, delivered.content, stream))
 
     def _hear(self, client_id: int, message: bytes) -> None:
@@ -311,6 +314,7 @@ class RemoteTransport:
         place = self.places[client_id]
         with place.room:
             place.waiting_bytes = max(0, place.waiting_bytes - len(message) - MESSAGE_BYTES)
+            place.stream.hold(place.waiting_bytes > WAITING_BYTES)
             place.room.notify_all()
         return None if stream in self._void else (client_id, message)
 

@@ -364,7 +364,7 @@ def test_a_site_that_left_before_the_run_begins_comes_back_as_if_it_had_not_been
 
 
 def test_what_an_old_process_sent_does_not_arrive_after_the_new_one(house: House, made: Path, monkeypatch):
-    monkeypatch.setattr(remote_transport, "WAITING_BYTES", -1)
+    monkeypatch.setattr(remote_transport, "HELD_BYTES", -1)
     place = house.transport.places[0]
     with Call(house.listener.port, site(made, "site-0"), hello(0)) as old:
         old.welcome()
@@ -372,7 +372,7 @@ def test_what_an_old_process_sent_does_not_arrive_after_the_new_one(house: House
         until(lambda: place.stream.wanted == 1)
         with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="new")) as new:
             assert new.welcome().rejoins
-            monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1 << 20)
+            monkeypatch.setattr(remote_transport, "HELD_BYTES", 1 << 20)
             new.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"new")
             assert house.transport.receive(5, "a message") == (0, b"new")
             assert house.transport.receive_until(house.clock.now() + 0.1) is None
@@ -480,12 +480,13 @@ def test_a_transfer_lasts_no_longer_than_the_run(house: House, made: Path, sent_
 @pytest.mark.parametrize("size", [0, 1, 1 << 18])
 def test_a_site_that_floods_a_busy_server_is_stopped(house: House, made: Path, monkeypatch, size: int):
     monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1 << 20)
+    monkeypatch.setattr(remote_transport, "HELD_BYTES", 1 << 20)
     place, content = house.transport.places[0], b"x" * size
-    limit = (1 << 20) // (size + MESSAGE_BYTES) + 2
+    limit = 2 * ((1 << 20) // (size + MESSAGE_BYTES) + 1)
     with inside(house, made) as call, inside(house, made, 1) as other:
         for number in range(limit + 60):
             call.out.put(HEAD.pack(PART, number, 0, size, 1.0) + content)
-        until(lambda: place.waiting_bytes > 1 << 20)
+        until(lambda: place.stream.held_bytes > 1 << 20)
         time.sleep(0.1)
         assert house.transport._inbox._items.qsize() <= limit
         other.out.put(HEAD.pack(PART, 0, 0, 4, 1.0) + b"mine")
@@ -497,8 +498,46 @@ def test_a_site_that_floods_a_busy_server_is_stopped(house: House, made: Path, m
         assert got.index((1, b"mine")) <= limit + 1, "the other one does not wait behind the flood"
 
 
+@pytest.mark.parametrize("held_bytes", [remote_transport.HELD_BYTES, -1], ids=["as it is", "held up"])
+def test_while_nobody_takes_what_a_site_sends_all_that_goes_to_it_goes_on(
+    house: House, made: Path, monkeypatch: pytest.MonkeyPatch, held_bytes: int
+):
+    monkeypatch.setattr(remote_transport, "WAITING_BYTES", 2 << 20)
+    monkeypatch.setattr(remote_transport, "HELD_BYTES", held_bytes)
+    content = bytes(1 << 20)
+    confirmed, arrived = list[int](), list[int]()
+    with inside(house, made) as call:
+
+        def read() -> None:
+            with suppress(grpc.RpcError):  # at its end
+                for frame in call.call:
+                    kind, number, *_ = HEAD.unpack_from(frame)
+                    if kind == PART:
+                        arrived.append(number)
+                        call.out.put(HEAD.pack(CONFIRM, number + 1, 0, 0, 0.0))
+                    elif kind == CONFIRM:
+                        confirmed.append(number)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        for number in range(5):
+            call.out.put(HEAD.pack(PART, number, 0, len(content), 1.0) + content)
+        until(lambda: house.transport.places[0].stream.wanted == (5 if held_bytes > 0 else 1))
+        for _ in range(10):
+            house.transport.send(0, Parcel(content, 8))
+        if held_bytes < 0:  # where the reader waits, the site's confirmations wait with it
+            time.sleep(0.3)
+            assert len(arrived) == 2
+            return
+        until(lambda: len(arrived) == 10)
+        assert confirmed[-1:] != [5], "so the site does not send on for ever"
+        for _ in range(5):
+            house.transport.receive(5, "a message")
+        until(lambda: confirmed[-1:] == [5])
+
+
 def test_who_is_removed_while_its_message_waits_says_nothing_more(house: House, made: Path, monkeypatch):
-    monkeypatch.setattr(remote_transport, "WAITING_BYTES", -1)
+    monkeypatch.setattr(remote_transport, "HELD_BYTES", -1)
     with inside(house, made) as call:
         call.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"abc")
         until(lambda: house.transport.places[0].stream.wanted == 1)
@@ -605,6 +644,7 @@ def test_the_end_of_a_run_reaches_a_site_whose_late_updates_nobody_takes(
     house: House, made: Path, monkeypatch: pytest.MonkeyPatch, confirms: bool
 ):
     monkeypatch.setattr(remote_transport, "WAITING_BYTES", 1)
+    monkeypatch.setattr(remote_transport, "HELD_BYTES", 1)
     content = bytes(1 << 20)
     with inside(house, made) as call:
         for number in range(3):

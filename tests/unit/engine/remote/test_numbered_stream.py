@@ -18,6 +18,7 @@ from parablock.engine.remote import numbered_stream
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError
+from parablock.wire.transport import MESSAGE_BYTES
 
 SIZE = 4
 LIMIT = 1000
@@ -46,7 +47,7 @@ class End:
         """The next frame, if there is one at once."""
         stream = self.stream
         has_part = stream._cursor < stream._next_out and stream._window.is_open
-        if stream._confirmed < stream._wanted or has_part:
+        if (stream._confirmed < stream._wanted and not stream._holds) or has_part:
             return stream._next_frame(self.connection)
         return None
 
@@ -242,6 +243,32 @@ def test_the_limit_is_the_longest_message():
     one.stream.put(b"x" * 10, 0)
     with pytest.raises(CodecError, match="the limit is 9"):
         exchange(one, other)
+
+
+def test_who_holds_confirms_nothing_and_sends_on_and_the_other_one_stops(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numbered_stream, "LEAST_AHEAD_BYTES", 2 * (HEAD.size + SIZE))
+    one, other = End(), End()
+    one.attach(0), other.attach(0)
+    other.stream.hold(True)
+    for k in range(9):
+        one.stream.put(bytes([k]) * SIZE, 0)
+        other.stream.put(b"back", 0)
+    sent = one.drain()
+    assert len(sent) == 3, "what its window lets go"
+    for frame in sent:
+        other.take(frame)
+    assert other.stream.held_bytes == 3 * (MESSAGE_BYTES + SIZE)
+    back = other.drain()
+    assert [HEAD.unpack_from(frame)[0] for frame in back] == [PART] * 3, "and no confirmation"
+    for frame in back:
+        one.take(frame)
+    assert [HEAD.unpack_from(frame)[0] for frame in one.drain()] == [CONFIRM], "it has to wait"
+    other.stream.hold(False)
+    assert other.stream.held_bytes == 0
+    for frame in other.drain():
+        one.take(frame)
+    assert {HEAD.unpack_from(frame)[0] for frame in one.drain()} == {PART}, "it goes on"
+    assert len(one.got) == len(other.got) == 3
 
 
 def test_bye_comes_after_the_last_confirmation_and_ends_the_reader():
