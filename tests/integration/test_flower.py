@@ -52,8 +52,8 @@ FLOWER_PYTHON = Path(os.environ.get("PARABLOCK_FLOWER_PYTHON", sys.executable))
 SITES = 2
 LEAST_MASKED = 3
 """Of two clients a sum would tell each what the other sent."""
-ROUNDS = {"killed": 30, "stopped": 60, "masked": 2, "local": 4}
-DELAYS = {"killed": 1, "stopped": 0, "masked": 1, "local": 1}
+ROUNDS = {"stopped": 60, "masked": 2, "local": 4}
+DELAYS = {"stopped": 1, "masked": 1, "local": 0}
 PATIENCE_S = 500.0
 """When a deployment is given up; on a free machine the longest takes two minutes."""
 
@@ -77,7 +77,7 @@ def plays(
     chosen = " ".join(item.originalname for item in request.session.items if item.module is request.module)
     folder = tmp_path_factory.mktemp("plays")
     begun: dict[str, Callable[[], Facts]] = {}
-    for play in (killed, stopped, masked, local):
+    for play in (stopped, masked, local):
         name = play.__name__
         if name in chosen:
             (folder / name).mkdir()
@@ -164,59 +164,27 @@ def watching(deployment: Deployment, patience: Patience) -> Iterator[list[Any]]:
     thread.join()
 
 
-# ── a trainer is killed ─────────────────────────────────────────────────────────────────────────────
-
-
-def killed(workshop: Workshop, config: RunConfig) -> Facts:
-    """Kill a trainer, which is the ClientApp, as a machine without memory does; nobody starts it by hand."""
-    output_dir, patience = workshop.path / "deployed", Patience()
-    deployment, log = Deployment(output_dir, SITES), server_log(output_dir)
-    deployment.prepare(config)
-    with deployment, watching(deployment, patience) as ended:
-        wait_for(lambda: rounds_done(output_dir) >= 3, log, patience)
-        trainer = deployment.trainer_pid(0)
-        assert trainer is not None
-        os.kill(trainer, signal.SIGKILL)
-        at = rounds_done(output_dir)
-        wait_for(lambda: deployment.trainer_pid(0) not in (None, trainer), log, patience)
-        other = deployment.trainer_pid(1)
-    return {"ended": ended, "at": at, "log": log.read_text(), "other": other, "folder": deployment.folder}
-
-
-def test_a_killed_trainer_comes_back_by_a_new_invitation_and_changes_nothing(
-    plays: Mapping[str, Future[Facts]], tmp_path: Path
-):
-    facts = plays["killed"].result()
-    (summary,), workshop = facts["ended"], facts["folder"].parents[1]
-    assert facts["at"] < ROUNDS["killed"] - 2
-    assert facts["other"] is not None
-    assert "is invited again, invitation 2" in facts["log"]
-    assert summary["status"] == "completed"
-    assert summary["model_sha256"] == model_of(workshop / "one")
-    assert summary["model_sha256"] != in_one_process(facts["config"], tmp_path / "other", delay=0)
-
-
-def test_the_killed_run_left_its_secrets_to_nobody(plays: Mapping[str, Future[Facts]]):
-    folder = plays["killed"].result()["folder"]
-    secrets = [*folder.rglob("*.key"), *folder.rglob("*.secret")]
-    assert len(secrets) == 2 + SITES + 1 + SITES
-    assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
-    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".log", ".toml", ".json")]
-    assert not [path for path in kept if b"BEGIN" in path.read_bytes()], "the run's certificate is on no disk"
-
-
-# ── the run is stopped by Flower ────────────────────────────────────────────────────────────────────
+# ── a trainer is killed, and the run is stopped by Flower ───────────────────────────────────────────
 
 
 def stopped(workshop: Workshop, config: RunConfig) -> Facts:
-    """Stop the run with `flwr stop`, and go on with another `flwr run`."""
+    """Kill a trainer, stop the run with `flwr stop`, and go on with another `flwr run`.
+
+    The trainer is the ClientApp; it dies as on a machine without memory, and nobody starts it by hand.
+    """
     output_dir, patience = workshop.path / "deployed", Patience()
     deployment, log = Deployment(output_dir, SITES), server_log(output_dir)
     deployment.prepare(config)
     with deployment:
         run_id = deployment.submit()
-        wait_for(lambda: rounds_done(output_dir) >= 4, log, patience)
-        trainers = [deployment.trainer_pid(client_id) for client_id in range(SITES)]
+        wait_for(lambda: rounds_done(output_dir) >= 3, log, patience)
+        trainer = deployment.trainer_pid(0)
+        assert trainer is not None
+        os.kill(trainer, signal.SIGKILL)
+        killed_at = rounds_done(output_dir)
+        wait_for(lambda: deployment.trainer_pid(0) not in (None, trainer), log, patience)
+        wait_for(lambda: rounds_done(output_dir) >= killed_at + 3, log, patience)
+        trainers, said = [deployment.trainer_pid(client_id) for client_id in range(SITES)], log.read_text()
         command = [flower("flwr"), "stop", run_id, CONNECTION]
         done = subprocess.run(command, env=environment(deployment.files.home), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -225,7 +193,23 @@ def stopped(workshop: Workshop, config: RunConfig) -> Facts:
         took_s, before = time.monotonic() - asked_s, metrics_of(output_dir)
         with watching(deployment, patience) as ended:
             pass
-    return {"trainers": trainers, "took_s": took_s, "before": before, "ended": ended, "output_dir": output_dir}
+    facts = {"killed_at": killed_at, "log": said, "trainers": trainers, "took_s": took_s, "before": before}
+    return facts | {"ended": ended, "output_dir": output_dir, "folder": deployment.folder}
+
+
+def test_a_killed_trainer_of_the_stopped_run_had_come_back_by_a_new_invitation(plays: Mapping[str, Future[Facts]]):
+    facts = plays["stopped"].result()
+    assert facts["killed_at"] < len(facts["before"]) < ROUNDS["stopped"]
+    assert "is invited again, invitation 2" in facts["log"]
+
+
+def test_the_stopped_run_left_its_secrets_to_nobody(plays: Mapping[str, Future[Facts]]):
+    folder = plays["stopped"].result()["folder"]
+    secrets = [*folder.rglob("*.key"), *folder.rglob("*.secret")]
+    assert len(secrets) == 2 + SITES + 1 + SITES
+    assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
+    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".log", ".toml", ".json")]
+    assert not [path for path in kept if b"BEGIN" in path.read_bytes()], "the run's certificate is on no disk"
 
 
 def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_model(
@@ -235,10 +219,10 @@ def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_m
     (summary,), after = facts["ended"], metrics_of(facts["output_dir"])
     assert None not in facts["trainers"]
     assert facts["took_s"] < 20, "seconds, where nobody else needs the machine"
-    assert 4 <= len(facts["before"]) < len(after) == ROUNDS["stopped"]
+    assert 6 <= len(facts["before"]) < len(after) == ROUNDS["stopped"]
     assert after[0] == facts["before"][0]  # with its seconds: the run went on, it did not begin anew
     assert summary["model_sha256"] == model_of(facts["output_dir"].parent / "one")
-    assert summary["model_sha256"] != in_one_process(facts["config"], tmp_path / "other", delay=1)
+    assert summary["model_sha256"] != in_one_process(facts["config"], tmp_path / "other", delay=0)
 
 
 # ── masked updates ──────────────────────────────────────────────────────────────────────────────────
