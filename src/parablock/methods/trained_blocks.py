@@ -5,13 +5,13 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
-from parablock.model.adapters import adapter_block, add_adapters, check_rank
+from parablock.model.adapters import adapted_layers, adapter_block, add_adapters, check_rank
 from parablock.model.blocks import Block, partition_blocks, whole_model
 from parablock.model.pretrained import outline_model
 
 
 def trained_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
-    """Return the blocks of the configured method, which puts adapters into the model if it trains some.
+    """Return the blocks of the configured method, which puts adapters into a model without any if it trains some.
 
     Raises:
         ModelError: The model has no such blocks, or cannot have adapters.
@@ -55,7 +55,8 @@ def layer_blocks(
 
 def _adapter_blocks(model: PreTrainedModel, config: RunConfig) -> tuple[Block, ...]:
     path = config.blocks.layers_path
-    add_adapters(model, **config.lora.model_dump(), layers_path=path, seed=config.seed)
+    if not any(adapted_layers(model)):
+        add_adapters(model, **config.lora.model_dump(), layers_path=path, seed=config.seed)
     return tuple(
         adapter_block(model, index=index, matrices=group, layers_path=path)
         for index, group in enumerate(config.federation.traits.matrices)

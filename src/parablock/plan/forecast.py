@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from statistics import fmean
@@ -114,6 +114,7 @@ class Scenario:
         config: The run.
         probe: Whether to measure the computation on this machine.
         outline: The model without values, and without adapters, where it was read before.
+        outline_for: Returns the model without values that has, or gets, the adapters of a section `lora`.
 
     Attributes:
         config: The configuration, with a number for `blocks.layers_per_block`.
@@ -126,8 +127,16 @@ class Scenario:
         walk: (number of blocks, delay) → itinerary.
     """
 
-    def __init__(self, config: RunConfig, *, probe: bool, outline: PreTrainedModel | None = None) -> None:
-        self.outline = outline or outline_model(config.model.name_or_path, dtype=config.model.dtype)
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        probe: bool,
+        outline: PreTrainedModel | None = None,
+        outline_for: Callable[[str], PreTrainedModel] | None = None,
+    ) -> None:
+        outlined = partial(outline_model, config.model.name_or_path, dtype=config.model.dtype)
+        self.outline = outline or outlined()
         asked, self.config = config.blocks.layers_per_block, fit_blocks(config, self.outline)
         config = self.config
         assert isinstance(config.blocks.layers_per_block, int)
@@ -139,7 +148,7 @@ class Scenario:
         self.overlaps = with_delay(config.federation.method) is not None
         own = self.outline  # methods of adapters put them into the model
         if method.trains == "adapters":
-            own = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+            own = outline_for(repr(config.lora)) if outline_for else outlined()
         self.blocks: tuple[Block, ...] = trained_blocks(own, config)
         self._dtype = str(own.get_parameter(self.blocks[0].parameter_names[0]).dtype).removeprefix("torch.")
         self._stacked = None
@@ -214,7 +223,13 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
             "--set, and multiply: a round takes the same"
         )
         raise ConfigError([problem])
-    scenario = Scenario(config, probe=probe)
+    @cache
+    def outline_for(lora: str) -> PreTrainedModel:
+        del lora
+        return outline_model(config.model.name_or_path, dtype=config.model.dtype)
+
+    make = partial(Scenario, outline_for=outline_for)
+    scenario = make(config, probe=probe)
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format
     itinerary = scenario.walk(len(blocks), delay)
@@ -231,7 +246,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         max_local_steps=config.train.max_local_steps,
         wire_format=wire_format,
     )
-    others = alternatives(scenario, partial(Scenario, probe=False, outline=scenario.outline), _slower(scenario))
+    others = alternatives(scenario, partial(make, probe=False, outline=scenario.outline), _slower(scenario))
     return Plan(
         num_blocks=len(blocks),
         blocks=[_describe(block, encoding_of(config).format) for block in blocks],
