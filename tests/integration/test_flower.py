@@ -52,8 +52,8 @@ FLOWER_PYTHON = Path(os.environ.get("PARABLOCK_FLOWER_PYTHON", sys.executable))
 SITES = 2
 LEAST_MASKED = 3
 """Of two clients a sum would tell each what the other sent."""
-ROUNDS = {"stopped": 60, "masked": 2, "local": 4}
-DELAYS = {"stopped": 1, "masked": 1, "local": 0}
+ROUNDS = {"stopped": 60, "masked": 2}
+DELAYS = {"stopped": 0, "masked": 1}
 PATIENCE_S = 500.0
 """When a deployment is given up; on a free machine the longest takes two minutes."""
 
@@ -77,7 +77,7 @@ def plays(
     chosen = " ".join(item.originalname for item in request.session.items if item.module is request.module)
     folder = tmp_path_factory.mktemp("plays")
     begun: dict[str, Callable[[], Facts]] = {}
-    for play in (stopped, masked, local):
+    for play in (stopped, masked):
         name = play.__name__
         if name in chosen:
             (folder / name).mkdir()
@@ -164,68 +164,7 @@ def watching(deployment: Deployment, patience: Patience) -> Iterator[list[Any]]:
     thread.join()
 
 
-# ── a trainer is killed, and the run is stopped by Flower ───────────────────────────────────────────
-
-
-def stopped(workshop: Workshop, config: RunConfig) -> Facts:
-    """Kill a trainer, stop the run with `flwr stop`, and go on with another `flwr run`.
-
-    The trainer is the ClientApp; it dies as on a machine without memory, and nobody starts it by hand.
-    """
-    output_dir, patience = workshop.path / "deployed", Patience()
-    deployment, log = Deployment(output_dir, SITES), server_log(output_dir)
-    deployment.prepare(config)
-    with deployment:
-        run_id = deployment.submit()
-        wait_for(lambda: rounds_done(output_dir) >= 3, log, patience)
-        trainer = deployment.trainer_pid(0)
-        assert trainer is not None
-        os.kill(trainer, signal.SIGKILL)
-        killed_at = rounds_done(output_dir)
-        wait_for(lambda: deployment.trainer_pid(0) not in (None, trainer), log, patience)
-        wait_for(lambda: rounds_done(output_dir) >= killed_at + 3, log, patience)
-        trainers, said = [deployment.trainer_pid(client_id) for client_id in range(SITES)], log.read_text()
-        command = [flower("flwr"), "stop", run_id, CONNECTION]
-        done = subprocess.run(command, env=environment(deployment.files.home), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        asked_s = time.monotonic()
-        wait_for(lambda: not any(map(deployment.trainer_pid, range(SITES))), log, patience)
-        took_s, before = time.monotonic() - asked_s, metrics_of(output_dir)
-        with watching(deployment, patience) as ended:
-            pass
-    facts = {"killed_at": killed_at, "log": said, "trainers": trainers, "took_s": took_s, "before": before}
-    return facts | {"ended": ended, "output_dir": output_dir, "folder": deployment.folder}
-
-
-def test_a_killed_trainer_of_the_stopped_run_had_come_back_by_a_new_invitation(plays: Mapping[str, Future[Facts]]):
-    facts = plays["stopped"].result()
-    assert facts["killed_at"] < len(facts["before"]) < ROUNDS["stopped"]
-    assert "is invited again, invitation 2" in facts["log"]
-
-
-def test_the_stopped_run_left_its_secrets_to_nobody(plays: Mapping[str, Future[Facts]]):
-    folder = plays["stopped"].result()["folder"]
-    secrets = [*folder.rglob("*.key"), *folder.rglob("*.secret")]
-    assert len(secrets) == 2 + SITES + 1 + SITES
-    assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
-    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".log", ".toml", ".json")]
-    assert not [path for path in kept if b"BEGIN" in path.read_bytes()], "the run's certificate is on no disk"
-
-
-def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_model(
-    plays: Mapping[str, Future[Facts]], tmp_path: Path
-):
-    facts = plays["stopped"].result()
-    (summary,), after = facts["ended"], metrics_of(facts["output_dir"])
-    assert None not in facts["trainers"]
-    assert facts["took_s"] < 20, "seconds, where nobody else needs the machine"
-    assert 6 <= len(facts["before"]) < len(after) == ROUNDS["stopped"]
-    assert after[0] == facts["before"][0]  # with its seconds: the run went on, it did not begin anew
-    assert summary["model_sha256"] == model_of(facts["output_dir"].parent / "one")
-    assert summary["model_sha256"] != in_one_process(facts["config"], tmp_path / "other", delay=0)
-
-
-# ── masked updates ──────────────────────────────────────────────────────────────────────────────────
+# ── proxies before the server ───────────────────────────────────────────────────────────────────────
 
 
 PROXIES = [proxy for proxy in ("nginx", "caddy") if shutil.which(proxy)]
@@ -284,15 +223,94 @@ def through(deployment: BehindProxies, proxy: str) -> str:
         return str(refused)
 
 
-def masked(workshop: Workshop, config: RunConfig) -> Facts:
-    """Mask updates to which each site has added its part of the noise."""
+# ── a trainer is killed, and the run is stopped by Flower ───────────────────────────────────────────
+
+
+def stopped(workshop: Workshop, config: RunConfig) -> Facts:
+    """Kill a trainer, stop the run with `flwr stop`, and go on with another `flwr run`.
+
+    The trainer is the ClientApp; it dies as on a machine without memory, and nobody starts it by hand.
+    """
+    output_dir, patience = workshop.path / "deployed", Patience()
     kind = BehindProxies if PROXIES else Deployment
-    deployment = kind(workshop.path / "deployed", LEAST_MASKED)
-    deployment.prepare(noisy(config))
-    with deployment, watching(deployment, Patience()) as ended:
-        said = {proxy: through(deployment, proxy) for proxy in PROXIES if isinstance(deployment, BehindProxies)}
-    logs = [path.read_text() for path in sorted((deployment.folder / "logs").glob("supernode-*-helper.log"))]
-    return {"ended": ended, "logs": logs, "keys": noise_keys(deployment.folder / "state"), "strangers": said}
+    deployment, log = kind(output_dir, SITES), server_log(output_dir)
+    deployment.prepare(config)
+    with deployment:
+        run_id = deployment.submit()
+        wait_for(lambda: rounds_done(output_dir) >= 3, log, patience)
+        trainer = deployment.trainer_pid(0)
+        assert trainer is not None
+        os.kill(trainer, signal.SIGKILL)
+        killed_at = rounds_done(output_dir)
+        strangers = {
+            proxy: through(deployment, proxy) for proxy in PROXIES if isinstance(deployment, BehindProxies)
+        }
+        wait_for(lambda: deployment.trainer_pid(0) not in (None, trainer), log, patience)
+        wait_for(lambda: rounds_done(output_dir) >= killed_at + 3, log, patience)
+        trainers, said = [deployment.trainer_pid(client_id) for client_id in range(SITES)], log.read_text()
+        command = [flower("flwr"), "stop", run_id, CONNECTION]
+        done = subprocess.run(command, env=environment(deployment.files.home), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        asked_s = time.monotonic()
+        wait_for(lambda: not any(map(deployment.trainer_pid, range(SITES))), log, patience)
+        took_s, before = time.monotonic() - asked_s, metrics_of(output_dir)
+        with watching(deployment, patience) as ended:
+            pass
+    facts = {"killed_at": killed_at, "log": said, "trainers": trainers, "took_s": took_s, "before": before}
+    return facts | {"strangers": strangers, "ended": ended, "output_dir": output_dir, "folder": deployment.folder}
+
+
+def test_a_killed_trainer_of_the_stopped_run_had_come_back_by_a_new_invitation(plays: Mapping[str, Future[Facts]]):
+    facts = plays["stopped"].result()
+    assert facts["killed_at"] < len(facts["before"]) < ROUNDS["stopped"]
+    assert "is invited again, invitation 2" in facts["log"]
+
+
+def test_the_stopped_run_left_its_secrets_to_nobody(plays: Mapping[str, Future[Facts]]):
+    folder = plays["stopped"].result()["folder"]
+    secrets = [*folder.rglob("*.key"), *folder.rglob("*.secret")]
+    assert len(secrets) == 2 + SITES + 1 + SITES
+    assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
+    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".log", ".toml", ".json")]
+    assert not [path for path in kept if b"BEGIN" in path.read_bytes()], "the run's certificate is on no disk"
+
+
+def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_model(
+    plays: Mapping[str, Future[Facts]], tmp_path: Path
+):
+    facts = plays["stopped"].result()
+    (summary,), after = facts["ended"], metrics_of(facts["output_dir"])
+    assert None not in facts["trainers"]
+    assert facts["took_s"] < 20, "seconds, where nobody else needs the machine"
+    assert 6 <= len(facts["before"]) < len(after) == ROUNDS["stopped"]
+    assert after[0] == facts["before"][0]  # with its seconds: the run went on, it did not begin anew
+    assert summary["model_sha256"] == model_of(facts["output_dir"].parent / "one")
+    assert summary["model_sha256"] != in_one_process(facts["config"], tmp_path / "other", delay=1)
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+def test_a_stranger_at_the_documented_proxy_of_the_stopped_run_starts_nothing(
+    plays: Mapping[str, Future[Facts]], proxy: str
+):
+    if proxy not in PROXIES:
+        pytest.skip(f"{proxy} is missing: make proxies")
+    facts = plays["stopped"].result()
+    said = facts["strangers"][proxy]
+    assert "403" in said or "failed" in said
+    assert not said.isdecimal(), "no run has begun"
+    assert facts["ended"][0]["status"] == "completed", "while SuperNodes get through"
+
+
+# ── masked updates, and the whole deployment in one call ────────────────────────────────────────────
+
+
+def masked(workshop: Workshop, config: RunConfig) -> Facts:
+    """Deploy, run and take everything down in one call, with masked updates to which each site adds its noise."""
+    output_dir = workshop.path / "deployed"
+    ended = [deploy_local(noisy(config), output_dir, asked_to_stop=Patience())]
+    folder = output_dir / "deployment"
+    logs = [path.read_text() for path in sorted((folder / "logs").glob("supernode-*-helper.log"))]
+    return {"ended": ended, "logs": logs, "keys": noise_keys(folder / "state"), "output_dir": output_dir}
 
 
 def noisy(config: RunConfig) -> RunConfig:
@@ -315,40 +333,14 @@ def test_masked_updates_with_the_noise_of_each_site_give_what_one_process_gives_
     assert summary["epsilon"] == Accountant(0.5, "distributed", 1e-5).epsilon(ROUNDS["masked"])
 
 
-@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
-def test_a_stranger_at_the_documented_proxy_of_the_masked_run_starts_nothing(
-    plays: Mapping[str, Future[Facts]], proxy: str
-):
-    if proxy not in PROXIES:
-        pytest.skip(f"{proxy} is missing: make proxies")
-    facts = plays["masked"].result()
-    said = facts["strangers"][proxy]
-    assert "403" in said or "failed" in said
-    assert not said.isdecimal(), "no run has begun"
-    assert facts["ended"][0]["status"] == "completed", "while SuperNodes get through"
-
-
 def test_masked_sites_are_told_that_little_is_left_of_their_updates(plays: Mapping[str, Future[Facts]]):
     logs = plays["masked"].result()["logs"]
     assert len(logs) == LEAST_MASKED and all("clipping removes 9" in log for log in logs)
 
 
-# ── the whole deployment in one call ────────────────────────────────────────────────────────────────
-
-
-def local(workshop: Workshop, config: RunConfig) -> Facts:
-    """Deploy, run and take everything down, as `parablock deploy local` does."""
-    output_dir = workshop.path / "deployed"
-    return {"ended": [deploy_local(config, output_dir, asked_to_stop=Patience())], "output_dir": output_dir}
-
-
-def test_a_local_deployment_gives_the_model_of_one_process_and_takes_its_processes_down(
-    plays: Mapping[str, Future[Facts]],
-):
-    facts = plays["local"].result()
-    output_dir = facts["output_dir"]
-    assert facts["ended"][0]["model_sha256"] == model_of(output_dir.parent / "one")
-    parts = ("superlink", *(f"supernode-{client_id}" for client_id in range(SITES)))
+def test_the_masked_deployment_has_taken_its_processes_down(plays: Mapping[str, Future[Facts]]):
+    output_dir = plays["masked"].result()["output_dir"]
+    parts = ("superlink", *(f"supernode-{client_id}" for client_id in range(LEAST_MASKED)))
     logs = {log.stem for log in (output_dir / "deployment" / "logs").iterdir()}
     assert logs == {*parts, *(f"{part}-helper" for part in parts)}
     # Flower's own children look for their parent every few seconds
