@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outcomes import ended
-from tiny_runs import summary_of
+from tiny_runs import make_workshop, summary_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -65,13 +67,13 @@ def test_your_own_jsonl_makes_what_it_is_not_given_and_learns_the_answers(tmp_pa
 
 
 @pytest.mark.slow
-def test_your_own_jsonl_takes_a_file_and_a_folder(tmp_path: Path) -> None:
-    from parablock.demo.material import make_tiny_llama
-
+def test_your_own_jsonl_takes_a_file_and_a_folder(
+    tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     text = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"Say {k % 7}.", "completion": f"It is {k % 7}."} for k in range(40)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = make_tiny_llama(tmp_path / "model", [text.read_text()], seed=0)
+    model = make_workshop(tmp_path, tiny_llama, tiny_tokenizer).model
     printed = run_example("02_your_own_jsonl", text, model, tmp_path / "out", folder=tmp_path)
     assert "Say 0." in printed
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
