@@ -282,6 +282,23 @@ HOLES = """
         return end.right - last.right > 3 || end.bottom - last.bottom > 3;
     }).length;
 """
+LOSS = """
+    const cell = [...document.querySelectorAll('.facts dd, td')].find((cell) => cell.textContent.includes(arguments[0]));
+    const box = cell.getBoundingClientRect();
+    return [box.right, box.bottom];
+"""
+EDGE = """
+    const [picture, done] = arguments, image = new Image();
+    image.onload = () => {
+        const canvas = document.createElement('canvas'), across = canvas.getContext('2d');
+        [canvas.width, canvas.height] = [image.width, image.height];
+        across.drawImage(image, 0, 0);
+        const red = (x) => across.getImageData(x, image.height - 10, 1, 1).data[0];
+        const isShaded = (x) => Math.abs(red(x) - red(image.width / 2)) > 20;
+        done([isShaded(4), isShaded(image.width - 5)]);
+    };
+    image.src = `data:image/png;base64,${picture}`;
+"""
 EMPTY = "return [...document.querySelectorAll('section')].filter((part) => !part.innerText.trim()).map((p) => p.id)"
 
 
@@ -314,6 +331,9 @@ def test_nothing_is_wider_than_the_window_or_empty(
             assert browser.execute_script(TOO_WIDE) == [0, []], width
             assert browser.execute_script(EMPTY) == [], width
             assert browser.execute_script(HOLES) == 0, width
+            if width == 420:
+                right, bottom = browser.execute_script(LOSS, " → 1.483" if name != "a comparison" else "1.4826")
+                assert right <= width and bottom <= 740, "the loss is not on the first screen of a phone"
             num_words, broken = browser.execute_script(BROKEN)
             assert num_words and broken == [], width
         wider = (
@@ -324,5 +344,29 @@ def test_nothing_is_wider_than_the_window_or_empty(
         narrow = "cell.style.cssText = 'display: block; width: 2em; min-width: 0; overflow-wrap: anywhere'"
         browser.execute_script(f"document.querySelectorAll('td').forEach((cell) => {{ {narrow} }})")
         assert browser.execute_script(BROKEN)[1], "a word that is broken would have been seen"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_goes_on_behind_an_edge_is_shaded_there(scheme: str, shown: Any, browser: Browser, runs: Path):
+    def shaded(box: WebElement) -> list[bool]:
+        edges: list[bool] = browser.execute_async_script(EDGE, box.screenshot_as_base64)
+        return edges
+
+    try:
+        size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        shown(runs / "overlapped", scheme=scheme)
+        boxes = browser.find_elements(By.CSS_SELECTOR, ".table, .use pre")
+        wide = "return arguments[0].scrollWidth > arguments[0].clientWidth"
+        scrolling = [box for box in boxes if box.is_displayed() and browser.execute_script(wide, box)]
+        fitting = [box for box in boxes if box.is_displayed() and box not in scrolling]
+        assert {box.tag_name for box in scrolling} == {"div", "pre"} and fitting
+        for box in scrolling:
+            assert shaded(box) == [False, True]
+            browser.execute_script("arguments[0].scrollLeft = arguments[0].scrollWidth", box)
+            assert shaded(box) == [True, False]
+        assert [shaded(box) for box in fitting] == [[False, False]] * len(fitting)
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

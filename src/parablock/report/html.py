@@ -53,8 +53,8 @@ def _comparison(runs: Sequence[RunRecord], figures: dict[str, Figure], folder: P
     note = "Eval loss of each run; a click on a name in the legend shows or hides a curve."
     parts = [
         _header("Comparison", f"{len(runs)} runs"),
-        _section("Loss", note, _figure("compared", "Loss of all runs")),
         _section("Results", "", _table(tables.comparison_table(runs), links)),
+        _section("Loss", note, _figure("compared", "Loss of all runs")),
     ]
     if len(runs) > 1:
         note = "Settings that are not the same in all runs."
@@ -92,9 +92,9 @@ def _details(run: RunRecord, figures: dict[str, Figure]) -> list[str]:
         clients = _figure("client_losses", "Train loss of each client") + clients
     return [
         _header(run.name, subtitle),
-        *_answers(run),
-        f'<p class="sentence">{as_html(tables.sentence(run))}</p>',
         _facts(run),
+        f'<p class="sentence">{as_html(tables.sentence(run))}</p>',
+        *_answers(run),
         *_use(run),
         _section("Loss", loss_note, _figure("loss", "Loss")),
         _section("What each client did when", _about_gantt(run, gantt), _figure("gantt", timeline)),

@@ -130,6 +130,12 @@ class RunRecord:
         sent_s = sum(row.get("communication_s", 0.0) for row in self.rows)
         return is_real and sent_s >= LEAST_COMMUNICATION * self.summary["wall_time_s"]
 
+    @property
+    def newest_loss(self) -> tuple[int, float] | None:
+        """The round that was scored last, counted from 1, and its eval loss; None if no round was scored."""
+        scored = ((row["round_index"] + 1, row.get("eval_loss")) for row in reversed(self.rows))
+        return next(((number, loss) for number, loss in scored if loss is not None), None)
+
     def block_name(self, block_index: int) -> str:
         """Return the name of a block, which says its layers."""
         blocks = self.manifest.get("blocks", [])

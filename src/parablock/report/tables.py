@@ -44,14 +44,15 @@ class Table:
 def headline(run: RunRecord) -> tuple[Fact, ...]:
     """Return the headline figures of a run: loss, time, bytes, and, over a link, hidden communication."""
     summary = run.summary
-    base, tuned = summary["initial_eval_loss"], summary["final_eval_loss"]
+    loss, of = _newest_loss(run)
+    base = summary["initial_eval_loss"]
     up, down = summary["uplink_bytes"], summary["downlink_bytes"]
     clock = "simulated" if summary["clock"] == "virtual" else "real"
     hidden = Fact(
         "communication hidden", f"{summary['overlap_fraction']:.0%}", "under the same client's computation"
     )
     return (
-        Fact("eval loss", UNKNOWN if tuned is None else f"{tuned:.3f}", f"base model: {base:.3f}"),
+        Fact("eval loss", f"{base:.3f} → {UNKNOWN if loss is None else f'{loss:.3f}'}", f"base model → {of}"),
         *([hidden] if run.has_link else []),
         Fact(f"{clock} time", format_duration(summary["wall_time_s"]), instead_of(summary) or "of all rounds"),
         Fact("bytes", format_bytes(up + down), f"{format_bytes(up)} up, {format_bytes(down)} down, all clients"),
@@ -61,6 +62,16 @@ def headline(run: RunRecord) -> tuple[Fact, ...]:
             _sent(summary),
         ),
     )
+
+
+def _newest_loss(run: RunRecord) -> tuple[float | None, str]:
+    """Return the eval loss of the tuned model, or of the round that was scored last, and which of them it is."""
+    if (tuned := run.summary["final_eval_loss"]) is not None:
+        return tuned, "tuned model"
+    if run.newest_loss is None:
+        return None, "not scored"
+    number, loss = run.newest_loss
+    return loss, f"round {number}"
 
 
 def _sent(summary: Mapping[str, Any]) -> str:
@@ -81,7 +92,7 @@ def instead_of(summary: Mapping[str, Any]) -> str:
 def sentence(run: RunRecord) -> str:
     """Say in words what came of a run."""
     summary = run.summary
-    base, tuned, rounds = summary["initial_eval_loss"], summary["final_eval_loss"], summary["rounds_done"]
+    rounds, (loss, of) = summary["rounds_done"], _newest_loss(run)
     clock = " of simulated time" if summary["clock"] == "virtual" else ""
     took = f"{rounds} rounds of {_count(summary['num_clients'], 'client')} took "
     took += f"{format_duration(summary['wall_time_s'])}{clock}"
@@ -89,13 +100,19 @@ def sentence(run: RunRecord) -> str:
         took += f" {serial}"
     if run.has_link:
         took += f"; {summary['overlap_fraction']:.0%} of the communication was hidden under computation"
-    if tuned is None:
+    learnt = "" if loss is None else f"On held-out text the loss {_change(summary['initial_eval_loss'], loss)}"
+    if summary["final_eval_loss"] is None:
         ended = {"interrupted": "was stopped", "failed": "failed"}.get(summary["status"], "has not ended")
-        return f"The run {ended} after {rounds} of {summary['num_rounds']} rounds; {took}."
-    change = (base - tuned) / base if base else 0.0
+        until = f" {learnt}, until {of}." if learnt else ""
+        return f"The run {ended} after {rounds} of {summary['num_rounds']} rounds; {took}.{until}"
+    return f"{learnt}. {took[0].upper()}{took[1:]}."
+
+
+def _change(base: float, loss: float) -> str:
+    change = (base - loss) / base if base else 0.0
     verb = "fell" if change > 0 else "rose" if change < 0 else "stayed"
     by = f" by {abs(change):.0%}" if abs(change) >= 0.005 else ""
-    return f"On held-out text the loss {verb}{by}, from {base:.3f} to {tuned:.3f}. {took[0].upper()}{took[1:]}."
+    return f"{verb}{by}, from {base:.3f} to {loss:.3f}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -190,31 +207,32 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
     """Show the base model and the results of several runs, one below the other."""
     has_link = any(run.has_link for run in runs)
     bases = {f"{run.summary['initial_eval_loss']:.4f}" for run in runs}
-    blank = ("",) * (4 if has_link else 3)
-    rows = [("base model", "", "", "", "", base, *blank) for base in sorted(bases) if len(bases) == 1]
+    blank = ("",) * (7 if has_link else 6)
+    rows = [("base model", "", base, *blank) for base in sorted(bases) if len(bases) == 1]
     for run in runs:
         summary = run.summary
-        loss = summary["final_eval_loss"]
+        loss, of = _newest_loss(run)
+        until = "" if summary["final_eval_loss"] is not None or loss is None else f" ({of})"
         hidden = (f"{summary['overlap_fraction']:.0%}",) if has_link else ()
         rows.append(
             (
                 run.name,
                 str(summary["method"]),
-                str(summary["status"]),
-                str(summary["delay"]),
-                f"{summary['rounds_done']} of {summary['num_rounds']}",
-                UNKNOWN if loss is None else f"{loss:.4f}",
+                UNKNOWN if loss is None else f"{loss:.4f}{until}",
                 f"{summary['wall_time_s']:.1f}",
                 f"{summary['sequential_s']:.1f}",
                 *hidden,
                 format_bytes(summary["uplink_bytes"] + summary["downlink_bytes"]),
+                str(summary["delay"]),
+                f"{summary['rounds_done']} of {summary['num_rounds']}",
+                str(summary["status"]),
             )
         )
     header = (
-        *("run", "method", "status", "delay", "rounds"),
-        *("eval loss", "time, s", "sequential, s", *(("hidden",) if has_link else ()), "bytes"),
+        *("run", "method", "eval loss", "time, s", "sequential, s"),
+        *(*(("hidden",) if has_link else ()), "bytes", "delay", "rounds", "status"),
     )
-    return Table(header, tuple(rows), num_words=3)
+    return Table(header, tuple(rows), num_words=2)
 
 
 def differences_table(runs: Sequence[RunRecord]) -> Table:

@@ -82,9 +82,9 @@ def render_markdown(runs: Sequence[RunRecord], detailed: RunRecord | None) -> st
         if (settings := tables.ablation_table(runs)).rows:
             parts += ["## What each setting does", settings]
     if detailed is not None:
-        facts = tables.headline(detailed)
-        parts += [f"# {as_markdown(detailed.name)}", *_answers(detailed), as_markdown(tables.sentence(detailed))]
-        parts += ["\n".join(f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in facts)]
+        facts = (f"- {fact.label}: **{fact.value}**, {fact.detail}" for fact in tables.headline(detailed))
+        parts += [f"# {as_markdown(detailed.name)}", as_markdown(tables.sentence(detailed)), "\n".join(facts)]
+        parts += _answers(detailed)
         parts += ["## Clients", tables.clients_table(detailed)]
         if detailed.summary["num_blocks"] > 1:
             parts += ["## Blocks", tables.blocks_table(detailed)]

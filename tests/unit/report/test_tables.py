@@ -33,8 +33,8 @@ def cells(table: Table, column: str) -> list[str]:
 def test_the_headline_says_what_was_learned_hidden_and_spent(tmp_path: Path):
     run = a_run(tmp_path)
     facts = {fact.label: fact for fact in headline(run)}
-    assert facts["eval loss"].value == f"{run.rows[-1]['eval_loss']:.3f}"
-    assert facts["eval loss"].detail == "base model: 3.800"
+    assert facts["eval loss"].value == f"3.800 → {run.rows[-1]['eval_loss']:.3f}"
+    assert facts["eval loss"].detail == "base model → tuned model"
     assert facts["communication hidden"].value == f"{run.summary['overlap_fraction']:.0%}" != "0%"
     assert facts["simulated time"].value == "24 s"  # 12 rounds of 2 s
     assert facts["simulated time"].detail == "instead of 43 s one after the other"  # 12 · (2 + 0.9 + 0.7)
@@ -85,6 +85,23 @@ def test_a_sentence_says_what_came_of_a_run(tmp_path: Path):
     assert "rose by 25%" in worse
     stopped = a_run(tmp_path / "b", status="interrupted")
     assert sentence(stopped).startswith("The run was stopped after 12 of 12 rounds;")
+
+
+def test_of_a_run_that_was_stopped_the_newest_loss_is_told_and_its_round(tmp_path: Path):
+    stopped = a_run(tmp_path, num_rounds=11, status="interrupted")
+    scored = [row["round_index"] + 1 for row in stopped.rows if row["eval_loss"] is not None]
+    stopped = replace(stopped, rows=stopped.rows[:10])
+    assert scored == [8, 11]
+    loss = stopped.rows[7]["eval_loss"]
+    fact = headline(stopped)[0]
+    assert (fact.value, fact.detail) == (f"3.800 → {loss:.3f}", "base model → round 8")
+    assert cells(comparison_table([stopped]), "eval loss")[1] == f"{loss:.4f} (round 8)"
+    assert sentence(stopped).endswith(f"from 3.800 to {loss:.3f}, until round 8.")
+    unscored = replace(stopped, rows=stopped.rows[:7])
+    fact = headline(unscored)[0]
+    assert (fact.value, fact.detail) == (f"3.800 → {UNKNOWN}", "base model → not scored")
+    assert cells(comparison_table([unscored]), "eval loss")[1] == UNKNOWN
+    assert "loss" not in sentence(unscored)
 
 
 def test_the_losses_of_each_client_are_told_apart(tmp_path: Path):

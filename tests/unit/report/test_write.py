@@ -22,6 +22,14 @@ def test_a_report_on_one_run_has_its_details_and_no_comparison(tmp_path: Path):
     assert tables.startswith("# run\n") and "## Clients" in tables and "Comparison" not in tables
 
 
+def test_the_loss_comes_before_what_the_models_say(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    (run / "answers.json").write_text(json.dumps([{"prompt": "a", "reference": "b", "base": "c", "tuned": "d"}]))
+    page = write_report([run])
+    for text in (page.read_text(), page.with_suffix(".md").read_text()):
+        assert 0 < text.index("3.800 → 1.483") < text.index("What it says")
+
+
 def test_a_run_without_blocks_has_no_chart_of_them(tmp_path: Path):
     run = make_run(tmp_path / "run", num_blocks=1)
     page = write_report([run])
