@@ -283,8 +283,8 @@ HOLES = """
     }).length;
 """
 LOSS = """
-    const cell = [...document.querySelectorAll('.facts dd, td')].find((cell) => cell.textContent.includes(arguments[0]));
-    const box = cell.getBoundingClientRect();
+    const cells = [...document.querySelectorAll('.facts dd, td')];
+    const box = cells.find((cell) => cell.textContent.includes(arguments[0])).getBoundingClientRect();
     return [box.right, box.bottom];
 """
 EDGE = """
