@@ -26,11 +26,10 @@ from parablock.report.curves import curves_svg
 from parablock.report.reading import LEAST_COMMUNICATION, read_runs
 from parablock.report.tables import Table, spread, to_markdown
 from parablock.report.write import write_report
+from parablock.storage import FIGURES_NAME, PLAN_NAME
 from parablock.storage.files import storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
 
-PLAN_NAME = "comparison.json"
-"""The file that says what is compared: the name of each run, and its configuration."""
 SCORED_TASKS = ("exact_match", "rouge_l", "multiple_choice")
 
 
@@ -156,7 +155,7 @@ def compare_methods(
         base = base or asked([planned.config.model.name_or_path])
         scored = {"initial_scores": base, "final_scores": asked([str(model) for model in models])}
         summaries.append({"name": planned.name, **summary, **scored, "predicted_memory_bytes": num_bytes})
-    write_atomically(output_dir / "compare.json", json.dumps(summaries, indent=2) + "\n")
+    write_atomically(output_dir / FIGURES_NAME, json.dumps(summaries, indent=2) + "\n")
     write_atomically(output_dir / "compare.md", to_markdown(comparison_table(summaries)) + "\n")
     write_atomically(output_dir / "compare.svg", curves_svg(read_runs([entry.path for entry in directories])))
     write_report([output_dir])

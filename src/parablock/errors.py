@@ -18,7 +18,7 @@
         └── StallError             a transfer or a peer that makes no progress
 
 An error says what happened, with the values; the likely cause; and the remedy. These are separate attributes, so
-that the command line can print them as one block.
+that the command line can print them as one block. Each of them is one line, whatever names of files are in it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from parablock.printable import counted, in_one_line
+
 
 class ParaBlockError(Exception):
     """The root of the tree.
@@ -39,17 +41,20 @@ class ParaBlockError(Exception):
         what: What happened, with the values that matter.
         cause: The likely reason. Empty where `what` says it all.
         remedy: What to do about it. Empty where nothing can be done.
+        lines: What stands below `what` and belongs to it, such as problems or the end of a log.
 
     Attributes:
+        what: The lines that say what happened; cause, remedy: a line each. Escapes stand for control characters.
         told: What a server may know of it: its kind, and no path, name or text of the site.
     """
 
     exit_code = 1
     told = "it cannot take part"
 
-    def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
-        self.what, self.cause, self.remedy = what, cause, remedy
-        super().__init__("\n".join(part for part in (what, cause, remedy) if part))
+    def __init__(self, what: str, *, cause: str = "", remedy: str = "", lines: Sequence[str] = ()) -> None:
+        self.what = "\n".join(map(in_one_line, (what, *lines)))
+        self.cause, self.remedy = in_one_line(cause), in_one_line(remedy)
+        super().__init__("\n".join(part for part in (self.what, self.cause, self.remedy) if part))
 
 
 def did_you_mean(path: Path, *, among: str = "*") -> str:
@@ -80,9 +85,8 @@ class ConfigError(InputError):
 
     def __init__(self, problems: Sequence[str], *, source: str = "the configuration") -> None:
         self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        super().__init__(f"{source} has {count}:\n{lines}")
+        lines = [f"  - {problem}" for problem in self.problems]
+        super().__init__(f"{source} has {counted(len(lines), 'problem')}:", lines=lines)
 
 
 @contextmanager
@@ -119,6 +123,13 @@ def check_enterable(source: str | Path, folder: Path, kind: type[InputError]) ->
     """Refuse a folder that this user may not list or enter, where libraries would find it empty."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise unread(source, PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)), kind)
+
+
+def no_file(path: Path) -> str:
+    """Return what a path leads to, such as "a pipe", where reading may wait for ever; "" for a file or folder."""
+    kinds = {"a pipe": path.is_fifo(), "a socket": path.is_socket()}
+    kinds["a device"] = path.is_char_device() or path.is_block_device()
+    return next((kind for kind, is_it in kinds.items() if is_it), "")
 
 
 def as_own_error(error: ParaBlockError | PermissionError) -> ParaBlockError:

@@ -12,13 +12,23 @@ _ACTS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
 _ACTING = re.compile(rf"(?!\r\n)[{_ACTS}]")
 _OF_DISPLAYS = re.compile(rf"\x1b\[\??[0-9;]*[A-DGHJKhlm]|\r|([{_ACTS}])")
 
+_IN_A_LINE = {"\t": "\\t", "\n": "\\n", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""What parts lines or cells, and `printable` lets be."""
+_ENDING = re.compile(f"[{''.join(_IN_A_LINE)}]")
+
 _MARKS = re.compile(r"[\\<\[`|]")
 
 
 def as_argument(path: object) -> str:
-    """Return a path as a shell takes it for a word of a command, and the command for a path."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    r"""Return a path as a shell takes it for a word of a command, and the command for a path.
+
+    Of a line end and of what would act on a terminal it is the escape, in a form that bash and zsh read: `$'a\nb'`.
+    """
+    text = f"./{path}" if str(path).startswith("-") else str(path)
+    if in_one_line(text) == text:
+        return shlex.quote(text)
+    escaped = in_one_line(re.sub(r"[\\']", r"\\\g<0>", text))
+    return f"$'{escaped}'"
 
 
 def counted(count: int, noun: str) -> str:
@@ -32,6 +42,11 @@ def printable(text: str) -> str:
     So do the line ends of Windows. The escapes are those of JSON, so that a line of JSON keeps its value.
     """
     return _ACTING.sub(lambda found: _escaped(found[0]), text)
+
+
+def in_one_line(text: str) -> str:
+    r"""Return a text as `printable` does, but without tabs and line ends: they become `\t` and `\n`."""
+    return printable(_ENDING.sub(lambda found: _IN_A_LINE[found[0]], text))
 
 
 def displayable(text: str) -> str:

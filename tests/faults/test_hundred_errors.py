@@ -7,6 +7,7 @@ be wrong with disks and with what a run left stands in `test_wrong_inputs.py`.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -55,7 +56,33 @@ plan list.yaml
 plan minimal.yaml
   minimal.yaml | not given | data: required
 plan run.yaml --set train.lerning_rate=1
-  train.lerning_rate | unknown key | did you mean `train.learning_rate`?
+  the command line has 1 problem | train.lerning_rate: unknown key | did you mean `train.learning_rate`?
+plan minimal.yaml --set seed=x
+  minimal.yaml has 2 problems | data: required | seed: it must be a whole number (given: 'x') (on the command line)
+plan pipe.yaml
+  pipe.yaml has 1 problem | it is a pipe | write the settings to a file
+plan /dev/null
+  /dev/null has 1 problem | it is a device | write the settings to a file
+{READ}=pipe.jsonl
+  pipe.jsonl is a pipe, and no file | nobody may ever write there | Write the rows to a file
+data /dev/null
+  /dev/null is a device, and no file | nobody may ever write there | Write the rows to a file
+generate model --data pipe.txt
+  pipe.txt is a pipe, and no file | nobody may ever write there | Write the rows to a file
+run run.yaml --output-dir gone/../run
+  leads through gone, which is no folder | gone/../run | Give another --output-dir
+compare run.yaml --output-dir gone/../compare
+  leads through gone, which is no folder | gone/../compare | Give another --output-dir
+export finished --output-dir gone/../export
+  leads through gone, which is no folder | gone/../export | Give a new folder as --output-dir
+eval finished --output-dir gone/../eval
+  leads through gone, which is no folder | gone/../eval | Give another --output-dir
+generate finished Hi --output gone/../generate
+  leads through gone, which is no folder | gone/../generate | Choose another place for --output
+init rows.jsonl --model model --output gone/../init
+  leads through gone, which is no folder | gone/../init | Give another name with --output
+forget finished --client 0 --output-dir gone/../forget --yes
+  leads through gone, which is no folder | gone/../forget | Give another --output-dir
 plan run.yaml --set train.learning_rate=fast
   train.learning_rate | given: 'fast' | it must be a number
 plan run.yaml --upload-mbps 0
@@ -190,7 +217,9 @@ run run.yaml --output-dir out --set federation.num_rounds=3
 run run.yaml --output-dir rows.jsonl/out
   rows.jsonl/out cannot be a folder | rows.jsonl is a file | Give another --output-dir
 run run.yaml --output-dir finished
-  finished holds a run already | A run never writes over another one | parablock resume finished
+  finished holds a run already | A run never writes over another one | look at it: parablock eval finished
+run run.yaml --output-dir unfinished
+  unfinished holds a run already | A run never writes over another one | go on with it: parablock resume unfinished
 compare run.yaml --output-dir out --methods parablock,parablock
   --methods | parablock, parablock | give each method once
 compare run.yaml --output-dir out --seeds 0,x
@@ -283,6 +312,8 @@ def folder(workshop: Workshop) -> Iterator[Path]:
         [{"prompt": "Write.", "instruction_id_list": [name], "kwargs": [{}]} for name in asked],
     )
     write_rows(path / "many.jsonl", (sum_row(1, k) for k in range(20)))
+    for name in ("pipe.yaml", "pipe.jsonl", "pipe.txt"):
+        os.mkfifo(path / name)
     make_runs(workshop)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +36,7 @@ from tiny_runs import (
     half_written,
     metrics_of,
     summary_of,
+    tiny_config,
     write_rows,
 )
 
@@ -215,7 +218,7 @@ def test_text_is_broken_between_words_on_a_terminal_and_its_lines_are_whole_else
     say_whole(text)
     assert capsys.readouterr().out == f"{text}\n"
     resume = f"parablock resume {'mine' * 10} --debug"
-    say(f"it has no model yet; finish it with: {resume}\nor not")
+    say(f"it has no model yet; finish it with: {resume}", "or not")
     assert capsys.readouterr().out.splitlines()[-2:] == [resume, "or not"]
     quoted = f"see `{resume}`"
     say(quoted)
@@ -254,6 +257,66 @@ def test_rows_fields_answers_and_errors_come_to_a_terminal_as_text(workshop: Wor
         assert re.findall(ACTING, outcome.stdout + outcome.stderr) == []
     assert [outcome.code for outcome in outcomes] == [0, 0, 2, 0, 0]
     assert json.loads(outcomes[-1].stdout)["prompt"] == EVIL.rstrip()
+
+
+def test_a_path_with_a_line_end_stays_in_one_line_whatever_prints_it(workshop: Workshop, tmp_path: Path):
+    begin, end = "a\x07", "OF A NAME\t'b"
+    folder = tmp_path / f"{begin}\n{end}"
+    shutil.copytree(workshop.path, folder)
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(Workshop(folder))))
+    without_model = folder / "other.yaml"
+    without_model.write_text(
+        yaml.safe_dump({**tiny_config(Workshop(folder)), "model": {"name_or_path": f"{folder}/no"}})
+    )
+    run, gone, rows = str(folder / "run"), str(folder / "gone"), str(folder / "test.jsonl")
+    to, few = "--output-dir", ("--set", "federation.num_rounds=4")
+    broken = write_rows(folder / "broken.jsonl", [{"x": 1}])
+    outcomes = [
+        (0, command("data", rows)),
+        (2, command("data", gone)),
+        (2, command("data", str(broken))),
+        (2, command("init", rows, "--model", gone)),
+        (0, command("plan", str(config))),
+        (2, command("plan", gone)),
+        (0, command("run", str(config), to, run, *few)),
+        (2, command("run", str(config), to, run)),
+        (2, command("run", str(without_model), to, f"{run}2")),
+        (2, command("resume", run)),
+        (2, command("resume", gone)),
+        (0, command("report", run)),
+        (2, command("report", gone)),
+        (0, command("eval", run)),
+        (2, command("eval", gone)),
+        (0, command("export", run, to, str(folder / "hf"))),
+        (2, command("export", run, to, str(folder / "hf"))),
+        (0, command("generate", run, "1 + 1?", "--max-new-tokens", "2", "--output", str(folder / "answers"))),
+        (2, command("generate", run, "--data", gone)),
+        (2, command("chat", gone)),
+        (2, command("blocks", gone)),
+        (0, command("compare", str(config), to, str(folder / "compared"), "--methods", "fedit", *few)),
+        (0, command("forget", run, "--client", "1")),
+        (2, command("forget", gone, "--client", "1")),
+        (2, command("audit", gone)),
+        (0, command("deploy", "keys", "--sites", "1", to, str(folder / "keys"))),
+        (2, command("deploy", "status", gone)),
+    ]
+    for code, outcome in outcomes:
+        said = outcome.stdout + outcome.stderr
+        assert outcome.code == code, said
+        assert "a\\u0007\\nOF A NAME\\t" in said
+        assert re.findall(f"{ACTING}|\nOF A|\t", said) == []
+    assert re.findall(f"{ACTING}|\nOF A|\t", str(folder)) == ["\x07", "\nOF A", "\t"]
+
+
+def test_the_path_of_a_printed_command_is_read_by_a_shell_as_it_is():
+    for path in ("a b", "a\nb", "-a\t'\\n", "\x1b]0;x\x07", "é\x9b\u202e\u2028\r\n$x"):
+        word = as_argument(path)
+        assert re.findall(f"{ACTING}|\n|\t|\u2028", word) == []
+        given = subprocess.run(
+            ["bash", "-c", f"printf %s {word}"], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}
+        )
+        assert given.stdout.decode().removeprefix("./") == path
 
 
 # -- a terminal that is closed, and Ctrl-C ---------------------------------------------------------------------

@@ -225,11 +225,11 @@ def test_a_prompt_that_loses_its_beginning_is_told_of(tuned: Path, monkeypatch: 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_what_is_not_utf_8_is_named_and_not_asked(tuned: Path, encoding: str, monkeypatch: pytest.MonkeyPatch):
-    lines = io.TextIOWrapper(io.BytesIO(b"2 plus 2?\ncaf\xe9\n"), encoding=encoding)
+    lines = io.TextIOWrapper(io.BytesIO(b"2 plus 2?\ncaf" + 9999 * b"\xe9" + b"\n"), encoding=encoding)
     monkeypatch.setattr("sys.stdin", lines)
     outcome = command("chat", str(tuned), "--only", "tuned", *SHORT)
     assert outcome.code == 2 and "Traceback" not in outcome.stderr
-    assert "line 2 of standard input is not in UTF-8: 'caf\\udce9'" in outcome.stderr
+    assert "line 2 of standard input is not in UTF-8: 'caf\\udce9" in outcome.stderr and len(outcome.stderr) < 1000
     assert "iconv" in outcome.stderr and len(outcome.stdout.splitlines()) >= 1
     not_text = os.fsdecode(b"caf\xe9")
     assert_refused(command("generate", str(tuned), "a", not_text), "prompt 2 is not in UTF-8")
@@ -284,9 +284,20 @@ def test_ctrl_c_ends_a_chat_that_reads_a_file(tuned: Path, monkeypatch: pytest.M
 
 
 def test_lines_of_standard_input_are_turns(tuned: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/quit\n2 plus 2?\n"))
+    wrong = {
+        "/foo": "/foo is no command",
+        "//x": "//x is no command",
+        "/new x": "/new takes nothing behind it",
+        "/quit\tnow": "/quit takes nothing behind it",
+        "//quit now": "//quit is no command",
+        "/" + "x" * 9999: f"/{'x' * 39} is no command",
+    }
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(["/help", *wrong, "/quit", "2 plus 2?\n"])))
     outcome = done("chat", str(tuned), *SHORT)  # no model is asked that
-    assert outcome.stdout == "" and outcome.stderr.count(f"/help is no command: {talk.HELP}") == 1
+    told = [talk.HELP, *(f"{words}; nothing was asked: {talk.HELP}" for words in wrong.values())]
+    assert outcome.stdout == "" and outcome.stderr.splitlines()[-len(told) :] == told
+    monkeypatch.setattr("sys.stdin", io.StringIO("/etc/passwd\n/usr is what?\n"))
+    assert done("chat", str(tuned / "model"), *SHORT).stdout.count("\n") >= 2, "a path and a sentence are prompts"
     monkeypatch.setattr("sys.stdin", io.StringIO("2 plus 2?\n\n/new\n2 plus 2?\n"))
     said = [line for line in done("chat", str(tuned), *SHORT).stdout.splitlines() if line]
     assert [line.partition(":")[0] for line in said] == ["base", "tuned"] * 2

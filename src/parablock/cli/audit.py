@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from parablock.cli.terminal import console
+from parablock.cli.output import say
 from parablock.errors import InputError
 
 
@@ -26,7 +26,7 @@ def audit(
             raise InputError(f"there is no log {log}", remedy="A site has its log in its state_dir: audit.jsonl.")
         for is_good, line in _lines(log):
             is_sound = is_sound and is_good
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line)
     if not is_sound:
         raise typer.Exit(1)
 

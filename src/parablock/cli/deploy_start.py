@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from parablock.cli.output import say
-from parablock.cli.terminal import LOADING, console, show_work
+from parablock.cli.terminal import LOADING, show_work
 
 if TYPE_CHECKING:
     from parablock.deploy.site_check import Checked
@@ -83,9 +83,9 @@ def check(
     is_good = True
     for one in _found(site, server, keys, run, insecure=insecure):
         is_good = is_good and one.is_good
-        console.print(f"{'✓' if one.is_good else '✗'} {one.found}", highlight=False, soft_wrap=True)
+        say(f"{'✓' if one.is_good else '✗'} {one.found}")
         if one.remedy:
-            console.print(f"  {one.remedy}", highlight=False, soft_wrap=True)
+            say(f"  {one.remedy}")
     if not is_good:
         raise typer.Exit(2)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parablock.cli.output import say
 from parablock.cli.terminal import LOADING, check_model, console, show_work, table_of
 from parablock.printable import as_argument, printable
 
@@ -107,22 +108,18 @@ def evaluate(
     clients = scores_by_client(scores, owners) if per_client else []
     _show(scores, task, samples, is_held_out=rows is not None)
     for line in _left_out(scores):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
     if clients:
         _show_clients(clients, task)
     if task == "loss" and not data and (rounded := rounded_after(model_or_run_dir)):
-        text = (
-            f"note: the run scored before its weights were rounded to {rounded}, so its own loss differs a little"
-        )
-        console.print(text, highlight=False, soft_wrap=True)
+        say(f"note: the run scored before its weights were rounded to {rounded}, so its own loss differs a little")
     if changed:
-        console.print(f"warning: {changed}", highlight=False, soft_wrap=True)
+        say(f"warning: {changed}")
     if num_trained:
-        text = f"warning: {num_trained} of {len(scored)} rows were trained on: their scores say nothing of new rows"
-        console.print(text, highlight=False, soft_wrap=True)
+        told = f"warning: {num_trained} of {len(scored)} rows were trained on"
+        say(f"{told}: their scores say nothing of new rows")
     elif of_run and num_trained is None:
-        text = "note: whether rows were trained on is not known: the data of the run are not here as they were"
-        console.print(text, highlight=False, soft_wrap=True)
+        say("note: whether rows were trained on is not known: the data of the run are not here as they were")
     if folder is not None:
         skipped = scores[-1].tokenized.skipped if scores[-1].tokenized else ()
         left_out = [{"row": entry.row.place, "reason": entry.reason} for entry in skipped]
@@ -134,7 +131,7 @@ def evaluate(
         }
         _write(folder, task, scores, facts | ({"clients": clients} if clients else {}))
     if of_run:
-        console.print(f"talk to it: parablock chat {as_argument(model_or_run_dir)}", highlight=False)
+        say(f"talk to it: parablock chat {as_argument(model_or_run_dir)}")
 
 
 def _folder_of(model_or_run_dir: str, output_dir: Path | None) -> Path | None:
@@ -158,8 +155,7 @@ def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) ->
     console.print(table)
     for score in scores:
         if (accuracy := score.instruction_accuracy) is not None:
-            line = f"{score.label}: {accuracy:.4f} of all instructions are followed, each by itself"
-            console.print(line, highlight=False)
+            say(f"{score.label}: {accuracy:.4f} of all instructions are followed, each by itself")
     for score in scores:
         for answer in score.samples[:samples]:
             wanted = "asked for" if score.followed else "right"
@@ -191,7 +187,7 @@ def _show_clients(clients: list[dict[str, Any]], task: str) -> None:
 
 def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) -> None:
     from parablock.evaluation.side_by_side import score_records
-    from parablock.storage.files import storage, write_atomically
+    from parablock.storage.files import new_folders, storage, write_atomically
 
     summary = {
         "task": task,
@@ -203,14 +199,11 @@ def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) 
             for score in scores
         ],
     }
-    with storage(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in score_records(scores))
-    write_atomically(folder / f"{task}.jsonl", "".join(lines))
-    write_atomically(folder / f"{task}.json", json.dumps(summary, indent=2) + "\n")
-    console.print(
-        f"scores: {folder / task}.json   every row: {folder / task}.jsonl", highlight=False, soft_wrap=True
-    )
+    with storage(folder), new_folders(folder):
+        write_atomically(folder / f"{task}.jsonl", "".join(lines))
+        write_atomically(folder / f"{task}.json", json.dumps(summary, indent=2) + "\n")
+    say(f"scores: {folder / task}.json   every row: {folder / task}.jsonl")
 
 
 def _evaluate_by_harness(

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from parablock.cli.terminal import LOADING, console, show_work
+from parablock.cli.output import say
+from parablock.cli.terminal import LOADING, show_work
 
 
 def export(
@@ -71,5 +72,4 @@ def export(
         if push_to_hub:
             progress.stage(f"uploading to {push_to_hub}", is_brief=True)
             notes.append(f"uploaded: {upload_folder(output_dir, push_to_hub, private=not public)}")
-    for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
+    say(*notes)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parablock.cli.terminal import LOADING, console, print_summary, show_progress, show_work
+from parablock.cli.output import say
+from parablock.cli.terminal import LOADING, print_summary, show_progress, show_work
 from parablock.report.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -35,20 +36,14 @@ def forget(
 
         replay = replay_without(directory, client_id)
     new_dir = output_dir or directory.resolve().with_name(f"{directory.resolve().name}-without-{client_id}")
-    for line in _described(replay, client_id, new_dir):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(*_described(replay, client_id, new_dir))
     if not yes:
-        console.print("Nothing has been done. Do it with --yes.", highlight=False)
+        say("Nothing has been done. Do it with --yes.")
         return
     with show_progress(new_dir) as (progress, stop):
         summary = forget_client(directory, client_id, new_dir, progress=progress, asked_to_stop=stop)
     print_summary(summary, new_dir)
-    console.print(
-        f"{directory} still holds what client {client_id} sent: remove it, and its copies.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{directory} still holds what client {client_id} sent: remove it, and its copies.")
 
 
 def _described(replay: Replay, client_id: int, new_dir: Path) -> Iterator[str]:

@@ -44,7 +44,8 @@ from parablock.cli.terminal import (
     usual_signals,
 )
 from parablock.errors import ConfigError, ParaBlockError, as_own_error
-from parablock.printable import as_argument
+from parablock.printable import as_argument, in_one_line
+from parablock.storage import FIGURES_NAME
 
 app = typer.Typer(
     name="parablock",
@@ -76,7 +77,7 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     if version:
-        console.print(f"parablock {__version__}", highlight=False)
+        say(f"parablock {__version__}")
         raise typer.Exit
     del debug  # read by `main`
     usual_signals()
@@ -165,10 +166,7 @@ def init(
         progress.stage("reading the files and the model's configuration", is_brief=True)
         named = columns_of(columns)
         found = write_first_config(model, files, output, clients=clients, trains=trains, columns=named)
-    for line in found:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"written: {output}", highlight=False, soft_wrap=True)
-    console.print(f"next: parablock plan {as_argument(output)}", highlight=False, soft_wrap=True)
+    say(*found, f"written: {output}", f"next: parablock plan {as_argument(output)}")
 
 
 @app.command()
@@ -216,9 +214,7 @@ def blocks(
     total = outline.num_parameters()
     trained = sum(block.num_parameters for block in partition)
     console.print(table)
-    console.print(
-        f"{trained:,} of {total:,} parameters are in blocks; the other {total - trained:,} stay as they are."
-    )
+    say(f"{trained:,} of {total:,} parameters are in blocks; the other {total - trained:,} stay as they are.")
 
 
 @app.command()
@@ -263,8 +259,8 @@ def plan(
     if output_format == "json":
         say_whole(json.dumps(asdict(made), indent=2))
         return
-    for part in (*show_plan(made, loaded), next_step(made, loaded, config)):
-        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    for part in (*show_plan(made, loaded), *next_step(made, loaded, config)):
+        say(part) if isinstance(part, str) else console.print(part, highlight=False)
 
 
 @app.command()
@@ -284,7 +280,7 @@ def report(
         from parablock.report.write import write_report
 
         page = write_report(directories)
-    console.print(f"report: {page}   tables: {page.with_suffix('.md')}", highlight=False, soft_wrap=True)
+    say(f"report: {page}   tables: {page.with_suffix('.md')}")
 
 
 @app.command()
@@ -323,7 +319,7 @@ def compare(
         runs = plan_comparison(settings, methods.split(","), seeds, particular or [], delays)
         summaries = compare_methods(runs, output_dir, progress=progress, tasks=scored, asked_to_stop=stop)
     print_figures(comparison_table(summaries))
-    console.print(f"open {output_dir / 'report.html'}   figures: {output_dir / 'compare.json'}", soft_wrap=True)
+    say(f"open {output_dir / 'report.html'}   figures: {output_dir / FIGURES_NAME}")
 
 
 @app.command()
@@ -341,7 +337,7 @@ def demo(
 
         outcome = run_demo(directory, progress=progress, asked_to_stop=stop)
     for line in describe_demo(outcome):
-        console.print_as_it_is(line)
+        console.print_as_it_is(in_one_line(line))
     exit_when_interrupted(outcome.summary, directory)
 
 
@@ -379,8 +375,7 @@ def main() -> None:
             if "--debug" in sys.argv:
                 SafeConsole(stderr=True).print_as_it_is("".join(traceback.format_exception(raised)).rstrip())
                 sys.exit(error.exit_code)
-            lines = [f"error: {error.what}", error.cause, error.remedy]
-            say("\n".join(line for line in lines if line), err=True)
+            say(*f"error: {error}".split("\n"), err=True)
             sys.exit(error.exit_code)
         except SystemExit as leaving:
             output.flush()

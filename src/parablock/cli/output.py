@@ -21,7 +21,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from parablock.printable import displayable, printable
+from parablock.printable import displayable, in_one_line, printable
 
 SIMILAR = {
     "→": "->",
@@ -104,9 +104,9 @@ class SafeConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print a text for people on standard output or standard error, as a `SafeConsole` does."""
-    SafeConsole(stderr=err).print(text, highlight=False)
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines for people on standard output or standard error, as a `SafeConsole` does; each stays one line."""
+    SafeConsole(stderr=err).print("\n".join(map(in_one_line, lines)), highlight=False)
 
 
 def say_whole(text: str) -> None:

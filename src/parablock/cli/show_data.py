@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from parablock.cli.output import say
 from parablock.cli.terminal import LOADING, console, show_work
 from parablock.errors import ConfigError
 from parablock.printable import counted, printable
@@ -50,9 +51,9 @@ def data(
             else _turns(files, rows, data_format)
         )
         lines += [(line, None) for line in ignored]
-    _say(f"learnt is what is {'green' if console.is_terminal else 'between [[ and ]]'}")
+    say(f"learnt is what is {'green' if console.is_terminal else 'between [[ and ]]'}")
     for title, stretches in lines:
-        _say(title)
+        say(title)
         if stretches is not None:
             _show(stretches)
 
@@ -115,10 +116,6 @@ def _show(stretches: Sequence[Stretch]) -> None:
         else:
             text.append(shown, style="bold green" if stretch.is_learnt else "")
     console.print_as_it_is(text)
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
 
 
 def columns_of(columns: list[str] | None) -> dict[str, str]:

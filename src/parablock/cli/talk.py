@@ -46,6 +46,7 @@ Temperature = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Answers that are drawn follow from it.")]
 QUITTING = ("/quit", "/exit")
+COMMANDS = ("/new", "/help", *QUITTING)
 HELP = "/new begins anew, /quit or Ctrl-D ends; Ctrl-C cuts an answer short"
 
 
@@ -86,16 +87,33 @@ def chat(
         if text == "/new":
             for conversation in conversations:
                 conversation.forget()
-        elif text.startswith("/") and " " not in text and text.count("/") == 1:
+        elif told := _wrong_command(text):
             if is_terminal:
-                console.print(HELP, style="dim", highlight=False)
+                console.print(told, style="dim", highlight=False)
             else:
-                say(f"{text} is no command: {HELP}", err=True)  # it is no answer
+                say(told, err=True)  # it is no answer
         elif text:
             _answer(conversations, text)
         for note in notes:
             say(f"note: {note}", err=True)
         notes.clear()
+
+
+def _wrong_command(text: str) -> str:
+    """Say what is wrong with a line that is meant as a command, and is none; "" for a prompt.
+
+    A line is meant as a command if it is one word that begins with a slash, and no path; or if it begins with one.
+    """
+    if not text.startswith("/"):
+        return ""
+    word, *rest = text.split(maxsplit=1)
+    name = f"/{word.lstrip('/').lower()}"
+    if name.count("/") > 1 or (rest and name not in COMMANDS):
+        return ""
+    if name == "/help" and not rest:
+        return HELP
+    wrong = f"{name} takes nothing behind it" if rest and word == name else f"{word:.40} is no command"
+    return f"{wrong}; nothing was asked: {HELP}"
 
 
 def _warn_of_changes(model_or_run_dir: str, progress: Progress) -> None:

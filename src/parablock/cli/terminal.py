@@ -17,7 +17,8 @@ from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say, say_whole
 from parablock.errors import ConfigError, ParaBlockError
-from parablock.printable import as_argument
+from parablock.printable import as_argument, in_one_line
+from parablock.storage import PLAN_NAME
 
 if TYPE_CHECKING:
     from parablock.config.keys import RunConfig
@@ -73,7 +74,7 @@ def show_progress(directory: Path, again: str = RESUME) -> Iterator[tuple[Any, A
                     raise
                 _ignore_signals()
                 progress.close()
-                _say_stop(_after_a_stop(directory, again))
+                say(_after_a_stop(directory, again), err=True)
                 _leave(INTERRUPTED)
 
 
@@ -147,7 +148,7 @@ def free_directory(parent: Path, name: str) -> Path:
 
 def _after_a_stop(directory: Path, again: str) -> str:
     if not (directory / "config.yaml").exists():
-        if (directory / "comparison.json").exists():
+        if (directory / PLAN_NAME).exists():
             return f"stopped at once; the comparison goes on with: {again}"
         return "stopped at once; nothing was begun, and nothing is left behind"
     quoted = as_argument(directory)
@@ -162,10 +163,6 @@ def _after_a_stop(directory: Path, again: str) -> str:
     return f"stopped at once, before the first checkpoint; begin again with: {again}"
 
 
-def _say_stop(line: str) -> None:
-    SafeConsole(stderr=True).print(line, highlight=False, soft_wrap=True)
-
-
 def _leave(code: int) -> NoReturn:
     """End this process now: threads that compute would be cut in the middle of native code while Python ends."""
     for stream in (sys.stdout, sys.stderr):
@@ -173,12 +170,19 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class _Lines(Table):
+    """A table whose rows have a line each, unless a cell is too wide."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(in_one_line(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def table_of(*headings: str, num_words: int = 1, narrow: bool = False) -> Table:
     """Make a table that wraps long numbers and paths, instead of cutting them.
 
     A `narrow` one has many columns of figures behind the first `num_words`, and fits into 80 columns.
     """
-    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), show_edge=False) if narrow else Table()
+    table = _Lines(box=box.SIMPLE, padding=(0, 0, 0, 1), show_edge=False) if narrow else _Lines()
     for n, heading in enumerate(headings):
         justify: Literal["left", "right"] = "right" if narrow and n >= num_words else "left"
         table.add_column(heading, overflow="fold", justify=justify)
@@ -240,16 +244,13 @@ def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME)
     exit_when_interrupted(summary, directory, again)
     (record,) = read_runs([directory])
     losses = f"eval loss {summary['initial_eval_loss']:.4f} → {summary['final_eval_loss']:.4f}"
-    console.print(f"{losses}\n{sentence(record)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"report: {directory / 'report.html'}   model: {directory / 'model'}", highlight=False, soft_wrap=True
-    )
+    say(losses, sentence(record), f"report: {directory / 'report.html'}   model: {directory / 'model'}")
     if not any((directory / "model").glob("client_*")):
-        console.print(f"talk to it: parablock chat {as_argument(directory)}", highlight=False, soft_wrap=True)
+        say(f"talk to it: parablock chat {as_argument(directory)}")
 
 
 def exit_when_interrupted(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        _say_stop(f"stopped and saved; go on with: {again.format(as_argument(directory))}")
+        say(f"stopped and saved; go on with: {again.format(as_argument(directory))}", err=True)
         raise typer.Exit(INTERRUPTED)

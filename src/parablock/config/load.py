@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS, OWNERS
 from parablock.config.section import FaultSection
-from parablock.errors import ConfigError, did_you_mean
+from parablock.errors import ConfigError, did_you_mean, no_file
 
 S = TypeVar("S", bound=BaseModel)
 
+COMMAND_LINE = "the command line"
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """The errors of PyYAML: its own, and those of Python for a date in the 13th month or endless nesting."""
 
@@ -31,7 +32,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every problem: a missing or broken file, unknown keys, wrong values.
     """
     path = Path(path)
-    return parse_config(overridden(read_tree(path), overrides), source=str(path))
+    return _parse(overridden(read_tree(path), overrides), path, overrides)
 
 
 def load_server_config(path: Path, overrides: Sequence[str] = (), *, engine: str = "remote") -> RunConfig:
@@ -43,7 +44,7 @@ def load_server_config(path: Path, overrides: Sequence[str] = (), *, engine: str
     tree = overridden(read_tree(path), [*overrides, *at_sites(engine)])
     if isinstance(tree.get("data"), dict):
         tree["data"].setdefault("train", [])
-    return parse_config(tree, source=str(path))
+    return _parse(tree, path, overrides)
 
 
 def lacks_rows(path: Path, overrides: Sequence[str] = ()) -> bool:
@@ -58,6 +59,19 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     if problems:
         raise ConfigError(problems, source="--set")
     return tree
+
+
+def _parse(tree: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Validate a tree of a file and overrides; of each problem the error says which of both it comes from."""
+    try:
+        return parse_config(tree, source=str(path))
+    except ConfigError as error:
+        given = [override.partition("=")[0].strip() for override in overrides]
+        begins = tuple(f"{key}{end}" for key in given for end in ":.,")
+        if all(problem.startswith(begins) for problem in error.problems):
+            raise ConfigError(error.problems, source=COMMAND_LINE) from None
+        told = [f"{one} (on {COMMAND_LINE})" if one.startswith(begins) else one for one in error.problems]
+        raise ConfigError(told, source=str(path)) from None
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
@@ -94,6 +108,8 @@ def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
 def read_tree(path: Path) -> dict[str, Any]:
     """Read a YAML file of sections; raise a ConfigError if that fails."""
     try:
+        if kind := no_file(path):
+            raise ConfigError([f"it is {kind}; write the settings to a file, and give its path"], source=str(path))
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         text = f"there is no file {path}; give the path of a YAML file. {did_you_mean(path)}".removesuffix(". ")

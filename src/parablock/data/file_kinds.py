@@ -11,7 +11,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from parablock.errors import DataError, InputError, unread
+from parablock.errors import DataError, InputError, no_file, unread
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 """Suffix behind another one → the codec of it."""
@@ -51,6 +51,16 @@ def suffix_of(path: Path) -> str:
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
     return Path(name).suffix
+
+
+def check_is_file(source: str, path: Path) -> None:
+    """Refuse a pipe, a socket or a device, which may be read once or never ends, with a `DataError`."""
+    if kind := no_file(path):
+        raise DataError(
+            f"{source} is {kind}, and no file.",
+            cause="Rows are read more than once, and nobody may ever write there.",
+            remedy="Write the rows to a file, and name that.",
+        )
 
 
 def check_is_text(source: str, path: Path, raw: bytes) -> None:

@@ -103,7 +103,7 @@ def _split_dirichlet(rows: Sequence[Row], num_clients: int, alpha: float, field:
         raise DataError(
             f"No Dirichlet({alpha}) draw over {len(rows)} rows and {len(values)} values of {field!r} gave each of "
             f"{num_clients} clients at least one row.",
-            cause=f"alpha is small for so many clients. {error}",
+            cause=f"alpha is small for so many clients. {' '.join(str(error).split())}",
             remedy="Raise data.partition.alpha, lower federation.num_clients, or take another seed.",
         ) from error
     return tuple(tuple(rows[index] for index in part) for part in parts)

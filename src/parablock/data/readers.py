@@ -20,13 +20,14 @@ from typing import Any
 from parablock.data.file_kinds import (
     COMPRESSIONS,
     cannot_be_read,
+    check_is_file,
     check_is_text,
     decode_text,
     refuse_kind,
     rows_out_of,
     suffix_of,
 )
-from parablock.errors import DataError, InputError
+from parablock.errors import DataError, InputError, reading
 from parablock.printable import counted
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -77,6 +78,8 @@ def read_text_file(source: str) -> str:
         DataError: It cannot be read, or is not UTF-8.
     """
     path = Path(source).expanduser()
+    with reading(source, DataError):
+        check_is_file(source, path)
     raw = _read_bytes(source, path)
     check_is_text(source, path, raw)
     text, error = decode_text(source, raw)

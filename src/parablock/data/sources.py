@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parablock.data.file_kinds import COMPRESSIONS, suffix_of
+from parablock.data.file_kinds import COMPRESSIONS, check_is_file, suffix_of
 from parablock.data.readers import SUFFIXES, NumberedFields, read_file, remover_of_fill
 from parablock.errors import DataError, check_enterable, did_you_mean, reading
 from parablock.hub import use_cache_when_offline
@@ -217,6 +217,7 @@ def _files_of_folder(source: str, path: Path, split: str) -> list[str]:
 
 
 def _check_file(source: str, path: Path) -> None:
+    check_is_file(source, path)
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise DataError(
@@ -285,13 +286,14 @@ def _read_hub(source: str, *, split: str) -> list[Row]:
             values = datasets.load_dataset(name, config or None, split=split)
     except OSError as error:  # not found, gated, or no network
         raise DataError(
-            f"{source!r} is neither a file here nor reachable as a dataset on the hub: {error}",
+            f"{source!r} is neither a file here nor reachable as a dataset on the hub: "
+            + " ".join(str(error).split()),
             cause=f"Files are looked for from {Path.cwd()}; the hub needs a network or a filled cache.",
             remedy=f"Give a {', '.join(SUFFIXES)} file, or check the name (owner/name or owner/name:config).",
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"Split {split!r} of dataset {source!r} cannot be loaded: {error}",
+            f"Split {split!r} of dataset {source!r} cannot be loaded: {' '.join(str(error).split())}",
             cause="The configuration (after the colon) or the split does not exist, or its files are broken.",
             remedy="Name one that does: owner/name:config.",
         ) from error

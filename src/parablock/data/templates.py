@@ -168,7 +168,7 @@ class _Template:
         except (TemplateError, *_RAISED_BY_TEMPLATES) as error:
             raise DataError(
                 f"{row.place}: the chat template of the tokenizer refuses the conversation "
-                f"({', '.join(turn['role'] for turn in turns)}): {error}",
+                f"({', '.join(turn['role'] for turn in turns)}): {' '.join(str(error).split())}",
                 remedy="Use roles, and an order of roles, that the template accepts.",
             ) from error
 
@@ -178,7 +178,8 @@ def _source_of(tokenizer: PreTrainedTokenizerBase) -> str:
         return cast(str, tokenizer.get_chat_template())
     except ValueError as error:
         raise ModelError(
-            f"The tokenizer has several chat templates, and none is the default one: {error}",
+            "The tokenizer has several chat templates, and none is the default one: "
+            + " ".join(str(error).split()),
             remedy="Name one of them `default` in the model's tokenizer_config.json.",
         ) from None
 

@@ -132,9 +132,9 @@ class LocalSites:
         """Raise the error of a site that has ended by itself."""
         for client_id, process in self.processes.items():
             if process.poll():
-                end = last_lines(self.log(client_id), 10)
                 raise ParaBlockError(
-                    f"the process of site {client_id} ended; its log ends with:\n{end}",
+                    f"the process of site {client_id} ended; its log ends with:",
+                    lines=last_lines(self.log(client_id), 10),
                     cause=f"The whole log is {self.log(client_id)}.",
                     remedy=f"Go on from the last checkpoint: parablock resume {as_argument(self.folder.parent)}",
                 )

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from parablock.printable import printable
+from parablock.printable import in_one_line, printable
 
 LOG_BYTES, LOGS = 10_000_000, 5
 """A log is begun anew after so many bytes, and so many are kept."""
@@ -20,8 +20,12 @@ class PlainLines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s")
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # of `logging`
+        """Return the line of a record, below which a traceback may stand."""
+        return in_one_line(super().formatMessage(record))
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
+        """Return what a record says."""
         return printable(super().format(record))
 
 

@@ -303,7 +303,7 @@ def watch(
             word = json.loads(failure.read_text(encoding="utf-8"))
             failure.unlink()
             kind = InputError if word.pop("exit_code") == InputError.exit_code else ParaBlockError
-            raise kind(word.pop("what"), **word)
+            raise kind(**word)
         is_over = directory.summary.exists() and directory.summary.stat().st_mtime_ns > began
         if is_over and (summary := directory.read_summary())["status"] != "failed":
             look()
@@ -350,7 +350,8 @@ def _rows(deployment: Deployment, progress: Progress) -> Callable[[], int]:
 
 def _ended(what: str, log: Path, output_dir: Path) -> ParaBlockError:
     return ParaBlockError(
-        f"{what}; its log ends with:\n{last_lines(log, 10)}",
+        f"{what}; its log ends with:",
+        lines=last_lines(log, 10),
         cause=f"The whole log is {log}.",
         remedy=f"Go on from the last checkpoint: parablock resume {as_argument(output_dir)}",
     )

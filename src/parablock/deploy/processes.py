@@ -266,7 +266,8 @@ def wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path, tim
                 return
         time.sleep(0.1)
     raise ParaBlockError(
-        f"the SuperLink does not listen at {address}:\n{last_lines(log, 8)}",
+        f"the SuperLink does not listen at {address}:",
+        lines=last_lines(log, 8),
         cause="The port is busy, or its certificate cannot be read.",
         remedy=f"Look at {log}, or choose another port.",
     )
@@ -289,7 +290,8 @@ def _flwr(files: ServerFiles, arguments: Sequence[str]) -> str:
     done = subprocess.run(command, env=environment(files.home), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise InputError(
-            f"`flwr {' '.join(arguments)}` failed: {(done.stdout + done.stderr).strip()[-800:]}",
+            f"`flwr {' '.join(arguments)}` failed:",
+            lines=(done.stdout + done.stderr).strip()[-800:].splitlines(),
             cause="Flower's server at " + files.address + " refused it or cannot be reached.",
         )
     return done.stdout

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,16 @@ def main(grid: Any, context: Any) -> None:
         try:
             _run(grid, context.run_config, output_dir)
         except ParaBlockError as error:
-            _leave_word(failure, error.what, error.cause, error.remedy, error.exit_code)
+            what, *lines = error.what.split("\n")
+            _leave_word(failure, what, lines, error.exit_code, cause=error.cause, remedy=error.remedy)
             raise
         except Exception as error:  # whoever started the run need not search Flower's logs for it
-            _leave_word(failure, repr(error), traceback.format_exc(), "", 1)
+            _leave_word(failure, repr(error), traceback.format_exc().splitlines(), 1)
             raise
 
 
-def _leave_word(failure: Path, what: str, cause: str, remedy: str, exit_code: int) -> None:
-    word = {"what": what, "cause": cause, "remedy": remedy, "exit_code": exit_code}
+def _leave_word(failure: Path, what: str, lines: Sequence[str], exit_code: int, **more: str) -> None:
+    word = {"what": what, "lines": lines, "exit_code": exit_code, **more}
     write_atomically(failure, json.dumps(word))
 
 

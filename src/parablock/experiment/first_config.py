@@ -27,7 +27,7 @@ from parablock.methods.trained_blocks import trained_blocks
 from parablock.model.blocks import find_layers
 from parablock.model.pretrained import load_tokenizer, outline_model
 from parablock.printable import as_argument, counted
-from parablock.storage.files import NEW_NAME, check_absent, storage, write_atomically
+from parablock.storage.files import NEW_NAME, check_absent, new_folders, storage, write_atomically
 
 Trained = Literal["adapters", "blocks"]
 
@@ -191,9 +191,8 @@ def write_first_config(
         trains, why = _suited(outline, configure("adapters")[1], to_learn)
         found.append(why)
     text, _ = configure(trains)
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    with storage(path), new_folders(path.parent):
+        write_atomically(path, text)
     return found
 
 

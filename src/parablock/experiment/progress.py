@@ -25,7 +25,7 @@ from rich.text import Text
 
 from parablock.experiment.lamps import draw_clients
 from parablock.experiment.pace import Pace, Stages
-from parablock.printable import printable
+from parablock.printable import in_one_line
 from parablock.report.units import format_bytes, format_duration, sparkline
 
 MAX_PLAIN_LINES = 100
@@ -243,7 +243,7 @@ class PlainProgress(_Paced):
     def message(self, text: str) -> None:
         """Write a line that belongs to no round."""
         self._said_s = self._now_s()
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.print(Text(in_one_line(text)), soft_wrap=True)
 
 
 def _describe(row: Mapping[str, Any], *, num_rounds: int, has_blocks: bool) -> list[str]:
@@ -355,7 +355,7 @@ class LiveProgress(_Paced):
 
     def message(self, text: str) -> None:
         """Write a line above the display."""
-        self._console.print(Text(printable(text)))
+        self._console.print(Text(in_one_line(text)))
 
     def close(self) -> None:
         """Stop the display; losses and bytes stay on the screen, stages and clients do not."""
@@ -376,7 +376,7 @@ class LiveProgress(_Paced):
         texts = self._stages.texts()
         self._spinners += [Spinner(self._turning) for _ in texts[len(self._spinners) :]]
         for spinner, text in zip(self._spinners, texts, strict=False):
-            spinner.update(text=Text(text))
+            spinner.update(text=Text(in_one_line(text)))
             parts.append(spinner)
         return Group(*parts)
 

@@ -82,7 +82,7 @@ def save_model(
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"The model cannot be written to {directory}: {error}",
+            f"The model cannot be written to {directory}: {' '.join(str(error).split())}",
             cause="The disk is full or read-only, or the path is not a folder.",
             remedy="Free some space, or choose another place; no incomplete files were left there. A run goes on "
             "from its last checkpoint with `parablock resume`.",
@@ -187,7 +187,7 @@ def model_sha256(directory: Path | str) -> str:
                 _hash_tensor(digest, name, tensors.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"The weights in {directory} cannot be read: {error}",
+            f"The weights in {directory} cannot be read: {' '.join(str(error).split())}",
             cause="A file was cut or changed, or is no file of safetensors.",
             remedy="Put back a copy of it.",
         ) from error

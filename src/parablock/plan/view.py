@@ -61,11 +61,11 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         yield f"Note: {assumption}."
 
 
-def next_step(plan: Plan, config: RunConfig, path: Path) -> str:
+def next_step(plan: Plan, config: RunConfig, path: Path) -> tuple[str, str]:
     """Say once more what the run takes, below all tables, and which command starts it."""
     return (
-        f"{config.federation.num_rounds} rounds: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.\n"
-        f"next: parablock run {as_argument(path)} --output-dir runs/mine"
+        f"{config.federation.num_rounds} rounds: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.",
+        f"next: parablock run {as_argument(path)} --output-dir runs/mine",
     )
 
 

@@ -12,9 +12,9 @@ from parablock.report import tables
 from parablock.report.html import render_html
 from parablock.report.reading import RunRecord, answer_of, has_ended, is_run, read_runs
 from parablock.report.tables import Table
+from parablock.storage import FIGURES_NAME
 from parablock.storage.files import write_atomically
 
-COMPARISON_NAME = "compare.json"
 REPORT_NAME, TABLES_NAME = "report.html", "report.md"
 
 
@@ -54,7 +54,7 @@ def _runs_in(folder: Path) -> list[Path]:
 def _compared(folder: Path) -> list[str]:
     """Return the names of the runs of a comparison, in the order in which they were given."""
     try:
-        return [summary["name"] for summary in json.loads((folder / COMPARISON_NAME).read_text(encoding="utf-8"))]
+        return [summary["name"] for summary in json.loads((folder / FIGURES_NAME).read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

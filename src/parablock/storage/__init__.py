@@ -8,3 +8,6 @@ release_history  what a server has on record of a client, for its own ledger to 
 release_ledger   what a client or the server has let out of its hands, in that log
 run_directory    the files of a run, and the figures that follow from its rows and spans
 """
+
+PLAN_NAME, FIGURES_NAME = "comparison.json", "compare.json"
+"""Files of a comparison: what it compares, and what came of it."""

@@ -57,9 +57,31 @@ def _going_on(path: Path) -> str:
     return ""
 
 
+@contextmanager
+def new_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; if the block fails, those that were made and are empty are taken away."""
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def _check_way(path: Path, remedy: str) -> None:
+    """Refuse a path that goes back (`..`) from a folder that is not there, with a `StorageError`."""
+    for number, part in enumerate(path.parts):
+        if part == ".." and not (before := Path(*path.parts[:number])).is_dir():
+            raise StorageError(f"{path} leads through {before}, which is no folder", remedy=remedy)
+
+
 def check_writable(folder: Path, option: str = "--output-dir") -> None:
     """Refuse a folder in which nothing can be written, or that cannot be made, with a `StorageError`."""
     with storage(folder):
+        _check_way(folder, f"Give another {option}.")
         above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not above.is_dir():
         raise StorageError(f"{folder} cannot be a folder: {above} is a file", remedy=f"Give another {option}.")
@@ -73,6 +95,7 @@ def check_writable(folder: Path, option: str = "--output-dir") -> None:
 def check_writable_file(path: Path, option: str) -> None:
     """Refuse a file that cannot be written, with a `StorageError`; its folder is not made."""
     with storage(path):
+        _check_way(path, f"Choose another place for {option}.")
         is_written_into = _is_written_into(path)
     if is_written_into:
         return
@@ -91,6 +114,7 @@ def free_bytes(folder: Path) -> int:
 def check_absent(path: Path, remedy: str) -> None:
     """Refuse a path where something is already, with a `StorageError`."""
     with storage(path):
+        _check_way(path, remedy)
         is_there = path.exists()
     if is_there:
         raise StorageError(f"{path} is there already", remedy=remedy)
@@ -150,14 +174,14 @@ def _is_written_into(path: Path) -> bool:
 def write_folder_beside(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside `folder` to write files to; it takes the name `folder` when it is whole.
 
-    If it cannot be written, nothing half-written is left. Unless it `replaces` what is there, a `folder` that was
-    made meanwhile stays, and is a `StorageError`.
+    If it cannot be written, nothing half-written is left, and no folder that was made for it. Unless it `replaces`
+    what is there, a `folder` that was made meanwhile stays, and is a `StorageError`.
     """
     beside = _beside(folder)
-    try:
-        with storage(folder):
+    with storage(folder), new_folders(folder.parent):
+        try:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            beside.mkdir()
             yield beside
             for path in beside.rglob("*"):
                 sync(path)
@@ -167,15 +191,15 @@ def write_folder_beside(folder: Path, *, replaces: bool = True) -> Iterator[Path
                 check_absent(folder, NEW_FOLDER)
             beside.rename(folder)
             sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
-def last_lines(log: Path, count: int) -> str:
+def last_lines(log: Path, count: int) -> list[str]:
     """Return the last lines of a log; nothing if there is none."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return "\n".join(text.strip().splitlines()[-count:])
+    return text.strip().splitlines()[-count:]
 
 
 def _beside(path: Path) -> Path:

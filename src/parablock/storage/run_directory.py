@@ -38,8 +38,14 @@ class RunDirectory:
             raise StorageError(
                 f"{self.path} holds a run already",
                 cause="A run never writes over another one.",
-                remedy=f"Choose another --output-dir, or go on with it: {self._resume()}",
+                remedy=self._instead(),
             )
+
+    def _instead(self) -> str:
+        with suppress(OSError, CheckpointError):
+            if self.read_summary().get("status") == "completed":
+                return f"Choose another --output-dir, or look at it: parablock eval {as_argument(self.path)}"
+        return f"Choose another --output-dir, or go on with it: {self._resume()}"
 
     def create(self, config_yaml: str, manifest: dict[str, Any], secret: bytes | None = None) -> None:
         """Make the folder with its manifest, a key of noise, and last its configuration; see `check_unused`."""

@@ -10,13 +10,21 @@ import numpy as np
 import pytest
 
 from parablock.errors import ModelError, StorageError
-from parablock.storage.files import check_absent, storage, write_atomically, write_beside, write_folder_beside
+from parablock.storage.files import (
+    check_absent,
+    check_writable,
+    check_writable_file,
+    storage,
+    write_atomically,
+    write_beside,
+    write_folder_beside,
+)
 from tiny_runs import longest_file
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, SystemExit, ModelError("refused"), StorageError("full")])
 def test_whatever_ends_the_writing_of_a_folder_leaves_nothing(tmp_path: Path, problem: BaseException):
-    with pytest.raises(BaseException) as raised, write_folder_beside(tmp_path / "folder") as beside:
+    with pytest.raises(BaseException) as raised, write_folder_beside(tmp_path / "a" / "b" / "folder") as beside:
         (beside / "half").write_text("x")
         raise problem
     assert raised.type is problem or raised.value is problem
@@ -98,6 +106,17 @@ def test_a_name_that_no_file_can_have_is_an_error_of_storage(tmp_path: Path):
         with pytest.raises(StorageError, match="File name too long"):
             write(tmp_path / ("x" * 300))
     check_absent(tmp_path / "x", "Choose another.")
+
+
+def test_a_path_back_from_a_folder_that_is_not_there_is_refused_and_makes_none(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    back = tmp_path / "gone" / ".." / "file"
+    for check in (check_absent, check_writable, check_writable_file):
+        with pytest.raises(StorageError, match=r"gone, which is no folder"):
+            check(back, "--output")
+        check(tmp_path / "there" / ".." / "file", "--output")
+    check_writable(Path("..") / "gone")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 @pytest.mark.parametrize("replaces", [True, False])
