@@ -223,6 +223,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
             "--set, and multiply: a round takes the same"
         )
         raise ConfigError([problem])
+
     @cache
     def outline_for(lora: str) -> PreTrainedModel:
         del lora
