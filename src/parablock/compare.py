@@ -21,7 +21,6 @@ from parablock.experiment.progress import Progress
 from parablock.experiment.recorder import Summary
 from parablock.experiment.run import resume, run
 from parablock.plan.forecast import Scenario
-from parablock.plan.memory import WAYS, memory_per_client
 from parablock.report.curves import curves_svg
 from parablock.report.reading import LEAST_COMMUNICATION, read_runs
 from parablock.report.tables import Table, spread, to_markdown
@@ -29,6 +28,7 @@ from parablock.report.write import write_report
 from parablock.storage import FIGURES_NAME, PLAN_NAME
 from parablock.storage.files import storage, write_atomically
 from parablock.storage.run_directory import RunDirectory
+from parablock.training.memory import WAYS, memory_per_client
 
 SCORED_TASKS = ("exact_match", "rouge_l", "multiple_choice")
 

@@ -94,6 +94,27 @@ def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) 
     assert sorted(as_advised) == [False, True]
 
 
+def test_plan_and_run_tell_the_memory_of_all_clients_in_one_process(workshop: Workshop, tmp_path: Path) -> None:
+    plan = planned(workshop)
+    whole = plan["process_memory_bytes"]
+    assert whole["host"] > 4 * (plan["memory_parts"]["block"]["base_copy"]) + 4e8 and whole["device"] == 0
+    real = ("--set", "engine.clock=real", "--set", "engine.step_time_s=null")
+    assert planned(workshop, *real)["process_memory_bytes"]["host"] > whole["host"]
+    remote = ("--set", "engine.name=remote", "--set", "link={}")
+    assert planned(workshop, *real, *remote)["process_memory_bytes"] is None
+    warning = "all clients in one process may take"
+    text = " ".join(done("plan", str(workshop.config)).stdout.split())
+    assert "has all 4 clients and the server, which share a model, in one process: up to 4" in text
+    assert warning not in text
+    long = "data.max_length=2000000000"  # a bound: no row is so long
+    planned_long = " ".join(done("plan", str(workshop.config), "--set", long).stdout.split())
+    assert f"warning: {warning}" in planned_long and planned_long.index(warning) < planned_long.index("next: ")
+    output = workshop.run(tmp_path / "run", "federation.num_rounds=1", "blocks.allow_unvisited=true", long).stdout
+    assert f"warning: {warning}" in output and output.index(warning) < output.index("base model: eval loss")
+    usual = workshop.run(tmp_path / "usual", "federation.num_rounds=1", "blocks.allow_unvisited=true").stdout
+    assert "base model: eval loss" in usual and warning not in usual
+
+
 def test_an_unknown_format_is_named(workshop: Workshop) -> None:
     assert_refused(command("plan", str(workshop.config), "--format", "xml"), "--format")
 

@@ -1,22 +1,64 @@
-"""What a run will take on this machine, from the time that scoring its base model took."""
+"""What a run will take on this machine: memory by its shapes, time by that of scoring its base model."""
 
 from __future__ import annotations
 
 from statistics import fmean
 
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from parablock.config.keys import RunConfig
 from parablock.config.methods import cohort_size
 from parablock.data.batches import collate, round_batches
 from parablock.engine.local_steps import exchange_s
 from parablock.experiment.engines import encoding_of
 from parablock.experiment.fit_blocks import flops_of
 from parablock.methods.base import RunInputs
-from parablock.report.units import format_duration
+from parablock.methods.trained_blocks import layer_blocks
+from parablock.model.pretrained import outline_model
+from parablock.report.units import format_bytes, format_duration
 from parablock.training.flops import Tokens
+from parablock.training.memory import WAYS, Memory, Place, memory_in_one_process, memory_per_client
 from parablock.training.step_time import slowdown
 from parablock.wire.transport import Link
 
 MAX_CLIENTS = 16
 """Clients whose first batches are counted; more of them are taken to be like these."""
+
+
+def memory_here(outline: PreTrainedModel, of_a_client: Memory, config: RunConfig) -> Place:
+    """Return the memory of a run in one process, with its models where `model.device` puts them here."""
+    device = config.model.device
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return memory_in_one_process(outline, of_a_client, config, on_gpu=on_gpu)
+
+
+def warn_of_little_memory(place: Place, config: RunConfig) -> str:
+    """Say that this machine cannot hold a run in one process; "" if it can, or has no GPU to compare with."""
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else place.device
+    machine = psutil.virtual_memory().total
+    short = [
+        f"{format_bytes(needed)} of {name}, which has {format_bytes(there)}"
+        for name, needed, there in (("this machine", place.host, machine), ("the GPU", place.device, gpu))
+        if needed > there
+    ]
+    if not short:
+        return ""
+    shared = "" if config.engine.clock == "virtual" else "engine.clock: virtual, with which clients share a model, "
+    return (
+        f"warning: all clients in one process may take {' and '.join(short)}; try {shared}a smaller "
+        "data.max_length, train.per_device_train_batch_size or evaluation.per_device_eval_batch_size, or "
+        "train.gradient_checkpointing: true"
+    )
+
+
+def warn_of_this_run(config: RunConfig) -> str:
+    """Say that this machine cannot hold the run in one process, as `warn_of_little_memory`."""
+    outline = outline_model(config.model.name_or_path, dtype=config.model.dtype)
+    memory = memory_per_client(outline, layer_blocks(outline, config), config)
+    of_a_client = memory[WAYS[config.federation.traits.trains]]
+    return warn_of_little_memory(memory_here(outline, of_a_client, config), config)
 
 
 def foresee(inputs: RunInputs, scoring_s: float, answering_s: float) -> str:

@@ -24,7 +24,7 @@ from parablock.experiment.engines import (
     release_log,
 )
 from parablock.experiment.inputs import read_inputs
-from parablock.experiment.outlook import foresee
+from parablock.experiment.outlook import foresee, warn_of_this_run
 from parablock.experiment.progress import LoggedProgress, Progress
 from parablock.experiment.protections import adds_noise, check_privacy_extra, new_secret, releases_of
 from parablock.experiment.recorder import Recorder, Summary, check_finite
@@ -76,7 +76,8 @@ def run(
     directory = RunDirectory(output_dir)
     directory.check_unused()
     inputs = _checked_inputs(config, progress)
-    if note := _warn_of_little_room(directory, inputs):
+    notes = [_warn_of_little_room(directory, inputs), "" if connect else warn_of_this_run(inputs.config)]
+    for note in filter(None, notes):
         progress.message(note)
     secret = new_secret() if adds_noise(config) else None
     directory.create(inputs.config.to_yaml(), inputs.manifest, secret)

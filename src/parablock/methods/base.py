@@ -26,6 +26,7 @@ from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.model.pretrained import LoadedModel
 from parablock.model.save import model_sha256, save_model
+from parablock.training.memory import FreedMemory
 from parablock.training.trainer import LocalTrainer, OnStep, Trainer, local_arguments
 
 
@@ -68,6 +69,7 @@ class MethodModel:
         self._inputs, self._config, self._watch = inputs, inputs.config, watch
         clients = range(len(inputs.train)) if clients is None else clients
         self._replica = Replica(inputs.loaded.model, self.committed_blocks())
+        self._freed = FreedMemory()
         pad_token_id = inputs.loaded.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)
         self._pad_token_id = pad_token_id
@@ -115,6 +117,8 @@ class MethodModel:
             pad_token_id=self._pad_token_id,
             step_time_s=config.engine.step_time_s,
             on_step=self._watch.on_step,
+            # under the real clock the next visit, which needs it again, may have begun
+            tidy=self._freed.give_back if config.engine.clock == "virtual" else lambda: None,
         )
 
     def evaluate(self, params: Sequence[Tensor]) -> float:

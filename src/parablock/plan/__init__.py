@@ -5,7 +5,6 @@ itinerary   the rounds: which clients are asked, and which blocks they are sent
 traffic     bytes of the messages
 timing      computation and messages on a clock
 probe       seconds of computation, measured on this machine
-memory      memory of a client
 advice      settings that hide the exchange
 alternatives  what other methods would take, and which to choose
 view        the plan as tables

@@ -15,9 +15,9 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import parse_config, tree_of_method
 from parablock.config.methods import METHODS
 from parablock.errors import InputError
-from parablock.plan.memory import WAYS, adapter_elements, memory_per_client
 from parablock.plan.traffic import total_bytes
 from parablock.report.units import format_bytes, format_duration
+from parablock.training.memory import WAYS, adapter_elements, memory_per_client
 from parablock.training.step_time import Compute
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from parablock.experiment.fit_blocks import (
     never_visited,
     size_for_visits,
 )
+from parablock.experiment.outlook import memory_here
 from parablock.experiment.protections import check_privacy_extra, privacy_planned
 from parablock.methods.trained_blocks import layer_blocks, trained_blocks
 from parablock.model.adapters import matrices_block
@@ -32,10 +33,10 @@ from parablock.model.pretrained import outline_model
 from parablock.plan.advice import WIRE_FORMATS, Case, recommend, verdict
 from parablock.plan.alternatives import alternatives, equal_rank, recommended_method
 from parablock.plan.itinerary import walk
-from parablock.plan.memory import memory_per_client
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes, Stacked, total_bytes
+from parablock.training.memory import WAYS, memory_per_client
 from parablock.wire.quantize import payload_bytes, payload_format
 from parablock.wire.transport import Link
 
@@ -72,6 +73,8 @@ class Plan:
         links: At several speeds: exchange, round without and with overlap, and the time saved.
         learning_rate: Peak rate, as configured or the method's own.
         memory_parts: The parts of `memory_bytes`.
+        process_memory_bytes: The run with all its clients in one process: `host` and `device`, which is 0 without a
+            GPU; None for a run whose clients are at sites.
         compute_source: stated | assumed | probed.
         assumptions: The basis of the figures.
         methods: For each method and delay: method, delay, bytes_per_client_round, round_s, hours, memory_bytes, and
@@ -99,6 +102,7 @@ class Plan:
     traffic: dict[str, dict[str, int]]
     links: list[dict[str, float | None]]
     memory_parts: dict[str, dict[str, int]]
+    process_memory_bytes: dict[str, int] | None
     compute_source: str
     assumptions: list[str]
     methods: list[dict[str, Any]]
@@ -241,6 +245,8 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)
     )
     memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
+    is_local, of_a_client = config.engine.name == "inprocess", memory[WAYS[config.federation.traits.trains]]
+    place = memory_here(scenario.outline, of_a_client, config) if is_local else None
     advice = recommend(
         _cases(scenario),
         num_local_steps=scenario.num_local_steps,
@@ -270,6 +276,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         },
         links=_at_several_speeds(scenario),
         memory_parts={name: dict(vars(each)) for name, each in memory.items()},
+        process_memory_bytes=dict(vars(place)) if place else None,
         compute_source=scenario.compute.source,
         assumptions=[
             f"computation is {scenario.compute.assumption}",

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS
+from parablock.experiment.outlook import warn_of_little_memory
 from parablock.plan.forecast import Plan
-from parablock.plan.memory import adapter_rank
 from parablock.printable import as_argument
 from parablock.report.units import format_bytes, format_duration
+from parablock.training.memory import Place, adapter_rank
 
 MEMORY_ROWS = {"block": "blocks", "lora": "LoRA, r = {}", "full": "all at once"}
 
@@ -36,6 +37,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     yield _bytes(plan, config)
     yield _speeds(plan)
     yield _memory(plan, config)
+    yield from _of_one_process(plan, config)
     yield _methods(plan)
     if any(row["never_visited"] for row in plan.methods):
         yield f"*: {federation.num_rounds} rounds do not reach every block; larger blocks or more rounds cure it."
@@ -61,10 +63,13 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         yield f"Note: {assumption}."
 
 
-def next_step(plan: Plan, config: RunConfig, path: Path) -> tuple[str, str]:
+def next_step(plan: Plan, config: RunConfig, path: Path) -> tuple[str, ...]:
     """Say once more what the run takes, below all tables, and which command starts it."""
+    place = plan.process_memory_bytes
+    warning = warn_of_little_memory(Place(**place), config) if place else ""
     return (
         f"{config.federation.num_rounds} rounds: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.",
+        *([warning] if warning else []),
         f"next: parablock run {as_argument(path)} --output-dir runs/mine",
     )
 
@@ -121,6 +126,20 @@ def _memory(plan: Plan, config: RunConfig) -> Table:
             f"~ {format_bytes(parts['activations'])}",
         )
     return table
+
+
+def _of_one_process(plan: Plan, config: RunConfig) -> Iterator[str]:
+    """Say what all clients take where `parablock run` has them."""
+    if (place := plan.process_memory_bytes) is None:
+        return
+    count = 1 if config.federation.traits.pools_data else config.federation.num_clients
+    models = "share a model" if config.engine.clock == "virtual" else "have a model each"
+    who = f"all {count} clients and the server, which {models}," if count > 1 else "the client and the server"
+    on_gpu = f", and {format_bytes(place['device'])} of its GPU" if place["device"] else ""
+    yield (
+        f"`parablock run` has {who} in one process: up to {format_bytes(place['host'])} of this machine's memory"
+        f"{on_gpu}."
+    )
 
 
 def _methods(plan: Plan) -> Table:

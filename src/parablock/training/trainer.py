@@ -80,6 +80,7 @@ class LocalTrainer:
         pad_token_id: The token that pads short examples.
         step_time_s: Simulated seconds of a local step; None: as measured.
         on_step: Called with (client_id, steps of the round that are taken, K) after each step.
+        tidy: Called after the steps of each round.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class LocalTrainer:
         pad_token_id: int,
         step_time_s: float | None,
         on_step: OnStep = lambda *_: None,
+        tidy: Callable[[], None] = lambda: None,
     ) -> None:
-        self._client_id, self._examples, self._replica = client_id, examples, replica
+        self._client_id, self._examples, self._replica, self._tidy = client_id, examples, replica, tidy
         self._train, self._arguments, self._seed, self._pad_token_id = train, arguments, seed, pad_token_id
         self._num_rounds, self._on_step = num_rounds, on_step
         self._moments: dict[int, Moments] = {}
@@ -133,6 +135,7 @@ class LocalTrainer:
         )
         if self._keeps_moments:
             self._moments[block_index] = result.moments
+        self._tidy()
         return Trained(result.trained, result.train_loss)
 
     def memory(self) -> dict[str, Tensor]:

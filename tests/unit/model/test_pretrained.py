@@ -32,7 +32,7 @@ from parablock.model.blocks import partition_blocks
 from parablock.model.params import Replica
 from parablock.model.pretrained import LoadedModel, load_model, outline_model, quiet_transformers
 from parablock.model.save import model_sha256, save_model
-from parablock.plan.memory import FP32, memory_per_client
+from parablock.training.memory import FP32, memory_per_client
 from planning import config_of
 from tiny_runs import Workshop, longest_file
 

@@ -29,7 +29,7 @@ PROMISED_KEYS = [
 ]
 FURTHER_KEYS = [
     *("exchange_s", "serial_s", "traffic", "links", "memory_parts", "compute_source", "assumptions", "verdict"),
-    *("methods", "equal_rank", "recommended_method", "learning_rate"),
+    *("methods", "equal_rank", "recommended_method", "learning_rate", "process_memory_bytes"),
 ]
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
 

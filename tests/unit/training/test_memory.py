@@ -1,16 +1,26 @@
-"""Memory of a client against shapes, and against what autograd keeps."""
+"""Memory of a client and of all in one process against shapes, and against what autograd and the system keep."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from parablock.data.batches import Batch
 from parablock.model.blocks import partition_blocks, whole_model
 from parablock.model.params import Replica
-from parablock.plan.memory import LORA_RANK, memory_per_client
+from parablock.training.memory import (
+    LORA_RANK,
+    PROCESS_BYTES,
+    WAYS,
+    FreedMemory,
+    Place,
+    memory_in_one_process,
+    memory_per_client,
+)
 from planning import batch, config_of, loss_of
 
 LAYER_MATRICES = 32 * (32 + 16 + 16 + 32 + 3 * 64)
@@ -102,3 +112,63 @@ def test_estimated_activations_are_near_what_autograd_keeps(dtype: str, tiny_lla
     replica.activate(0)
     assert found["full"].activations == pytest.approx(kept_bytes(model, given), rel=0.3)
     assert found["full"].activations > 1.2 * found["block"].activations
+
+
+def all_of(model: Any, on_gpu: bool = False, **sections: Any) -> tuple[Place, Any]:
+    config = config_of(**sections)
+    memory = memory_of(model, **sections)[WAYS[config.federation.traits.trains]]
+    return memory_in_one_process(model, memory, config, on_gpu=on_gpu), memory
+
+
+def federation(num_clients: int, **keys: Any) -> dict[str, Any]:
+    return {"federation": {"num_clients": num_clients, "method": "fedavg", "delay": 0} | keys}
+
+
+def test_under_the_real_clock_each_client_has_a_model_and_under_the_virtual_one_they_share_it(tiny_llama: Any):
+    model = tiny_llama()
+    virtual, moments = {"engine": {"clock": "virtual"}}, {"train": {"optimizer_state": "auto"}}
+    (real4, of_one), (real5, _) = (all_of(model, **federation(n), **moments) for n in (4, 5))
+    own = of_one.base_copy + of_one.updates + of_one.optimizer_state  # fedavg trains the same in each round
+    assert real5.host - real4.host == of_one.total + of_one.optimizer_state
+    (shared4, _), (shared5, _) = (all_of(model, **federation(n), **virtual, **moments) for n in (4, 5))
+    assert shared5.host - shared4.host == own
+    visit = of_one.gradients + of_one.optimizer_state + of_one.activations
+    assert real4.host - shared4.host == 4 * of_one.parameters + 3 * visit
+    assert real4.host > 4 * of_one.total + of_one.parameters + PROCESS_BYTES and real4.device == 0
+
+
+def test_who_computes_at_once_keeps_moments_or_is_on_a_gpu_counts(tiny_llama: Any):
+    model = tiny_llama()
+    (everyone, of_one), (half, _), (pooled, _) = (
+        all_of(model, **federation(8, **keys)) for keys in ({}, {"participation": 0.5}, {"method": "central"})
+    )
+    visit = of_one.gradients + of_one.optimizer_state + of_one.activations
+    assert everyone.host - half.host == 4 * visit
+    assert pooled.host < everyone.host / 2 or pooled.host - PROCESS_BYTES < (everyone.host - PROCESS_BYTES) / 4
+    kept, reset = (
+        all_of(model, **federation(8, method="parablock", delay=1), train={"optimizer_state": how})[0]
+        for how in ("keep", "reset")
+    )
+    assert kept.host - reset.host == 8 * 4 * 8 * (LAYER_MATRICES + 2 * 32)  # two moments of four blocks, of eight
+    (on_cpu, of_one), (split, _) = (all_of(model, on_gpu, **federation(8)) for on_gpu in (False, True))
+    assert split.host + split.device == on_cpu.host
+    assert split.host == PROCESS_BYTES + 9 * (of_one.base_copy + of_one.updates)
+
+
+@pytest.mark.skipif(not hasattr(psutil, "PROCFS_PATH"), reason="only glibc keeps memory for each thread")
+def test_memory_that_threads_have_freed_is_given_back_when_it_is_much():
+    def fill() -> torch.Tensor:
+        torch.zeros(7 << 20)  # sizes up to one that was freed are kept
+        many = [torch.zeros(1 << 20) for _ in range(40)]  # 4 MiB each
+        return many[-1]  # lies above the others
+
+    freed, lazy = FreedMemory(most_bytes=1 << 26), FreedMemory(most_bytes=1 << 40)
+    before = psutil.Process().memory_info().rss
+    with ThreadPoolExecutor(1) as thread:
+        last = thread.submit(fill).result()
+        lazy.give_back()
+        kept = psutil.Process().memory_info().rss - before
+        freed.give_back()
+        left = psutil.Process().memory_info().rss - before
+    assert last.sum() == 0
+    assert kept > 100 << 20 and left < 40 << 20

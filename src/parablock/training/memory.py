@@ -1,4 +1,4 @@
-"""Memory of one client for three ways of fine-tuning: blocks, LoRA, and all parameters.
+"""Memory of one client for three ways of fine-tuning: blocks, LoRA, and all parameters; and of all in one process.
 
 Parameters, gradients, optimizer state and copies are counted from shapes. Activations are estimated as a multiple
 of the outputs of a layer's weight matrices. The multiple is smaller for a frozen layer, because autograd does not
@@ -8,15 +8,19 @@ less.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from torch import nn
 from transformers import PreTrainedModel
 
 from parablock.config.keys import RunConfig
+from parablock.config.methods import cohort_size
 from parablock.model.blocks import Block, find_layers, whole_model
 
 WAYS = {"blocks": "block", "adapters": "lora", "everything": "full"}
@@ -26,6 +30,8 @@ LORA_RANK = 16
 FROZEN_LAYER, TRAINED_LAYER = 1.5, 2.4
 """Bytes of activations that autograd keeps of a layer, per byte of its matrices' outputs."""
 FP32 = 4
+PROCESS_BYTES = 450_000_000
+"""Python, torch and Transformers, before a model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,86 @@ def memory_per_client(model: PreTrainedModel, blocks: tuple[Block, ...], config:
     }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a run whose clients are all in one process.
+
+    Attributes:
+        host: In the memory of the machine.
+        device: In that of the GPU; 0 where the CPU trains.
+    """
+
+    host: int
+    device: int = 0
+
+
+class FreedMemory:
+    """The memory that threads have freed, which glibc keeps for each of them: as much as a visit, for each client.
+
+    Args:
+        most_bytes: How much may be kept before it is given back.
+    """
+
+    def __init__(self, most_bytes: int = 1 << 28) -> None:
+        self._process, self._most_bytes = psutil.Process(), most_bytes
+        self._held = self._process.memory_info().rss
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+    def give_back(self) -> None:
+        """Give it back to the machine if it has become much; other C libraries keep what they will."""
+        if self._trim is not None and self._process.memory_info().rss - self._held > self._most_bytes:
+            self._trim(0)
+            self._held = self._process.memory_info().rss
+
+
+def memory_in_one_process(
+    model: PreTrainedModel, memory: Memory, config: RunConfig, *, on_gpu: bool = False
+) -> Place:
+    """Return the memory of a run in one process, with all clients and the server.
+
+    Under the real clock the server and each client have a model of their own, and the server scores while clients
+    compute. Under the virtual clock they share one, and one of them computes at a time; what the server freed after
+    scoring is still held then. Committed values and updates in flight are each client's own in any case, and so are
+    moments that outlive a round.
+
+    Args:
+        model: The model, or its outline, without adapters.
+        memory: One client, as the run trains it; see `memory_per_client`.
+        config: The run.
+        on_gpu: Whether models are on a GPU, and committed values and updates on the host.
+    """
+    federation = config.federation
+    clients = 1 if federation.traits.pools_data else federation.num_clients
+    moments = _kept_moments(memory, config, model.dtype.itemsize)
+    of_a_visit = memory.gradients + memory.optimizer_state + memory.fp32_copies + memory.activations
+    scoring = _Activations(model, config).scoring_bytes
+    if config.engine.clock == "virtual" or clients == 1:
+        models, at_work = 1, of_a_visit + scoring
+    else:
+        asked = min(clients, (1 + federation.delay) * cohort_size(federation.model_dump()))
+        models, at_work = clients + 1, asked * of_a_visit + scoring
+    computing = models * memory.parameters + at_work + clients * moments
+    waiting = (clients + 1) * (memory.base_copy + memory.updates)  # the server holds as much as a client
+    if on_gpu:
+        return Place(PROCESS_BYTES + waiting, computing)
+    return Place(PROCESS_BYTES + waiting + computing)
+
+
+def _kept_moments(memory: Memory, config: RunConfig, itemsize: int) -> int:
+    """Return the bytes of a client's moments between rounds: of all that it ever trains, or none."""
+    traits, kept = config.federation.traits, config.train.optimizer_state
+    if kept == "keep":
+        exchanged = memory.base_copy // (FP32 if traits.trains == "adapters" else itemsize)
+        return memory.optimizer_state * exchanged * FP32 // memory.gradients
+    return memory.optimizer_state if kept == "auto" and _trains_the_same(config) else 0
+
+
+def _trains_the_same(config: RunConfig) -> bool:
+    """Return whether every round trains the same parameters."""
+    traits = config.federation.traits
+    return traits.trains == "everything" or (traits.trains == "adapters" and len(traits.matrices) == 1)
+
+
 def adapter_rank(config: RunConfig) -> int:
     """Return the rank of the run's adapters, or of those that a run without any is compared with."""
     return config.lora.rank if config.federation.traits.trains == "adapters" else LORA_RANK
@@ -136,6 +222,12 @@ class _Activations:
         # the logits, their fp32 copy if they are not fp32, their softmax, and its gradient
         self._logit_bytes = int(positions * text.vocab_size * (3 * FP32 + (itemsize if itemsize != FP32 else 0)))
         self._checkpointing = train.gradient_checkpointing
+        evaluation = config.evaluation
+        scored = min(evaluation.per_device_eval_batch_size, evaluation.max_examples) * config.data.max_length
+        # without gradients a layer is gone before the next; the logits, the labelled ones of them, their softmax
+        self.scoring_bytes = int(
+            scored * itemsize * max(map(_outputs, layers)) + scored * text.vocab_size * 3 * FP32
+        )
 
     def kept(self, lowest: int, trained: Any) -> int:
         """Return the bytes when backpropagation goes down to layer `lowest` and some layers are trained."""
