@@ -22,7 +22,7 @@ BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP)  ## make .venv with torch, the package and the development tools (PYTHON=... picks the interpreter)
+setup: $(STAMP)  ## make .venv: torch, the package, the tools (PYTHON=...)
 
 # torch comes first and alone, so that nothing below can pull another build of it.
 $(STAMP): pyproject.toml
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 	@echo "$(VENV) is ready; for a shell in which \`parablock\` is a command: . $(VENV)/bin/activate"
 
-browser:  ## install Chromium for the tests of reports where it is missing (Debian and Ubuntu, as root)
+browser:  ## install Chromium for tests of reports (apt, as root)
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 		echo "make: Chromium is missing; without it tests/integration/test_report.py is skipped." >&2; \
@@ -48,7 +48,7 @@ browser:  ## install Chromium for the tests of reports where it is missing (Debi
 	apt-get -qq -o Acquire::Retries=3 update && \
 	apt-get -qq -o Acquire::Retries=3 -y --no-install-recommends install chromium chromium-driver >/dev/null
 
-proxies:  ## install nginx and Caddy for the tests of reverse proxies where they are missing (Debian and Ubuntu, as root)
+proxies:  ## install nginx and Caddy for tests (apt, as root)
 	@if command -v nginx >/dev/null && command -v caddy >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 		echo "make: nginx or Caddy is missing; without them the tests of reverse proxies are skipped." >&2; \
@@ -58,11 +58,11 @@ proxies:  ## install nginx and Caddy for the tests of reverse proxies where they
 	apt-get -qq -o Acquire::Retries=3 -y --no-install-recommends install nginx-light caddy >/dev/null
 
 # Exports are for others, most of whom have Transformers 4; it is read from a folder, beside the torch of .venv.
-other-transformers: $(STAMP)  ## install Transformers 4 for the test that it reads exports
+other-transformers: $(STAMP)  ## install Transformers 4 for the test of exports
 	@test -d $(VENV)/other-transformers || $(PIP) --no-deps --target $(VENV)/other-transformers \
 		"transformers==4.57.*" "tokenizers>=0.22,<0.23.1" "huggingface-hub>=0.34,<1.0"
 
-demo: $(STAMP)  ## fine-tune a small model over several clients and say what happened (under five minutes)
+demo: $(STAMP)  ## fine-tune a small model over clients (under 5 minutes)
 	$(BIN)/parablock demo
 
 fmt: $(STAMP)  ## format the code and apply the safe fixes of the linter
@@ -91,12 +91,13 @@ $(OLD_FLOWER)/.ready: $(STAMP)
 	@$(OLD_FLOWER)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps "flwr==$(OLDEST_FLOWER)"
 	@touch $@
 
-test-flower: $(OLD_FLOWER)/.ready  ## the tests with real Flower processes, with the oldest release of Flower that is allowed
+test-flower: $(OLD_FLOWER)/.ready  ## the tests of Flower, with the oldest release allowed
 	PARABLOCK_FLOWER_PYTHON=$(OLD_FLOWER)/bin/python $(PYTEST) tests/integration/test_flower.py
 
 test-all: check test test-flower  ## what CI runs: check, and all tests
 
-bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap, links, peers, one seed of quality
+# One seed of quality, and the benchmarks of step, wire, overlap, links and peers.
+bench: $(STAMP)  ## the short benchmarks (under 15 minutes)
 	$(BIN)/python benchmarks/speed.py step
 	$(BIN)/python benchmarks/speed.py wire
 	$(BIN)/python benchmarks/speed.py overlap
@@ -106,11 +107,12 @@ bench: $(STAMP)  ## the short benchmarks (under 15 minutes): step, wire, overlap
 	$(BIN)/python benchmarks/quality.py formats --seeds 0 --no-table --output runs/formats-short.json
 	$(BIN)/python benchmarks/quality.py quality --only t0 --seeds 0 --rounds 16 --task-examples 0 --output runs/quality-short.json
 
-bench-all: $(STAMP)  ## every benchmark at full size (many hours; some need root and the extras); each says where it writes its JSON
+# Each says where it writes its JSON.
+bench-all: $(STAMP)  ## every benchmark (many hours; some need root, extras)
 	@for file in $(BENCHMARKS); do for name in $$($(BIN)/python "$$file" --names); do \
 		echo "$$file $$name"; $(BIN)/python "$$file" "$$name" || exit 1; done; done
 
-docs: $(STAMP)  ## build the pages into docs/_build/html, and run the commands and scripts that stand in them
+docs: $(STAMP)  ## build docs/_build/html, run what stands in the pages
 	$(BIN)/python docs/generate_configuration.py
 	$(BIN)/sphinx-build -n -W -E --keep-going -q docs docs/_build/html
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/repo/test_project.py tests/repo/test_pages.py
@@ -118,19 +120,19 @@ docs: $(STAMP)  ## build the pages into docs/_build/html, and run the commands a
 	@echo "open docs/_build/html/index.html"
 
 # torch is not in it: it comes first, alone, and of the index of the machine (see setup).
-lock: $(STAMP)  ## write requirements.lock: what is in .venv, each package with its hashes
+lock: $(STAMP)  ## write requirements.lock: what is in .venv, with hashes
 	mkdir -p build
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >build/installed.txt
 	$(BIN)/uv pip compile --quiet --python $(BIN)/python --generate-hashes --no-header --no-annotate --extra dev \
 		--constraint build/installed.txt --no-emit-package torch --output-file requirements.lock pyproject.toml
 
-build: $(STAMP)  ## source archive, wheel and bill of materials (CycloneDX, from requirements.lock) in dist/
+build: $(STAMP)  ## source archive, wheel and bill of materials, in dist/
 	$(BIN)/python -m build --outdir dist .
 	{ cat requirements.lock; echo "$(TORCH)"; } | $(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 \
 		cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/parablock.cdx.json -
 
 # `docker pull` asks the registry what the tag is today; what is built afterwards is built of that image and no other.
-base:  ## pin the base image of the Dockerfile by the digest that its tag has today (needs docker, and a registry)
+base:  ## pin the Dockerfile's base image by digest (docker)
 	@tag=$$(sed -n 's/^ARG BASE=\([^@]*\).*/\1/p' Dockerfile) && docker pull --quiet "$$tag" >/dev/null && \
 	digest=$$(docker image inspect --format '{{index .RepoDigests 0}}' "$$tag") && \
 	sed -i "s|^ARG BASE=.*|ARG BASE=$$tag@$${digest#*@}|" Dockerfile && grep '^ARG BASE=' Dockerfile

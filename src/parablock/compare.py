@@ -256,7 +256,7 @@ def comparison_table(summaries: Sequence[Summary]) -> Table:
         for summary in summaries:
             groups.setdefault(summary["name"].rpartition("-seed")[0], []).append(summary)
         rows += [_results(f"{name}, {len(group)} seeds", group, tasks) for name, group in groups.items()]
-    spent = ("time, s", "sequential, s", "hidden", "MB up", "MB down", "MB of memory, predicted")
+    spent = ("time, s", "in turn, s", "hidden", "MB up", "MB down", "MB of memory, foretold")
     return Table(("run", "final eval loss", *tasks, *spent), tuple(rows))
 
 

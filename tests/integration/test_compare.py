@@ -33,6 +33,13 @@ def test_methods_are_compared_in_one_table_with_the_base_model_first(
         *("--methods", "parablock,fl_bcd,fedavg", "--seeds", "0,1"),
     ).stdout
     assert (directory / "compare.md").read_text() in shown
+    for same, times in (
+        ("base model: eval loss", 1),
+        ("4 clients, ", 1),
+        (" parameters in float32", 2),
+        ("── ", 6),
+    ):
+        assert shown.count(same) == times, "what methods have in common is said once"
     summaries = json.loads((directory / "compare.json").read_text())
     for seconds, hidden in (
         (0.0, ["–"] * 9),

@@ -12,6 +12,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,15 @@ from typing import Literal
 import psutil
 import torch
 from packaging.requirements import Requirement
+from rich.text import Text
+
+from parablock.cli.tables import WordTable
 
 Status = Literal["ok", "warning", "problem"]
 
 COMPUTE_PROBE_S = 1.0
 _GIB = 2**30
+_STYLES = {"ok": "", "warning": "yellow", "problem": "red"}
 _SHOWN_PACKAGES = ("torch", "transformers", "datasets")
 _EXTRAS = {
     "cryptography": "secure aggregation, noise",
@@ -63,6 +68,15 @@ def examine() -> list[Finding]:
         *(_find_extra(name, purpose) for name, purpose in _EXTRAS.items()),
         _probe_compute(),
     ]
+
+
+def as_table(findings: Sequence[Finding]) -> WordTable:
+    """Lay out the findings."""
+    table = WordTable("", "check", "found", "cure")
+    for finding in findings:
+        status = Text(finding.status, style=_STYLES[finding.status])
+        table.add_row(status, finding.name, finding.value, finding.remedy)
+    return table
 
 
 def _find_versions() -> list[Finding]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parablock.cli.output import say
-from parablock.cli.terminal import LOADING, check_model, console, show_work, table_of
+from parablock.cli.tables import WordTable
+from parablock.cli.terminal import LOADING, check_model, console, show_work
 from parablock.printable import as_argument, printable
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _folder_of(model_or_run_dir: str, output_dir: Path | None) -> Path | None:
 
 
 def _show(scores: list[Score], task: str, samples: int, *, is_held_out: bool) -> None:
-    table = table_of("", task, "examples", "model")
+    table = WordTable("", task, "examples", "model")
     for score in scores:
         table.add_row(score.label, f"{score.value:.4f}", str(score.count), score.name_or_path)
     if is_held_out:
@@ -178,7 +179,7 @@ def _left_out(scores: list[Score]) -> list[str]:
 
 def _show_clients(clients: list[dict[str, Any]], task: str) -> None:
     labels = [key for key in clients[0] if key not in ("client", "examples")]
-    table = table_of("client", "examples", *(f"{task}, {label}" for label in labels))
+    table = WordTable("client", "examples", *(f"{task}, {label}" for label in labels))
     for record in clients:
         values = (f"{record[label]:.4f}" for label in labels)
         table.add_row(str(record["client"]), str(record["examples"]), *values)
@@ -221,7 +222,7 @@ def _evaluate_by_harness(
             max_examples=max_examples,
             tell=progress.stage,
         )
-    table = table_of("", "task", "metric", "value", "examples", "model")
+    table = WordTable("", "task", "metric", "value", "examples", "model")
     for score in scores:
         facts = (score.label, score.task, score.metric, f"{score.value:.4f}", str(score.count), score.name_or_path)
         table.add_row(*facts)

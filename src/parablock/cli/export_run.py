@@ -26,7 +26,10 @@ def export(
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Of the matrices of a GGUF file; default: that of the model."),
+        typer.Option(
+            metavar="TYPE",
+            help="float32, float16 or bfloat16: of the matrices of a GGUF file; default: that of the model.",
+        ),
     ] = None,
     push_to_hub: Annotated[
         str,

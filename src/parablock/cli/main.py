@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
 from parablock import __version__
 from parablock.cli.audit import audit
@@ -25,6 +24,7 @@ from parablock.cli.export_run import export
 from parablock.cli.forgetting import forget
 from parablock.cli.output import SafeConsole, is_closed_pipe, lasting_output, say, say_whole
 from parablock.cli.show_data import columns_of, data
+from parablock.cli.tables import WordTable
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     CONFIGURING,
@@ -40,7 +40,6 @@ from parablock.cli.terminal import (
     refuse_empty_words,
     show_progress,
     show_work,
-    table_of,
     usual_signals,
 )
 from parablock.errors import ConfigError, ParaBlockError, as_own_error
@@ -176,8 +175,12 @@ def blocks(
     split: Annotated[
         str, typer.Option(help="layer, or attention_mlp: attention and MLPs as separate blocks.")
     ] = "layer",
-    include_embeddings: Annotated[bool, typer.Option(help="Make the embeddings a block.")] = False,
-    include_head: Annotated[bool, typer.Option(help="Make the final norm and the head a block.")] = False,
+    include_embeddings: Annotated[
+        bool, typer.Option("--include-embeddings", help="Make the embeddings a block.")
+    ] = False,
+    include_head: Annotated[
+        bool, typer.Option("--include-head", help="Make the final norm and the head a block.")
+    ] = False,
     layers_path: Annotated[
         str | None, typer.Option(help="Path of the decoder layers, such as model.layers.")
     ] = None,
@@ -198,7 +201,7 @@ def blocks(
 
         progress.stage(f"reading the configuration of {model}", is_brief=True)
         outline = outline_model(model, dtype="float32")
-    table = table_of("block", "layers", "parameters", *FORMATS, num_words=2, narrow=True)
+    table = WordTable("block", "layers", "parameters", *FORMATS, num_words=2, narrow=True)
     table.caption = "the last columns: bytes of an update, by wire.format"
     partition = partition_blocks(
         outline,
@@ -349,16 +352,11 @@ def doctor() -> None:
     """
     with show_work() as progress:
         progress.stage(LOADING, is_brief=True)
-        from parablock.cli.doctor import examine
+        from parablock.cli.doctor import as_table, examine
 
         progress.stage("checking this machine", is_brief=True)
         findings = examine()
-    styles = {"ok": "", "warning": "yellow", "problem": "red"}
-    table = table_of("", "check", "found", "cure")
-    for finding in findings:
-        status_text = Text(finding.status, style=styles[finding.status])
-        table.add_row(status_text, finding.name, finding.value, finding.remedy)
-    console.print(table)
+    console.print(as_table(findings))
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)
 

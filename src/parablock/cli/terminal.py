@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich import box
-from rich.table import Table
 
 from parablock.cli.output import SafeConsole, say, say_whole
+from parablock.cli.tables import WordTable
 from parablock.errors import ConfigError, ParaBlockError
-from parablock.printable import as_argument, in_one_line
+from parablock.printable import as_argument
 from parablock.storage import PLAN_NAME
 
 if TYPE_CHECKING:
@@ -170,25 +169,6 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-class _Lines(Table):
-    """A table whose rows have a line each, unless a cell is too wide."""
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(in_one_line(cell) if isinstance(cell, str) else cell for cell in cells), **options)
-
-
-def table_of(*headings: str, num_words: int = 1, narrow: bool = False) -> Table:
-    """Make a table that wraps long numbers and paths, instead of cutting them.
-
-    A `narrow` one has many columns of figures behind the first `num_words`, and fits into 80 columns.
-    """
-    table = _Lines(box=box.SIMPLE, padding=(0, 0, 0, 1), show_edge=False) if narrow else _Lines()
-    for n, heading in enumerate(headings):
-        justify: Literal["left", "right"] = "right" if narrow and n >= num_words else "left"
-        table.add_column(heading, overflow="fold", justify=justify)
-    return table
-
-
 def print_figures(figures: Figures) -> None:
     """Print a table of figures: fitted to a terminal, and as Markdown with whole lines elsewhere."""
     from parablock.report.tables import to_markdown
@@ -196,7 +176,7 @@ def print_figures(figures: Figures) -> None:
     if not console.is_terminal:
         say_whole(to_markdown(figures))
         return
-    table = table_of(*figures.header, narrow=True)
+    table = WordTable(*figures.header, narrow=True)
     for row in figures.rows:
         table.add_row(*row)
     console.print(table)

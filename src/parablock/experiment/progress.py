@@ -31,21 +31,16 @@ from parablock.report.units import format_bytes, format_duration, sparkline
 MAX_PLAIN_LINES = 100
 SILENCE_S = 30.0
 SPARKLINE_LENGTH = 32
-
-
 _NO_PACE = Pace(
-    now_s=lambda: 0.0,
-    num_rounds=0,
-    first_round=0,
-    num_clients=1,
-    cohort=None,
-    stages=Stages(lambda: 0.0),
+    now_s=lambda: 0.0, num_rounds=0, first_round=0, num_clients=1, cohort=None, stages=Stages(lambda: 0.0)
 )
 """Stands for the pace before the rounds."""
 
 
 class Progress:
     """A display that an engine reports to; leaving the context closes it. Here all reports are dropped."""
+
+    _noted: frozenset[str] = frozenset()
 
     def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
         """Begin a stage outside the rounds; "" ends it. Scoring goes on while another stage begins and ends.
@@ -106,6 +101,12 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Show a line that belongs to no round."""
+
+    def note(self, text: str) -> None:
+        """Print a line about the inputs of a run; once, if several runs have it in common."""
+        if text not in self._noted:
+            self._noted |= {text}
+            self.message(text)
 
     def close(self) -> None:
         """End the display; a second call does nothing."""

@@ -162,7 +162,7 @@ class _Run:
         if state is not None:
             releases.check_holds(state.progress.get("released", ""))
         for note in self.inputs.notes:
-            progress.message(note)
+            progress.note(note)
         watch = Watch(progress.step, progress.done)
         model = make_method_model(self.inputs, None if self.engine.is_local else (), watch)
         progress.stage("")
@@ -216,7 +216,7 @@ class _Run:
         loss = model.evaluate(model.params)
         progress.stage("", scores=True)
         check_finite(loss, self.inputs.config)
-        progress.message(f"base model: eval loss {loss:.4f}")
+        progress.note(f"base model: eval loss {loss:.4f}")
         scored_s = time.perf_counter()
         if self.inputs.config.evaluation.num_answers:
             progress.stage("the base model answers test prompts, tokens", model.most_answer_tokens(), is_brief=True)
