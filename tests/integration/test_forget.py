@@ -39,7 +39,7 @@ def test_an_excluded_client_might_as_well_not_exist(runs: Runs, workshop: Worksh
 def test_forgetting_says_first_what_it_costs_and_does_nothing(runs: Runs, tmp_path: Path):
     outcome = command("forget", str(runs()), "--client", "1", "--output-dir", str(tmp_path / "out"))
     assert outcome.code == 0
-    for words in ("round 0.", "from the base model: 6 rounds", "Nothing has been done"):
+    for words in ("is round 1.", "from the base model: 6 rounds", "Nothing has been done"):
         assert words in outcome.stdout
     assert not (tmp_path / "out").exists()
 

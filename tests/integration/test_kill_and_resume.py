@@ -303,7 +303,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     (newest / name).write_bytes(content)
     resumed = done("resume", str(run_dir))
     assert f"passed over a damaged checkpoint: {newest.name}" in resumed.stdout
+    again = int(before.name.removeprefix("round-")) + 1
     assert f"resuming from the checkpoint {before.name}: " in resumed.stdout
+    assert f"from round {again} on, what had been begun is computed again" in resumed.stdout
     assert_same_run(run_dir, undisturbed())
 
 

@@ -50,8 +50,8 @@ def _described(replay: Replay, client_id: int, new_dir: Path) -> Iterator[str]:
     if replay.first_round is None:
         yield f"No round of the run asks client {client_id}: its model is that of a run without it."
     else:
-        yield f"The first round that asked client {client_id} is round {replay.first_round}."
-    where = f"from the checkpoint of round {replay.begins_at}" if replay.begins_at else "from the base model"
+        yield f"The first round that asked client {client_id} is round {replay.first_round + 1}."
+    where = f"from the checkpoint after round {replay.begins_at}" if replay.begins_at else "from the base model"
     yield f"The run is replayed {where}: {replay.num_rounds} rounds, into {new_dir}."
     yield (
         f"In the run these rounds took {format_duration(replay.seconds)} and moved "

@@ -22,6 +22,7 @@ from parablock.experiment.progress import Progress
 from parablock.experiment.protections import privacy_spent
 from parablock.experiment.trackers import figures_of, open_trackers
 from parablock.methods.base import MethodModel
+from parablock.printable import counted
 from parablock.storage.checkpoint import RunState, save_checkpoint
 from parablock.storage.release_ledger import ReleaseLedger
 from parablock.storage.run_directory import Row, RunDirectory, time_and_bytes
@@ -74,8 +75,7 @@ class Recorder:
             stored = start.progress
             self._initial_eval_loss, start_s = stored["initial_eval_loss"], stored["clock_s"]
             self._elapsed_before, self._last_commit_s = stored["elapsed_s"], stored["last_commit_s"]
-            done = f"{len(self._rows)} of {config.federation.num_rounds} rounds are done"
-            progress.message(f"resuming from the checkpoint round-{start.round_index:06d}: {done}")
+            progress.message(where_it_goes_on(start, config.federation.num_rounds))
         first_step, values = len(self._rows) + 1 if state else 0, config.model_dump(mode="json")
         self._trackers = open_trackers(config.report_to, directory.path, first_step=first_step, config=values)
         if state is None:
@@ -221,6 +221,19 @@ def _row(server: ServerState, updates: list[Update], traffic: Traffic, *, round_
         "participant_steps": [u.num_local_steps for u in updates],
         "participant_losses": [u.train_loss for u in updates],
     }
+
+
+def where_it_goes_on(state: RunState, num_rounds: int) -> str:
+    """Say what a checkpoint holds, and what is computed again; rounds count from 1 for people."""
+    done, begun = state.server.committed + 1, state.round_index
+    said = f"{done} of {counted(num_rounds, 'round')} {'is' if done == 1 else 'are'} done"
+    if begun - done == 1:
+        said += f", the updates of round {begun} are under way"
+    elif begun > done:
+        said += f", the updates of rounds {done + 1} to {begun} are under way"
+    if begun < num_rounds:
+        said += f"; from round {begun + 1} on, what had been begun is computed again"
+    return f"resuming from the checkpoint round-{begun:06d}: {said}"
 
 
 def _peak_memory_bytes() -> int:
