@@ -12,5 +12,6 @@ audit      `parablock audit`: verify logs, and say what they record
 forgetting  `parablock forget`
 doctor     the checks of `parablock doctor`
 output     standard output that outlasts its reader
+word_table  tables that break between words
 terminal   progress, Ctrl-C, and the last lines of a run
 """

@@ -22,7 +22,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.text import Text
 
-from parablock.cli.tables import WordTable
+from parablock.cli.word_table import WordTable
 
 Status = Literal["ok", "warning", "problem"]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parablock.cli.output import say
-from parablock.cli.tables import WordTable
 from parablock.cli.terminal import LOADING, check_model, console, show_work
+from parablock.cli.word_table import WordTable
 from parablock.printable import as_argument, printable
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from parablock.cli.export_run import export
 from parablock.cli.forgetting import forget
 from parablock.cli.output import SafeConsole, is_closed_pipe, lasting_output, say, say_whole
 from parablock.cli.show_data import columns_of, data
-from parablock.cli.tables import WordTable
 from parablock.cli.talk import chat, generate
 from parablock.cli.terminal import (
     CONFIGURING,
@@ -42,6 +41,7 @@ from parablock.cli.terminal import (
     show_work,
     usual_signals,
 )
+from parablock.cli.word_table import WordTable
 from parablock.errors import ConfigError, ParaBlockError, as_own_error
 from parablock.printable import as_argument, in_one_line
 from parablock.storage import FIGURES_NAME

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from parablock.cli.output import SafeConsole, say, say_whole
-from parablock.cli.tables import WordTable
+from parablock.cli.word_table import WordTable
 from parablock.errors import ConfigError, ParaBlockError
 from parablock.printable import as_argument
 from parablock.storage import PLAN_NAME

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from parablock.cli.doctor import Finding, as_table
 from parablock.cli.main import app
-from parablock.cli.tables import WordTable
+from parablock.cli.word_table import WordTable
 
 ROOT = Path(__file__).parents[3]
 FIGURES = ("time, s", "in turn, s", "hidden", "MB up", "MB down", "MB of memory, foretold")
