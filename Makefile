@@ -11,7 +11,7 @@ OLDEST_FLOWER = $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Tests start many processes: they find the package compiled.
 unexport PYTHONDONTWRITEBYTECODE
-# On a terminal pip shows what it loads, and its bars; in a log it says what goes wrong.
+# On a terminal pip shows what it loads, and its bars; in a log it says what goes wrong, and make names each step.
 PIP := $(BIN)/python -m pip install $(shell test -t 2 || echo --quiet --quiet) --disable-pip-version-check
 
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
@@ -32,9 +32,11 @@ $(STAMP): pyproject.toml
 		echo "      Name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	@echo "Making $(VENV) with $$($(PYTHON) -V): once, about 3 minutes and 2.5 GB"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "1 of 2: torch, the largest part"
+	@echo "1 of 3: torch, the largest part"
 	@$(PIP) "$(TORCH)"
-	@echo "2 of 2: transformers, and the tools of development"
+	@echo "2 of 3: transformers, and what else a run needs"
+	@$(PIP) "$(TORCH)" --editable .
+	@echo "3 of 3: the tools of development: tests, types, pages, trackers"
 	@$(PIP) "$(TORCH)" --editable ".[dev]"
 	@touch $@
 	@echo "$(VENV) is ready; for a shell in which \`parablock\` is a command: . $(VENV)/bin/activate"

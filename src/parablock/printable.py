@@ -32,8 +32,8 @@ def as_argument(path: object) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number and what is counted, such as `1 row` and `2 rows`."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    """Return a number and what is counted, such as `1 row` and `2,000 rows`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def printable(text: str) -> str:

@@ -83,8 +83,12 @@ def test_the_text_has_tables_a_verdict_and_a_recommendation(workshop: Workshop) 
     assert outcome.stdout.startswith("Recommended: federation.method: fedit, federation.delay: ")
     assert "(as configured)" not in outcome.stdout
     assert "fl_bcd" in outcome.stdout and "fl_bcd *" not in outcome.stdout
+    linked = " ".join(outcome.stdout.split())
+    assert "A round computes for 0.1 s, communicates for " in linked and " without overlap)" in linked
+    no_link = command("plan", str(workshop.config), "--set", "link={}").stdout
+    assert "A round takes 0.1 s." in no_link and "computes for" not in no_link, "there is nothing to overlap"
     short = command("plan", str(workshop.config), "--set", "federation.num_rounds=2").stdout
-    assert "fl_bcd *" in short and "parablock *" in short and "*: 2 rounds do not reach every block" in short
+    assert "fl_bcd *" in short and "parablock *" in short and "*: with 2 rounds not every block is reached" in short
     adapters = command("plan", str(workshop.config), "--set", "federation.method=fedit").stdout
     assert ("A round sends what adapters" in outcome.stdout, "A round sends" in adapters) == (True, False)
     as_advised = [

@@ -289,6 +289,23 @@ def test_the_dockerfile_installs_the_same_torch_as_make_and_leaves_root():
     assert re.findall(r"^FROM (\S+)", recipe, flags=re.MULTILINE) == ["${BASE}"] * 2
 
 
+def test_setup_names_each_step_that_takes_long_in_a_log_too(tmp_path: Path):
+    """A script stands for Python: it says what pip is to install, with nothing of pip's own output."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *"-m venv"*) mkdir -p .venv/bin && cp python .venv/bin/python;; '
+        '*"pip install --quiet --quiet"*) echo "pip $*";; esac\n'
+    )
+    python.chmod(0o755)
+    log = call("make", "setup", f"PYTHON={python}", folder=tmp_path, environment=dict(os.environ)).splitlines()
+    steps = [line[: len("1 of 3")] for line in log]
+    assert [log[n + 1].startswith("pip ") for n, step in enumerate(steps) if " of 3" in step] == [True] * 3
+    assert sum(line.startswith("pip ") for line in log) == 3
+    assert log[0].startswith("Making .venv") and log[-1].startswith(".venv is ready")
+
+
 def test_the_base_image_is_pinned_by_the_digest_that_its_tag_has(tmp_path: Path):
     """A script stands for docker, which has no registry here: it answers as docker does."""
     for name in ("Makefile", "Dockerfile"):

@@ -10,6 +10,7 @@ import typer
 
 from parablock.cli.output import say
 from parablock.cli.terminal import LOADING, print_summary, show_progress, show_work
+from parablock.printable import counted
 from parablock.report.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _described(replay: Replay, client_id: int, new_dir: Path) -> Iterator[str]:
     else:
         yield f"The first round that asked client {client_id} is round {replay.first_round + 1}."
     where = f"from the checkpoint after round {replay.begins_at}" if replay.begins_at else "from the base model"
-    yield f"The run is replayed {where}: {replay.num_rounds} rounds, into {new_dir}."
+    yield f"The run is replayed {where}: {counted(replay.num_rounds, 'round')}, into {new_dir}."
     yield (
         f"In the run these rounds took {format_duration(replay.seconds)} and moved "
         f"{format_bytes(replay.total_bytes)}; this time all clients but this one take part."

@@ -9,6 +9,7 @@ from typing import Any
 
 from parablock.data.prompts import Example
 from parablock.data.sources import Row
+from parablock.printable import counted
 
 WIDTH = 100
 MAX_LABELS = 20
@@ -62,7 +63,7 @@ def _merge_rare(counts: Counter[str], named: set[str]) -> dict[str, int]:
 
 
 def _draw_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
-    lines = [f"{len(parts)} clients, {sum(sizes)} examples"]
+    lines = [f"{counted(len(parts), 'client')}, {counted(sum(sizes), 'example')}"]
     for client_id, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         line = f"client {client_id:>2} {size:>8} {_bar(size, max(sizes)):<{_BAR}}  "
         lines.append(line + (_only_source(part) if field is None else _labels(part, field, WIDTH - len(line))))
@@ -72,17 +73,16 @@ def _draw_clients(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: s
 def _draw_sizes(parts: Sequence[Sequence[Row]], sizes: Sequence[int], field: str | None) -> list[str]:
     smallest, largest = min(sizes), max(sizes)
     lines = [
-        f"{len(parts)} clients, {sum(sizes)} examples; smallest {smallest} (client {sizes.index(smallest)}), "
+        f"{counted(len(parts), 'client')}, {counted(sum(sizes), 'example')}; "
+        f"smallest {smallest} (client {sizes.index(smallest)}), "
         f"median {median_high(sizes)}, largest {largest} (client {sizes.index(largest)})"
     ]
     step = (largest - smallest) // _MOST_BINS + 1
     counts = Counter((size - smallest) // step for size in sizes)
     for number in range((largest - smallest) // step + 1):
         low = smallest + number * step
-        count = counts[number]
-        lines.append(
-            f"{low:>8} – {low + step - 1:<8} examples {_bar(count, max(counts.values())):<{_BAR}}  {count} clients"
-        )
+        bar = f"{_bar(counts[number], max(counts.values())):<{_BAR}}"
+        lines.append(f"{low:>8} – {low + step - 1:<8} examples {bar}  {counted(counts[number], 'client')}")
     if field is not None:
         kinds = [len({str(row.fields.get(field)) for row in part}) for part in parts]
         lines.append(

@@ -95,7 +95,7 @@ class Tokenized:
         targets = sum(example.num_target_tokens for example in self.examples)
         truncated = sum(example.is_truncated for example in self.examples)
         name = "mixed formats" if self.data_format == "auto" else self.data_format
-        counts = [counted(len(self.examples), "example"), f"{counted(total, 'token')} ({targets} with loss)"]
+        counts = [counted(len(self.examples), "example"), f"{counted(total, 'token')} ({targets:,} with loss)"]
         counts += [f"{truncated} truncated"] if truncated else []
         counts += [f"{len(self.skipped)} skipped ({_reasons(self.skipped)})"] if self.skipped else []
         return f"{name}: {', '.join(counts)}"

@@ -15,6 +15,7 @@ from parablock.data.prompts import Tokenized
 from parablock.data.sources import Row, repeated_rows
 from parablock.data.templates import DATE_CALL, plain_template
 from parablock.evaluation.choices import CHOICES_FIELD, GROUP_FIELD
+from parablock.printable import counted
 
 
 def settle_template(
@@ -50,7 +51,7 @@ def describe_data(
         data: The section of the configuration.
     """
     if not any(parts):
-        return [f"{len(parts)} clients, with rows of their own", f"test: {test.summary()}"]
+        return [f"{counted(len(parts), 'client')}, with rows of their own", f"test: {test.summary()}"]
     field = data.partition.field
     examples = [example.row for part in (*train, test) for example in part.examples]
     return [

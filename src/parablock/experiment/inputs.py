@@ -34,6 +34,7 @@ from parablock.model.blocks import Block
 from parablock.model.positions import check_length
 from parablock.model.pretrained import LoadedModel, load_model
 from parablock.model.save import base_parts, base_sha256
+from parablock.printable import counted
 from parablock.seeding import generator_for
 
 
@@ -68,7 +69,7 @@ def read_inputs(
     """
     given, config = config, _resolve(config)
     torch.set_num_threads(config.engine.num_threads or 1)
-    tell(f"reading {len(config.data.train) + len(config.data.test)} data sources")
+    tell(f"reading {counted(len(config.data.train) + len(config.data.test), 'data source')}")
     parts, held_out, _ = read_rows(
         config.data,
         num_clients=config.federation.num_clients,
@@ -88,7 +89,7 @@ def read_inputs(
     config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
     length_notes = check_length(base.loaded.model, config.data.max_length)
     config, blocks = cut_model(config, base.loaded.model)
-    tell(f"tokenizing {sum(map(len, parts)) + len(held_out)} rows")
+    tell(f"tokenizing {counted(sum(map(len, parts)) + len(held_out), 'row')}")
     *train, test = _tokenize_parts((*parts, held_out), base.loaded.tokenizer, config)
     return RunInputs(
         config=config,
@@ -202,7 +203,7 @@ def _hold_out(
         size = max(1, round(fraction * len(rows)))
         if size >= len(rows):
             raise DataError(
-                f"client {client_id} has {len(rows)} row{'s' * (len(rows) != 1)}: none would be left to train on",
+                f"client {client_id} has {counted(len(rows), 'row')}: none would be left to train on",
                 cause="data.test is empty, so a part of each client's rows is held out.",
                 remedy="Give data.test, or more rows, or fewer clients.",
             )

@@ -17,6 +17,7 @@ from parablock.experiment.fit_blocks import flops_of
 from parablock.methods.base import RunInputs
 from parablock.methods.trained_blocks import layer_blocks
 from parablock.model.pretrained import outline_model
+from parablock.printable import counted
 from parablock.report.units import format_bytes, format_duration
 from parablock.training.flops import Tokens
 from parablock.training.memory import WAYS, Memory, Place, memory_in_one_process, memory_per_client
@@ -89,16 +90,15 @@ def foresee(inputs: RunInputs, scoring_s: float, answering_s: float) -> str:
     every = config.evaluation.every_rounds
     scorings = -(-num_rounds // (every or num_rounds))  # the last round is scored in any case
     total_s = num_rounds * round_s + scorings * scoring_s + answering_s
-    rounds = (
-        f"{num_rounds} rounds with {scorings} scorings" if scorings > 1 else f"{num_rounds} rounds with a scoring"
-    )
+    scored = f"{scorings} scorings" if scorings > 1 else "a scoring"
+    rounds = f"{counted(num_rounds, 'round')} with {scored}"
     seen = steps * config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     seen = round(seen * num_rounds * cohort / config.federation.num_clients)
     epochs = seen / fmean(len(part) for part in clients)
     return (
         f"a round takes about {format_duration(round_s)} here, and {rounds} of {format_duration(scoring_s)} about "
         f"{format_duration(total_s)} (by the speed of scoring the base model); "
-        f"a client learns from {seen:,} examples, {epochs:.2g} times those that it has"
+        f"a client learns from {counted(seen, 'example')}, {epochs:.2g} times those that it has"
     )
 
 

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from parablock.experiment.lamps import draw_clients
 from parablock.experiment.pace import Pace, Stages
-from parablock.printable import in_one_line
+from parablock.printable import counted, in_one_line
 from parablock.report.units import format_bytes, format_duration, sparkline
 
 MAX_PLAIN_LINES = 100
@@ -222,7 +222,7 @@ class PlainProgress(_Paced):
         """Write the number of rounds and clients."""
         super().start(num_rounds, num_clients, first_round, cohort, **more)
         self._stride = math.ceil((num_rounds - first_round) / MAX_PLAIN_LINES) or 1
-        self.message(f"rounds {first_round + 1} to {num_rounds}, {num_clients} clients")
+        self.message(f"rounds {first_round + 1} to {num_rounds}, {counted(num_clients, 'client')}")
 
     def step(self, client_id: int, number: int, num_steps: int) -> None:
         """Write how far the round is, if nothing was written for long."""

@@ -25,6 +25,7 @@ from parablock.experiment.inputs import read_inputs
 from parablock.methods.base import RunInputs
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
+from parablock.printable import counted
 from parablock.seeding import seed_for
 from parablock.training.flops import FlopModel, Tokens
 from parablock.training.step_time import Compute, device, format_flops, slowdown
@@ -68,7 +69,8 @@ def probed_compute(config: RunConfig) -> Compute:
         round_s,
         "probed",
         f"measured: {format_flops(1 / speed.seconds_per_flop(0))} on the {device(config)} of this machine, "
-        f"in {len(speed.deviations)} visits of {len(speed.depths)} blocks with the run's own batches{crowd}",
+        f"in {counted(len(speed.deviations), 'visit')} of {counted(len(speed.depths), 'block')} with the run's own "
+        f"batches{crowd}",
     )
 
 

@@ -14,7 +14,8 @@ from parablock.config.keys import RunConfig
 from parablock.config.methods import METHODS
 from parablock.experiment.outlook import warn_of_little_memory
 from parablock.plan.forecast import Plan
-from parablock.printable import as_argument
+from parablock.printable import as_argument, counted
+from parablock.report.reading import LEAST_COMMUNICATION
 from parablock.report.units import format_bytes, format_duration
 from parablock.training.memory import Place, adapter_rank
 
@@ -27,10 +28,9 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
         yield _advice(plan.recommended_method, config)
     federation = config.federation
     yield (
-        f"{federation.num_rounds} rounds of {federation.num_clients} clients: {_hours(plan.hours)}, "
-        f"{format_bytes(plan.total_bytes)} over all links. A round computes for {format_duration(plan.compute_s)}, "
-        f"communicates for {format_duration(plan.communication_s)} and takes {format_duration(plan.round_s)} "
-        f"({format_duration(plan.serial_s)} without overlap). The learning rate is {plan.learning_rate:g}."
+        f"{_rounds(config)} of {counted(federation.num_clients, 'client')}: {_hours(plan.hours)}, "
+        f"{format_bytes(plan.total_bytes)} over all links. {_of_a_round(plan)}. "
+        f"The learning rate is {plan.learning_rate:g}."
     )
     yield plan.verdict
     yield _blocks(plan, config)
@@ -40,7 +40,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     yield from _of_one_process(plan, config)
     yield _methods(plan)
     if any(row["never_visited"] for row in plan.methods):
-        yield f"*: {federation.num_rounds} rounds do not reach every block; larger blocks or more rounds cure it."
+        yield f"*: with {_rounds(config)} not every block is reached; larger blocks or more rounds cure it."
     advised = plan.recommended
     chosen = (config.blocks.layers_per_block, config.train.num_local_steps, config.wire.format)
     unchanged = ", as configured" if tuple(advised.values()) == chosen else ""
@@ -56,7 +56,7 @@ def show_plan(plan: Plan, config: RunConfig) -> Iterator[RenderableType]:
     if plan.never_visited:
         names = ", ".join(plan.blocks[b]["name"] for b in plan.never_visited)
         yield (
-            f"Never trained in {federation.num_rounds} rounds: {names}. Raise federation.num_rounds to at least "
+            f"Never trained in {_rounds(config)}: {names}. Raise federation.num_rounds to at least "
             f"{plan.num_blocks}, or blocks.layers_per_block."
         )
     for assumption in plan.assumptions:
@@ -68,14 +68,28 @@ def next_step(plan: Plan, config: RunConfig, path: Path) -> tuple[str, ...]:
     place = plan.process_memory_bytes
     warning = warn_of_little_memory(Place(**place), config) if place else ""
     return (
-        f"{config.federation.num_rounds} rounds: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.",
+        f"{_rounds(config)}: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.",
         *([warning] if warning else []),
         f"next: parablock run {as_argument(path)} --output-dir runs/mine",
     )
 
 
+def _rounds(config: RunConfig) -> str:
+    return counted(config.federation.num_rounds, "round")
+
+
+def _of_a_round(plan: Plan) -> str:
+    """Say what a round takes, and of what, where there is something to overlap."""
+    takes = format_duration(plan.round_s)
+    if plan.communication_s < LEAST_COMMUNICATION * plan.round_s:
+        return f"A round takes {takes}"
+    computes, communicates, serial = map(format_duration, (plan.compute_s, plan.communication_s, plan.serial_s))
+    parts = f"computes for {computes}, communicates for {communicates}"
+    return f"A round {parts} and takes {takes} ({serial} without overlap)"
+
+
 def _blocks(plan: Plan, config: RunConfig) -> Table:
-    title = f"{plan.num_blocks} block{'s' * (plan.num_blocks > 1)}"
+    title = counted(plan.num_blocks, "block")
     table = _table(title, "blocks", "layers", "parameters each", f"{config.wire.format} each")
     for (_, parameters), group in groupby(
         plan.blocks, key=lambda block: (len(block["layers"]), block["parameters"])

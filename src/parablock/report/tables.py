@@ -13,7 +13,7 @@ from typing import Any
 from parablock.config.keys import RunConfig
 from parablock.config.load import flatten
 from parablock.config.methods import METHODS
-from parablock.printable import as_markdown
+from parablock.printable import as_markdown, counted
 from parablock.report.reading import RunRecord
 from parablock.report.units import format_bytes, format_duration
 from parablock.trace import times_by_client
@@ -94,7 +94,7 @@ def sentence(run: RunRecord) -> str:
     summary = run.summary
     rounds, (loss, of) = summary["rounds_done"], _newest_loss(run)
     clock = " of simulated time" if summary["clock"] == "virtual" else ""
-    took = f"{rounds} rounds of {_count(summary['num_clients'], 'client')} took "
+    took = f"{counted(rounds, 'round')} of {counted(summary['num_clients'], 'client')} took "
     took += f"{format_duration(summary['wall_time_s'])}{clock}"
     if serial := instead_of(summary):
         took += f" {serial}"
@@ -104,7 +104,7 @@ def sentence(run: RunRecord) -> str:
     if summary["final_eval_loss"] is None:
         ended = {"interrupted": "was stopped", "failed": "failed"}.get(summary["status"], "has not ended")
         until = f" {learnt}, until {of}." if learnt else ""
-        return f"The run {ended} after {rounds} of {summary['num_rounds']} rounds; {took}.{until}"
+        return f"The run {ended} after {rounds} of {counted(summary['num_rounds'], 'round')}; {took}.{until}"
     return f"{learnt}. {took[0].upper()}{took[1:]}."
 
 
@@ -113,10 +113,6 @@ def _change(base: float, loss: float) -> str:
     verb = "fell" if change > 0 else "rose" if change < 0 else "stayed"
     by = f" by {abs(change):.0%}" if abs(change) >= 0.005 else ""
     return f"{verb}{by}, from {base:.3f} to {loss:.3f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def clients_table(run: RunRecord) -> Table:

@@ -145,6 +145,8 @@ def test_the_histogram_has_a_line_for_each_client_with_count_and_bar():
     parts = split([some_rows(40, "dir/a.jsonl"), some_rows(20, "dir/b.jsonl")], "by_file", 2)
     heading, first, second = partition_histogram(parts)
     assert heading == "2 clients, 60 examples"
+    assert partition_histogram([some_rows(1)])[0] == "1 client, 1 example"
+    assert partition_histogram([some_rows(1234)])[0] == "1 client, 1,234 examples"
     assert first == f"client  0       40 {'█' * 24}  a.jsonl"
     assert second == f"client  1       20 {'█' * 12:<24}  b.jsonl"
 

@@ -28,6 +28,11 @@ def test_a_probe_takes_real_steps_and_knows_every_clients_batches(workshop: Work
     plan = make_plan(config, probe=True)  # two rounds do not reach all blocks, which is no error here
     assert plan.compute_source == "probed" and plan.compute_s > 0
     assert len(plan.never_visited) == 2 and "GFLOP/s on the cpu of this machine" in plan.assumptions[0]
+    assert " visits of 4 blocks with" in plan.assumptions[0]
+    whole = load_config(
+        workshop.config, ["engine.step_time_s=null", "federation.method=fedavg", "federation.delay=0"]
+    )
+    assert " visits of 1 block with" in probed_compute(whole).assumption
     compute, block = probed_compute(config), Scenario(config, probe=False).blocks[0]
     assert compute.round_s(block, 0, 0, 4) > compute.round_s(block, 0, 0, 2) > 0
     # client 0 has examples five times as long; what the machine deviates is less
