@@ -108,7 +108,7 @@ def test_plan_and_run_tell_the_memory_of_all_clients_in_one_process(workshop: Wo
     assert planned(workshop, *real, *remote)["process_memory_bytes"] is None
     warning = "all clients in one process may take"
     text = " ".join(done("plan", str(workshop.config)).stdout.split())
-    assert "has all 4 clients and the server, which share a model, in one process: up to 4" in text
+    assert "all 4 clients and the server, which share a model, take about 4" in text
     assert warning not in text
     long = "data.max_length=2000000000"  # a bound: no row is so long
     planned_long = " ".join(done("plan", str(workshop.config), "--set", long).stdout.split())

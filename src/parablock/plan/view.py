@@ -148,11 +148,11 @@ def _of_one_process(plan: Plan, config: RunConfig) -> Iterator[str]:
         return
     count = 1 if config.federation.traits.pools_data else config.federation.num_clients
     models = "share a model" if config.engine.clock == "virtual" else "have a model each"
-    who = f"all {count} clients and the server, which {models}," if count > 1 else "the client and the server"
-    on_gpu = f", and {format_bytes(place['device'])} of its GPU" if place["device"] else ""
+    who = f"all {count} clients and the server, which {models}, take" if count > 1 else "client and server take"
+    on_gpu = f" and {format_bytes(place['device'])} of its GPU" if place["device"] else ""
     yield (
-        f"`parablock run` has {who} in one process: up to {format_bytes(place['host'])} of this machine's memory"
-        f"{on_gpu}."
+        f"In the one process of a run here {who} about {format_bytes(place['host'])} of this machine's "
+        f"memory{on_gpu}, if rows are as long as data.max_length."
     )
 
 
