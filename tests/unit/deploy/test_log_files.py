@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from parablock.deploy import log_files
-from parablock.deploy.log_files import LOG_BYTES, LOGS, log_to
+from parablock.deploy.log_files import LOG_BYTES, LOGS, PlainLines, log_to
 
 
 def test_a_log_is_begun_anew_before_it_takes_more_than_the_page_says(
@@ -29,3 +30,18 @@ def test_a_log_is_begun_anew_before_it_takes_more_than_the_page_says(
     assert len(files) == 1 + LOGS
     assert sum(file.stat().st_size for file in files) <= 1000 * (1 + LOGS)
     assert json.loads((tmp_path / "log" / "site.log").read_text().splitlines()[-1])["message"] == "round 199"
+
+
+def test_what_a_plain_log_says_is_a_line_and_a_traceback_keeps_its_own():
+    written = io.StringIO()
+    handler, logger = logging.StreamHandler(written), logging.Logger("a log")
+    handler.setFormatter(PlainLines())
+    logger.addHandler(handler)
+    logger.info("%s is gone", Path("a\nforged line\x1b[A"))
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        logger.exception("it failed")
+    first, second, *trace = written.getvalue().splitlines()
+    assert first.endswith("a\\nforged line\\u001b[A is gone") and second.endswith("it failed")
+    assert trace[0].startswith("Traceback") and trace[-1] == "ValueError: wrong"

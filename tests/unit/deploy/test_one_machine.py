@@ -83,9 +83,9 @@ def test_a_deployment_that_somebody_still_watches_is_not_resumed(tmp_path: Path)
 def test_what_stopped_the_server_is_said_by_who_watches(tmp_path: Path):
     deployment = Deployment(tmp_path / "run", 1)
     deployment.folder.mkdir(parents=True)
-    word = {"what": "client 1 has given up", "cause": "c", "remedy": "r", "exit_code": 2}
+    word = {"what": "client 1 has given up", "lines": ["a"], "cause": "c", "remedy": "r", "exit_code": 2}
     failure_file(deployment.output_dir).write_text(json.dumps(word))
-    with pytest.raises(InputError, match="client 1 has given up"):
+    with pytest.raises(InputError, match="client 1 has given up\na\nc\nr"):
         watch(deployment, "1", LoggedProgress())
     with pytest.raises(ParaBlockError, match="the SuperLink ended"):  # the word is taken away with that
         deployment.log("superlink").parent.mkdir()
