@@ -86,7 +86,7 @@ forget finished --client 0 --output-dir gone/../forget --yes
 plan run.yaml --set train.learning_rate=fast
   train.learning_rate | given: 'fast' | it must be a number
 plan run.yaml --upload-mbps 0
-  link.upload_mbps | given: 0.0 | should be greater than 0
+  link.upload_mbps | given: 0.0 | must be greater than 0
 plan run.yaml --set seed
   'seed' | is not key=value | such as train.num_local_steps=4
 plan run.yaml --set federation.method=fl_bcd --set federation.delay=2

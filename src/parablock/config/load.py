@@ -224,7 +224,7 @@ def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     key = ".".join(path) or "the settings together"
     if item["type"] == "extra_forbidden":
         return key, f"unknown key{_hint(key, root)}"
-    message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+    message = in_words(item)
     if item["type"] == "missing":
         return key, "required and not given"
     if isinstance(item["input"], str | int | float | bool) and repr(item["input"]) not in message:
@@ -248,6 +248,12 @@ _IN_WORDS = {
     "string_type": "it must be text",
 }
 """Types of pydantic's errors, which speak of Python's types, in words of YAML."""
+
+
+def in_words(item: Any) -> str:
+    """Say what is wrong with a value, of one of the errors of pydantic's `ValidationError`."""
+    given: str = item["msg"].removeprefix("Value error, ")
+    return _IN_WORDS.get(item["type"]) or re.sub("^Input should", "it must", given)
 
 
 def _hint(key: str, root: type[BaseModel]) -> str:

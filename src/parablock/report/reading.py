@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
-from parablock.config.load import read_yaml
+from parablock.config.load import in_words, read_yaml
 from parablock.config.methods import METHODS
 from parablock.errors import InputError, ParaBlockError, unread
 from parablock.printable import as_argument
@@ -242,7 +242,7 @@ def _checked(file: str, content: Any) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{file}{f', {place}' if place else ''}: {first['msg']}") from None
+        raise ValueError(f"{file}{f', {place}' if place else ''}: {in_words(first)}") from None
     return content
 
 
