@@ -27,6 +27,7 @@ from parablock.wire.transport import Parcel
 KEY = bytes(range(32))
 ZEROS = NewValue(0, 0, 1.0, "value", pack(torch.zeros(SIZE), "float32"))
 BOUND = 100.0
+AHEAD = 9
 
 
 def by_content(t: int, content: str):
@@ -43,7 +44,7 @@ def told(
     """Return what a client with local noise sends, and of what it warns."""
     box, warned = Dictated([to_bytes(message) for message in said]), list[str]()
     protection = Protection(BOUND, 4.0, normals)
-    plan = ClientPlan("none", Differences(Encoding("float32")), lambda _: protection)
+    plan = ClientPlan("none", Differences(Encoding("float32")), lambda _: protection, num_ahead=AHEAD)
     start = ClientStart(initial_client([torch.ones(SIZE), torch.ones(SIZE)]), releases=ledger)
     client = Client(0, plan, Walks(0), box, Trace(RealClock()), start=start, warn=warned.append)
     with pytest.raises(Over):
@@ -72,6 +73,13 @@ def test_an_older_round_than_the_newest_is_not_trained():
     sent, warned = told([start(1), start(0), start(2)])
     assert [update.round_index for update in sent] == [1, 2]
     assert "round 0, after round 1" in warned[0]
+
+
+def test_more_rounds_than_may_be_open_are_not_trained():
+    """A server that commits nothing would let a client keep every update that it has made."""
+    sent, warned = told([start(t) for t in range(20)])
+    assert [update.round_index for update in sent] == [*range(AHEAD)]
+    assert f"round {AHEAD}, where round -1 is the last committed, and {AHEAD} may be open" in warned[0]
 
 
 def test_after_a_crash_a_client_sends_the_same_bytes_or_gives_the_round_up():

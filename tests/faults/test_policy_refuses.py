@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,6 +272,22 @@ def test_epsilon_is_counted_by_the_site_over_restarts_and_runs(tmp_path: Path):
         trained(other, 4, 8)
     elsewhere = tmp_path / "elsewhere"  # the control: without the memory, the same run may take place
     guard(elsewhere, bound, "other", **short).check_run(HASH)
+
+
+@pytest.mark.parametrize("mine", [0, 3])
+def test_rounds_beyond_all_measure_are_counted_and_not_listed(tmp_path: Path, mine: int):
+    """The number is the server's: a list of so many rounds would take a site's memory."""
+    noise = {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 4.0, "federation.num_rounds": 1 << 20}
+    policy = guard(tmp_path, {"max_epsilon": 1e3}, **noise)
+    for t in range(mine):
+        trained(policy, t, 8)
+    whole = epsilon_of(Counter({4.0: 1 << 20}), 1e-5)
+    tracemalloc.start()
+    (found,) = policy.found_in_run(HASH)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert f"{whole:.4g} after its last round" in found.words
+    assert peak < 8 << 20
 
 
 def test_noise_of_a_site_counts_half_and_none_counts_as_no_bound(tmp_path: Path):

@@ -59,6 +59,7 @@ class MaskedWires:
             ReleaseLedger(),
             RealClock(),
             stall_timeout_s=1.0,
+            most_kept_bytes=1 << 20,
             identity=signing[-1],
             context=said[-1],
         )

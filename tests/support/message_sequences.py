@@ -280,7 +280,9 @@ def play_masked_server(draw: Draw) -> Counter[str]:
     else:  # or it has true letters, which may be altered
         roster = exchange()[2][0]
         honest += [parcel.message for parcel in everybody[HOSTILE].incoming(Parcel(roster, 0)) or []]
-    server = MaskedServer(crossing, COHORTS, ReleaseLedger(), RealClock(), stall_timeout_s=5.0)
+    server = MaskedServer(
+        crossing, COHORTS, ReleaseLedger(), RealClock(), stall_timeout_s=5.0, most_kept_bytes=1 << 20
+    )
     try:
         server.send(HOSTILE, Parcel(b"", 0))
         for client_id in range(HOSTILE):

@@ -89,7 +89,7 @@ class SitePolicy:
         """
         place = self._run, round_index
         ahead = {**self._rounds, place: min(self._multiplier, self._rounds.get(place, self._multiplier))}
-        self._raise([*self._budget_breaches(ahead, round_index)], f"round {round_index}")
+        self._raise([*self._budget_breaches(Counter(ahead.values()), round_index)], f"round {round_index}")
         found = [*steps_breaches(self._policy, self._config, num_local_steps, num_local_steps, num_rows)]
         try:
             self._raise(found, f"round {round_index}")
@@ -110,21 +110,22 @@ class SitePolicy:
         """Yield whether all rounds of the run would take more ε than the policy has left."""
         if self._policy.max_epsilon is None:
             return
-        planned = ((self._run, t) for t in range(self._config.federation.num_rounds))
-        ahead = {**dict.fromkeys(planned, self._multiplier), **self._rounds}
+        num_rounds = self._config.federation.num_rounds  # the server's number: nothing is made for each round
+        known = sum(run == self._run and 0 <= t < num_rounds for run, t in self._rounds)
+        ahead = Counter(self._rounds.values()) + Counter({self._multiplier: num_rounds - known})
         yield from self._too_large(ahead, "after its last round")
 
-    def _budget_breaches(self, ahead: dict[tuple[str, int], float], round_index: int) -> Iterator[Breach]:
+    def _budget_breaches(self, ahead: Counter[float], round_index: int) -> Iterator[Breach]:
         last = self._config.federation.num_rounds - 1
         if not 0 <= round_index <= last:
             yield Breach("max_rounds", f"the run's last round is {last}")
         yield from self._too_large(ahead, "after it")
 
-    def _too_large(self, rounds: dict[tuple[str, int], float], when: str) -> Iterator[Breach]:
+    def _too_large(self, releases: Counter[float], when: str) -> Iterator[Breach]:
         largest = self._policy.max_epsilon
         if largest is None:
             return
-        spent = epsilon_of(Counter(rounds.values()), self._policy.delta)
+        spent = epsilon_of(releases, self._policy.delta)
         if spent > largest:
             yield Breach("max_epsilon", f"ε would be {spent:.4g} {when}, not at most {largest:g}")
 

@@ -194,6 +194,8 @@ class Client:
         t, b = start.round_index, start.block_index
         if t <= self._newest or t < 0:
             return f"round {t}, after round {self._newest}"
+        if t - start.committed > (open_rounds := self._plan.num_ahead):
+            return f"round {t}, where round {start.committed} is the last committed, and {open_rounds} may be open"
         if not 0 <= b < len(self.state.base) or start.num_local_steps < 1:
             return f"round {t} with {start.num_local_steps} local steps on block {b} of {len(self.state.base)}"
         return ""

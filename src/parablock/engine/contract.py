@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from parablock.training.trainer import Trainer
 
 
+LEAST_MESSAGE_BYTES = 16 << 20
+"""Shortest limit of a client's message: the letters of secure aggregation are not updates."""
+
+
 class Masking(Protocol):
     """Makes the two sides of secure aggregation, for the rounds from `first_round` on."""
 
@@ -44,6 +48,7 @@ class Masking(Protocol):
         fixed: ReleaseLedger,
         clock: Clock,
         *,
+        most_kept_bytes: int,
         identity: Identity | None,
         context: str,
     ) -> MaskedTransport:
@@ -122,6 +127,13 @@ class Engine(Protocol):
         """Run all rounds after the checkpoint, if there is one."""
 
 
+def longest_update(plan: ServerPlan, block_sizes: Sequence[int]) -> int:
+    """Return the longest message that a client may send, bytes, which holds a whole update."""
+    encoding = plan.form.encoding
+    sizes = [encoding.payload_bytes(plan.form.num_elements(size)) for size in block_sizes]
+    return max(LEAST_MESSAGE_BYTES, max(sizes) + (1 << 20))
+
+
 def make_server(
     given: EngineInput,
     params: Sequence[Tensor],
@@ -136,12 +148,19 @@ def make_server(
 
     The `absent` clients take part once they join. `identity` checks what masked clients sign, for this `context`.
     """
-    fixed, clock = given.releases, given.trace.clock
+    resumed, clock = given.resumed, given.trace.clock
     masked = None
     if given.masking is not None:
-        first = given.first_open_round
-        masked = given.masking.server_side(transport, first, fixed, clock, identity=identity, context=context)
-    resumed = given.resumed
+        sizes = [block.numel() for block in (params if resumed is None else resumed.server.params)]
+        masked = given.masking.server_side(
+            transport,
+            given.first_open_round,
+            given.releases,
+            clock,
+            most_kept_bytes=(given.server.delay + 1) * longest_update(given.server, sizes),
+            identity=identity,
+            context=context,
+        )
     if resumed is None:
         start = ServerStart(initial_server(params), absent=absent)
     else:

@@ -10,7 +10,6 @@ count if the client has signed them, where clients have certificates.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -28,7 +27,7 @@ from parablock.privacy.protection import threshold_of
 from parablock.wire import sealing
 from parablock.wire.messages import Message, from_bytes, kind_of, to_bytes
 from parablock.wire.sealing import SEALING_KINDS, cut, pack_bytes, unpack_bytes
-from parablock.wire.transport import Ledger, Parcel, ServerTransport
+from parablock.wire.transport import Ledger, Parcel, PutAside, ServerTransport
 
 MAX_PROOF_BYTES, TAG_BYTES = 16 << 10, 16
 """Longest signature; what sealing adds to a letter."""
@@ -42,6 +41,7 @@ class MaskedServer:
         cohorts: The drawn cohorts of the rounds to come.
         fixed: Keeps of which clients' updates a round's sum is.
         clock: The run's clock.
+        most_kept_bytes: How much of a client's other messages is kept while a step of the protocol is waited for.
         stall_timeout_s: Seconds until a step of the protocol goes on without the clients that have not answered.
         identity: Checks the clients' signatures; None: nobody has certificates.
         context: The session that a signature is for.
@@ -58,13 +58,13 @@ class MaskedServer:
         clock: Clock,
         *,
         stall_timeout_s: float,
+        most_kept_bytes: int,
         identity: Identity | None = None,
         context: str = "",
     ) -> None:
         self._inner, self._cohorts, self._stall_timeout_s = inner, cohorts, stall_timeout_s
-        self._identity, self._context = identity, context
-        self._fixed, self._clock = fixed, clock
-        self._first = min(cohorts.of_round, default=0)
+        self._identity, self._context, self._fixed, self._clock = identity, context, fixed, clock
+        self._first, self._waiting = min(cohorts.of_round, default=0), PutAside(most_kept_bytes)
         self._advertised: dict[int, sealing.Advertise] = {}
         self._roster: tuple[int, ...] | None = None
         self._letters: dict[int, dict[int, bytes]] = {}
@@ -81,7 +81,6 @@ class MaskedServer:
         self._asked: tuple[int, frozenset[int]] | None = None
         self._late: set[tuple[int, int]] = set()  # (round, client): asked for shares, and others were enough
         self._revealed: dict[int, list[bytes]] = {}
-        self._waiting = deque[tuple[int, bytes]]()
         self.on_refusal: Callable[[int, str, str], None] = lambda *_: None
 
     @property
@@ -105,7 +104,7 @@ class MaskedServer:
         self._begin()
         while not self._waiting:
             self._take(*self._inner.receive(timeout_s, waiting_for, from_clients))
-        return self._waiting.popleft()
+        return self._waiting.take()
 
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
@@ -116,7 +115,7 @@ class MaskedServer:
             if (received := self._inner.receive_until(deadline_s, from_clients)) is None:
                 return None
             self._take(*received)
-        return self._waiting.popleft()
+        return self._waiting.take()
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -277,7 +276,8 @@ class MaskedServer:
     def _take(self, client_id: int, raw: bytes) -> None:
         if (kind := kind_of(raw)) not in SEALING_KINDS:
             self._gone |= {client_id} if kind == "Leave" else set()
-            self._waiting.append((client_id, raw))
+            if not self._waiting.put(client_id, raw):
+                self.on_refusal(client_id, "duplicate", f"a {kind} more than there is room for")
             return
         try:
             message: Message = from_bytes(raw)

@@ -45,13 +45,20 @@ class SecureAggregation:
         fixed: Fixed,
         clock: Clock,
         *,
+        most_kept_bytes: int,
         identity: Identity | None = None,
         context: str = "",
     ) -> MaskedServer:
         """Make the server's side, around a transport; see `MaskedServer`."""
-        cohorts, stall_timeout_s = self._cohorts(first_round), self.stall_timeout_s
         return MaskedServer(
-            inner, cohorts, fixed, clock, stall_timeout_s=stall_timeout_s, identity=identity, context=context
+            inner,
+            self._cohorts(first_round),
+            fixed,
+            clock,
+            stall_timeout_s=self.stall_timeout_s,
+            most_kept_bytes=most_kept_bytes,
+            identity=identity,
+            context=context,
         )
 
     def _cohorts(self, first_round: int) -> Cohorts:

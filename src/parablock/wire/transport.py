@@ -8,7 +8,7 @@ down.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -134,6 +134,31 @@ class ServerTransport(Protocol):
         Raises:
             StopAsked: At real sites, where the run is asked to stop and one of `from_clients` is gone.
         """
+
+
+class PutAside:
+    """Messages of clients that have to wait, in order; of each client so many bytes at most, and one more."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._bytes = most_bytes, Counter[int]()
+        self._messages = deque[tuple[int, bytes]]()
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def put(self, client_id: int, message: bytes) -> bool:
+        """Put a message aside; return False where too many of its client's wait."""
+        has_room = self._bytes[client_id] <= self._most_bytes
+        if has_room:
+            self._bytes[client_id] += len(message) + MESSAGE_BYTES
+            self._messages.append((client_id, message))
+        return has_room
+
+    def take(self) -> tuple[int, bytes]:
+        """Return the first client and its message."""
+        client_id, message = self._messages.popleft()
+        self._bytes[client_id] -= len(message) + MESSAGE_BYTES
+        return client_id, message
 
 
 class MaskedTransport(ServerTransport, Protocol):

@@ -35,7 +35,7 @@ from parablock.storage.release_ledger import ReleaseLedger
 from parablock.wire.messages import Leave, Mark, Update, from_bytes, to_bytes
 from parablock.wire.quantize import Encoding, pack
 from parablock.wire.sealing import Advertise, Letters, Revealed, Roster, pack_bytes, unpack_bytes
-from parablock.wire.transport import Parcel
+from parablock.wire.transport import MESSAGE_BYTES, Parcel
 
 SIZE = 1000
 
@@ -171,6 +171,20 @@ def began(num_clients: int, cohorts: dict[int, tuple[int, ...]]) -> MaskedWires:
     for t in cohorts:
         send_zeros(wires, t)
     return wires
+
+
+def test_what_a_client_sends_while_keys_are_exchanged_is_kept_as_far_as_there_is_room():
+    wires = MaskedWires(4, {0: (0, 1, 2, 3)})
+    large = update(2, torch.zeros(50_000, dtype=torch.int32))
+    wires._up.extendleft([(2, large)] * 20)
+    wires._up.append((1, large))
+    wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
+    refused = [told for told in wires.refused if told[:2] == (2, "duplicate")]
+    kept = [wires.collector.receive(1.0, "")[0] for _ in range(21 - len(refused))]
+    assert 0 < len(refused) < 20 and kept.count(1) == 1
+    assert (kept.count(2) - 1) * len(large) <= 1 << 20 < (kept.count(2) + 1) * (len(large) + MESSAGE_BYTES)
+    wires._up.append((2, large))
+    assert wires.collector.receive(1.0, "") == (2, large), "there is room again"
 
 
 def send_zeros(wires: MaskedWires, round_index: int = 0) -> None:

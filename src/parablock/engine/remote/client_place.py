@@ -31,6 +31,7 @@ class ClientPlace:
         last_round: The newest round that it has sent something of.
         asked_round: The newest round that it has been sent something of.
         waiting_bytes: Bytes of its messages that wait for the server.
+        held_bytes: Bytes of those that have come since nothing more is confirmed to it, over all of its streams.
         spans_left: How many more spans of it are kept until its next round.
         up_free_s: When its last upload ended.
         down_free_s: When its last download ended.
@@ -51,6 +52,7 @@ class ClientPlace:
     down_bytes: int = 0
     last_round: int = -1
     waiting_bytes: int = 0
+    held_bytes: int = 0
     asked_round: int = -1
     spans_left: int = SPANS_KEPT
     up_free_s: float = 0.0

@@ -11,11 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from threading import Condition, Lock
+from threading import Condition
 
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
 from parablock.errors import CodecError
-from parablock.wire.transport import MESSAGE_BYTES
 
 LOOK_S = 5.0
 """How often a waiting thread looks whether its connection is still the present one."""
@@ -149,7 +148,7 @@ class NumberedStream:
         on_confirmed: Callable[[Delivered], None] = lambda _: None,
     ) -> None:
         self._now_s, self._max_message_bytes, self._on_confirmed = now_s, max_message_bytes, on_confirmed
-        self._changed, self._taking = Condition(), Lock()
+        self._changed, self._is_taking = Condition(), False
         self._out = deque[_Message]()
         self._next_out, self._cursor, self._furthest = 0, 0, 0
         self._sending = 0  # the place in `_out` of the message at the cursor
@@ -160,7 +159,7 @@ class NumberedStream:
         self._come = list[bytes]()
         self._connection, self._has_connection = 0, False
         self._says_bye, self._bye_said = False, False
-        self._holds, self.held_bytes = False, 0
+        self._holds = False
         self.is_closed = False
         self.sent_again_bytes = 0
 
@@ -194,16 +193,15 @@ class NumberedStream:
             self.is_closed = True
             self._connection += 1
             self._has_connection = False
+            self._out.clear()  # who still waits for a message of this stream keeps nothing else of it
+            self._coming, self._come = None, []
             self._changed.notify_all()
 
     def hold(self, holds: bool) -> None:
-        """Confirm nothing more, so that the other side soon has to wait, or go on confirming.
-
-        What comes meanwhile counts in `held_bytes`. What this side sends does not wait.
-        """
+        """Confirm nothing more, so that the other side soon has to wait, or go on confirming; sending goes on."""
         with self._changed:
             if self._holds != holds:
-                self._holds, self.held_bytes = holds, 0
+                self._holds = holds
                 self._changed.notify_all()
 
     @property
@@ -231,6 +229,8 @@ class NumberedStream:
             CodecError: The other side wants what was never sent, or what it has confirmed already.
         """
         with self._changed:
+            if self.is_closed:
+                raise CodecError("the stream is closed")
             first = self._out[0].first if self._out else self._next_out
             if not first <= other_wants <= self._next_out:
                 raise CodecError(
@@ -284,11 +284,20 @@ class NumberedStream:
             CodecError: It is no frame, is not the next one, or does not fit the message that it is a part of.
             EOFError: The other side says bye.
         """
-        with self._taking:
+        with self._changed:  # who is not present any more does not wait: others need its thread
+            self._changed.wait_for(lambda: not self._is_taking or not self.is_present(connection))
+            if not self.is_present(connection):
+                return False
+            self._is_taking = True
+        try:
             before = self._moves
-            if self.is_present(connection) and (whole := self._take(frame, connection, begins)) is not None:
+            if (whole := self._take(frame, connection, begins)) is not None:
                 deliver(whole)
             return self._moves > before
+        finally:
+            with self._changed:
+                self._is_taking = False
+                self._changed.notify_all()
 
     def _take(self, frame: bytes, connection: int, begins: Callable[[bytes, int], None]) -> Delivered | None:
         if len(frame) < HEAD.size or len(frame) > HEAD.size + PART_BYTES:
@@ -342,7 +351,6 @@ class NumberedStream:
             self._coming, self._come = None, []
         with self._changed:
             self._wanted += 1
-            self.held_bytes += self._holds * (MESSAGE_BYTES + len(part.content))
             self._pace.note(len(part.content))
             self._moves += part.kind == PART
             self._changed.notify_all()

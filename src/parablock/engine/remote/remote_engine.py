@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parablock.algorithm.parablock import ServerState, initial_server
-from parablock.engine.contract import EngineInput, EngineResult, make_checkpoint, make_server
-from parablock.engine.plans import Hooks, ServerPlan
+from parablock.engine.contract import EngineInput, EngineResult, longest_update, make_checkpoint, make_server
+from parablock.engine.plans import Hooks
 from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_transport import RemoteTransport
@@ -19,8 +19,6 @@ from parablock.wire.transport import StopAsked, Traffic
 LOOK_S = 0.05
 REMIND_S = 30.0
 """How often the server says whom it waits for."""
-LEAST_MESSAGE_BYTES = 16 << 20
-"""Shortest limit of a site's message: the letters of secure aggregation are not updates."""
 MOST_SESSIONS = 60
 """How many sessions a run remembers, so that what sites keep of them counts."""
 
@@ -61,7 +59,7 @@ def run_remote(
         opening,
         given.server.num_clients,
         given.server.num_rounds,
-        _longest_update(given.server, [block.numel() for block in params]),
+        longest_update(given.server, [block.numel() for block in params]),
         given.trace,
         asked_to_stop=hooks.asked_to_stop,
         tell=hooks.on_event,
@@ -116,13 +114,6 @@ def _opening(given: EngineInput, facts: RunFacts) -> Opening:
         restored=-1 if resumed is None else resumed.round_index,
         sessions=dict(list(sessions.items())[-MOST_SESSIONS:]),
     )
-
-
-def _longest_update(plan: ServerPlan, block_sizes: list[int]) -> int:
-    """Return the longest message that a site may send, bytes."""
-    encoding = plan.form.encoding
-    sizes = [encoding.payload_bytes(plan.form.num_elements(size)) for size in block_sizes]
-    return max(LEAST_MESSAGE_BYTES, max(sizes) + (1 << 20))
 
 
 def _gather(transport: RemoteTransport, num_sites: int, fewest: int, hooks: Hooks) -> bool:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from parablock.clock import Clock
 from parablock.engine.remote.client_place import ClientPlace
@@ -68,7 +69,7 @@ class RemoteTransport:
         self._trace, self._clock, self._asked_to_stop, self._tell = trace, trace.clock, asked_to_stop, tell
         self._origin_s = utc_s() - trace.clock.now()
         self._inbox = trace.clock.mailbox()
-        self._void = set[NumberedStream]()  # of processes that left before the run began, and came again
+        self._void = WeakSet[NumberedStream]()  # of processes that left before the run began, and came again
         self.has_begun, self._is_over = False, False
         self.failure: ParaBlockError | None = None
         self.places = {client_id: ClientPlace(self._new_stream(client_id)) for client_id in range(num_clients)}
@@ -104,7 +105,8 @@ class RemoteTransport:
                 return Reception(0, False, now_s, self._opening_for(hello.client_id), self._is_over), None
             if self.failure is not None:
                 raise NotAdmitted("the server is about to end, by an error of its own", is_temporary=True)
-            begins_anew = is_new and place.must_rejoin and not self.has_begun  # nothing it has said was read
+            was_there = place.must_rejoin or place.incarnation is not None
+            begins_anew = is_new and was_there and not self.has_begun  # nothing it has said was read
             if is_new:
                 place.rejoins = not begins_anew and (place.incarnation is not None or place.must_rejoin)
                 place.has_sent = place.lacks_ledger = False
@@ -147,7 +149,7 @@ class RemoteTransport:
         place.up_bytes += len(delivered.content)
         place.last_round = max(place.last_round, self._round_of(delivered))
         with place.room:
-            place.room.wait_for(lambda: stream.held_bytes <= HELD_BYTES or stream.is_closed)
+            place.room.wait_for(lambda: place.held_bytes <= HELD_BYTES or stream.is_closed)
             if stream.is_closed:
                 return  # the site has been removed, or another process of it has joined
             kind = kind_of(delivered.content)
@@ -156,7 +158,9 @@ class RemoteTransport:
             place.has_sent = place.has_sent or kind not in SEALING_KINDS  # keys and shares go ahead of it
             if kind == "Leave":
                 self._hear(client_id, delivered.content)
-            place.waiting_bytes += len(delivered.content) + MESSAGE_BYTES
+            cost = len(delivered.content) + MESSAGE_BYTES
+            place.held_bytes += cost if place.waiting_bytes > WAITING_BYTES else 0
+            place.waiting_bytes += cost
             stream.hold(place.waiting_bytes > WAITING_BYTES)
             self._inbox.put((client_id, delivered.content, stream))
 
@@ -314,9 +318,12 @@ class RemoteTransport:
         place = self.places[client_id]
         with place.room:
             place.waiting_bytes = max(0, place.waiting_bytes - len(message) - MESSAGE_BYTES)
+            if place.waiting_bytes <= WAITING_BYTES:
+                place.held_bytes = 0
             place.stream.hold(place.waiting_bytes > WAITING_BYTES)
             place.room.notify_all()
-        return None if stream in self._void else (client_id, message)
+        is_void = stream in self._void or (stream is not place.stream and kind_of(message) == "Join")
+        return None if is_void else (client_id, message)  # a Join asks for what its own process lacks
 
     # ── the record ──────────────────────────────────────────────────────────────────────────────────
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -43,6 +45,7 @@ from parablock.engine.remote.frames import (
 )
 from parablock.engine.remote.grpc_options import METHOD
 from parablock.engine.remote.listener import MOST_UNNAMED, Caller
+from parablock.engine.remote.numbered_stream import NumberedStream
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences
 from parablock.errors import CodecError, StorageError
@@ -320,14 +323,14 @@ def test_the_newest_call_of_a_process_goes_on_with_its_streams(house: House, mad
 
 def test_a_process_whose_first_welcome_was_lost_still_learns_that_it_rejoins(house: House, made: Path):
     assert is_let_in(house, made)
+    house.transport.begin()
     for _ in range(3):
         with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="second")) as call:
             assert call.welcome().rejoins
     with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="third")) as call:
         assert call.welcome().rejoins
-    assert is_let_in(house, made, 1)
     with Call(house.listener.port, site(made, "site-1"), hello(1)) as call:
-        assert not call.welcome().rejoins
+        assert call.welcome().rejoins, "the run has begun without it"
 
 
 def test_a_process_that_was_replaced_cannot_take_the_streams_of_the_new_one(house: House, made: Path):
@@ -340,17 +343,22 @@ def test_a_process_that_was_replaced_cannot_take_the_streams_of_the_new_one(hous
     assert house.transport.places[0].stream is stream and not stream.is_closed
 
 
+@pytest.mark.parametrize("says_bye", [True, False])
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_a_site_that_left_before_the_run_begins_comes_back_as_if_it_had_not_been_there(
-    house: House, made: Path, has_begun: bool
+    house: House, made: Path, has_begun: bool, says_bye: bool
 ):
     """Its operator has mended what kept it out; in a masked run its keys are those of the new process alone."""
     leave = to_bytes(Leave("LEDGER"))
     with inside(house, made) as old:
         for number, content in enumerate((b"keys", leave)):
             old.out.put(HEAD.pack(PART, number, 0, len(content), 1.0) + content)
-        old.out.put(HEAD.pack(BYE, 0, 0, 0, 0.0))
-        until(lambda: house.transport.places[0].must_rejoin)
+        if says_bye:
+            old.out.put(HEAD.pack(BYE, 0, 0, 0, 0.0))
+            until(lambda: house.transport.places[0].must_rejoin)
+        else:  # it is killed
+            until(lambda: house.transport.places[0].stream.wanted == 2)
+    until(lambda: not house.transport.is_there(0))
     assert "client 0 leaves before the run begins: LEDGER" in house.told
     if has_begun:
         house.transport.begin()
@@ -368,6 +376,7 @@ def test_what_an_old_process_sent_does_not_arrive_after_the_new_one(house: House
     place = house.transport.places[0]
     with Call(house.listener.port, site(made, "site-0"), hello(0)) as old:
         old.welcome()
+        house.transport.begin()
         old.out.put(HEAD.pack(PART, 0, 0, 3, 1.0) + b"old")
         until(lambda: place.stream.wanted == 1)
         with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation="new")) as new:
@@ -486,7 +495,7 @@ def test_a_site_that_floods_a_busy_server_is_stopped(house: House, made: Path, m
     with inside(house, made) as call, inside(house, made, 1) as other:
         for number in range(limit + 60):
             call.out.put(HEAD.pack(PART, number, 0, size, 1.0) + content)
-        until(lambda: place.stream.held_bytes > 1 << 20)
+        until(lambda: place.held_bytes > 1 << 20)
         time.sleep(0.1)
         assert house.transport._inbox._items.qsize() <= limit
         other.out.put(HEAD.pack(PART, 0, 0, 4, 1.0) + b"mine")
@@ -534,6 +543,73 @@ def test_while_nobody_takes_what_a_site_sends_all_that_goes_to_it_goes_on(
         for _ in range(5):
             house.transport.receive(5, "a message")
         until(lambda: confirmed[-1:] == [5])
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_waits_of_a_site_that_begins_anew_again_and_again_is_bounded(
+    house: House, made: Path, monkeypatch: pytest.MonkeyPatch, has_begun: bool
+):
+    for name in ("WAITING_BYTES", "HELD_BYTES"):
+        monkeypatch.setattr(remote_transport, name, 1 << 20)
+    place, content = house.transport.places[0], bytes(1 << 19)
+    if has_begun:
+        house.transport.begin()
+    for process in range(6):
+        with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation=f"{process}")) as call:
+            call.welcome()
+            for number in range(6):
+                call.out.put(HEAD.pack(PART, number, 0, len(content), 1.0) + content)
+            until(lambda: place.stream.wanted > 0)
+            time.sleep(0.05)
+    assert 2 << 20 < place.waiting_bytes < (2 << 20) + 3 * len(content)
+
+
+def test_calls_of_a_site_whose_reader_waits_take_no_threads_from_the_others(
+    house: House, made: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote_transport, "HELD_BYTES", -1)
+    stream = house.transport.places[0].stream
+    for _ in range(house.listener._pool._max_workers + 1):
+        wanted = stream.wanted
+        with Call(house.listener.port, site(made, "site-0"), hello(0, wanted=0)) as call:
+            call.welcome()
+            call.out.put(HEAD.pack(PART, wanted, 0, 1, 1.0) + b"a")
+            time.sleep(0.02)
+    assert stream.wanted == 1, "the first one waits"
+    for client_id in (1, 2):
+        with inside(house, made, client_id) as call:
+            call.out.put(HEAD.pack(NOTE, 0, 0, 2, 1.0) + b"[]")
+            until(lambda i=client_id: house.transport.places[i].stream.wanted == 1)
+
+
+def test_a_join_of_a_process_that_is_gone_is_not_answered_to_the_next_one(house: House, made: Path):
+    house.transport.begin()
+    for incarnation, version in (("one", 3), ("two", NEVER)):
+        join = to_bytes(Join((version,), ()))
+        with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation=incarnation)) as call:
+            call.welcome()
+            for number, content in enumerate((join, b"more")):
+                call.out.put(HEAD.pack(PART, number, 0, len(content), 1.0) + content)
+            until(lambda: house.transport.places[0].stream.wanted == 2)
+    found = list(iter(lambda: house.transport.receive_until(house.clock.now() + 0.2), None))
+    assert found == [(0, b"more"), (0, join), (0, b"more")], "of what is gone its updates are counted"
+
+
+def test_of_a_process_that_is_gone_no_half_message_is_kept(house: House, made: Path):
+    content, kept = bytes(1 << 20), weakref.WeakSet[NumberedStream]()
+    for incarnation in range(4):
+        with Call(house.listener.port, site(made, "site-0"), hello(0, incarnation=f"{incarnation}")) as call:
+            call.welcome()
+            kept.add(stream := house.transport.places[0].stream)
+            call.out.put(HEAD.pack(PART, 0, 0, 3 << 20, 1.0) + content)
+            until(lambda s=stream: s.wanted == 1)
+    del stream
+    until(lambda: gc.collect() >= 0 and len(kept) == 1)
+    (last,) = kept
+    last.close()
+    assert not last._come and not last._out
+    with pytest.raises(CodecError, match="closed"):
+        last.attach(0)
 
 
 def test_who_is_removed_while_its_message_waits_says_nothing_more(house: House, made: Path, monkeypatch):
@@ -647,9 +723,9 @@ def test_the_end_of_a_run_reaches_a_site_whose_late_updates_nobody_takes(
     monkeypatch.setattr(remote_transport, "HELD_BYTES", 1)
     content = bytes(1 << 20)
     with inside(house, made) as call:
-        for number in range(3):
+        for number in range(4):
             call.out.put(HEAD.pack(PART, number, 0, 1, 1.0) + b"a")
-        until(lambda: house.transport.places[0].stream.wanted == 2)
+        until(lambda: house.transport.places[0].stream.wanted == 3)
         for _ in range(4):
             house.transport.send(0, Parcel(content, 8))
         closing_ = threading.Thread(target=house.transport.close, args=(0.5,))

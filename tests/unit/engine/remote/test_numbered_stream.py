@@ -18,7 +18,6 @@ from parablock.engine.remote import numbered_stream
 from parablock.engine.remote.frames import BYE, CONFIRM, HEAD, MAX_NOTE_BYTES, NOTE, PART, PART_BYTES
 from parablock.engine.remote.numbered_stream import Delivered, NumberedStream
 from parablock.errors import CodecError
-from parablock.wire.transport import MESSAGE_BYTES
 
 SIZE = 4
 LIMIT = 1000
@@ -257,14 +256,12 @@ def test_who_holds_confirms_nothing_and_sends_on_and_the_other_one_stops(monkeyp
     assert len(sent) == 3, "what its window lets go"
     for frame in sent:
         other.take(frame)
-    assert other.stream.held_bytes == 3 * (MESSAGE_BYTES + SIZE)
     back = other.drain()
     assert [HEAD.unpack_from(frame)[0] for frame in back] == [PART] * 3, "and no confirmation"
     for frame in back:
         one.take(frame)
     assert [HEAD.unpack_from(frame)[0] for frame in one.drain()] == [CONFIRM], "it has to wait"
     other.stream.hold(False)
-    assert other.stream.held_bytes == 0
     for frame in other.drain():
         one.take(frame)
     assert {HEAD.unpack_from(frame)[0] for frame in one.drain()} == {PART}, "it goes on"
