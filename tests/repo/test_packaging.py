@@ -299,7 +299,8 @@ def test_setup_names_each_step_that_takes_long_in_a_log_too(tmp_path: Path):
         '*"pip install --quiet --quiet"*) echo "pip $*";; esac\n'
     )
     python.chmod(0o755)
-    log = call("make", "setup", f"PYTHON={python}", folder=tmp_path, environment=dict(os.environ)).splitlines()
+    command = ("make", "--no-print-directory", "setup", f"PYTHON={python}")
+    log = call(*command, folder=tmp_path, environment=dict(os.environ)).splitlines()
     steps = [line[: len("1 of 3")] for line in log]
     assert [log[n + 1].startswith("pip ") for n, step in enumerate(steps) if " of 3" in step] == [True] * 3
     assert sum(line.startswith("pip ") for line in log) == 3
