@@ -158,8 +158,8 @@ def test_a_site_that_was_away_at_the_checkpoint_goes_on_from_what_it_really_hold
         counted[t] = [update.client_id for update in updates]
         if t == 6 - delay:
             town.may_return[2].set()
-            for _ in range(3000):
-                if town.transport.is_there(2):
+            for _ in range(3000):  # until its Join waits, which the server takes between two commits
+                if town.transport.is_there(2) and town.transport.places[2].has_sent:
                     break
                 time.sleep(0.01)
         if t > 6 and len(trained) == 1:

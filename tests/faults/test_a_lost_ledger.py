@@ -34,6 +34,7 @@ from parablock.deploy.site_check import check_site
 from parablock.engine.plans import Hooks
 from parablock.engine.remote import remote_engine
 from parablock.engine.remote.frames import HEAD, PART, Hello, Opening
+from parablock.engine.remote.numbered_stream import NumberedStream
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.update_form import Differences, FixedPointWords
 from parablock.errors import ConfigError, DataError, LedgerError, PolicyError
@@ -148,7 +149,10 @@ def test_a_session_begins_without_a_site_that_has_lost_its_ledger(
     hooks = Hooks(
         lambda state, updates, _: counted.append([update.client_id for update in updates]),
         lambda _: None,
-        asked_to_stop=lambda: waits and any("waiting for clients 1" in line for line in said if town.refused),
+        asked_to_stop=lambda: (
+            waits
+            and all(any(word in line for line in said) for word in ("waiting for clients 1", "lost its ledger"))
+        ),
         on_event=said.append,
     )
 
@@ -169,6 +173,29 @@ def test_a_session_begins_without_a_site_that_has_lost_its_ledger(
     assert [finished, without] == [not waits] * 2
     # of the first round another update has been released
     assert counted == ([] if waits else [[], *[[0, 2]] * 5])
+
+
+def test_a_site_that_refuses_as_soon_as_it_is_let_in_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    attach = NumberedStream.attach
+
+    def slowly(stream: NumberedStream, other_wants: int) -> int:
+        time.sleep(0.3)
+        return attach(stream, other_wants)
+
+    monkeypatch.setattr(NumberedStream, "attach", slowly)
+    said = list[str]()
+    town = remote_runs.Town(tmp_path, server_plan(2, 3, 1, FORM), [3, 1], keeps_releases=True)
+    town.releases[-1].record(ACCOUNT, 0, clients=(0, 1))
+    town.start(1)
+    hears = RealClock()
+    hooks = replace(
+        QUIET,
+        on_event=said.append,
+        asked_to_stop=lambda: hears.now() > 20 or any("lost its ledger" in line for line in said),
+    )
+    assert not town.serve(hooks).finished
+    town.end()
+    assert any("client 1 has lost its ledger" in line for line in said)
 
 
 def test_a_session_begins_without_a_site_that_was_removed(tmp_path: Path):

@@ -206,7 +206,7 @@ class SiteChannel:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._heard_s = trace.clock.now()
         self._spans_told, self.tells_spans = 0, True  # whether the server may know when this site computed
-        self._leaves, self._problem = True, ""
+        self._leaves, self._problem, self._is_open = True, "", False
 
     def open(self) -> bool:
         """Connect; return whether an earlier process of this site took part in the session.
@@ -319,16 +319,13 @@ class SiteChannel:
     # ── the connection's thread ─────────────────────────────────────────────────────────────────────
 
     def _keep_connected(self) -> None:
-        pause_s, is_first = FIRST_PAUSE_S, True
+        pause_s = FIRST_PAUSE_S
         while not self.stream.is_closed:
             try:
                 with self._connection() as (welcome, numbers, call):
                     if welcome.opening is not None or welcome.is_over:
                         raise SessionOver
                     self._heard_s, pause_s = self._clock.now(), FIRST_PAUSE_S
-                    if is_first:
-                        self._attached.put(welcome.rejoins)
-                        is_first = False
                     self._caller.say(f"connected with {self._caller.address}")
                     self._carry(welcome, numbers, call)
             except ConnectionError as problem:
@@ -336,10 +333,10 @@ class SiteChannel:
             except BaseException as error:  # whatever it is, the compute thread has to hear of it
                 ended = SessionOver() if isinstance(error, EOFError) else error
                 self._ended = ended
-                if is_first:
-                    self._attached.put(ended)
-                else:
+                if self._is_open:
                     self.inbox.fail(ended)
+                else:
+                    self._attached.put(ended)
                 self.stream.close()
                 return
             if not self.stream.is_closed:
@@ -374,6 +371,9 @@ class SiteChannel:
         except CodecError:  # another process of this site has taken its place
             raise SessionOver from None
         numbers.put(connection)
+        if not self._is_open:  # from now on a last word finds its way
+            self._is_open = True
+            self._attached.put(welcome.rejoins)
         try:
             for frame in call:
                 self._heard_s = self._clock.now()
