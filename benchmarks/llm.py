@@ -107,7 +107,12 @@ def llm_methods(options: Options) -> None:
 
 
 def llm_more(options: Options) -> None:
-    """Compare more methods, ranks and forms of updates, and a delay that nothing corrects, on one seed of them."""
+    """Compare more methods, ranks and forms of updates, and a delay that nothing corrects."""
+    compare(options, math.inf)
+
+
+def llm_longer(options: Options) -> None:
+    """Compare FedIT with and without overlap in twice as many rounds, and in three more."""
     compare(options, math.inf)
 
 
@@ -210,9 +215,9 @@ def method_bars(options: Options, found: Found) -> list[Bar]:
         if {overlapped, serial} <= set(ends)
     ]
     for overlapped, serial in kit.ABOUT["llm_methods"]["pairs"]:
-        longer = f"{overlapped}, a round more"
-        if {overlapped, longer, serial} <= set(ends):
-            soon = fmean(times_as_soon(found["runs"], serial, overlapped, longer))
+        longer = [way for way in ends if way.startswith(f"{overlapped}, ") and way.endswith(" more")]
+        if longer and serial in ends:
+            soon = fmean(times_as_soon(found["runs"], serial, overlapped, *longer))
             bars.append(
                 Bar(f"{data}: seconds of {overlapped} to the last loss of {serial}, wire as long", soon, 0.6)
             )
@@ -221,17 +226,18 @@ def method_bars(options: Options, found: Found) -> list[Bar]:
 
 
 def times_as_soon(runs: list[Found], serial: str, *overlapped: str) -> list[float]:
-    """Return for each seed how soon the first run that is as low as the serial one has ended, over its seconds.
+    """Return for each seed how soon an overlapped run is first scored as low as the serial one at its end.
 
-    An exchange is taken to last as long as a round's computation c: a serial round is 2 c, and T overlapped ones
-    are (T + 1) c. 9.99: no run is as low.
+    An exchange is taken to last as long as the computation c of a round: T serial rounds are 2 T c, and T overlapped
+    ones (T + 1) c. 9.99: no run is as low.
     """
     soon = []
     for of_seed in grouped(runs, "seed").values():
         ends = {run["way"]: (run["curve"][-1][2], run["num_rounds"]) for run in of_seed}
         if serial in ends:
             loss, rounds = ends[serial]
-            reached = [ends[way][1] for way in overlapped if way in ends and ends[way][0] <= loss]
+            points = [point for run in of_seed if run["way"] in overlapped for point in run["curve"]]
+            reached = [point[0] for point in points if point[2] <= loss]
             soon.append((min(reached) + 1) / (2 * rounds) if reached else 9.99)
     return soon
 
@@ -383,7 +389,7 @@ def llm_answers_section(found: Found) -> Found:
     return section("llm_answers", found, table(said["head"], rows), num_rules=len(said["rules"]), endless=endless)
 
 
-llm_more_section = llm_t0_section = llm_methods_section
+llm_more_section = llm_t0_section = llm_longer_section = llm_methods_section
 TRIED = [*kit.ABOUT["llm_search"]["tried"]]
 WAYS = [*kit.ABOUT["llm_methods"]["ways"]]
 BENCHMARKS = benchmarks(

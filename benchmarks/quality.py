@@ -66,16 +66,16 @@ STEP_S = 0.25
 
 
 def data_of(name: str, options: Options) -> tuple[kit.Material, Found]:
-    """Return material and settings of t0 (a family a client), gsm8k (clients alike) or made word problems."""
+    """Return material and settings of T0 (a family a client), GSM8K (clients alike) or word problems (either)."""
     num_clients = 2 if options.smoke else {"t0": 8}.get(name, 4)
-    if name == "words":
+    if name.startswith("words"):
         folder = Path(options.work_dir).resolve() / "material"
         material = kit.generated(folder, num_clients=num_clients, examples_per_client=120, num_layers=4)
     elif name == "gsm8k" and not options.smoke:
         material = kit.pretrained("gsm8k", train="/train.jsonl", test="/test.jsonl")
     else:
-        material = kit.material_of(options, num_clients=num_clients)
-    scheme = "iid" if name == "gsm8k" else "by_file"
+        material = kit.material_of(options, *FAMILIES * (name == "four families"), num_clients=num_clients)
+    scheme = "iid" if name == "gsm8k" or name.endswith("iid") else "by_file"
     return material, {"data.partition.scheme": scheme, "federation.num_clients": num_clients}
 
 
@@ -806,6 +806,100 @@ def peers_section(found: Found) -> Found:
     return section("peers", found, table(head, rows))
 
 
+# -- what others ship, and ours: seconds to a loss
+def rivals(options: Options) -> None:
+    """Compare the seconds to a loss with those of what others ship, by link, on a core and on a GPU."""
+    about, found = kit.ABOUT["rivals"], Found(runs=[])
+    for seed, way in product(options.seeds, options.only):
+        settings = about["ways"][way]
+        tried = try_rates(settings, options)
+        settings = settings | {"seed": seed, "train.learning_rate": min(tried, key=lambda each: tried[each])}
+        config = way_config(settings, options.data[0], options)
+        run = kit.Kept(config, options, "-".join(re.findall(r"\w+", f"{way} seed {seed}")))
+        row = {"way": way, "seed": seed, "learning_rate": config.train.learning_rate, "tried": tried}
+        row |= run.told("delay", "num_rounds", "uplink_bytes", "downlink_bytes")
+        row["curve"] = [[point["round"], point["loss"]] for point in run.points]
+        row["round_s"] = {
+            device: {
+                f"{mbps:g}": link_round_s(config, device, mbps, way in about["others"], options)
+                for mbps in options.links
+            }
+            for device in DEVICES
+        }
+        found["runs"].append(row)
+        record(options, found, rival_bars(found["runs"], options.links), config)
+
+
+DEVICES = {"core": ASSUMED_FLOPS["cpu", "float32"], "GPU": ASSUMED_FLOPS["cuda", "float32"]}
+
+
+def link_round_s(config: RunConfig, device: str, mbps: float, one_by_one: bool, options: Options) -> float:
+    """Return the planned seconds of a round: computation, upload, download one by one, or as ours go."""
+    step = step_s(KIND_OF[config.federation.method], options) * DEVICES["core"] / DEVICES[device]
+    engine = config.engine.model_copy(update={"step_time_s": step})
+    link = config.link.model_copy(update={"upload_mbps": mbps, "download_mbps": mbps})
+    plan = make_plan(config.model_copy(update={"engine": engine, "link": link}))
+    return plan.sequential_s if one_by_one else plan.round_s
+
+
+def rounds_to(runs: Sequence[Found]) -> dict[tuple[str, int], tuple[int, bool]]:
+    """Return for each way and seed the rounds to the loss, with those of its lag, and whether it is reached."""
+    others, found = kit.ABOUT["rivals"]["others"], dict[tuple[str, int], tuple[int, bool]]()
+    for seed, of_seed in grouped(runs, "seed").items():
+        loss = max((run["curve"][-1][1] for run in of_seed if run["way"] in others), default=0.0)
+        for run in of_seed:
+            at = next((number for number, scored in run["curve"] if scored <= loss), None)
+            found[run["way"], seed] = ((at or run["num_rounds"]) + run["delay"], at is not None)
+    return found
+
+
+def rival_seconds(runs: Sequence[Found], device: str, mbps: str) -> dict[str, tuple[float, bool]]:
+    """Return for each way the mean seconds to the loss, and whether every run reaches it."""
+    rounds, found = rounds_to(runs), dict[str, tuple[float, bool]]()
+    for way, of_way in grouped(runs, "way").items():
+        taken = [(run["round_s"][device][mbps] * rounds[way, run["seed"]][0]) for run in of_way]
+        found[way] = fmean(taken), all(rounds[way, run["seed"]][1] for run in of_way)
+    return found
+
+
+def rival_bars(runs: Sequence[Found], links: Sequence[float]) -> list[Bar]:
+    """Return the bars of each link: the best of ours over the best of the others."""
+    about, bars = kit.ABOUT["rivals"], list[Bar]()
+    for device, mbps in product(DEVICES, links):
+        seconds = rival_seconds(runs, device, f"{mbps:g}")
+        reached = {way: s for way, (s, is_reached) in seconds.items() if is_reached}
+        ours, others = (
+            [s for way, s in reached.items() if (way in about["others"]) is of_others]
+            for of_others in (False, True)
+        )
+        if ours and others:
+            name = f"{mbps:g} Mbit/s, a {device}: seconds to the loss, the best of ours / the best of the others"
+            bars.append(Bar(name, min(ours) / min(others), about["limits"].get(f"{mbps:g}", 0.8)))
+    return bars
+
+
+def rivals_section(found: Found) -> Found:
+    runs = found["results"]["runs"]
+    links = [f"{mbps:g}" for mbps in found["options"]["links"]]
+    head, rows = ["way", "rate", "MB up, a client and round", "last loss"], list[list[str]]()
+    columns = list(product(DEVICES, links))
+    seconds = {column: rival_seconds(runs, *column) for column in columns}
+    for way, of_way in grouped(runs, "way").items():
+        sent = fmean(run["uplink_bytes"] for run in of_way) / of_way[0]["num_rounds"] / len(FAMILIES) / 1e6
+        cells = [
+            way,
+            f"{of_way[0]['learning_rate']:g}",
+            f"{sent:.3f}",
+            spread(run["curve"][-1][1] for run in of_way),
+        ]
+        for column in columns:
+            taken, is_reached = seconds[column][way]
+            cells.append(f"{taken:.1f}" if is_reached else f"not in {taken:.1f}")
+        rows.append(cells)
+    head += [f"{device}, {mbps} Mbit/s: s" for device, mbps in columns]
+    return section("rivals", found, table(head, rows), core=DEVICES["core"], gpu=DEVICES["GPU"])
+
+
 # -- ways to run a method, beside each other at equal rounds
 SERIAL, LONGER = "delay 0", "delay 1, longer"
 """Ways of `delays`; the second is run where delay 1 has not reached the last loss of delay 0."""
@@ -818,6 +912,16 @@ def delays(options: Options) -> None:
 
 def sparse(options: Options) -> None:
     """Compare sparse2 with float32 for all parameters, in last losses and bytes, by the local steps of a round."""
+    run_ways(options)
+
+
+def optimizers(options: Options) -> None:
+    """Compare Muon with AdamW on blocks, each at its own best rate, on T0 and GSM8K."""
+    run_ways(options)
+
+
+def in_flight(options: Options) -> None:
+    """Compare the rules for updates in flight, by local steps and by how much clients differ."""
     run_ways(options)
 
 
@@ -920,6 +1024,27 @@ def ways_section(name: str, found: Found) -> Found:
 
 
 delays_section, sparse_section = (partial(ways_section, name) for name in ("delays", "sparse"))
+optimizers_section = partial(ways_section, "optimizers")
+
+
+def in_flight_section(found: Found) -> Found:
+    """Name the rule that wins most often beside the losses, and its mean ratio to `none`."""
+    made, wins, ratios = (
+        ways_section("in_flight", found),
+        defaultdict[str, int](int),
+        defaultdict[str, list[float]](list),
+    )
+    for rows in by_group(found["results"]).values():
+        losses = {way: fmean(row[way]["final_eval_loss"] for row in rows) for way in kit.ABOUT["in_flight"]["ways"]}
+        wins[min(losses, key=lambda way: losses[way])] += 1
+        for way, loss in losses.items():
+            ratios[way].append(loss / losses["none"])
+    by_wins = sorted(ratios, key=lambda way: fmean(ratios[way]))
+    rows = [[f"`{way}`", f"{fmean(ratios[way]):.4f}", f"{max(ratios[way]):.4f}", str(wins[way])] for way in by_wins]
+    made["parts"].append(
+        table(["rule", "loss / `none`, mean of the rows", "the worst row", "rows that it wins"], rows)
+    )
+    return made
 
 
 # -- random facts: what nothing but memory holds, and where adapters are full
