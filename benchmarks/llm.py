@@ -9,6 +9,7 @@ run by run.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -228,8 +229,8 @@ def method_bars(options: Options, found: Found) -> list[Bar]:
 def times_as_soon(runs: list[Found], serial: str, *overlapped: str) -> list[float]:
     """Return for each seed how soon an overlapped run is first scored as low as the serial one at its end.
 
-    An exchange is taken to last as long as the computation c of a round: T serial rounds are 2 T c, and T overlapped
-    ones (T + 1) c. 9.99: no run is as low.
+    An exchange is taken to last as long as the computation c of a round: T serial rounds are 2 T c, and T
+    overlapped ones (T + 1) c. 9.99: no run is as low.
     """
     soon = []
     for of_seed in grouped(runs, "seed").values():
@@ -387,6 +388,94 @@ def llm_answers_section(found: Found) -> Found:
         rows.append(cells)
     endless = ", ".join(f"{row['endless']} of {row['way']}" for row in found["results"])
     return section("llm_answers", found, table(said["head"], rows), num_rules=len(said["rules"]), endless=endless)
+
+
+# -- text of a language that the model hardly knows
+def llm_text(options: Options) -> None:
+    """Train on with plain text of another language: bits per byte, and what is forgotten."""
+    material, model = pages(options), material_of(options).model
+    others = forgotten_rows(options)
+    found: Found = {"base": losses_of(model, others, options, f"base-{kit.digest(model)}"), "runs": []}
+    a_round = 2 * options.steps * options.batch_size * options.row_bytes  # of two clients
+    rounds = math.ceil(options.kilobytes * 1000 / a_round)
+    for way in options.only:
+        settings: Found = {"data.partition.scheme": "iid", "federation.num_clients": 2, "evaluation.num_answers": 0}
+        settings |= {"federation.num_rounds": rounds, "evaluation.every_rounds": max(1, rounds // 4)}
+        settings |= kit.training(options) | kit.ABOUT["llm_methods"]["ways"][way]
+        config = kit.configured(kit.Material(model, *material), settings)
+        run = kit.Kept(config, options, f"text {way}".replace(" ", "-"))
+        tested = read_inputs(config).test
+        bits = sum(label >= 0 for row in tested for label in row.labels) / (
+            len(tested) * options.row_bytes * math.log(2)
+        )
+        curve = [[0, 0.0, run.summary["initial_eval_loss"] * bits]]
+        curve += [[p["round"] * a_round / 1e3, p["bytes"] / 2e6, p["loss"] * bits] for p in run.points]
+        row = {"way": way, "curve": curve} | run.told("method", "delay", "num_rounds")
+        found["runs"].append(row | {"forgotten": losses_of(str(run.directory.model), others, options, run.name)})
+        shutil.rmtree(run.directory.model, ignore_errors=True)
+        record(options, found, [], config)  # the rest may not be reached
+
+
+def pages(options: Options) -> tuple[tuple[str], tuple[str]]:
+    """Write rows of German manual pages, one page in ten held out: training and test file."""
+    folder = Path(options.work_dir).resolve() / "pages"
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = (folder / f"{name}-{options.row_bytes}.jsonl" for name in ("train", "test"))
+    if not test.exists():
+        texts = [text for _, text in sorted(topics.items())] if options.smoke else german(folder)
+        kept: dict[Path, list[str]] = {train: [], test: []}
+        for number, text in enumerate(texts):
+            data, size = text.encode(), options.row_bytes
+            cuts = [data[at : at + size].decode(errors="ignore") for at in range(0, len(data) - size, size)]
+            kept[test if number % 10 == 0 else train] += cuts
+        for path, rows in kept.items():
+            path.write_text("".join(f"{json.dumps({'text': row})}\n" for row in rows), encoding="utf-8")
+    return (str(train),), (str(test),)
+
+
+def german(folder: Path) -> list[str]:
+    """Return the manual pages of a package of Debian's, which apt loads."""
+    package = kit.ABOUT["llm_text"]["package"]
+    subprocess.run(["apt-get", "-qq", "download", package], cwd=folder, check=False)
+    loaded = sorted(folder.glob(f"{package}_*.deb"))
+    if not loaded:
+        sys.exit(f"{package} is not to be had from apt; --smoke runs on other text")
+    subprocess.run(["dpkg-deb", "-x", loaded[0], "."], cwd=folder, check=True)
+    found = [path for path in sorted(folder.glob("usr/share/man/de/man*/*.gz")) if not path.is_symlink()]
+    return [plain(gzip.decompress(path.read_bytes()).decode("utf-8")) for path in found]
+
+
+def plain(page: str) -> str:
+    """Return the words of a manual page without the marks of its format."""
+    lines = [line for line in page.splitlines() if not line.startswith((".", "'", '\\"'))]
+    words = re.sub(r"\\f(?:[A-Z]|\(..|\[\w*\])|\\[&%:/,]|\\s[-+]?\d", "", " ".join(lines))
+    for mark, letter in {"\\-": "-", "\\(bu": "•", "\\(aq": "'", "\\e": "\\", "\\~": " ", "\\(co": "©"}.items():
+        words = words.replace(mark, letter)
+    return re.sub(r"\s+", " ", words)
+
+
+def llm_text_section(found: Found) -> Found:
+    results, panels = found["results"], {"kB of text": Found(), "MB over a client's link": Found()}
+    rows, places = [], [round(point[0]) for point in results["runs"][0]["curve"]]
+    for run in results["runs"]:
+        for axis, curves in enumerate(panels.values()):
+            curves[run["way"]] = [[point[axis], point[2]] for point in run["curve"]]
+        sent = run["curve"][-1][1] / run["num_rounds"]
+        cells = [run["way"], f"{sent:.1f}", *(f"{point[2]:.4f}" for point in run["curve"])]
+        rows.append(cells + [f"{loss:.3f}" for loss in run["forgotten"].values()])
+    rows.insert(
+        0,
+        ["base model", "", rows[0][2], *[""] * (len(places) - 1), *(f"{x:.3f}" for x in results["base"].values())],
+    )
+    leads = [
+        min(results["runs"], key=lambda run, at=at: run["curve"][at][2])["way"] for at in range(1, len(places))
+    ]
+    told = "; ".join(f"after {kilobytes} kB {way}" for kilobytes, way in zip(places[1:], leads, strict=True))
+    head = ["trained", "MB a client and round", *(f"bits a byte, {at} kB" for at in places), *results["base"]]
+    figure = {"figure": "llm_text.svg", "y": "bits per byte", "panels": panels}
+    parts = [table(head, rows), f"Fewest bits a byte: {told}.", figure]
+    rounds, package = results["runs"][0]["num_rounds"], kit.ABOUT["llm_text"]["package"]
+    return section("llm_text", found, *parts, rounds=rounds, package=package)
 
 
 llm_more_section = llm_t0_section = llm_longer_section = llm_methods_section
