@@ -85,10 +85,16 @@ def plan_of(delay: int, *, rounds: int = ROUNDS, **options) -> ServerPlan:
 
 
 def serve(
-    answer: Answer, *, delay: int = 0, rounds: int = ROUNDS, resumed: Server | None = None, **options
+    answer: Answer,
+    *,
+    delay: int = 0,
+    rounds: int = ROUNDS,
+    resumed: Server | None = None,
+    script: type[Script] = Script,
+    **options,
 ) -> tuple[Server, list[list[int]], Script, list[str]]:
     plan = plan_of(delay, rounds=rounds, **options)
-    transport, counted, events = Script(answer), [], []
+    transport, counted, events = script(answer), [], []
     start = ServerStart(initial_server([torch.zeros(SIZE), torch.ones(SIZE)]))
     if resumed:
         start = ServerStart(resumed.state, resumed.state.committed + 1, resumed.held)
@@ -165,6 +171,43 @@ def test_what_a_site_sends_again_after_a_resume_is_no_offence():
     assert counted == [[0, 1, 2, 3]] * 3
     assert not server.refused and not events
     assert serve(again)[0].refused["duplicate"], "without a resume it is one"
+
+
+ON_AND_ON = {
+    "the first chunk again": lambda start, update: update[0],
+    "noise": lambda start, update: b"PBLK" + bytes(40),
+    "a server's message": lambda start, update: to_bytes(Mark(3, stop=True)),
+    "a chunk of a round long past": lambda start, update: changed(update[0], round_index=start.round_index - 3),
+    "a chunk of a round to come": lambda start, update: changed(update[0], round_index=start.round_index + 3),
+    "a skip of a round long past": lambda start, update: to_bytes(Skip(start.round_index - 3)),
+}
+
+
+@pytest.mark.parametrize("case", ON_AND_ON)
+def test_a_round_does_not_wait_for_a_client_that_sends_nothing_of_use_on_and_on(case: str):
+    class Endless(Script):
+        """Client 2 sends a chunk of its update of round 3, and nothing new after it."""
+
+        sent_on_and_on, useless = 0, b""
+
+        def receive(self, timeout_s: float, waiting_for: str, from_clients=None) -> tuple[int, bytes]:
+            if not self._arrives:
+                Endless.sent_on_and_on += 1
+                assert Endless.sent_on_and_on < 1000, f"the server still waits for {waiting_for}"
+                return 2, Endless.useless
+            return super().receive(timeout_s, waiting_for, from_clients)
+
+    def answer(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        if (client_id, start.round_index) != (2, 3):
+            return everybody_honest(client_id, start, update)
+        Endless.sent_on_and_on, Endless.useless = 0, ON_AND_ON[case](start, update)
+        return [(2, update[0])]
+
+    server, counted, _, events = serve(answer, script=Endless)
+    assert counted == [[0, 1, 2, 3]] * 3 + [[0, 1, 3]] + [[0, 1, 2, 3]] * 2
+    assert server.refused["useless"] == 1
+    assert "refused (useless): client 2 sent nothing but what is of no use to the round" in events
+    assert Endless.sent_on_and_on > 2 * 3, "the chunks of two late updates are no nuisance yet"
 
 
 BAD = {

@@ -23,15 +23,20 @@ class Refusals:
     Args:
         before: Those before a resume.
         tell: Gets a line for each of them, as far as a client has no more than `MOST_TOLD`.
+
+    Attributes:
+        useless: Client → messages of it that moved no round, refused or not.
     """
 
     def __init__(self, before: Mapping[str, int], tell: Callable[[str], None]) -> None:
         self.counts, self._told, self.tell = Counter[str](before), Counter[int](), tell
+        self.useless = Counter[int]()
 
     def count(self, client_id: int, refusal: Refusal) -> None:
         """Count a refusal, and tell of it."""
         self.counts[refusal.reason] += 1
         self._told[client_id] += 1
+        self.useless[client_id] += 1
         if self._told[client_id] <= MOST_TOLD:
             self.tell(f"refused ({refusal.reason}): client {client_id} sent {refusal.text}")
 

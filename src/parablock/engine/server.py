@@ -191,6 +191,8 @@ class Server:
             while len(fold.expected) >= self._fewest and not fold.is_complete:
                 if fold.is_next_ready:
                     self._fold_chunk(fold)
+                elif (nuisance := self._strays.nuisance(fold, self._plan.delay)) is not None:
+                    self._refuse(nuisance, fold, Refusal("useless", "nothing but what is of no use to the round"))
                 else:
                     self._wait_for(fold)
             block, overwritten = fold.block_index, self.state
@@ -288,8 +290,7 @@ class Server:
                     raise
                 self._on_event(f"still waiting for {waiting_for}. {error.cause}")
                 continue
-            self._take(*received)
-            return
+            return self._take(*received)
 
     def _take(self, client_id: int, raw: bytes) -> None:
         try:
@@ -312,8 +313,8 @@ class Server:
     def _take_skip(self, client_id: int, skip: Skip) -> None:
         t = skip.round_index
         self._participation.answered(client_id, t, self._trace.clock.now())
-        fold = self._folds.get(t)
-        if fold is None or client_id not in fold.expected:
+        if (fold := self._folds.get(t)) is None or client_id not in fold.expected:
+            self._strays.skip(client_id)
             return
         self._take_out(client_id, fold, Refusal("skipped", "a message that it skips the round"))
         if not skip.problem:
@@ -333,8 +334,7 @@ class Server:
 
     def _take_update(self, client_id: int, update: Update) -> None:
         t = update.round_index
-        fold = self._folds.get(t)
-        if fold is None or client_id not in fold.expected:
+        if (fold := self._folds.get(t)) is None or client_id not in fold.expected:
             self._strays.take(client_id, update, fold, self._trace.clock.now())
             return
         problem = fold.take(client_id, update)

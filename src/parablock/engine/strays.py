@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from parablock.engine.participation import Participation
 from parablock.engine.refusals import Refusal, Refusals
 from parablock.engine.releasing import Releasing
 from parablock.engine.round_fold import RoundFold
 from parablock.wire.messages import Update
 
+MAX_USELESS = 16
+"""Messages of no use that a round takes from a client, beside the chunks of updates that came too late."""
+
 
 class Strays:
-    """Counts each stray update once, with its last chunk.
+    """Counts each stray update once, with its last chunk, and knows who sends nothing else.
 
     Args:
         participation: Learns that a late client has answered.
@@ -29,10 +34,26 @@ class Strays:
         self._participation, self._refusals, self._releasing = participation, refusals, releasing
         self._committed_at_start = committed_at_start
         self.counted: dict[int, tuple[int, ...]] = {}
+        self._round, self._before = -1, Counter[int]()
+
+    def nuisance(self, fold: RoundFold, delay: int) -> int | None:
+        """Return a client that the round waits for, and that sends it too much of no use.
+
+        An honest one may send in vain the chunks of every update that it owes, since the rounds may have gone on.
+        """
+        if fold.round_index != self._round:
+            self._round, self._before = fold.round_index, self._refusals.useless.copy()
+        useless, most = self._refusals.useless, MAX_USELESS + (delay + 2) * fold.num_chunks
+        return next((i for i in fold.missing if useless[i] - self._before[i] > most), None)
+
+    def skip(self, client_id: int) -> None:
+        """Count a message that a client skips a round which does not expect it."""
+        self._refusals.useless[client_id] += 1
 
     def take(self, client_id: int, update: Update, fold: RoundFold | None, now_s: float) -> None:
         """Count an update that the fold of its round does not expect; `fold` is None where there is none."""
         t = update.round_index
+        self._refusals.useless[client_id] += 1
         if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
             return
         if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
