@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -30,11 +31,17 @@ import torch
 from _record import Bar, Found, Options, benchmarks, grouped, main, record, section, spread, table
 
 from parablock.config.keys import RunConfig
+from parablock.data.batches import round_batches
+from parablock.evaluation.scoring import evaluate_loss
 from parablock.evaluation.side_by_side import score_models, score_records
 from parablock.experiment.inputs import read_inputs
+from parablock.model.adapters import add_adapters
+from parablock.model.loss import count_label_tokens, sum_loss
 from parablock.model.params import Replica
 from parablock.model.pretrained import load_tokenizer
 from parablock.plan.forecast import make_plan
+from parablock.seeding import generator_for
+from parablock.training.local import learning_rate_at
 from parablock.training.trainer import LocalTrainer, local_arguments
 
 TEXT_CHARS = 600
@@ -476,6 +483,133 @@ def llm_text_section(found: Found) -> Found:
     parts = [table(head, rows), f"Fewest bits a byte: {told}.", figure]
     rounds, package = results["runs"][0]["num_rounds"], kit.ABOUT["llm_text"]["package"]
     return section("llm_text", found, *parts, rounds=rounds, package=package)
+
+
+# -- adapters on the layers that are not the active block: by hand, as the product does not have it
+def beside_blocks(options: Options) -> None:
+    """Train a block, adapters, or a block and the adapters of all other layers in a round, after BREAD."""
+    found = list[Found]()
+    for data, way in product(options.data, options.only):
+        config, rates = beside_config(data, way, options), kit.ABOUT["beside_blocks"]["of"][data]["rates"][way]
+        kept = Path(options.work_dir) / f"beside {data} {way} {kit.digest(f'{config.to_yaml()}{rates}')}.json"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(train_beside(config, rates, "Muon" in way)), encoding="utf-8")
+        found.append({"data": data, "way": way, "rates": rates} | json.loads(kept.read_text(encoding="utf-8")))
+        record(options, found, [], config)  # the rest may not be reached
+
+
+def beside_config(data: str, way: str, options: Options) -> RunConfig:
+    """Make the configuration of rows, blocks and steps; nothing of the product trains by it."""
+    about = kit.ABOUT["beside_blocks"]["of"][data]
+    if data == "t0" and not options.smoke:
+        material = kit.pretrained(
+            *(f"t0/{family}" for family in ("ag_news", "rotten_tomatoes", "dbpedia_14", "glue_qqp"))
+        )
+    else:
+        material = material_of(options)
+    rounds = max(4, round(about["rounds"] * options.part))
+    settings = about["settings"] | {"federation.num_rounds": rounds, "seed": options.seed}
+    settings |= {"blocks.layers_per_block": about["layers"], "train.learning_rate": max(about["rates"][way])}
+    return kit.configured(material, settings | {"blocks.allow_unvisited": True})
+
+
+def train_beside(config: RunConfig, rates: list[float], by_muon: bool) -> Found:
+    """Average what clients train from one state, round after round; return scored rounds and bytes."""
+    job, (block_rate, adapter_rate) = read_inputs(config), rates
+    model, arguments, pad = job.loaded.model, local_arguments(config), job.loaded.tokenizer.pad_token_id
+    add_adapters(model, rank=8, alpha=16.0, seed=config.seed)
+    every = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    layered = [block for block in job.blocks if block.layers]
+    order = generator_for(config.seed, "beside blocks").permuted(
+        [[*range(len(layered))]] * config.federation.num_rounds, axis=1
+    )
+    visits = order.reshape(-1)  # every block once, in another order each time
+    evaluate = partial(evaluate_loss, model, job.test, pad_token_id=pad)
+    curve, sent, steps = [[0, 0.0, evaluate()]], 0.0, int(config.train.num_local_steps)
+    total = config.federation.num_rounds * steps
+    for t in range(config.federation.num_rounds):
+        block = layered[visits[t]]
+        of_block = [every[name] for name in block.parameter_names if block_rate]
+        active = tuple(f"{block.layers_path}.{layer}." for layer in block.layers) if block_rate else ()
+        of_adapters = [
+            p
+            for name, p in every.items()
+            if "lora_" in name and adapter_rate and not name.startswith(active or ("-",))
+        ]
+        trained = [*of_block, *of_adapters]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        start, mean = [p.detach().clone() for p in trained], [torch.zeros_like(p) for p in trained]
+        rows = sum(map(len, job.train))
+        for client_id, examples in enumerate(job.train):
+            restore(trained, start)
+            optimizers = [torch.optim.AdamW(of_adapters, weight_decay=0.0)] if of_adapters else []
+            matrices = [p for p in of_block if by_muon and p.ndim == 2]
+            others = [p for p in of_block if not by_muon or p.ndim != 2]
+            optimizers_of_block = [torch.optim.AdamW(others, weight_decay=0.0)] if others else []
+            if matrices:
+                optimizers_of_block.append(
+                    torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+                )
+            batches = round_batches(
+                examples,
+                seed=config.seed,
+                client_id=client_id,
+                first_step=t * steps,
+                num_local_steps=steps,
+                per_device_train_batch_size=config.train.per_device_train_batch_size,
+                gradient_accumulation_steps=1,
+                pad_token_id=pad,
+            )
+            for step, (batch,) in enumerate(batches, t * steps):
+                share = learning_rate_at(arguments, step, total) / arguments.learning_rate
+                loss = sum_loss(
+                    model,
+                    input_ids_BT=batch.input_ids_BT,
+                    attention_mask_BT=batch.attention_mask_BT,
+                    labels_BT=batch.labels_BT,
+                )
+                (loss / count_label_tokens(batch.labels_BT)).backward()
+                for rate, group, of_group in (
+                    (block_rate, of_block, optimizers_of_block),
+                    (adapter_rate, of_adapters, optimizers),
+                ):
+                    torch.nn.utils.clip_grad_norm_(group, arguments.max_grad_norm)
+                    for optimizer in of_group:
+                        optimizer.param_groups[0]["lr"] = rate * share
+                        optimizer.step()
+                        optimizer.zero_grad()
+            for total_of, parameter, before in zip(mean, trained, start, strict=True):
+                total_of += (parameter.detach() - before) * (len(examples) / rows)
+        restore(trained, [before + change for before, change in zip(start, mean, strict=True)])
+        sent += 4 * sum(parameter.numel() for parameter in trained)
+        if (t + 1) % max(1, config.federation.num_rounds // 4) == 0:
+            curve.append([t + 1, sent, evaluate()])
+    return {"curve": curve, "rounds": config.federation.num_rounds}
+
+
+def restore(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    """Give parameters their values."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def beside_blocks_section(found: Found) -> Found:
+    said, rows = kit.ABOUT["beside_blocks"], list[list[str]]()
+    for data, runs in grouped(found["results"], "data").items():
+        budgets = [run["curve"][-1][1] for way in ("adapters", "a block") for run in runs if run["way"] == way]
+        for run in runs:
+            losses, moved = [point[2] for point in run["curve"]], [point[1] for point in run["curve"]]
+            rates = ", ".join(f"{rate:g}" for rate in run["rates"] if rate)
+            cells = [data, run["way"], rates, f"{moved[-1] / run['rounds'] / 1e6:.2f}"]
+            cells += [f"{losses[at]:.4f}" for at in (0, len(losses) // 4, len(losses) // 2, -1)]
+            cells += [f"{float(np.interp(b, moved, losses)):.4f}{'†' * (b > 1.001 * moved[-1])}" for b in budgets]
+            rows.append(cells + [""] * (2 - len(budgets)))
+    return section("beside_blocks", found, table([*said["head"], "bytes of adapters", "bytes of blocks"], rows))
 
 
 llm_more_section = llm_t0_section = llm_longer_section = llm_methods_section

@@ -183,15 +183,43 @@ def test_delays_run_each_method_serial_overlapped_and_without_own_updates(benchm
     assert len(record["bars"]) == 5, "two of each, and how soon fedit has the loss of delay 0"
 
 
-@pytest.mark.parametrize("name", ["sparse"])
+@pytest.mark.parametrize(("name", "num_bars"), [("sparse", 3), ("in_flight", 0), ("optimizers", 1)])
 def test_ways_are_run_with_the_same_rows_and_differ(
-    benchmark: Any, load: Callable[[str], ModuleType], name: str
+    benchmark: Any, load: Callable[[str], ModuleType], name: str, num_bars: int
 ) -> None:
     record, about = benchmark("quality", name, "--smoke"), load("_record").ABOUT[name]
     runs = [row[way] for row in record["results"] for way in about["ways"]]
     assert len({run["model_sha256"] for run in runs}) == len(runs) > 1
     assert len({run["initial_eval_loss"] for run in runs}) == 1
-    assert len(record["bars"]) == 3
+    assert len(record["bars"]) == num_bars
+    if name == "in_flight":
+        best, *_ = record["section"]["parts"][-1]["rows"]
+        losses = {way: record["results"][0][way]["final_eval_loss"] for way in about["ways"]}
+        assert best[0] == f"`{min(losses, key=lambda way: losses[way])}`" and best[-1] == "1"
+
+
+def test_rivals_are_timed_to_a_loss_that_each_of_them_reaches(
+    benchmark: Any, load: Callable[[str], ModuleType]
+) -> None:
+    record = benchmark("quality", "rivals", "--smoke")
+    full, adapters, ours = record["results"]["runs"]
+    assert ours["uplink_bytes"] < adapters["uplink_bytes"] < full["uplink_bytes"] / 10
+    assert ours["round_s"]["core"]["10"] < adapters["round_s"]["core"]["10"], "fewer bits, behind the computation"
+    assert full["round_s"]["GPU"]["10"] < full["round_s"]["core"]["10"]
+    quality = load("quality")
+    runs = [full, adapters, ours | {"curve": [[2, 9.0], [4, 0.1], [6, 9.0]]}]
+    assert quality.rounds_to(runs) == {
+        (full["way"], 0): (next(t for t, loss in full["curve"] if loss <= adapters["curve"][-1][1]), True),
+        (adapters["way"], 0): (8, True),
+        (ours["way"], 0): (4 + 1, True),
+    }
+    assert quality.rounds_to([full, adapters, ours | {"curve": [[8, 9.0]]}])[ours["way"], 0] == (9, False)
+    (core, gpu) = quality.rival_bars(runs, [10.0])
+    best = min(
+        full["round_s"]["core"]["10"] * quality.rounds_to(runs)[full["way"], 0][0],
+        adapters["round_s"]["core"]["10"] * 8,
+    )
+    assert core.value == pytest.approx(5 * ours["round_s"]["core"]["10"] / best) and "a GPU" in gpu.name
 
 
 def test_quality_keeps_what_is_complete_and_runs_what_is_not(benchmark: Any, tmp_path: Path) -> None:
@@ -344,6 +372,41 @@ def test_answers_are_counted_beside_those_of_the_base_model(
     assert llm.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert (llm.mcnemar(1, 9), llm.mcnemar(3, 3)) == (pytest.approx(22 / 1024), 1)
     assert (llm.last("1,250 less 9.5 is 1,240.50."), llm.last("5 − -3"), llm.last("none")) == (1240.5, -3, None)
+
+
+def test_a_longer_run_tells_how_soon_the_loss_of_the_serial_one_is_there(
+    benchmark: Any, load: Callable[[str], ModuleType]
+) -> None:
+    record = benchmark("llm", "llm_longer", "--smoke")
+    serial, overlapped = record["results"]["runs"]
+    assert (serial["num_rounds"], overlapped["num_rounds"]) == (4, 27)
+    soon = next(t for t, _, loss in overlapped["curve"] if loss <= serial["curve"][-1][2])
+    assert record["bars"][0]["value"] == (soon + 1) / 8
+    never = [serial, overlapped | {"curve": [[27, 1.0, 99.0]]}]
+    assert load("llm").times_as_soon(never, serial["way"], overlapped["way"]) == [9.99]
+
+
+def test_text_is_learnt_in_bits_a_byte_and_drawn(benchmark: Any, load: Callable[[str], ModuleType]) -> None:
+    record = benchmark("llm", "llm_text", "--smoke")
+    adapters, block = record["results"]["runs"]
+    assert adapters["curve"][0][2] == block["curve"][0][2] > block["curve"][-1][2]
+    assert block["curve"][-1][:1] == [8.0] and block["curve"][-1][1] > adapters["curve"][-1][1]
+    assert record["section"]["parts"][-1]["figure"] == "llm_text.svg"
+    plain = load("llm").plain
+    page = '.TH ls 1\n\\fBls\\fP zeigt \\-l\n.\\" Kommentar\nund  mehr \\(bu \\%Zeilen'
+    assert plain(page) == "ls zeigt -l und mehr • Zeilen"
+
+
+def test_adapters_beside_a_block_train_more_and_send_more(benchmark: Any) -> None:
+    record = benchmark("llm", "beside_blocks", "--smoke")
+    adapters, block, both = record["results"]
+    ends = [row["curve"][-1] for row in (adapters, block, both)]
+    assert ends[0][0] == ends[2][0] == 5
+    assert max(ends[0][1], ends[1][1]) < ends[2][1] < ends[0][1] + ends[1][1], "not those of the active block"
+    assert len({end[2] for end in ends}) == 3 and all(end[2] < adapters["curve"][0][2] for end in ends)
+    rows = record["section"]["parts"][1]["rows"]
+    assert float(rows[0][-2]) == float(rows[0][-3]), "adapters have their own bytes at their end"
+    assert rows[0][-1].endswith("†")
 
 
 def test_the_device_runs_what_its_minutes_allow(benchmark: Any) -> None:
