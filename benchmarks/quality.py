@@ -494,14 +494,14 @@ def methods(options: Options) -> None:
 def method_config(method: str, learning_rate: float, seed: int, options: Options) -> RunConfig:
     kind = KIND_OF[method]
     rounds = round(options.rounds * kit.ABOUT["methods"]["rounds_of"].get(method, KINDS[kind]["rounds"]))
-    full = kind == "all parameters"  # a round of these sends many bytes: look at each
+    full = kind == "all parameters"  # a round of these sends many bytes: look more often
     settings = {
         "federation.method": method,
         "federation.num_rounds": rounds,
         "federation.delay": int(method == "parablock"),
         "train.learning_rate": learning_rate,
         "engine.step_time_s": step_s(kind, options),
-        "evaluation.every_rounds": 1 if full else max(1, rounds // 4),
+        "evaluation.every_rounds": max(1, rounds // (16 if full else 4)),
         "seed": seed,
     }
     return kit.configured(kit.material_of(options, num_clients=2), kit.training(options) | settings)
