@@ -37,8 +37,12 @@ SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_LENGTH, LENGTH_STEP = 512, 32
 SIZES = {"cpu": {"rounds": 20, "steps": 2, "batch": 2}, "cuda": {"rounds": 64, "steps": 8, "batch": 8}}
 """A first run is to end soon, with a small model within minutes on a CPU, and shows whether more is worth it."""
-BITS_HELD, BITS_OF_A_TOKEN = 2, 1
-"""What a parameter of an adapter holds (Allen-Zhu, Li 2024, arXiv 2404.05405), and what a token teaches, about."""
+BITS_HELD, BITS_OF_A_TOKEN = 1, 1
+"""What a parameter of an adapter holds, and what a token teaches, about.
+
+Adapters that were full held 1.0 to 1.5 bits of random facts a parameter (`benchmarks/quality.py facts`); with far more
+repetitions a model reaches 2 (Allen-Zhu, Li 2024, arXiv 2404.05405).
+"""
 
 FIRST_CONFIG = Template("""\
 # Made by `parablock init`. docs/configuration.md has every key and its default; these are the ones to look at.
