@@ -40,8 +40,8 @@ SIZES = {"cpu": {"rounds": 20, "steps": 2, "batch": 2}, "cuda": {"rounds": 64, "
 BITS_HELD, BITS_OF_A_TOKEN = 1, 1
 """What a parameter of an adapter holds, and what a token teaches, about.
 
-Adapters that were full held 1.0 to 1.5 bits of random facts a parameter (`benchmarks/quality.py facts`); with far more
-repetitions a model reaches 2 (Allen-Zhu, Li 2024, arXiv 2404.05405).
+Adapters that were full held 1.0 to 1.5 bits of random facts a parameter (`benchmarks/quality.py facts`); with far
+more repetitions a model reaches 2 (Allen-Zhu, Li 2024, arXiv 2404.05405).
 """
 
 FIRST_CONFIG = Template("""\
