@@ -161,7 +161,7 @@ def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_pat
     ("arguments", "said"),
     [
         (["--methods", "parablock,gossip"], "gossip"),
-        (["--methods", "flora", "--set", "wire.format=int8"], "not built"),
+        (["--methods", "flora", "--set", "wire.format=sparse2"], "leaves most of an update to the next round"),
         (["--for", "fedit:train.learning_rate=1"], "for one of parablock, fl_bcd"),
         (["--for", "fl_bcd"], "method:key=value"),
         (["--delays", "0,x"], "whole numbers"),

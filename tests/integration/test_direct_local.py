@@ -37,7 +37,14 @@ def in_process(workshop: Workshop, output_dir: Path, *overrides: str) -> str:
     return model_of(output_dir)
 
 
-@pytest.mark.parametrize("overrides", [("federation.delay=0",), ("federation.delay=1", "wire.format=int8")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("federation.delay=0",),
+        ("federation.delay=1", "wire.format=int8"),
+        ("federation.method=flora", "federation.delay=0", "wire.format=int8"),
+    ],
+)
 def test_real_processes_with_tls_make_the_model_of_one_process(tmp_path: Path, workshop: Workshop, overrides):
     summary = deploy_direct(configured(workshop, *overrides), tmp_path / "deployed")
     assert summary["model_sha256"] == in_process(workshop, tmp_path / "one", *overrides)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +96,18 @@ def test_the_product_does_not_depend_on_where_in_memory_a_message_lies(factors: 
     assert not torch.equal(factors.product(stack.flip(0)), factors.product(stack))
 
 
+def test_the_product_has_the_bits_that_one_rounding_after_the_other_gives_and_a_matrix_product_has_others():
+    factors = Factors(shapes=((700, 500),), transposed=(False,), rank=16, scale=0.3)
+    flat = torch.from_numpy(generator_for(0, "flora").normal(size=factors.num_elements)).float()
+    ((a, b),) = factors.split(flat)
+    by_hand = np.zeros((700, 500), dtype=np.float32)
+    for rank in range(16):
+        by_hand += b.numpy()[:, rank : rank + 1] * a.numpy()[rank]
+    by_hand *= np.float32(0.3)
+    assert np.array_equal(factors.product(flat).numpy(), by_hand.reshape(-1))
+    assert not torch.equal(factors.product(flat), (0.3 * (b @ a)).reshape(-1)), "whose order is the machine's"
+
+
 @pytest.mark.parametrize("size", [0, 35, 37])
 def test_a_stack_of_no_whole_number_of_clients_is_refused(factors: Factors, size: int):
     assert factors.num_elements == 36
@@ -137,7 +150,13 @@ def test_every_client_draws_its_own_adapters_anew_in_each_round(workshop: Worksh
         assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("setting", ["seed=0", "federation.participation=0.5", "model.dtype=bfloat16"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("seed=0", "federation.participation=0.5", "model.dtype=bfloat16"),
+        *("wire.format=bfloat16", "wire.format=int8", "wire={format: int4, rounding: nearest}"),
+    ],
+)
 def test_all_clients_end_with_the_bits_of_the_server(workshop: Workshop, setting: str):
     job = job_of(workshop, setting)
     fleet = make_method_model(job)
@@ -161,6 +180,26 @@ def test_the_way_down_grows_with_the_clients_and_the_way_up_does_not(workshop: W
     for clients, (up, down) in per_client.items():
         assert 0 < up - 4 * elements < 600
         assert 0 < down - 4 * elements * clients < 600
+
+
+@pytest.mark.parametrize(("name", "part"), [("bfloat16", 0.5), ("int8", 0.2578), ("int4", 0.1328)])
+def test_adapters_and_stacks_travel_in_the_format_of_the_wire(
+    workshop: Workshop, tmp_path: Path, name: str, part: float
+):
+    rows = {}
+    for way in ("float32", name):
+        settings = (
+            "federation.method=flora",
+            "federation.delay=0",
+            "federation.num_rounds=3",
+            f"wire.format={way}",
+        )
+        assert workshop.run(tmp_path / way, *settings).code == 0
+        rows[way] = metrics_of(tmp_path / way)[1] | {"eval_loss": metrics_of(tmp_path / way)[-1]["eval_loss"]}
+    for way in ("uplink_bytes", "downlink_bytes"):
+        assert rows[name][way] / rows["float32"][way] == pytest.approx(part, rel=0.06)
+    assert rows[name]["eval_loss"] != rows["float32"]["eval_loss"]
+    assert rows[name]["eval_loss"] == pytest.approx(rows["float32"]["eval_loss"], rel=0.05)
 
 
 def test_outside_training_the_adapters_add_nothing(workshop: Workshop):

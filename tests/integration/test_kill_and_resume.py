@@ -64,6 +64,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
         *("federation.participation=0.5", "federation.in_flight=mean"),
     ),
     "rolora": ("federation.method=rolora", "federation.delay=1", "wire={format: int4, error_feedback: true}"),
+    "flora in few bits": ("federation.method=flora", "federation.delay=0", "wire.format=int4"),
     "sparse updates in flight": (
         *("federation.method=fedit", "federation.delay=1", "wire={format: sparse2, density: 0.05}"),
         "federation.participation=0.75",

@@ -17,7 +17,7 @@ Every client draws new adapters in each round, since the matrices already contai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import fsum
 
@@ -29,6 +29,8 @@ from parablock.algorithm.robust import RoundAggregation
 from parablock.errors import CodecError
 
 Pairs = list[tuple[Tensor, Tensor]]
+PIECE = 1 << 18
+"""Elements of a product that are made at a time: few enough for a cache."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,12 @@ class Factors:
         ]
 
     def product(self, flat: Tensor) -> Tensor:
-        """Return (α / r) B A of all matrices, one after the other, laid out as in the model: flat, fp32."""
-        # cloned: the order of the sums must not depend on the memory alignment of a message
-        products = [self.scale * (b.float().clone() @ a.float().clone()) for a, b in self.split(flat)]
+        """Return (α / r) B A of all matrices, one after the other, laid out as in the model: flat, fp32.
+
+        Its bits are the same on every processor: rank by rank, each product and each sum is rounded by itself,
+        whereas a matrix product adds in an order, and with a precision, of the machine's own.
+        """
+        products = [self.scale * _outer_sum(b.float(), a.float()) for a, b in self.split(flat)]
         laid = [p.T if turned else p for p, turned in zip(products, self.transposed, strict=True)]
         return torch.cat([matrix.reshape(-1) for matrix in laid])
 
@@ -94,14 +99,30 @@ class Factors:
         return self.scale**2 * fsum(float(square.sum()) for square in squares)
 
 
+def _outer_sum(b: Tensor, a: Tensor) -> Tensor:
+    """Return B A, as a sum of outer products in the order of the ranks."""
+    found = torch.zeros(b.shape[0], a.shape[1])
+    step = max(1, PIECE // a.shape[1])
+    for rows, part in zip(torch.split(b, step), torch.split(found, step), strict=True):
+        for column, row in zip(rows.T, a, strict=True):
+            part += torch.outer(column, row)
+    return found
+
+
 class StackAggregation(RoundAggregation):
-    """The aggregation of one round's adapters: the aggregate has the stack beside ΔW."""
+    """The aggregation of one round's adapters: the aggregate has the stack beside ΔW.
+
+    Args:
+        factors: The layout of the adapters.
+        travelled: Stack → the stack as clients will decode it.
+    """
 
     folds_parts = False
 
-    def __init__(self, factors: Factors) -> None:
+    def __init__(self, factors: Factors, travelled: Callable[[Tensor], Tensor] = lambda stack: stack) -> None:
         super().__init__()
-        self._factors_of, self._stack, self._mean_square = factors, torch.empty(0), 0.0
+        self._factors_of, self._travelled = factors, travelled
+        self._stack, self._mean_square = torch.empty(0), 0.0
 
     def fold(self, updates: Mapping[int, tuple[Tensor, int]]) -> Tensor:
         """Stack all updates as one part; return the stack."""
@@ -111,8 +132,8 @@ class StackAggregation(RoundAggregation):
         return self._stack
 
     def aggregate(self) -> Aggregate:
-        """Return ΔW with the stack whose product it is."""
-        mean = self._factors_of.product(self._stack)
+        """Return ΔW with the stack whose product it is, once that has travelled."""
+        mean = self._factors_of.product(self._travelled(self._stack))
         squared = float(mean.double().square().sum())
         rho = min(1.0, squared / self._mean_square) if self._mean_square > 0 else 1.0
         return Aggregate(mean, rho, squared / mean.numel(), stack=self._stack)

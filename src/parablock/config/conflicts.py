@@ -31,7 +31,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_aggregation(config["federation"]),
         *_weights(config),
         *_auto(config),
-        *_method(config["federation"]["method"], chosen),
+        *_method(config["federation"]["method"], chosen, is_sparse=_is_sparse(config)),
         *_overlap(config["federation"]),
         *_optimizer(config, chosen),
         *_noise(config),
@@ -110,7 +110,7 @@ def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield key, "auto follows from train.num_local_steps, which is auto too; set a number for one of them"
 
 
-def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
+def _method(name: str, chosen: Mapping[str, Any], *, is_sparse: bool) -> Iterator[Problem]:
     """Settings without effect with a method, or that the method refuses."""
     method = METHODS[name]
     for owned in (key for key in OWNERS if key not in method.own_keys):
@@ -129,7 +129,8 @@ def _method(name: str, chosen: Mapping[str, Any]) -> Iterator[Problem]:
                 yield key, f"has no effect with method {name}, {why}; leave it out"
     for refused, reason in method.refuses.items():
         for key, value in _within(chosen, refused):
-            yield key, f"{value} {reason}"
+            if not is_sparse or key != "wire.error_feedback":  # which is a part of sparse2
+                yield key, f"{value} {reason}"
 
 
 def _optimizer(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[Problem]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from parablock.config.section import NOT_BUILT
-
 RATES = {"blocks": 5e-4, "everything": 5e-5, "adapters": 1e-3}
 """The peak learning rate where none is configured, by `Method.trains`, as a first look at an LLM chose it."""
 
@@ -140,11 +138,9 @@ METHODS: dict[str, Method] = {
         matrices=(("A", "B"),),
         own_keys=("lora",),
         refuses={
-            "wire.format": f"{NOT_BUILT} for flora, whose adapters travel as float32",
+            "wire.error_feedback": "has nothing to carry with flora, whose adapters are new in each round",
             "wire.chunk_bytes": "has no effect with flora: a stack goes down whole; leave it out",
             "train.optimizer_state": "has nothing to keep with flora, whose adapters are new in each round",
-            "engine.name": f"{NOT_BUILT} for flora: every site would multiply the stack itself, and another "
-            "processor may round it differently; use inprocess",
         },
     ),
     "fedcybgd": Method(

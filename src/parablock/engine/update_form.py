@@ -256,9 +256,11 @@ class StackedAdapters(UpdateForm):
 
     Attributes:
         factors: The split of flat vectors into A and B.
+        adapters: The encoding of adapters and stacks, in one chunk; values of matrices travel as they are.
     """
 
     factors: Factors
+    adapters: Encoding = field(default=Encoding("float32"))
     encoding: Encoding = field(default=Encoding("float32"), init=False)
 
     def num_elements(self, num_parameters: int) -> int:
@@ -268,16 +270,19 @@ class StackedAdapters(UpdateForm):
 
     def encode(self, update: LocalUpdate) -> EncodedUpdate:
         """Encode the trained adapters themselves."""
-        return _encode_in_chunks(update.trained, self.factors.num_elements, self.encoding, update)
+        return _encode_in_chunks(update.trained, self.factors.num_elements, self.adapters, update)
 
     def aggregation(self, round_index: int) -> RoundAggregation:
         """Return a stack to fill."""
         del round_index
-        return StackAggregation(self.factors)
+        return StackAggregation(self.factors, lambda stack: self._pack(stack).values.float())
 
     def news(self, aggregate: Aggregate) -> tuple[str, Vector] | None:
         """Return the stack, which every client multiplies itself."""
-        return None if aggregate.stack is None else ("stack", pack(aggregate.stack, "float32"))
+        return None if aggregate.stack is None else ("stack", self._pack(aggregate.stack))
+
+    def _pack(self, stack: Tensor) -> Vector:
+        return pack(stack, self.adapters.format)
 
     def new_value(self, held: Tensor, block_index: int, kind: str, vectors: Sequence[Vector]) -> Tensor:
         """Add the product of the stack to the matrices."""

@@ -305,7 +305,7 @@ def test_a_method_that_the_settings_do_not_allow_has_its_problem_in_place_of_fig
     rows = {(row["method"], row["delay"]): row for row in sparse.methods}
     assert "sparse2 leaves most" in rows["parablock", 1]["problem"] and rows["parablock", 1]["memory_bytes"] == 0
     assert rows["fedavg", 1]["bytes_per_client_round"] == sparse.bytes_per_client_round["sparse2"]
-    assert not rows["fedit", 0]["problem"] and not rows["flora", 0]["problem"]  # which has its own float32
+    assert not rows["fedit", 0]["problem"] and "not send the same parameters" in rows["flora", 0]["problem"]
     dense = plan_of(workshop, "federation.method=fedavg", "federation.delay=1")
     few, many = (plan.traffic[name] for plan, name in ((sparse, "sparse2"), (dense, "float32")))
     assert few["uplink_bytes"] < 0.02 * many["uplink_bytes"]
