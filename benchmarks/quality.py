@@ -941,6 +941,7 @@ def run_ways(options: Options, more_bars: Callable[[Sequence[Found]], list[Bar]]
             run = kit.Kept(config, options, "-".join(re.findall(r"\w+", f"{name} {way} {data} seed {seed}")))
             row[way] = run.told("delay", "num_rounds", "uplink_bytes", "downlink_bytes")
             row[way] |= {"learning_rate": config.train.learning_rate, "tried": tried, "curve": run.curve}
+            row[way]["rho"] = [rho for rho in (line["rho"] for line in run.rows) if rho is not None]
         found.append(row)
         record(options, found, [*way_bars(found, about), *more_bars(found)], config)
 
@@ -1028,23 +1029,32 @@ optimizers_section = partial(ways_section, "optimizers")
 
 
 def in_flight_section(found: Found) -> Found:
-    """Name the rule that wins most often beside the losses, and its mean ratio to `none`."""
-    made, wins, ratios = (
-        ways_section("in_flight", found),
-        defaultdict[str, int](int),
-        defaultdict[str, list[float]](list),
-    )
-    for rows in by_group(found["results"]).values():
-        losses = {way: fmean(row[way]["final_eval_loss"] for row in rows) for way in kit.ABOUT["in_flight"]["ways"]}
-        wins[min(losses, key=lambda way: losses[way])] += 1
-        for way, loss in losses.items():
-            ratios[way].append(loss / losses["none"])
-    by_wins = sorted(ratios, key=lambda way: fmean(ratios[way]))
-    rows = [[f"`{way}`", f"{fmean(ratios[way]):.4f}", f"{max(ratios[way]):.4f}", str(wins[way])] for way in by_wins]
-    made["parts"].append(
-        table(["rule", "loss / `none`, mean of the rows", "the worst row", "rows that it wins"], rows)
-    )
+    """Show beside the losses which rule is best on the whole, and the loss against its α."""
+    made, rules = ways_section("in_flight", found), list(kit.ABOUT["in_flight"]["ways"])
+    panels, ratios = dict[str, Found](), {rule: list[float]() for rule in rules}
+    for (data, group), rows in by_group(found["results"]).items():
+        losses = {rule: fmean(row[rule]["final_eval_loss"] for row in rows) for rule in rules}
+        curve = [[fmean(weight(rule, row[rule]) for row in rows), losses[rule] / losses["none"]] for rule in rules]
+        panels.setdefault(f"α, {data}", {})[group] = sorted(curve)
+        for rule, (_, ratio) in zip(rules, curve, strict=True):
+            ratios[rule].append(ratio)
+    lowest = [min(of_group) for of_group in zip(*ratios.values(), strict=True)]
+    rows = [
+        [f"`{rule}`", f"{fmean(of):.4f}", f"{max(of):.4f}", str(sum(map(float.__eq__, of, lowest)))]
+        for rule, of in sorted(ratios.items(), key=lambda each: fmean(each[1]))
+    ]
+    figure = {"figure": "in_flight.svg", "y": "last loss over that of α = 0", "linear": True, "panels": panels}
+    figure["bottom"] = round(min(lowest) - 0.05, 1)
+    head = ["rule", "loss / `none`, mean of the rows", "the worst row", "rows that it wins"]
+    made["parts"] += [table(head, rows), figure]
     return made
+
+
+def weight(rule: str, run: Found) -> float:
+    """Return the mean of α over the rounds of a run of four clients."""
+    exact = {"none": 0.0, "share": 0.25, "own": 1.0}
+    power = 0.5 if rule == "aligned" else 1.0
+    return exact[rule] if rule in exact else fmean(rho**power for rho in run["rho"])
 
 
 # -- random facts: what nothing but memory holds, and where adapters are full
@@ -1178,19 +1188,30 @@ def first_at(curve: list[list[float]], axis: int, bits: float) -> float | None:
 
 
 def crossing(of_number: Mapping[str, list[Found]]) -> str:
-    """Say where the curves of blocks and of adapters cross: behind at equal bytes, ahead at the end; or nothing."""
+    """Say of which adapters blocks are ahead at the end of all rounds, at equal bytes, and where curves cross."""
     ends = {way: fmean(run["curve"][-1][2] for run in runs) for way, runs in of_number.items()}
     block = max((way for way in ends if way.startswith("block")), key=lambda way: ends[way], default=None)
     if block is None:
         return ""
-    below = [way for way in ends if way.startswith("rank") and ends[way] < ends[block]]
-    above = [way for way in ends if way.startswith("rank") and way not in below]
-    crossed = [way for way in below if bits_at(of_number[block], of_number[way][0]["curve"][-1][0]) < ends[way]]
-    return (
-        f"At the end of all rounds `{block}` recalls more than {', '.join(below) or 'no adapters'}"
-        f"{', and not more than ' * bool(above)}{', '.join(above)}. "
-        f"Over bytes its curve crosses that of {', '.join(crossed) or 'no adapters'}."
+    ranks = [way for way in ends if way.startswith("rank")]
+    below = [way for way in ranks if ends[way] < ends[block]]
+    above = [way for way in ranks if way not in below]
+    moved = of_number[block][0]["curve"][-1][0]
+    at_bytes = [way for way in ranks if bits_at(of_number[way], moved) < ends[block]]
+    crossed = [way for way in at_bytes if is_ever_ahead(of_number[way], of_number[block])]
+    told = f"At the end of all rounds `{block}` recalls more than {', '.join(below) or 'no adapters'}"
+    told += (
+        f"{', and not more than ' * bool(above)}{', '.join(above)}; when as many bytes have moved as it moves in "
     )
+    told += f"all, more than {', '.join(at_bytes) or 'no adapters'}. "
+    return f"{told}Over bytes its curve overtakes that of {', '.join(crossed) or 'no adapters'}."
+
+
+def is_ever_ahead(runs: Sequence[Found], of: Sequence[Found]) -> bool:
+    """Tell whether runs are ahead of others, by a hundredth of what these recall at last, before these end."""
+    last, _, least = of[0]["curve"][-1]
+    points = [(moved, bits) for moved, _, bits in runs[0]["curve"] if moved <= last]
+    return any(bits > bits_at(of, moved) + least / 100 for moved, bits in points)
 
 
 def bits_at(runs: Sequence[Found], num_bytes: float) -> float:

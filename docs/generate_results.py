@@ -154,30 +154,43 @@ def figures(folder: Path = RESULTS) -> dict[str, str]:
     return {part["figure"]: drawn(part) for part in parts if not isinstance(part, str) and "figure" in part}
 
 
+def place_on(curves: Mapping[str, Sequence[Sequence[float]]], *, is_linear: bool) -> Record:
+    """Return curves and ticks with places between 0 and 1 on an axis; a logarithmic one leaves out what is at 0."""
+    if is_linear:
+        low, high = 0.0, max(x for curve in curves.values() for x, _ in curve)
+        ticks = [(share, share * high) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        return {"ticks": ticks, "curves": {name: [(x / high, y) for x, y in of] for name, of in curves.items()}}
+    places = [log10(x) for curve in curves.values() for x, _ in curve if x > 0]
+    low, high = floor(min(places)), ceil(max(places))
+    ticks = [((power - low) / (high - low), 10.0**power) for power in range(low, high + 1)]
+    placed = {name: [((log10(x) - low) / (high - low), y) for x, y in of if x] for name, of in curves.items()}
+    return {"ticks": ticks, "curves": placed}
+
+
 def drawn(made: Record) -> str:
-    """Draw curves against a logarithmic axis, a panel for each, with the names of the curves below."""
+    """Draw curves, a panel for each, with their names below.
+
+    An axis is logarithmic unless `linear` is true; the height goes from `bottom`, which is 0 unless it is given.
+    """
     width, height, step = 430, 260, 500
     names = list(dict.fromkeys(name for curves in made["panels"].values() for name in curves))
-    top = (
-        max((y for curves in made["panels"].values() for curve in curves.values() for _, y in curve), default=0)
-        or 1
-    )
+    bottom: float = made.get("bottom", 0)
+    top = max((y for curves in made["panels"].values() for curve in curves.values() for _, y in curve), default=0)
+    top = top if top > bottom else bottom + 1
     parts = [f'<text x="60" y="18">{escape(made["y"])}</text>']
     for number, (label, curves) in enumerate(made["panels"].items()):
-        left, places = 60 + number * step, [log10(x) for curve in curves.values() for x, _ in curve if x > 0]
-        low, high = floor(min(places)), ceil(max(places))
+        left, drawn_at = 60 + number * step, place_on(curves, is_linear=made.get("linear", False))
         parts.append(f'<rect x="{left}" y="30" width="{width}" height="{height}" fill="none" stroke="#aaa"/>')
-        for power in range(low, high + 1):
-            x = left + width * (power - low) / (high - low)
-            parts.append(f'<text x="{x:.1f}" y="306" text-anchor="middle">{10.0**power:g}</text>')
+        for share, told in drawn_at["ticks"]:
+            x = left + width * share
+            parts.append(f'<text x="{x:.1f}" y="306" text-anchor="middle">{told:g}</text>')
         parts.append(f'<text x="{left + width / 2}" y="324" text-anchor="middle">{escape(label)}</text>')
         for share in (0.0, 0.5, 1.0):
-            at = 30 + height * (1 - share)
-            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{share * top:,.0f}</text>')
-        for name, curve in curves.items():
-            spots = [
-                (left + width * (log10(x) - low) / (high - low), 30 + height * (1 - y / top)) for x, y in curve if x
-            ]
+            at, told = 30 + height * (1 - share), bottom + share * (top - bottom)
+            shown = f"{told:,.0f}" if top >= 10 else f"{told:.2f}"
+            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{shown}</text>')
+        for name, curve in drawn_at["curves"].items():
+            spots = [(left + width * x, 30 + height * (1 - (y - bottom) / (top - bottom))) for x, y in curve]
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
             color = COLORS[names.index(name) % len(COLORS)]
             parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')

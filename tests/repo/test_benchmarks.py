@@ -193,7 +193,10 @@ def test_ways_are_run_with_the_same_rows_and_differ(
     assert len({run["initial_eval_loss"] for run in runs}) == 1
     assert len(record["bars"]) == num_bars
     if name == "in_flight":
-        best, *_ = record["section"]["parts"][-1]["rows"]
+        *_, rules, figure = record["section"]["parts"]
+        best, *_ = rules["rows"]
+        (curve,) = figure["panels"]["α, words"].values()
+        assert [alpha for alpha, _ in curve if alpha in (0, 0.25, 1)] == [0, 0.25, 1] and len(curve) == 5
         losses = {way: record["results"][0][way]["final_eval_loss"] for way in about["ways"]}
         assert best[0] == f"`{min(losses, key=lambda way: losses[way])}`" and best[-1] == "1"
 
@@ -543,8 +546,10 @@ def test_facts_are_counted_in_bits_and_drawn(
     crossing = quality.crossing
     low, high = ([{"curve": [[at, 0.0, bits / 4], [2 * at, 0.0, bits]]}] for at, bits in ((1, 80.0), (10, 100.0)))
     told = crossing({"block, Muon": high, "rank 1": low})
-    assert told.endswith("crosses that of rank 1.") and "more than rank 1. Over" in told
-    assert crossing({"block, Muon": low, "rank 1": high}).endswith("crosses that of no adapters.")
+    assert told.endswith("overtakes that of rank 1.") and "more than rank 1; when" in told
+    told = crossing({"block, Muon": low, "rank 1": high})
+    assert told.endswith("moves in all, more than rank 1. Over bytes its curve overtakes that of no adapters.")
+    assert "more than no adapters, and not more than rank 1; when" in told
     assert crossing({"rank 1": high, "rank 4": low}) == "", "without blocks there is nothing to say"
 
 
