@@ -35,6 +35,8 @@ Answer = Callable[[int, RoundStart, list[bytes]], list[tuple[int, bytes]]]
 class Script:
     """A transport whose clients answer at once; `answer` says what."""
 
+    sizes = (SIZE, SIZE)
+
     def __init__(self, answer: Answer) -> None:
         self.ledger = Ledger()
         self._answer, self._arrives, self.sent = answer, deque[tuple[int, bytes]](), list[tuple[int, object]]()
@@ -43,7 +45,9 @@ class Script:
         message = from_bytes(parcel.message)
         self.sent.append((client_id, message))
         if isinstance(message, RoundStart):
-            self._arrives.extend(self._answer(client_id, message, honest(client_id, message)))
+            self._arrives.extend(
+                self._answer(client_id, message, honest(client_id, message, self.sizes[message.block_index]))
+            )
 
     def is_there(self, client_id: int) -> bool:
         return True
@@ -57,10 +61,10 @@ class Script:
         raise AssertionError(f"no deadline is set: {deadline_s}, {from_clients}")
 
 
-def honest(client_id: int, start: RoundStart) -> list[bytes]:
+def honest(client_id: int, start: RoundStart, size: int = SIZE) -> list[bytes]:
     generator = torch.Generator().manual_seed(100 * start.round_index + client_id)
-    delta = torch.randn(SIZE, generator=generator)
-    cuts = CHUNKED.cut(SIZE)
+    delta = torch.randn(size, generator=generator)
+    cuts = CHUNKED.cut(size)
     whole = Update(
         start.round_index,
         start.block_index,
@@ -95,7 +99,7 @@ def serve(
 ) -> tuple[Server, list[list[int]], Script, list[str]]:
     plan = plan_of(delay, rounds=rounds, **options)
     transport, counted, events = script(answer), [], []
-    start = ServerStart(initial_server([torch.zeros(SIZE), torch.ones(SIZE)]))
+    start = ServerStart(initial_server([torch.zeros(script.sizes[0]), torch.ones(script.sizes[1])]))
     if resumed:
         start = ServerStart(resumed.state, resumed.state.committed + 1, resumed.held)
     hooks = Hooks(
@@ -208,6 +212,26 @@ def test_a_round_does_not_wait_for_a_client_that_sends_nothing_of_use_on_and_on(
     assert server.refused["useless"] == 1
     assert "refused (useless): client 2 sent nothing but what is of no use to the round" in events
     assert Endless.sent_on_and_on > 2 * 3, "the chunks of two late updates are no nuisance yet"
+
+
+def test_the_chunks_of_a_late_update_of_a_large_block_are_no_nuisance_to_the_round_of_a_small_one():
+    class Late(Script):
+        """Client 2 skips round 2, and sends its update of it, forty chunks, in round 3 before that of round 3."""
+
+        sizes = (40 * CHUNK_PIECE, CHUNK_PIECE)
+
+    kept: list[bytes] = []
+
+    def answer(client_id: int, start: RoundStart, update: list[bytes]) -> list[tuple[int, bytes]]:
+        if (client_id, start.round_index) == (2, 2):
+            kept.extend(update)
+            return [(2, to_bytes(Skip(2)))]
+        before = kept if (client_id, start.round_index) == (2, 3) else []
+        return [(client_id, chunk) for chunk in [*before, *update]]
+
+    server, counted, _, _ = serve(answer, script=Late)
+    assert counted == [[0, 1, 2, 3]] * 2 + [[0, 1, 3]] + [[0, 1, 2, 3]] * 3
+    assert "useless" not in server.refused and len(kept) == 40
 
 
 BAD = {

@@ -112,11 +112,6 @@ class RoundFold:
         return bool(self._came) and not self.missing
 
     @property
-    def num_chunks(self) -> int:
-        """The chunks of an update."""
-        return len(self._cuts)
-
-    @property
     def is_last_next(self) -> bool:
         """Whether one chunk is left to fold."""
         return self._num_folded == len(self._cuts) - 1

@@ -86,9 +86,9 @@ class Server:
         self.refused, self._count = refusals.counts, refusals.count
         self._releasing = Releasing(plan.account, ledger, masked, refusals, self._participation)
         self._fewest = max(1, min(plan.min_updates, plan.num_clients))
-        self._strays = Strays(self._participation, refusals, self._releasing, start.state.committed)
-        self._marked = start.first_round
-        self._folds: dict[int, RoundFold] = {}
+        late = (plan.delay + 2) * max(len(plan.form.cuts(block.numel())) for block in start.state.params)
+        self._strays = Strays(self._participation, refusals, self._releasing, start.state.committed, late)
+        self._marked, self._folds = start.first_round, dict[int, RoundFold]()
         asked = {int(t): tuple(clients) for t, clients in memory.get("asked", {}).items()}
         for t in range(self.state.committed + 1, len(self.state.history)):
             there = [i for i in asked.get(t, self._cohort(t)) if i not in start.absent]
@@ -191,7 +191,7 @@ class Server:
             while len(fold.expected) >= self._fewest and not fold.is_complete:
                 if fold.is_next_ready:
                     self._fold_chunk(fold)
-                elif (nuisance := self._strays.nuisance(fold, self._plan.delay)) is not None:
+                elif (nuisance := self._strays.nuisance(fold)) is not None:
                     self._refuse(nuisance, fold, Refusal("useless", "nothing but what is of no use to the round"))
                 else:
                     self._wait_for(fold)

@@ -11,7 +11,7 @@ from parablock.engine.round_fold import RoundFold
 from parablock.wire.messages import Update
 
 MAX_USELESS = 16
-"""Messages of no use that a round takes from a client, beside the chunks of updates that came too late."""
+"""Messages of no use that a round takes from a client, beside those of updates that came too late."""
 
 
 class Strays:
@@ -23,28 +23,33 @@ class Strays:
         releasing: Counts what strays reveal.
         committed_at_start: The last round that was committed when the server began. Clients send updates of such
             rounds again, because they cannot know that these have counted.
+        most_late: The messages of all updates that an honest client may still send in vain, since rounds have gone
+            on without it.
 
     Attributes:
         counted: Round → the clients whose updates counted.
     """
 
     def __init__(
-        self, participation: Participation, refusals: Refusals, releasing: Releasing, committed_at_start: int
+        self,
+        participation: Participation,
+        refusals: Refusals,
+        releasing: Releasing,
+        committed_at_start: int,
+        most_late: int,
     ) -> None:
+        self._most_useless = MAX_USELESS + most_late
         self._participation, self._refusals, self._releasing = participation, refusals, releasing
         self._committed_at_start = committed_at_start
         self.counted: dict[int, tuple[int, ...]] = {}
         self._round, self._before = -1, Counter[int]()
 
-    def nuisance(self, fold: RoundFold, delay: int) -> int | None:
-        """Return a client that the round waits for, and that sends it too much of no use.
-
-        An honest one may send in vain the chunks of every update that it owes, since the rounds may have gone on.
-        """
+    def nuisance(self, fold: RoundFold) -> int | None:
+        """Return a client that the round waits for, and that sends it too much of no use."""
         if fold.round_index != self._round:
             self._round, self._before = fold.round_index, self._refusals.useless.copy()
-        useless, most = self._refusals.useless, MAX_USELESS + (delay + 2) * fold.num_chunks
-        return next((i for i in fold.missing if useless[i] - self._before[i] > most), None)
+        useless, before = self._refusals.useless, self._before
+        return next((i for i in fold.missing if useless[i] - before[i] > self._most_useless), None)
 
     def skip(self, client_id: int) -> None:
         """Count a message that a client skips a round which does not expect it."""
