@@ -400,7 +400,7 @@ def llm_answers_section(found: Found) -> Found:
 # -- text of a language that the model hardly knows
 def llm_text(options: Options) -> None:
     """Train on with plain text of another language: bits per byte, and what is forgotten."""
-    material, model = pages(options), material_of(options).model
+    material, model = pages(options), material_of(options).model if options.smoke else smollm2()
     others = forgotten_rows(options)
     found: Found = {"base": losses_of(model, others, options, f"base-{kit.digest(model)}"), "runs": []}
     a_round = 2 * options.steps * options.batch_size * options.row_bytes  # of two clients

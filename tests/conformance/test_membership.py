@@ -234,3 +234,76 @@ def test_a_run_goes_on_from_its_newest_checkpoint_though_a_site_was_away_for_twe
     assert same(result.server.params, run_sequential(initial(BLOCKS), problem, solve).server.params)
     everybody = OracleProblem(EXAMPLES[:3], rounds, delay, schedule="shuffled", min_updates=2)
     assert not same(result.server.params, run_sequential(initial(BLOCKS), everybody, solve).server.params)
+
+
+def noting(counted: list[list[int]], events: list[str]) -> Hooks:
+    """Note whose updates count, round after round, and what is told."""
+    return Hooks(
+        lambda _, updates, __: counted.append([update.client_id for update in updates]),
+        lambda _: None,
+        on_event=events.append,
+    )
+
+
+@pytest.mark.parametrize("min_updates", [1, 3])
+def test_a_site_that_dies_again_and_again_holds_a_round_only_where_it_cannot_do_without(
+    tmp_path: Path, min_updates: int
+):
+    lives = iter(range(9))
+
+    class Crashing(ToyTrainer):
+        def train(self, round_index, *asked):
+            if self.client_id == 2 and round_index >= 2 and next(lives, None) is not None:
+                raise Died
+            return super().train(round_index, *asked)
+
+    plan = server_plan(3, 5, 1, Differences(Encoding("float32")), min_updates=min_updates, stall_timeout_s=60.0)
+    counted, events = list[list[int]](), list[str]()
+    town = Town(tmp_path, plan, EXAMPLES[:3], make_trainer=Crashing)
+    town.run(noting(counted, events))
+    assert counted[:2] == [[0, 1, 2]] * 2
+    gave_up = "refused (useless): client 2 sent no update, again and again"
+    if min_updates == 3:
+        assert counted == [[0, 1, 2]] * 5 and town.deaths == 9 and gave_up not in events
+    else:
+        assert counted[2] == [0, 1] and events.count(gave_up) >= 1 and town.deaths >= 5
+
+
+def test_a_site_that_is_gone_is_not_waited_for_because_the_line_of_another_is_cut_again_and_again(tmp_path: Path):
+    gone, over = threading.Event(), threading.Event()
+    towns = list[Town]()
+
+    class Gone(ToyTrainer):
+        def train(self, round_index, *asked):
+            if self.client_id == 2 and round_index >= 2:
+                gone.set()
+                raise Died
+            return super().train(round_index, *asked)
+
+    class Noisy(Town):
+        def serve(self, *arguments, **options):
+            towns.append(self)
+            cutter = threading.Thread(target=cut_on_and_on)
+            cutter.start()
+            try:
+                return super().serve(*arguments, **options)
+            finally:
+                over.set()
+                cutter.join()
+
+    def cut_on_and_on() -> None:
+        began_s = time.monotonic()
+        while not over.wait(0.2) and time.monotonic() - began_s < 30:
+            towns[0].cut(0)
+
+    def address_of(client_id: int, port: int) -> str:
+        return "127.0.0.1:9" if client_id == 2 and gone.is_set() else f"127.0.0.1:{port}"
+
+    plan = server_plan(3, 5, 1, Differences(Encoding("float32")), stall_timeout_s=2.0)
+    counted, events = list[list[int]](), list[str]()
+    town = Noisy(tmp_path, plan, EXAMPLES[:3], make_trainer=Gone, address_of=address_of)
+    began_s = time.monotonic()
+    town.run(noting(counted, events))
+    assert counted == [[0, 1, 2]] * 2 + [[0, 1]] * 3
+    assert time.monotonic() - began_s < 25, "the round was held as long as lines were cut"
+    assert sum("client 0" in line and "connected" in line for line in town.told) > 3, "lines were cut"

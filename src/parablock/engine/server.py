@@ -191,8 +191,8 @@ class Server:
             while len(fold.expected) >= self._fewest and not fold.is_complete:
                 if fold.is_next_ready:
                     self._fold_chunk(fold)
-                elif (nuisance := self._strays.nuisance(fold)) is not None:
-                    self._refuse(nuisance, fold, Refusal("useless", "nothing but what is of no use to the round"))
+                elif (nuisance := self._strays.nuisance(fold, self._fewest)) is not None:
+                    self._refuse(nuisance, fold, Refusal("useless", "no update, again and again"))
                 else:
                     self._wait_for(fold)
             block, overwritten = fold.block_index, self.state
@@ -285,12 +285,12 @@ class Server:
         while True:
             try:
                 received = self._transport.receive(self._plan.stall_timeout_s, waiting_for, clients)
+                break
             except StallError as error:
                 if can_go_on or not self._plan.waits_for_return:
                     raise
                 self._on_event(f"still waiting for {waiting_for}. {error.cause}")
-                continue
-            return self._take(*received)
+        self._take(*received)
 
     def _take(self, client_id: int, raw: bytes) -> None:
         try:
@@ -371,7 +371,7 @@ class Server:
             self._take_leave(client_id, Leave("its secrets are gone; it takes part when the run is started again"))
             return
         self._downlink.joins(client_id, join.versions)
-        self._participation.is_back(client_id, self._trace.clock.now())
+        self._strays.joins(client_id, self._trace.clock.now())
         owed = [f for f in self._folds.values() if client_id in f.expected and client_id not in f.delivered]
         lacking = tuple((f.round_index, f.first_lacking(client_id)) for f in owed if f.round_index in join.sent)
         self._downlink.send(client_id, max(0, len(self.state.history) - 1), Welcome(lacking))

@@ -13,6 +13,9 @@ from parablock.wire.messages import Update
 MAX_USELESS = 16
 """Messages of no use that a round takes from a client, beside those of updates that came too late."""
 
+MAX_JOINS = 4
+"""Processes of a client that may join, one after the other, while a round waits for it."""
+
 
 class Strays:
     """Counts each stray update once, with its last chunk, and knows who sends nothing else.
@@ -42,14 +45,29 @@ class Strays:
         self._participation, self._refusals, self._releasing = participation, refusals, releasing
         self._committed_at_start = committed_at_start
         self.counted: dict[int, tuple[int, ...]] = {}
-        self._round, self._before = -1, Counter[int]()
+        self._round, self._before, self._given_up = -1, Counter[int](), set[int]()
 
-    def nuisance(self, fold: RoundFold) -> int | None:
-        """Return a client that the round waits for, and that sends it too much of no use."""
+    def nuisance(self, fold: RoundFold, fewest: int) -> int | None:
+        """Return a client that the round waits for in vain, and has enough others to go on without it.
+
+        It sends too much of no use, or joins again and again. From then on one of either is too much, until a whole
+        update of it has come.
+        """
+        useless = self._refusals.useless
         if fold.round_index != self._round:
-            self._round, self._before = fold.round_index, self._refusals.useless.copy()
-        useless, before = self._refusals.useless, self._before
-        return next((i for i in fold.missing if useless[i] - before[i] > self._most_useless), None)
+            known = {client_id: useless[client_id] - self._most_useless for client_id in self._given_up}
+            self._round, self._before = fold.round_index, Counter({**useless, **known})
+        if len(fold.expected) <= fewest:
+            return None
+        found = next((i for i in fold.missing if useless[i] - self._before[i] > self._most_useless), None)
+        if found is not None:
+            self._given_up.add(found)
+        return found
+
+    def joins(self, client_id: int, now_s: float) -> None:
+        """Note that a client is back, by a process that joins in place of an earlier one."""
+        self._participation.is_back(client_id, now_s)
+        self._refusals.useless[client_id] += self._most_useless // MAX_JOINS + 1
 
     def skip(self, client_id: int) -> None:
         """Count a message that a client skips a round which does not expect it."""
@@ -66,6 +84,7 @@ class Strays:
             self._refusals.count(client_id, unasked)
             return
         self._participation.delivered(client_id, t, now_s)
+        self._given_up.discard(client_id)
         self._releasing.count_late(client_id, update)
         if client_id in self.counted.get(t, ()):
             self._refusals.count(client_id, Refusal("duplicate", f"the update of round {t} again"))

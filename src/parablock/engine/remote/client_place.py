@@ -26,6 +26,7 @@ class ClientPlace:
         is_garbled: Whether it has sent a record that cannot be read.
         knows_end: Whether it knows that the session has ended.
         since_s: Since when it is connected, or is not; seconds since 1970.
+        moved_s: When something of it came last, or it was asked for something; seconds of the run.
         up_bytes: Bytes of its messages so far.
         down_bytes: Bytes of messages to it that it has confirmed.
         last_round: The newest round that it has sent something of.
@@ -48,6 +49,7 @@ class ClientPlace:
     is_garbled: bool = False
     knows_end: bool = False
     since_s: float = 0.0
+    moved_s: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
     last_round: int = -1

@@ -117,6 +117,7 @@ class RemoteTransport:
                 place.stream = self._new_stream(hello.client_id)
                 place.room.notify_all()
             place.incarnation, place.must_rejoin, place.since_s = hello.incarnation, False, now_s
+            place.moved_s = self._clock.now()
             self._clock.progress()
             return Reception(place.stream.wanted, place.rejoins, now_s), place.stream
 
@@ -126,7 +127,7 @@ class RemoteTransport:
 
     def moved(self, client_id: int) -> None:
         """Note that something has come which the run waits for."""
-        del client_id
+        self.places[client_id].moved_s = self._clock.now()
         self._clock.progress()
 
     def begins(self, client_id: int, stream: NumberedStream, first_part: bytes, round_index: int) -> None:
@@ -219,6 +220,7 @@ class RemoteTransport:
         for place in self.places.values():
             with place.room:
                 place.must_rejoin = place.must_rejoin or not place.stream.has_connection
+                place.moved_s = self._clock.now()
         return frozenset(client_id for client_id, place in self.places.items() if place.must_rejoin)
 
     @property
@@ -238,14 +240,15 @@ class RemoteTransport:
             place.stream.put(parcel.message, parcel.round_index)
             if parcel.round_index > place.asked_round:
                 place.asked_round, place.spans_left = parcel.round_index, SPANS_KEPT
+                place.moved_s = self._clock.now()
 
     def receive(
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
-        """Wait for the next message of any client."""
+        """Wait for the next message of any client; for none of some that are gone, whatever the others do."""
         awaited = self.places if from_clients is None else from_clients
         self.waiting_for = waiting_for
-        check = partial(check_for_stop, self, awaited, self._asked_to_stop)
+        check = partial(self._look, from_clients or (), awaited, timeout_s)
         try:
             while (opened := self._open(self._inbox.get(timeout_s, waiting_for, check))) is None:
                 pass
@@ -257,6 +260,15 @@ class RemoteTransport:
                 cause=f"Not connected: {', '.join(gone) or 'none; those that are there compute, or are blocked'}.",
                 remedy="They go on as soon as they are back; nothing that was committed is lost.",
             ) from None
+
+    def _look(self, from_clients: Collection[int], awaited: Collection[int], timeout_s: float) -> None:
+        """Look whether the wait has to end."""
+        check_for_stop(self, awaited, self._asked_to_stop)
+        gone, now_s = [self.places[i] for i in from_clients if not self.is_there(i)], self._clock.now()
+        if gone and len(gone) == len(from_clients) and all(now_s - place.moved_s > timeout_s for place in gone):
+            for place in gone:
+                place.moved_s = now_s  # whoever waits on has the same patience again
+            raise StallError(f"for {timeout_s:g} s nothing came of what the run waits for: {self.waiting_for}")
 
     def receive_until(
         self, deadline_s: float, from_clients: Collection[int] | None = None
