@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
@@ -73,11 +73,23 @@ def plan_comparison(
     for seed in numbers:
         for name in names:
             for delay in all_delays if all_delays and METHODS[name].may_lag else [_delay_of(name, config)]:
-                tree = overridden(tree_of_method(config, name, delay) | {"seed": seed}, own[name])
+                tree = tree_of_method(config, name, delay) | {"seed": seed}
+                named = _named_by(tree)
+                tree = overridden(tree, own[name])
+                for option, value in _named_by(tree).items():
+                    if value != named[option]:
+                        problem = f"{value!r} for {name}: runs are named by what {option} says, for every method"
+                        raise ConfigError([problem], source="--for")
                 folder = f"{name}-delay{delay}" if len(all_delays) > 1 else name
                 folder = f"{folder}-seed{seed}" if len(numbers) > 1 else folder
                 planned.append(PlannedRun(folder, parse_config(tree, source=f"method {name}")))
     return planned
+
+
+def _named_by(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by which the runs of a comparison are named, by the option that sets them."""
+    federation = tree["federation"] if isinstance(tree["federation"], Mapping) else {}
+    return {"--methods": federation.get("method"), "--delays": federation.get("delay"), "--seeds": tree.get("seed")}
 
 
 def _numbers(text: str, option: str) -> list[int]:

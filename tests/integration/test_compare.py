@@ -163,6 +163,12 @@ def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_pat
         (["--methods", "parablock,gossip"], "gossip"),
         (["--methods", "flora", "--set", "wire.format=sparse2"], "leaves most of an update to the next round"),
         (["--for", "fedit:train.learning_rate=1"], "for one of parablock, fl_bcd"),
+        (["--for", "fl_bcd:federation.delay=2"], "what --delays says"),
+        (
+            ["--for", "fl_bcd:federation={method: fedavg, num_clients: 4, num_rounds: 6, delay: 0}"],
+            "what --methods says",
+        ),
+        (["--for", "fl_bcd:seed=7"], "what --seeds says"),
         (["--for", "fl_bcd"], "method:key=value"),
         (["--delays", "0,x"], "whole numbers"),
         (["--delays", "1,1"], "each number once"),

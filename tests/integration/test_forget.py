@@ -25,13 +25,14 @@ def losses(run_dir: Path) -> list[tuple[object, object]]:
     return [(row["train_loss"], row["eval_loss"]) for row in metrics_of(run_dir)]
 
 
-@pytest.mark.parametrize("delay", [0, 1])
-def test_an_excluded_client_might_as_well_not_exist(runs: Runs, workshop: Workshop, delay: int):
+@pytest.mark.parametrize(("delay", "in_flight"), [(0, "aligned"), (1, "aligned"), (1, "share")])
+def test_an_excluded_client_might_as_well_not_exist(runs: Runs, workshop: Workshop, delay: int, in_flight: str):
     """The last of four clients is excluded, or there are three."""
     files = ", ".join(str(workshop.client_file(i)) for i in range(3))
-    excluded = runs(f"federation.delay={delay}", "federation.excluded_clients=[3]")
-    three = runs(f"federation.delay={delay}", "federation.num_clients=3", f"data.train=[{files}]")
-    assert sha(excluded) == sha(three) != sha(runs(f"federation.delay={delay}"))
+    how = [f"federation.delay={delay}", *[f"federation.in_flight={in_flight}"] * (in_flight != "aligned")]
+    excluded = runs(*how, "federation.excluded_clients=[3]")
+    three = runs(*how, "federation.num_clients=3", f"data.train=[{files}]")
+    assert sha(excluded) == sha(three) != sha(runs(*how))
     assert losses(excluded) == losses(three)
     assert {client_id for row in metrics_of(excluded) for client_id in row["participants"]} == {0, 1, 2}
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size
+from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size, fewest_asked
 from parablock.config.section import NOT_BUILT
 
 Problem = tuple[str, str]
@@ -68,7 +68,7 @@ def _sites(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _aggregation(federation: Mapping[str, Any]) -> Iterator[Problem]:
     """A robust rule needs enough updates to tell a minority from the others."""
-    rule, size = federation["aggregation"], cohort_size(federation)
+    rule, size = federation["aggregation"], fewest_asked(federation)
     if not METHODS[federation["method"]].averages:
         return
     if size < MIN_UPDATES[rule]:
@@ -89,7 +89,7 @@ def _weights(config: Mapping[str, Any]) -> Iterator[Problem]:
     why = ""
     if federation["aggregation"] != "mean":
         why = f"it is for aggregation: mean only, {federation['aggregation']} counts every client once"
-    elif METHODS[federation["method"]].combines == "nothing" or cohort_size(federation) < 2:
+    elif METHODS[federation["method"]].combines == "nothing" or fewest_asked(federation) < 2:
         why = "a round makes nothing of several updates"
     elif privacy["secure_aggregation"] != "none" or (
         privacy["noise_multiplier"] > 0 and privacy["mode"] == "central"
@@ -145,11 +145,12 @@ def _overlap(federation: Mapping[str, Any]) -> Iterator[Problem]:
     """A group that is always in flight has no server optimizer: no client could foresee its moments."""
     name, delay, optimizer = federation["method"], federation["delay"], federation["server_optimizer"]["name"]
     method = METHODS[name]
-    if delay and optimizer != "none" and method.averages and method.trains_one_group:
+    groups = len(method.matrices) or (1 if method.trains_one_group else delay + 1)  # of blocks: see `read_inputs`
+    if optimizer != "none" and method.averages and delay >= groups:
         yield (
             "federation.server_optimizer",
             f"{optimizer} would add its moments to a group that method {name} always has in flight with delay "
-            f"{delay}, and no client foresees them; leave it out, or set federation.delay: 0",
+            f"{delay}, and no client foresees them; leave it out, or set federation.delay: {groups - 1}",
         )
 
 
@@ -257,6 +258,11 @@ def _excluded(config: Mapping[str, Any]) -> Iterator[Problem]:
     left = len(set(range(clients)) - excluded)
     if left < max(1, federation["min_updates"]):
         yield key, f"leaves {left} clients, and a round needs {max(1, federation['min_updates'])}"
+    if federation["in_flight"] == "share" and federation["participation"] < 1:
+        yield (
+            key,
+            "leaves rounds with numbers of clients that differ, of which in_flight: share needs one; choose mean",
+        )
     if not METHODS[federation["method"]].gathers:
         yield key, f"{NOT_BUILT} for method {federation['method']}"
     if config["engine"]["name"] != "inprocess":

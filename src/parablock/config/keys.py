@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from parablock.config.conflicts import refuse_conflicts
 from parablock.config.data_section import DataSection, one_or_many
-from parablock.config.methods import LAGGING, METHODS, RATES, Method, MethodName, cohort_size
+from parablock.config.methods import LAGGING, METHODS, RATES, Method, MethodName, fewest_asked
 from parablock.config.section import FaultSection, Section, default_of
 from parablock.data.sources import may_be_several
 
@@ -143,9 +143,9 @@ class FederationSection(Section):
         return METHODS[self.method]
 
     @property
-    def cohort_size(self) -> int:
-        """The number of clients that a round asks."""
-        return cohort_size(self.model_dump())
+    def fewest_asked(self) -> int:
+        """The fewest clients that a round asks."""
+        return fewest_asked(self.model_dump())
 
     @model_validator(mode="after")
     def _rules_take_their_own(self) -> FederationSection:

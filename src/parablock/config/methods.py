@@ -139,6 +139,7 @@ METHODS: dict[str, Method] = {
         own_keys=("lora",),
         refuses={
             "wire.error_feedback": "has nothing to carry with flora, whose adapters are new in each round",
+            "wire.streaming": "has no effect with flora: a stack goes down whole; leave it out",
             "wire.chunk_bytes": "has no effect with flora: a stack goes down whole; leave it out",
             "train.optimizer_state": "has nothing to keep with flora, whose adapters are new in each round",
         },
@@ -200,8 +201,13 @@ def with_delay(name: str) -> str | None:
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:
-    """Return the number of clients that a round asks."""
+    """Return the number of clients that are drawn for a round."""
     method = METHODS[federation["method"]]
     if method.asks == "one_in_turn" or method.pools_data:
         return 1
     return max(1, round(float(federation["participation"]) * int(federation["num_clients"])))
+
+
+def fewest_asked(federation: Mapping[str, Any]) -> int:
+    """Return the fewest clients that a round asks: of those that are drawn, the excluded ones take no part."""
+    return max(1, cohort_size(federation) - len(set(federation["excluded_clients"])))

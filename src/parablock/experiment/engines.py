@@ -126,7 +126,7 @@ def update_form(config: RunConfig, secret: bytes | None = None, kinds: Kinds | N
 def client_plan(config: RunConfig, form: UpdateForm, secret: bytes | None) -> ClientPlan:
     """Return the settings of every client; the secret is for the noise that a client adds itself."""
     federation, protection_of = config.federation, protections(config, secret)
-    return ClientPlan(federation.in_flight, form, protection_of, federation.cohort_size, federation.delay + 1)
+    return ClientPlan(federation.in_flight, form, protection_of, federation.fewest_asked, federation.delay + 1)
 
 
 def checkpoints_kept(config: RunConfig) -> int:

@@ -227,10 +227,20 @@ def cut_model(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, tup
         model: The model; methods of adapters put them into it.
 
     Raises:
-        ConfigError: The rounds would never train some block.
+        ConfigError: The rounds would never train some block, or every block is always in flight beside a server
+            optimizer, whose moments no client foresees.
     """
     config = fit_blocks(config, model)
     blocks = trained_blocks(model, config)
+    optimizer, delay = config.federation.server_optimizer.name, config.federation.delay
+    if optimizer != "none" and config.federation.traits.trains == "blocks" and delay >= len(blocks):
+        raise ConfigError(
+            [
+                f"federation.server_optimizer: {optimizer} would add its moments to blocks that are always in "
+                f"flight, as there are {len(blocks)} of them and federation.delay is {delay}; leave it out, or "
+                "make smaller blocks (blocks.layers_per_block)"
+            ]
+        )
     never = never_visited(config, len(blocks))
     if never and not config.blocks.allow_unvisited:
         names = ", ".join(f"block {b} ({blocks[b].name})" for b in never)

@@ -8,7 +8,7 @@ from dotted import REQUIRED, nested, parsed, problems
 from parablock.config.conflicts import conflicts
 from parablock.config.load import parse_config
 from parablock.config.section import NOT_BUILT
-from parablock.experiment.engines import encoding_of
+from parablock.experiment.engines import client_plan, encoding_of, update_form
 
 # What this version refuses together, by the key that the refusal names.
 NOT_BUILT_YET = {
@@ -99,6 +99,20 @@ def test_a_group_that_is_always_in_flight_has_no_server_optimizer():
     assert problem.startswith("federation.server_optimizer: momentum") and "always has in flight" in problem
     for fitting in ({"federation.method": "fedit", "federation.delay": 0}, {"federation.method": "rolora"}, {}):
         parse_config(nested({**REQUIRED, **momentum, **fitting}))
+    (problem,) = problems({"federation.method": "rolora", **momentum, "federation.delay": 2})
+    assert "set federation.delay: 1" in problem, "with two groups in turn the one that is trained is not in flight"
+
+
+def test_a_rule_and_a_share_count_the_clients_that_are_not_excluded():
+    three = {"federation.num_clients": 3, "federation.aggregation": "median"}
+    (problem,) = problems({**three, "federation.excluded_clients": [2]})
+    assert problem == "federation.aggregation: median needs 3 clients in a round; there are 2"
+    parse_config(nested({**REQUIRED, **three, "federation.num_clients": 4, "federation.excluded_clients": [2]}))
+    share = {"federation.num_clients": 4, "federation.excluded_clients": [2], "federation.in_flight": "share"}
+    config = parse_config(nested({**REQUIRED, **share}))
+    assert client_plan(config, update_form(config), None).num_updates == 3
+    (problem,) = problems({**share, "federation.participation": 0.5})
+    assert problem.startswith("federation.excluded_clients: ") and "choose mean" in problem
 
 
 def test_a_method_without_blocks_refuses_what_is_said_of_them():
@@ -125,7 +139,7 @@ def test_all_that_stacked_adapters_leave_no_room_for_is_said_at_once():
         "federation.server_optimizer.name": "momentum",
         "privacy.clip_norm": 1.0,
         "wire.error_feedback": True,
-        "wire.chunk_bytes": 65536,
+        "wire.streaming": False,
         "train.optimizer_state": "keep",
     }
     found = problems({"federation.method": "flora", "federation.delay": 0, "wire.format": "int8", **asked})

@@ -9,7 +9,7 @@ from weakref import ref
 import pytest
 
 from parablock.config.load import load_config
-from parablock.errors import DataError
+from parablock.errors import ConfigError, DataError
 from parablock.experiment.inputs import read_inputs
 from parablock.methods.choose import make_method_model
 from tiny_runs import Workshop, sum_row, write_rows
@@ -131,6 +131,23 @@ def test_a_word_for_an_empty_cell_is_told_of(workshop: Workshop, tmp_path: Path,
         ]
         * is_told
     )
+
+
+@pytest.mark.parametrize(
+    ("layers", "delay", "is_refused"), [(4, 1, True), (2, 2, True), (2, 1, False), (4, 0, False)]
+)
+def test_blocks_that_are_always_in_flight_have_no_server_optimizer(
+    workshop: Workshop, layers: int, delay: int, is_refused: bool
+):
+    """The model has four layers."""
+    changes = [f"blocks.layers_per_block={layers}", f"federation.delay={delay}"]
+    config = load_config(workshop.config, [*changes, "federation.server_optimizer.name=momentum"])
+    if is_refused:
+        with pytest.raises(ConfigError, match="always in flight"):
+            read_inputs(config)
+    else:
+        read_inputs(config)
+    read_inputs(load_config(workshop.config, changes))
 
 
 def test_settings_that_the_run_has_chosen_are_known(workshop: Workshop):
