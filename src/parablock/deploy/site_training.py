@@ -15,7 +15,7 @@ from parablock.engine.remote.frames import Opening
 from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
 from parablock.engine.remote.site_client import run_client
 from parablock.errors import DataError, ModelError, ParaBlockError, StorageError
-from parablock.experiment.engines import checkpoints_kept, client_plan, update_form
+from parablock.experiment.engines import checkpoints_kept, client_plan, form_of
 from parablock.experiment.inputs import BaseModel, read_inputs
 from parablock.experiment.protections import adds_noise, masking_of, new_secret, releases_of
 from parablock.methods.choose import make_method_model
@@ -66,7 +66,7 @@ def train(
     LOGGER.info("the model is there, and %d rows to train on", len(job.train[site.client_id]))
     for line in job.left_out:
         LOGGER.warning("%s", line)
-    plan = client_plan(config, model.form or update_form(config, secret, model.kinds), secret)
+    plan = client_plan(config, form_of(model, config, secret), secret)
     _mask(caller, channel, config, releases, rejoins=rejoins)
     run_client(
         site.client_id,

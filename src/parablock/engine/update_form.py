@@ -92,6 +92,11 @@ class UpdateForm(ABC):
     kinds: Kinds | None = None
     density: float = 1.0
 
+    def encoded_by(self, encoding: Encoding) -> UpdateForm:
+        """Return the form with the configured encoding, where a method's own form leaves that open."""
+        del encoding
+        return self
+
     def num_elements(self, num_parameters: int) -> int:
         """Return the number of elements of an update of a block."""
         return num_parameters
@@ -262,6 +267,10 @@ class StackedAdapters(UpdateForm):
     factors: Factors
     adapters: Encoding = field(default=Encoding("float32"))
     encoding: Encoding = field(default=Encoding("float32"), init=False)
+
+    def encoded_by(self, encoding: Encoding) -> UpdateForm:
+        """Return the form whose adapters and stacks travel so."""
+        return replace(self, adapters=encoding)
 
     def num_elements(self, num_parameters: int) -> int:
         """Return the elements of one client's adapters."""

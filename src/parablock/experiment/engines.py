@@ -75,7 +75,7 @@ def engine_input(
         folder: The run directory; None without one.
         log: The log of what server and clients release; None: nothing outlives the run.
     """
-    form = model.form or update_form(config, secret, model.kinds)
+    form = form_of(model, config, secret)
     return EngineInput(
         server=server_plan(config, form, folder),
         client=client_plan(config, form, secret),
@@ -121,6 +121,13 @@ def update_form(config: RunConfig, secret: bytes | None = None, kinds: Kinds | N
     if config.wire.format == SPARSE:
         return SparseDifferences(encoding_of(config), kinds=kinds)
     return Differences(encoding_of(config), rule, noise, kinds)
+
+
+def form_of(model: MethodModel, config: RunConfig, secret: bytes | None) -> UpdateForm:
+    """Return the form of a method's updates: its own, or the configured one; the secret is as in `update_form`."""
+    if model.form is not None:
+        return model.form.encoded_by(encoding_of(config))
+    return update_form(config, secret, model.kinds)
 
 
 def client_plan(config: RunConfig, form: UpdateForm, secret: bytes | None) -> ClientPlan:

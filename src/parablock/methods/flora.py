@@ -18,7 +18,6 @@ from parablock.model.adapters import adapted_layers, draw_adapters, matrices_blo
 from parablock.model.blocks import Block
 from parablock.model.params import Replica
 from parablock.training.trainer import LocalTrainer, Trained, Trainer
-from parablock.wire.quantize import Encoding
 
 
 def factors_of(model: PreTrainedModel, config: RunConfig) -> Factors:
@@ -74,9 +73,7 @@ class FloraModel(MethodModel):
 
     def __init__(self, inputs: RunInputs, clients: Sequence[int] | None = None, watch: Watch = UNWATCHED) -> None:
         self._adapters = Replica(inputs.loaded.model, inputs.blocks)
-        wire = inputs.config.wire
-        adapters = Encoding(wire.format, wire.rounding, seed=inputs.config.seed)
-        self.form = StackedAdapters(factors_of(inputs.loaded.model, inputs.config), adapters)
+        self.form = StackedAdapters(factors_of(inputs.loaded.model, inputs.config))
         super().__init__(inputs, clients, watch)
 
     def committed_blocks(self) -> tuple[Block, ...]:
