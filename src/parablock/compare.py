@@ -20,7 +20,7 @@ from parablock.evaluation.side_by_side import check_task, score_models
 from parablock.experiment.progress import Progress
 from parablock.experiment.recorder import Summary
 from parablock.experiment.run import resume, run
-from parablock.plan.forecast import Scenario
+from parablock.plan.scenario import Scenario
 from parablock.report.curves import curves_svg
 from parablock.report.reading import LEAST_COMMUNICATION, read_runs
 from parablock.report.tables import Table, spread, to_markdown

@@ -1,6 +1,7 @@
 """`parablock plan`: predict bytes, time and memory of a run from its configuration, and advise on settings.
 
-forecast    the plan, joined from the files below, and the run whose link, delay and blocks it varies
+forecast    the plan, joined from the files below
+scenario    a run whose link, delay and blocks can be varied
 itinerary   the rounds: which clients are asked, and which blocks they are sent
 traffic     bytes of the messages
 timing      computation and messages on a clock

@@ -21,7 +21,7 @@ from parablock.training.memory import WAYS, adapter_elements, memory_per_client
 from parablock.training.step_time import Compute
 
 if TYPE_CHECKING:
-    from parablock.plan.forecast import Scenario
+    from parablock.plan.scenario import Scenario
 
 WORTH_A_DELAY = 0.05
 """The part of a round that overlap has to save, since at equal rounds it costs some of the loss."""

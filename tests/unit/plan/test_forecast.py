@@ -16,7 +16,8 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.errors import ConfigError, ModelError
 from parablock.plan import forecast
-from parablock.plan.forecast import Scenario, make_plan
+from parablock.plan.forecast import make_plan
+from parablock.plan.scenario import Scenario
 from parablock.privacy.accounting import Accountant
 from parablock.training.flops import Tokens
 from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, slowdown

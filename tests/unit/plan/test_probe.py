@@ -10,8 +10,9 @@ import pytest
 
 from parablock.config.load import load_config
 from parablock.errors import ConfigError, DataError
-from parablock.plan.forecast import Scenario, make_plan
+from parablock.plan.forecast import make_plan
 from parablock.plan.probe import probed_compute
+from parablock.plan.scenario import Scenario
 from tiny_runs import Workshop, sum_row, write_rows
 
 
