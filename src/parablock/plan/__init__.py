@@ -8,5 +8,6 @@ timing      computation and messages on a clock
 probe       seconds of computation, measured on this machine
 advice      settings that hide the exchange
 alternatives  what other methods would take, and which to choose
+allowed     the methods, delays and wire formats that a configuration allows
 view        the plan as tables
 """

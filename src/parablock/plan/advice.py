@@ -4,7 +4,8 @@ With delay 1 an exchange is hidden if a round computes for at least as long. Wit
 no direction of the link is busy for longer than one. Settings are tried in this order, the cheapest first, and the
 first ones that hide the exchange are recommended:
 
-1. the configured blocks and steps, and the wire format from the configured one down to int8;
+1. the configured blocks and steps, and the wire format from the configured one down to int8, of those that the
+   other settings allow;
 2. the narrowest of these, and the fewest local steps up to `train.max_local_steps`;
 3. the same with int4;
 4. steps 1 to 3 with one decoder layer fewer in a block, down to one.
@@ -16,25 +17,24 @@ recommended and the link stays the bottleneck.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import LAGGING, with_delay
+from parablock.config.methods import with_delay
+from parablock.plan.allowed import WIRE_FORMATS
 from parablock.plan.timing import Timing
 from parablock.report.units import format_duration
 from parablock.wire.quantize import SPARSE, bytes_per_element
 
-WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4")
-"""Widest first."""
 NARROWEST_BEFORE_STEPS = "int8"
 """The narrowest format to try before more local steps."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A block size, its mean seconds of a local step, and wire format → seconds that hide the exchange."""
+    """A block size, its mean seconds of a local step, and allowed format → seconds that hide the exchange."""
 
     layers_per_block: int
     step_s: float
@@ -58,10 +58,11 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
     most steps, unless more are configured.
     """
     most = max(num_local_steps, max_local_steps)
-    narrower = [wire_format, *(name for name in WIRE_FORMATS if _width(name) > _width(wire_format))]
-    gentle = [name for name in narrower if _width(name) <= _width(NARROWEST_BEFORE_STEPS)]
-    resorts = [name for name in narrower if _width(name) >= _width(NARROWEST_BEFORE_STEPS)] or [wire_format]
     for case in cases:
+        allowed = [name for name in WIRE_FORMATS if name in case.cover_s and _width(name) > _width(wire_format)]
+        narrower = [wire_format, *allowed]
+        gentle = [name for name in narrower if _width(name) <= _width(NARROWEST_BEFORE_STEPS)]
+        resorts = [name for name in narrower if _width(name) >= _width(NARROWEST_BEFORE_STEPS)] or [narrower[-1]]
         for name in gentle:
             if case.cover_s[name] <= num_local_steps * case.step_s:
                 return Advice(case.layers_per_block, num_local_steps, name, hides=True)
@@ -73,10 +74,26 @@ def recommend(cases: Iterable[Case], *, num_local_steps: int, max_local_steps: i
     return last
 
 
-def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *, num_local_steps: int) -> str:
+def verdict(
+    config: RunConfig,
+    timing: Timing,
+    serial: Timing,
+    advice: Advice,
+    *,
+    num_local_steps: int,
+    no_delay: str = "",
+    lagging: Sequence[str] = (),
+) -> str:
     """Return one sentence: whether overlap hides the communication, and what to change.
 
-    `timing` is of the run, `serial` of the run with delay 0; K is as configured or as the run chooses it.
+    Args:
+        config: The run.
+        timing: Its times.
+        serial: Those with delay 0.
+        advice: What to recommend, where a delay is possible.
+        num_local_steps: K, as configured or as the run chooses it.
+        no_delay: The reason why the settings allow no delay; empty if they do.
+        lagging: The methods that may have a delay with these settings.
     """
     link = config.link
     if link.upload_mbps is None and link.download_mbps is None and not link.latency_s:
@@ -86,11 +103,15 @@ def verdict(config: RunConfig, timing: Timing, serial: Timing, advice: Advice, *
         )
     exchange, compute = format_duration(timing.exchange_s), format_duration(timing.compute_s)
     facts = f"an exchange takes {exchange} and a round computes for {compute}"
+    if no_delay:
+        others = f"; methods that may have a delay with these settings: {', '.join(lagging)}" if lagging else ""
+        return f"Nothing is hidden: {facts}, one after the other, and no delay is possible: {no_delay}{others}."
     changes = _changes(config, advice, num_local_steps)
     if config.federation.delay == 0:
-        overlap = "delay: 1" if with_delay(config.federation.method) else f"method: {LAGGING[0]}"
+        lags = config.federation.traits.may_lag
+        method = [] if lags else [f"federation.method: {with_delay(config.federation.method)}"]
         aim = "to hide the exchange" if advice.hides else "to hide what can be hidden of the exchange"
-        changes = [f"federation.{overlap}", *changes]
+        changes = [*method, "federation.delay: 1", *changes]
         return f"With delay 0 nothing is hidden: {facts}, one after the other; {aim} set {', '.join(changes)}."
     if timing.cover_s <= timing.compute_s:
         after, before = format_duration(timing.round_s), format_duration(serial.round_s)

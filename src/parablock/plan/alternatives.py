@@ -6,15 +6,15 @@ from measured runs (docs/plan.md), with what would change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import parse_config, tree_of_method
-from parablock.config.methods import METHODS
+from parablock.config.methods import METHODS, with_delay
 from parablock.errors import InputError
+from parablock.plan.allowed import with_method
 from parablock.plan.traffic import total_bytes
 from parablock.report.units import format_bytes, format_duration
 from parablock.training.memory import WAYS, adapter_elements, memory_per_client
@@ -27,9 +27,6 @@ WORTH_A_DELAY = 0.05
 """The part of a round that overlap has to save, since at equal rounds it costs some of the loss."""
 MUCH_LESS = 0.8
 """The part of the memory of adapters that is worth another method."""
-
-OF_A_FORMAT = ("wire.density", "wire.rounding", "wire.error_feedback", "wire.residual_decay")
-"""Keys that go with a `wire.format`."""
 
 
 @dataclass(frozen=True)
@@ -67,47 +64,40 @@ def alternatives(given: Scenario, make: Callable[[RunConfig], Scenario], slower:
     """
     without = {method.without_delay for method in METHODS.values()}
     names = [name for name, method in METHODS.items() if method.gathers and name not in without]
-    return [each for name in names for each in _with_each_delay(name, given.config, make, slower)]
+    each = [(name, delay) for name in names for delay in ((0, 1) if METHODS[name].may_lag else (0,))]
+    return [_alternative(name, delay, given.config, make, slower) for name, delay in each]
 
 
-def _with_each_delay(
-    name: str, config: RunConfig, make: Callable[[RunConfig], Scenario], slower: float
-) -> Iterator[Alternative]:
-    delays = (0, 1) if METHODS[name].may_lag else (0,)
+def _alternative(
+    name: str, delay: int, config: RunConfig, make: Callable[[RunConfig], Scenario], slower: float
+) -> Alternative:
     try:
-        scenario = make(parse_config(_tree(name, config), source=f"method {name}"))
+        scenario = make(with_method(config, name, delay))
     except InputError as error:
-        problem = getattr(error, "problems", (error.what,))[0]
-        yield from (Alternative(name, delay, problem=problem) for delay in delays)
-        return
+        return Alternative(name, delay, problem=getattr(error, "problems", (error.what,))[0])
     blocks, wire_format = scenario.blocks, scenario.config.wire.format
     scenario.compute = _times(scenario.compute, slower)
     partition = scenario.partition(scenario.layers_per_block)
-    for delay in delays:
-        federation = scenario.config.federation.model_copy(update={"delay": delay})
-        delayed = scenario.config.model_copy(update={"federation": federation})
-        memory = memory_per_client(scenario.outline, partition, delayed)[WAYS[METHODS[name].trains]]
-        timing = scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=delay)
-        moved = total_bytes(scenario.walk(len(blocks), delay), scenario.sizes(blocks, wire_format))
-        yield Alternative(
-            name,
-            delay,
-            bytes_per_client_round=moved.bytes_per_client_round,
-            round_s=timing.round_s,
-            hours=timing.wall_s / 3600,
-            memory_bytes=memory.total,
-            never_visited=len(scenario.never_visited(blocks)),
-        )
+    memory = memory_per_client(scenario.outline, partition, scenario.config)[WAYS[METHODS[name].trains]]
+    timing = scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=delay)
+    moved = total_bytes(scenario.walk(len(blocks), delay), scenario.sizes(blocks, wire_format))
+    return Alternative(
+        name,
+        delay,
+        bytes_per_client_round=moved.bytes_per_client_round,
+        round_s=timing.round_s,
+        hours=timing.wall_s / 3600,
+        memory_bytes=memory.total,
+        never_visited=len(scenario.never_visited(blocks)),
+    )
 
 
-def _tree(name: str, config: RunConfig) -> dict[str, Any]:
-    """Write the configuration for another method, without what the method refuses."""
-    tree = tree_of_method(config, name, 1 if METHODS[name].may_lag else 0)
-    refused = [*METHODS[name].refuses]
-    for key in [*refused, *(OF_A_FORMAT if "wire.format" in refused else ())]:
-        section, _, last = key.partition(".")
-        tree.get(section, {}).pop(last, None)
-    return tree
+def why_no_delay(found: Sequence[Alternative], config: RunConfig) -> str:
+    """Return why the configured method cannot have a delay here; empty if it can."""
+    name = with_delay(config.federation.method)
+    if name is None:
+        return f"{config.federation.method} {config.federation.traits.no_delay}"
+    return next(each.problem for each in found if (each.method, each.delay) == (name, 1))
 
 
 def _times(compute: Compute, factor: float) -> Compute:
@@ -119,9 +109,15 @@ def _longer(round_s: Callable[..., float], factor: float, *place: Any) -> float:
 
 
 def equal_rank(scenario: Scenario) -> float:
-    """Return the rank of adapters A and B that have as many elements as what a round of this run sends."""
-    elements = [block.num_parameters for block in scenario.blocks]
-    return sum(elements) / len(elements) / adapter_elements(scenario.outline, scenario.config)
+    """Return the rank of adapters A and B that have as many elements as a round of this run moves, up and down."""
+    blocks, itinerary = scenario.blocks, scenario.walk(len(scenario.blocks), scenario.config.federation.delay)
+    sizes = scenario.sizes(blocks, scenario.config.wire.format)
+    mean = sum(block.num_parameters for block in blocks) / len(blocks)
+    down = mean
+    if scenario.stacked is not None:  # what comes down is not what went up
+        told = [sizes.num_elements(news) for start in (*itinerary.news, itinerary.drain) for news in start.values()]
+        down = sum(told) / sum(map(len, itinerary.news))
+    return (mean + down) / 2 / adapter_elements(scenario.outline, scenario.config)
 
 
 def recommended_method(found: Sequence[Alternative], config: RunConfig, num_layers: int) -> dict[str, Any]:
@@ -133,9 +129,11 @@ def recommended_method(found: Sequence[Alternative], config: RunConfig, num_laye
     name = next((name for name in both if (name, 0) in usable), None)
     if name is None:
         return {"method": config.federation.method, "delay": config.federation.delay, "reason": "", "unless": ""}
-    serial, overlapped = usable[name, 0], usable[name, 1]
-    saved = 1 - overlapped.round_s / serial.round_s
-    if config.link.upload_mbps is None and config.link.download_mbps is None and not config.link.latency_s:
+    serial, overlapped = usable[name, 0], usable.get((name, 1))
+    saved = 1 - overlapped.round_s / serial.round_s if overlapped else 0.0
+    if overlapped is None:
+        chosen, overlap = serial, "these settings allow it no delay"
+    elif config.link.upload_mbps is None and config.link.download_mbps is None and not config.link.latency_s:
         chosen = usable.get((name, config.federation.delay), serial)
         overlap = "whether a delay saves time depends on the link, which is not given"
     elif saved >= WORTH_A_DELAY:

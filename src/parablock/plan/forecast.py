@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
@@ -21,8 +21,9 @@ from parablock.experiment.outlook import memory_here
 from parablock.experiment.protections import check_privacy_extra, privacy_planned
 from parablock.model.blocks import Block
 from parablock.model.pretrained import outline_model
-from parablock.plan.advice import WIRE_FORMATS, Case, recommend, verdict
-from parablock.plan.alternatives import alternatives, equal_rank, recommended_method
+from parablock.plan.advice import Advice, Case, recommend, verdict
+from parablock.plan.allowed import allowed_formats
+from parablock.plan.alternatives import alternatives, equal_rank, recommended_method, why_no_delay
 from parablock.plan.scenario import Scenario
 from parablock.plan.traffic import total_bytes
 from parablock.training.memory import WAYS, memory_per_client
@@ -45,7 +46,7 @@ class Plan:
     Attributes:
         num_blocks: B; all parameters are one block with fedavg, and all adapters with LoRA.
         blocks: For each block: index, name, layers, parameters, and bytes of an update's payload.
-        bytes_per_client_round: For each wire format of the method, up and down of one client in one round.
+        bytes_per_client_round: For each allowed wire format, up and down of one client in one round.
         total_bytes: All clients, whole run, in the configured format.
         compute_s: Computation of the slowest client.
         communication_s: Both directions of the client whose link is busy longest.
@@ -58,7 +59,7 @@ class Plan:
         memory_bytes: One client, for block training, LoRA and full fine-tuning.
         never_visited: Blocks that these rounds would not train.
         recommended: layers_per_block, num_local_steps, format.
-        traffic: For each wire format, uplink and downlink bytes of the whole run, all clients.
+        traffic: For each of these formats, uplink and downlink bytes of the whole run, all clients.
         links: At several speeds: exchange, round without and with overlap, and the time saved.
         learning_rate: Peak rate, as configured or the method's own.
         memory_parts: The parts of `memory_bytes`.
@@ -68,7 +69,7 @@ class Plan:
         assumptions: The basis of the figures.
         methods: For each method and delay: method, delay, bytes_per_client_round, round_s, hours, memory_bytes, and
             the problem of one that these settings do not allow.
-        equal_rank: The rank of adapters A and B that take the bytes of a round of this run.
+        equal_rank: The rank of adapters A and B that take the bytes of a round of this run, up and down.
         recommended_method: method, delay, and in words reason and unless.
         verdict: Whether overlap hides the communication, and what to change, in one sentence.
     """
@@ -133,8 +134,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     config, blocks, delay = scenario.config, scenario.blocks, scenario.config.federation.delay
     wire_format = config.wire.format
     itinerary = scenario.walk(len(blocks), delay)
-    fixed = "wire.format" in config.federation.traits.refuses
-    formats = dict.fromkeys((wire_format,) if fixed else (*WIRE_FORMATS, wire_format))
+    formats = allowed_formats(config)
     traffic = {name: total_bytes(itinerary, scenario.sizes(blocks, name)) for name in formats}
     timing, serial = (
         scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)
@@ -142,13 +142,16 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
     is_local, of_a_client = config.engine.name == "inprocess", memory[WAYS[config.federation.traits.trains]]
     place = memory_here(scenario.outline, of_a_client, config) if is_local else None
-    advice = recommend(
-        _cases(scenario),
-        num_local_steps=scenario.num_local_steps,
-        max_local_steps=config.train.max_local_steps,
-        wire_format=wire_format,
-    )
     others = alternatives(scenario, partial(make, probe=False, outline=scenario.outline), _slower(scenario))
+    no_delay = why_no_delay(others, config)
+    advice = Advice(scenario.layers_per_block, scenario.num_local_steps, wire_format, hides=False)
+    if not no_delay:
+        advice = recommend(
+            _cases(scenario, formats),
+            num_local_steps=scenario.num_local_steps,
+            max_local_steps=config.train.max_local_steps,
+            wire_format=wire_format,
+        )
     return Plan(
         num_blocks=len(blocks),
         blocks=[_describe(block, encoding_of(config).format) for block in blocks],
@@ -169,7 +172,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
             name: {key: getattr(each, key) for key in ("uplink_bytes", "downlink_bytes")}
             for name, each in traffic.items()
         },
-        links=_at_several_speeds(scenario),
+        links=_at_several_speeds(scenario, overlaps=not no_delay),
         memory_parts={name: dict(vars(each)) for name, each in memory.items()},
         process_memory_bytes=dict(vars(place)) if place else None,
         compute_source=scenario.compute.source,
@@ -182,7 +185,12 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         methods=[asdict(each) for each in others],
         equal_rank=equal_rank(scenario),
         recommended_method=recommended_method(others, config, scenario.flops.num_layers),
-        verdict=verdict(config, timing, serial, advice, num_local_steps=scenario.num_local_steps),
+        verdict=verdict(
+            *(config, timing, serial, advice),
+            num_local_steps=scenario.num_local_steps,
+            no_delay=no_delay,
+            lagging=[each.method for each in others if each.delay and not each.problem],
+        ),
     )
 
 
@@ -214,13 +222,13 @@ def _describe(block: Block, wire_format: str) -> dict[str, Any]:
     }
 
 
-def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
+def _at_several_speeds(scenario: Scenario, *, overlaps: bool) -> list[dict[str, float | None]]:
     """Compare rounds with and without overlap, on the configured link if it has a speed, and on other links."""
     blocks, own = scenario.blocks, scenario.link
     speeds: list[tuple[float | None, float | None]] = [(mbps, mbps) for mbps in SHOWN_MBPS]
     if (own.upload_mbps, own.download_mbps) not in [(None, None), *speeds]:
         speeds.insert(0, (own.upload_mbps, own.download_mbps))
-    overlapping = max(1, scenario.config.federation.delay) if scenario.overlaps else 0
+    overlapping = max(1, scenario.config.federation.delay) if overlaps else 0
     rows: list[dict[str, float | None]] = []
     for upload_mbps, download_mbps in speeds:
         link = Link(upload_mbps, download_mbps, own.latency_s)
@@ -241,14 +249,14 @@ def _at_several_speeds(scenario: Scenario) -> list[dict[str, float | None]]:
     return rows
 
 
-def _cases(scenario: Scenario) -> Iterator[Case]:
+def _cases(scenario: Scenario, formats: Sequence[str]) -> Iterator[Case]:
     """Yield block sizes and their costs, from the configured size, or one that is visited often enough, down.
 
     A method without blocks has the costs of what it trains.
     """
     partitions = {size: scenario.partition(size) for size in range(1, scenario.flops.num_layers + 1)}
     start = max(scenario.layers_per_block, size_for_visits(scenario.config, partitions))
-    delay, formats = max(1, scenario.config.federation.delay), (*WIRE_FORMATS, scenario.config.wire.format)
+    delay = max(1, scenario.config.federation.delay)
     has_blocks = scenario.config.federation.traits.trains == "blocks"
     for size in range(start, 0, -1) if has_blocks else (scenario.layers_per_block,):
         blocks = partitions[size] if has_blocks else scenario.blocks
@@ -257,5 +265,5 @@ def _cases(scenario: Scenario) -> Iterator[Case]:
         timings = {
             name: scenario.time(blocks, wire_format=name, link=scenario.link, delay=delay) for name in formats
         }
-        step_s = timings[WIRE_FORMATS[0]].compute_s / scenario.num_local_steps
+        step_s = timings[formats[0]].compute_s / scenario.num_local_steps
         yield Case(size, step_s, {name: timing.cover_s for name, timing in timings.items()})

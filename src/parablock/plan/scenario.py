@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from parablock.algorithm.parablock import steps_of
 from parablock.config.keys import RunConfig
-from parablock.config.methods import cohort_size, with_delay
+from parablock.config.methods import cohort_size
 from parablock.engine.local_steps import local_steps_of
 from parablock.experiment.engines import encoding_of
 from parablock.experiment.fit_blocks import estimated_compute, fit_blocks, flops_of, never_visited
@@ -40,10 +40,10 @@ class Scenario:
         config: The configuration, with a number for `blocks.layers_per_block`.
         outline: The model without values, and without adapters.
         notes: Choices that the configuration leaves to the plan, in words.
-        overlaps: Whether the configured method can have a delay.
         blocks: The blocks that the method trains and sends; all parameters or all adapters count as one block.
         local_steps: K of each client, or one K for all; with `auto`, the choice for a block of mean size.
         num_local_steps: The smallest K, that of the slowest client.
+        stacked: The sizes of a method that stacks updates; None for the others.
         walk: (number of blocks, delay) → itinerary.
     """
 
@@ -65,17 +65,16 @@ class Scenario:
         if asked == "auto":
             self.notes.append(f"blocks.layers_per_block: auto is {self.layers_per_block} here")
         method = config.federation.traits
-        self.overlaps = with_delay(config.federation.method) is not None
         own = self.outline  # methods of adapters put them into the model
         if method.trains == "adapters":
             own = outline_for(repr(config.lora)) if outline_for else outlined()
         self.blocks: tuple[Block, ...] = trained_blocks(own, config)
         self._dtype = str(own.get_parameter(self.blocks[0].parameter_names[0]).dtype).removeprefix("torch.")
-        self._stacked = None
+        self.stacked: Stacked | None = None
         if method.combines == "stack":
             matrices = matrices_block(own, layers_path=config.blocks.layers_path)
             size = cohort_size(config.federation.model_dump())
-            self._stacked = Stacked(matrices.num_parameters, size)
+            self.stacked = Stacked(matrices.num_parameters, size)
         self.flops = flops_of(config, own)
         self.compute = probed_compute(config) if probe else estimated_compute(config, self.flops)
         self.link = Link(**config.link.model_dump())
@@ -96,10 +95,10 @@ class Scenario:
         own = blocks is self.blocks
         return Sizes(
             [block.num_parameters for block in blocks],
-            dtype=self._dtype if own and self._stacked is None else self.config.model.dtype,
+            dtype=self._dtype if own and self.stacked is None else self.config.model.dtype,
             wire_format=payload_format(wire_format, self.config.wire.density),
             chunk_bytes=encoding_of(self.config).chunk_bytes,
-            stacked=self._stacked if own else None,
+            stacked=self.stacked if own else None,
         )
 
     def time(self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int) -> Timing:

@@ -100,6 +100,10 @@ class Sizes:
         values = self._new_values(news)
         return _message_bytes(Finish(99, values), [value.vector for value in values])
 
+    def num_elements(self, news: News) -> int:
+        """Return the elements that come with these news."""
+        return sum(value.vector.num_elements for value in self._new_values(news))
+
     def _new_values(self, news: News) -> tuple[NewValue, ...]:
         values = []
         for b, kind in news:

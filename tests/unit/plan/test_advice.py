@@ -40,6 +40,13 @@ def test_fewer_steps_or_a_wider_format_are_never_recommended() -> None:
     assert advice_for(0.0625, wire_format="int4") == Advice(2, 16, "int4", hides=True)
 
 
+def test_only_formats_whose_cost_is_known_are_recommended() -> None:
+    case = Case(1, 0.5, {"float32": 8.0})
+    found = recommend([case], num_local_steps=4, max_local_steps=16, wire_format="float32")
+    assert found == Advice(1, 16, "float32", hides=True)
+    assert advice_for(0.5).format == "int8"
+
+
 def test_a_format_that_is_as_wide_as_another_is_followed_by_the_narrower_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

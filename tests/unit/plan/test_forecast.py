@@ -255,13 +255,11 @@ def test_a_plan_shows_the_blocks_that_auto_will_choose_and_says_so_of_them(works
 def test_the_verdict_names_the_missing_link_the_missing_delay_and_the_hopeless_link(workshop: Workshop):
     unlimited = ["link.upload_mbps=null", "link.download_mbps=null", "link.latency_s=0"]
     assert plan_of(workshop, *unlimited).verdict.startswith("No link speed is given")
-    assert "set federation.delay: 1." in plan_of(workshop, "federation.delay=0").verdict
+    both = "set federation.method: parablock, federation.delay: 1."  # fl_bcd, as the file may say, has no delay
+    assert both in plan_of(workshop, "federation.delay=0").verdict
     whole = plan_of(workshop, "federation.method=fedavg", "federation.delay=0")
     assert "set federation.delay: 1" in whole.verdict and "blocks." not in whole.verdict
     assert whole.num_blocks == 1 and all(row["saving"] > 0 for row in whole.links)
-    stacked = plan_of(workshop, "federation.method=flora", "federation.delay=0")
-    assert "set federation.method: parablock" in stacked.verdict
-    assert all(row["saving"] == 0 for row in stacked.links)
     hopeless = plan_of(workshop, "link.upload_mbps=0.001", "link.download_mbps=0.001")
     assert hopeless.verdict.startswith("The link is the bottleneck")
 
@@ -314,6 +312,60 @@ def test_a_method_that_the_settings_do_not_allow_has_its_problem_in_place_of_fig
     # without chunks a client that lacks two versions, in the drain, gets the value: once in these 6 rounds
     whole = plan_of(workshop, "federation.method=fedavg", "wire={format: sparse2, streaming: false}")
     assert 1 / 6 < whole.traffic["sparse2"]["downlink_bytes"] / many["downlink_bytes"] < 0.03 + 1 / 6
+
+
+def test_each_delay_is_checked_by_itself_and_no_refused_one_is_suggested(workshop: Workshop):
+    serial = ("federation.method=fedavg", "federation.delay=0")
+    whole, plain = (
+        plan_of(workshop, *serial, *more) for more in (["federation.server_optimizer.name=momentum"], [])
+    )
+    figures, free = ({(row["method"], row["delay"]): row for row in plan.methods} for plan in (whole, plain))
+    for name in ("fedavg", "fedit", "ffa_lora", "fedprox"):
+        assert figures[name, 0] == free[name, 0] and not free[name, 1]["problem"]
+        assert "momentum would add its moments" in figures[name, 1]["problem"] and not figures[name, 1]["hours"]
+    assert figures["fedavg", 0]["hours"] == pytest.approx(whole.hours)
+    assert not figures["parablock", 1]["problem"], "its block in flight is not the next one"
+    assert "no delay is possible: federation.server_optimizer: momentum" in whole.verdict
+    assert "with these settings: parablock, rolora." in whole.verdict and "set federation" in plain.verdict
+    assert "federation.delay: 1" not in whole.verdict and whole.recommended["num_local_steps"] == 2
+    assert [{row["saving"] > 0 for row in plan.links} for plan in (whole, plain)] == [{False}, {True}]
+    advised = [plan.recommended_method for plan in (whole, plain)]
+    assert [(each["method"], each["delay"]) for each in advised] == [("fedit", 0), ("fedit", 1)]
+    assert "these settings allow it no delay" in advised[0]["reason"]
+
+
+def test_a_method_that_cannot_lag_says_so_and_advises_on_nothing(workshop: Workshop):
+    slow = ("federation.delay=0", "link.upload_mbps=1", "link.download_mbps=1")
+    stacked, mean = (plan_of(workshop, f"federation.method={name}", *slow) for name in ("flora", "fedit"))
+    assert "no delay is possible: flora makes no mean" in stacked.verdict
+    assert "parablock, fedavg, fedit, ffa_lora, rolora, fedprox." in stacked.verdict
+    assert "wire.format" not in stacked.verdict and "wire.format: int8" in mean.verdict
+    assert stacked.recommended == {"layers_per_block": 1, "num_local_steps": 2, "format": "float32"}
+    assert all(row["saving"] == 0 for row in stacked.links) and all(row["saving"] > 0 for row in mean.links)
+
+
+def test_the_rank_of_equal_bytes_counts_both_directions(workshop: Workshop):
+    def rank(method: str, *more: str) -> float:
+        serial = (f"federation.method={method}", "federation.delay=0", "lora.rank=4")
+        return plan_of(workshop, *serial, *more).equal_rank
+
+    assert rank("fedit") == rank("fedit", "federation.participation=0.5") == pytest.approx(4)
+    assert rank("flora") == pytest.approx((4 + 4 * 4) / 2), "the stack of four goes down"
+    # two of four clients: a client that missed a round gets the matrices, which are more than a stack
+    assert rank("flora", "federation.participation=0.5") > (4 + 2 * 4) / 2
+
+
+def test_formats_that_the_settings_refuse_are_neither_shown_nor_suggested(workshop: Workshop):
+    masked = ("privacy.secure_aggregation=masked", "privacy.clip_norm=1", "wire.streaming=false")
+    slow = ("link.upload_mbps=2", "link.download_mbps=2")
+    hidden, clipped = (plan_of(workshop, *slow, *each) for each in (masked, masked[1:]))
+    assert list(hidden.bytes_per_client_round) == list(hidden.traffic) == ["float32"]
+    assert list(clipped.bytes_per_client_round) == FORMATS
+    assert "wire.format: " in clipped.verdict and "wire.format: " not in hidden.verdict
+    assert hidden.recommended["num_local_steps"] > 2
+    # keys that go with the configured format do not forbid another
+    with_feedback = plan_of(workshop, "wire={format: int8, error_feedback: true, rounding: nearest}")
+    assert list(with_feedback.bytes_per_client_round) == FORMATS
 
 
 def test_a_plan_tells_the_epsilon_that_the_run_will_have(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
