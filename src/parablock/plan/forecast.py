@@ -139,6 +139,10 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     timing, serial = (
         scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d) for d in (delay, 0)
     )
+    settled, settled_serial = (
+        scenario.time(blocks, wire_format=wire_format, link=scenario.link, delay=d, settled=True)
+        for d in (delay, 0)
+    )
     memory = memory_per_client(scenario.outline, scenario.partition(scenario.layers_per_block), config)
     is_local, of_a_client = config.engine.name == "inprocess", memory[WAYS[config.federation.traits.trains]]
     place = memory_here(scenario.outline, of_a_client, config) if is_local else None
@@ -186,7 +190,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         equal_rank=equal_rank(scenario),
         recommended_method=recommended_method(others, config, scenario.flops.num_layers),
         verdict=verdict(
-            *(config, timing, serial, advice),
+            *(config, settled, settled_serial, advice),
             num_local_steps=scenario.num_local_steps,
             no_delay=no_delay,
             lagging=[each.method for each in others if each.delay and not each.problem],
@@ -263,7 +267,8 @@ def _cases(scenario: Scenario, formats: Sequence[str]) -> Iterator[Case]:
         if size != start and has_blocks and scenario.never_visited(blocks):
             return
         timings = {
-            name: scenario.time(blocks, wire_format=name, link=scenario.link, delay=delay) for name in formats
+            name: scenario.time(blocks, wire_format=name, link=scenario.link, delay=delay, settled=True)
+            for name in formats
         }
         step_s = timings[formats[0]].compute_s / scenario.num_local_steps
         yield Case(size, step_s, {name: timing.cover_s for name, timing in timings.items()})

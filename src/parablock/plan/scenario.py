@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from statistics import fmean
 
@@ -19,7 +19,7 @@ from parablock.model.adapters import matrices_block
 from parablock.model.blocks import Block
 from parablock.model.positions import check_length
 from parablock.model.pretrained import outline_model
-from parablock.plan.itinerary import walk
+from parablock.plan.itinerary import Itinerary, walk
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes, Stacked
@@ -41,7 +41,8 @@ class Scenario:
         outline: The model without values, and without adapters.
         notes: Choices that the configuration leaves to the plan, in words.
         blocks: The blocks that the method trains and sends; all parameters or all adapters count as one block.
-        local_steps: K of each client, or one K for all; with `auto`, the choice for a block of mean size.
+        local_steps: K of each client, or one K for all; with `auto`, the choice for a block of mean size, once
+            the speed of every client is known.
         num_local_steps: The smallest K, that of the slowest client.
         stacked: The sizes of a method that stacks updates; None for the others.
         walk: (number of blocks, delay) → itinerary.
@@ -80,6 +81,12 @@ class Scenario:
         self.link = Link(**config.link.model_dump())
         self.local_steps = self._local_steps()
         self.num_local_steps = min(self.local_steps)
+        if config.train.num_local_steps == "auto":
+            least, most = config.train.min_local_steps, max(self.local_steps)
+            range_ = f"{self.num_local_steps} to {most}" if most > self.num_local_steps else f"{most}"
+            self.notes.append(
+                f"train.num_local_steps: auto is {range_} here, and {least} until a client's first update has come"
+            )
         self.walk = cache(partial(walk, config))
 
     def partition(self, layers_per_block: int) -> tuple[Block, ...]:
@@ -101,20 +108,41 @@ class Scenario:
             stacked=self.stacked if own else None,
         )
 
-    def time(self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int) -> Timing:
-        """Return the times of the rounds."""
+    def time(
+        self, blocks: tuple[Block, ...], *, wire_format: str, link: Link, delay: int, settled: bool = False
+    ) -> Timing:
+        """Return the times of the rounds; `settled`: as if the speed of every client were known from the first."""
         itinerary = self.walk(len(blocks), delay)
+        chosen = [self.local_steps] * len(itinerary.blocks)
+        if self.config.train.num_local_steps == "auto" and not settled:
+            chosen = self._chosen_steps(blocks, itinerary, delay)
 
         def compute_s(b: int, round_index: int, client_id: int) -> float:
-            return self.compute.round_s(blocks[b], round_index, client_id, steps_of(self.local_steps, client_id))
+            steps = steps_of(chosen[round_index], client_id)
+            return self.compute.round_s(blocks[b], round_index, client_id, steps)
 
         return time_rounds(itinerary, self.sizes(blocks, wire_format), compute_s, link, delay=delay)
+
+    def _chosen_steps(self, blocks: tuple[Block, ...], itinerary: Itinerary, delay: int) -> list[tuple[int, ...]]:
+        """Return K of each round as the server chooses it, from the updates that it has committed by then."""
+        chosen: list[tuple[int, ...]] = []
+        step_s: dict[int, float] = {}
+        for t, asked in enumerate(itinerary.news):
+            if (s := t - 1 - delay) >= 0:
+                b, steps = itinerary.blocks[s], {i: steps_of(chosen[s], i) for i in itinerary.news[s]}
+                step_s |= {i: self.compute.round_s(blocks[b], s, i, k) / k for i, k in steps.items()}
+            known = {i: step_s[i] for i in asked if i in step_s}
+            chosen.append(self._steps_for(known, blocks[itinerary.blocks[t]].num_parameters))
+        return chosen
 
     def _local_steps(self) -> tuple[int, ...]:
         step_s = {
             client_id: fmean(self.compute.round_s(block, 0, client_id, 1) for block in self.blocks)
             for client_id in range(self.config.federation.num_clients)
         }
-        elements, encoding = round(fmean(block.num_parameters for block in self.blocks)), encoding_of(self.config)
-        payload_bytes, streamed = encoding.payload_bytes(elements), len(encoding.cut(elements)) > 1
-        return local_steps_of(self.config).of_round(step_s, len(step_s), payload_bytes, streamed=streamed)
+        return self._steps_for(step_s, round(fmean(block.num_parameters for block in self.blocks)))
+
+    def _steps_for(self, step_s: Mapping[int, float], num_elements: int) -> tuple[int, ...]:
+        encoding, num_clients = encoding_of(self.config), self.config.federation.num_clients
+        payload_bytes, streamed = encoding.payload_bytes(num_elements), len(encoding.cut(num_elements)) > 1
+        return local_steps_of(self.config).of_round(step_s, num_clients, payload_bytes, streamed=streamed)

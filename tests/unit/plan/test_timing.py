@@ -102,6 +102,18 @@ SETTINGS = {
         "lora.target_modules=[q_proj,down_proj]",
     ),
     "half of the adapters": ("federation.method=ffa_lora", "federation.delay=0", "lora.rank=4"),
+    "adapters, steps that fill the wait": (
+        *("federation.method=fedit", "federation.delay=1", "train.num_local_steps=auto"),
+        *("train.min_local_steps=2", "link.upload_mbps=1"),
+    ),
+    "all parameters, delay 2, half a cohort, steps that fill the wait": (
+        *("federation.method=fedavg", "federation.delay=2", "federation.participation=0.5"),
+        *("federation.num_rounds=12", "train.num_local_steps=auto"),
+    ),
+    "blocks of two sizes, steps that fill the wait": (
+        *("blocks.split=attention_mlp", "train.num_local_steps=auto", "link.upload_mbps=2"),
+        *("federation.delay=0", "blocks.allow_unvisited=true"),
+    ),
     "stacked adapters": ("federation.method=flora", "federation.delay=0", "lora.rank=4"),
     "stacked adapters, half a cohort": (
         *("federation.method=flora", "federation.delay=0", "lora.rank=4"),
