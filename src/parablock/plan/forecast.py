@@ -203,7 +203,9 @@ def _privacy(config: RunConfig) -> list[str]:
     try:
         check_privacy_extra(config)
     except ConfigError as error:
-        return list(error.problems)
+        masked = config.privacy.secure_aggregation == "masked"
+        uncounted = ["without it the messages that agree on masks are not counted"] if masked else []
+        return [*error.problems, *uncounted]
     if not (planned := privacy_planned(config)):
         return []
     told = "after the last round, if every client that is drawn releases one update"

@@ -20,6 +20,7 @@ from parablock.model.blocks import Block
 from parablock.model.positions import check_length
 from parablock.model.pretrained import outline_model
 from parablock.plan.itinerary import Itinerary, walk
+from parablock.plan.masking_bytes import masking_of
 from parablock.plan.probe import probed_compute
 from parablock.plan.timing import Timing, time_rounds
 from parablock.plan.traffic import Sizes, Stacked
@@ -76,6 +77,7 @@ class Scenario:
             matrices = matrices_block(own, layers_path=config.blocks.layers_path)
             size = cohort_size(config.federation.model_dump())
             self.stacked = Stacked(matrices.num_parameters, size)
+        self._masking = masking_of(config)
         self.flops = flops_of(config, own)
         self.compute = probed_compute(config) if probe else estimated_compute(config, self.flops)
         self.link = Link(**config.link.model_dump())
@@ -106,6 +108,7 @@ class Scenario:
             wire_format=payload_format(wire_format, self.config.wire.density),
             chunk_bytes=encoding_of(self.config).chunk_bytes,
             stacked=self.stacked if own else None,
+            masking=self._masking,
         )
 
     def time(

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from parablock.plan.itinerary import Itinerary, News
+from parablock.plan.masking_bytes import MaskingBytes
 from parablock.wire.messages import Chunk, Finish, Mark, Message, NewValue, RoundStart, Update, to_bytes
 from parablock.wire.quantize import Encoding, Vector, bytes_per_element, payload_bytes
 
@@ -55,6 +56,7 @@ class Sizes:
         wire_format: Format of updates, and of differences if it is narrower than `dtype`.
         chunk_bytes: Approximate payload of a chunk; None to send vectors whole.
         stacked: Sizes of a stack that goes down in place of the new value; None for methods without stacks.
+        masking: Bytes of the messages of secure aggregation; None without masks.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Sizes:
         wire_format: str,
         chunk_bytes: int | None,
         stacked: Stacked | None = None,
+        masking: MaskingBytes | None = None,
     ) -> None:
         self._num_elements, self._dtype, self._format = num_elements, dtype, wire_format
-        self._stacked = stacked
+        self._stacked, self.masking = stacked, masking
         self._encoding = Encoding(wire_format, chunk_bytes=chunk_bytes)
         self._is_lossy = bytes_per_element(dtype) > bytes_per_element(wire_format)
         self.update, self.new_value = cache(self._update), cache(self._new_value)
@@ -142,14 +145,26 @@ def total_bytes(itinerary: Itinerary, sizes: Sizes) -> TotalBytes:
         streams[block] += len(streamed)
         told.update(news.values())
     marks = len(itinerary.marks) * len(itinerary.drain) * sizes.mark
+    masks_up, masks_down = _masking_bytes(itinerary, sizes.masking) if sizes.masking else (0, 0)
     return TotalBytes(
-        sum(count * sizes.update(block).total_bytes for block, count in visits.items()),
+        sum(count * sizes.update(block).total_bytes for block, count in visits.items()) + masks_up,
         sum(count * sizes.round_start(news) for news, count in told.items())
         + sum(count * sizes.new_value(block).total_bytes for block, count in streams.items() if count)
         + sum(map(sizes.finish, itinerary.drain.values()))
-        + marks,
+        + marks
+        + masks_down,
         visits.total(),
     )
+
+
+def _masking_bytes(itinerary: Itinerary, masking: MaskingBytes) -> tuple[int, int]:
+    """Return the bytes of the messages of secure aggregation, up and down."""
+    up = sum(each.advertise + each.shares for each in masking.openings)
+    down = sum(each.roster + each.letters for each in masking.openings)
+    for drawn, count in Counter(map(tuple, itinerary.news)).items():
+        up += count * len(drawn) * (masking.partners + masking.revealed(drawn))
+        down += count * len(drawn) * masking.reveal(drawn)
+    return up, down
 
 
 def _update_message(block: int, delta: Vector, num_chunks: int) -> Update:

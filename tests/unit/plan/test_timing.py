@@ -16,7 +16,7 @@ from parablock.model.blocks import find_layers
 from parablock.model.pretrained import outline_model
 from parablock.plan.forecast import make_plan
 from parablock.plan.itinerary import walk
-from parablock.plan.timing import time_rounds
+from parablock.plan.timing import _Client, time_rounds
 from parablock.plan.traffic import Sizes
 from parablock.wire.transport import Link
 from planning import config_of
@@ -75,6 +75,7 @@ def tiny_llama(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Lla
     return partial(tiny_llama, hidden_size=64)
 
 
+MASKED = ("privacy.secure_aggregation=masked", "privacy.clip_norm=1", "wire.streaming=false")
 SETTINGS = {
     "as it is": (),
     "delay 0, whole": ("federation.delay=0", "wire.streaming=false"),
@@ -113,6 +114,15 @@ SETTINGS = {
     "blocks of two sizes, steps that fill the wait": (
         *("blocks.split=attention_mlp", "train.num_local_steps=auto", "link.upload_mbps=2"),
         *("federation.delay=0", "blocks.allow_unvisited=true"),
+    ),
+    "adapters, masked": (*("federation.method=fedit", "federation.delay=1", "link.latency_s=0.1", *MASKED),),
+    "adapters, masked, three of four, a short computation": (
+        *("federation.method=fedit", "federation.delay=2", "federation.participation=0.75", *MASKED),
+        *("federation.num_rounds=12", "engine.step_time_s=0.001"),
+    ),
+    "blocks, masked, delay 0": ("federation.delay=0", *MASKED),
+    "adapters, words without masks": (
+        *("federation.method=fedit", "privacy.secure_aggregation=plain", *MASKED[1:]),
     ),
     "stacked adapters": ("federation.method=flora", "federation.delay=0", "lora.rank=4"),
     "stacked adapters, half a cohort": (
@@ -169,6 +179,35 @@ def test_lora_methods_send_adapters_half_of_them_or_stacks_of_them(workshop: Wor
     assert few["downlink_bytes"] == pytest.approx(
         plans["flora"].traffic["float32"]["downlink_bytes"] * 0.2578, rel=0.1
     )
+
+
+def test_an_answer_waits_behind_the_updates_that_were_ready_before_it_and_delays_those_after_it():
+    client = _Client()
+    client.queue += [(0.0, 5.0, 0), (2.0, 5.0, 1), (30.0, 5.0, 2)]
+    assert client.upload(0) == 0.0 and client.up_s == 5.0
+    assert client.answer(29.0, 3.0) == 32.0, "after round 1, before round 2"
+    assert client.answer(30.5, 3.0) == 40.0, "after round 2"
+    assert (client.upload(1), client.upload(2)) == (5.0, 32.0)
+
+
+def test_agreeing_on_masks_takes_bytes_and_time_and_a_question_every_round(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+):
+    def plan(*overrides: str) -> Any:
+        serial = ("federation.method=fedit", "federation.delay=0", "checkpoint.every_rounds=0")
+        link = "link={latency_s: 1, upload_mbps: null, download_mbps: null}"
+        return make_plan(load_config(workshop.config, [*serial, link, *overrides]))
+
+    plain, masked = plan("privacy.secure_aggregation=plain", *MASKED[1:]), plan(*MASKED)
+    # keys, roster, shares and letters; in each of six rounds a message before the update, and two after it
+    assert (masked.hours - plain.hours) * 3600 == pytest.approx(4 + 6 * 3)
+    assert masked.exchange_s == pytest.approx(plain.exchange_s + 3)
+    assert masked.total_bytes > plain.total_bytes
+    monkeypatch.setattr("parablock.experiment.protections.EXTRA", ("no_such_module",))
+    without = plan(*MASKED)
+    assert (without.hours, without.total_bytes) == (plain.hours, plain.total_bytes)
+    assert "without it the messages that agree on masks are not counted" in without.assumptions
+    assert not any("masks" in line for line in masked.assumptions)
 
 
 def test_another_delay_is_another_time(workshop: Workshop):
