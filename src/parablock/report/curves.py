@@ -13,6 +13,8 @@ COLORS = [
     *("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900"),
     *("#0099c6", "#7a4a2a", "#dd4477", "#66aa00", "#444444"),
 ]
+DASHES = ("", "6 3", "2 3", "10 3 2 3")
+"""Patterns of lines: the first curves are whole, and each further round of the colors has the next one."""
 AXES = {"rounds": "rounds", "seconds": "seconds", "bytes": "MB over all links"}
 PANEL, GAP, LEFT, TOP, HEIGHT = 300, 55, 55, 20, 220
 
@@ -31,7 +33,7 @@ def curves_svg(runs: Sequence[RunRecord]) -> str:
     for number, run in enumerate(runs):
         x, y = LEFT + 180 * (number % 5), below + 18 * (number // 5)
         parts.append(
-            f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" stroke="{_color(number)}" stroke-width="3"/>'
+            f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" {_stroke(number)} stroke-width="3"/>'
             f'<text x="{x + 24}" y="{y}">{as_html(run.name)}</text>'
         )
     width, height = LEFT + 3 * (PANEL + GAP), below + 18 * (1 + (len(runs) - 1) // 5)
@@ -59,7 +61,7 @@ def _panel(number: int, axis: str, curves: Sequence[Sequence[dict[str, float]]],
         parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for run, curve in enumerate(curves):
         points = " ".join("{:.1f},{:.1f}".format(*place(point[axis] / unit, point["loss"])) for point in curve)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{_color(run)}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{points}" fill="none" {_stroke(run)} stroke-width="2"/>')
     middle = left + PANEL / 2
     parts.append(f'<text x="{middle}" y="{TOP + HEIGHT + 32}" text-anchor="middle">{AXES[axis]}</text>')
     return "".join(parts)
@@ -73,5 +75,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 10) for k in range(first, floor(high / step + 1e-9) + 1)]
 
 
-def _color(number: int) -> str:
-    return COLORS[number % len(COLORS)]
+def _stroke(number: int) -> str:
+    """Return the attributes of a curve's line: its color, and dashes where another curve has that color."""
+    dashes = DASHES[number // len(COLORS) % len(DASHES)]
+    return f'stroke="{COLORS[number % len(COLORS)]}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
