@@ -23,7 +23,7 @@ from parablock.wire.quantize import Vector
 
 
 @dataclass(frozen=True)
-class Opening:
+class KeyExchange:
     """Bytes of the four messages of a client before the first round, in order: up, down, up, down."""
 
     advertise: int
@@ -40,7 +40,7 @@ class MaskingBytes:
         openings: Those of each client before the first round.
     """
 
-    openings: tuple[Opening, ...]
+    openings: tuple[KeyExchange, ...]
 
     @property
     def partners(self) -> int:
@@ -89,12 +89,12 @@ def masking_of(config: RunConfig) -> MaskingBytes | None:
     roster = _bytes_of(sealing.Roster(tuple(range(n)), key_bytes, (0,) * n, nothing, nothing), sum(key_bytes))
 
     @cache
-    def opening(own_rounds: int, others: int) -> Opening:
+    def opening(own_rounds: int, others: int) -> KeyExchange:
         letters = 2 * SHARE_BYTES * others + TAG_BYTES * (n - 1)
         each = (letters // (n - 1),) * (n - 1)
         shares, sent = sealing.Shares(9, each, nothing, nothing), 3 * own_rounds + 2 * others
         to_it = sealing.Letters(tuple(range(n - 1)), each, nothing, nothing)
-        return Opening(
+        return KeyExchange(
             _bytes_of(sealing.Advertise(9, nothing, nothing), KEY_BYTES * (1 + own_rounds)),
             roster,
             _bytes_of(shares, letters + COMMITMENT_BYTES * sent),
