@@ -82,7 +82,7 @@ seed: 0
 """)
 ADAPTERS = """\
   method: fedit  # adapters (LoRA): every round trains all layers, and sends little
-  # for a new language or domain, or much data: `parablock init --trains blocks` has parablock, which trains all
+  # for much data, or long further pre-training: `parablock init --trains blocks` has parablock, which trains all
   # parameters, a block of layers a round
   delay: 1  # 1: updates travel while the next round is computed; 0: without overlap
 lora:

@@ -147,7 +147,7 @@ def recommended_method(found: Sequence[Alternative], config: RunConfig, num_laye
     )
     lagging = next(each for each in METHODS if METHODS[each].without_delay)
     blocks = usable.get((lagging, chosen.delay))
-    unless = "there is more to learn than adapters hold: a new language or domain, much data, further pre-training"
+    unless = "there is more to learn than adapters hold: much data, long further pre-training"
     if blocks is not None and blocks.memory_bytes < MUCH_LESS * chosen.memory_bytes:
         unless += (
             f"; or memory is short ({lagging} takes {format_bytes(blocks.memory_bytes)}, {name} "
