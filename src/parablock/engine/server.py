@@ -344,7 +344,7 @@ class Server:
             self._refuse(client_id, fold, problem)
         elif client_id in fold.delivered:
             self._releasing.count_update(fold, client_id)
-            self._participation.delivered(client_id, t, self._trace.clock.now())
+            self._strays.delivered(client_id, t, self._trace.clock.now())
 
     def _refuse(self, client_id: int, fold: RoundFold, problem: Refusal) -> None:
         self._count(client_id, problem)

@@ -64,6 +64,11 @@ class Strays:
             self._given_up.add(found)
         return found
 
+    def delivered(self, client_id: int, round_index: int, now_s: float) -> None:
+        """Note a whole update, in time or late: its client is no nuisance any more."""
+        self._participation.delivered(client_id, round_index, now_s)
+        self._given_up.discard(client_id)
+
     def joins(self, client_id: int, now_s: float) -> None:
         """Note that a client is back, by a process that joins in place of an earlier one."""
         self._participation.is_back(client_id, now_s)
@@ -83,8 +88,7 @@ class Strays:
             unasked = Refusal("unasked", f"an update of round {t}, which it was not asked for")
             self._refusals.count(client_id, unasked)
             return
-        self._participation.delivered(client_id, t, now_s)
-        self._given_up.discard(client_id)
+        self.delivered(client_id, t, now_s)
         self._releasing.count_late(client_id, update)
         if client_id in self.counted.get(t, ()):
             self._refusals.count(client_id, Refusal("duplicate", f"the update of round {t} again"))
