@@ -245,7 +245,7 @@ class RemoteTransport:
     def receive(
         self, timeout_s: float, waiting_for: str, from_clients: Collection[int] | None = None
     ) -> tuple[int, bytes]:
-        """Wait for the next message of any client; for none of some that are gone, whatever the others do."""
+        """Wait for a message of any client, as long as something of the awaited comes, whatever others do."""
         awaited = self.places if from_clients is None else from_clients
         self.waiting_for = waiting_for
         check = partial(self._look, from_clients or (), awaited, timeout_s)
@@ -264,9 +264,9 @@ class RemoteTransport:
     def _look(self, from_clients: Collection[int], awaited: Collection[int], timeout_s: float) -> None:
         """Look whether the wait has to end."""
         check_for_stop(self, awaited, self._asked_to_stop)
-        gone, now_s = [self.places[i] for i in from_clients if not self.is_there(i)], self._clock.now()
-        if gone and len(gone) == len(from_clients) and all(now_s - place.moved_s > timeout_s for place in gone):
-            for place in gone:
+        now_s, silent = self._clock.now(), [self.places[client_id] for client_id in from_clients]
+        if silent and all(now_s - place.moved_s > timeout_s for place in silent):
+            for place in silent:
                 place.moved_s = now_s  # whoever waits on has the same patience again
             raise StallError(f"for {timeout_s:g} s nothing came of what the run waits for: {self.waiting_for}")
 
