@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size, fewest_asked
+from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size, fewest_asked, without_effect
 from parablock.config.section import NOT_BUILT
 
 Problem = tuple[str, str]
@@ -31,7 +31,7 @@ def conflicts(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prob
         *_aggregation(config["federation"]),
         *_weights(config),
         *_auto(config),
-        *_method(config["federation"]["method"], chosen, is_sparse=_is_sparse(config)),
+        *_method(config["federation"], chosen, is_sparse=_is_sparse(config)),
         *_overlap(config["federation"]),
         *_optimizer(config, chosen),
         *_noise(config),
@@ -110,26 +110,30 @@ def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield key, "auto follows from train.num_local_steps, which is auto too; set a number for one of them"
 
 
-def _method(name: str, chosen: Mapping[str, Any], *, is_sparse: bool) -> Iterator[Problem]:
-    """Settings without effect with a method, or that the method refuses."""
+def _method(federation: Mapping[str, Any], chosen: Mapping[str, Any], *, is_sparse: bool) -> Iterator[Problem]:
+    """Settings without effect with a method and a delay, or that the method refuses."""
+    name = federation["method"]
     method = METHODS[name]
     for owned in (key for key in OWNERS if key not in method.own_keys):
         for key, _ in _within(chosen, owned):
             yield key, f"takes effect with {', '.join(OWNERS[owned])} only, not with {name}"
     no_mean = NO_MEAN[method.combines]
+    implied = ("blocks.layers_path", *["wire.error_feedback"] * is_sparse)  # always needed; part of sparse2
+    for part, reason in without_effect(name, federation["delay"]).items():
+        for key, _ in _within(chosen, part):
+            if key not in implied:
+                yield key, f"{reason}; leave it out"
     for part, has_effect, why in (
-        ("blocks", method.trains == "blocks", "which trains no blocks"),
         ("federation.participation", method.gathers, no_mean),
         ("federation.aggregation", method.averages, no_mean),
         ("federation.server_optimizer", method.combines == "mean", no_mean),
         ("privacy", method.averages, no_mean),
     ):
         for key, _ in _within(chosen, part) if not has_effect else ():
-            if key != "blocks.layers_path":  # every method needs the layers
-                yield key, f"has no effect with method {name}, {why}; leave it out"
+            yield key, f"has no effect with method {name}, {why}; leave it out"
     for refused, reason in method.refuses.items():
         for key, value in _within(chosen, refused):
-            if not is_sparse or key != "wire.error_feedback":  # which is a part of sparse2
+            if key not in implied:
                 yield key, f"{value} {reason}"
 
 
@@ -191,7 +195,7 @@ def _sparse(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What a sparse update leaves out has to travel soon, in a mean of updates whose places differ."""
     privacy, federation = config["privacy"], config["federation"]
     method, key = METHODS[federation["method"]], "wire.format"
-    if not _is_sparse(config) or key in method.refuses:
+    if not _is_sparse(config) or key in method.refuses or not method.sends:
         return
     why = []
     if not method.averages or not method.trains_one_group:
@@ -238,13 +242,17 @@ def _secure(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
-    """A commit cannot need more updates than a round asks for."""
+    """A commit cannot need more updates than a round asks for, and a part of the clients is fewer than all."""
     size = cohort_size(federation)
     if federation["min_updates"] > size:
         yield (
             "federation.min_updates",
             f"is {federation['min_updates']}, but a round asks for {size}; give at most {size}",
         )
+    clients, share = federation["num_clients"], federation["participation"]
+    if share < 1 and size == clients and METHODS[federation["method"]].gathers:
+        most = f"give at most {(clients - 0.5) / clients:.3g}, or leave it out" if clients > 1 else "leave it out"
+        yield "federation.participation", f"{share:g} of {clients} clients are all of them in every round; {most}"
 
 
 def _excluded(config: Mapping[str, Any]) -> Iterator[Problem]:

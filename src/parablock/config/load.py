@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import METHODS, OWNERS
+from parablock.config.methods import METHODS, OWNERS, without_effect
 from parablock.config.section import FaultSection
 from parablock.errors import ConfigError, did_you_mean, no_file
 
@@ -95,13 +95,14 @@ def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
     """Write a configuration for another method as a tree of plain values, without what has no effect with it."""
     method, tree = METHODS[name], config.model_dump(mode="json")
     tree["federation"] |= {"method": name, "delay": delay}
-    if method.trains != "blocks":
+    idle = [key for key in OWNERS if key not in method.own_keys]
+    for key in (*idle, *without_effect(name, delay)):
+        *sections, last = key.split(".")
+        del reduce(getitem, sections, tree)[last]
+    if "blocks" not in tree:  # every method needs the layers
         tree["blocks"] = {"layers_path": config.blocks.layers_path}
     if "learning_rate" not in config.train.model_fields_set:  # each method has its own
         del tree["train"]["learning_rate"]
-    for key in (key for key in OWNERS if key not in method.own_keys):
-        *sections, last = key.split(".")
-        del reduce(getitem, sections, tree)[last]
     return tree
 
 

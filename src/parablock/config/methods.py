@@ -200,6 +200,22 @@ def with_delay(name: str) -> str | None:
     return next((lagging for lagging in LAGGING if name in (lagging, METHODS[lagging].without_delay)), None)
 
 
+def without_effect(name: str, delay: int) -> dict[str, str]:
+    """Return the keys and sections that do nothing with a method and a delay, each with the reason.
+
+    Those of `OWNERS` are not among them, nor what promises more than another method keeps, such as privacy.
+    """
+    method, found = METHODS[name], dict[str, str]()
+    if method.trains != "blocks":
+        found["blocks"] = f"has no effect with method {name}, which trains no blocks"
+    if not method.sends:
+        for key in ("wire", "federation.deadline_factor", "federation.min_updates"):
+            found[key] = f"has no effect with method {name}, which sends nothing"
+    if delay == 0:
+        found["federation.in_flight"] = "has no effect with a delay of 0, where nothing is in flight"
+    return found
+
+
 def cohort_size(federation: Mapping[str, Any]) -> int:
     """Return the number of clients that are drawn for a round."""
     method = METHODS[federation["method"]]

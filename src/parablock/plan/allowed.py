@@ -37,7 +37,7 @@ def allowed_formats(config: RunConfig) -> tuple[str, ...]:
 
 def _allows(config: RunConfig, wire_format: str) -> bool:
     tree = tree_of_method(config, config.federation.method, config.federation.delay)
-    kept = {key: value for key, value in tree["wire"].items() if key not in OF_A_FORMAT}
+    kept = {key: value for key, value in tree.get("wire", {}).items() if key not in OF_A_FORMAT}
     try:
         parse_config(tree | {"wire": kept | {"format": wire_format}})
     except ConfigError:

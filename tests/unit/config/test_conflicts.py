@@ -6,7 +6,7 @@ import pytest
 
 from dotted import REQUIRED, nested, parsed, problems
 from parablock.config.conflicts import conflicts
-from parablock.config.load import parse_config
+from parablock.config.load import parse_config, tree_of_method
 from parablock.config.section import NOT_BUILT
 from parablock.experiment.engines import client_plan, encoding_of, update_form
 
@@ -125,6 +125,30 @@ def test_a_method_without_blocks_refuses_what_is_said_of_them():
     assert parsed(federation__method="fl_bcd", blocks__layers_per_block=2).blocks.layers_per_block == 2
 
 
+def test_what_would_do_nothing_is_refused():
+    for method in ("local", "central"):
+        alone = {"federation.method": method, "federation.delay": 0}
+        idle = {"wire.format": "int8", "federation.deadline_factor": 2.0, "federation.in_flight": "own"}
+        found = problems({**alone, **idle})
+        assert {problem.split(":")[0] for problem in found} == set(idle)
+        assert all("has no effect with" in problem and "leave it out" in problem for problem in found)
+    fedit = {"federation.method": "fedit", "federation.in_flight": "own"}
+    (problem,) = problems({**fedit, "federation.delay": 0})
+    assert problem.startswith("federation.in_flight: has no effect with a delay of 0")
+    config = parse_config(nested({**REQUIRED, **fedit, "federation.delay": 1, "wire.format": "int8"}))
+    assert config.federation.in_flight == "own"
+    for name, delay in (("fedit", 0), ("local", 0)):  # what takes its place in a comparison
+        other = parse_config(tree_of_method(config, name, delay))
+        assert other.federation.in_flight == "aligned" and (other.wire.format == "int8") is (name == "fedit")
+
+
+def test_a_part_of_the_clients_is_fewer_than_all():
+    (problem,) = problems({"federation.num_clients": 3, "federation.participation": 0.9})
+    assert problem.startswith("federation.participation: 0.9 of 3 clients are all of them in every round; ")
+    assert "give at most 0.833, or leave it out" in problem
+    parse_config(nested({**REQUIRED, "federation.num_clients": 3, "federation.participation": 0.833}))
+
+
 @pytest.mark.parametrize("key", NOT_BUILT_YET)
 def test_what_is_not_built_is_refused_and_says_so(key: str):
     (problem,) = problems(NOT_BUILT_YET[key])
@@ -157,12 +181,14 @@ def test_sparse_updates_have_feedback_and_a_mean_of_groups_that_come_back_in_eve
     config = parse_config(nested({**REQUIRED, **SPARSE, "wire.density": 0.01, "wire.residual_decay": 0.97}))
     assert config.wire.error_feedback
     assert encoding_of(config).format == "sparse2-41" and encoding_of(config).residual_decay == 0.97
-    for method in ("parablock", "fl_bcd", "rolora", "fedcybgd", "local"):
+    for method in ("parablock", "fl_bcd", "rolora", "fedcybgd"):
         (problem,) = problems({"federation.method": method, "wire.format": "sparse2"})
         assert problem.startswith(
             f"wire.format: sparse2 leaves most of an update to the next round, and method {method}"
         )
         assert "one of fedavg, fedit, ffa_lora, fedprox" in problem
+    (problem,) = problems({"federation.method": "local", "wire.format": "sparse2"})
+    assert problem.startswith("wire.format: has no effect with method local")
     (problem,) = problems({**SPARSE, "wire.error_feedback": False})
     assert "would lose what sparse2 does not send" in problem
     refused = {"federation.aggregation": "median", "privacy.clip_norm": 1.0}
