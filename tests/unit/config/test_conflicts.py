@@ -219,8 +219,8 @@ def test_all_that_a_sum_without_parts_cannot_be_combined_with_is_said_at_once():
         {
             "privacy.secure_aggregation": "masked",
             "federation.aggregation": "median",
-            "federation.num_clients": 2,
-            "federation.participation": 0.9,
+            "federation.num_clients": 3,
+            "federation.participation": 0.67,
             "wire.format": "int8",
         }
     )
