@@ -479,7 +479,7 @@ def llm_text_section(found: Found) -> Found:
     ]
     told = "; ".join(f"after {kilobytes} kB {way}" for kilobytes, way in zip(places[1:], leads, strict=True))
     head = ["trained", "MB a client and round", *(f"bits a byte, {at} kB" for at in places), *results["base"]]
-    figure = {"figure": "llm_text.svg", "y": "bits per byte", "panels": panels}
+    figure = {"figure": "llm_text.svg", "y": "bits per byte", "linear": ["kB of text"], "panels": panels}
     parts = [table(head, rows), f"Fewest bits a byte: {told}.", figure]
     rounds, package = results["runs"][0]["num_rounds"], kit.ABOUT["llm_text"]["package"]
     return section("llm_text", found, *parts, rounds=rounds, package=package)

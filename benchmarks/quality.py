@@ -1043,8 +1043,8 @@ def in_flight_section(found: Found) -> Found:
         [f"`{rule}`", f"{fmean(of):.4f}", f"{max(of):.4f}", str(sum(map(float.__eq__, of, lowest)))]
         for rule, of in sorted(ratios.items(), key=lambda each: fmean(each[1]))
     ]
-    figure = {"figure": "in_flight.svg", "y": "last loss over that of α = 0", "linear": True, "panels": panels}
-    figure["bottom"] = round(min(lowest) - 0.05, 1)
+    figure = {"figure": "in_flight.svg", "y": "last loss over that of α = 0", "linear": [*panels]}
+    figure["panels"] = panels
     head = ["rule", "loss / `none`, mean of the rows", "the worst row", "rows that it wins"]
     made["parts"] += [table(head, rows), figure]
     return made

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
-from parablock.report.curves import COLORS
+from parablock.report.curves import stroke, ticks
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "results.md"
@@ -47,7 +47,8 @@ def page(folder: Path = RESULTS) -> str:
 
 def readme(text: str, folder: Path = RESULTS) -> str:
     """Return the README with its table as the records have it."""
-    return between_marks(text, glance(records(folder), "docs/results.md"))
+    found, page_of = records(folder), "docs/results.md"
+    return between_marks(text, [*glance(found, page_of), "", missed(found, page_of)])
 
 
 def paper(text: str, folder: Path = RESULTS) -> str:
@@ -128,14 +129,15 @@ def of_bar(found: Record, name: str) -> tuple[str, str]:
     return told, f"{'≤' if bar['at_most'] else '≥'} {bar['limit']:g}"
 
 
-def missed(found: Mapping[str, Record]) -> str:
-    """Say how many bars there are, and where some are missed."""
+def missed(found: Mapping[str, Record], page: str = "") -> str:
+    """Say how many bars there are on the page, and where some are missed."""
     bars = [(record, bar) for record in found.values() for bar in record["bars"]]
     num_missed = sum(not bar["is_met"] for _, bar in bars)
     links = dict.fromkeys(
-        f"[{record['section']['title']}](#{anchor(record)})" for record, bar in bars if not bar["is_met"]
+        f"[{record['section']['title']}]({page}#{anchor(record)})" for record, bar in bars if not bar["is_met"]
     )
-    return f"On this page are {len(bars)} bars; {num_missed} of them are missed, under {', '.join(links)}."
+    where = f"In [{page}]({page})" if page else "On this page"
+    return f"{where} are {len(bars)} bars; {num_missed} of them are missed, under {', '.join(links)}."
 
 
 def anchor(found: Record) -> str:
@@ -154,51 +156,58 @@ def figures(folder: Path = RESULTS) -> dict[str, str]:
     return {part["figure"]: drawn(part) for part in parts if not isinstance(part, str) and "figure" in part}
 
 
-def place_on(curves: Mapping[str, Sequence[Sequence[float]]], *, is_linear: bool) -> Record:
-    """Return curves and ticks with places between 0 and 1 on an axis; a logarithmic one leaves out what is at 0."""
+def between(values: Iterable[float], *, is_linear: bool = True) -> tuple[Callable[[float], float], list[float]]:
+    """Return where a value lies on an axis, from 0 to 1, and the round numbers to write at it.
+
+    A linear axis begins at 0, unless all values are in the upper part of it; a logarithmic one has nothing at 0.
+    """
+    found = sorted(value for value in values if is_linear or value > 0)
+    low, high = found[0], found[-1]
+    if is_linear and low < high / 2:
+        low = min(low, 0.0)
     if is_linear:
-        low, high = 0.0, max(x for curve in curves.values() for x, _ in curve)
-        ticks = [(share, share * high) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-        return {"ticks": ticks, "curves": {name: [(x / high, y) for x, y in of] for name, of in curves.items()}}
-    places = [log10(x) for curve in curves.values() for x, _ in curve if x > 0]
-    low, high = floor(min(places)), ceil(max(places))
-    ticks = [((power - low) / (high - low), 10.0**power) for power in range(low, high + 1)]
-    placed = {name: [((log10(x) - low) / (high - low), y) for x, y in of if x] for name, of in curves.items()}
-    return {"ticks": ticks, "curves": placed}
+        low, high = (low - 0.05 * (high - low), high + 0.05 * (high - low)) if low > 0 else (low, high)
+        low, high = (low, high) if high > low else (low - 1, high + 1)
+        return lambda value: (value - low) / (high - low), ticks(low, high)
+    low, high = low / 1.1, high * 1.1
+    marks = [times * 10.0**power for power in range(floor(log10(low)), ceil(log10(high))) for times in (1, 2, 5)]
+    whole = log10(high / low)
+    return lambda value: log10(value / low) / whole, [mark for mark in marks if low <= mark <= high]
 
 
 def drawn(made: Record) -> str:
-    """Draw curves, a panel for each, with their names below.
-
-    An axis is logarithmic unless `linear` is true; the height goes from `bottom`, which is 0 unless it is given.
-    """
+    """Draw curves in panels, with their names below; places are logarithmic but where `linear` names the panel."""
     width, height, step = 430, 260, 500
     names = list(dict.fromkeys(name for curves in made["panels"].values() for name in curves))
-    bottom: float = made.get("bottom", 0)
-    top = max((y for curves in made["panels"].values() for curve in curves.values() for _, y in curve), default=0)
-    top = top if top > bottom else bottom + 1
+    all_points = [point for curves in made["panels"].values() for curve in curves.values() for point in curve]
+    up, heights = between(y for _, y in all_points)
     parts = [f'<text x="60" y="18">{escape(made["y"])}</text>']
     for number, (label, curves) in enumerate(made["panels"].items()):
-        left, drawn_at = 60 + number * step, place_on(curves, is_linear=made.get("linear", False))
+        left, is_linear = 60 + number * step, label in made.get("linear", ())
+        along, places = between((x for curve in curves.values() for x, _ in curve), is_linear=is_linear)
         parts.append(f'<rect x="{left}" y="30" width="{width}" height="{height}" fill="none" stroke="#aaa"/>')
-        for share, told in drawn_at["ticks"]:
-            x = left + width * share
-            parts.append(f'<text x="{x:.1f}" y="306" text-anchor="middle">{told:g}</text>')
-        parts.append(f'<text x="{left + width / 2}" y="324" text-anchor="middle">{escape(label)}</text>')
-        for share in (0.0, 0.5, 1.0):
-            at, told = 30 + height * (1 - share), bottom + share * (top - bottom)
-            shown = f"{told:,.0f}" if top >= 10 else f"{told:.2f}"
-            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{shown}</text>')
-        for name, curve in drawn_at["curves"].items():
-            spots = [(left + width * x, 30 + height * (1 - (y - bottom) / (top - bottom))) for x, y in curve]
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-            color = COLORS[names.index(name) % len(COLORS)]
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for place in places:
+            x = left + width * along(place)
+            parts.append(f'<text x="{x:.1f}" y="306" text-anchor="middle">{place:,g}</text>')
+            parts.append(f'<line x1="{x:.1f}" y1="286" x2="{x:.1f}" y2="290" stroke="#aaa"/>')
+        told = label if is_linear else f"{label} (logarithmic)"
+        parts.append(f'<text x="{left + width / 2}" y="324" text-anchor="middle">{escape(told)}</text>')
+        for at in heights:
+            y = 30 + height * (1 - up(at))
+            parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{at:,g}</text>')
+        for name, curve in curves.items():
+            spots = [
+                f"{left + width * along(x):.1f},{30 + height * (1 - up(y)):.1f}"
+                for x, y in curve
+                if is_linear or x > 0
+            ]
+            line = stroke(names.index(name))
+            parts.append(f'<polyline points="{" ".join(spots)}" fill="none" {line} stroke-width="2"/>')
     for number, name in enumerate(names):
         x, y = 60 + 240 * (number % 4), 350 + 20 * (number // 4)
-        parts.append(f'<rect x="{x}" y="{y - 8}" width="18" height="4" fill="{COLORS[number % len(COLORS)]}"/>')
+        parts.append(f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" {stroke(number)} stroke-width="3"/>')
         parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
-    size = f"0 0 {60 + step * len(made['panels'])} {360 + 20 * (len(names) // 4)}"
+    size = f"0 0 {60 + step * len(made['panels'])} {360 + 20 * ((len(names) - 1) // 4)}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif" font-size="12">'
     return f'{head}<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
 

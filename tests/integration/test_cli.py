@@ -675,7 +675,9 @@ def test_init_has_blocks_where_they_are_asked_for_or_adapters_would_not_hold_the
     assert (size, rate) == (one_each, 5e-4) and "blocks of all parameters are configured" in said
     parameters = AutoModelForCausalLM.from_pretrained(workshop.model).model.layers.named_parameters()
     held = sum(8 * sum(matrix.shape) for _, matrix in parameters if matrix.ndim == 2)
-    assert f"adapters of rank 8 can hold about {held:,} tokens" in " ".join(said.split()), "a bit of each parameter"
+    assert f"adapters of rank 8 have {held:,} parameters, which hold about 1 bit each" in " ".join(said.split()), (
+        "a bit of each parameter"
+    )
     assert blocks(much, "--trains", "adapters")[0] is None
 
 

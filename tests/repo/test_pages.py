@@ -129,7 +129,16 @@ def test_the_figures_are_those_of_the_records(results: ModuleType, tmp_path: Pat
     (tmp_path / "rate.json").write_text(json.dumps(record))
     (svg,) = results.figures(tmp_path).values()
     assert svg.count("<polyline") == 4 and "rank &lt;1&gt;" in svg
-    assert 'points="203.3,290.0 490.0,30.0"' in svg  # from 0.1 to 100 MB in 430 units
+    assert 'points="205.3,290.0 484.2,30.0"' in svg  # from 0.1/1.1 to 110 MB in 430 units
+    assert "MB (logarithmic)" in svg and all(f">{told}</text>" in svg for told in ("0.1", "50", "100", "0", "40"))
+    record["section"]["parts"][-1] = part | {
+        "linear": ["MB"],
+        "panels": {"MB": {"block": [[0.0, 0.9], [4.0, 0.8]]}},
+    }
+    (tmp_path / "rate.json").write_text(json.dumps(record))
+    (svg,) = results.figures(tmp_path).values()
+    assert 'points="60.0,41.8 490.0,278.2"' in svg and "logarithmic" not in svg  # heights of 0.795 to 0.905
+    assert all(f">{told}</text>" in svg for told in ("0", "4", "0.8", "0.9"))
     assert "![bits](facts.svg)" in results.page(tmp_path)
 
 

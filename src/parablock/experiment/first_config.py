@@ -48,8 +48,8 @@ FIRST_CONFIG = Template("""\
 # Made by `parablock init`. docs/configuration.md has every key and its default; these are the ones to look at.
 #
 #   parablock plan $path
-#   parablock run $path --output-dir runs/first
-#   parablock chat runs/first
+#   parablock run $path --output-dir runs/mine
+#   parablock chat runs/mine
 model:
   name_or_path: $model  # a folder, or an id of Hugging Face
   device: auto  # cuda where there is one, else cpu
@@ -77,7 +77,7 @@ train:
 evaluation:
   every_rounds: $every  # rounds between scores on the held-out rows
 checkpoint:
-  every_rounds: $every  # `parablock resume runs/first` goes on from the newest one
+  every_rounds: $every  # `parablock resume runs/mine` goes on from the newest one
 seed: 0
 """)
 ADAPTERS = """\
@@ -219,9 +219,11 @@ def _suited(outline: PreTrainedModel, config: RunConfig, to_learn: int) -> tuple
     if find_spec("peft") is None:
         return "blocks", "adapters need the package peft (pip install 'parablock[lora]'): blocks are configured"
     (adapters,) = trained_blocks(outline, config)
-    held = BITS_HELD * adapters.num_parameters // BITS_OF_A_TOKEN
-    told = f"{to_learn:,} tokens to learn; adapters of rank {config.lora.rank} can hold about {held:,} tokens"
-    if to_learn <= held:
+    told = (
+        f"{to_learn:,} tokens to learn, about {BITS_OF_A_TOKEN} bit each; adapters of rank {config.lora.rank} have "
+        f"{adapters.num_parameters:,} parameters, which hold about {BITS_HELD} bit each"
+    )
+    if to_learn * BITS_OF_A_TOKEN <= adapters.num_parameters * BITS_HELD:
         return "adapters", f"{told}: adapters are configured"
     return "blocks", f"{told}: blocks of all parameters are configured"
 

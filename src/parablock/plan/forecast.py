@@ -34,7 +34,7 @@ MAX_CLIENT_ROUNDS = 100_000
 """Rounds times clients that a plan follows one by one, several times over: about a quarter of a minute."""
 SHOWN_MBPS = (4.0, 10.0, 30.0, 100.0)
 ASSUMPTIONS = (
-    "the link is as configured, the same for every client; aggregation, evaluation and checkpoints take no time",
+    "all clients have the same link; aggregation, evaluation and checkpoints take no time",
     "activations are estimated for the longest examples that data.max_length allows",
 )
 

@@ -33,7 +33,7 @@ def curves_svg(runs: Sequence[RunRecord]) -> str:
     for number, run in enumerate(runs):
         x, y = LEFT + 180 * (number % 5), below + 18 * (number // 5)
         parts.append(
-            f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" {_stroke(number)} stroke-width="3"/>'
+            f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" {stroke(number)} stroke-width="3"/>'
             f'<text x="{x + 24}" y="{y}">{as_html(run.name)}</text>'
         )
     width, height = LEFT + 3 * (PANEL + GAP), below + 18 * (1 + (len(runs) - 1) // 5)
@@ -53,21 +53,21 @@ def _panel(number: int, axis: str, curves: Sequence[Sequence[dict[str, float]]],
         return left + PANEL * x / most, TOP + HEIGHT * (high - y) / (high - low)
 
     parts = [f'<rect x="{left}" y="{TOP}" width="{PANEL}" height="{HEIGHT}" fill="none" stroke="#aaa"/>']
-    for tick in _ticks(0.0, most):
+    for tick in ticks(0.0, most):
         x, y = place(tick, low)
         parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:g}</text>')
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         x, y = place(0.0, tick)
         parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for run, curve in enumerate(curves):
         points = " ".join("{:.1f},{:.1f}".format(*place(point[axis] / unit, point["loss"])) for point in curve)
-        parts.append(f'<polyline points="{points}" fill="none" {_stroke(run)} stroke-width="2"/>')
+        parts.append(f'<polyline points="{points}" fill="none" {stroke(run)} stroke-width="2"/>')
     middle = left + PANEL / 2
     parts.append(f'<text x="{middle}" y="{TOP + HEIGHT + 32}" text-anchor="middle">{AXES[axis]}</text>')
     return "".join(parts)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Return a few round numbers between two values."""
     step = 10 ** floor(log10(high - low))
     step *= next(factor for factor in (0.2, 0.5, 1.0, 2.0) if (high - low) / (factor * step) <= 6)
@@ -75,7 +75,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 10) for k in range(first, floor(high / step + 1e-9) + 1)]
 
 
-def _stroke(number: int) -> str:
+def stroke(number: int) -> str:
     """Return the attributes of a curve's line: its color, and dashes where another curve has that color."""
     dashes = DASHES[number // len(COLORS) % len(DASHES)]
     return f'stroke="{COLORS[number % len(COLORS)]}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
