@@ -106,7 +106,7 @@ def test_a_site_that_has_lost_what_it_released_refuses_in_words_and_tells_a_code
     one = site(tmp_path)
     error, leave = door.take_part(one, shared(), "ab", releases=SUMS)
     assert isinstance(error, LedgerError)
-    assert "ends with nothing in run run, and the server has its update of round 3" in error.what
+    assert "ends with nothing in run run, and the server has its update of round 4" in error.what
     assert 'lost_ledgers: {"run": 3}' in error.remedy
     assert leave.problem == "LEDGER its own ledger lacks updates that it has released"
     assert [entry.kind for entry in verify(one.audit_log).entries] == ["join", "leave"]
@@ -233,7 +233,7 @@ def test_a_ledger_that_is_whole_lets_a_site_go_on_and_an_older_copy_does_not(tmp
     ReleaseLedger(AuditLog(one.audit_log), "another run").record(RELEASE, 9, sha256="of another run")
     ledger.record(RELEASE, 0, sha256="a")
     error, _ = door.take_part(one, shared(), "ab", releases=SUMS)
-    assert isinstance(error, LedgerError) and "ends with round 0" in error.what
+    assert isinstance(error, LedgerError) and "ends with round 1" in error.what
     ledger.record(RELEASE, 3, sha256="b")
     assert isinstance(door.take_part(one, shared(), "ab", releases=SUMS)[0], DataError)
     ledger.record(RELEASE, 7, sha256="c")  # on its way when the server died
@@ -258,11 +258,11 @@ def test_a_ledger_that_differs_in_the_middle_is_refused_by_round_and_by_what_sta
 
     assert isinstance(refusal("same"), DataError)
     error = refusal("one is not there", of_17=None)
-    assert isinstance(error, LedgerError) and "lacks round 17 in run run" in error.what
+    assert isinstance(error, LedgerError) and "lacks round 18 in run run" in error.what
     error = refusal("two are not there", of_17=None, of_3=None)
-    assert isinstance(error, LedgerError) and "lacks round 3 and 1 others in run run" in error.what
+    assert isinstance(error, LedgerError) and "lacks round 4 and 1 others in run run" in error.what
     error = refusal("one is another", of_35="another")
-    assert isinstance(error, LedgerError) and "differ in rounds 32 to 63 of run run" in error.what
+    assert isinstance(error, LedgerError) and "differ in rounds 33 to 64 of run run" in error.what
     assert 'lost_ledgers: {"run": 39}' in error.remedy
     # the hole that was: the last round alone
     last = lambda ledger, history: ([t for t in (history.last,) if t > ledger.last_release], [])  # noqa: E731
@@ -311,7 +311,7 @@ def test_a_record_of_updates_or_means_is_one_too_and_what_was_asked_for_is_given
     record = on_record((ASKED, 5, (0, 1)), (ACCOUNT, 4, (1,)))
     error, _ = door.take_part(site(tmp_path), told, "ab", releases=record)
     assert isinstance(error, LedgerError)
-    assert "update of round 4" in error.what and 'lost_ledgers: {"run": 5}' in error.remedy
+    assert "update of round 5" in error.what and 'lost_ledgers: {"run": 5}' in error.remedy
     only_asked = on_record((ASKED, 5, (0, 1)))  # it need not have answered
     assert isinstance(door.take_part(site(tmp_path), told, "ab", releases=only_asked)[0], DataError)
 

@@ -60,7 +60,7 @@ def test_a_round_that_is_announced_twice_is_trained_once(monkeypatch: pytest.Mon
     once, _ = told([start(0)])
     twice, warned = told([start(0), start(0, ZEROS)])
     assert [torch.equal(a.delta.values, b.delta.values) for a, b in zip(once, twice, strict=True)] == [True]
-    assert warned == ["client 0 refuses what the server sent: round 0, after round 0"]
+    assert warned == ["client 0 refuses what the server sent: round 1, after round 1"]
     # the hole that was: without the check and with noise of the round alone, the difference has no noise
     monkeypatch.setattr(Client, "_unfit", lambda *_: "")
     one, other = (update.delta.values for update in told([start(0), start(0, ZEROS)], by_round_alone)[0])
@@ -72,14 +72,14 @@ def test_a_round_that_is_announced_twice_is_trained_once(monkeypatch: pytest.Mon
 def test_an_older_round_than_the_newest_is_not_trained():
     sent, warned = told([start(1), start(0), start(2)])
     assert [update.round_index for update in sent] == [1, 2]
-    assert "round 0, after round 1" in warned[0]
+    assert "round 1, after round 2" in warned[0]
 
 
 def test_more_rounds_than_may_be_open_are_not_trained():
     """A server that commits nothing would let a client keep every update that it has made."""
     sent, warned = told([start(t) for t in range(20)])
     assert [update.round_index for update in sent] == [*range(AHEAD)]
-    assert f"round {AHEAD}, where round -1 is the last committed, and {AHEAD} may be open" in warned[0]
+    assert f"round {AHEAD + 1}, where 0 are committed, and {AHEAD} may be open" in warned[0]
 
 
 def test_after_a_crash_a_client_sends_the_same_bytes_or_gives_the_round_up():

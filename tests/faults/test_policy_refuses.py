@@ -351,6 +351,6 @@ def test_the_others_run_goes_on_without_a_site_that_refuses_rounds(tmp_path: Pat
     said: list[str] = []
     assert town.run(Hooks(on_commit, lambda _: None, on_event=said.append)).finished
     assert counted == [{0: 0.0, 2: None}] * 4
-    assert "round 0 goes on without client 1: POLICY its policy forbids it: max_local_steps" in said
+    assert "round 1 goes on without client 1: POLICY its policy forbids it: max_local_steps" in said
     words = [json.dumps(entry.facts) for entry in verify(tmp_path / "1" / "audit.jsonl").entries]
     assert len(words) == 4 and all("has 3 local steps, not at most 2" in word for word in words)

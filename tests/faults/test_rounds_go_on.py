@@ -248,7 +248,7 @@ def test_below_min_updates_the_server_waits_for_who_comes_back():
 def test_a_run_whose_clients_are_all_gone_ends_and_names_them():
     deaths = [Fault(i, 5, "train", "kill") for i in range(4)]
     with pytest.raises(
-        StallError, match=r"round 4, block \d, from client 0: 0 of 1 chunks, 0 bytes; client 1"
+        StallError, match=r"round 5, block \d, from client 0: 0 of 1 chunks, 0 bytes; client 1"
     ) as stall:
         run(*deaths)
     assert "nothing moved for 20 s" in stall.value.what
@@ -279,14 +279,14 @@ def test_a_client_whose_training_fails_gives_its_round_up_and_says_why(encoding)
     ran = run(diverging={2: {4, 5}}, min_updates=3, encoding=encoding)
     assert [i for i, counted in enumerate(ran.counted) if 2 not in counted] == [4, 5]
     assert ran.result.refused == {"failed": 2}
-    assert "round 4 goes on without client 2: The training loss is not finite" in ran.events
+    assert "round 5 goes on without client 2: The training loss is not finite" in ran.events
     assert equal(ran.trajectory, replay(ran, min_updates=3))
     assert not equal(ran.trajectory, run(encoding=encoding).trajectory)
 
 
 @pytest.mark.parametrize(("min_updates", "diverging"), [(4, {2: {4}}), (1, {i: {4} for i in range(4)})])
 def test_where_too_few_can_train_the_run_ends_and_says_so(min_updates, diverging):
-    with pytest.raises(TrainingError, match=r"could not train round 4: The training loss is not finite") as failed:
+    with pytest.raises(TrainingError, match=r"could not train round 5: The training loss is not finite") as failed:
         run(diverging=diverging, min_updates=min_updates)
     assert f"federation.min_updates is {min_updates}" in failed.value.cause
 

@@ -89,10 +89,10 @@ class SitePolicy:
         """
         place = self._run, round_index
         ahead = {**self._rounds, place: min(self._multiplier, self._rounds.get(place, self._multiplier))}
-        self._raise([*self._budget_breaches(Counter(ahead.values()), round_index)], f"round {round_index}")
+        self._raise([*self._budget_breaches(Counter(ahead.values()), round_index)], f"round {round_index + 1}")
         found = [*steps_breaches(self._policy, self._config, num_local_steps, num_local_steps, num_rows)]
         try:
-            self._raise(found, f"round {round_index}")
+            self._raise(found, f"round {round_index + 1}")
         except PolicyError as error:
             LOGGER.error("%s", error.what)
             raise RoundRefusedError(error.told) from None
@@ -152,15 +152,15 @@ def check_ledger(releases: ReleaseLedger, opening: Opening) -> None:
     own, last, run = releases.last_release, opening.history.last, opening.run
     if own < last:
         what = (
-            f"the ledger of this site ends with {f'round {own}' if own >= 0 else 'nothing'} in run {run}, "
-            f"and the server has its update of round {last}"
+            f"the ledger of this site ends with {f'round {own + 1}' if own >= 0 else 'nothing'} in run {run}, "
+            f"and the server has its update of round {last + 1}"
         )
     elif lacking:
-        which = f"round {lacking[0]}" + (f" and {len(lacking) - 1} others" if lacking[1:] else "")
+        which = f"round {lacking[0] + 1}" + (f" and {len(lacking) - 1} others" if lacking[1:] else "")
         what = f"the ledger of this site lacks {which} in run {run}, of which the server has its updates"
     else:
         first, until = differing[0]
-        what = f"the ledger of this site and the server's differ in rounds {first} to {until} of run {run}"
+        what = f"the ledger of this site and the server's differ in rounds {first + 1} to {until + 1} of run {run}"
     lost = json.dumps({run: max(last, opening.asked)})
     raise LedgerError(
         what,

@@ -193,11 +193,11 @@ class Client:
         """Return why a round cannot be trained; empty if it can. A round is trained once."""
         t, b = start.round_index, start.block_index
         if t <= self._newest or t < 0:
-            return f"round {t}, after round {self._newest}"
+            return f"round {t + 1}, after round {self._newest + 1}"
         if t - start.committed > (open_rounds := self._plan.num_ahead):
-            return f"round {t}, where round {start.committed} is the last committed, and {open_rounds} may be open"
+            return f"round {t + 1}, where {start.committed + 1} are committed, and {open_rounds} may be open"
         if not 0 <= b < len(self.state.base) or start.num_local_steps < 1:
-            return f"round {t} with {start.num_local_steps} local steps on block {b} of {len(self.state.base)}"
+            return f"round {t + 1} with {start.num_local_steps} local steps on block {b} of {len(self.state.base)}"
         return ""
 
     def _round(self, start: RoundStart) -> None:
@@ -225,7 +225,7 @@ class Client:
         is_strict = self._releases is not None and self._releases.is_strict
         hash_ = fingerprint(encoded.chunks) if is_strict else ""
         if self._releases is not None and not self._releases.may_release(t, hash_):
-            self._refuse(f"round {t} once more: another update of it has been released before")
+            self._refuse(f"round {t + 1} once more: another update of it has been released before")
             self._pipeline.send(to_bytes(Skip(t)), t)
             return
         messages = [

@@ -56,10 +56,10 @@ class Releasing:
                     self._refusals.count(client_id, refusal)
             return lost
         except MaskingError as error:
-            self._refusals.tell(f"round {fold.round_index} is void: {error.what}. {error.cause}".strip())
+            self._refusals.tell(f"round {fold.round_index + 1} is void: {error.what}. {error.cause}".strip())
             if error.client_id is not None:
                 self._masked.leave_out(error.client_id)
-                false = Refusal("false_share", f"shares that do not unmask round {fold.round_index}")
+                false = Refusal("false_share", f"shares that do not unmask round {fold.round_index + 1}")
                 self._refusals.count(error.client_id, false)
                 self._participation.leaves(error.client_id)
             return dict.fromkeys(fold.expected, Refusal("unmasked", "an update whose mask cannot be taken off"))

@@ -165,7 +165,7 @@ class RoundFold:
         if problem is not None:
             return problem
         if update.chunk_index in self._came[client_id]:
-            return Refusal("duplicate", f"chunk {update.chunk_index + 1} of round {self.round_index} again")
+            return Refusal("duplicate", f"chunk {update.chunk_index + 1} of round {self.round_index + 1} again")
         squared_norm = _squared_norm(update.delta, self._form.density)
         if not isfinite(squared_norm):
             return Refusal("not_finite", f"values that are not finite for block {self.block_index}")
@@ -230,7 +230,7 @@ class RoundFold:
         if not self._came and all(problem.reason == "misfit" for problem in self.out.values()):
             client_id, problem = list(self.out.items())[-1]
             raise CodecError(
-                f"every update of round {self.round_index} was refused: client {client_id} sent {problem.text}",
+                f"every update of round {self.round_index + 1} was refused: client {client_id} sent {problem.text}",
                 cause="The clients run another configuration or another model than the server.",
                 remedy="Use for all clients the same configuration and the same base model.",
             )
@@ -243,7 +243,7 @@ class RoundFold:
     def training_error(self, client_id: int, problem: str, min_updates: int) -> TrainingError:
         """Return the error of a round that lacks updates because a client cannot train."""
         return TrainingError(
-            f"client {client_id} could not train round {self.round_index}: {problem}",
+            f"client {client_id} could not train round {self.round_index + 1}: {problem}",
             cause=f"{len(self.expected)} clients are left, federation.min_updates is {min_updates}. "
             "Most often the learning rate is too high; or the client's data or weights are broken.",
             remedy="Lower train.learning_rate, or set train.max_grad_norm: 1.0, or look at that client's data.",
@@ -329,7 +329,7 @@ class RoundFold:
             return {client_id: Refusal("unmasked", text) for client_id, text in unfit.items()}
         fixed = masked.fixed_set(t, clients)
         if set(fixed) < set(clients):
-            refusal = Refusal("late", f"an update of round {t}, whose sum is that of clients {fixed}")
+            refusal = Refusal("late", f"an update of round {t + 1}, whose sum is that of clients {fixed}")
             return dict.fromkeys(sorted(set(clients) - set(fixed)), refusal)
         self._aggregation.masks = masked.masks_of(t, clients, self._cuts[0].stop)
         return {}

@@ -159,7 +159,7 @@ class Server:
         while len(clients := self._participation.candidates(drawn)) < self._fewest:
             if self._is_masked and self._participation.num_present >= self._fewest:
                 return ()  # nobody stands in for others: masks are made for those that are drawn
-            self._wait(f"clients to come back: round {t} needs {self._fewest}, {len(clients)} are there")
+            self._wait(f"clients to come back: round {t + 1} needs {self._fewest}, {len(clients)} are there")
         return clients
 
     def _ask(self, client_id: int, t: int, news: tuple[NewValue, ...]) -> None:
@@ -208,7 +208,7 @@ class Server:
             self._downlink.retract(b)
             self.state, updates = commit_nothing(self.state), []
             why = f"is refused: {fold.absurd}" if fold.absurd else f"cannot get {self._fewest} updates any more"
-            self._on_event(f"round {t} {why}; block {b} stays as it was")
+            self._on_event(f"round {t + 1} {why}; block {b} stays as it was")
         else:
             announce = partial(self._downlink.announce, b) if self._downlink.is_lossy(self.state) else None
             aggregate = fold.aggregate()
@@ -258,7 +258,7 @@ class Server:
         enough = len(fold.delivered) >= self._fewest
         deadline_s = self._participation.deadline_s(t, fold.missing) if enough else None
         lacking = "; ".join(fold.progress_of(client_id) for client_id in fold.missing)
-        waiting_for = f"the update of round {t}, block {fold.block_index}, from {lacking}"
+        waiting_for = f"the update of round {t + 1}, block {fold.block_index}, from {lacking}"
         if deadline_s is None:
             try:
                 self._wait(waiting_for, fold.missing, can_go_on=enough)
@@ -275,7 +275,7 @@ class Server:
         """Take out the clients that have not delivered; silent ones leave the later open rounds too."""
         for client_id in set(fold.expected) - set(fold.delivered):
             refusal = Refusal(reason, f"{fold.progress_of(client_id)}, {reason} {how}")
-            self._on_event(f"round {fold.round_index} goes on without {refusal.text}")
+            self._on_event(f"round {fold.round_index + 1} goes on without {refusal.text}")
             self._take_out(client_id, fold, refusal)
             for later in self._folds.values() if reason == "silent" else ():
                 if client_id in later.expected and len(later.expected) > self._fewest:
@@ -322,7 +322,7 @@ class Server:
         self.refused["failed"] += 1
         if len(fold.expected) < self._fewest and fold.ends_run(of_one_client=not self._plan.waits_for_return):
             raise fold.training_error(client_id, skip.problem, self._plan.min_updates)
-        self._on_event(f"round {t} goes on without client {client_id}: {skip.problem}")
+        self._on_event(f"round {t + 1} goes on without client {client_id}: {skip.problem}")
 
     def _take_leave(self, client_id: int, leave: Leave) -> None:
         """Go on without a client that has left, in all open rounds."""

@@ -85,13 +85,13 @@ class Strays:
         if update.chunk_index != update.num_chunks - 1 or 0 <= t <= self._committed_at_start:
             return
         if not self._participation.was_asked(client_id, t) or update.client_id != client_id:
-            unasked = Refusal("unasked", f"an update of round {t}, which it was not asked for")
+            unasked = Refusal("unasked", f"an update of round {t + 1}, which it was not asked for")
             self._refusals.count(client_id, unasked)
             return
         self.delivered(client_id, t, now_s)
         self._releasing.count_late(client_id, update)
         if client_id in self.counted.get(t, ()):
-            self._refusals.count(client_id, Refusal("duplicate", f"the update of round {t} again"))
+            self._refusals.count(client_id, Refusal("duplicate", f"the update of round {t + 1} again"))
         elif fold is None or fold.out.get(client_id, Refusal("late", "")).reason in ("late", "silent"):
-            late = Refusal("late", f"its update of round {t} after the round had ended")
+            late = Refusal("late", f"its update of round {t + 1} after the round had ended")
             self._refusals.count(client_id, late)

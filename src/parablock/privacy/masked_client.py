@@ -250,11 +250,11 @@ class MaskedClient:
         said = self._partners.get(t) or self._say_partners(t, cohort)
         partners = [other for other in cohort if other not in said.left_out]
         if self._client_id not in cohort or len(partners) < threshold_of(len(cohort)):
-            self._refuse(f"round {t}, in which {len(partners)} of {len(cohort)} clients can mask")
+            self._refuse(f"round {t + 1}, in which {len(partners)} of {len(cohort)} clients can mask")
             return [replace(parcel, message=to_bytes(Skip(t)))]
         content = sha256(message.delta.raw.numpy().data).digest()
         if self._masked.setdefault(t, content) != content:
-            self._refuse(f"round {t} once more: a mask covers one update")
+            self._refuse(f"round {t + 1} once more: a mask covers one update")
             return [replace(parcel, message=to_bytes(Skip(t)))]
         masks = [masking.own_mask(self._seeds[t])]
         for other in partners:
@@ -277,7 +277,7 @@ class MaskedClient:
         problem = self._forbidden(message)
         shares: list[bytes] = []
         if problem:
-            self._refuse(f"it asks for the sum of clients {clients} in round {t}, {problem}")
+            self._refuse(f"it asks for the sum of clients {clients} in round {t + 1}, {problem}")
         else:
             kept = {other: self._kept.get((t, other)) for other in self._cohorts.of_round[t]}
             shares = [NO_SHARE if two is None else two[other not in clients] for other, two in kept.items()]

@@ -152,11 +152,13 @@ class MaskedServer:
         t, chosen, cohort = round_index, tuple(sorted(clients)), self._cohorts.of_round[round_index]
         members = [i for i in cohort if i in (self._members or ())]
         if not set(chosen) <= set(members) or len(chosen) < threshold_of(len(cohort)):
-            raise MaskingError(f"a sum of clients {chosen} of {cohort} in round {t} is one of too few")
+            raise MaskingError(f"a sum of clients {chosen} of {cohort} in round {t + 1} is one of too few")
         if problems := self.unfit(t, chosen):
-            raise MaskingError(f"a sum of round {t} with {'; '.join(f'{p} ({i})' for i, p in problems.items())}")
+            raise MaskingError(
+                f"a sum of round {t + 1} with {'; '.join(f'{p} ({i})' for i, p in problems.items())}"
+            )
         if (fixed := self.fixed_set(t, chosen)) != chosen:
-            raise MaskingError(f"the sum of round {t} was begun for clients {fixed}, and {chosen} are there")
+            raise MaskingError(f"the sum of round {t + 1} was begun for clients {fixed}, and {chosen} are there")
         pairs = {i: [j for j in chosen if i not in self._partners[t, j].left_out] for i in members}
         dealers = [dealer for dealer in members if pairs[dealer]]
         self._reveal(t, chosen, members, dealers)
@@ -187,7 +189,7 @@ class MaskedServer:
         self._asked, self._late = None, self._late | {(t, i) for i in members if i not in self._revealed}
         if len(self._good()) < threshold:
             raise MaskingError(
-                f"{len(self._good())} clients have revealed shares of round {t}, of {threshold} that it takes",
+                f"{len(self._good())} clients have revealed shares of round {t + 1}, of {threshold} that it takes",
                 cause="The others are gone, or refuse: their own logs say why.",
             )
 
@@ -216,7 +218,7 @@ class MaskedServer:
             known = f"Client {dealer} sent the others letters that they could not use."
             unknown = f"Too few say that they have none ({without}) to blame client {dealer}; others are silent."
             raise MaskingError(
-                f"{len(shares)} clients have a share of client {dealer}'s secret of round {t}, of {threshold}",
+                f"{len(shares)} clients have a share of client {dealer}'s secret of round {t + 1}, of {threshold}",
                 cause=known if is_named else unknown,
                 client_id=dealer if is_named else None,
             )
@@ -231,7 +233,7 @@ class MaskedServer:
             fits = False
         if not fits:
             raise MaskingError(
-                f"the shares of client {dealer}'s secret of round {t} do not fit together",
+                f"the shares of client {dealer}'s secret of round {t + 1} do not fit together",
                 cause=f"Client {dealer} has split another secret than the one that it masks with.",
                 client_id=dealer,
             )
@@ -352,19 +354,21 @@ class MaskedServer:
     def _take_partners(self, client_id: int, message: sealing.Partners) -> str:
         t, cohort = message.round_index, self._cohorts.of_round.get(message.round_index, ())
         if client_id not in cohort or client_id not in (self._members or ()):
-            return f"word of whom it masks with in round {t}, in which it takes no part"
+            return f"word of whom it masks with in round {t + 1}, in which it takes no part"
         before = self._partners.get((t, client_id))
         if before is not None:  # an update that is sent again has the same partners
-            return "" if before.left_out == message.left_out else f"two words of whom it masks with in round {t}"
+            return (
+                "" if before.left_out == message.left_out else f"two words of whom it masks with in round {t + 1}"
+            )
         there = set(self._members or ()) - self._left_out
         if not set(message.left_out) <= set(cohort) - there:
-            return f"word that it masks in round {t} without {message.left_out}, of which some take part"
+            return f"word that it masks in round {t + 1} without {message.left_out}, of which some take part"
         keys = unpack_bytes(self._advertised[client_id].keys)
         content = signed_partners(self._context, client_id, keys, t, message.left_out)
         if message.proof.num_elements > MAX_PROOF_BYTES or not is_proven(
             self._identity, client_id, content, unpack_bytes(message.proof)
         ):
-            return f"word of whom it masks with in round {t} that it has not signed"
+            return f"word of whom it masks with in round {t + 1} that it has not signed"
         self._partners[t, client_id] = message
         return ""
 
@@ -373,7 +377,7 @@ class MaskedServer:
         t, chosen = self._asked
         cohort = self._cohorts.of_round[t]
         if client_id not in cohort or client_id not in (self._members or ()) or client_id in self._revealed:
-            return f"shares of round {t} that nobody waits for"
+            return f"shares of round {t + 1} that nobody waits for"
         size = message.shares.num_elements
         if size not in (0, SHARE_BYTES * len(cohort)):
             return f"{size} bytes of shares where {SHARE_BYTES * len(cohort)} are due"
@@ -383,7 +387,7 @@ class MaskedServer:
             if dealer in (self._members or ()) and share != NO_SHARE:
                 bound = self._bound_to(t, dealer, client_id, is_seed=dealer in chosen)
                 if masking.commit(t, dealer, client_id, share) != bound:
-                    return f"a false share of client {dealer}'s secret of round {t}; none of its shares counts"
+                    return f"a false share of client {dealer}'s secret of round {t + 1}; none of its shares counts"
         self._revealed[client_id] = shares
         return ""
 

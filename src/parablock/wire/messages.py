@@ -227,8 +227,8 @@ def describe(raw: bytes) -> str:
         message = from_bytes(raw)
     except CodecError:
         return "a message"
-    facts = {name: getattr(message, name, None) for name in ("round_index", "block_index")}
-    words = [f"{name.removesuffix('_index')} {value}" for name, value in facts.items() if value is not None]
+    t, b = (getattr(message, name, None) for name in ("round_index", "block_index"))
+    words = ([] if t is None else [f"round {t + 1}"]) + ([] if b is None else [f"block {b}"])
     if isinstance(message, Update):
         words.append(f"chunk {message.chunk_index + 1} of {message.num_chunks}")
     return f"its {type(message).__name__} ({', '.join(words)})" if words else f"its {type(message).__name__}"

@@ -324,7 +324,7 @@ def test_who_has_split_another_secret_than_its_own_is_named(monkeypatch: pytest.
     wires.collector.send(0, Parcel(to_bytes(Mark(0, False)), 0))
     send_zeros(wires)
     came(wires)
-    with pytest.raises(MaskingError, match="client 1's secret of round 0 do not fit") as error:
+    with pytest.raises(MaskingError, match="client 1's secret of round 1 do not fit") as error:
         wires.collector.masks_of(0, (0, 1, 2), SIZE)
     assert error.value.client_id == 1
 
