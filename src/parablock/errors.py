@@ -56,6 +56,13 @@ class ParaBlockError(Exception):
         self.cause, self.remedy = in_one_line(cause), in_one_line(remedy)
         super().__init__("\n".join(part for part in (self.what, self.cause, self.remedy) if part))
 
+    @property
+    def in_one_line(self) -> str:
+        """What is told in a log: sentences, one after the other."""
+        parts = [part.strip() for part in str(self).split("\n")]
+        ended = [part if part.endswith((".", ":", "?", "!")) else f"{part}." for part in parts[:-1]]
+        return " ".join([*ended, *parts[-1:]])
+
 
 def did_you_mean(path: Path, *, among: str = "*") -> str:
     """Return a question that names what lies beside a path and is spelt almost like it; "" if nothing is.

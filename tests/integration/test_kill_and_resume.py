@@ -250,7 +250,10 @@ def test_the_installed_program_stops_at_ctrl_c(workshop: Workshop, undisturbed: 
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "stopped and saved; go on with: parablock resume" in said
+    found = re.search(
+        r"stopped after (\d+) of \d+ rounds and saved, with the updates under way; go on with: (.*)", said
+    )
+    assert found and int(found[1]) == num_rows(run_dir) and found[2].startswith("parablock resume")
     assert "Traceback" not in said
     done("resume", str(run_dir))
     assert_same_run(run_dir, undisturbed(*REAL))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import re
 import sys
 import traceback
 from dataclasses import asdict
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,7 +52,7 @@ app = typer.Typer(
     name="parablock",
     help="Federated fine-tuning of LLMs over slow links: one block at a time, communication under computation.",
     no_args_is_help=True,
-    suggest_commands=False,  # click does so
+    suggest_commands=not any(map(re.compile("click\\b").match, requires("typer") or ())),  # click does so itself
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

@@ -16,7 +16,7 @@ import typer
 from parablock.cli.output import SafeConsole, say, say_whole
 from parablock.cli.word_table import WordTable
 from parablock.errors import ConfigError, ParaBlockError
-from parablock.printable import as_argument
+from parablock.printable import as_argument, counted
 from parablock.storage import PLAN_NAME
 
 if TYPE_CHECKING:
@@ -232,5 +232,7 @@ def print_summary(summary: dict[str, Any], directory: Path, again: str = RESUME)
 def exit_when_interrupted(summary: dict[str, Any], directory: Path, again: str = RESUME) -> None:
     """Exit with `INTERRUPTED` if the user stopped the run."""
     if summary["status"] == "interrupted":
-        say(f"stopped and saved; go on with: {again.format(as_argument(directory))}", err=True)
+        done = f"{summary['rounds_done']} of {counted(summary['num_rounds'], 'round')}"
+        saved = "saved, with the updates under way" if summary["delay"] and summary["rounds_done"] else "saved"
+        say(f"stopped after {done} and {saved}; go on with: {again.format(as_argument(directory))}", err=True)
         raise typer.Exit(INTERRUPTED)

@@ -55,7 +55,7 @@ def join(invitation: Invitation, context: Any) -> str:
         with only_process(site):
             return take_part_until_over(site, SiteCaller(site.client_id, server, LOGGER.info))
     except ParaBlockError as error:
-        LOGGER.error("this site leaves the run: %s", error)
+        LOGGER.error("this site leaves the run: %s", error.in_one_line)
     except Exception:  # Flower would tell the server its text
         LOGGER.exception("this site leaves the run")
     return FAILED
@@ -99,10 +99,10 @@ def take_part_until_over(
             LOGGER.info("the session has ended")
             give_up_s = clock.now() + PARTING_S  # most often the server ends with it
         except Refused as error:
-            LOGGER.error("%s", error)
+            LOGGER.error("%s", error.in_one_line)
             return REFUSED
         except StallError as error:
-            LOGGER.error("%s", error)
+            LOGGER.error("%s", error.in_one_line)
             return UNREACHABLE
         except ConnectionError as problem:
             caller.say(f"waiting for the server: {problem}")

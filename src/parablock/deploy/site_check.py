@@ -20,6 +20,7 @@ from parablock.deploy.status import WARN_DAYS
 from parablock.engine.remote.frames import Opening, Reception, utc_s
 from parablock.engine.remote.site_channel import Refused, SiteCaller
 from parablock.errors import ParaBlockError
+from parablock.printable import counted
 from parablock.report.units import format_bytes
 from parablock.storage.audit_log import AuditLog
 from parablock.storage.release_ledger import ReleaseLedger
@@ -173,7 +174,9 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
         parts, _, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)
         rows = len(parts[site.client_id])
         remedy = "" if rows else "Give its files in `data.train` of its own file."
-        yield Checked(rows > 0, f"{rows} rows to train on, in {len(config.data.train)} files", remedy)
+        yield Checked(
+            rows > 0, f"{counted(rows, 'row')} to train on, in {counted(len(config.data.train), 'file')}", remedy
+        )
     except ParaBlockError as error:
         yield _problem(error)
     try:

@@ -91,7 +91,7 @@ def serve(site: SiteConfig, server: ServerEnd, *, once: bool = False) -> None:
             except ParaBlockError as error:
                 if once:
                     raise
-                LOGGER.error("this site leaves the run: %s", error)
+                LOGGER.error("this site leaves the run: %s", error.in_one_line)
                 LOGGER.error("It takes part again in the next session, or once it is started again.")
                 finished = opening.session
             gc.unfreeze()  # where libraries were loaded within the session, it is among what stays with them

@@ -29,6 +29,9 @@ data:
   # tokens of an example; longer ones are cut
   max_length: 512
 federation:
+  # parablock trains one block of the model a round; fedit trains adapters (with the extra `lora` at each site): far
+  # fewer bytes, and the first choice where a low rank holds what there is to learn
+  method: parablock
   # sites; they have the numbers below this one
   num_clients: $clients
   # a round trains one block: give each block several rounds

@@ -121,7 +121,8 @@ class Pace:
             return "the last round has begun: the run ends with it, and its model is scored and written"
         text = f"stopping at the next round and saving: waiting for the end of round {number}"
         left_s = 0.0 if seconds is None else max(0.0, 1 - within) * seconds
-        return text if left_s < SHORT_S else f"{text}, about {format_duration(left_s)}"
+        text = text if left_s < SHORT_S else f"{text}, about {format_duration(left_s)}"
+        return f"{text}, and of what has begun of round {number + self._delay}" if self._delay else text
 
 
 @dataclass

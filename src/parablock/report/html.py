@@ -127,7 +127,7 @@ def _answers(run: RunRecord) -> list[str]:
         + "</dl></article>"
         for record in run.answers
     )
-    note = "Test prompts that no client has trained on; both models take the likeliest token at each place."
+    note = "Prompts of test rows; both models take the likeliest token at each place."
     return [_section("What it says", note, f'<div class="answers">{cards}</div>')]
 
 

@@ -157,6 +157,19 @@ def test_what_a_stop_waits_for_is_the_rest_of_the_round():
     assert progress.awaited() == "the rounds are over: the model is being scored and written"
 
 
+def test_a_run_that_stops_gives_no_time_for_the_rest_of_its_rounds():
+    clock, console = SteppedClock(), file_console()
+    progress = PlainProgress(console=console, now_s=clock)
+    progress.start(48, 1, 0, delay=1)
+    progress.round_done(row(0))
+    for clock.now in (60.0, 120.0):
+        progress.step(0, int(clock.now / 60), 8)
+        progress.awaited()
+    before, after = lines_of(console)[-2:]
+    assert "ETA" in before
+    assert after.endswith("stopping after what has begun") and "ETA" not in after
+
+
 def test_a_stop_that_waits_for_no_time_names_none():
     clock = SteppedClock()
     progress = PlainProgress(console=file_console(), now_s=clock)
@@ -402,6 +415,6 @@ def test_a_stop_in_the_last_round_says_that_the_run_ends():
     progress = PlainProgress(console=file_console())
     progress.start(4, 2, 0, delay=1)
     progress.round_done(row(0))
-    assert progress.awaited().startswith("stopping at the next round and saving: waiting for the end of round 2")
+    assert progress.awaited() == f"{STOPPING}the end of round 2, and of what has begun of round 3"
     progress.round_done(row(1))  # the third and the fourth are under way
     assert progress.awaited().startswith("the last round has begun: the run ends with it")

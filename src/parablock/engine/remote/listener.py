@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import grpc
 
@@ -275,4 +276,4 @@ def _caller_of(context: grpc.ServicerContext) -> Caller:
     known: Any = context.auth_context()
     token = dict(context.invocation_metadata()).get("authorization", "")
     (name, *_), (certificate, *_) = known.get("x509_common_name", [b""]), known.get("x509_pem_cert", [b""])
-    return Caller(context.peer(), name.decode(errors="replace"), certificate, str(token))
+    return Caller(unquote(context.peer()), name.decode(errors="replace"), certificate, str(token))
