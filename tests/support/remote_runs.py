@@ -95,7 +95,7 @@ class Town:
             options.get("on_open", lambda _: None)(transport)
 
         given = engine_input(
-            initial(self.num_blocks),
+            self.served(),
             [],
             self.plan,
             Trace(RealClock()),
@@ -142,6 +142,13 @@ class Town:
         """What every site begins with."""
         return initial(self.num_blocks)
 
+    def served(self) -> list[Tensor]:
+        """What the server begins with."""
+        return initial(self.num_blocks)
+
+    def before_sending(self, client_id: int, message: bytes) -> None:
+        """Do what a site does before a message leaves it."""
+
     def _site(self, client_id: int) -> None:
         finished = ""
         while not self.is_over.is_set():
@@ -176,6 +183,13 @@ class Town:
         trace = Trace(clock)
         channel = SiteChannel(caller, welcome.opening, secrets.token_hex(8), trace, lease_s=20.0)
         self.channels[client_id] = channel
+        send = channel.send
+
+        def send_later(message: bytes, round_index: int) -> None:
+            self.before_sending(client_id, message)
+            send(message, round_index)
+
+        channel.send = send_later
         rejoins = channel.open()
         try:
             with channel:

@@ -8,7 +8,15 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from parablock.config.methods import METHODS, NO_MEAN, OWNERS, cohort_size, fewest_asked, without_effect
+from parablock.config.methods import (
+    METHODS,
+    NO_MEAN,
+    OWNERS,
+    cohort_size,
+    fewest_asked,
+    may_fit_blocks,
+    without_effect,
+)
 from parablock.config.section import NOT_BUILT
 
 Problem = tuple[str, str]
@@ -102,7 +110,7 @@ def _weights(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _auto(config: Mapping[str, Any]) -> Iterator[Problem]:
     """`layers_per_block: auto` follows from the machine, and from a number of steps."""
     key = "blocks.layers_per_block"
-    if config["blocks"]["layers_per_block"] != "auto":
+    if config["blocks"]["layers_per_block"] != "auto" or may_fit_blocks(config):
         return
     if config["engine"]["name"] != "inprocess":
         yield key, "auto depends on the machine, and sites would differ; set 1: `parablock plan` then advises"

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parablock.config.keys import RunConfig
-from parablock.config.methods import METHODS, OWNERS, without_effect
+from parablock.config.methods import METHODS, OWNERS, may_fit_blocks, without_effect
 from parablock.config.section import FaultSection
 from parablock.errors import ConfigError, did_you_mean, no_file
 
@@ -101,6 +101,8 @@ def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
         del reduce(getitem, sections, tree)[last]
     if "blocks" not in tree:  # every method needs the layers
         tree["blocks"] = {"layers_path": config.blocks.layers_path}
+    elif config.federation.traits.trains != "blocks" and may_fit_blocks(tree):
+        tree["blocks"]["layers_per_block"] = "auto"  # nobody has said how many, and every block is to be visited
     if "learning_rate" not in config.train.model_fields_set:  # each method has its own
         del tree["train"]["learning_rate"]
     return tree

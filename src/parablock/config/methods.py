@@ -216,6 +216,11 @@ def without_effect(name: str, delay: int) -> dict[str, str]:
     return found
 
 
+def may_fit_blocks(config: Mapping[str, Any]) -> bool:
+    """Return whether `blocks.layers_per_block: auto` can follow from the machine, and from a number of steps."""
+    return bool(config["engine"]["name"] == "inprocess" and config["train"]["num_local_steps"] != "auto")
+
+
 def cohort_size(federation: Mapping[str, Any]) -> int:
     """Return the number of clients that are drawn for a round."""
     method = METHODS[federation["method"]]

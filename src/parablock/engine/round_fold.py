@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import PIECE, SLICE, Aggregate
+from parablock.algorithm.aggregate import PIECE, Aggregate
 from parablock.engine.refusals import Refusal
 from parablock.engine.update_form import UpdateForm
 from parablock.engine.update_store import SamePart, UpdateStore, WholeUpdate
 from parablock.errors import CodecError, TrainingError
 from parablock.storage.release_ledger import RunningHash, fingerprint
 from parablock.wire.messages import Update
-from parablock.wire.quantize import Encoding, Vector, pack
+from parablock.wire.quantize import Encoding, pack
 from parablock.wire.transport import MaskedTransport
 
 MAX_NORM_RATIO = 100.0
@@ -166,7 +166,7 @@ class RoundFold:
             return problem
         if update.chunk_index in self._came[client_id]:
             return Refusal("duplicate", f"chunk {update.chunk_index + 1} of round {self.round_index + 1} again")
-        squared_norm = _squared_norm(update.delta, self._form.density)
+        squared_norm = self._form.squared_norm(update.delta)
         if not isfinite(squared_norm):
             return Refusal("not_finite", f"values that are not finite for block {self.block_index}")
         self._store.put(client_id, update.chunk_index, update.delta)
@@ -378,12 +378,3 @@ class RoundFold:
         self.began_again = self.began_again or self._num_folded > 0
         self._aggregation, self._num_folded = self._form.aggregation(self.round_index), 0
         self._noise, self._mean = None, None
-
-
-def _squared_norm(vector: Vector, density: float) -> float:
-    """Return ‖Δ‖² of a chunk, of whose elements it holds a part, approximately; not finite if an element is not."""
-    squares, step = 0.0, 4 * SLICE * round(1 / density)
-    for first in range(0, vector.num_elements, step):
-        values = vector.part(slice(first, min(first + step, vector.num_elements))).stored.float()
-        squares += float(values.dot(values))
-    return squares

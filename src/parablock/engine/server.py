@@ -272,8 +272,8 @@ class Server:
             self._take(*received)
 
     def _go_on_without_the_missing(self, fold: RoundFold, reason: str, how: str) -> None:
-        """Take out the clients that have not delivered; silent ones leave the later open rounds too."""
-        for client_id in set(fold.expected) - set(fold.delivered):
+        """Take out the clients that are waited for; silent ones leave the later open rounds too."""
+        for client_id in fold.missing:
             refusal = Refusal(reason, f"{fold.progress_of(client_id)}, {reason} {how}")
             self._on_event(f"round {fold.round_index + 1} goes on without {refusal.text}")
             self._take_out(client_id, fold, refusal)

@@ -22,7 +22,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from parablock.algorithm.aggregate import Aggregate, Kinds
+from parablock.algorithm.aggregate import SLICE, Aggregate, Kinds
 from parablock.algorithm.fixed_point import EXTRA_WORDS, FixedPointAggregation, FixedPointGrid
 from parablock.algorithm.parablock import delta_of
 from parablock.algorithm.robust import Normals, RoundAggregation, Rule, scale
@@ -32,9 +32,10 @@ from parablock.errors import CodecError
 from parablock.model.device_copy import ArrivingVector
 from parablock.privacy.protection import Protection
 from parablock.wire.messages import new_block_value
-from parablock.wire.quantize import QUANTIZED, WORDS, Encoding, Vector, join_chunks, pack, sparse_format
+from parablock.wire.quantize import QUANTIZED, Encoding, Vector, join_chunks, pack, sparse_format
 from parablock.wire.sparse import CELL, Sparse
 
+WORD = "word32"
 NoiseOfRound = Callable[[int, tuple[int, ...], str], Normals]
 """(round_index, clients, hash of their updates) → the noise that the server adds to the mean of these updates."""
 
@@ -113,9 +114,23 @@ class UpdateForm(ABC):
         """Return the update that the server sees: flat, fp32."""
         return join_chunks(chunks)
 
+    @property
+    def payload_format(self) -> str:
+        """The format of every payload of an update."""
+        return self.encoding.format
+
     def misfit(self, vector: Vector) -> str:
         """Return why a payload is of another form; empty if it fits."""
-        return f"{vector.format} where updates are floating-point numbers" if vector.format in WORDS else ""
+        wanted = self.payload_format
+        return "" if vector.format == wanted else f"{vector.format} where updates are {wanted}"
+
+    def squared_norm(self, vector: Vector) -> float:
+        """Return ‖Δ‖² of a chunk; not finite if an element is not."""
+        squares, step = 0.0, 4 * SLICE * round(1 / self.density)
+        for first in range(0, vector.num_elements, step):
+            values = vector.part(slice(first, min(first + step, vector.num_elements))).stored.float()
+            squares += float(values.dot(values))
+        return squares
 
     def numbers(self, vector: Vector, factor: float) -> Tensor:
         """Return a payload as the aggregation folds it: factor · Δ, fp32."""
@@ -189,8 +204,8 @@ class SparseDifferences(Differences):
 
     def misfit(self, vector: Vector) -> str:
         """Refuse other formats, and places that are not those of different elements."""
-        if vector.format != self.encoding.format:
-            return f"{vector.format} where updates are {self.encoding.format}"
+        if misfit := super().misfit(vector):
+            return misfit
         places = vector.places
         if not places.numel() or (bool((places.diff() > 0).all()) and int(places[-1]) < vector.num_elements):
             return ""
@@ -233,16 +248,17 @@ class FixedPointWords(UpdateForm):
         numbers = self.grid.encode(delta[:])
         if update.protection is not None:
             update.protection.hide(numbers[:-EXTRA_WORDS], update.round_index)
-        words = pack(numbers, "word32")
+        words = pack(numbers, WORD)
         return EncodedUpdate([words], self.decode([words]), losses=losses)
 
     def decode(self, chunks: Sequence[Vector]) -> Tensor:
         """Return the numbers that the words stand for."""
         return self.grid.decode(chunks[0].values)
 
-    def misfit(self, vector: Vector) -> str:
-        """Refuse floating-point numbers."""
-        return "" if vector.format in WORDS else f"{vector.format} where updates are fixed-point words"
+    @property
+    def payload_format(self) -> str:
+        """The format of words."""
+        return WORD
 
     def numbers(self, vector: Vector, factor: float) -> Tensor:
         """Return the words as they are; masked ones cannot be shortened."""
@@ -276,6 +292,15 @@ class StackedAdapters(UpdateForm):
         """Return the elements of one client's adapters."""
         del num_parameters
         return self.factors.num_elements
+
+    @property
+    def payload_format(self) -> str:
+        """The format of adapters."""
+        return self.adapters.format
+
+    def squared_norm(self, vector: Vector) -> float:
+        """Return that of the product, which is what an update adds; of A, which begins at random, B decides."""
+        return self.factors.squared_norm(vector.values.float())
 
     def encode(self, update: LocalUpdate) -> EncodedUpdate:
         """Encode the trained adapters themselves."""

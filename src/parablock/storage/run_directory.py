@@ -35,6 +35,8 @@ class RunDirectory:
         """Refuse a folder that holds a run already or cannot be made, with a `StorageError`."""
         check_writable(self.path)
         if self.config.exists():
+            with lock_folder(self.path, "Choose another --output-dir, or wait for its end."):
+                pass  # nobody is at work there
             raise StorageError(
                 f"{self.path} holds a run already",
                 cause="A run never writes over another one.",

@@ -15,10 +15,11 @@ from torch import Tensor
 from parablock.algorithm.aggregate import PIECE, Aggregate
 from parablock.algorithm.fixed_point import FixedPointGrid
 from parablock.algorithm.robust import Rule, aggregate_by
+from parablock.algorithm.stacking import Factors
 from parablock.engine import round_fold as folding
 from parablock.engine.refusals import Refusal
 from parablock.engine.round_fold import RoundFold
-from parablock.engine.update_form import Differences, FixedPointWords
+from parablock.engine.update_form import Differences, FixedPointWords, SparseDifferences, StackedAdapters
 from parablock.engine.update_store import UpdateStore
 from parablock.errors import StorageError
 from parablock.privacy.keystream import Keystream
@@ -75,8 +76,10 @@ class InThree(Differences):
         return CUTS
 
 
-def new_fold(rule: str = "mean", folder: Path | None = None, clients: int = CLIENTS) -> RoundFold:
-    form = InThree(Encoding("float32"), *RULES[rule])
+def new_fold(
+    rule: str = "mean", folder: Path | None = None, clients: int = CLIENTS, wire_format: str = "float32"
+) -> RoundFold:
+    form = InThree(Encoding(wire_format), *RULES[rule])
     return RoundFold(0, 0, dict.fromkeys(range(clients), 1), SIZE, form, folder)
 
 
@@ -107,6 +110,50 @@ def test_a_part_of_a_vector_has_the_elements_of_the_whole_in_memory_and_from_the
         assert other.stop > SIZE or not torch.equal(whole.part(other).values, expected)
     assert spool.file_bytes == whole.raw.numel()
     spool.close()
+
+
+FORMS = {
+    "float32": Differences(Encoding("float32")),
+    "int8": Differences(Encoding("int8")),
+    "sparse2-82": SparseDifferences(Encoding("sparse2-82", error_feedback=True)),
+    "word32": FixedPointWords(FixedPointGrid(1.0, CLIENTS)),
+    "stack": StackedAdapters(Factors(((4, 5),), (False,), 2, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_update_in_another_format_than_that_of_the_run_is_refused(name: str):
+    form, own = FORMS[name], {"stack": "float32"}.get(name, name)
+    size = form.cuts(18)[0].stop
+    for other in (*FORMATS, "sparse2-82", "word32", "bytes"):
+        values = torch.arange(size) if other in ("word32", "bytes") else torch.linspace(-1, 1, size)
+        sent = Update(0, 0, 0, 5, -1, 1.0, 1, 0.5, 0, 1, pack(values, other))
+        refusal = RoundFold(0, 0, {0: 1}, 18, form).take(0, sent)
+        assert (refusal is None) is (other == own), (name, other)
+        assert refusal is None or (refusal.reason, refusal.text) == ("misfit", f"{other} where updates are {own}")
+
+
+def test_adapters_are_as_long_as_what_they_add():
+    """A begins at random and is long, so that a B that is far too long is not seen beside it."""
+    factors = Factors(((40, 50),), (False,), 2, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    adapters = [torch.randn(180, generator=generator) for _ in range(CLIENTS)]
+    places = torch.zeros(180, dtype=torch.bool)
+    for _, b in factors.split(torch.arange(180.0)):
+        places[b.flatten().long()] = True
+    for flat in adapters:
+        flat[places] *= 1e-3
+    adapters[3][places] *= 1e4
+    fold = RoundFold(0, 0, dict.fromkeys(range(CLIENTS), 1), 2000, StackedAdapters(factors))
+    for client_id, flat in enumerate(adapters):
+        assert (
+            fold.take(client_id, Update(0, 0, client_id, 5, -1, 1.0, 1, 0.5, 0, 1, pack(flat, "float32"))) is None
+        )
+    assert [found.reason for found in fold.outliers(torch.ones(2000)).values()] == ["norm"]
+    assert [*fold.outliers(torch.ones(2000))] == [3]
+    assert max(flat.norm() for flat in adapters) < 100 * min(flat.norm() for flat in adapters), (
+        "as flat vectors none is"
+    )
 
 
 def test_what_a_client_sends_anew_takes_the_place_of_what_it_had_sent(tmp_path: Path):
@@ -170,11 +217,11 @@ def test_from_the_file_in_any_order_comes_bitwise_the_aggregate_of_whole_updates
     normals = noise if draws else None
     whole = aggregate_by(by, {i: (vector.values, 5 + i) for i, vector in enumerate(vectors)}, normals)
     for order in ORDERS.values():
-        fold = new_fold(rule, tmp_path)
+        fold = new_fold(rule, tmp_path, wire_format=payload_format)
         assert alike(fold_all(fold, chunks, order), whole)
         assert fold.file_bytes == sum(vector.raw.numel() for vector in vectors)
     lost = [[pack(0 * own[0].values, payload_format), *own[1:]] for own in chunks]
-    assert not alike(fold_all(new_fold(rule), lost, ORDERS["in turns"]), whole)
+    assert not alike(fold_all(new_fold(rule, wire_format=payload_format), lost, ORDERS["in turns"]), whole)
 
 
 class Unmasks:

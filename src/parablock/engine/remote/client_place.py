@@ -18,6 +18,7 @@ class ClientPlace:
         stream: The streams between it and the server.
         incarnation: The word of the process that takes part; None: none has yet.
         rejoins: Whether an earlier process took part.
+        lives: Its new processes since it was asked for a round.
         has_sent: Whether the process has sent a message, those of secure aggregation aside.
         must_rejoin: Whether it does not take part, until a new process joins.
         is_removed: Whether the operator has removed it.
@@ -41,6 +42,7 @@ class ClientPlace:
     stream: NumberedStream
     incarnation: str | None = None
     rejoins: bool = False
+    lives: int = 0
     has_sent: bool = False
     must_rejoin: bool = False
     is_removed: bool = False

@@ -31,6 +31,8 @@ RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
 WAITING_BYTES = 32 << 20
 """Bytes of a site's messages that wait for the server, beside the newest, before nothing more is confirmed."""
+MAX_LIVES = 4
+"""New processes of a site that are given time to load, one after the other, until it is asked for another round."""
 HELD_BYTES = MOST_AHEAD_BYTES + 2 * PART_BYTES
 """Bytes that may come after that; the reader of a site that sends more waits, and with it what goes down."""
 
@@ -117,7 +119,8 @@ class RemoteTransport:
                 place.stream = self._new_stream(hello.client_id)
                 place.room.notify_all()
             place.incarnation, place.must_rejoin, place.since_s = hello.incarnation, False, now_s
-            place.moved_s = self._clock.now()
+            if is_new and place.lives < MAX_LIVES:  # a line that comes back is no sign of work, a new process is
+                place.lives, place.moved_s = place.lives + 1, self._clock.now()
             self._clock.progress()
             return Reception(place.stream.wanted, place.rejoins, now_s), place.stream
 
@@ -239,7 +242,7 @@ class RemoteTransport:
         if not (self.has_begun and place.must_rejoin):
             place.stream.put(parcel.message, parcel.round_index)
             if parcel.round_index > place.asked_round:
-                place.asked_round, place.spans_left = parcel.round_index, SPANS_KEPT
+                place.asked_round, place.spans_left, place.lives = parcel.round_index, SPANS_KEPT, 0
                 place.moved_s = self._clock.now()
 
     def receive(
