@@ -265,3 +265,17 @@ def test_a_comparison_does_not_write_over_the_report_of_a_run(workshop, tmp_path
     compare = ("compare", str(workshop.config), "--output-dir", str(tmp_path / "run"), "--methods", "fl_bcd")
     assert_refused(command(*compare), "holds a run already")
     assert (tmp_path / "run" / "report.html").read_bytes() == before
+
+
+def test_blocks_are_fitted_where_the_configuration_trains_none(workshop: Workshop, tmp_path: Path):
+    """A first run of adapters has few rounds: with a layer a block not all blocks would have their turn."""
+    few = ("federation.num_rounds=2", "federation.delay=0")
+    words = ["compare", str(workshop.config), "--methods", "parablock,fl_bcd,fedavg"]
+    blocks = [word for setting in (*few, "blocks.layers_per_block=1") for word in ("--set", setting)]
+    refused = command(*words, *blocks, "--output-dir", str(tmp_path / "blocks"))
+    assert refused.code == 2 and "would never train block" in refused.stderr
+    adapters = [word for setting in (*few, "federation.method=fedit") for word in ("--set", setting)]
+    done(*words, *adapters, "--output-dir", str(tmp_path / "compared"))
+    assert [
+        summary["num_blocks"] for summary in json.loads((tmp_path / "compared" / "compare.json").read_text())
+    ] == [*(2, 2, 1)]
