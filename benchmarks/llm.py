@@ -178,10 +178,11 @@ def forgotten_rows(options: Options) -> dict[str, str]:
 def losses_of(model: str, files: Mapping[str, str], options: Options, name: str) -> Found:
     """Return the loss of a model on each file; what was scored once is kept, as the model is not."""
     kept = Path(options.work_dir) / f"{name}-others-{options.others}.json"
-    if not kept.exists():
-        losses = {key: score_models(model, [path])[0].value for key, path in files.items()}
+    losses = dict(json.loads(kept.read_text(encoding="utf-8"))) if kept.exists() else {}
+    if lacking := [key for key in files if key not in losses]:
+        losses |= {key: score_models(model, [files[key]])[0].value for key in lacking}
         kept.write_text(json.dumps(losses), encoding="utf-8")
-    return dict(json.loads(kept.read_text(encoding="utf-8")))
+    return {key: losses[key] for key in files}
 
 
 def step_s(options: Options, kind: str, settings: Found) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from getpass import GetPassWarning
 from pathlib import Path
 from typing import Annotated
+from warnings import catch_warnings
 
 import typer
 
@@ -216,5 +218,6 @@ def _passphrase(file: Path | None, *, new: bool) -> bytes:
 
     if file:
         return read_private(file).rstrip(b"\r\n")
-    typed: str = typer.prompt("Passphrase of the authority", hide_input=True, confirmation_prompt=new)
+    with catch_warnings(action="ignore", category=GetPassWarning):  # without a terminal nothing is shown anyway
+        typed: str = typer.prompt("Passphrase of the authority", hide_input=True, confirmation_prompt=new)
     return typed.encode()

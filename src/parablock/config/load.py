@@ -21,6 +21,7 @@ from parablock.errors import ConfigError, did_you_mean, no_file
 S = TypeVar("S", bound=BaseModel)
 
 COMMAND_LINE = "the command line"
+TOGETHER = "the settings together"
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """The errors of PyYAML: its own, and those of Python for a date in the 13th month or endless nesting."""
 
@@ -71,6 +72,8 @@ def _parse(tree: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> Run
         if all(problem.startswith(begins) for problem in error.problems):
             raise ConfigError(error.problems, source=COMMAND_LINE) from None
         told = [f"{one} (on {COMMAND_LINE})" if one.startswith(begins) else one for one in error.problems]
+        beside = f" (with {', '.join(given)} of {COMMAND_LINE})" if given else ""
+        told = [f"{one}{beside}" if one.startswith(f"{TOGETHER}:") else one for one in told]
         raise ConfigError(told, source=str(path)) from None
 
 
@@ -224,7 +227,7 @@ def _problem(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     path = [str(part) for part in item["loc"] if part != "int" and not str(part).startswith("literal[")]
     if path and path[-1].isdecimal():  # an item of a list
         path[-2:] = [f"{path[-2]}, entry {int(path[-1]) + 1}"] if len(path) > 1 else path
-    key = ".".join(path) or "the settings together"
+    key = ".".join(path) or TOGETHER
     if item["type"] == "extra_forbidden":
         return key, f"unknown key{_hint(key, root)}"
     message = in_words(item)

@@ -186,7 +186,7 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
         return
     name = f"{config.model.name_or_path}, {base.num_parameters:,} parameters, hash {base.sha256[:12]}"
     if opening is None:
-        yield Checked(True, f"{name}; compare it with the server's, which its log names")
+        yield Checked(True, f"{name}; compare it with `base_sha256` in manifest.json of the server's run")
     elif base.sha256 == opening.base_sha256:
         yield Checked(True, f"{name}, as at the server")
     else:

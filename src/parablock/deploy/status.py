@@ -219,7 +219,7 @@ def status_table(status: dict[str, Any]) -> Table:
     """Return a status as a table for the terminal."""
     now = datetime.now(UTC)
     is_running = status["running"]
-    head = f"server {status['pid']} at port {status['port']}"
+    head = f"server (process {status['pid']}) at port {status['port']}"
     if not is_running:
         head += f", ended; last seen {status['time']}"
     if status["completed"]:

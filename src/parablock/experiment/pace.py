@@ -47,7 +47,7 @@ class Pace:
     ) -> None:
         self.num_rounds, self.first_round, self._delay = num_rounds, first_round, delay
         self._now_s, self._start_s, self._end_s = now_s, now_s(), math.inf
-        self._stages, self._scored_every = stages, scored_every
+        self._stages, self._scored_every, self._is_stopping = stages, scored_every, False
         self._cohort = cohort or num_clients
         self.committed = first_round
         self._first_over: tuple[float, float] | None = None
@@ -80,6 +80,8 @@ class Pace:
         """Estimate the remaining time at this moment; "" if nothing is done yet."""
         if self.committed >= self.num_rounds:
             return "done"
+        if self._is_stopping:
+            return "stopping after what has begun"
         done = self.rounds_done()
         seconds = self._seconds_a_round(done)
         if seconds is None:
@@ -112,6 +114,7 @@ class Pace:
 
     def awaited(self) -> str:
         """Say what a run that is asked to stop does first: it ends a round, or itself."""
+        self._is_stopping = True
         if self._end_s < math.inf:
             return "the rounds are over: the model is being scored and written"
         done = self.rounds_done()

@@ -138,7 +138,7 @@ class _Paced(Progress):
 
     def __init__(self, console: Console, now_s: Callable[[], float]) -> None:
         self._console, self._now_s, self._pace, self._stages = console, now_s, _NO_PACE, Stages(now_s)
-        self._has_blocks, self._is_stopping = True, False
+        self._has_blocks = True
 
     def stage(self, name: str, total: int | None = None, *, is_brief: bool = False, scores: bool = False) -> None:
         """Show a stage, with the time that it takes."""
@@ -184,8 +184,7 @@ class _Paced(Progress):
 
     def awaited(self) -> str:
         """Say what a run that is asked to stop does first; "" where no round has begun."""
-        self._is_stopping = self._pace is not _NO_PACE
-        return self._pace.awaited() if self._is_stopping else ""
+        return self._pace.awaited() if self._pace is not _NO_PACE else ""
 
 
 class PlainProgress(_Paced):
@@ -231,8 +230,7 @@ class PlainProgress(_Paced):
         pace = self._pace
         if self._now_s() - self._said_s > SILENCE_S:
             done = f"round {int(pace.rounds_done()) + 1}/{pace.num_rounds}  client {client_id}"
-            left = "stopping after what has begun" if self._is_stopping else pace.remaining()
-            self.message(f"{done}  step {number}/{num_steps}  {pace.elapsed()}  {left}")
+            self.message(f"{done}  step {number}/{num_steps}  {pace.elapsed()}  {pace.remaining()}")
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Write the line of a round; of a long run most rounds are skipped."""

@@ -154,9 +154,7 @@ class MaskedServer:
         if not set(chosen) <= set(members) or len(chosen) < threshold_of(len(cohort)):
             raise MaskingError(f"a sum of clients {chosen} of {cohort} in round {t + 1} is one of too few")
         if problems := self.unfit(t, chosen):
-            raise MaskingError(
-                f"a sum of round {t + 1} with {'; '.join(f'{p} ({i})' for i, p in problems.items())}"
-            )
+            raise MaskingError(f"round {t + 1}: a sum with {'; '.join(f'{p} ({i})' for i, p in problems.items())}")
         if (fixed := self.fixed_set(t, chosen)) != chosen:
             raise MaskingError(f"the sum of round {t + 1} was begun for clients {fixed}, and {chosen} are there")
         pairs = {i: [j for j in chosen if i not in self._partners[t, j].left_out] for i in members}
@@ -357,9 +355,7 @@ class MaskedServer:
             return f"word of whom it masks with in round {t + 1}, in which it takes no part"
         before = self._partners.get((t, client_id))
         if before is not None:  # an update that is sent again has the same partners
-            return (
-                "" if before.left_out == message.left_out else f"two words of whom it masks with in round {t + 1}"
-            )
+            return "" if before.left_out == message.left_out else f"two words of its partners in round {t + 1}"
         there = set(self._members or ()) - self._left_out
         if not set(message.left_out) <= set(cohort) - there:
             return f"word that it masks in round {t + 1} without {message.left_out}, of which some take part"

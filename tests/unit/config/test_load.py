@@ -327,3 +327,14 @@ def test_the_method_is_a_name_for_the_delay(given: dict[str, Any], method: str, 
 def test_the_method_of_a_written_configuration_can_be_changed_by_its_delay_alone(tmp_path: Path):
     path = write(tmp_path / "config.yaml", parsed().to_yaml())  # says method: parablock
     assert load_config(path, ["federation.delay=0"]).federation.method == "fl_bcd"
+
+
+def test_a_problem_of_the_settings_together_names_what_the_command_line_gave(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    settings = {**REQUIRED, "federation.num_clients": 2, "data.partition.scheme": "by_file"}
+    file.write_text(yaml.safe_dump(nested(settings)))
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, ["data.train=[one.jsonl]", "seed=1"])
+    (problem,) = refused.value.problems
+    assert problem.startswith("the settings together: ")
+    assert problem.endswith("(with data.train, seed of the command line)")
