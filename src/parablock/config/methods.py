@@ -208,9 +208,10 @@ def without_effect(name: str, delay: int) -> dict[str, str]:
     method, found = METHODS[name], dict[str, str]()
     if method.trains != "blocks":
         found["blocks"] = f"has no effect with method {name}, which trains no blocks"
-    if not method.sends:
-        for key in ("wire", "federation.deadline_factor", "federation.min_updates"):
-            found[key] = f"has no effect with method {name}, which sends nothing"
+    if not method.gathers:
+        why = "where one client at a time is asked" if method.sends else "which sends nothing"
+        for key in ("federation.deadline_factor", "federation.min_updates", *["wire"] * (not method.sends)):
+            found[key] = f"has no effect with method {name}, {why}"
     if delay == 0:
         found["federation.in_flight"] = "has no effect with a delay of 0, where nothing is in flight"
     return found

@@ -132,6 +132,10 @@ def test_what_would_do_nothing_is_refused():
         found = problems({**alone, **idle})
         assert {problem.split(":")[0] for problem in found} == set(idle)
         assert all("has no effect with" in problem and "leave it out" in problem for problem in found)
+    (problem,) = problems(
+        {"federation.method": "fedcybgd", "federation.delay": 0, "federation.deadline_factor": 2.0}
+    )
+    assert problem.startswith("federation.deadline_factor: has no effect with method fedcybgd, where one client")
     fedit = {"federation.method": "fedit", "federation.in_flight": "own"}
     (problem,) = problems({**fedit, "federation.delay": 0})
     assert problem.startswith("federation.in_flight: has no effect with a delay of 0")
