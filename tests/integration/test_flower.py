@@ -28,6 +28,7 @@ from pages import ROOT
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.deploy import processes
+from parablock.deploy.client_app import CONNECT_S
 from parablock.deploy.one_machine import Deployment, deploy_local, watch
 from parablock.deploy.processes import (
     CONNECTION,
@@ -281,7 +282,7 @@ def test_a_stopped_run_ends_its_sites_and_another_flwr_run_goes_on_to_the_same_m
     facts = plays["stopped"].result()
     (summary,), after = facts["ended"], metrics_of(facts["output_dir"])
     assert None not in facts["trainers"]
-    assert facts["took_s"] < 20, "seconds, where nobody else needs the machine"
+    assert facts["took_s"] < CONNECT_S + 60, "they wait no longer for a server that had no time to say that it ends"
     assert 6 <= len(facts["before"]) < len(after) == ROUNDS["stopped"]
     assert after[0] == facts["before"][0]  # with its seconds: the run went on, it did not begin anew
     assert summary["model_sha256"] == model_of(facts["output_dir"].parent / "one")
