@@ -11,6 +11,7 @@ import pytest
 
 from parablock.deploy import log_files
 from parablock.deploy.log_files import LOG_BYTES, LOGS, PlainLines, log_to
+from parablock.errors import ParaBlockError
 
 
 def test_a_log_is_begun_anew_before_it_takes_more_than_the_page_says(
@@ -45,3 +46,11 @@ def test_what_a_plain_log_says_is_a_line_and_a_traceback_keeps_its_own():
     first, second, *trace = written.getvalue().splitlines()
     assert first.endswith("a\\nforged line\\u001b[A is gone") and second.endswith("it failed")
     assert trace[0].startswith("Traceback") and trace[-1] == "ValueError: wrong"
+
+
+def test_an_error_is_one_line_of_a_log():
+    error = ParaBlockError(
+        "2 rows are too few", cause="Its file is short.", remedy="Give more rows", lines=["  - a.jsonl"]
+    )
+    assert error.in_one_line == "2 rows are too few. - a.jsonl. Its file is short. Give more rows"
+    assert "\n" not in error.in_one_line and "\n" in str(error)
