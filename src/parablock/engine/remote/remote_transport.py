@@ -29,10 +29,10 @@ from parablock.wire.transport import MESSAGE_BYTES, Ledger, Parcel, check_for_st
 LOOK_S, STOP_LOOK_S = 0.01, 0.5
 RETURN_S = 5.0
 """How long a server that ends waits for sites whose line is cut to call again."""
-WAITING_BYTES = 32 << 20
-"""Bytes of a site's messages that wait for the server, beside the newest, before nothing more is confirmed."""
 MAX_LIVES = 4
 """New processes of a site that are given time to load, one after the other, until it is asked for another round."""
+WAITING_BYTES = 32 << 20
+"""Bytes of a site's messages that wait for the server, beside the newest, before nothing more is confirmed."""
 HELD_BYTES = MOST_AHEAD_BYTES + 2 * PART_BYTES
 """Bytes that may come after that; the reader of a site that sends more waits, and with it what goes down."""
 
