@@ -208,7 +208,9 @@ class WireSection(Section):
     format: Literal["float32", "bfloat16", "int8", "int4", "int2", "sparse2"] = Field(
         "float32", description="Payload of updates, and of new values where it is narrower than the model."
     )
-    density: float = Field(0.02, ge=0.005, le=0.05, description="The part of the elements that `sparse2` sends.")
+    density: float = Field(
+        0.02, ge=0.005, le=0.05, description="The part of the elements that `sparse2` sends; three times as many return."
+    )
     rounding: Literal["stochastic", "nearest"] = Field("stochastic", description="Rounding of int8, int4, int2.")
     error_feedback: bool = Field(False, description="Carry the rounding residual of a block to its next visit.")
     residual_decay: float = Field(1.0, ge=0.95, le=1, description="The part of that residual that is carried.")

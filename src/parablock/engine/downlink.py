@@ -1,7 +1,8 @@
 """The downlink: the commits that each client lacks, ahead of time in chunks with streaming.
 
-A new value goes down as a difference if the wire format is narrower than the model, and exactly otherwise; stacked
-adapters go down as the stack. A client that has missed a version gets the whole value instead.
+A new value goes down as a difference if the wire format is narrower than the model, denser than updates if these are
+sparse, and exactly otherwise; stacked adapters go down as the stack. A client that has missed a version gets the whole
+value instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from parablock.algorithm.parablock import NEVER, Commit, ServerState, news_for
 from parablock.wire.messages import Chunk, Finish, Mark, NewValue, RoundStart, Welcome, to_bytes
-from parablock.wire.quantize import Encoding, Vector, bytes_per_element, join_chunks, pack
+from parablock.wire.quantize import Encoding, Vector, bytes_per_element, downlink_format, join_chunks, pack
 from parablock.wire.transport import Parcel, ServerTransport
 
 
@@ -75,7 +76,7 @@ class Downlink:
         version, kind, vector = state.committed + 1, "value", _exact(value)
         if self.is_lossy(state):
             difference = value.float() - state.view[block_index][part].float()
-            kind, vector = "difference", pack(difference, self._encoding.format, noise)
+            kind, vector = "difference", pack(difference, downlink_format(self._encoding.format), noise)
             before = self._announced[block_index] if part.start else []
             self._announced[block_index] = [*before, vector]
         return Chunk(block_index, version, kind, vector)

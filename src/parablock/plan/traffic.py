@@ -16,7 +16,7 @@ import torch
 from parablock.plan.itinerary import Itinerary, News
 from parablock.plan.masking_bytes import MaskingBytes
 from parablock.wire.messages import Chunk, Finish, Mark, Message, NewValue, RoundStart, Update, to_bytes
-from parablock.wire.quantize import Encoding, Vector, bytes_per_element, payload_bytes
+from parablock.wire.quantize import Encoding, Vector, bytes_per_element, downlink_format, payload_bytes
 
 TYPICAL_FRACTION = 0.1234567890123456
 """A stand-in for a measured number between 0 and 1, with as many digits."""
@@ -70,6 +70,7 @@ class Sizes:
         masking: MaskingBytes | None = None,
     ) -> None:
         self._num_elements, self._dtype, self._format = num_elements, dtype, wire_format
+        self._down = downlink_format(wire_format)
         self._stacked, self.masking = stacked, masking
         self._encoding = Encoding(wire_format, chunk_bytes=chunk_bytes)
         self._is_lossy = bytes_per_element(dtype) > bytes_per_element(wire_format)
@@ -83,7 +84,7 @@ class Sizes:
 
     def _new_value(self, block: int) -> Shipment:
         """Return the size of a streamed new value of a block."""
-        kind, name = ("difference", self._format) if self._is_lossy else ("value", self._dtype)
+        kind, name = ("difference", self._down) if self._is_lossy else ("value", self._dtype)
         return self._ship(block, lambda chunk, _count: Chunk(block, 98, kind, chunk), name)
 
     def _ship(self, block: int, message: Callable[[Vector, int], Message], vector_format: str) -> Shipment:
@@ -118,7 +119,7 @@ class Sizes:
             elif kind == "streamed":
                 size, told = 0, "streamed"
             elif kind == "fresh" and self._is_lossy and len(self._encoding.cut(size)) == 1:
-                told, name = "difference", self._format
+                told, name = "difference", self._down
             values.append(NewValue(b, 98, TYPICAL_FRACTION, told, _hollow(size, name)))
         return tuple(values)
 

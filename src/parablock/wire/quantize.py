@@ -53,6 +53,8 @@ FORMATS = (*FLOATS, *QUANTIZED)
 """The values of `wire.format` that have no number."""
 SPARSE = "sparse2"
 """The value of `wire.format` whose payloads are called `sparse2-k`, by the elements that a cell keeps."""
+DENSER_DOWN = 3
+"""Elements of a cell that a sparse difference keeps on its way down, as a multiple of those on the way up."""
 CHUNK_PIECE = 1 << 14
 """Chunks are multiples of this many elements, so that no group and no norm depends on the cuts."""
 PIECE = 1 << 17
@@ -200,6 +202,16 @@ def sparse_format(payload_format: str) -> Sparse | None:
 def payload_format(wire_format: str, density: float) -> str:
     """Return the name of the payloads of a `wire.format`, of which `density` is that of a sparse one."""
     return f"{SPARSE}-{max(1, round(density * CELL))}" if wire_format == SPARSE else wire_format
+
+
+def downlink_format(payload_format: str) -> str:
+    """Return the format in which new values go down where updates come up in this one: a sparse one is denser.
+
+    The mean of sparse updates has up to as many more elements that are not 0 as there are clients. What the server
+    keeps back reaches nobody until it is among the largest, so that clients would train on what is long outdated.
+    """
+    sparse = sparse_format(payload_format)
+    return payload_format if sparse is None else f"{SPARSE}-{min(DENSER_DOWN * sparse.kept, CELL)}"
 
 
 def bytes_per_element(payload_format: str) -> float:

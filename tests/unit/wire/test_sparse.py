@@ -13,6 +13,7 @@ from parablock.wire.quantize import (
     Encoding,
     Vector,
     bytes_per_element,
+    downlink_format,
     pack,
     payload_bytes,
     payload_format,
@@ -100,3 +101,11 @@ def test_what_is_kept_back_travels_in_later_rounds() -> None:
 def test_a_sparse_vector_of_no_elements_is_empty() -> None:
     assert Vector("sparse2-82", 0, torch.empty(0, dtype=torch.uint8)).values.numel() == 0
     assert payload_bytes(0, "sparse2-82") == pack(torch.empty(0), "sparse2-82").raw.numel() == 0
+
+
+def test_what_goes_down_is_denser_than_what_comes_up():
+    assert downlink_format("sparse2-82") == "sparse2-246"  # 3 · 2% of 4,096
+    assert downlink_format("sparse2-2000") == f"sparse2-{CELL}"
+    assert [downlink_format(name) for name in ("int4", "float32")] == ["int4", "float32"]
+    values = vector(CELL)
+    assert torch.equal(pack(values, downlink_format("sparse2-2000")).values != 0, values != 0)
