@@ -48,6 +48,8 @@ train:
   num_local_steps: 8
   # examples of a step
   per_device_train_batch_size: 8
+  # the optimizer's moments; auto: kept where every round trains all (fedit), reset at each visit of a block
+  optimizer_state: auto
 wire:
   # or bfloat16, int8, int4, int2: fewer bytes
   format: float32

@@ -66,6 +66,7 @@ $method
 train:
   num_local_steps: $steps  # optimizer steps of a client in a round
   per_device_train_batch_size: $batch
+  optimizer_state: auto  # AdamW's moments are kept where every round trains all, and reset at each visit of a block
   # learning_rate: $learning_rate  # what the method has by itself; several times higher or lower is worth a try
 # How slow the links are, in 10^6 bit/s. Without this section they are unlimited, and there is nothing to hide.
 # link:
