@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from parablock.config.keys import RunConfig
-from parablock.config.load import flatten, load_config, overridden, parse_config, tree_of_method
+from parablock.config.load import flatten, load_config, parse_config, tree_of_method
 from parablock.config.methods import METHODS
 from parablock.errors import ConfigError, StoppedByUserError, StorageError
 from parablock.evaluation.side_by_side import check_task, score_models
@@ -73,9 +73,8 @@ def plan_comparison(
     for seed in numbers:
         for name in names:
             for delay in all_delays if all_delays and METHODS[name].may_lag else [_delay_of(name, config)]:
-                tree = tree_of_method(config, name, delay) | {"seed": seed}
-                named = _named_by(tree)
-                tree = overridden(tree, own[name])
+                tree = tree_of_method(config, name, delay, [f"seed={seed}", *own[name]])
+                named = {"--methods": name, "--delays": delay, "--seeds": seed}
                 for option, value in _named_by(tree).items():
                     if value != named[option]:
                         problem = f"{value!r} for {name}: runs are named by what {option} says, for every method"

@@ -17,7 +17,7 @@ import yaml
 from parablock.cli import terminal
 from parablock.compare import compare_methods, comparison_table, plan_comparison
 from parablock.config.load import load_config
-from parablock.errors import DataError, StoppedByUserError, StorageError
+from parablock.errors import ConfigError, DataError, StoppedByUserError, StorageError
 from parablock.evaluation import generation
 from parablock.evaluation.side_by_side import check_task, score_models
 from parablock.experiment.progress import Progress
@@ -144,6 +144,19 @@ def test_what_is_said_of_blocks_holds_for_the_methods_that_train_blocks(workshop
     assert by_name["fl_bcd"].blocks == config.blocks
     assert by_name["fedavg"].blocks != config.blocks
     assert by_name["fedavg"].train == config.train
+
+
+def test_blocks_are_fitted_where_nobody_has_said_how_large_they_are_and_steps_are_a_number(workshop):
+    def blocks(*particular: str) -> int | str:
+        config = load_config(workshop.config, ["federation.method=fedit"])
+        (run,) = plan_comparison(config, ["parablock"], particular=[f"parablock:{each}" for each in particular])
+        return run.config.blocks.layers_per_block
+
+    assert blocks() == blocks("blocks.schedule=cyclic") == "auto"
+    assert blocks("train.num_local_steps=auto") == 1
+    assert blocks("blocks.layers_per_block=2") == 2
+    with pytest.raises(ConfigError, match="blocks"):
+        blocks("blocks=2")
 
 
 def test_fedavg_trains_and_sends_all_parameters_in_every_round(workshop, tmp_path):

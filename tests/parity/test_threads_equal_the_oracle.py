@@ -121,7 +121,7 @@ def lossy(encoding: Encoding) -> dict[str, object]:
 
 
 def sparse(encoding: Encoding) -> tuple[dict[str, object], dict[str, object]]:
-    """Of 5 elements one goes up (683 of 4,096) and 3 come down; the oracle, too, makes the mean of sparse tensors."""
+    """Of 5 elements one goes up (683 of 4,096) and 3 come down; the oracle's mean is of sparse tensors, too."""
 
     def aggregate(updates, t):
         return average_sparse({i: (delta.to_sparse().coalesce(), n) for i, (delta, n) in updates.items()})

@@ -96,7 +96,8 @@ class Factors:
     def squared_norm(self, flat: Tensor) -> float:
         """Return the squared norm of `product`, computed from r × r matrices."""
         squares = ((b.double().T @ b.double()) * (a.double() @ a.double().T) for a, b in self.split(flat))
-        return self.scale**2 * fsum(float(square.sum()) for square in squares)
+        found = self.scale**2 * fsum(float(square.sum()) for square in squares)
+        return max(found, 0.0)  # where a product is zero, rounding may leave less; NaN stays
 
 
 def _outer_sum(b: Tensor, a: Tensor) -> Tensor:

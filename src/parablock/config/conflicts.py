@@ -130,7 +130,7 @@ def _method(federation: Mapping[str, Any], chosen: Mapping[str, Any], *, is_spar
     for part, reason in without_effect(name, federation["delay"]).items():
         for key, _ in _within(chosen, part):
             if key not in implied:
-                yield key, f"{reason}; leave it out"
+                yield key, f"{reason}; leave it out, or give its default"
     for part, has_effect, why in (
         ("federation.participation", method.gathers, no_mean),
         ("federation.aggregation", method.averages, no_mean),
@@ -259,7 +259,10 @@ def _too_few(federation: Mapping[str, Any]) -> Iterator[Problem]:
         )
     clients, share = federation["num_clients"], federation["participation"]
     if share < 1 and size == clients and METHODS[federation["method"]].gathers:
-        most = f"give at most {(clients - 0.5) / clients:.3g}, or leave it out" if clients > 1 else "leave it out"
+        digits = max(3, len(f"{clients}"))  # so that as many clients but one are drawn
+        most = (
+            f"give at most {(clients - 1) / clients:.{digits}g}, or leave it out" if clients > 1 else "leave it out"
+        )
         yield "federation.participation", f"{share:g} of {clients} clients are all of them in every round; {most}"
 
 

@@ -209,7 +209,10 @@ class WireSection(Section):
         "float32", description="Payload of updates, and of new values where it is narrower than the model."
     )
     density: float = Field(
-        0.02, ge=0.005, le=0.05, description="The part of the elements that `sparse2` sends; three times as many return."
+        0.02,
+        ge=0.005,
+        le=0.05,
+        description="The part of the elements that `sparse2` sends; three times as many return.",
     )
     rounding: Literal["stochastic", "nearest"] = Field("stochastic", description="Rounding of int8, int4, int2.")
     error_feedback: bool = Field(False, description="Carry the rounding residual of a block to its next visit.")

@@ -94,8 +94,11 @@ def validate(section: type[S], tree: Mapping[str, Any], *, source: str) -> S:
         raise ConfigError(list(problems.values()), source=source) from None
 
 
-def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
-    """Write a configuration for another method as a tree of plain values, without what has no effect with it."""
+def tree_of_method(config: RunConfig, name: str, delay: int, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Write a configuration for another method as a tree of plain values, without what has no effect with it.
+
+    `settings` such as `train.learning_rate=0.003` are put over what the configuration says.
+    """
     method, tree = METHODS[name], config.model_dump(mode="json")
     tree["federation"] |= {"method": name, "delay": delay}
     idle = [key for key in OWNERS if key not in method.own_keys]
@@ -104,10 +107,15 @@ def tree_of_method(config: RunConfig, name: str, delay: int) -> dict[str, Any]:
         del reduce(getitem, sections, tree)[last]
     if "blocks" not in tree:  # every method needs the layers
         tree["blocks"] = {"layers_path": config.blocks.layers_path}
-    elif config.federation.traits.trains != "blocks" and may_fit_blocks(tree):
-        tree["blocks"]["layers_per_block"] = "auto"  # nobody has said how many, and every block is to be visited
+    fits = method.trains == "blocks" and config.federation.traits.trains != "blocks"
+    if fits:
+        del tree["blocks"]["layers_per_block"]  # nobody has said how many
     if "learning_rate" not in config.train.model_fields_set:  # each method has its own
         del tree["train"]["learning_rate"]
+    tree = overridden(tree, settings)
+    parts = [tree.get(section) for section in ("blocks", "engine", "train")]
+    if fits and all(isinstance(part, Mapping) for part in parts) and may_fit_blocks(tree):
+        tree["blocks"].setdefault("layers_per_block", "auto")  # every block is to be visited
     return tree
 
 

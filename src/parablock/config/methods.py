@@ -219,7 +219,8 @@ def without_effect(name: str, delay: int) -> dict[str, str]:
 
 def may_fit_blocks(config: Mapping[str, Any]) -> bool:
     """Return whether `blocks.layers_per_block: auto` can follow from the machine, and from a number of steps."""
-    return bool(config["engine"]["name"] == "inprocess" and config["train"]["num_local_steps"] != "auto")
+    engine, steps = config["engine"].get("name", "inprocess"), config["train"].get("num_local_steps")
+    return bool(engine == "inprocess" and steps != "auto")
 
 
 def cohort_size(federation: Mapping[str, Any]) -> int:

@@ -118,7 +118,7 @@ class SitePolicy:
     def _budget_breaches(self, ahead: Counter[float], round_index: int) -> Iterator[Breach]:
         last = self._config.federation.num_rounds - 1
         if not 0 <= round_index <= last:
-            yield Breach("max_rounds", f"the run's last round is {last}")
+            yield Breach("max_rounds", f"the run's last round is {last + 1}")
         yield from self._too_large(ahead, "after it")
 
     def _too_large(self, releases: Counter[float], when: str) -> Iterator[Breach]:

@@ -1,8 +1,8 @@
 """The downlink: the commits that each client lacks, ahead of time in chunks with streaming.
 
-A new value goes down as a difference if the wire format is narrower than the model, denser than updates if these are
-sparse, and exactly otherwise; stacked adapters go down as the stack. A client that has missed a version gets the whole
-value instead.
+A new value goes down as a difference if the wire format is narrower than the model, denser than updates if they are
+sparse, and exactly otherwise; stacked adapters go down as the stack. A client that has missed a version gets
+the whole value instead.
 """
 
 from __future__ import annotations

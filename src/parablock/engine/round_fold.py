@@ -186,7 +186,7 @@ class RoundFold:
             return Refusal(
                 "misfit",
                 f"chunk {index + 1} of {update.num_chunks} of block {update.block_index} for round "
-                f"{self.round_index}, which trains block {self.block_index} in {count}",
+                f"{self.round_index + 1}, which trains block {self.block_index} in {count}",
             )
         size = self._cuts[index].stop - self._cuts[index].start
         if update.delta.num_elements != size:

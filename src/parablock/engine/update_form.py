@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -299,8 +300,9 @@ class StackedAdapters(UpdateForm):
         return self.adapters.format
 
     def squared_norm(self, vector: Vector) -> float:
-        """Return that of the product, which is what an update adds; of A, which begins at random, B decides."""
-        return self.factors.squared_norm(vector.values.float())
+        """Return that of the product, which is what an update adds; not finite if that of the factors is not."""
+        of_factors = super().squared_norm(vector)
+        return self.factors.squared_norm(vector.values.float()) if isfinite(of_factors) else of_factors
 
     def encode(self, update: LocalUpdate) -> EncodedUpdate:
         """Encode the trained adapters themselves."""

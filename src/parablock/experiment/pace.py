@@ -114,7 +114,6 @@ class Pace:
 
     def awaited(self) -> str:
         """Say what a run that is asked to stop does first: it ends a round, or itself."""
-        self._is_stopping = True
         if self._end_s < math.inf:
             return "the rounds are over: the model is being scored and written"
         done = self.rounds_done()
@@ -122,6 +121,7 @@ class Pace:
         number = min(self.committed + 1, self.num_rounds)
         if self.committed + self._delay + 1 >= self.num_rounds:
             return "the last round has begun: the run ends with it, and its model is scored and written"
+        self._is_stopping = True
         text = f"stopping at the next round and saving: waiting for the end of round {number}"
         left_s = 0.0 if seconds is None else max(0.0, 1 - within) * seconds
         text = text if left_s < SHORT_S else f"{text}, about {format_duration(left_s)}"

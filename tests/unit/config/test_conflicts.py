@@ -7,6 +7,7 @@ import pytest
 from dotted import REQUIRED, nested, parsed, problems
 from parablock.config.conflicts import conflicts
 from parablock.config.load import parse_config, tree_of_method
+from parablock.config.methods import cohort_size
 from parablock.config.section import NOT_BUILT
 from parablock.experiment.engines import client_plan, encoding_of, update_form
 
@@ -141,6 +142,7 @@ def test_what_would_do_nothing_is_refused():
     assert problem.startswith("federation.in_flight: has no effect with a delay of 0")
     config = parse_config(nested({**REQUIRED, **fedit, "federation.delay": 1, "wire.format": "int8"}))
     assert config.federation.in_flight == "own"
+    parse_config(nested({**REQUIRED, **fedit, "federation.delay": 0, "federation.in_flight": "aligned"}))
     for name, delay in (("fedit", 0), ("local", 0)):  # what takes its place in a comparison
         other = parse_config(tree_of_method(config, name, delay))
         assert other.federation.in_flight == "aligned" and (other.wire.format == "int8") is (name == "fedit")
@@ -149,8 +151,13 @@ def test_what_would_do_nothing_is_refused():
 def test_a_part_of_the_clients_is_fewer_than_all():
     (problem,) = problems({"federation.num_clients": 3, "federation.participation": 0.9})
     assert problem.startswith("federation.participation: 0.9 of 3 clients are all of them in every round; ")
-    assert "give at most 0.833, or leave it out" in problem
-    parse_config(nested({**REQUIRED, "federation.num_clients": 3, "federation.participation": 0.833}))
+    assert "give at most 0.667, or leave it out" in problem
+    for clients in (*range(2, 40), 200, 1000, 2000, 30_000):
+        share = {"federation.num_clients": clients, "federation.participation": 1 - 1e-9}
+        (problem,) = problems(share)
+        most = float(problem.split("give at most ")[1].split(",")[0])
+        config = parse_config(nested({**REQUIRED, **share, "federation.participation": most}))
+        assert cohort_size(config.federation.model_dump()) == clients - 1
 
 
 @pytest.mark.parametrize("key", NOT_BUILT_YET)

@@ -156,6 +156,27 @@ def test_adapters_are_as_long_as_what_they_add():
     )
 
 
+def test_adapters_whose_product_is_nothing_or_not_finite():
+    factors = Factors(((40, 50),), (False,), 2, 1.0)
+
+    def taken(adapters: list[Tensor]) -> tuple[list[Refusal | None], RoundFold]:
+        fold = RoundFold(0, 0, dict.fromkeys(range(len(adapters)), 1), 2000, StackedAdapters(factors))
+        found = [
+            fold.take(i, Update(0, 0, i, 5, -1, 1.0, 1, 0.5, 0, 1, pack(flat, "float32")))
+            for i, flat in enumerate(adapters)
+        ]
+        return found, fold
+
+    for seed in range(100):  # both outer products cancel, and rounding leaves either sign
+        a, b = torch.randn(90, generator=torch.Generator().manual_seed(seed)).split([50, 40])
+        cancelled = torch.cat([torch.stack([a, 3 * a]).flatten(), torch.stack([3 * b, -b], 1).flatten()])
+        assert 0 <= factors.squared_norm(cancelled) < 1e-6
+        found, fold = taken([cancelled, torch.ones(180), torch.ones(180)])
+        assert found == [None] * 3 and not fold.outliers(torch.ones(2000))
+    found, _ = taken([torch.full((180,), 1e25), torch.ones(180)])
+    assert [refusal and refusal.reason for refusal in found] == ["not_finite", None]
+
+
 def test_what_a_client_sends_anew_takes_the_place_of_what_it_had_sent(tmp_path: Path):
     first, second = (pack(delta[:PIECE], "float32") for delta in deltas()[:2])
     spool = UpdateStore(tmp_path, 0)

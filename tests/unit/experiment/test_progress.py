@@ -418,3 +418,15 @@ def test_a_stop_in_the_last_round_says_that_the_run_ends():
     assert progress.awaited() == f"{STOPPING}the end of round 2, and of what has begun of round 3"
     progress.round_done(row(1))  # the third and the fourth are under way
     assert progress.awaited().startswith("the last round has begun: the run ends with it")
+
+
+def test_a_stop_that_changes_nothing_leaves_the_time_for_the_rest():
+    clock, console = SteppedClock(), file_console()
+    progress = PlainProgress(console=console, now_s=clock)
+    progress.start(4, 2, 0, delay=1)
+    for t, clock.now in enumerate((60.0, 120.0)):
+        progress.round_done(row(t))
+    assert progress.awaited().startswith("the last round has begun")
+    clock.now = 180.0
+    progress.step(0, 1, 8)
+    assert "ETA" in lines_of(console)[-1] and "stopping" not in lines_of(console)[-1]
