@@ -31,6 +31,10 @@ from parablock.storage.run_directory import RunDirectory
 from parablock.training.memory import WAYS, memory_per_client
 
 SCORED_TASKS = ("exact_match", "rouge_l", "multiple_choice")
+NO_LINK = (
+    "note: no link speed is given, so communication takes no time, and the times of the methods tell what else "
+    "this machine did; give link, and engine.clock: virtual"
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,9 @@ def compare_methods(
     directories = [RunDirectory(output_dir / planned.name) for planned in runs]
     memory = [predicted_memory_bytes(planned.config) for planned in runs]
     _begin(runs, output_dir)
+    common = runs[0].config
+    if common.engine.clock == "real" and common.link.upload_mbps is None and common.link.download_mbps is None:
+        progress.message(NO_LINK)
     summaries, base = list[Summary](), dict[str, float]()
     for planned, directory, num_bytes in zip(runs, directories, memory, strict=True):
         progress.message(f"── {planned.name} ──")

@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 from parablock.cli import terminal
+from parablock.cli.output import SafeConsole
 from parablock.compare import compare_methods, comparison_table, plan_comparison
 from parablock.config.load import load_config
 from parablock.errors import ConfigError, DataError, StoppedByUserError, StorageError
 from parablock.evaluation import generation
 from parablock.evaluation.side_by_side import check_task, score_models
-from parablock.experiment.progress import Progress
+from parablock.experiment.progress import PlainProgress, Progress
 from tiny_runs import Workshop, after, assert_refused, command, done, metrics_of, sum_row, summary_of, write_rows
 
 
@@ -144,6 +145,15 @@ def test_what_is_said_of_blocks_holds_for_the_methods_that_train_blocks(workshop
     assert by_name["fl_bcd"].blocks == config.blocks
     assert by_name["fedavg"].blocks != config.blocks
     assert by_name["fedavg"].train == config.train
+
+
+def test_a_comparison_without_a_link_says_that_its_times_tell_little(workshop, tmp_path, capsys):
+    real = ["engine={clock: real, num_threads: 1}"]
+    for name, overrides in (("without", [*real, "link={}"]), ("with", real)):
+        config = load_config(workshop.config, overrides)
+        (run,) = plan_comparison(config, ["fl_bcd"])
+        compare_methods([run], tmp_path / name, progress=PlainProgress(console=SafeConsole()))
+        assert ("no link speed is given" in capsys.readouterr().out) is (name == "without")
 
 
 def test_blocks_are_fitted_where_nobody_has_said_how_large_they_are_and_steps_are_a_number(workshop):

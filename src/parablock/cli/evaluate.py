@@ -86,8 +86,10 @@ def evaluate(
             if not data:
                 raise
         if per_client and (data or not owners):
+            others = "--data" if data else "its data.test, which belong to none of them"
             raise typer.BadParameter(
-                "--per-client is for rows that a run held out of its clients' rows, not for others"
+                f"--per-client is for rows that a run held out of its clients' rows, not for those of {others}; "
+                "leave it out"
             )
         if per_client and max_examples:
             raise typer.BadParameter("--per-client scores the rows of every client; leave --max-examples out")
@@ -201,10 +203,11 @@ def _write(folder: Path, task: str, scores: list[Score], facts: dict[str, Any]) 
         ],
     }
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in score_records(scores))
+    place = " (in place of earlier ones)" if (folder / f"{task}.json").exists() else ""
     with storage(folder), new_folders(folder):
         write_atomically(folder / f"{task}.jsonl", "".join(lines))
         write_atomically(folder / f"{task}.json", json.dumps(summary, indent=2) + "\n")
-    say(f"scores: {folder / task}.json   every row: {folder / task}.jsonl")
+    say(f"scores{place}: {folder / task}.json   every row: {folder / task}.jsonl")
 
 
 def _evaluate_by_harness(

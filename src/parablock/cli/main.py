@@ -276,7 +276,8 @@ def report(
 ) -> None:
     """Write report.html and report.md into the first folder, from the files of runs.
 
-    The page needs no network. Several runs get a table of the settings in which they differ.
+    The page needs no network. Several runs get a table of the settings in which they differ, in place of the first
+    one's own page; `parablock report` with that run alone writes its own again.
 
     Example: parablock report runs/overlapped runs/serial
     """

@@ -176,12 +176,17 @@ def _answer(conversations: list[Dialogue], text: str) -> None:
         with _shown(answers):
             for conversation in conversations:
                 label = conversation.speaker.label
-                answers[label] = conversation.ask(text, partial(hear, label))
+                answer = conversation.ask(text, partial(hear, label))
+                answers[label] = _with_its_end(answer, conversation.cut_at)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():  # nobody is there to ask something else
             say("stopped at once; the last line has no answer", err=True)
             raise typer.Exit(INTERRUPTED) from None
         console.print("(cut short; the turn is forgotten)", style="dim")
+
+
+def _with_its_end(answer: str, cut_at: int | None) -> str:
+    return f"{answer.rstrip()} … (cut at {cut_at} tokens)" if cut_at else answer
 
 
 @contextmanager
@@ -291,7 +296,6 @@ def generate(
         for record in records:
             for name, text in record.items():
                 if isinstance(text, str):
-                    at = record.get(f"{name}_cut_at")
-                    said = f"{text.rstrip()} … (cut at {at} tokens)" if at else text
+                    said = _with_its_end(text, record.get(f"{name}_cut_at"))
                     console.print_as_it_is(Text.assemble((f"{name}: ", "bold"), printable(said)))
             console.print()

@@ -262,6 +262,8 @@ class Dialogue:
 
     def __init__(self, speaker: Speaker, *, system: str = "", **generation: Any) -> None:
         self.speaker, self._generation = speaker, generation
+        self.cut_at: int | None = None
+        """At how many tokens the last answer was cut; None: it ended by itself."""
         self._opening = _opening(speaker, system)
         self.forget()
 
@@ -282,7 +284,11 @@ class Dialogue:
         turns, row = [*self._turns, _user(text)], Row({"prompt": text}, "the conversation", 1)
         if self.speaker.has_memory:
             row = _as_row(turns, self.speaker.data_format)
-        (answer,) = answer_prompts(self.speaker, [AskedPrompt(text, row)], hear=hear, **self._generation)
+        ends: list[int] = []
+        (answer,) = answer_prompts(
+            self.speaker, [AskedPrompt(text, row)], hear=hear, on_endless=ends.append, **self._generation
+        )
+        self.cut_at = self._generation["max_new_tokens"] if ends else None
         if self.speaker.has_memory:
             self._turns = [*turns, {"role": "assistant", "content": answer}]
         return answer

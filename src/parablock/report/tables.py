@@ -209,7 +209,7 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
         summary = run.summary
         loss, of = _newest_loss(run)
         until = "" if summary["final_eval_loss"] is not None or loss is None else f" ({of})"
-        hidden = (f"{summary['overlap_fraction']:.0%}",) if has_link else ()
+        hidden = (f"{summary['overlap_fraction']:.0%}" if run.has_link else UNKNOWN,) if has_link else ()
         rows.append(
             (
                 run.name,
@@ -225,7 +225,7 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
             )
         )
     header = (
-        *("run", "method", "eval loss", "time, s", "sequential, s"),
+        *("run", "method", "eval loss", "time, s", "in turn, s"),
         *(*(("hidden",) if has_link else ()), "bytes", "delay", "rounds", "status"),
     )
     return Table(header, tuple(rows), num_words=2)
