@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 
 import psutil
 
@@ -91,13 +92,23 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
         except ParaBlockError as problem:
             raise NotAdmitted(problem.what) from None
 
-    def shown() -> grpc.ServerCertificateConfiguration:
-        """Return what the server shows to a new connection: a renewed certificate, once that is there."""
-        nonlocal credentials
+    showing, renewing = credentials, Lock()
+
+    def shown() -> grpc.ServerCertificateConfiguration | None:
+        """Return what the server shows from a new connection on: a renewed certificate, once; None: the one before.
+
+        gRPC may use what it has freed where hands are shaken while it gets another one, and end the process with
+        that (github.com/grpc/grpc/issues/36693). So it gets one with a renewal only, and not with each connection.
+        """
+        nonlocal credentials, showing
         strangers.shakes_hands()
-        with suppress(ParaBlockError):  # half installed: the one before stays
-            credentials = load_credentials(keys)
-        return _configuration(credentials)
+        with renewing:
+            with suppress(ParaBlockError):  # half installed: the one before stays
+                credentials = load_credentials(keys)
+            if credentials == showing:
+                return None
+            showing = credentials
+            return _configuration(showing)
 
     to_show = grpc.dynamic_ssl_server_credentials(_configuration(credentials), shown, True)
     signed = CertificateIdentity(keys)

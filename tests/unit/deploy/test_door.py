@@ -7,10 +7,12 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -188,6 +190,33 @@ def test_a_site_whose_certificate_ends_waits_and_goes_on_with_the_renewed_one(
         assert listener.certificates[0] not in (first, b"")
         transport.leave()
     proxy.close()
+    listener.close()
+
+
+def test_a_server_shows_another_certificate_with_a_renewal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """gRPC may crash where hands are shaken while it gets another one, though it were the same."""
+    make_all(keys := tmp_path / "keys", 1, ["127.0.0.1"])
+    fetchers = []
+    with monkeypatch.context() as patch:
+        make = grpc.dynamic_ssl_server_credentials
+        patch.setattr(
+            grpc,
+            "dynamic_ssl_server_credentials",
+            lambda first, fetch, asks: (fetchers.append(fetch), make(first, fetch, asks))[1],
+        )
+        listener = listen("127.0.0.1:0", keys / "server", 1, print)
+    (shown,) = fetchers
+    assert [shown() for _ in range(3)] == [None] * 3
+    make_renewal(keys / "server")
+    assert shown() is None, "asked for, and not signed yet"
+    answer = sign_request(
+        keys / "server" / "server.csr", keys / "authority", passphrase=None, days=7, output_dir=keys / "answers"
+    )
+    install_certificate(keys / "server", answer, keys / "answers" / "authority.pem")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: shown(), range(16)))
+    assert len([each for each in found if each is not None]) == 1
+    assert shown() is None
     listener.close()
 
 
