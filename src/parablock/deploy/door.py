@@ -110,7 +110,8 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
             showing = credentials
             return _configuration(showing)
 
-    to_show = grpc.dynamic_ssl_server_credentials(_configuration(credentials), shown, True)
+    # None is for no change, says gRPC, and its stubs do not
+    to_show = grpc.dynamic_ssl_server_credentials(_configuration(credentials), shown, True)  # type: ignore[arg-type]
     signed = CertificateIdentity(keys)
     listener = Listener(address, to_show, admit, num_clients=num_clients, tell=tell, identity=signed)
     strangers.port = listener.port
