@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -218,6 +220,38 @@ def test_a_server_shows_another_certificate_with_a_renewal_only(tmp_path: Path, 
     assert len([each for each in found if each is not None]) == 1
     assert shown() is None
     listener.close()
+
+
+STORM = """
+import socket, ssl, sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from parablock.deploy.door import listen
+
+listener = listen("127.0.0.1:0", Path(sys.argv[1]), 1, lambda words: None)
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+context.set_alpn_protocols(["h2"])
+
+def call(_):
+    with suppress(OSError), context.wrap_socket(socket.create_connection(("127.0.0.1", listener.port), 5)):
+        return 1
+    return 0
+
+with ThreadPoolExecutor(16) as pool:
+    print("alive after", sum(pool.map(call, range(2000))))
+listener.close()
+"""
+
+
+def test_strangers_who_call_at_once_do_not_end_the_server(keys: Path):
+    """Given a certificate with each connection, gRPC ended the process in every other storm such as this."""
+    storm = subprocess.run(
+        [sys.executable, "-c", STORM, str(keys / "server")], capture_output=True, text=True, timeout=120
+    )
+    assert storm.returncode == 0, storm.stderr[-2000:]
+    assert int(storm.stdout.split("alive after ")[1]) > 1000, "handshakes that began"
 
 
 def test_whatever_ends_the_connection_reaches_who_waits_for_a_message(keys: Path):
