@@ -384,7 +384,7 @@ def test_ctrl_c_says_what_it_waits_for_and_twice_names_the_run(
 ):
     run_dir = tmp_path / "run"
     terminal = Terminal(workshop.arguments(run_dir, *SLOW, "link={latency_s: 1.5}", "federation.delay=0"))
-    terminal.read_until(lambda: rows_of(run_dir) >= 1)
+    terminal.read_until(lambda: "round 1/8" in terminal.shown)  # how long a round takes is known
     terminal.press(b"\x03")
     terminal.read_until(lambda: "waiting for the end of round" in terminal.shown)
     terminal.press(b"\x03")
