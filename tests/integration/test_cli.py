@@ -535,8 +535,12 @@ def scores(stdout: str) -> dict[str, tuple[float, int]]:
     return {label: (float(value), int(count)) for label, value, count in found}
 
 
-def test_eval_scores_the_base_and_the_tuned_model_side_by_side(finished: Path, workshop: Workshop):
+def test_eval_scores_the_base_and_the_tuned_model_side_by_side(finished: Path, workshop: Workshop, tmp_path: Path):
     outcome = done("eval", str(finished), "--data", str(workshop.test_file))
+    folder = tmp_path / "scores"
+    for words in ("scores: ", "scores (in place of earlier ones): "):
+        options = ("--data", str(workshop.test_file), "--max-examples", "2", "--output-dir", str(folder))
+        assert words in done("eval", str(finished), *options).stdout
     summary = summary_of(finished)
     assert scores(outcome.stdout) == {
         "base": (pytest.approx(summary["initial_eval_loss"], abs=1e-4), 6),

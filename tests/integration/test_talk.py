@@ -252,7 +252,7 @@ def test_answers_that_cannot_be_written_are_told_of_without_an_option_that_is_no
     assert "--output-dir" not in outcome.stderr
 
 
-def test_answers_that_were_cut_say_so(tuned: Path):
+def test_answers_that_were_cut_say_so(tuned: Path, monkeypatch: pytest.MonkeyPatch):
     long = ("--max-new-tokens", "200", "--only", "tuned")
     (record,) = answered(done("generate", str(tuned), "2 plus 2?", "--format", "jsonl", *long).stdout)
     assert "tuned_cut_at" not in record  # it ended
@@ -261,6 +261,9 @@ def test_answers_that_were_cut_say_so(tuned: Path):
     assert record["base_cut_at"] == 1
     said = done("generate", str(tuned), "2 plus 2?", *short).stdout
     assert "… (cut at 1 tokens)" in said and "cut_at" not in said
+    for options, is_cut in ((short, True), (long, False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("2 plus 2?\n"))
+        assert ("… (cut at 1 tokens)" in done("chat", str(tuned), *options).stdout) is is_cut
 
 
 @pytest.mark.parametrize("place", ["no/file", ""])

@@ -167,10 +167,12 @@ def test_adapters_whose_product_is_nothing_or_not_finite():
         ]
         return found, fold
 
-    for seed in range(100):  # both outer products cancel, and rounding leaves either sign
+    for seed in range(2000):  # both outer products cancel, and rounding leaves less than nothing in one of 100
         a, b = torch.randn(90, generator=torch.Generator().manual_seed(seed)).split([50, 40])
         cancelled = torch.cat([torch.stack([a, 3 * a]).flatten(), torch.stack([3 * b, -b], 1).flatten()])
         assert 0 <= factors.squared_norm(cancelled) < 1e-6
+        if seed % 500:
+            continue
         found, fold = taken([cancelled, torch.ones(180), torch.ones(180)])
         assert found == [None] * 3 and not fold.outliers(torch.ones(2000))
     found, _ = taken([torch.full((180,), 1e25), torch.ones(180)])

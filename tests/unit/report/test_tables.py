@@ -151,6 +151,7 @@ def test_a_comparison_shows_results_and_the_settings_that_differ(tmp_path: Path)
     assert cells(table, "hidden")[2] == "0%" != cells(table, "hidden")[1]
     free = read_runs([make_run(tmp_path / name, link={}) for name in ("a", "b")])
     assert "hidden" not in comparison_table(free).header
+    assert cells(comparison_table([runs[0], free[0]]), "hidden")[1:] == [cells(table, "hidden")[1], "–"]
     different = {row[0]: row[1:] for row in differences_table(runs).rows}
     assert different == {"federation.delay": ("1", "0"), "federation.method": ("parablock", "fl_bcd")}
 
