@@ -51,6 +51,7 @@ class Ends:
         torch.set_num_threads(1)  # as a run does
         self.wanted: dict[str, Any] = json.loads((folder / "wanted.json").read_text(encoding="utf-8"))
         self.form = Differences(Encoding("float32", chunk_bytes=CHUNK_BYTES))
+        self.client_plan = ClientPlan("aligned", self.form, self.wanted["delay"] + 1)
         self.elements = max(1, int(self.wanted["megabytes"] * 1e6 / 4))
         self.trace, self.folder, self.idle_bytes = Trace(RealClock()), folder, memory_bytes("VmRSS")
 
@@ -85,7 +86,7 @@ class Ends:
             *("cyclic", 1.0, 0, self.form, FixedSteps(1), 900.0, 0),
             folder=self.folder,
         )
-        given = EngineInput(plan, ClientPlan("aligned", self.form), self.params, (), trace, hooks)
+        given = EngineInput(plan, self.client_plan, self.params, (), trace, hooks)
         with closing(listener):
             run_remote(
                 given, listener, RunFacts("benchmark", "", ""), num_sites=wanted["sites"], on_open=opened.append
@@ -102,7 +103,7 @@ class Ends:
         with closing(channel), channel:
             run_client(
                 client_id,
-                ClientPlan("aligned", self.form),
+                self.client_plan,
                 trainer,
                 channel,
                 self.trace,

@@ -136,7 +136,8 @@ def compare_methods(
 
     Args:
         runs: The runs that `plan_comparison` made.
-        output_dir: A folder that holds no run, or what an earlier start of this comparison has left; it goes on.
+        output_dir: A folder that holds no run, or what an earlier start of this comparison has left, perhaps with
+            fewer runs; it goes on.
         progress: As in `run`.
         tasks: Some of `SCORED_TASKS`; they are scored on the test rows of the configuration.
         asked_to_stop: As in `run`.
@@ -186,16 +187,16 @@ def _begin(runs: Sequence[PlannedRun], output_dir: Path) -> None:
     config = runs[0].config
     places = dict.fromkeys((config.model.name_or_path, *config.data.train, *config.data.test))
     sources = {place: _sha256(place) for place in places}
-    written = output_dir / PLAN_NAME
+    written, begun = output_dir / PLAN_NAME, list[str]()
     if written.exists():
         with storage(written):
             before = _read(written.read_bytes())
         begun = [name for name in before["runs"] if RunDirectory(output_dir / name).config.exists()]
-        if begun and before["runs"] != plan:
+        if others := [name for name in begun if plan.get(name) != before["runs"][name]]:
             raise StorageError(
-                f"{output_dir} holds another comparison, of which {', '.join(begun)} has begun",
-                cause=f"{PLAN_NAME} says other settings than those that are given now.",
-                remedy="Choose another --output-dir; the same settings go on where it was stopped.",
+                f"{output_dir} holds another comparison, of which {', '.join(others)} has begun",
+                cause=f"{PLAN_NAME} has settings for it that are not among those that are given now.",
+                remedy="Choose another --output-dir. The same settings go on with it, and may add methods.",
             )
         changed = [place for place, digest in sources.items() if before["sources"].get(place) != digest]
         if begun and changed:
@@ -204,11 +205,12 @@ def _begin(runs: Sequence[PlannedRun], output_dir: Path) -> None:
                 cause="Its runs would be of different data or models.",
                 remedy="Put back what changed, or choose another --output-dir.",
             )
-        if begun:
+        if begun and before["runs"] == plan:
             return
-    # a run's own folder has a report already
-    for directory in (RunDirectory(output_dir), *(RunDirectory(output_dir / planned.name) for planned in runs)):
-        directory.check_unused()
+    if not begun:
+        RunDirectory(output_dir).check_unused()  # a run's own folder has a report already
+    for name in plan.keys() - begun:
+        RunDirectory(output_dir / name).check_unused()
     with storage(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(written, json.dumps({"runs": plan, "sources": sources}, indent=2) + "\n")

@@ -44,7 +44,7 @@ def told(
     """Return what a client with local noise sends, and of what it warns."""
     box, warned = Dictated([to_bytes(message) for message in said]), list[str]()
     protection = Protection(BOUND, 4.0, normals)
-    plan = ClientPlan("none", Differences(Encoding("float32")), lambda _: protection, num_ahead=AHEAD)
+    plan = ClientPlan("none", Differences(Encoding("float32")), AHEAD, lambda _: protection)
     start = ClientStart(initial_client([torch.ones(SIZE), torch.ones(SIZE)]), releases=ledger)
     client = Client(0, plan, Walks(0), box, Trace(RealClock()), start=start, warn=warned.append)
     with pytest.raises(Over):

@@ -245,9 +245,13 @@ def test_a_stopped_comparison_goes_on_where_it_was(workshop, tmp_path):
         stop = config.federation.num_rounds + 3  # in the second run
         compare_methods(runs, folder, progress=Progress(), asked_to_stop=lambda: next(calls) >= stop)
     first = (folder / "fl_bcd" / "summary.json").read_bytes()
-    others = plan_comparison(config, ["fl_bcd", "parablock"])
-    with pytest.raises(StorageError, match="holds another comparison, of which fl_bcd, parablock has begun"):
-        compare_methods(others, folder, progress=Progress())
+    others = [
+        plan_comparison(config, ["parablock", "fedavg"]),
+        plan_comparison(config, ["fl_bcd", "parablock"], "", ["fl_bcd:train.learning_rate=0.5"]),
+    ]
+    for other in others:
+        with pytest.raises(StorageError, match="holds another comparison, of which fl_bcd has begun"):
+            compare_methods(other, folder, progress=Progress())
     file = Path(config.data.train[0])
     rows = file.read_bytes()
     file.write_bytes(rows + rows.splitlines(keepends=True)[0])
@@ -267,6 +271,22 @@ def test_a_stopped_comparison_goes_on_where_it_was(workshop, tmp_path):
     assert [summary["name"] for summary in json.loads((folder / "compare.json").read_text())] == [
         planned.name for planned in runs
     ]
+
+
+def test_a_comparison_that_is_over_takes_one_more_method(workshop: Workshop, tmp_path: Path):
+    folder, config = tmp_path / "compared", load_config(workshop.config)
+    compare_methods(plan_comparison(config, ["fl_bcd"]), folder, progress=Progress())
+    first = (folder / "fl_bcd" / "summary.json").read_bytes()
+    shutil.copytree(folder / "fl_bcd", folder / "fedavg")  # somebody's run
+    more = plan_comparison(config, ["fl_bcd", "fedavg"])
+    with pytest.raises(StorageError, match="holds a run already"):
+        compare_methods(more, folder, progress=Progress())
+    shutil.rmtree(folder / "fedavg")
+    summaries = compare_methods(more, folder, progress=Progress())
+    assert [summary["method"] for summary in summaries] == ["fl_bcd", "fedavg"]
+    assert (folder / "fl_bcd" / "summary.json").read_bytes() == first
+    assert set(json.loads((folder / "comparison.json").read_text())["runs"]) == {"fl_bcd", "fedavg"}
+    assert "fedavg" in (folder / "compare.md").read_text()
 
 
 @pytest.mark.parametrize("left", [b"\xff", b"[]", None])

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
+from parablock.cli.main import app
+from parablock.cli.terminal import OPTIONS_FOR
 from parablock.evaluation.conversation import open_speakers
 from parablock.evaluation.generation import rouge_l
 from parablock.evaluation.side_by_side import score_models
 from parablock.storage.run_directory import RunDirectory
-from tiny_runs import NUM_CLIENTS, Row, Workshop, command, done, sum_row, summary_of, write_rows
+from tiny_runs import NUM_CLIENTS, Row, Workshop, assert_refused, command, done, sum_row, summary_of, write_rows
 
 
 def scores(stdout: str) -> dict[str, tuple[float, int]]:
@@ -134,6 +137,9 @@ def test_a_forgotten_client_has_not_been_trained_on(workshop: Workshop, tmp_path
     assert "trained on" not in done("eval", str(tmp_path / "without"), *data).stdout
     every = f"warning: {len(rows)} of {len(rows)} rows were trained on"
     assert every in done("eval", str(tmp_path / "with"), *data).stdout
+    asked_again = ({"question": row["prompt"], "answer": row["completion"]} for row in map(json.loads, rows))
+    other_names = ("--data", str(write_rows(tmp_path / "other.jsonl", asked_again)), "--format", "gsm8k")
+    assert every in done("eval", str(tmp_path / "with"), *other_names).stdout
 
 
 def test_training_data_that_changed_leave_open_what_was_trained_on(workshop: Workshop, tmp_path: Path):
@@ -256,3 +262,55 @@ def test_rows_that_are_not_scored_and_prompts_that_are_cut_are_told_of(workshop:
     write_rows(file, [sum_row(1, 1)])
     outcome = done(*words, "--task", "exact_match", "--max-new-tokens", "2")
     assert "cut off" not in outcome.stdout and "not used" not in outcome.stdout
+
+
+def renamed(row: Row) -> Row:
+    return {"frage": row["prompt"], "antwort": row["completion"]}
+
+
+def test_rows_in_the_columns_of_a_run_are_scored_and_asked(workshop: Workshop, tmp_path: Path):
+    """`eval` and `generate` read them as the run did; other columns, and those of a model, are given."""
+    files = [write_rows(tmp_path / f"{n}.jsonl", (renamed(sum_row(n, k)) for k in range(8))) for n in range(4)]
+    train, run_dir = f"data.train=[{', '.join(map(str, files))}]", str(tmp_path / "run")
+    columns = "data.columns={prompt: frage, completion: antwort}"
+    assert workshop.run(tmp_path / "run", train, columns, "data.test=[]").code == 0
+    new = write_rows(tmp_path / "new.jsonl", (renamed(sum_row(9, k)) for k in range(3)))
+    plain = write_rows(tmp_path / "plain.jsonl", (sum_row(9, k) for k in range(3)))
+    own = ("--column", "prompt=frage", "--column", "completion=antwort")
+    found = [
+        scores(done("eval", *arguments).stdout)
+        for arguments in (
+            (run_dir, "--data", str(new)),
+            (run_dir, "--data", str(plain)),
+            (str(tmp_path / "run" / "model"), "--data", str(new), *own),
+        )
+    ]
+    assert found[0] == found[1] and found[0]["tuned"] == found[2]["model"]
+    missing = command("eval", run_dir, "--data", str(plain), *own)
+    assert_refused(missing, "has no column 'frage'", "data.columns is --column")
+    refused = command("eval", str(tmp_path / "run" / "model"), "--data", str(new))
+    assert_refused(refused, "For this command data.columns is --column field=column, data.format is --format.")
+    assert_refused(command("eval", run_dir, *own), "--column is for the rows of --data")
+
+    asked = ("--format", "jsonl", "--max-new-tokens", "2")
+    answers = [
+        [json.loads(line) for line in done("generate", *arguments, *asked).stdout.splitlines()]
+        for arguments in (
+            (run_dir, "--data", str(new)),
+            (run_dir, "--data", str(plain)),
+            (run_dir, "--data", str(new), *own),
+        )
+    ]
+    assert answers[0] == answers[1] == answers[2] and answers[0][1]["reference"] == "#### 10"
+    alone = write_rows(tmp_path / "alone.jsonl", [{"frage": "1 plus 1?"}])
+    (answer,) = done("generate", run_dir, "--data", str(alone), *asked).stdout.splitlines()
+    assert json.loads(answer)["prompt"] == "1 plus 1?"
+    refused = command("generate", str(tmp_path / "run" / "model"), "--data", str(new))
+    assert_refused(refused, "For this command data.columns is --column field=column.")
+    assert_refused(command("generate", run_dir, "1?", *own), "--column is for the rows of --data")
+
+
+def test_options_that_stand_for_keys_are_options_of_their_command():
+    for name, options in OPTIONS_FOR.items():
+        parameters = {text for parameter in get_command(app).commands[name].params for text in parameter.opts}  # type: ignore[attr-defined]
+        assert parameters.issuperset(option.split()[0] for option in options.values())

@@ -41,7 +41,7 @@ def engine_input(
 ) -> EngineInput:
     """What an engine is given; `further` are fields of `EngineInput`."""
     asked = 1 if plan.in_turn else max(1, round(plan.participation * plan.num_clients))
-    client = ClientPlan(in_flight, plan.form, protection_of, asked, plan.delay + 1)
+    client = ClientPlan(in_flight, plan.form, plan.delay + 1, protection_of, asked)
     return EngineInput(plan, client, lambda: params, trainers, trace, hooks, **further)
 
 

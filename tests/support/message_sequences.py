@@ -448,7 +448,7 @@ def play_client(draw: Draw) -> Counter[str]:
     """Let a server send a client what it likes: it sends one update of a round."""
     found = Counter[str]()
     box = Dictated([from_a_hostile_server_of_rounds(draw) for _ in range(int(draw.integers(3, MOST)))])
-    plan = ClientPlan("none", Differences(Encoding("float32")))
+    plan = ClientPlan("none", Differences(Encoding("float32")), 1)
     start = ClientStart(initial_client([torch.ones(SIZE) for _ in range(BLOCKS)]), rejoins=draw.random() < 0.2)
     client = Client(VICTIM, plan, Walks(VICTIM), box, Trace(RealClock()), start=start, warn=lambda _: None)
     try:

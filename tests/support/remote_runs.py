@@ -203,7 +203,7 @@ class Town:
                     )
                 run_client(
                     client_id,
-                    ClientPlan("aligned", self.plan.form, self.protection_of, num_ahead=self.plan.delay + 1),
+                    ClientPlan("aligned", self.plan.form, self.plan.delay + 1, self.protection_of),
                     self.make_trainer(client_id, self.examples[client_id], None),
                     channel,
                     trace,

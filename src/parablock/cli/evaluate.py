@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parablock.cli.output import say
+from parablock.cli.show_data import columns_of
 from parablock.cli.terminal import LOADING, check_model, console, show_work
 from parablock.cli.word_table import WordTable
 from parablock.printable import as_argument, printable
@@ -32,6 +33,10 @@ def evaluate(
     data_format: Annotated[
         str | None,
         typer.Option("--format", help="How a row becomes an example; default: as in the run."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="field=column, as data.columns; default: as in the run. Repeatable."),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, max=3, help="Answers to show.")] = 1,
     output_dir: Annotated[
@@ -60,6 +65,9 @@ def evaluate(
     with show_work() as progress:
         from parablock.data.sources import check_places
 
+        named = columns_of(columns)
+        if named and not data:
+            raise typer.BadParameter("--column is for the rows of --data; leave it out")
         check_model(model_or_run_dir)
         check_places(data or [], split="test")
         folder = _folder_of(model_or_run_dir, output_dir)
@@ -71,16 +79,16 @@ def evaluate(
             score_models,
             scores_by_client,
         )
-        from parablock.experiment.held_out import count_trained_on, is_run, rows_of_run
+        from parablock.experiment.held_out import is_run, rows_of_run
 
         of_run = is_run(model_or_run_dir)
         if not data and not of_run:
             raise typer.BadParameter("give --data, or a run directory, whose held-out rows are scored")
-        rows, trained, owners = None, None, dict[str, int]()
+        rows, read, owners = None, None, dict[str, int]()
         try:
             if of_run:
                 read = rows_of_run(model_or_run_dir)
-                rows, trained = None if data else read.held_out, read.trained
+                rows = None if data else read.held_out
                 owners = {row.place: owner for row, owner in zip(read.held_out, read.owners, strict=False)}
         except InputError:  # rows that are given need none of the run's
             if not data:
@@ -102,12 +110,13 @@ def evaluate(
             max_examples=max_examples,
             max_new_tokens=max_new_tokens,
             data_format=data_format,
+            columns=named if columns else None,
             rows=rows,
             stage=progress.stage,
             on_done=progress.done,
         )
     scored = [example.row for example in scores[0].examples]
-    num_trained = None if trained is None else count_trained_on(scored, trained)
+    num_trained = None if read is None else read.trained_on(scored, data_format)
     clients = scores_by_client(scores, owners) if per_client else []
     _show(scores, task, samples, is_held_out=rows is not None)
     for line in _left_out(scores):

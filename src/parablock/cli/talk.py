@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parablock.cli.output import say, say_whole
+from parablock.cli.show_data import columns_of
 from parablock.cli.terminal import INTERRUPTED, LOADING, check_model, console, show_work
 from parablock.errors import DataError
 from parablock.printable import printable
@@ -231,6 +232,10 @@ def generate(
             "--data", help="A file of prompts: rows as of a run, or a .txt file with one a line; repeatable."
         ),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="field=column, as data.columns; default: as in the run. Repeatable."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file instead.")] = None,
     output_format: Annotated[
         Literal["plain", "jsonl"], typer.Option("--format", help="What is printed.")
@@ -256,16 +261,25 @@ def generate(
             raise DataError(
                 "There is no prompt.", remedy='Give one, such as "What is 2 + 2?", or a file with --data.'
             )
+        named = columns_of(columns)
+        if named and not data:
+            raise typer.BadParameter("--column is for the rows of --data; leave it out")
         check_model(model_or_run_dir)
         from parablock.storage.files import check_writable_file, write_atomically
 
         if output is not None:
             check_writable_file(output, "--output")
         progress.stage(LOADING, is_brief=True)
-        from parablock.evaluation.conversation import answer_prompts, labelled, open_speakers, read_prompts
+        from parablock.evaluation.conversation import (
+            answer_prompts,
+            columns_of_run,
+            labelled,
+            open_speakers,
+            read_prompts,
+        )
 
         given = [_legible(text, f"prompt {number}") for number, text in enumerate(prompts or [], 1)]
-        asked = read_prompts(given, data or [])
+        asked = read_prompts(given, data or [], named if columns else columns_of_run(model_or_run_dir))
         _legible(system, "--system")
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         _warn_of_changes(model_or_run_dir, progress)

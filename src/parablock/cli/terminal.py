@@ -30,6 +30,15 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESUME = "parablock resume {}"
 MAY_BE_EMPTY = {"--system", "--seeds", "--delays", "--tasks", "--harness"}
 """Options whose empty value says the same as none."""
+_COLUMN = {"data.columns": "--column field=column"}
+_READING = _COLUMN | {"data.format": "--format", "data.max_length": "--max-length"}
+OPTIONS_FOR: dict[str, dict[str, str]] = {
+    "init": _COLUMN | {"model.name_or_path": "--model", "federation.num_clients": "--clients"},
+    "data": _READING,
+    "eval": _COLUMN | {"data.format": "--format"},
+    "generate": _COLUMN,
+}
+"""Command without a configuration → key → the option that takes its place there."""
 SAME_COMMAND = "the same command"
 """How one goes on with the run of a server, whose sites a plain `resume` would not have."""
 CONFIGURING = "reading the configuration"
@@ -112,6 +121,14 @@ def refuse_empty_words(words: Sequence[str]) -> None:
             raise ConfigError(
                 [f"the value {of}is empty; a variable of the shell may not be set"], source="the command line"
             )
+
+
+def say_options_for(problem: str, command: str) -> None:
+    """Name the options of a command that stand for the keys of a configuration in a problem."""
+    options = OPTIONS_FOR.get(command, {})
+    named = [f"{key} is {option}" for key, option in options.items() if key in problem]
+    if named:
+        say(f"For this command {', '.join(named)}.", err=True)
 
 
 def check_model(model_or_run_dir: str) -> None:

@@ -14,10 +14,14 @@ A row of all formats but `text` is a conversation.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -188,6 +192,34 @@ def warn_of_empty_cells(rows: Sequence[Row], data_format: str) -> list[str]:
         "if nothing is meant, leave the cell empty"
         for (name, word), count in found.most_common()
     ]
+
+
+def repeated_rows(
+    rows: Iterable[Row], known: Iterable[Row], *, data_format: str, known_format: str | None = None
+) -> list[Row]:
+    """Return the rows that say what a known row says: the same turns or text, whichever fields hold them.
+
+    Args:
+        rows: The rows in question.
+        known: The rows to compare with.
+        data_format: How rows are read: `auto`, or a key of `FORMATS`.
+        known_format: How known rows are read; None: as the others.
+    """
+    seen = {_said_by(row, known_format or data_format) for row in known}
+    return [row for row in rows if _said_by(row, data_format) in seen]
+
+
+def _said_by(row: Row, data_format: str) -> bytes:
+    """Hash what a row says; of one that the format cannot read, its fields."""
+    said: Any = row.fields
+    with suppress(DataError):
+        name = _format_of(row) if data_format == "auto" else data_format
+        if name == "text":
+            said = read_text(row)
+        else:
+            conversation = read_conversation(row, name)
+            said = (conversation.turns, conversation.tools)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).digest()
 
 
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:

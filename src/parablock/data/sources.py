@@ -138,12 +138,6 @@ def check_places(sources: Iterable[str], *, split: str) -> None:
             _find_files(source, split)
 
 
-def repeated_rows(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
-    """Return the rows whose fields are all those of a known row."""
-    seen = {hashlib.sha256(_canonical(row)).digest() for row in known}
-    return [row for row in rows if hashlib.sha256(_canonical(row)).digest() in seen]
-
-
 def _canonical(row: Row) -> bytes:
     return json.dumps(row.fields, sort_keys=True, default=repr).encode()
 
@@ -267,6 +261,14 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
             f"{', '.join(row.fields) or '(none)'}.",
             remedy=f"Correct data.columns, or the file.{_near(missing[0], row.fields)}",
         )
+    return renamed(row, columns)
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return a row with the names that a format knows, for those of the columns that it has."""
+    columns = {name: column for name, column in columns.items() if column in row.fields}
+    if not columns:
+        return row
     taken = set(columns.values()) | set(columns)
     rest = {name: value for name, value in row.fields.items() if name not in taken}
     return Row({name: row.fields[column] for name, column in columns.items()} | rest, row.source, row.line)

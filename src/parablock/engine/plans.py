@@ -81,16 +81,16 @@ class ClientPlan:
     Attributes:
         in_flight: aligned | mean | share | own | none.
         form: The form of updates, as the server's.
+        num_ahead: The most new values of a block that come ahead of their commits: d + 1.
         protection_of: client_id → clipping and noise of its updates; None: none.
         num_updates: M: the clients that a round asks.
-        num_ahead: The most new values of a block that come ahead of their commits: d + 1.
     """
 
     in_flight: str
     form: UpdateForm
+    num_ahead: int
     protection_of: Callable[[int], Protection | None] = lambda _: None
     num_updates: int = 1
-    num_ahead: int = 1
 
 
 @dataclass(frozen=True)

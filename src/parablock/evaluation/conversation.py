@@ -11,11 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from parablock.config.load import load_config
 from parablock.data.conversations import Message, kind_of, read_turns
 from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
 from parablock.data.readers import parse_json, read_text_file
-from parablock.data.sources import Row, load_rows
+from parablock.data.sources import Row, load_rows, renamed
 from parablock.data.switches import is_nothing, is_switch
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
@@ -113,11 +114,24 @@ def _form_of(model_or_run_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     return data_format, knows_turns and data_format != "text"
 
 
-def read_prompts(texts: Sequence[str], sources: Sequence[str]) -> list[AskedPrompt]:
+def columns_of_run(model_or_run_dir: str) -> dict[str, str]:
+    """Return `data.columns` of a run; none of what is no run directory."""
+    path = RunDirectory(model_or_run_dir).config
+    return load_config(path).data.columns if path.exists() else {}
+
+
+def read_prompts(
+    texts: Sequence[str], sources: Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[AskedPrompt]:
     """Read prompts from texts and files.
 
     A line of a `.txt` file is a prompt. The rows of any other file are those of a run, and may lack the answer;
     where they have it, it is the reference.
+
+    Args:
+        texts: Prompts as they are.
+        sources: Files, or `datasets` names.
+        columns: As `data.columns`, of which a row may lack some.
 
     Raises:
         DataError: There is no prompt, or a row or file does not fit.
@@ -125,7 +139,7 @@ def read_prompts(texts: Sequence[str], sources: Sequence[str]) -> list[AskedProm
     prompts = [AskedPrompt(text, Row({"prompt": text}, "the command line", n)) for n, text in enumerate(texts, 1)]
     for source in sources:
         rows = _read_lines(source) if source.endswith(".txt") else load_rows(source, split="test")
-        prompts += [_read_prompt(row) for row in rows]
+        prompts += [_read_prompt(renamed(row, columns or {})) for row in rows]
     if not any(prompt.text.strip() for prompt in prompts):
         raise DataError("There is no prompt.", remedy='Give one, such as "What is 2 + 2?", or a file with --data.')
     return prompts

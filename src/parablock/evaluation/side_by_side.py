@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.data.formats import check_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
-from parablock.data.sources import Row, load_rows
+from parablock.data.sources import Row, load_rows, renamed
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import answers_match, describe_cut, rouge_l, score_answers
@@ -81,6 +82,7 @@ def score_models(
     max_examples: int | None = None,
     max_new_tokens: int = 256,
     data_format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: RunConfig | None = None,
     device: str = "auto",
     rows: Sequence[Row] | None = None,
@@ -100,6 +102,7 @@ def score_models(
         max_examples: Number of rows, from the start; None: all, or, of held-out rows, as many as the run scored.
         max_new_tokens: Longest answer, in tokens.
         data_format: A value of `data.format`; None: the run's format, or `auto` without a run.
+        columns: As `data.columns`; None: those of the run that a row has.
         config: The run whose truncation and loss mask apply; None: the run of `model_or_run_dir`. Without a run,
             the model's context limits the length, and only completions count.
         device: auto | cpu | cuda.
@@ -120,9 +123,11 @@ def score_models(
 
         def check(found: Sequence[Row]) -> None:
             if task != INSTRUCTIONS:  # whose rows get their references below
-                check_rows(found[:max_examples], read_as)
+                check_rows([renamed(row, of_run) for row in found[:max_examples]], read_as)
 
-        rows = [row for source in sources for row in load_rows(source, split="test", check=check)]
+        of_run = config.data.columns if config and columns is None else {}
+        read = partial(load_rows, split="test", columns=columns, check=check)
+        rows = [renamed(row, of_run) for source in sources for row in read(source)]
     rows = rows[:max_examples]
     if task == INSTRUCTIONS:
         rows = with_references(rows)

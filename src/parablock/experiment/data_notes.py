@@ -9,10 +9,10 @@ from datetime import date
 from transformers import PreTrainedTokenizerBase
 
 from parablock.config.data_section import DataSection
-from parablock.data.formats import formats_by_source, warn_of_empty_cells
+from parablock.data.formats import formats_by_source, repeated_rows, warn_of_empty_cells
 from parablock.data.histogram import partition_histogram
 from parablock.data.prompts import Tokenized
-from parablock.data.sources import Row, repeated_rows
+from parablock.data.sources import Row
 from parablock.data.templates import DATE_CALL, plain_template
 from parablock.evaluation.choices import CHOICES_FIELD, GROUP_FIELD
 from parablock.printable import counted
@@ -80,9 +80,9 @@ def describe_unused(parts: Sequence[Tokenized], field: str | None = None) -> lis
     return [f"not used: {'; '.join(counts)}"] if counts else []
 
 
-def warn_of_repeats(held_out: Sequence[Row], train: Sequence[Row]) -> list[str]:
+def warn_of_repeats(held_out: Sequence[Row], train: Sequence[Row], data_format: str) -> list[str]:
     """Warn of test rows that are trained on, which make the loss look better than it is."""
-    repeated = repeated_rows(held_out, train)
+    repeated = repeated_rows(held_out, train, data_format=data_format)
     if not repeated:
         return []
     return [

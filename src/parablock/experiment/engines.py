@@ -133,7 +133,7 @@ def form_of(model: MethodModel, config: RunConfig, secret: bytes | None) -> Upda
 def client_plan(config: RunConfig, form: UpdateForm, secret: bytes | None) -> ClientPlan:
     """Return the settings of every client; the secret is for the noise that a client adds itself."""
     federation, protection_of = config.federation, protections(config, secret)
-    return ClientPlan(federation.in_flight, form, protection_of, federation.fewest_asked, federation.delay + 1)
+    return ClientPlan(federation.in_flight, form, federation.delay + 1, protection_of, federation.fewest_asked)
 
 
 def checkpoints_kept(config: RunConfig) -> int:

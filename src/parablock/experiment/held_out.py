@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from parablock.config.load import load_config
+from parablock.data.formats import repeated_rows
 from parablock.data.sources import Row, rows_sha256
 from parablock.errors import DataError
 from parablock.experiment.inputs import read_rows
@@ -26,11 +27,25 @@ class RowsOfRun:
             data for training have changed.
         held_out: The rows that the run was scored on.
         owners: For each held-out row the client whose it was; empty where they are in files of their own.
+        data_format: The run's `data.format`.
     """
 
     trained: list[Row] | None
     held_out: list[Row]
     owners: list[int]
+    data_format: str
+
+    def trained_on(self, rows: Sequence[Row], data_format: str | None) -> int | None:
+        """Count the rows that say what one said that was trained on; None: not known.
+
+        Args:
+            rows: The rows in question.
+            data_format: How they are read; None: as those of the run.
+        """
+        if self.trained is None:
+            return None
+        read_as = data_format or self.data_format
+        return len(repeated_rows(rows, self.trained, data_format=read_as, known_format=self.data_format))
 
 
 def rows_of_run(run_dir: str) -> RowsOfRun:
@@ -59,13 +74,7 @@ def rows_of_run(run_dir: str) -> RowsOfRun:
             remedy="Put the files back, or give rows to score on with --data.",
         )
     if written["train"] != [rows_sha256(part) for part in parts]:
-        return RowsOfRun(None, held_out, owners)
+        return RowsOfRun(None, held_out, owners, config.data.format)
     excluded = config.federation.excluded_clients
     trained = [row for client_id, part in enumerate(parts) if client_id not in excluded for row in part]
-    return RowsOfRun(trained, held_out, owners)
-
-
-def count_trained_on(rows: Sequence[Row], trained: Sequence[Row]) -> int:
-    """Count the rows that have the same content as one that was trained on."""
-    known = {rows_sha256([row]) for row in trained}
-    return sum(rows_sha256([row]) in known for row in rows)
+    return RowsOfRun(trained, held_out, owners, config.data.format)

@@ -107,7 +107,7 @@ def read_inputs(
             *(line for source in config.data.train for line in describe_ignored(source, split="train")),
             *(line for source in config.data.test for line in describe_ignored(source, split="test")),
             *describe_data(parts, train, test, config.data),
-            *warn_of_repeats(held_out, _joined(parts)),
+            *warn_of_repeats(held_out, _joined(parts), config.data.format),
             *_warn_of_random_ends(base.loaded.model, config.model, blocks),
         ),
         left_out=tuple(describe_skipped(train)),

@@ -78,6 +78,10 @@ def test_test_rows_that_are_trained_on_are_warned_of(workshop: Workshop, tmp_pat
     assert repeats(apart) == []
     (warning,) = repeats(both)
     assert f"1 of 2 test rows stand in the training rows too, the first in {both}, line 2" in warning
+    (one, same) = sum_row(90, 1), sum_row(2, 0)
+    renamed = [{"question": row["prompt"], "answer": row["completion"], "id": 7} for row in (one, same)]
+    (warning,) = repeats(write_rows(tmp_path / "renamed.jsonl", renamed))
+    assert "1 of 2 test rows" in warning and "line 2" in warning
 
 
 def test_the_first_wrong_line_is_named_whichever_client_has_it(workshop: Workshop, tmp_path: Path):

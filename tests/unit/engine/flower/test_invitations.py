@@ -274,7 +274,7 @@ class Federation(PaperGrid):
             with suppress(SessionOver), channel:
                 run_client(
                     client_id,
-                    ClientPlan("aligned", PLAN.form, num_ahead=PLAN.delay + 1),
+                    ClientPlan("aligned", PLAN.form, PLAN.delay + 1),
                     self.make_trainer(client_id, EXAMPLES[client_id], None),
                     channel,
                     trace,
