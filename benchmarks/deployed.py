@@ -98,7 +98,7 @@ def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
         compute_s = round(round_s(rows, EXCHANGE), 2)
     balanced = Wanted(compute_s=compute_s, rounds=4 if is_small else ROUNDS)
     loopback: Found = {"up_mbps": 0.0, "down_mbps": 0.0}
-    few = Wanted(0.004, rounds=12, **loopback) if is_small else Wanted(0.004, rounds=60)
+    few = Wanted(0.004, rounds=12, delay=1, **loopback) if is_small else Wanted(0.004, rounds=60)
     many = [Wanted(0.1 if is_small else 5.0, sites=n, rounds=12, **loopback) for n in (FAST_SITES, SLOW_SITES)]
     return {
         EMPTY: [few],
@@ -106,7 +106,7 @@ def scenarios(rows: list[Row], *, is_small: bool) -> dict[str, list[Wanted]]:
             Wanted(10.0) if is_small else Wanted(MEGABYTES, rounds=3 * ROUNDS)
         ],  # a busy host moves the median
         BALANCED: [balanced, replace(balanced, delay=1, rounds=balanced.rounds + 3)],
-        HOSPITAL: [Wanted(4.0 if is_small else 40.0, rounds=4, up_mbps=30.0, down_mbps=30.0)],
+        HOSPITAL: [Wanted(4.0 if is_small else 40.0, rounds=ROUNDS + 3, up_mbps=30.0, down_mbps=30.0)],
         SLOW: slow,
         MEMORY: [Wanted(large_mb, rounds=4, sites=4, **loopback)],
         MANY: [replace(each, sites=min(each.sites, 4)) for each in many] if is_small else many,
