@@ -292,6 +292,11 @@ def test_rows_in_the_columns_of_a_run_are_scored_and_asked(workshop: Workshop, t
     assert_refused(refused, "For this command data.columns is --column field=column, data.format is --format.")
     assert_refused(command("eval", run_dir, *own), "--column is for the rows of --data")
 
+    changes = (train, columns, f"data.test=[{new}]", "federation.num_rounds=4")
+    words = [word for change in changes for word in ("--set", change)]
+    compared = ("compare", str(workshop.config), "--output-dir", str(tmp_path / "compared"), "--methods", "fl_bcd")
+    done(*compared, "--tasks", "rouge_l", *words)
+
     asked = ("--format", "jsonl", "--max-new-tokens", "2")
     answers = [
         [json.loads(line) for line in done("generate", *arguments, *asked).stdout.splitlines()]
