@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +26,20 @@ from statistics import median
 from typing import Any
 
 import _record as kit
+import psutil
 from _record import Bar, Found, Options, benchmarks, main, record, section, table_of
 
+from parablock.config.keys import RunConfig
 from parablock.deploy.authority import make_all
+from parablock.deploy.one_machine import Deployment, watch
+from parablock.deploy.processes import Process
+from parablock.errors import ParaBlockError
+from parablock.experiment.progress import LoggedProgress
+from parablock.model.blocks import partition_blocks
+from parablock.model.pretrained import outline_model
 from parablock.storage.files import last_lines
 
+POLL_S, SITES, MOST_FLOWER_RUNS = 0.02, 2, 5
 ROUNDS, MBPS, MEGABYTES, LARGE_MEGABYTES, PATIENCE_S = 6, 200.0, 100.0, 400.0, 1800.0
 OUTAGE_S, SLOW_MBPS, LAYER_MB = 60.0, 4.0, 116.0
 """An outage, a slow link, and a layer of Llama-3-8B in int4."""
@@ -318,6 +328,124 @@ class Link:
 
 def call(*command: str) -> None:
     subprocess.run(command, check=True)
+
+
+# -- a Flower run
+def flower_exchange(options: Options) -> None:
+    """Measure the exchange of a Flower run: SuperLink, SuperNodes and apps, each site behind a shaped link."""
+    if os.geteuid() != 0:
+        sys.exit("network namespaces need root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # take everything down
+    folder = kit.fresh_folder(options).resolve()
+    material = kit.generated(folder / "material", num_clients=SITES)
+    wide = wider(Path(material.model), folder / "wide", options.hidden_size, options.intermediate_size)
+    config = kit.configured(replace(material, model=str(wide)), kit.training(options) | {"engine.clock": None})
+    blocks = partition_blocks(outline_model(str(wide), dtype="float32"), layers_per_block=1)
+    megabytes = 4e-6 * max(block.num_parameters for block in blocks)
+    load = os.getloadavg()[0]
+    with RealFederation(folder / "run", config, options.mbps) as town:
+        while not town.has_ended():
+            time.sleep(POLL_S)
+        town.wait()
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rounds = [{key: json.loads(line)[key] for key in ("round_s", "compute_s")} for line in lines]
+    steady = [row["round_s"] - row["compute_s"] for row in rounds[2:-1]]
+    wire_s = Wanted(megabytes, up_mbps=options.mbps, down_mbps=options.mbps).wire_s
+    found = {"megabytes": megabytes, "wire_s": wire_s, "exchange_s": steady, "rounds": rounds, "load": load}
+    bars = [Bar("a Flower run: exchange / wire one after the other, median", median(steady) / wire_s, 0.65)]
+    record(options, found, bars, config)
+
+
+def wider(model: Path, target: Path, hidden_size: int, intermediate_size: int) -> Path:
+    """Write the outline and tokenizer of a model again, with two layers of another width, to be drawn at random."""
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": hidden_size // 4}
+    config |= {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 2} | heads
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def flower_exchange_section(found: Found) -> Found:
+    results = found["results"]
+    times = results["exchange_s"]
+    row = results | {"median_s": median(times), "least": min(times), "most": max(times), "num": len(times)}
+    row |= {"compute_s": median(each["compute_s"] for each in results["rounds"])}
+    return section("flower_exchange", found, table_of([row], kit.ABOUT["flower_exchange"]["columns"]))
+
+
+class RealFederation(Deployment):
+    """A SuperLink here, and SuperNodes in network namespaces of their own; a supervisor starts again what ends."""
+
+    host = "10.77.255.1"
+
+    def __init__(self, directory: Path, config: RunConfig, mbps: float) -> None:
+        super().__init__(directory, SITES)
+        self.links = [Link(Wanted(up_mbps=mbps, down_mbps=mbps), site) for site in range(SITES)]
+        self.submitted, self._config, self._stack, self._leaves = 0, config, ExitStack(), False
+
+    def __enter__(self) -> RealFederation:
+        with ExitStack() as stack:
+            call("ip", "addr", "add", f"{self.host}/32", "dev", "lo")
+            stack.callback(call, "ip", "addr", "del", f"{self.host}/32", "dev", "lo")
+            for link in self.links:
+                link.lay(stack)
+                call(*link.inside, "ip", "route", "add", "default", "via", link.gateway)
+            self.prepare(self._config)
+            super().__enter__()
+            stack.callback(super().__exit__, None, None, None)
+            self._run = stack.enter_context(ThreadPoolExecutor(1)).submit(self._watch)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaves = True
+        self._stack.close()
+
+    def _launch(self, name: str, started: Process) -> None:
+        command, env = started
+        if name.startswith("supernode-") and command[0] != "ip":
+            command = [*self.links[int(name.split("-")[1])].inside, *command]
+        super()._launch(name, (command, env))
+
+    def _watch(self) -> None:
+        """Run to the end; start another Flower run where the ServerApp was killed, as the message says."""
+        while True:
+            self.submitted += 1
+            try:
+                watch(self, self.submit(), LoggedProgress(), lambda: self._leaves)
+                return
+            except ParaBlockError as error:
+                print(error.what)
+                if "the ServerApp ended" not in error.what or self.submitted > MOST_FLOWER_RUNS:
+                    raise
+
+    def has_ended(self) -> bool:
+        return self._run.done()
+
+    def wait(self) -> None:
+        self._run.result(PATIENCE_S)
+
+    def strike(self, part: str, site: int, outage_s: float) -> None:
+        """Kill a process, which is nobody's to start again but the supervisor's; or cut a site off for a while."""
+        if part == "network":
+            self.links[site].cut(outage_s)
+            return
+        while (pid := self._pid_of(part, site)) is None:  # it is away already
+            time.sleep(POLL_S)
+        os.kill(pid, signal.SIGKILL)
+
+    def _pid_of(self, part: str, site: int) -> int | None:
+        if part == "trainer":
+            return self.trainer_pid(site)
+        if part != "ServerApp":
+            process = self.processes["superlink" if part == "SuperLink" else f"supernode-{site}"]
+            return process.pid if process.poll() is None else None
+        helper = psutil.Process(self.processes["superlink-helper"].pid)
+        apps = [
+            child.pid for child in helper.children(recursive=True) if "flwr-serverapp" in " ".join(child.cmdline())
+        ]
+        return apps[0] if apps else None
 
 
 BENCHMARKS = benchmarks(globals())

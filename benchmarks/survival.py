@@ -17,8 +17,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -31,10 +29,9 @@ from typing import Any
 
 import _record as kit
 import numpy as np
-import psutil
 import torch
 from _record import Bar, Found, Options, benchmarks, main, record, section, spread, table, table_of
-from deployed import Link, Wanted, call
+from deployed import PATIENCE_S, POLL_S, SITES, RealFederation
 from torch import Tensor
 
 from cuttable_proxy import CuttableProxy
@@ -47,11 +44,8 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config, parse_config
 from parablock.config.section import KINDS_AT
 from parablock.deploy.direct_local import HOST, LocalSites
-from parablock.deploy.one_machine import Deployment, watch
-from parablock.deploy.processes import Process
-from parablock.errors import CodecError, ConfigError, ParaBlockError
+from parablock.errors import CodecError, ConfigError
 from parablock.experiment.inputs import read_inputs
-from parablock.experiment.progress import LoggedProgress
 from parablock.methods.choose import make_method_model
 from parablock.seeding import generator_for
 from parablock.storage.audit_log import AuditLog, verify
@@ -62,8 +56,7 @@ from parablock.wire.quantize import pack
 from parablock.wire.transport import Parcel
 from sealed_messages import every_message, forged, parts_of, sealed
 
-POLL_S, PATIENCE_S, SITES, ROUND_S = 0.02, 1800.0, 2, 1.0
-MOST_FLOWER_RUNS = 5
+ROUND_S = 1.0
 SAME, BACK = "same model as one process", "{asked_s:.1f} + {load_s:.1f} + {rest_s:.1f}"
 
 
@@ -502,80 +495,6 @@ def kill_flower_section(found: Found) -> Found:
     ]
     columns = ["run", "what, after how many rounds", "`flwr run`s", "s", "load", SAME]
     return section("kill_flower", found, table(columns, rows))
-
-
-class RealFederation(Deployment):
-    """A SuperLink here, and SuperNodes in network namespaces of their own; a supervisor starts again what ends."""
-
-    host = "10.77.255.1"
-
-    def __init__(self, directory: Path, config: RunConfig, mbps: float) -> None:
-        super().__init__(directory, SITES)
-        self.links = [Link(Wanted(up_mbps=mbps, down_mbps=mbps), site) for site in range(SITES)]
-        self.submitted, self._config, self._stack, self._leaves = 0, config, ExitStack(), False
-
-    def __enter__(self) -> RealFederation:
-        with ExitStack() as stack:
-            call("ip", "addr", "add", f"{self.host}/32", "dev", "lo")
-            stack.callback(call, "ip", "addr", "del", f"{self.host}/32", "dev", "lo")
-            for link in self.links:
-                link.lay(stack)
-                call(*link.inside, "ip", "route", "add", "default", "via", link.gateway)
-            self.prepare(self._config)
-            super().__enter__()
-            stack.callback(super().__exit__, None, None, None)
-            self._run = stack.enter_context(ThreadPoolExecutor(1)).submit(self._watch)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._leaves = True
-        self._stack.close()
-
-    def _launch(self, name: str, started: Process) -> None:
-        command, env = started
-        if name.startswith("supernode-") and command[0] != "ip":
-            command = [*self.links[int(name.split("-")[1])].inside, *command]
-        super()._launch(name, (command, env))
-
-    def _watch(self) -> None:
-        """Run to the end; start another Flower run where the ServerApp was killed, as the message says."""
-        while True:
-            self.submitted += 1
-            try:
-                watch(self, self.submit(), LoggedProgress(), lambda: self._leaves)
-                return
-            except ParaBlockError as error:
-                print(error.what)
-                if "the ServerApp ended" not in error.what or self.submitted > MOST_FLOWER_RUNS:
-                    raise
-
-    def has_ended(self) -> bool:
-        return self._run.done()
-
-    def wait(self) -> None:
-        self._run.result(PATIENCE_S)
-
-    def strike(self, part: str, site: int, outage_s: float) -> None:
-        """Kill a process, which is nobody's to start again but the supervisor's; or cut a site off for a while."""
-        if part == "network":
-            self.links[site].cut(outage_s)
-            return
-        while (pid := self._pid_of(part, site)) is None:  # it is away already
-            time.sleep(POLL_S)
-        os.kill(pid, signal.SIGKILL)
-
-    def _pid_of(self, part: str, site: int) -> int | None:
-        if part == "trainer":
-            return self.trainer_pid(site)
-        if part != "ServerApp":
-            process = self.processes["superlink" if part == "SuperLink" else f"supernode-{site}"]
-            return process.pid if process.poll() is None else None
-        helper = psutil.Process(self.processes["superlink-helper"].pid)
-        apps = [
-            child.pid for child in helper.children(recursive=True) if "flwr-serverapp" in " ".join(child.cmdline())
-        ]
-        return apps[0] if apps else None
 
 
 def deployed(material: kit.Material, options: Options) -> RunConfig:
