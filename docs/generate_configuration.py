@@ -67,7 +67,8 @@ def baselines(text: str) -> str:
         source = f"{method.title}: {method.source}" if method.source else "a bound, not a method"
         keys = ", ".join(f"`{key}`" for key in method.own_keys)
         delay = "0" if not method.may_lag else "at least 1" if method.without_delay else "any"
-        cells = [f"`{name}`", source, trained(method), delay, f"{method.learning_rate:g}", keys, method.summary]
+        rate = f"{method.learning_rate('adamw'):g}"
+        cells = [f"`{name}`", source, trained(method), delay, rate, keys, method.summary]
         lines.append(f"| {' | '.join(cells)} |")
     return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
 

@@ -150,7 +150,7 @@ def compare_methods(
     _check_tasks(tasks, runs[0].config)
     directories = [RunDirectory(output_dir / planned.name) for planned in runs]
     memory = [predicted_memory_bytes(planned.config) for planned in runs]
-    _begin(runs, output_dir)
+    _begin(runs, output_dir, tasks, progress)
     common = runs[0].config
     if common.engine.clock == "real" and common.link.upload_mbps is None and common.link.download_mbps is None:
         progress.message(NO_LINK)
@@ -181,12 +181,12 @@ def compare_methods(
     return summaries
 
 
-def _begin(runs: Sequence[PlannedRun], output_dir: Path) -> None:
+def _begin(runs: Sequence[PlannedRun], output_dir: Path, tasks: Sequence[str], progress: Progress) -> None:
     """Write down what is compared, or see that it is what an earlier start has written down."""
     plan = {planned.name: planned.config.model_dump(mode="json") for planned in runs}
-    config = runs[0].config
-    places = dict.fromkeys((config.model.name_or_path, *config.data.train, *config.data.test))
-    sources = {place: _sha256(place) for place in places}
+    configs = [planned.config for planned in runs]
+    places = (p for each in configs for p in (each.model.name_or_path, *each.data.train, *each.data.test))
+    sources = {place: _sha256(place) for place in dict.fromkeys(places)}
     written, begun = output_dir / PLAN_NAME, list[str]()
     if written.exists():
         with storage(written):
@@ -196,24 +196,35 @@ def _begin(runs: Sequence[PlannedRun], output_dir: Path) -> None:
             raise StorageError(
                 f"{output_dir} holds another comparison, of which {', '.join(others)} has begun",
                 cause=f"{PLAN_NAME} has settings for it that are not among those that are given now.",
-                remedy="Choose another --output-dir. The same settings go on with it, and may add methods.",
+                remedy="Choose another --output-dir. The same command goes on with it, and may name more methods.",
             )
-        changed = [place for place, digest in sources.items() if before["sources"].get(place) != digest]
+        changed = [place for place, digest in sources.items() if before["sources"].get(place, digest) != digest]
         if begun and changed:
             raise StorageError(
                 f"{changed[0]} is not what it was when the comparison in {output_dir} began",
                 cause="Its runs would be of different data or models.",
                 remedy="Put back what changed, or choose another --output-dir.",
             )
-        if begun and before["runs"] == plan:
-            return
+        if begun:  # runs that another start has planned stay
+            plan, sources = before["runs"] | plan, before["sources"] | sources
+            _tell_of_lost_scores(output_dir, tasks, progress)
     if not begun:
         RunDirectory(output_dir).check_unused()  # a run's own folder has a report already
-    for name in plan.keys() - begun:
-        RunDirectory(output_dir / name).check_unused()
+    for planned in runs:
+        if planned.name not in begun:
+            RunDirectory(output_dir / planned.name).check_unused()
     with storage(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(written, json.dumps({"runs": plan, "sources": sources}, indent=2) + "\n")
+
+
+def _tell_of_lost_scores(output_dir: Path, tasks: Sequence[str], progress: Progress) -> None:
+    """Warn of scores of a comparison that is over, which a start without their tasks does not have."""
+    figures = output_dir / FIGURES_NAME
+    if figures.exists():
+        scored = {task for summary in json.loads(figures.read_bytes()) for task in summary.get("final_scores", ())}
+        if lost := sorted(scored.difference(tasks)):
+            progress.message(f"note: the scores of {', '.join(lost)} go, since --tasks does not name them")
 
 
 def _read(content: bytes) -> dict[str, Any]:

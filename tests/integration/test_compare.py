@@ -287,6 +287,37 @@ def test_a_comparison_that_is_over_takes_one_more_method(workshop: Workshop, tmp
     assert (folder / "fl_bcd" / "summary.json").read_bytes() == first
     assert set(json.loads((folder / "comparison.json").read_text())["runs"]) == {"fl_bcd", "fedavg"}
     assert "fedavg" in (folder / "compare.md").read_text()
+    other = write_rows(tmp_path / "other.jsonl", [sum_row(8, 1), sum_row(8, 2)])
+    particular = [f"local:data.test=[{other}]"]
+    third = plan_comparison(config, ["local", "fl_bcd", "fedavg"], "", particular)
+    compare_methods(third, folder, progress=Progress())
+    write_rows(other, [sum_row(8, 3)])
+    with pytest.raises(StorageError, match=r"other\.jsonl is not what it was"):
+        compare_methods(third, folder, progress=Progress())
+
+
+def test_runs_that_a_comparison_has_still_to_do_stay_planned(workshop: Workshop, tmp_path: Path):
+    """A start that names fewer methods leaves the plan of another one as it is, which may be at work."""
+    folder, config = tmp_path / "compared", load_config(workshop.config)
+    both = plan_comparison(config, ["fl_bcd", "fedavg"])
+    with pytest.raises(StoppedByUserError):
+        compare_methods(both, folder, progress=Progress(), asked_to_stop=after(2))
+    compare_methods(both[:1], folder, progress=Progress())
+    assert set(json.loads((folder / "comparison.json").read_text())["runs"]) == {"fl_bcd", "fedavg"}
+    assert len(compare_methods(both, folder, progress=Progress())) == 2
+
+
+def test_scores_that_a_comparison_loses_are_named(workshop: Workshop, tmp_path: Path):
+    class Told(Progress):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    said = list[str]()
+    runs, told = plan_comparison(load_config(workshop.config), ["fl_bcd"]), Told()
+    compare_methods(runs, tmp_path / "c", progress=told, tasks=["exact_match"])
+    assert not [line for line in said if "--tasks" in line]
+    compare_methods(runs, tmp_path / "c", progress=told)
+    assert "note: the scores of exact_match go, since --tasks does not name them" in said
 
 
 @pytest.mark.parametrize("left", [b"\xff", b"[]", None])

@@ -308,11 +308,53 @@ def test_rows_in_the_columns_of_a_run_are_scored_and_asked(workshop: Workshop, t
     ]
     assert answers[0] == answers[1] == answers[2] and answers[0][1]["reference"] == "#### 10"
     alone = write_rows(tmp_path / "alone.jsonl", [{"frage": "1 plus 1?"}])
-    (answer,) = done("generate", run_dir, "--data", str(alone), *asked).stdout.splitlines()
-    assert json.loads(answer)["prompt"] == "1 plus 1?"
+    mixed = write_rows(tmp_path / "mixed.jsonl", [{**sum_row(1, 1), "frage": "another"}])
+    lines = tmp_path / "lines.txt"
+    lines.write_text("1 plus 1?\n")
+    for file, more in ((alone, ()), (alone, own), (mixed, ()), (lines, ()), (lines, own)):
+        (answer,) = done("generate", run_dir, "--data", str(file), *more, *asked).stdout.splitlines()
+        assert json.loads(answer)["prompt"] == "1 plus 1?"
+    typed = command("generate", run_dir, "--data", str(mixed), "--column", "prompt=typo")
+    assert_refused(typed, "has no column 'typo'")
     refused = command("generate", str(tmp_path / "run" / "model"), "--data", str(new))
     assert_refused(refused, "For this command data.columns is --column field=column.")
     assert_refused(command("generate", run_dir, "1?", *own), "--column is for the rows of --data")
+
+
+def test_rows_of_other_names_stay_as_they_are_where_a_run_renames(workshop: Workshop, tmp_path: Path):
+    """A column of the run may be a field of theirs that means something else."""
+    held = [{"prompt": [*told(k)["messages"]]} for k in range(8)]
+    train = f"data.train=[{', '.join(str(write_rows(tmp_path / f'{n}.jsonl', held)) for n in range(4))}]"
+    run_dir = str(tmp_path / "run")
+    changes = (train, "data.columns={messages: prompt}", "data.test=[]")
+    assert workshop.run(tmp_path / "run", *changes).code == 0
+    plain = write_rows(tmp_path / "plain.jsonl", (sum_row(9, k) for k in range(3)))
+    own = write_rows(tmp_path / "own.jsonl", held[:3])
+    followed = {"prompt": "Say it.", "instruction_id_list": ["length_constraints:number_words"]}
+    followed |= {"kwargs": [{"num_words": 2, "relation": "at least"}], "key": 1}
+    rules = write_rows(tmp_path / "rules.jsonl", [followed])
+    assert scores(done("eval", run_dir, "--data", str(plain)).stdout)["tuned"][1] == 3
+    assert "3 of 3 rows were trained on" in done("eval", run_dir, "--data", str(own)).stdout
+    done("eval", run_dir, "--data", str(rules), "--task", "ifeval", "--max-new-tokens", "2")
+
+
+def test_rows_that_a_run_does_not_learn_are_not_trained_on(workshop: Workshop, tmp_path: Path):
+    rows = [sum_row(7, k) for k in range(12)]
+    silent = [{**row, "train": 0} if k % 2 else row for k, row in enumerate(rows)]
+    train = f"data.train=[{', '.join(str(write_rows(tmp_path / f'{n}.jsonl', silent)) for n in range(4))}]"
+    assert workshop.run(tmp_path / "run", train, "data.test=[]", "data.test_fraction=0.1").code == 0
+    for which, said in ((1, None), (0, "6 of 6 rows were trained on")):
+        file = write_rows(tmp_path / f"asked-{which}.jsonl", rows[which::2])
+        printed = done("eval", str(tmp_path / "run"), "--data", str(file)).stdout
+        assert said in printed if said else "were trained on" not in printed
+
+
+def test_the_line_of_options_is_for_what_they_are_for(workshop: Workshop, tmp_path: Path):
+    missing = command("eval", str(workshop.model), "--data", str(tmp_path / "data.columns.jsonl"))
+    assert_refused(missing, "does not exist")
+    assert "For this command" not in missing.stderr
+    harness = command("eval", str(workshop.model), "--harness", "x", "--column", "prompt=y", "--data", "z")
+    assert_refused(harness, "--harness has rows of its own; leave --data, --column out")
 
 
 def test_options_that_stand_for_keys_are_options_of_their_command():

@@ -60,6 +60,9 @@ def evaluate(
     Example: parablock eval runs/t0 --task ifeval --data ifeval.jsonl --max-new-tokens 1280
     """
     if harness:
+        given = {"--data": data, "--column": columns, "--format": data_format, "--per-client": per_client}
+        if idle := [option for option, value in given.items() if value]:
+            raise typer.BadParameter(f"--harness has rows of its own; leave {', '.join(idle)} out")
         _evaluate_by_harness(model_or_run_dir, harness, tasks_dir, max_examples)
         return
     with show_work() as progress:

@@ -378,7 +378,7 @@ def main() -> None:
                 SafeConsole(stderr=True).print_as_it_is("".join(traceback.format_exception(raised)).rstrip())
                 sys.exit(error.exit_code)
             say(*f"error: {error}".split("\n"), err=True)
-            say_options_for(str(error), next(iter(sys.argv[1:]), ""))
+            say_options_for(str(error), sys.argv[1:])
             sys.exit(error.exit_code)
         except SystemExit as leaving:
             output.flush()

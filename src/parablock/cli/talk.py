@@ -279,7 +279,7 @@ def generate(
         )
 
         given = [_legible(text, f"prompt {number}") for number, text in enumerate(prompts or [], 1)]
-        asked = read_prompts(given, data or [], named if columns else columns_of_run(model_or_run_dir))
+        asked = read_prompts(given, data or [], columns=named, of_run=columns_of_run(model_or_run_dir))
         _legible(system, "--system")
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         _warn_of_changes(model_or_run_dir, progress)

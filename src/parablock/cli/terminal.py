@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ OPTIONS_FOR: dict[str, dict[str, str]] = {
     "generate": _COLUMN,
 }
 """Command without a configuration → key → the option that takes its place there."""
+FOR_ROWS = ("eval", "generate")
+"""Commands whose options are for the rows of `--data` alone."""
 SAME_COMMAND = "the same command"
 """How one goes on with the run of a server, whose sites a plain `resume` would not have."""
 CONFIGURING = "reading the configuration"
@@ -123,10 +126,16 @@ def refuse_empty_words(words: Sequence[str]) -> None:
             )
 
 
-def say_options_for(problem: str, command: str) -> None:
-    """Name the options of a command that stand for the keys of a configuration in a problem."""
-    options = OPTIONS_FOR.get(command, {})
-    named = [f"{key} is {option}" for key, option in options.items() if key in problem]
+def say_options_for(problem: str, words: Sequence[str]) -> None:
+    """Name the options of a command line that stand for the keys of a configuration in a problem."""
+    options = OPTIONS_FOR.get(next(iter(words), ""), {})
+    if words and words[0] in FOR_ROWS and not any(word.partition("=")[0] == "--data" for word in words):
+        return
+    named = [
+        f"{key} is {option}"
+        for key, option in options.items()
+        if re.search(rf"(?<![\w./-]){re.escape(key)}(?!\.?\w)", problem)  # and no part of a path
+    ]
     if named:
         say(f"For this command {', '.join(named)}.", err=True)
 

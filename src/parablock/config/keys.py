@@ -170,10 +170,12 @@ class TrainSection(Section):
         description="Local optimizer; `muon`: of the matrices of the decoder layers, with AdamW for the rest.",
     )
     learning_rate: float = Field(
-        RATES["blocks"],
+        RATES["adamw"]["blocks"],
         gt=0,
         description="Peak learning rate. Where none is given, that of the method: "
-        + ", ".join(f"{rate:g} where it trains {trains}" for trains, rate in RATES.items())
+        + ", ".join(f"{rate:g} where it trains {trains}" for trains, rate in RATES["adamw"].items())
+        + "; with `muon` "
+        + ", ".join(f"{rate:g}" for rate in RATES["muon"].values())
         + ".",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of weight matrices (not of norms and biases).")
@@ -355,7 +357,7 @@ class RunConfig(Section):
             return value
         if "learning_rate" in train.model_fields_set:
             return value
-        rate = federation.traits.learning_rate
+        rate = federation.traits.learning_rate(train.optimizer)
         train = TrainSection.model_construct(train.model_fields_set, **vars(train) | {"learning_rate": rate})
         return {**value, "train": train}
 

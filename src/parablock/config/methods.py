@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-RATES = {"blocks": 5e-4, "everything": 5e-5, "adapters": 1e-3}
-"""The peak learning rate where none is configured, by `Method.trains`, as a first look at an LLM chose it."""
+RATES = {
+    "adamw": {"blocks": 5e-4, "everything": 5e-5, "adapters": 1e-3},
+    "muon": {"blocks": 5e-3, "everything": 5e-4, "adapters": 3e-3},
+}
+"""The peak learning rate where none is configured, by `train.optimizer` and `Method.trains`, as searches on an LLM
+chose it (`benchmarks/llm.py llm_search`; that of Muon on everything is by its ratio on small models)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,9 @@ class Method:
     own_keys: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate where none is configured (`train.learning_rate`)."""
-        return RATES[self.trains]
+    def learning_rate(self, optimizer: str) -> float:
+        """Return the peak learning rate where none is configured (`train.learning_rate`)."""
+        return RATES[optimizer][self.trains]
 
     @property
     def may_lag(self) -> bool:

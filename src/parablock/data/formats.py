@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -201,25 +201,26 @@ def repeated_rows(
 
     Args:
         rows: The rows in question.
-        known: The rows to compare with.
+        known: The rows to compare with; those of which nothing is learnt do not count.
         data_format: How rows are read: `auto`, or a key of `FORMATS`.
         known_format: How known rows are read; None: as the others.
     """
-    seen = {_said_by(row, known_format or data_format) for row in known}
-    return [row for row in rows if _said_by(row, data_format) in seen]
+    said = (_said_by(row, known_format or data_format) for row in known)
+    seen = {text for text, is_learnt in said if is_learnt}
+    return [row for row in rows if _said_by(row, data_format)[0] in seen]
 
 
-def _said_by(row: Row, data_format: str) -> bytes:
-    """Hash what a row says; of one that the format cannot read, its fields."""
-    said: Any = row.fields
+def _said_by(row: Row, data_format: str) -> tuple[bytes, bool]:
+    """Hash what a row says, or its fields if the format cannot read it; and tell whether any of it is learnt."""
+    said, is_learnt = cast("Any", row.fields), True
     with suppress(DataError):
         name = _format_of(row) if data_format == "auto" else data_format
         if name == "text":
-            said = read_text(row)
+            said, is_learnt = read_text(row), not is_off(row)
         else:
             conversation = read_conversation(row, name)
-            said = (conversation.turns, conversation.tools)
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).digest()
+            said, is_learnt = (conversation.turns, conversation.tools), any(conversation.learnt)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).digest(), is_learnt
 
 
 def replace_completion(row: Row, completion: str, *, data_format: str) -> Row:

@@ -9,7 +9,8 @@ import difflib
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,7 @@ def _read(name: str) -> NumberedFields:
 def _checked(name: str, read: Iterator[Row], columns: Mapping[str, str] | None, check: Check) -> list[Row]:
     rows: list[Row] = []
     try:
-        rows.extend(_renamed(row, columns) if columns else row for row in read)
+        rows.extend(renamed(row, columns) if columns else row for row in read)
     except DataError:
         if rows:
             check(rows)
@@ -253,25 +254,45 @@ def _checked(name: str, read: Iterator[Row], columns: Mapping[str, str] | None, 
     return rows
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    missing = [column for column in columns.values() if column not in row.fields]
+def renamed(row: Row, columns: Mapping[str, str], *, may_lack: Collection[str] = ()) -> Row:
+    """Return a row with the names that a format knows.
+
+    Args:
+        row: As it was read.
+        columns: Field that a format knows → the column that holds it.
+        may_lack: Fields whose columns the row may lack.
+
+    Raises:
+        DataError: It lacks another one.
+    """
+    missing = [column for name, column in columns.items() if column not in row.fields and name not in may_lack]
     if missing:
         raise DataError(
             f"{row.place} has no column {missing[0]!r}, which data.columns names; it has "
             f"{', '.join(row.fields) or '(none)'}.",
             remedy=f"Correct data.columns, or the file.{_near(missing[0], row.fields)}",
         )
-    return renamed(row, columns)
-
-
-def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return a row with the names that a format knows, for those of the columns that it has."""
     columns = {name: column for name, column in columns.items() if column in row.fields}
-    if not columns:
-        return row
     taken = set(columns.values()) | set(columns)
     rest = {name: value for name, value in row.fields.items() if name not in taken}
     return Row({name: row.fields[column] for name, column in columns.items()} | rest, row.source, row.line)
+
+
+def renamed_as_in_run(row: Row, columns: Mapping[str, str], read: Callable[[Row], object]) -> Row:
+    """Return a row with the names of a run's columns if it has them all, else as it is.
+
+    A row that `read` cannot read so, and can as it is, stays as it is, too: its names are those that formats have.
+    """
+    if not columns or any(column not in row.fields for column in columns.values()):
+        return row
+    named = renamed(row, columns)
+    with suppress(DataError):
+        read(named)
+        return named
+    with suppress(DataError):
+        read(row)
+        return row
+    return named
 
 
 def _near(name: str, known: Iterable[str]) -> str:

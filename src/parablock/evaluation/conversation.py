@@ -16,7 +16,7 @@ from parablock.data.conversations import Message, kind_of, read_turns
 from parablock.data.formats import FORMATS, read_conversation
 from parablock.data.prompts import IGNORED_LABEL, Example, detect_format, tokenize_rows
 from parablock.data.readers import parse_json, read_text_file
-from parablock.data.sources import Row, load_rows, renamed
+from parablock.data.sources import Row, load_rows, renamed, renamed_as_in_run
 from parablock.data.switches import is_nothing, is_switch
 from parablock.errors import DataError, InputError
 from parablock.evaluation.generation import generate_completions
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _ANSWER = "?"
 """Stands where the answer is to come; only what precedes it is used."""
-
-
+_ANSWERS = {fields[-1] for fields in FORMATS.values() if len(fields) > 1}
+"""Fields that a prompt may lack."""
 _TURNS = {"messages", "sharegpt"}
 _OF_TURNS = {name for data_format in _TURNS for name in FORMATS[data_format]}
 """Fields that hold the turns of a whole conversation."""
@@ -121,7 +121,11 @@ def columns_of_run(model_or_run_dir: str) -> dict[str, str]:
 
 
 def read_prompts(
-    texts: Sequence[str], sources: Sequence[str], columns: Mapping[str, str] | None = None
+    texts: Sequence[str],
+    sources: Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    of_run: Mapping[str, str] | None = None,
 ) -> list[AskedPrompt]:
     """Read prompts from texts and files.
 
@@ -131,18 +135,34 @@ def read_prompts(
     Args:
         texts: Prompts as they are.
         sources: Files, or `datasets` names.
-        columns: As `data.columns`, of which a row may lack some.
+        columns: As `data.columns`; a row may lack that of the answer.
+        of_run: Those of a run, without columns; they are for rows that have them, or cannot be read without.
 
     Raises:
         DataError: There is no prompt, or a row or file does not fit.
     """
     prompts = [AskedPrompt(text, Row({"prompt": text}, "the command line", n)) for n, text in enumerate(texts, 1)]
     for source in sources:
-        rows = _read_lines(source) if source.endswith(".txt") else load_rows(source, split="test")
-        prompts += [_read_prompt(renamed(row, columns or {})) for row in rows]
+        if source.endswith(".txt"):
+            prompts += [_read_prompt(row) for row in _read_lines(source)]
+        else:
+            prompts += [_read_renamed(row, columns or {}, of_run or {}) for row in load_rows(source, split="test")]
     if not any(prompt.text.strip() for prompt in prompts):
         raise DataError("There is no prompt.", remedy='Give one, such as "What is 2 + 2?", or a file with --data.')
     return prompts
+
+
+def _read_renamed(row: Row, columns: Mapping[str, str], of_run: Mapping[str, str]) -> AskedPrompt:
+    if columns:
+        return _read_prompt(renamed(row, columns, may_lack=_ANSWERS))
+    row = renamed_as_in_run(row, of_run, _read_prompt)
+    try:
+        return _read_prompt(row)
+    except DataError:
+        lacking = {name for name, column in of_run.items() if column not in row.fields}
+        if not lacking or not _ANSWERS.issuperset(lacking):
+            raise
+        return _read_prompt(renamed(row, of_run, may_lack=_ANSWERS))
 
 
 def _read_lines(source: str) -> list[Row]:

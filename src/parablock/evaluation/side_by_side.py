@@ -13,7 +13,7 @@ from parablock.config.keys import RunConfig
 from parablock.config.load import load_config
 from parablock.data.formats import check_rows
 from parablock.data.prompts import Example, Tokenized, tokenize_rows
-from parablock.data.sources import Row, load_rows, renamed
+from parablock.data.sources import Row, load_rows, renamed_as_in_run
 from parablock.errors import DataError, ModelError
 from parablock.evaluation.choices import multiple_choice
 from parablock.evaluation.generation import answers_match, describe_cut, rouge_l, score_answers
@@ -102,7 +102,7 @@ def score_models(
         max_examples: Number of rows, from the start; None: all, or, of held-out rows, as many as the run scored.
         max_new_tokens: Longest answer, in tokens.
         data_format: A value of `data.format`; None: the run's format, or `auto` without a run.
-        columns: As `data.columns`; None: those of the run that a row has.
+        columns: As `data.columns`; None: those of the run, for rows that have them all.
         config: The run whose truncation and loss mask apply; None: the run of `model_or_run_dir`. Without a run,
             the model's context limits the length, and only completions count.
         device: auto | cpu | cuda.
@@ -121,13 +121,16 @@ def score_models(
     if rows is None:
         read_as = data_format or (config.data.format if config else "auto")
 
+        def named(row: Row) -> Row:
+            return renamed_as_in_run(row, of_run, lambda row: check_rows([row], read_as))
+
         def check(found: Sequence[Row]) -> None:
             if task != INSTRUCTIONS:  # whose rows get their references below
-                check_rows([renamed(row, of_run) for row in found[:max_examples]], read_as)
+                check_rows([named(row) for row in found[:max_examples]], read_as)
 
-        of_run = config.data.columns if config and columns is None else {}
+        of_run = config.data.columns if config and columns is None and task != INSTRUCTIONS else {}
         read = partial(load_rows, split="test", columns=columns, check=check)
-        rows = [renamed(row, of_run) for source in sources for row in read(source)]
+        rows = [named(row) for source in sources for row in read(source)]
     rows = rows[:max_examples]
     if task == INSTRUCTIONS:
         rows = with_references(rows)

@@ -187,7 +187,7 @@ def write_first_config(
             clients=count,
             **sizes,
             method=sections[trains],
-            learning_rate=RATES[trains],
+            learning_rate=RATES["adamw"][trains],
             every=rounds // 4,
         )
         return text, parse_config(read_yaml(text), source=str(path))

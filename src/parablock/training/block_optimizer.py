@@ -1,7 +1,8 @@
 """The local optimizer of one block, AdamW or Muon, whose weights and moments are flat fp32 vectors.
 
-Muon makes the momentum of a matrix orthogonal and has no second moment. Its steps are as long as those of AdamW
-(`match_rms_adamw`), so that one learning rate serves the matrices and the parameters that AdamW steps beside them.
+Muon makes the momentum of a matrix orthogonal and has no second moment. Its steps are as long as those of an AdamW
+that has run for long (`match_rms_adamw`), so that one learning rate serves the matrices and the parameters that
+AdamW steps beside them; an AdamW whose moments are new takes longer ones, and wants a lower rate.
 
 Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024; the length of its steps:
 Liu et al., Muon is Scalable for LLM Training, 2025 (arXiv 2502.16982).

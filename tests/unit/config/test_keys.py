@@ -124,6 +124,9 @@ def test_a_configuration_for_another_method_has_its_rate_or_the_given_one():
         return parse_config(tree_of_method(config, method, 0)).train.learning_rate
 
     assert (rate(parsed(), "fedavg"), rate(parsed(), "fedit")) == (5e-5, 1e-3)
+    muon = parsed(train__optimizer="muon")
+    assert [rate(muon, method) for method in ("parablock", "fedavg", "fedit")] == [5e-3, 5e-4, 3e-3]
+    assert rate(parsed(train__optimizer="muon", train__learning_rate=0.01), "fedit") == 0.01
     given = parsed(train__learning_rate=5e-4)  # as the method would have it, and given all the same
     assert (rate(given, "fedavg"), rate(given, "fedit")) == (5e-4, 5e-4)
     assert rate(parsed(federation__method="fedavg"), "fl_bcd") == 5e-4
