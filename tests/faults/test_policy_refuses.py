@@ -242,8 +242,8 @@ def test_a_round_is_refused_whatever_the_configuration_said(tmp_path: Path):
         assert str(caught.value) == f"POLICY its policy forbids it: {key}"
     with pytest.raises(RoundRefusedError):
         trained(policy, 1, 8, 15)  # fewer rows than an update needs
-    with pytest.raises(PolicyError, match="has 15 rows, not at least 16"):
-        policy.check_rows(15)
+    with pytest.raises(PolicyError, match="has 15 rows, not at least 16; not trained on: a"):
+        policy.check_rows(15, ["not trained on: a.jsonl, line 1: too long"])
     policy.check_rows(16)
     for beyond in (-1, 64):
         with pytest.raises(PolicyError, match=r"max_rounds.*the run's last round is 64"):

@@ -193,7 +193,7 @@ def pause(output_dir: RunDir, *, off: Annotated[bool, typer.Option("--off", help
 @deploy.command()
 def remove(
     output_dir: RunDir,
-    client_id: Annotated[int, typer.Argument(min=0, help="The client.")],
+    client: Annotated[str, typer.Argument(help="Its number, or site-N as in its certificate.")],
     *,
     undo: Annotated[bool, typer.Option("--undo", help="Let it join again.")] = False,
 ) -> None:
@@ -201,6 +201,12 @@ def remove(
 
     Example: parablock deploy remove runs/first 3
     """
+    number = client.removeprefix("site-")
+    if not (number.isascii() and number.isdecimal()):
+        raise ConfigError(
+            [f"{client!r} is no client; give its number, such as 3 or site-3"], source="deploy remove"
+        )
+    client_id = int(number)
     words = f"Client {client_id} may join again." if undo else f"Client {client_id} is removed."
     _check_client(output_dir, client_id)
     _ask(output_dir, f"removed-{client_id}", words, undo=undo)

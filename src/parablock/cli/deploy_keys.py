@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from getpass import GetPassWarning
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from warnings import catch_warnings
 import typer
 
 from parablock.cli.output import say, say_whole
+from parablock.errors import ConfigError
 
 keys_app = typer.Typer(
     rich_markup_mode=None,
@@ -48,7 +50,10 @@ def everything(
     from parablock.deploy.authority import make_all
 
     make_all(output_dir, sites, host or [])
-    say(f"{output_dir}/server is the server's; {output_dir}/site-0 to site-{sites - 1} are one site's each.")
+    say(
+        f"{output_dir}/server is the server's; {output_dir}/site-0 to site-{sites - 1} are one site's each.",
+        f"{output_dir}/authority has a key without a passphrase, which lets anybody in: for a trial only.",
+    )
 
 
 @keys_app.command()
@@ -65,7 +70,6 @@ def authority(
     Example: parablock deploy keys authority authority
     """
     from parablock.deploy.authority import make_authority
-    from parablock.errors import ConfigError
 
     if unencrypted and passphrase_file:
         raise ConfigError(
@@ -93,6 +97,8 @@ def request(
 
     made = make_request(directory, name, host or [])
     _tell_request(made)
+    if name == "server" and not host:
+        say("No other machine can use it: for that, give --host with the name by which sites call the server.")
     say(f"Send {made} to the authority, and compare the key with it by another way, such as by telephone.")
 
 
@@ -219,5 +225,13 @@ def _passphrase(file: Path | None, *, new: bool) -> bytes:
     if file:
         return read_private(file).rstrip(b"\r\n")
     with catch_warnings(action="ignore", category=GetPassWarning):  # without a terminal nothing is shown anyway
-        typed: str = typer.prompt("Passphrase of the authority", hide_input=True, confirmation_prompt=new)
+        try:
+            typed: str = typer.prompt("Passphrase of the authority", hide_input=True, confirmation_prompt=new)
+        except typer.Abort:
+            if sys.stdin.isatty():
+                raise
+            problem = (
+                "the passphrase of the authority is asked at a terminal; without one give --passphrase-file FILE"
+            )
+            raise ConfigError([problem], source="the command line") from None
     return typed.encode()

@@ -55,7 +55,8 @@ def listen(address: str, keys: Path | None, num_clients: int, tell: Callable[[st
 
     Raises:
         ConfigError: Without keys the address is not of the loopback.
-        InputError: Another program listens there, which is named; or the keys do not fit.
+        InputError: The keys do not fit.
+        ParaBlockError: Another program listens there, which is named.
     """
     settle_environment()
     host, port = host_and_port(address)
@@ -139,16 +140,18 @@ def _check_free(host: str, port: int) -> None:
     """Say who listens at a port.
 
     Raises:
-        InputError: Somebody does.
+        ParaBlockError: Somebody does.
     """
     if not port:
         return
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1] == port:
-                name = psutil.Process(connection.pid).name() if connection.pid else "a process of another user"
-                raise InputError(
-                    f"port {port} of {host} is taken: process {connection.pid or ''} ({name}) listens there",
+                name = "a process of another user"
+                if connection.pid:
+                    name = f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+                raise ParaBlockError(  # which a later start may find cured
+                    f"port {port} of {host} is taken: {name} listens there",
                     cause="It may be an earlier server that has not ended, or another program.",
                     remedy="End it, or choose another port with --address.",
                 )
@@ -235,4 +238,6 @@ def reminder(tell: Callable[[str], None]) -> Callable[[Credentials], None]:
 def check_keys(keys: Path | None, *, insecure: bool) -> None:
     """Raise a ConfigError unless there are keys, or the operator says that there are none."""
     if (keys is None) != insecure:
-        raise ConfigError(["give --keys DIR, or --insecure, and not both"], source="the command line")
+        problem = "both --keys and --insecure are given" if insecure else "neither --keys nor --insecure is given"
+        remedy = "give --keys DIR; or --insecure, for a server and sites on one machine"
+        raise ConfigError([f"{problem}; {remedy}"], source="the command line")

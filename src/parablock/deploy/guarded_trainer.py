@@ -70,14 +70,14 @@ class SitePolicy:
         """Return what the run asks for that the policy forbids; None: the base model is not known yet."""
         return [*breaches(self._policy, self._config, base_sha256), *self._epsilon_breaches()]
 
-    def check_rows(self, num_rows: int) -> None:
-        """Check whether this site has enough rows.
+    def check_rows(self, num_rows: int, left_out: Sequence[str] = ()) -> None:
+        """Check whether this site has enough rows that can be learnt; `left_out` says why others cannot.
 
         Raises:
             PolicyError: It has fewer than an update needs.
         """
         least = self._policy.min_examples_per_round
-        found = f"this site has {num_rows} rows, not at least {least}"
+        found = f"this site has {num_rows} rows, not at least {least}" + "".join(f"; {why}" for why in left_out[:1])
         self._raise([Breach("min_examples_per_round", found)] if num_rows < least else [], "this run")
 
     def begin_round(self, round_index: int, block_index: int, num_local_steps: int, num_rows: int) -> None:

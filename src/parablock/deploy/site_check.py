@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from parablock.config.keys import RunConfig
 from parablock.config.load import load_server_config, parse_config
+from parablock.data.sources import Row
 from parablock.deploy.certificates import load_credentials
 from parablock.deploy.door import diagnose, host_and_port, server_of
 from parablock.deploy.site import SiteConfig, configuration_at, load_site, shared_config
@@ -162,6 +164,7 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
         return
     if shared:
         yield from _check_policy(site, config, opening if opening and opening.config == shared else None)
+    own: Sequence[Row] = ()
     try:
         everybody = config.federation.num_clients
         if site.client_id >= everybody:
@@ -172,10 +175,12 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
             return
         all_of = site.client_id if site.share == "all" else None
         parts, _, _ = read_rows(config.data, num_clients=everybody, seed=config.seed, all_rows_of=all_of)
-        rows = len(parts[site.client_id])
-        remedy = "" if rows else "Give its files in `data.train` of its own file."
+        own = parts[site.client_id]
+        remedy = "" if own else "Give its files in `data.train` of its own file."
         yield Checked(
-            rows > 0, f"{counted(rows, 'row')} to train on, in {counted(len(config.data.train), 'file')}", remedy
+            bool(own),
+            f"{counted(len(own), 'row')} to train on, in {counted(len(config.data.train), 'file')}",
+            remedy,
         )
     except ParaBlockError as error:
         yield _problem(error)
@@ -192,6 +197,8 @@ def _check_material(site: SiteConfig, opening: Opening | None, shared: str | Non
     else:
         words = f"{name}, and is not the server's: {different_parts(base.parts, opening.base_parts)}"
         yield Checked(False, words, "Copy the server's model folder to this site.")
+    if own:
+        yield _check_learnt(site, config, own, base.loaded.tokenizer)
     yield _check_disk(site, SNAPSHOTS * sum(p.numel() * p.element_size() for p in base.loaded.model.parameters()))
 
 
@@ -214,6 +221,28 @@ def _check_policy(site: SiteConfig, config: RunConfig, opening: Opening | None) 
         yield Checked(False, f"the policy forbids the run by `{breach.key}`: {breach.words}", remedy)
     if not found:
         yield Checked(True, "the policy allows the run")
+
+
+def _check_learnt(site: SiteConfig, config: RunConfig, rows: Sequence[Row], tokenizer: Any) -> Checked:
+    """Count the rows that can be learnt, of which the policy may ask for some."""
+    from parablock.experiment.data_notes import describe_skipped, settle_template
+    from parablock.experiment.inputs import tokenize
+
+    try:
+        day, _ = settle_template(tokenizer, rows, config.data.format, config.data.date)
+        data = config.data.model_copy(update={"date": day})
+        tokenized = tokenize(rows, tokenizer, data, config.train)
+    except ParaBlockError as error:
+        return _problem(error)
+    found, least = len(tokenized.examples), max(1, site.policy.min_examples_per_round)
+    why = "".join(f"; {line}" for line in describe_skipped([tokenized])[:1])
+    words = f"{found} of {counted(len(rows), 'row')} can be learnt with data.max_length {data.max_length}{why}"
+    if found >= least:
+        return Checked(True, words)
+    remedy = (
+        f"The policy's min_examples_per_round is {least}: agree on a longer data.max_length, or on another number."
+    )
+    return Checked(False, words, remedy)
 
 
 def _alone(site: SiteConfig) -> RunConfig:

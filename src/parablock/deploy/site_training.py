@@ -57,7 +57,7 @@ def train(
             f"client {site.client_id} has no rows to train on",
             remedy="Give its files in `data.train` of its own file.",
         )
-    guard.check_rows(len(job.train[site.client_id]))
+    guard.check_rows(len(job.train[site.client_id]), job.left_out)
     model = make_method_model(job, (site.client_id,))
     (trainer,) = model.trainers
     store = SiteStore(site.state_dir / "runs" / opening.run)  # whatever a server calls its run

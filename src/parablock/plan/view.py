@@ -70,8 +70,13 @@ def next_step(plan: Plan, config: RunConfig, path: Path) -> tuple[str, ...]:
     return (
         f"{_rounds(config)}: {_hours(plan.hours)}, {format_bytes(plan.total_bytes)}.",
         *([warning] if warning else []),
-        f"next: parablock run {as_argument(path)} --output-dir runs/mine",
+        f"next: parablock {_start(config)} {as_argument(path)} --output-dir runs/mine",
     )
+
+
+def _start(config: RunConfig) -> str:
+    """Return the command that starts a run; without data here, they are at real sites."""
+    return "run" if config.data.train else "deploy server --keys KEYS"
 
 
 def _rounds(config: RunConfig) -> str:

@@ -50,7 +50,7 @@ def test_the_whole_way_of_a_federation(tmp_path: Path):
         folder, file = tmp_path / name, f"{name.split('-')[0]}.csr"
         told = done("request", folder, "--name", name, *more)
         fingerprint = read_request(folder / file).fingerprint
-        assert fingerprint in told and host in told
+        assert fingerprint in told and host in told and "No other machine" not in told
         told = done("sign", folder / file, "--authority", place, "--output-dir", answer, typed=f"{WORDS}\n")
         assert fingerprint in told and str(answer / f"{name}.pem") in told and WORDS not in told
         assert f"{name}, 364 days left" in done("install", folder, answer / f"{name}.pem")
@@ -105,6 +105,12 @@ def test_a_trial_is_asked_for_no_passphrase_and_takes_none(tmp_path: Path, place
     sign = ("sign", tmp_path / "site" / "site.csr", "--authority", place)
     refused(InputError, "is not encrypted", *sign, "--passphrase-file", file)
     done(*sign)
+
+
+def test_what_serves_one_machine_or_a_trial_alone_says_so(tmp_path: Path):
+    assert "No other machine can use it" in done("request", tmp_path / "server", "--name", "server")
+    assert "a key without a passphrase" in done("--sites", 1, "--output-dir", tmp_path / "trial")
+    refused(ConfigError, "without one give --passphrase-file FILE", "authority", tmp_path / "authority")
 
 
 def test_another_key_for_a_name_needs_the_word(tmp_path: Path, place: Path):

@@ -32,7 +32,7 @@ from parablock.engine.remote.grpc_options import settle_environment
 from parablock.engine.remote.listener import Listener
 from parablock.engine.remote.remote_transport import RemoteTransport
 from parablock.engine.remote.site_channel import SiteCaller, SiteChannel
-from parablock.errors import ConfigError, InputError
+from parablock.errors import ConfigError, InputError, ParaBlockError
 from parablock.trace import Trace
 from parablock.wire.transport import MESSAGE_BYTES, Parcel
 
@@ -66,9 +66,9 @@ def test_what_is_no_address_is_refused(address: str):
 
 
 def test_keys_or_insecure_and_never_insecure_beyond_this_machine(keys: Path):
-    with pytest.raises(ConfigError, match="--keys DIR, or --insecure"):
+    with pytest.raises(ConfigError, match="neither --keys nor --insecure is given; give --keys DIR"):
         check_keys(None, insecure=False)
-    with pytest.raises(ConfigError, match="--keys DIR, or --insecure"):
+    with pytest.raises(ConfigError, match="both --keys and --insecure are given"):
         check_keys(keys, insecure=True)
     with pytest.raises(ConfigError, match="this machine alone"):
         listen("0.0.0.0:0", None, 1, print)
@@ -87,7 +87,7 @@ def test_the_server_checks_what_sites_sign_where_they_have_certificates(keys: Pa
 def test_a_port_that_is_taken_is_told_with_the_process_that_has_it(keys: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=rf"port {port} .* is taken: process {os.getpid()} "):
+        with pytest.raises(ParaBlockError, match=rf"port {port} .* is taken: process {os.getpid()} "):
             listen(f"127.0.0.1:{port}", keys / "server", 1, print)
     listen(f"127.0.0.1:{port}", keys / "server", 1, print).close()
 
@@ -318,6 +318,7 @@ def test_what_keeps_a_site_from_its_server_is_told_in_words(keys: Path, tmp_path
     ours, theirs = load_credentials(keys / "site-0"), load_credentials(tmp_path / "others" / "site-0")
     listener = listen("0.0.0.0:0", keys / "server", 2, print)
     try:
+        assert diagnose("127.0.0.1", listener.port, ours) == ""
         assert "is not trusted" in diagnose("127.0.0.1", listener.port, theirs)
         assert "is not for 127.0.0.2" in diagnose("127.0.0.2", listener.port, ours)
     finally:

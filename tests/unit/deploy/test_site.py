@@ -9,7 +9,9 @@ import yaml
 
 from parablock.config.load import load_server_config, parse_config
 from parablock.deploy.site import configuration_at, is_simulated, load_site, shared_config, site_file
+from parablock.deploy.site_check import check_site
 from parablock.errors import ConfigError
+from tiny_runs import Workshop
 
 SERVER = {
     "model": {"name_or_path": "/server/model"},
@@ -67,3 +69,24 @@ def test_a_node_of_a_simulation_stands_for_no_site(monkeypatch: pytest.MonkeyPat
     assert is_simulated(simulated)
     assert not is_simulated(simulated | {"site": "/site.yaml"})
     assert not is_simulated({"partition-id": 1})
+
+
+@pytest.mark.parametrize(("max_length", "least", "is_good"), [(64, 1, True), (64, 1000, False), (8, 1, False)])
+def test_a_check_counts_the_rows_that_can_be_learnt(
+    workshop: Workshop, tmp_path: Path, max_length: int, least: int, is_good: bool
+):
+    """As many rows as a file has may be too long for the run, and the policy asks for some that are learnt."""
+    site = {"client_id": 0, "state_dir": str(tmp_path / "state"), "model": {"name_or_path": str(workshop.model)}}
+    site |= {"data": {"train": [str(workshop.client_file(0))]}, "policy": {"min_examples_per_round": least}}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    run = {"model": site["model"], "data": {"max_length": max_length, "test": [str(workshop.test_file)]}}
+    run |= {"federation": {"num_clients": 2}, "engine": {"name": "remote"}}
+    run["train"] = {"num_local_steps": 8, "per_device_train_batch_size": 200}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    found = list(check_site(tmp_path / "site.yaml", "127.0.0.1:1", None, tmp_path / "run.yaml"))
+    rows = len(workshop.client_file(0).read_text().splitlines())
+    assert any(one.is_good and f"{rows} rows to train on" in one.found for one in found)
+    (learnt,) = [one for one in found if "can be learnt" in one.found or "None of" in one.found]
+    assert learnt.is_good is is_good
+    assert (f"{rows} of {rows} rows can be learnt with data.max_length 64" in learnt.found) is (max_length == 64)
+    assert ("min_examples_per_round is 1000" in learnt.remedy) is (least == 1000)

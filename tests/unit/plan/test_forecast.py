@@ -18,6 +18,7 @@ from parablock.errors import ConfigError, ModelError
 from parablock.plan import forecast
 from parablock.plan.forecast import make_plan
 from parablock.plan.scenario import Scenario
+from parablock.plan.view import next_step
 from parablock.privacy.accounting import Accountant
 from parablock.training.flops import Tokens
 from parablock.training.step_time import ASSUMED_FLOPS, assumed_compute, slowdown
@@ -410,3 +411,13 @@ def test_clients_that_no_round_asks_do_not_count_against_the_limit(outlined: Pat
         ConfigError, match=r"4 rounds of 8 clients .* 4 asked in each, are .* 24 rounds of a client, more than 20"
     ):
         make_plan(many)
+
+
+def test_the_next_step_of_a_run_whose_rows_are_at_sites_is_its_server(outlined: Path):
+    here = large_config(outlined)
+    there = here.model_copy(update={"data": here.data.model_copy(update={"train": ()})})
+    plan = make_plan(there)
+    assert next_step(plan, there, Path("run.yaml"))[-1].startswith(
+        "next: parablock deploy server --keys KEYS run.yaml "
+    )
+    assert next_step(plan, here, Path("run.yaml"))[-1].startswith("next: parablock run run.yaml ")

@@ -96,7 +96,8 @@ class RemoteTransport:
         with place.room:
             if place.is_removed:
                 words = f"client {hello.client_id} has been removed from the run by the server's operator"
-                raise NotAdmitted(words, is_temporary=True)  # it may be let in again, and into other runs
+                # into other runs it is let in
+                raise NotAdmitted(f"{words}, who may undo it", is_temporary=True)
             is_new = hello.incarnation != place.incarnation
             fits = hello.wanted == 0 if is_new else not place.must_rejoin  # a process that was replaced begins anew
             in_session = hello.session == self.opening.session and fits

@@ -329,7 +329,7 @@ class SiteChannel:
                     self._caller.say(f"connected with {self._caller.address}")
                     self._carry(welcome, numbers, call)
             except ConnectionError as problem:
-                self._caller.say(f"the connection is down, and is made again: {problem}")
+                self._caller.say(f"not connected, and tried again: {problem}")
             except BaseException as error:  # whatever it is, the compute thread has to hear of it
                 ended = SessionOver() if isinstance(error, EOFError) else error
                 self._ended = ended

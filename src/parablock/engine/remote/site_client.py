@@ -62,7 +62,7 @@ def run_client(
         latest = opening.session_of(end), end, client.state, client.snapshot()
         channel.defer(lambda: store.save_latest(*latest))
         channel.defer(record)
-        LOGGER.info("round %d: block %d trained", newest.round_index, newest.block_index)
+        LOGGER.info("round %d: block %d trained", end, newest.block_index)  # to people, rounds count from 1
 
     client = Client(
         client_id,
