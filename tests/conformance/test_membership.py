@@ -167,7 +167,7 @@ def test_a_site_that_was_away_at_the_checkpoint_goes_on_from_what_it_really_hold
         if t > 6 and len(trained) == 1:
             if 2 in counted[t]:
                 raise Died
-            for _ in range(200):  # the others do not wait for it
+            for _ in range(1000):  # the others do not wait for it
                 if any(i == 2 and of > 6 for i, of in next(iter(trained.values()))):
                     break
                 time.sleep(0.01)

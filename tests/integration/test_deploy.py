@@ -96,7 +96,7 @@ def test_the_page_leads_from_nothing_to_the_model_of_one_process(begun: Federati
 def test_the_check_and_the_status_say_what_there_is(begun: Federation):
     printed = (begun.folder / "printed.txt").read_text()
     *_, check, table, as_json = printed.split("\0")
-    assert check.count("✓") == 9 and "✗" not in check and "the policy allows the run" in check
+    assert check.count("✓") == 10 and "✗" not in check and "the policy allows the run" in check
     assert has(r"certificate of site-0 is valid for 364 days", check) and "8 rows to train on" in check
     assert has(r"hash [0-9a-f]{12}, as at the server", check) and has(r"this clock is 0\.\d s", check)
     assert table.count("connected") == 2 and "paused" in table
