@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
@@ -221,7 +222,7 @@ def _begin(runs: Sequence[PlannedRun], output_dir: Path, tasks: Sequence[str], p
 def _tell_of_lost_scores(output_dir: Path, tasks: Sequence[str], progress: Progress) -> None:
     """Warn of scores of a comparison that is over, which a start without their tasks does not have."""
     figures = output_dir / FIGURES_NAME
-    if figures.exists():
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: it is written anew
         scored = {task for summary in json.loads(figures.read_bytes()) for task in summary.get("final_scores", ())}
         if lost := sorted(scored.difference(tasks)):
             progress.message(f"note: the scores of {', '.join(lost)} go, since --tasks does not name them")

@@ -320,6 +320,16 @@ def test_scores_that_a_comparison_loses_are_named(workshop: Workshop, tmp_path: 
     assert "note: the scores of exact_match go, since --tasks does not name them" in said
 
 
+@pytest.mark.parametrize("damaged", ["{", "[1]", "{}", '[{"final_scores": 1}]'])
+def test_a_damaged_table_of_a_comparison_is_written_anew(workshop: Workshop, tmp_path: Path, damaged: str):
+    runs = plan_comparison(load_config(workshop.config), ["fl_bcd"])
+    compare_methods(runs, tmp_path / "c", progress=Progress())
+    whole = (tmp_path / "c" / "compare.json").read_text()
+    (tmp_path / "c" / "compare.json").write_text(damaged)
+    compare_methods(runs, tmp_path / "c", progress=Progress())
+    assert (tmp_path / "c" / "compare.json").read_text() == whole
+
+
 @pytest.mark.parametrize("left", [b"\xff", b"[]", None])
 def test_a_comparison_of_which_nothing_has_begun_is_planned_anew(workshop, tmp_path, left):
     folder, config = tmp_path / "compared", load_config(workshop.config)

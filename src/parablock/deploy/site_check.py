@@ -31,6 +31,7 @@ MOST_SKEW_S = 30.0
 """How far the clocks of a site and the server may be apart; certificates and records depend on them."""
 SNAPSHOTS = 3
 """How many states of about the model's size a site keeps, with the one that is being written."""
+REMEDY = "Ask the server's operator whether it runs; look at the name, the port and the firewall of this site."
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def check_site(path: Path, address: str, keys: Path | None, run: Path | None = N
     shared = None
     if run is not None:
         shared = shared_config(load_server_config(run))
-    host, port = host_and_port(address)
+    host_and_port(address)
     try:
         site = load_site(path)
     except ParaBlockError as error:
@@ -61,15 +62,12 @@ def check_site(path: Path, address: str, keys: Path | None, run: Path | None = N
         return
     yield Checked(True, f"{path} is the file of client {site.client_id}")
     yield _check_keys(site, keys)
-    reached = _reach(host, port, keys)
-    yield reached
     welcome = None
-    if reached.is_good:
-        for one in _ask(site, address, keys):
-            if isinstance(one, Checked):
-                yield one
-            else:
-                welcome = one
+    for one in _ask(site, address, keys):
+        if isinstance(one, Checked):
+            yield one
+        else:
+            welcome = one
     opening = None if welcome is None or welcome.is_over else welcome.opening
     yield from _check_material(site, opening, opening.config if opening and not shared else shared)
 
@@ -97,24 +95,36 @@ def _check_keys(site: SiteConfig, keys: Path | None) -> Checked:
 
 
 def _reach(host: str, port: int, keys: Path | None) -> Checked:
-    remedy = "Ask the server's operator whether it runs; look at the name, the port and the firewall of this site."
+    """Look whether a server can be reached, without a call."""
     if keys is not None:
-        try:
-            problem = diagnose(host, port, load_credentials(keys))
-        except ParaBlockError:
-            return Checked(False, f"{host}:{port} is not asked: without keys it does not answer")
-        found = f"{host}:{port} can be reached, and its certificate is right"
-        return Checked(False, problem, remedy) if problem else Checked(True, found)
+        problem = diagnose(host, port, load_credentials(keys))
+        return Checked(False, problem, REMEDY) if problem else _reached(host, port, keys)
     try:
         with closing(socket.create_connection((host, port), timeout=5)):
-            return Checked(True, f"{host}:{port} can be reached")
+            return _reached(host, port, keys)
     except OSError as error:
-        return Checked(False, f"{host}:{port} cannot be reached: {error.strerror or error}", remedy)
+        return Checked(False, f"{host}:{port} cannot be reached: {error.strerror or error}", REMEDY)
+
+
+def _reached(host: str, port: int, keys: Path | None) -> Checked:
+    return Checked(True, f"{host}:{port} can be reached" + (", and its certificate is right" if keys else ""))
 
 
 def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked | Reception]:
-    """Ask the server which run there is; a site that is connected would be cut by the question."""
+    """Ask the server which run there is; a site that is connected would be cut by the question.
+
+    The way is looked at by itself only where there is no answer: a server tells its operator of those who connect
+    and make no call.
+    """
+    host, port = host_and_port(address)
+    try:
+        if keys is not None:
+            load_credentials(keys)
+    except ParaBlockError:  # which has been told
+        yield Checked(False, f"{host}:{port} is not asked: without keys it does not answer")
+        return
     if process := process_of(site):
+        yield _reach(host, port, keys)
         yield Checked(True, f"process {process} serves this site already, so the server is not asked")
         return
     caller = SiteCaller(site.client_id, server_of(address, keys, lambda _: None), lambda _: None)
@@ -122,11 +132,16 @@ def _ask(site: SiteConfig, address: str, keys: Path | None) -> Iterator[Checked 
     try:
         welcome = caller.ask()
     except Refused as refusal:
+        yield _reached(host, port, keys)
         yield _problem(refusal)
         return
     except ConnectionError as problem:
-        yield Checked(False, f"the server has no answer for this site: {problem}", "Try again in a minute.")
+        reached = _reach(host, port, keys)
+        yield reached
+        if reached.is_good:
+            yield Checked(False, f"the server has no answer for this site: {problem}", "Try again in a minute.")
         return
+    yield _reached(host, port, keys)
     skew_s = (before_s + utc_s()) / 2 - welcome.now_s
     run = "no run" if welcome.opening is None or welcome.is_over else f"run {welcome.opening.run}"
     yield Checked(True, f"the server lets this site in, and has {run} for it")

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
+import yaml
 
 from cuttable_proxy import CuttableProxy
 from parablock.clock import RealClock
@@ -24,6 +26,7 @@ from parablock.deploy import authority
 from parablock.deploy.authority import install_certificate, load_credentials, make_all, make_renewal, sign_request
 from parablock.deploy.certificates import key_and_end, now
 from parablock.deploy.door import NO_CERTIFICATE, check_keys, diagnose, host_and_port, listen, server_of
+from parablock.deploy.site_check import check_site
 from parablock.deploy.site_identity import CertificateIdentity
 from parablock.deploy.strangers import PAUSE_S
 from parablock.engine.remote import site_inbox
@@ -137,6 +140,29 @@ def test_strangers_get_no_answer_and_the_servers_log_has_their_address(keys: Pat
         assert listener.refused == len(told)
     finally:
         listener.close()
+
+
+def test_a_check_that_finds_its_server_is_no_stranger_there(keys: Path, tmp_path: Path):
+    """A probe beside the call would be one that comes and makes none, and a line for the server's operator."""
+    told: list[str] = []
+    listener = listen("127.0.0.1:0", keys / "server", 2, told.append)
+    listener.open(RemoteTransport(Opening("run", "s", "", ""), 2, 64, 1 << 20, Trace(RealClock())))
+    site = {"client_id": 0, "state_dir": str(tmp_path / "state"), "data": {"train": [str(tmp_path / "gone.jsonl")]}}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site | {"model": {"name_or_path": str(tmp_path)}}))
+    try:
+        for _ in range(3):
+            time.sleep(10 * PAUSE_S)  # so that the table is read for the first handshake
+            found = check_site(tmp_path / "site.yaml", f"127.0.0.1:{listener.port}", keys / "site-0")
+            said = [one.found for one in islice(found, 4) if one.is_good]
+            assert f"127.0.0.1:{listener.port} can be reached, and its certificate is right" in said
+            assert "the server lets this site in, and has run run for it" in said
+            until(lambda: not connected(listener))
+            listener.look()
+        assert (listener.refused, told) == (0, [])
+    finally:
+        listener.close()
+    found = list(check_site(tmp_path / "site.yaml", f"127.0.0.1:{listener.port}", keys / "site-0"))
+    assert any("cannot be reached" in one.found for one in found if not one.is_good)
 
 
 def site_of(port: int, keys: Path, tell: Callable[[str], None] = print) -> SiteCaller:
