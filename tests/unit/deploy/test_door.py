@@ -165,6 +165,22 @@ def test_a_check_that_finds_its_server_is_no_stranger_there(keys: Path, tmp_path
     assert any("cannot be reached" in one.found for one in found if not one.is_good)
 
 
+def test_a_site_that_has_left_a_run_says_so_while_the_run_goes_on(keys: Path):
+    told: list[str] = []
+    listener = listen("127.0.0.1:0", keys / "server", 2, print)
+    listener.open(RemoteTransport(Opening("run", "s", "", ""), 2, 64, 1 << 20, Trace(RealClock())))
+
+    def open_another() -> None:
+        listener.open(RemoteTransport(Opening("run", "next", "", ""), 2, 64, 1 << 20, Trace(RealClock())))
+
+    try:
+        site = site_of(listener.port, keys, told.append)
+        assert site.wait_for_session(RealClock(), "s", open_another).session == "next"
+    finally:
+        listener.close()
+    assert told == ["the server is still at the run that this site has left"]
+
+
 def site_of(port: int, keys: Path, tell: Callable[[str], None] = print) -> SiteCaller:
     return SiteCaller(0, server_of(f"127.0.0.1:{port}", keys / "site-0", tell), tell)
 

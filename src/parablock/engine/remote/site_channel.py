@@ -110,9 +110,12 @@ class SiteCaller:
         while True:
             try:
                 welcome = self.ask()
-                if welcome.opening and not welcome.is_over and welcome.opening.session != finished:
-                    return welcome.opening
-                self.say("the server has no run for this site at present")
+                if (opening := welcome.opening) is None or welcome.is_over:
+                    self.say("the server has no run for this site at present")
+                elif opening.session != finished:
+                    return opening
+                else:
+                    self.say("the server is still at the run that this site has left")
             except ConnectionError as problem:
                 self.say(f"waiting for the server: {problem}")
             meanwhile()
