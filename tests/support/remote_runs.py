@@ -203,7 +203,9 @@ class Town:
                     )
                 run_client(
                     client_id,
-                    ClientPlan("aligned", self.plan.form, self.plan.delay + 1, self.protection_of),
+                    ClientPlan(
+                        "aligned", self.plan.form, self.plan.delay + 1, self.protection_of, len(self.examples)
+                    ),
                     self.make_trainer(client_id, self.examples[client_id], None),
                     channel,
                     trace,
