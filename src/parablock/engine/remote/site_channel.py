@@ -1,8 +1,7 @@
 """A site's channel to the server: it calls, takes part in a session, and calls again after every cut.
 
 It stands where `Pipeline` stands in one process, so that the `Client` above it is the same: the compute thread
-sends and receives, and threads of the channel keep the connection, and do what has to be done before a message
-leaves.
+sends and receives, and threads of the channel keep the connection and prepare what leaves.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ NOTE_ROWS = 2000
 """Spans in a record at most, well below the length of a note."""
 PARTING_S = 5.0
 """How long a site that leaves waits for its last word to arrive."""
+HAS_LEFT = "the server is still at the run that this site has left"
 
 _FINAL = (
     grpc.StatusCode.PERMISSION_DENIED,
@@ -110,12 +110,10 @@ class SiteCaller:
         while True:
             try:
                 welcome = self.ask()
-                if (opening := welcome.opening) is None or welcome.is_over:
-                    self.say("the server has no run for this site at present")
-                elif opening.session != finished:
+                opening = None if welcome.is_over else welcome.opening
+                if opening and opening.session != finished:
                     return opening
-                else:
-                    self.say("the server is still at the run that this site has left")
+                self.say(HAS_LEFT if opening else "the server has no run for this site at present")
             except ConnectionError as problem:
                 self.say(f"waiting for the server: {problem}")
             meanwhile()
