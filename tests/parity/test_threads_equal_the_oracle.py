@@ -115,8 +115,7 @@ def lossy(encoding: Encoding) -> dict[str, object]:
         def announce(new: torch.Tensor, view: torch.Tensor, t: int) -> torch.Tensor:
             return view + pack(new - view, downlink_format(encoding.format), encoding.noise(t, -1)).values.float()
 
-        held = {"held_back": lambda i, b: residuals.get((i, b))} if sparse_format(encoding.format) else {}
-        return {"encode": encode, "announce": announce, **held}
+        return {"encode": encode, "announce": announce}
 
     return {"fresh": fresh}
 
@@ -228,18 +227,6 @@ def test_a_group_that_comes_back_while_it_is_in_flight_is_the_same_in_threads(na
     if name not in (*WEIGHTS, "cyclic") or (delay and name != "cyclic"):
         control = oracle(delay, **groups).trajectory
         assert not all(same(a, b) for a, b in zip(found[1], control, strict=True)), f"{name} changed nothing"
-
-
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_a_client_trains_on_with_its_part_of_what_a_sparse_update_holds_back(delay):
-    engine, problem = VARIANTS["sparse2"]
-    groups = {"schedule": "cyclic", "num_groups": 1}
-    fresh = problem["fresh"]
-    assert fresh()["held_back"](0, 0) is None, "nothing before the first round"
-    found = threaded(delay, **engine, **groups)[0].server.params
-    assert same(found, oracle(delay, **problem, **groups).server.params)
-    without = {**problem, "fresh": lambda: {**fresh(), "held_back": lambda *_: None}}
-    assert not same(found, oracle(delay, **without, **groups).server.params)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])

@@ -188,20 +188,6 @@ def working_parameters(
     return tuple(working_block(state, b, rule, num_updates, kinds) for b in range(len(state.base)))
 
 
-def with_held_back(
-    working: tuple[Tensor, ...], block_index: int, held_back: Tensor | None, num_updates: int
-) -> tuple[Tensor, ...]:
-    """Return v with the client's part of what its error feedback holds back of a block: v^b + e / M.
-
-    The clients' e reach the server in later rounds, where their mean is x^b's. A client that left its own part out
-    would learn it once more in each of them.
-    """
-    if held_back is None:
-        return working
-    value = working[block_index]
-    return _put(working, block_index, (held_back / num_updates).add_(value).to(value.dtype))
-
-
 def delta_of(trained: Tensor, start: Tensor) -> Tensor:
     """Return Δ = y^b − v^b in fp32."""
     return trained.float() - start.float()

@@ -25,7 +25,6 @@ from parablock.algorithm.parablock import (
     put_in_flight,
     schedule_round,
     server_commit,
-    with_held_back,
     working_parameters,
 )
 from parablock.algorithm.schedule import client_in_turn, cohort, next_block
@@ -54,8 +53,6 @@ class OracleProblem:
         lost: (client_id, round_index) of updates that never arrive, or are refused.
         trained: The clients of each round; None: the cohort of `participation`.
         min_updates: A round with fewer updates is void.
-        held_back: (client_id, block_index) → what the client's updates have left out, of which it trains on with
-            its part; None: nothing.
         kinds: The kinds of parameters in a group, if `aggregate` returns a ρ of each.
     """
 
@@ -74,7 +71,6 @@ class OracleProblem:
     lost: frozenset[tuple[int, int]] = frozenset()
     trained: Sequence[Sequence[int]] | None = None
     min_updates: int = 1
-    held_back: Callable[[int, int], Tensor | None] = lambda *_: None
     kinds: Kinds | None = None
 
 
@@ -115,7 +111,6 @@ def run_sequential(params: Sequence[Tensor], problem: OracleProblem, solve: Solv
         for i in asked:
             client = commit(clients[i], news_for(server, clients[i].versions), server.committed)
             v = working_parameters(client, problem.in_flight, len(asked), problem.kinds)
-            v = with_held_back(v, b, problem.held_back(i, b), len(asked))
             y = solve(i, t, b, v)
             delta = problem.encode(delta_of(y, v[b]), b, t, i)
             clients[i] = put_in_flight(client, t, b, delta)

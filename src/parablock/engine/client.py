@@ -18,7 +18,6 @@ from parablock.algorithm.parablock import (
     ServerState,
     commit,
     put_in_flight,
-    with_held_back,
     working_parameters,
 )
 from parablock.engine.faults import NO_FAULTS, Faults
@@ -266,12 +265,10 @@ class Client:
     def _train(self, start: RoundStart) -> tuple[float | None, EncodedUpdate]:
         """Take the local steps; return their loss and the encoded update."""
         t, b = start.round_index, start.block_index
-        form, num_updates = self._plan.form, self._plan.num_updates
-        v = working_parameters(self.state, self._plan.in_flight, num_updates, form.kinds)
-        v = with_held_back(v, b, self._residuals.get(b) if form.is_sparse else None, num_updates)
+        v = working_parameters(self.state, self._plan.in_flight, self._plan.num_updates, self._plan.form.kinds)
         result = self._trainer.train(t, b, start.num_local_steps, start.steps_before, v)
         local = LocalUpdate(t, self.client_id, result.trained, v[b], self._residuals.get(b), self._protection)
-        encoded = form.encode(local)
+        encoded = self._plan.form.encode(local)
         if encoded.residual is not None:
             self._residuals[b] = encoded.residual
         for share, text in encoded.losses:

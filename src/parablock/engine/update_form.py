@@ -94,11 +94,6 @@ class UpdateForm(ABC):
     kinds: Kinds | None = None
     density: float = 1.0
 
-    @property
-    def is_sparse(self) -> bool:
-        """Whether most of an update is held back for later rounds."""
-        return self.density < 1
-
     def encoded_by(self, encoding: Encoding) -> UpdateForm:
         """Return the form with the configured encoding, where a method's own form leaves that open."""
         del encoding
